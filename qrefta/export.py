@@ -1,0 +1,51 @@
+"""A prepared model back to a plain transformers model."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from qrefta.config import StackRow
+from qrefta.factors import BANK
+from qrefta.linear import AdaptedLinear
+from qrefta.quantizer import prepared_config
+from qrefta.stack import replace_module
+
+
+@torch.no_grad()
+def merge(model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """The same model with plain dense linears, W_l = dequant(Q_l) + Delta_l, in `dtype` throughout.
+
+    Works in place and layer by layer: no second copy of the model is held. The weights are summed in float32 and
+    rounded once, so the result differs from the prepared model by `dtype`'s rounding only.
+
+    Raises:
+        ValueError: if the model is not prepared, or `dtype` is not a floating type.
+    """
+    config = prepared_config(model)
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}; it must be a floating type such as torch.bfloat16 or torch.float32")
+    for row in config.stacks:
+        for path in row.modules:
+            layer = model.get_submodule(path)
+            replace_module(model, path, _dense_linear(layer, row, dtype).train(layer.training))
+    delattr(model, BANK)
+    model._keep_in_fp32_modules_strict = set(model._keep_in_fp32_modules_strict) - {BANK}
+    model.hf_quantizer.remove_quantization_config(model)
+    return model.to(dtype).requires_grad_(True)
+
+
+def _dense_linear(layer: AdaptedLinear, row: StackRow, dtype: torch.dtype) -> nn.Module:
+    """A `Linear` (or `Conv1D`, which stores its weight transposed) with the layer's merged weight and bias."""
+    weight = layer.dense_weight().to(dtype)
+    out_features, in_features = weight.shape
+    with torch.device("meta"):
+        dense = (
+            Conv1D(out_features, in_features)
+            if row.transposed
+            else nn.Linear(in_features, out_features, bias=layer.bias is not None)
+        )
+    dense.weight = nn.Parameter(weight.T.contiguous() if row.transposed else weight)
+    if layer.bias is not None:
+        dense.bias = nn.Parameter(layer.bias.detach().to(dtype))
+    return dense

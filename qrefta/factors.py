@@ -1,0 +1,99 @@
+"""The one equation that every tensor method shares, and the bank that owns its trained numbers.
+
+For the K layers of a stack:
+
+    W_l ~ dequant(Q_l) + Delta_l        Delta_l = up . core_l . down
+
+`down` (r x in) and `up` (out x r) are shared by all K layers; `core_l` is diagonal and belongs to its layer. A method
+is one final subclass of `Factors` that says what these three are and which numbers in them train.
+
+Trained numbers are bf16 values: the forward pass, `delta`, merging and export see them rounded to `dtype`. Their
+Parameters hold float32 masters, because at a learning rate of 2e-4 an optimizer step is smaller than half a bf16 step
+for most entries and plain AdamW would lose it; the masters make every optimizer right, at two bytes more an entry
+(10 MB for Llama-3-8B at R = 64). Masters that are bf16 values are stored as bf16.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+
+class Factors(nn.Module, ABC):
+    """Trained and frozen tensors of one stack.
+
+    Args:
+        layers: K, linears in the stack.
+        out_features, in_features: shape of each weight.
+        rank: r, width of the factors.
+        dtype: what the trained values are rounded to wherever they are used; float32 or wider: not rounded.
+
+    Attributes:
+        slice_ranks: components of each transformed slice, summing to the rank; set by `fit`, not stored.
+    """
+
+    slice_ranks: list[int]
+
+    def __init__(self, layers: int, out_features: int, in_features: int, rank: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layers = layers
+        self.out_features = out_features
+        self.in_features = in_features
+        self.rank = rank
+        self.dtype = dtype
+
+    @classmethod
+    @abstractmethod
+    def fit(cls, stack: Tensor, rank: int, transform: Tensor, dtype: torch.dtype) -> Self:
+        """The factors nearest to a stack (layers, out, in) of float32, under a fixed mode-3 transform."""
+
+    @abstractmethod
+    def down(self) -> Tensor:
+        """(rank, in), differentiable in the trained numbers, not yet rounded."""
+
+    @abstractmethod
+    def core(self, layer: int) -> Tensor:
+        """Diagonal of core_l, (rank,), float32."""
+
+    @abstractmethod
+    def up(self) -> Tensor:
+        """(out, rank), differentiable in the trained numbers, not yet rounded."""
+
+    @abstractmethod
+    def trained(self) -> list[nn.Parameter]:
+        """Parameters that train; everything else in the module is frozen."""
+
+    @torch.no_grad()
+    def delta(self, layer: int) -> Tensor:
+        """Delta_l = up . core_l . down, (out, in), float32: the dense update, for splitting and merging only."""
+        up, down = (factor.to(self.dtype).to(torch.float32) for factor in (self.up(), self.down()))
+        return (up * self.core(layer)) @ down
+
+    @property
+    def trained_count(self) -> int:
+        return sum(parameter.numel() for parameter in self.trained())
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the factors with trained numbers stored as `dtype`."""
+        trained = self.trained()
+        frozen = [p for p in self.parameters() if not any(p is t for t in trained)]
+        return self.trained_count * self.dtype.itemsize + sum(p.nbytes for p in frozen)
+
+    @torch.no_grad()
+    def round_masters(self) -> None:
+        """Round the float32 masters to `dtype`; the function that the model computes does not change."""
+        for parameter in self.trained():
+            parameter.copy_(parameter.to(self.dtype))
+
+
+class FactorBank(nn.ModuleDict):
+    """All factors of a model, by stack key; registered once, at the model's root, as `BANK`.
+
+    Layers look their factors up in the bank and do not register them: shared parameters under K names would be
+    refused by save_pretrained and sharded K times by FSDP2.
+    """
+
+
+BANK = "qrefta_factors"

@@ -1,0 +1,54 @@
+"""ReFTA: tensor singular vectors as trained factors (CVPR 2026, Zheng, Tang, Mao, Lin, Cao, pp. 26369-26378)."""
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from qrefta.factors import Factors
+from qrefta.tensor import t_svd
+
+
+class ReFTA(Factors):
+    """Delta_l = A diag(u_l) B, with A (out x R) and B (R x in) shared by all layers and trained, u_l frozen.
+
+    Component c is the c-th largest tensor singular value of the stack, of transformed slice k(c): A[:, c] and B[c] are
+    its left and right singular vectors, each times the root of the value, and u_l[c] = U[l, k(c)]. One stack trains
+    R (in + out) numbers, whatever its depth.
+
+    Args: see `Factors`; `rank` is R.
+    """
+
+    def __init__(self, layers: int, out_features: int, in_features: int, rank: int, dtype: torch.dtype) -> None:
+        super().__init__(layers, out_features, in_features, rank, dtype)
+        master = torch.promote_types(dtype, torch.float32)
+        self.A = nn.Parameter(torch.empty(out_features, rank, dtype=master))
+        self.B = nn.Parameter(torch.empty(rank, in_features, dtype=master))
+        # u_l, float32 as raw bytes: a bf16 conversion of the model must not round it.
+        self.mix = nn.Parameter(torch.empty(layers, 4 * rank, dtype=torch.uint8), requires_grad=False)
+
+    @classmethod
+    def fit(cls, stack: Tensor, rank: int, transform: Tensor, dtype: torch.dtype) -> Self:
+        layers, out_features, in_features = stack.shape
+        found = t_svd(stack, transform, rank)
+        with stack.device:
+            factors = cls(layers, out_features, in_features, rank, dtype)
+        roots = found.values.sqrt()
+        with torch.no_grad():
+            factors.A.copy_((found.left * roots).to(dtype))
+            factors.B.copy_((found.right * roots.unsqueeze(1)).to(dtype))
+            factors.mix.copy_(transform[:, found.slices].to(torch.float32).contiguous().view(torch.uint8))
+        factors.slice_ranks = torch.bincount(found.slices, minlength=layers).tolist()
+        return factors
+
+    def down(self) -> Tensor:
+        return self.B
+
+    def core(self, layer: int) -> Tensor:
+        return self.mix[layer].view(torch.float32)
+
+    def up(self) -> Tensor:
+        return self.A
+
+    def trained(self) -> list[nn.Parameter]:
+        return [self.A, self.B]

@@ -1,0 +1,295 @@
+"""prepare(): a dense transformers model -> 4-bit residual + trained factors, in place, a stack at a time."""
+
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from qrefta.config import QReftaConfig, StackRow
+from qrefta.factors import BANK, Factors
+from qrefta.methods import METHODS
+from qrefta.quantize import Packed, dequantize, quantize, squared_error
+from qrefta.quantizer import QReftaQuantizer, attach_bank, freeze, is_prepared, replace_linear
+from qrefta.stack import LayerStack, find_stacks, read_stack, read_weight
+from qrefta.tensor import transform_matrix
+
+
+def prepare(
+    model: PreTrainedModel,
+    bits: int = 4,
+    rank: int = 16,
+    *,
+    method: str = "refta",
+    transform: str = "lsm3",
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = False,
+    target_modules: str | Iterable[str] | None = None,
+    modules_to_save: Iterable[str] | None = None,
+    refine: int = 0,
+    seed: int = 0,
+    factor_dtype: str = "bfloat16",
+    progress: bool = False,
+) -> PreTrainedModel:
+    """The same model with every linear of its blocks in 4 bits, ready to train the principal parts of the targets.
+
+    Each stack of linears W_l (one role over all layers) becomes dequant(Q_l) + Delta_l, where Delta_l is its tensor
+    rank-R principal part (trained) and Q_l the quantized rest (frozen). Works in place: a dense weight is released as
+    its packed one is made, so the peak is the model plus one stack in float32. A model that is refused is left exactly
+    as it was.
+
+    Args:
+        model: any transformers model with its weights in memory, float32, bf16 or fp16.
+        bits: 4, or 16 to keep the residual as it is (ablation: no quantization error at all).
+        rank: R, components kept of every target stack, over all its layers together; a stack trains R (in + out)
+            numbers.
+        method: the tensor method, one of `qrefta.methods.METHODS`.
+        transform: the mode-3 transform: lsm3 (from the data), dct, or identity (each layer on its own).
+        quant_type: nf4, fp4 or int4.
+        block_size: weights that share a scale.
+        double_quant: store the scales in 8 bits too, as QLoRA does.
+        target_modules: which linears get factors. None: all in the repeated blocks; a list: module paths that end in
+            one of the names ("q_proj", "self_attn.q_proj"); a string: a regular expression that matches whole paths.
+            All others in the blocks are quantized only.
+        modules_to_save: names (or path ends) of further modules to train whole. The task head that lies outside the
+            base model trains without being named, unless it is a language-model head.
+        refine: rounds of alternating between the principal part and the quantized residual.
+        seed: recorded for methods that draw random numbers; the exact t-SVD of ReFTA draws none.
+        factor_dtype: bfloat16, or float32 for factors that are not rounded.
+        progress: show a progress bar over the stacks.
+
+    Returns:
+        `model` itself; `save_pretrained`, `from_pretrained` and `Trainer` work on it as on any model.
+
+    Raises:
+        ValueError: for a setting that is not allowed, a rank beyond a stack's, targets that match nothing, weights that
+            are NaN, infinite or on the meta device, or a model that is already prepared, quantized or under PEFT.
+    """
+    names = target_modules if target_modules is None or isinstance(target_modules, str) else list(target_modules)
+    config = QReftaConfig(
+        method=method,
+        transform=transform,
+        rank=rank,
+        bits=bits,
+        quant_type=quant_type,
+        block_size=block_size,
+        double_quant=double_quant,
+        refine=refine,
+        seed=seed,
+        factor_dtype=factor_dtype,
+        target_modules=names,
+    )
+    _check_model(model)
+    stacks = find_stacks(model)
+    targets = select_targets(stacks, names)
+    config.modules_to_save = _trained_modules(model, list(modules_to_save or []))
+    _check_ranks(targets, rank)
+    _check_weights(model, stacks)
+
+    attach_bank(model)
+    for stack in tqdm(stacks, desc="Preparing", unit="stack", disable=not progress):
+        config.stacks.append(_prepare_stack(model, stack, config, stack in targets))
+    freeze(model, config.modules_to_save)
+    _register(model, config)
+    return model
+
+
+def select_targets(stacks: list[LayerStack], target_modules: str | list[str] | None) -> list[LayerStack]:
+    """Stacks whose modules `target_modules` names (see `prepare`).
+
+    Raises:
+        ValueError: if there is no stack, or a name or the expression matches none; lists what there is.
+    """
+    if not stacks:
+        raise ValueError("The model has no linear layers in repeated blocks; there is nothing to prepare.")
+    if target_modules is None:
+        return stacks
+    available = ", ".join(stack.name for stack in stacks)
+    if isinstance(target_modules, str):
+        try:
+            pattern = re.compile(target_modules)
+        except re.error as error:
+            raise ValueError(f"target_modules {target_modules!r} is not a regular expression: {error}") from error
+        chosen = [stack for stack in stacks if any(pattern.fullmatch(path) for path in stack.modules)]
+        if not chosen:
+            raise ValueError(f"target_modules {target_modules!r} matches no linear; the stacks are: {available}")
+        return chosen
+    unmatched = [name for name in target_modules if not any(_ends_with(stack.modules[0], name) for stack in stacks)]
+    if unmatched or not target_modules:
+        raise ValueError(f"target_modules {unmatched or '[]'} match no linear; the stacks are: {available}")
+    return [stack for stack in stacks if any(_ends_with(stack.modules[0], name) for name in target_modules)]
+
+
+def split_stack(weights: Tensor, config: QReftaConfig) -> tuple[Factors, list[Packed | Tensor], float]:
+    """Factors and residuals of one stack, and ||W_res - Q(W_res)||_F^2.
+
+    Without `refine` rounds: factors of W, then the residuals quantized. Each round first refits the factors to
+    W - dequant(Q) and then requantizes W - Delta, with the transform fixed so that a refit cannot raise the error; it
+    ends on a refit, and the best pair of all is returned.
+
+    Args:
+        weights: (layers, out, in), float32.
+        config: method, transform, rank, format and rounds.
+
+    Returns:
+        The factors, K residuals (packed, or with 16 bits dense in float32), and the error.
+    """
+    method = METHODS[config.method]
+    transform = transform_matrix(weights, config.transform)
+    factors = method.fit(weights, config.rank, transform, config.torch_factor_dtype)
+    if config.format is None:
+        return factors, [weights[layer] - factors.delta(layer) for layer in range(len(weights))], 0.0
+    residuals = _quantize_residuals(weights, factors, config)
+    best = factors, residuals, _split_error(weights, factors, residuals, config)
+    for _ in range(config.refine):
+        target = torch.stack([w - q for w, q in zip(weights, _dense(residuals, weights, config), strict=True)])
+        factors = method.fit(target, config.rank, transform, config.torch_factor_dtype)
+        refit = factors, residuals, _split_error(weights, factors, residuals, config)
+        residuals = _quantize_residuals(weights, factors, config)
+        requantized = factors, residuals, _split_error(weights, factors, residuals, config)
+        best = min(best, refit, requantized, key=lambda split: split[2])
+    return best
+
+
+def _prepare_stack(model: PreTrainedModel, stack: LayerStack, config: QReftaConfig, targeted: bool) -> StackRow:
+    """Replace the K linears of a stack; the row says what it did."""
+    weights = read_stack(model, stack)
+    fmt = config.format
+    baseline = 0.0 if fmt is None else sum(squared_error(w, _requantized(w, config)) for w in weights)
+    if targeted:
+        factors, residuals, error = split_stack(weights, config)
+        getattr(model, BANK)[stack.key] = factors
+        energy = sum(factors.delta(layer).double().square().sum().item() for layer in range(stack.layers))
+    else:
+        factors, error, energy = None, baseline, 0.0
+        residuals = [w if fmt is None else quantize(w, fmt) for w in weights]
+    norm = weights.double().square().sum().item()
+    stored_bytes = 0 if factors is None else factors.stored_bytes
+    for layer, path in enumerate(stack.modules):
+        stored_bytes += _store(model, path, residuals[layer], config, layer, stack.key if targeted else None)
+    return StackRow(
+        stack=stack.name,
+        modules=list(stack.modules),
+        transposed=stack.transposed,
+        layers=stack.layers,
+        shape=[stack.out_features, stack.in_features],
+        rank=config.rank if targeted else 0,
+        slice_ranks=factors.slice_ranks if targeted else [0] * stack.layers,
+        transform=config.transform if targeted else None,
+        quant_type=None if fmt is None else config.quant_type,
+        baseline_error=baseline,
+        residual_error=error,
+        ratio=error / baseline if baseline else 1.0,
+        principal_energy=energy / norm if norm else 0.0,
+        bytes=stored_bytes,
+        bits_per_weight=8 * stored_bytes / weights.numel(),
+    )
+
+
+def _store(
+    model: PreTrainedModel, path: str, residual: Packed | Tensor, config: QReftaConfig, layer: int, key: str | None
+) -> int:
+    """Put a residual where the dense linear was; the bytes of its weight and scales."""
+    old = model.get_submodule(path)
+    new = replace_linear(model, path, config, layer, key)
+    if isinstance(residual, Packed):
+        residual = Packed(*(None if part is None else part.to(old.weight.device) for part in residual))
+    else:
+        residual = residual.to(old.weight.device, old.weight.dtype)
+    new.store(residual, old.bias)
+    return sum(part.nbytes for part in new.packed() if part is not None)
+
+
+def _quantize_residuals(weights: Tensor, factors: Factors, config: QReftaConfig) -> list[Packed | Tensor]:
+    return [quantize(w - factors.delta(layer), config.format) for layer, w in enumerate(weights)]
+
+
+def _dense(residuals: list[Packed | Tensor], weights: Tensor, config: QReftaConfig) -> Iterable[Tensor]:
+    return (dequantize(packed, config.format, tuple(weights.shape[1:]), torch.float32) for packed in residuals)
+
+
+def _split_error(weights: Tensor, factors: Factors, residuals: list[Packed | Tensor], config: QReftaConfig) -> float:
+    dense = _dense(residuals, weights, config)
+    return sum(squared_error(w - factors.delta(layer), q) for layer, (w, q) in enumerate(zip(weights, dense)))
+
+
+def _requantized(weight: Tensor, config: QReftaConfig) -> Tensor:
+    return dequantize(quantize(weight, config.format), config.format, tuple(weight.shape), torch.float32)
+
+
+def _register(model: PreTrainedModel, config: QReftaConfig) -> None:
+    """Mark the model as quantized by the plug-in, as transformers does for a model that it loads."""
+    model.hf_quantizer = QReftaQuantizer(config)
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    model.config.quantization_config = config
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"prepare takes a transformers PreTrainedModel, not {type(model).__name__}.")
+    if is_prepared(model):
+        raise ValueError("The model is already prepared; call qrefta.merge(model) first to prepare it anew.")
+    if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError("The model carries PEFT adapters; call merge_and_unload() on it first.")
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
+        raise ValueError(
+            f"The model is already quantized ({getattr(model, 'quantization_method', 'unknown')}); load it without "
+            "quantization_config: prepare quantizes it itself."
+        )
+    for path, module in model.named_modules():
+        if type(module).__module__.startswith(("bitsandbytes.", "peft.")):
+            raise ValueError(
+                f"{path} is a {type(module).__module__}.{type(module).__name__}; prepare needs the plain dense model: "
+                "load it without quantization, or merge and unload the adapters."
+            )
+
+
+def _check_ranks(targets: list[LayerStack], rank: int) -> None:
+    smallest = min(targets, key=lambda stack: stack.max_rank)
+    if rank > smallest.max_rank:
+        layers, out_features, in_features = smallest.shape
+        raise ValueError(
+            f"rank is {rank}, but {smallest.name} ({layers} layers of {out_features} x {in_features}) has only "
+            f"{smallest.max_rank} tensor singular values: the largest allowed rank is {smallest.max_rank}, or leave "
+            "the stack out of target_modules"
+        )
+
+
+def _check_weights(model: PreTrainedModel, stacks: list[LayerStack]) -> None:
+    for stack in stacks:
+        for path in stack.modules:
+            weight = read_weight(model.get_submodule(path))
+            if weight.is_meta:
+                raise ValueError(f"{path}.weight is on the meta device; load the model with its weights in memory.")
+            if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                raise ValueError(f"{path}.weight is {weight.dtype}; prepare takes float32, bfloat16 or float16.")
+            if not torch.isfinite(weight).all():
+                raise ValueError(f"{path}.weight holds NaN or infinite values; the checkpoint is damaged.")
+
+
+def _trained_modules(model: PreTrainedModel, names: list[str]) -> list[str]:
+    """Paths of the modules that train whole: the task head, and those that `names` gives."""
+    paths = [path for path, _ in model.named_modules() if path]
+    unmatched = [name for name in names if not any(_ends_with(path, name) for path in paths)]
+    if unmatched:
+        children = ", ".join(name for name, _ in model.named_children())
+        raise ValueError(f"modules_to_save {unmatched} match no module; at the top there are: {children}")
+    named = [path for path in paths if any(_ends_with(path, name) for name in names)]
+    return list(dict.fromkeys(_task_head(model) + named))
+
+
+def _task_head(model: PreTrainedModel) -> list[str]:
+    """Modules with parameters outside the base model, unless they make a language model's (pre-trained) output."""
+    if model.base_model is model or model.get_output_embeddings() is not None:
+        return []
+    return [
+        name for name, child in model.named_children() if child is not model.base_model and list(child.parameters())
+    ]
+
+
+def _ends_with(path: str, name: str) -> bool:
+    return path == name or path.endswith("." + name)

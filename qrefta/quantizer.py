@@ -1,0 +1,211 @@
+"""The transformers plug-in: from_pretrained, save_pretrained and Trainer work on a prepared model as on any other.
+
+Importing this file registers quant_method "qrefta". On load, the linears that config.json lists become `AdaptedLinear`
+and the factor bank is put at the root, before transformers fills in the weights; everything that was frozen is
+frozen again (the loader makes every float parameter require grad).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from qrefta.config import QReftaConfig, StackRow
+from qrefta.factors import BANK, FactorBank, Factors
+from qrefta.linear import AdaptedLinear
+from qrefta.methods import METHODS
+from qrefta.stack import replace_module
+
+
+def is_prepared(model: nn.Module) -> bool:
+    return isinstance(getattr(model, "hf_quantizer", None), QReftaQuantizer)
+
+
+def prepared_config(model: nn.Module) -> QReftaConfig:
+    """The config of a prepared model.
+
+    Raises:
+        ValueError: if the model is not prepared.
+    """
+    if not is_prepared(model):
+        raise ValueError(
+            f"This {type(model).__name__} is not prepared; call qrefta.prepare(model) or qrefta.load(dir)."
+        )
+    return model.hf_quantizer.quantization_config
+
+
+def quant_report(model: nn.Module) -> list[dict[str, Any]]:
+    """One row a stack: what preparing removed of the quantization error, and what it costs in bytes.
+
+    Keys: see `qrefta.config.StackRow`. Errors are squared Frobenius norms over all layers of the stack.
+
+    Raises:
+        ValueError: if the model is not prepared.
+    """
+    return [row.report() for row in prepared_config(model).stacks]
+
+
+def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """A prepared model from a local folder, of the class that saved it.
+
+    Short for `AutoModelFor...from_pretrained(folder, **kwargs)` with the class looked up in config.json.
+
+    Raises:
+        ValueError: if the folder has no config.json, holds no prepared model, or is damaged.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no config.json; give the folder that model.save_pretrained wrote.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        method = config.get("quantization_config", {}).get("quant_method")
+        name = (config.get("architectures") or [""])[0]
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it from where it was saved.") from error
+    if method != "qrefta":
+        raise ValueError(f"{folder} holds no qrefta model (quant_method is {method!r}); load it with transformers.")
+    model_class = getattr(transformers, name, None)
+    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+        raise ValueError(f"transformers has no model class {name!r}; load {folder} with the class that saved it.")
+    return model_class.from_pretrained(folder, **kwargs)
+
+
+@register_quantizer("qrefta")
+class QReftaQuantizer(HfQuantizer):
+    """Builds the empty modules of a prepared checkpoint, checks them once filled, and saves factors compactly."""
+
+    requires_calibration = True  # from_pretrained of an unprepared model with this config is refused
+    quantization_config: QReftaConfig
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """State dict with masters that are bf16 values stored as bf16, which loses nothing."""
+        state = model.state_dict()
+        for key, factors in getattr(model, BANK).items():
+            for name, parameter in factors.named_parameters():
+                rounded = parameter.detach().to(factors.dtype)
+                if parameter.requires_grad and torch.equal(rounded.to(parameter.dtype), parameter.detach()):
+                    state[f"{BANK}.{key}.{name}"] = rounded
+        return state, {}
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        for file in kwargs.get("checkpoint_files") or []:
+            _check_readable(file)
+        build(model, self.quantization_config)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        _check_filled(model)
+        freeze(model, self.quantization_config.modules_to_save)
+        return model
+
+
+def build(model: PreTrainedModel, config: QReftaConfig) -> None:
+    """Replace the linears that `config` lists by empty `AdaptedLinear`s and add an empty factor bank.
+
+    Raises:
+        ValueError: if the model lacks one of the linears, or has it in another shape.
+    """
+    for row in config.stacks:
+        for path in row.modules:
+            _check_linear(model, path, row)
+    attach_bank(model)
+    for row in config.stacks:
+        stack = row.layer_stack()
+        if row.rank:
+            factors = METHODS[config.method](*stack.shape, row.rank, config.torch_factor_dtype)
+            getattr(model, BANK)[stack.key] = factors
+        for layer, path in enumerate(stack.modules):
+            replace_linear(model, path, config, layer, stack.key if row.rank else None)
+
+
+def attach_bank(model: PreTrainedModel) -> None:
+    """Add an empty factor bank at the root; its masters keep float32 whatever dtype the model is loaded in."""
+    setattr(model, BANK, FactorBank())
+    model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), BANK}
+
+
+def replace_linear(
+    model: PreTrainedModel, path: str, config: QReftaConfig, layer: int, key: str | None
+) -> AdaptedLinear:
+    """Put an empty `AdaptedLinear` in the place of a linear, attached to the bank's factors `key` if there are any."""
+    old = model.get_submodule(path)
+    out_features, in_features = old.weight.shape[::-1] if hasattr(old, "nf") else old.weight.shape
+    with old.weight.device:
+        new = AdaptedLinear(in_features, out_features, old.bias is not None, config.format, old.weight.dtype)
+    if key is not None:
+        new.attach(getattr(model, BANK), key, layer)
+    replace_module(model, path, new.train(old.training))
+    return new
+
+
+def freeze(model: PreTrainedModel, modules_to_save: list[str]) -> None:
+    """Freeze everything but the factors' trained numbers and the modules in `modules_to_save` that the model has."""
+    model.requires_grad_(False)
+    for factors in getattr(model, BANK).values():
+        for parameter in factors.trained():
+            parameter.requires_grad_(True)
+    modules = dict(model.named_modules())
+    for path in modules_to_save:
+        if path in modules:
+            modules[path].requires_grad_(True)
+
+
+def _check_linear(model: PreTrainedModel, path: str, row: StackRow) -> None:
+    try:
+        module = model.get_submodule(path)
+        shape = list(module.weight.shape)
+    except AttributeError:
+        raise ValueError(
+            f"The checkpoint was prepared on a model that has {path}; {type(model).__name__} has no such linear. "
+            "Load it with the class that saved it (qrefta.load does)."
+        ) from None
+    wanted = row.shape[::-1] if row.transposed else row.shape
+    if shape != list(wanted):
+        raise ValueError(f"{path} has the shape {shape}, but the checkpoint was prepared with {list(wanted)}.")
+
+
+def _check_readable(file: str) -> None:
+    """Refuse anything but whole safetensors files, before a byte of a tensor is read."""
+    if not str(file).endswith(".safetensors"):
+        raise ValueError(f"{file} is not a safetensors file; qrefta reads no other format (pickle can run code).")
+    try:
+        with safetensors.safe_open(file, framework="pt"):
+            pass
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged or truncated ({error}); copy or save it again.") from error
+
+
+def _check_filled(model: PreTrainedModel) -> None:
+    """Raise if the checkpoint lacked one of our tensors; transformers only warns and leaves it random.
+
+    It marks each tensor that it filled with `_is_hf_initialized` (the only trace that is left after loading).
+    """
+    missing = [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, AdaptedLinear | Factors)
+        for name, parameter in module.named_parameters(recurse=False)
+        if not getattr(parameter, "_is_hf_initialized", False)
+    ]
+    if missing:
+        raise ValueError(
+            f"The checkpoint lacks {len(missing)} tensors that its config lists: {', '.join(missing[:5])}. "
+            "It is damaged or incomplete: copy or save it again."
+        )

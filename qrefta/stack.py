@@ -1,0 +1,121 @@
+"""Model -> stacks: the linear layers of one role and one shape, in layer order.
+
+A transformers model is a run of repeated blocks. The same linear of every block (its module path without the layer
+number) makes one stack; the K weights of a stack are the frontal slices of the third-order tensor that a tensor
+method decomposes. Only linears inside repeated blocks are found: embeddings, norms, lm_head, poolers and task heads
+lie outside and are left alone.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+@dataclass(frozen=True)
+class LayerStack:
+    """The K linears of one role and one shape.
+
+    Attributes:
+        name: module path with `*` for the layer number, e.g. `encoder.layer.*.attention.self.query`.
+        modules: the K module paths, in layer order.
+        out_features, in_features: shape of every weight, always read as (out, in).
+        transposed: the modules are `Conv1D` (GPT-2), which stores its weight as (in, out).
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    out_features: int
+    in_features: int
+    transposed: bool = False
+
+    @property
+    def layers(self) -> int:
+        return len(self.modules)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(layers, out, in)."""
+        return self.layers, self.out_features, self.in_features
+
+    @property
+    def max_rank(self) -> int:
+        """Largest tensor rank: every slice has min(out, in) singular values."""
+        return self.layers * min(self.out_features, self.in_features)
+
+    @property
+    def key(self) -> str:
+        """Name of the stack's factors in a state dict, where dots separate modules; unique with its shape."""
+        return f"{self.name.replace('.', '-').replace('*', 'N')}-{self.out_features}x{self.in_features}"
+
+
+def find_stacks(model: nn.Module) -> list[LayerStack]:
+    """Stacks of all linears in the repeated blocks of `model`, in the order in which the model registers them.
+
+    A number in a module path is a layer number when it indexes repeated blocks (see `_is_repeated`); other numbers
+    are part of the role: T5's `encoder.block.*.layer.0.SelfAttention.q` keeps its 0. Exact `nn.Linear` and `Conv1D`
+    only: a subclass (the output projection of `nn.MultiheadAttention`, say) may be used without its forward.
+    """
+    members: dict[tuple[str, int, int, bool], list[str]] = {}
+    for path, module in model.named_modules():
+        if type(module) in (nn.Linear, Conv1D) and "*" in (role := _role(model, path)):
+            transposed = type(module) is Conv1D
+            shape = tuple(module.weight.shape)
+            out_features, in_features = shape[::-1] if transposed else shape
+            members.setdefault((role, out_features, in_features, transposed), []).append(path)
+    return [
+        LayerStack(role, tuple(paths), out_features, in_features, transposed)
+        for (role, out_features, in_features, transposed), paths in members.items()
+    ]
+
+
+def read_weight(module: nn.Module) -> Tensor:
+    """Weight of a linear as (out, in), without a copy."""
+    return module.weight.detach().T if type(module) is Conv1D else module.weight.detach()
+
+
+def read_stack(model: nn.Module, stack: LayerStack) -> Tensor:
+    """Weights of a stack, (layers, out, in), float32, on the device of its first layer."""
+    device = model.get_submodule(stack.modules[0]).weight.device
+    tensor = torch.empty(stack.shape, dtype=torch.float32, device=device)
+    for layer, path in enumerate(stack.modules):
+        tensor[layer] = read_weight(model.get_submodule(path))
+    return tensor
+
+
+def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Put `new` wherever `model` holds the module at `path` (a shared module has several owners)."""
+    old = model.get_submodule(path)
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if child is old:
+                setattr(parent, name, new)
+
+
+def _role(model: nn.Module, path: str) -> str:
+    """`path` with every index of repeated blocks replaced by `*`."""
+    return ".".join("*" if repeated else part for part, repeated in _walk(model, path))
+
+
+def _walk(model: nn.Module, path: str) -> Iterator[tuple[str, bool]]:
+    """Parts of a module path, each with whether it is an index of repeated blocks."""
+    parent = model
+    for part in path.split("."):
+        yield part, part.isdigit() and _is_repeated(parent)
+        parent = parent.get_submodule(part)
+
+
+def _is_repeated(container: nn.Module) -> bool:
+    """Whether a container holds repeated blocks: one block, or some class more than once.
+
+    T5 keeps the different sublayers of one block in a `ModuleList` (all of different classes), and an MLP written as
+    `nn.Sequential(Linear, GELU, Linear)` holds leaves: neither is repeated. Hybrid models (attention and state-space
+    blocks in one list) are.
+    """
+    children = list(container.children())
+    if isinstance(container, nn.Sequential) and not any(list(child.children()) for child in children):
+        return False
+    classes = {type(child) for child in children}
+    return isinstance(container, nn.ModuleList | nn.Sequential) and (len(children) == 1 or len(classes) < len(children))
