@@ -1,6 +1,5 @@
 """prepare(): a dense transformers model -> 4-bit residual + trained factors, in place, a stack at a time."""
 
-import re
 from collections.abc import Iterable
 
 import torch
@@ -9,12 +8,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from qrefta.config import QReftaConfig, StackRow
-from qrefta.factors import BANK, Factors
-from qrefta.methods import METHODS
-from qrefta.quantize import Packed, dequantize, quantize, squared_error
+from qrefta.factors import BANK
+from qrefta.quantize import Packed
 from qrefta.quantizer import QReftaQuantizer, attach_bank, freeze, is_prepared, replace_linear
-from qrefta.stack import LayerStack, find_stacks, read_stack, read_weight
-from qrefta.tensor import transform_matrix
+from qrefta.split import Split, quantize_stack, split_stack
+from qrefta.stack import LayerStack, ends_with, find_stacks, read_stack, read_weight, select_stacks
 
 
 def prepare(
@@ -84,7 +82,7 @@ def prepare(
     )
     _check_model(model)
     stacks = find_stacks(model)
-    targets = select_targets(stacks, names)
+    targets = select_stacks(stacks, names)
     config.modules_to_save = _trained_modules(model, list(modules_to_save or []))
     _check_ranks(targets, rank)
     _check_weights(model, stacks)
@@ -97,127 +95,56 @@ def prepare(
     return model
 
 
-def select_targets(stacks: list[LayerStack], target_modules: str | list[str] | None) -> list[LayerStack]:
-    """Stacks whose modules `target_modules` names (see `prepare`).
-
-    Raises:
-        ValueError: if there is no stack, or a name or the expression matches none; lists what there is.
-    """
-    if not stacks:
-        raise ValueError("The model has no linear layers in repeated blocks; there is nothing to prepare.")
-    if target_modules is None:
-        return stacks
-    available = ", ".join(stack.name for stack in stacks)
-    if isinstance(target_modules, str):
-        try:
-            pattern = re.compile(target_modules)
-        except re.error as error:
-            raise ValueError(f"target_modules {target_modules!r} is not a regular expression: {error}") from error
-        chosen = [stack for stack in stacks if any(pattern.fullmatch(path) for path in stack.modules)]
-        if not chosen:
-            raise ValueError(f"target_modules {target_modules!r} matches no linear; the stacks are: {available}")
-        return chosen
-    unmatched = [name for name in target_modules if not any(_ends_with(stack.modules[0], name) for stack in stacks)]
-    if unmatched or not target_modules:
-        raise ValueError(f"target_modules {unmatched or '[]'} match no linear; the stacks are: {available}")
-    return [stack for stack in stacks if any(_ends_with(stack.modules[0], name) for name in target_modules)]
-
-
-def split_stack(weights: Tensor, config: QReftaConfig) -> tuple[Factors, list[Packed | Tensor], float]:
-    """Factors and residuals of one stack, and ||W_res - Q(W_res)||_F^2.
-
-    Without `refine` rounds: factors of W, then the residuals quantized. Each round first refits the factors to
-    W - dequant(Q) and then requantizes W - Delta, with the transform fixed so that a refit cannot raise the error; it
-    ends on a refit, and the best pair of all is returned.
-
-    Args:
-        weights: (layers, out, in), float32.
-        config: method, transform, rank, format and rounds.
-
-    Returns:
-        The factors, K residuals (packed, or with 16 bits dense in float32), and the error.
-    """
-    method = METHODS[config.method]
-    transform = transform_matrix(weights, config.transform)
-    factors = method.fit(weights, config.rank, transform, config.torch_factor_dtype)
-    if config.format is None:
-        return factors, [weights[layer] - factors.delta(layer) for layer in range(len(weights))], 0.0
-    residuals = _quantize_residuals(weights, factors, config)
-    best = factors, residuals, _split_error(weights, factors, residuals, config)
-    for _ in range(config.refine):
-        target = torch.stack([w - q for w, q in zip(weights, _dense(residuals, weights, config), strict=True)])
-        factors = method.fit(target, config.rank, transform, config.torch_factor_dtype)
-        refit = factors, residuals, _split_error(weights, factors, residuals, config)
-        residuals = _quantize_residuals(weights, factors, config)
-        requantized = factors, residuals, _split_error(weights, factors, residuals, config)
-        best = min(best, refit, requantized, key=lambda split: split[2])
-    return best
-
-
 def _prepare_stack(model: PreTrainedModel, stack: LayerStack, config: QReftaConfig, targeted: bool) -> StackRow:
     """Replace the K linears of a stack; the row says what it did."""
     weights = read_stack(model, stack)
-    fmt = config.format
-    baseline = 0.0 if fmt is None else sum(squared_error(w, _requantized(w, config)) for w in weights)
-    if targeted:
-        factors, residuals, error = split_stack(weights, config)
+    baseline = quantize_stack(weights, config)
+    split = split_stack(weights, config) if targeted else baseline
+    factors = split.factors
+    if factors is not None:
         getattr(model, BANK)[stack.key] = factors
-        energy = sum(factors.delta(layer).double().square().sum().item() for layer in range(stack.layers))
-    else:
-        factors, error, energy = None, baseline, 0.0
-        residuals = [w if fmt is None else quantize(w, fmt) for w in weights]
-    norm = weights.double().square().sum().item()
     stored_bytes = 0 if factors is None else factors.stored_bytes
-    for layer, path in enumerate(stack.modules):
-        stored_bytes += _store(model, path, residuals[layer], config, layer, stack.key if targeted else None)
+    for layer in range(stack.layers):
+        stored_bytes += _store(model, stack, layer, split, config)
     return StackRow(
         stack=stack.name,
         modules=list(stack.modules),
         transposed=stack.transposed,
         layers=stack.layers,
         shape=[stack.out_features, stack.in_features],
-        rank=config.rank if targeted else 0,
-        slice_ranks=factors.slice_ranks if targeted else [0] * stack.layers,
-        transform=config.transform if targeted else None,
-        quant_type=None if fmt is None else config.quant_type,
-        baseline_error=baseline,
-        residual_error=error,
-        ratio=error / baseline if baseline else 1.0,
-        principal_energy=energy / norm if norm else 0.0,
+        rank=0 if factors is None else config.rank,
+        slice_ranks=[0] * stack.layers if factors is None else factors.slice_ranks,
+        transform=None if factors is None else config.transform,
+        quant_type=config.quant_type if config.bits == 4 else None,
+        baseline_error=baseline.error,
+        residual_error=split.error,
+        ratio=split.error / baseline.error if baseline.error else 1.0,
+        principal_energy=_principal_energy(weights, split),
         bytes=stored_bytes,
         bits_per_weight=8 * stored_bytes / weights.numel(),
     )
 
 
-def _store(
-    model: PreTrainedModel, path: str, residual: Packed | Tensor, config: QReftaConfig, layer: int, key: str | None
-) -> int:
+def _principal_energy(weights: Tensor, split: Split) -> float:
+    """||principal part||_F^2 / ||W||_F^2 of a stack, 0 for a zero stack."""
+    norm = weights.double().square().sum().item()
+    if split.factors is None or norm == 0:
+        return 0.0
+    return sum(split.factors.delta(layer).double().square().sum().item() for layer in range(len(weights))) / norm
+
+
+def _store(model: PreTrainedModel, stack: LayerStack, layer: int, split: Split, config: QReftaConfig) -> int:
     """Put a residual where the dense linear was; the bytes of its weight and scales."""
+    path = stack.modules[layer]
     old = model.get_submodule(path)
-    new = replace_linear(model, path, config, layer, key)
+    new = replace_linear(model, path, config, layer, None if split.factors is None else stack.key)
+    residual = split.residuals[layer]
     if isinstance(residual, Packed):
         residual = Packed(*(None if part is None else part.to(old.weight.device) for part in residual))
     else:
         residual = residual.to(old.weight.device, old.weight.dtype)
     new.store(residual, old.bias)
     return sum(part.nbytes for part in new.packed() if part is not None)
-
-
-def _quantize_residuals(weights: Tensor, factors: Factors, config: QReftaConfig) -> list[Packed | Tensor]:
-    return [quantize(w - factors.delta(layer), config.format) for layer, w in enumerate(weights)]
-
-
-def _dense(residuals: list[Packed | Tensor], weights: Tensor, config: QReftaConfig) -> Iterable[Tensor]:
-    return (dequantize(packed, config.format, tuple(weights.shape[1:]), torch.float32) for packed in residuals)
-
-
-def _split_error(weights: Tensor, factors: Factors, residuals: list[Packed | Tensor], config: QReftaConfig) -> float:
-    dense = _dense(residuals, weights, config)
-    return sum(squared_error(w - factors.delta(layer), q) for layer, (w, q) in enumerate(zip(weights, dense)))
-
-
-def _requantized(weight: Tensor, config: QReftaConfig) -> Tensor:
-    return dequantize(quantize(weight, config.format), config.format, tuple(weight.shape), torch.float32)
 
 
 def _register(model: PreTrainedModel, config: QReftaConfig) -> None:
@@ -274,11 +201,11 @@ def _check_weights(model: PreTrainedModel, stacks: list[LayerStack]) -> None:
 def _trained_modules(model: PreTrainedModel, names: list[str]) -> list[str]:
     """Paths of the modules that train whole: the task head, and those that `names` gives."""
     paths = [path for path, _ in model.named_modules() if path]
-    unmatched = [name for name in names if not any(_ends_with(path, name) for path in paths)]
+    unmatched = [name for name in names if not any(ends_with(path, name) for path in paths)]
     if unmatched:
         children = ", ".join(name for name, _ in model.named_children())
         raise ValueError(f"modules_to_save {unmatched} match no module; at the top there are: {children}")
-    named = [path for path in paths if any(_ends_with(path, name) for name in names)]
+    named = [path for path in paths if any(ends_with(path, name) for name in names)]
     return list(dict.fromkeys(_task_head(model) + named))
 
 
@@ -289,7 +216,3 @@ def _task_head(model: PreTrainedModel) -> list[str]:
     return [
         name for name, child in model.named_children() if child is not model.base_model and list(child.parameters())
     ]
-
-
-def _ends_with(path: str, name: str) -> bool:
-    return path == name or path.endswith("." + name)

@@ -6,6 +6,7 @@ method decomposes. Only linears inside repeated blocks are found: embeddings, no
 lie outside and are left alone.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -71,6 +72,32 @@ def find_stacks(model: nn.Module) -> list[LayerStack]:
     ]
 
 
+def select_stacks(stacks: list[LayerStack], target_modules: str | list[str] | None) -> list[LayerStack]:
+    """Stacks whose modules `target_modules` names (see `qrefta.prepare`).
+
+    Raises:
+        ValueError: if there is no stack, or a name or the expression matches none; lists what there is.
+    """
+    if not stacks:
+        raise ValueError("The model has no linear layers in repeated blocks; there is nothing to prepare.")
+    if target_modules is None:
+        return stacks
+    available = ", ".join(stack.name for stack in stacks)
+    if isinstance(target_modules, str):
+        try:
+            pattern = re.compile(target_modules)
+        except re.error as error:
+            raise ValueError(f"target_modules {target_modules!r} is not a regular expression: {error}") from error
+        chosen = [stack for stack in stacks if any(pattern.fullmatch(path) for path in stack.modules)]
+        if not chosen:
+            raise ValueError(f"target_modules {target_modules!r} matches no linear; the stacks are: {available}")
+        return chosen
+    unmatched = [name for name in target_modules if not any(ends_with(stack.modules[0], name) for stack in stacks)]
+    if unmatched or not target_modules:
+        raise ValueError(f"target_modules {unmatched or '[]'} match no linear; the stacks are: {available}")
+    return [stack for stack in stacks if any(ends_with(stack.modules[0], name) for name in target_modules)]
+
+
 def read_weight(module: nn.Module) -> Tensor:
     """Weight of a linear as (out, in), without a copy."""
     return module.weight.detach().T if type(module) is Conv1D else module.weight.detach()
@@ -92,6 +119,11 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
         for name, child in parent.named_children():
             if child is old:
                 setattr(parent, name, new)
+
+
+def ends_with(path: str, name: str) -> bool:
+    """Whether `name` is a module path or its last parts."""
+    return path == name or path.endswith("." + name)
 
 
 def _role(model: nn.Module, path: str) -> str:
