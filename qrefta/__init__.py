@@ -2,8 +2,9 @@
 
 from qrefta.config import QReftaConfig
 from qrefta.export import merge
+from qrefta.finetune import finetune
 from qrefta.prepare import prepare
 from qrefta.quantizer import load, quant_report
 
 __version__ = "0.1.0"
-__all__ = ["QReftaConfig", "load", "merge", "prepare", "quant_report"]
+__all__ = ["QReftaConfig", "finetune", "load", "merge", "prepare", "quant_report"]

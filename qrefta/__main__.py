@@ -1,0 +1,5 @@
+"""python -m qrefta: the command line."""
+
+from qrefta.cli import main
+
+main()

@@ -1,0 +1,241 @@
+"""Command line: qrefta prepare | finetune | inspect | merge. One thin function a verb."""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import datasets
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+from qrefta.config import QReftaConfig
+from qrefta.data import load_classification
+from qrefta.export import merge as merge_model
+from qrefta.finetune import FinetuneResult
+from qrefta.finetune import finetune as finetune_model
+from qrefta.prepare import prepare as prepare_model
+from qrefta.quantize import BLOCK_SIZES, QUANT_TYPES
+from qrefta.quantizer import is_prepared, load, prepared_config, quant_report
+from qrefta.tensor import TRANSFORMS
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+console = Console()
+
+TransformName = StrEnum("TransformName", list(TRANSFORMS))
+QuantTypeName = StrEnum("QuantTypeName", list(QUANT_TYPES))
+DtypeName = StrEnum("DtypeName", ["bfloat16", "float16", "float32"])
+
+Bits = Annotated[int, typer.Option(help="4, or 16 to leave the residual unquantized (ablation).")]
+Rank = Annotated[int, typer.Option(help="R: components kept of every stack, over all its layers together.")]
+TransformOption = Annotated[TransformName, typer.Option("--transform", help="Mode-3 transform.")]
+QuantTypeOption = Annotated[QuantTypeName, typer.Option("--quant-type", help="4-bit format.")]
+BlockSize = Annotated[int, typer.Option(help=f"Weights that share a scale: {', '.join(map(str, BLOCK_SIZES))}.")]
+DoubleQuant = Annotated[bool, typer.Option(help="Store the scales in 8 bits too.")]
+Targets = Annotated[
+    list[str] | None, typer.Option("--target", help="End of the path of modules that get factors; repeat for more.")
+]
+TargetRegex = Annotated[str | None, typer.Option(help="Regular expression for whole paths, instead of --target.")]
+Refine = Annotated[int, typer.Option(help="Rounds of refitting factors and residual to each other.")]
+Seed = Annotated[int, typer.Option(help="Of everything random.")]
+
+
+@app.command()
+def prepare(
+    model: Annotated[str, typer.Argument(help="Hub name or local folder of a dense model.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
+    bits: Bits = 4,
+    rank: Rank = 16,
+    transform: TransformOption = TransformName.lsm3,
+    quant_type: QuantTypeOption = QuantTypeName.nf4,
+    block_size: BlockSize = 64,
+    double_quant: DoubleQuant = False,
+    target: Targets = None,
+    target_regex: TargetRegex = None,
+    refine: Refine = 0,
+    seed: Seed = 0,
+) -> None:
+    """Split a model into a 4-bit residual and trainable factors, and save it."""
+    _check_empty(out)
+    dense = _model_class(model).from_pretrained(model, dtype="auto")
+    before = sum(parameter.nbytes for parameter in dense.parameters())
+    prepared = prepare_model(
+        dense, bits, rank, transform=transform, quant_type=quant_type, block_size=block_size,
+        double_quant=double_quant, target_modules=target_regex or target, refine=refine, seed=seed, progress=True,
+    )  # fmt: skip
+    prepared.save_pretrained(out)
+    _save_tokenizer(model, out)
+    console.print(report_table(quant_report(prepared)))
+    console.print(f"{before / 1e6:.1f} MB -> {weights_bytes(out) / 1e6:.1f} MB in {out}")
+
+
+@app.command()
+def finetune(
+    model: Annotated[str, typer.Argument(help="Hub name or folder: dense (is prepared first), or prepared.")],
+    dataset: Annotated[str, typer.Argument(help="Hub name, folder or file (csv, tsv, json, jsonl, parquet).")],
+    out: Annotated[Path, typer.Argument(help="Folder for checkpoints and the trained model.")],
+    bits: Bits = 4,
+    rank: Rank = 16,
+    transform: TransformOption = TransformName.lsm3,
+    quant_type: QuantTypeOption = QuantTypeName.nf4,
+    block_size: BlockSize = 64,
+    double_quant: DoubleQuant = False,
+    target: Targets = None,
+    target_regex: TargetRegex = None,
+    refine: Refine = 0,
+    seed: Seed = 0,
+    text_column: Annotated[list[str] | None, typer.Option(help="Column with text; give two for pairs.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column with classes.")] = None,
+    header: Annotated[list[str] | None, typer.Option(help="Column names, in order, of a file without header.")] = None,
+    learning_rate: float = 1e-3,
+    epochs: float = 3.0,
+    max_steps: Annotated[int, typer.Option(help="Steps; if positive it wins over --epochs.")] = -1,
+    batch_size: int = 32,
+    max_length: Annotated[int, typer.Option(help="Tokens a row is cut to.")] = 128,
+    report_to: Annotated[list[str] | None, typer.Option(help="Trainer's logging integrations.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in OUT.")] = False,
+) -> None:
+    """Train a text classifier: prepare the model if it is dense, train its factors and head, save everything."""
+    if not resume:
+        _check_empty(out)
+    data = load_classification(
+        dataset, text_columns=text_column, label_column=label_column, header=header, seed=seed
+    )  # fmt: skip
+    classifier = load_classifier(model, data["train"].features["label"].names, seed)
+    if not is_prepared(classifier):
+        prepare_model(
+            classifier, bits, rank, transform=transform, quant_type=quant_type, block_size=block_size,
+            double_quant=double_quant, target_modules=target_regex or target, refine=refine, seed=seed, progress=True,
+        )  # fmt: skip
+    console.print(report_table(quant_report(classifier)))
+    result = finetune_model(
+        classifier, AutoTokenizer.from_pretrained(model), data, out, learning_rate=learning_rate, epochs=epochs,
+        max_steps=max_steps, batch_size=batch_size, max_length=max_length, seed=seed, report_to=report_to or "none",
+        resume=resume,
+    )  # fmt: skip
+    console.print(results_table({"qrefta": result}))
+    console.print(f"Saved in {out} ({weights_bytes(out) / 1e6:.1f} MB)")
+
+
+@app.command()
+def inspect(folder: Annotated[Path, typer.Argument(help="Folder of a prepared model.")]) -> None:
+    """Show what was done to a prepared model, from its config alone."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no config.json; give the folder of a prepared model.")
+    settings = json.loads(path.read_text(encoding="utf-8")).get("quantization_config") or {}
+    if settings.get("quant_method") != "qrefta":
+        raise ValueError(f"{folder} holds no qrefta model (quant_method is {settings.get('quant_method')!r}).")
+    config = QReftaConfig.from_dict(settings)
+    console.print(report_table([row.report() for row in config.stacks]))
+    shown = {key: value for key, value in config.to_dict().items() if key != "stacks"}
+    console.print(", ".join(f"{key}={value}" for key, value in shown.items()))
+
+
+@app.command()
+def merge(
+    folder: Annotated[Path, typer.Argument(help="Folder of a prepared model.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
+    dtype: Annotated[DtypeName, typer.Option(help="Of the merged model.")] = DtypeName.bfloat16,
+) -> None:
+    """Write a plain dense transformers model that loads without qrefta."""
+    _check_empty(out)
+    merged = merge_model(load(folder), getattr(torch, dtype))
+    merged.save_pretrained(out)
+    _save_tokenizer(folder, out)
+    console.print(f"{weights_bytes(folder) / 1e6:.1f} MB -> {weights_bytes(out) / 1e6:.1f} MB {dtype} in {out}")
+
+
+def report_table(rows: list[dict[str, Any]]) -> Table:
+    """The rows of `quant_report` as a table, with a line for the whole model."""
+    table = Table(title="Quantization error of each stack: residual against the whole weight")
+    for name in ("stack", "shape", "R", "||W-Q(W)||²", "||Wres-Q(Wres)||²", "ratio", "energy in R", "bits/weight"):
+        table.add_column(name, justify="left" if name == "stack" else "right", overflow="fold")
+    for row in rows:
+        out_features, in_features = row["shape"]
+        table.add_row(
+            row["stack"], f"{row['layers']}x{out_features}x{in_features}", str(row["rank"]),
+            f"{row['baseline_error']:.4g}", f"{row['residual_error']:.4g}", f"{row['ratio']:.3f}",
+            f"{row['principal_energy']:.1%}", f"{row['bits_per_weight']:.2f}",
+        )  # fmt: skip
+    baseline, residual = (sum(row[key] for row in rows) for key in ("baseline_error", "residual_error"))
+    weights = sum(row["layers"] * row["shape"][0] * row["shape"][1] for row in rows)
+    bits = 8 * sum(row["bytes"] for row in rows) / weights
+    ratio = f"{residual / baseline:.3f}" if baseline else "1.000"
+    table.add_section()
+    table.add_row("all", f"{weights:,}", "", f"{baseline:.4g}", f"{residual:.4g}", ratio, "", f"{bits:.2f}")
+    return table
+
+
+def results_table(results: dict[str, FinetuneResult]) -> Table:
+    """Training runs side by side."""
+    table = Table(title="Test accuracy")
+    for name in ("method", "trained", "before", "after", "test loss", "steps", "seconds"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for name, result in results.items():
+        table.add_row(
+            name, f"{result.trained_parameters:,}", f"{result.accuracy_before:.1%}", f"{result.accuracy_after:.1%}",
+            f"{result.test_loss:.3f}", str(result.steps), f"{result.train_s:.0f}",
+        )  # fmt: skip
+    return table
+
+
+def load_classifier(model: str, classes: list[str], seed: int) -> PreTrainedModel:
+    """A sequence classifier for these classes, with a head drawn from `seed` where the checkpoint has none."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForSequenceClassification.from_pretrained(
+            model,
+            num_labels=len(classes),
+            id2label=dict(enumerate(classes)),
+            label2id={name: index for index, name in enumerate(classes)},
+        )
+
+
+def weights_bytes(folder: Path) -> int:
+    """Bytes of the safetensors files directly in a folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' loading bars and notices out of the output; Trainer's own bar stays."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def main() -> None:
+    """Entry point: an expected failure is one line on stderr and exit code 2, not a traceback."""
+    quiet_libraries()
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        Console(stderr=True).print(f"[bold red]Error:[/] {error}", highlight=False)
+        raise SystemExit(2) from error
+
+
+def _model_class(model: str) -> type[PreTrainedModel]:
+    """The class that saved a checkpoint."""
+    names = AutoConfig.from_pretrained(model).architectures or ["nothing"]
+    model_class = getattr(transformers, names[0], None)
+    if model_class is None:
+        raise ValueError(f"config.json of {model} names {names[0]!r}, which transformers does not have.")
+    return model_class
+
+
+def _save_tokenizer(source: str | Path, out: Path) -> None:
+    """Copy the tokenizer along, where the model has one."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (ValueError, OSError):
+        return
+    tokenizer.save_pretrained(out)
+
+
+def _check_empty(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not empty; choose another folder or remove it.")

@@ -1,0 +1,175 @@
+"""The training recipe: text classification on transformers.Trainer, for a prepared model or any other."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from datasets import ClassLabel, DatasetDict
+from torch import nn
+from transformers import (
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from qrefta.data import load_classification
+from qrefta.factors import BANK
+
+
+class FinetuneResult(NamedTuple):
+    """What a training run came to.
+
+    Attributes:
+        accuracy_before, accuracy_after: on the test split, 0 .. 1.
+        test_loss: mean cross-entropy on the test split after training, nats.
+        train_loss: mean over all steps, nats.
+        steps: optimizer steps of the whole run.
+        train_s: seconds in the training loop.
+        trained_parameters: numbers that train.
+    """
+
+    accuracy_before: float
+    accuracy_after: float
+    test_loss: float
+    train_loss: float
+    steps: int
+    train_s: float
+    trained_parameters: int
+
+
+def finetune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: DatasetDict | str | Path,
+    output_dir: str | Path,
+    *,
+    learning_rate: float = 1e-3,
+    epochs: float = 3.0,
+    max_steps: int = -1,
+    batch_size: int = 32,
+    max_length: int = 128,
+    warmup_steps: float = 0.1,
+    weight_decay: float = 0.0,
+    save_steps: float = 0.25,
+    seed: int = 0,
+    report_to: str | list[str] = "none",
+    resume: bool = False,
+    progress: bool = True,
+) -> FinetuneResult:
+    """Train a sequence classifier and leave it, with its tokenizer, in `output_dir`; the model is trained in place.
+
+    Everything is transformers.Trainer's: AdamW, linear decay, checkpoints under `output_dir`, its progress bar and
+    logging integrations. Works alike for a prepared model, a PEFT model or a plain one, so that they can be compared
+    on the same data, order and steps. At the end the factors' masters are rounded to the values that the forward
+    pass used all along.
+
+    Args:
+        model: a sequence classifier with as many labels as the data have classes.
+        tokenizer: the model's.
+        dataset: a `DatasetDict` with the splits train and test, columns text (and text_pair) and label; or what
+            `qrefta.data.load_classification` reads.
+        output_dir: for checkpoints and the trained model.
+        learning_rate: peak, of all trained numbers.
+        epochs, max_steps: length of the run; `max_steps`, if positive, wins.
+        batch_size: rows a step.
+        max_length: tokens a row is cut to.
+        warmup_steps: steps, or below 1 the share of the run, in which the learning rate rises.
+        weight_decay: AdamW's; 0 by default, since it would pull factors towards zero, away from the original weights.
+        save_steps: a checkpoint every so many steps, or below 1 every such share of the run.
+        seed: of batch order and dropout.
+        report_to: Trainer's logging integrations ("wandb", "tensorboard", ...).
+        resume: go on from the last checkpoint in `output_dir`; the result is that of an uninterrupted run.
+        progress: show Trainer's progress bar.
+
+    Raises:
+        ValueError: for unusable data (see `load_classification`), a model whose labels do not fit them, or nothing to
+            resume.
+    """
+    data = load_classification(dataset, seed=seed) if isinstance(dataset, str | Path) else dataset
+    _check_labels(model, data)
+    checkpoint = get_last_checkpoint(str(output_dir)) if Path(output_dir).is_dir() else None
+    if resume and checkpoint is None:
+        raise ValueError(f"There is no checkpoint to resume from in {output_dir}.")
+    arguments = TrainingArguments(
+        output_dir=str(output_dir),
+        learning_rate=learning_rate,
+        num_train_epochs=epochs,
+        max_steps=max_steps,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=2 * batch_size,
+        warmup_steps=warmup_steps,
+        weight_decay=weight_decay,
+        save_steps=save_steps,
+        save_total_limit=2,
+        logging_steps=0.05,
+        seed=seed,
+        report_to=report_to,
+        disable_tqdm=not progress,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    tokens = _tokenize(data, tokenizer, max_length)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=tokens["train"],
+        eval_dataset=tokens["test"],
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=_accuracy,
+        processing_class=tokenizer,
+    )
+    before = trainer.evaluate()
+    outcome = trainer.train(resume_from_checkpoint=checkpoint if resume else None)
+    round_masters(model)
+    after = trainer.evaluate()
+    trainer.save_model()
+    return FinetuneResult(
+        accuracy_before=before["eval_accuracy"],
+        accuracy_after=after["eval_accuracy"],
+        test_loss=after["eval_loss"],
+        train_loss=outcome.training_loss,
+        steps=outcome.global_step,
+        train_s=outcome.metrics["train_runtime"],
+        trained_parameters=count_trained(model),
+    )
+
+
+def count_trained(model: nn.Module) -> int:
+    """Numbers of a model that train."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def round_masters(model: nn.Module) -> None:
+    """Round every factor's float32 master to the value that the forward pass sees; no-op on other models."""
+    for factors in getattr(model, BANK, {}).values():
+        factors.round_masters()
+
+
+def _tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> DatasetDict:
+    texts = [name for name in ("text", "text_pair") if name in data["train"].column_names]
+    return data.map(
+        lambda rows: tokenizer(*(rows[name] for name in texts), truncation=True, max_length=max_length),
+        batched=True,
+        remove_columns=texts,
+        desc="Tokenizing",
+    )
+
+
+def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return {"accuracy": float((np.argmax(logits, axis=-1) == prediction.label_ids).mean())}
+
+
+def _check_labels(model: PreTrainedModel, data: DatasetDict) -> None:
+    feature = data["train"].features["label"]
+    if not isinstance(feature, ClassLabel):
+        raise ValueError("The label column is no ClassLabel; read the data with qrefta.data.load_classification.")
+    if model.config.num_labels != feature.num_classes:
+        raise ValueError(
+            f"The model has {model.config.num_labels} labels and the data {feature.num_classes} classes; load it with "
+            f"num_labels={feature.num_classes}."
+        )

@@ -1,0 +1,124 @@
+"""The main job on a real model and real data: what 4 bits cost, what training wins, what saving and merging keep.
+
+Three classifiers train on the same rows in the same order for the same steps: the head alone on frozen 16-bit weights,
+LoRA on frozen 16-bit weights, and qrefta on 4-bit weights. Without arguments nothing is downloaded from a model hub.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from datasets import DatasetDict
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # eval/ is not part of the installed package
+
+import qrefta
+from eval.demo import docstring_sentences, model_folder
+from qrefta.cli import load_classifier, quiet_libraries, report_table, results_table, weights_bytes
+from qrefta.data import load_classification
+from qrefta.finetune import FinetuneResult, finetune
+
+LEARNING_RATES = {"head only": 5e-3, "LoRA r=8": 1e-3, "qrefta": 1e-3}  # each the best of 5e-4, 1e-3, 2e-3, 5e-3
+console = Console()
+
+
+def run(
+    model: Annotated[str | None, typer.Option(help="Hub name or folder; default: the embedded MiniLM.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Hub name, folder or file; default: docstring sentences.")] = None,
+    rank: Annotated[int, typer.Option(help="R of every stack.")] = 48,
+    steps: Annotated[int, typer.Option(help="Training steps of each of the three runs.")] = 120,
+    train_rows: Annotated[int, typer.Option(help="Rows to train on, at most.")] = 2000,
+    test_rows: Annotated[int, typer.Option(help="Rows to test on, at most.")] = 500,
+    out: Annotated[Path, typer.Option(help="Folder for the results; what it holds is replaced.")] = Path(
+        "runs/quickstart"
+    ),
+    seed: Annotated[int, typer.Option(help="Of heads, rows and batch order.")] = 0,
+) -> None:
+    """Prepare, train, save, reload and merge a model in 4 bits, beside two 16-bit baselines."""
+    quiet_libraries()
+    source = model or str(model_folder())
+    data = load_data(dataset, train_rows, test_rows, seed)
+    classes = data["train"].features["label"].names
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    console.rule(f"{len(data['train'])} training and {len(data['test'])} test rows, {len(classes)} classes")
+    shutil.rmtree(out, ignore_errors=True)
+
+    def train(name: str, classifier: PreTrainedModel) -> FinetuneResult:
+        console.print(f"\nTraining: {name}")
+        return finetune(
+            classifier, tokenizer, data, out / name.replace(" ", "-"), learning_rate=LEARNING_RATES[name],
+            max_steps=steps, save_steps=1.0, seed=seed,
+        )  # fmt: skip
+
+    results = {
+        "head only": train("head only", head_only(load_16_bit(source, classes, seed))),
+        "LoRA r=8": train("LoRA r=8", lora(load_16_bit(source, classes, seed))),
+    }
+
+    prepared = load_classifier(source, classes, seed)
+    dense_bytes = 2 * sum(parameter.numel() for parameter in prepared.parameters())
+    qrefta.prepare(prepared, bits=4, rank=rank, seed=seed, progress=True)
+    console.print(report_table(qrefta.quant_report(prepared)))
+    results["qrefta"] = train("qrefta", prepared)
+    console.print()
+    console.print(results_table(results))
+    show_files(prepared, tokenizer, data, out / "qrefta", dense_bytes)
+
+
+def load_data(dataset: str | None, train_rows: int, test_rows: int, seed: int) -> DatasetDict:
+    """The embedded sentences, or the first rows (shuffled) of a data set of the user's."""
+    if dataset is None:
+        return docstring_sentences(train_size=train_rows, test_size=test_rows)
+    data = load_classification(dataset, seed=seed)
+    rows = {"train": train_rows, "test": test_rows}
+    return DatasetDict(
+        {name: part.shuffle(seed=seed).select(range(min(rows[name], len(part)))) for name, part in data.items()}
+    )
+
+
+def load_16_bit(source: str, classes: list[str], seed: int) -> PreTrainedModel:
+    """A classifier with its weights rounded to bf16, computing in float32 as the 4-bit one does."""
+    return load_classifier(source, classes, seed).to(torch.bfloat16).float()
+
+
+def head_only(classifier: PreTrainedModel) -> PreTrainedModel:
+    classifier.base_model.requires_grad_(False)
+    return classifier
+
+
+def lora(classifier: PreTrainedModel) -> PreTrainedModel:
+    return get_peft_model(classifier, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS"))
+
+
+@torch.no_grad()
+def show_files(
+    trained: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DatasetDict, folder: Path, dense_bytes: int
+) -> None:
+    """Reload what training saved, merge it, and print the sizes and the differences in logits."""
+    rows = data["test"][:64]
+    texts = [rows[name] for name in ("text", "text_pair") if name in rows]
+    batch = tokenizer(*texts, padding=True, truncation=True, max_length=128, return_tensors="pt")
+    batch = batch.to(trained.device)
+    saved = trained.eval()(**batch).logits
+    reloaded = qrefta.load(folder).to(trained.device).eval()
+    reload_difference = (reloaded(**batch).logits - saved).abs().max().item()
+    size = f"{dense_bytes / 1e6:.1f} MB in 16 bits -> {weights_bytes(folder) / 1e6:.1f} MB"
+    merged = qrefta.merge(reloaded).eval()
+    merged.save_pretrained(folder.parent / "merged")
+    merge_difference = (merged(**batch).logits.float() - saved).abs().max().item()
+    console.print(f"model file             {size} (embeddings and head included)")
+    console.print(f"reloaded model         logits differ by {reload_difference:.1e} from the saved model's")
+    console.print(f"merged to dense bf16   logits differ by {merge_difference:.1e}, of {saved.abs().max().item():.1f}")
+    console.print(f"\nThe trained model is in {folder}, the merged one in {folder.parent / 'merged'}.")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    typer.run(run)
