@@ -20,7 +20,7 @@ from qrefta.finetune import FinetuneResult
 from qrefta.finetune import finetune as finetune_model
 from qrefta.prepare import prepare as prepare_model
 from qrefta.quantize import BLOCK_SIZES, QUANT_TYPES
-from qrefta.quantizer import is_prepared, load, prepared_config, quant_report
+from qrefta.quantizer import is_prepared, load, quant_report
 from qrefta.tensor import TRANSFORMS
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -96,6 +96,7 @@ def finetune(
     max_steps: Annotated[int, typer.Option(help="Steps; if positive it wins over --epochs.")] = -1,
     batch_size: int = 32,
     max_length: Annotated[int, typer.Option(help="Tokens a row is cut to.")] = 128,
+    bf16: Annotated[bool, typer.Option(help="Compute in bf16 under autocast.")] = False,
     report_to: Annotated[list[str] | None, typer.Option(help="Trainer's logging integrations.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in OUT.")] = False,
 ) -> None:
@@ -114,8 +115,8 @@ def finetune(
     console.print(report_table(quant_report(classifier)))
     result = finetune_model(
         classifier, AutoTokenizer.from_pretrained(model), data, out, learning_rate=learning_rate, epochs=epochs,
-        max_steps=max_steps, batch_size=batch_size, max_length=max_length, seed=seed, report_to=report_to or "none",
-        resume=resume,
+        max_steps=max_steps, batch_size=batch_size, max_length=max_length, bf16=bf16, seed=seed,
+        report_to=report_to or "none", resume=resume,
     )  # fmt: skip
     console.print(results_table({"qrefta": result}))
     console.print(f"Saved in {out} ({weights_bytes(out) / 1e6:.1f} MB)")
@@ -152,22 +153,24 @@ def merge(
 
 def report_table(rows: list[dict[str, Any]]) -> Table:
     """The rows of `quant_report` as a table, with a line for the whole model."""
-    table = Table(title="Quantization error of each stack: residual against the whole weight")
-    for name in ("stack", "shape", "R", "||W-Q(W)||²", "||Wres-Q(Wres)||²", "ratio", "energy in R", "bits/weight"):
+    prefix = _common_prefix([row["stack"] for row in rows])
+    where = f" in {prefix.removesuffix('.')}" if prefix else ""
+    table = Table(title=f"Squared quantization error{where}: whole weight W, residual Wr", title_justify="left")
+    for name in ("stack", "shape", "R", "W-Q(W)", "Wr-Q(Wr)", "ratio", "bits/weight"):
         table.add_column(name, justify="left" if name == "stack" else "right", overflow="fold")
     for row in rows:
         out_features, in_features = row["shape"]
         table.add_row(
-            row["stack"], f"{row['layers']}x{out_features}x{in_features}", str(row["rank"]),
+            row["stack"].removeprefix(prefix), f"{row['layers']}x{out_features}x{in_features}", str(row["rank"]),
             f"{row['baseline_error']:.4g}", f"{row['residual_error']:.4g}", f"{row['ratio']:.3f}",
-            f"{row['principal_energy']:.1%}", f"{row['bits_per_weight']:.2f}",
+            f"{row['bits_per_weight']:.2f}",
         )  # fmt: skip
     baseline, residual = (sum(row[key] for row in rows) for key in ("baseline_error", "residual_error"))
     weights = sum(row["layers"] * row["shape"][0] * row["shape"][1] for row in rows)
     bits = 8 * sum(row["bytes"] for row in rows) / weights
     ratio = f"{residual / baseline:.3f}" if baseline else "1.000"
     table.add_section()
-    table.add_row("all", f"{weights:,}", "", f"{baseline:.4g}", f"{residual:.4g}", ratio, "", f"{bits:.2f}")
+    table.add_row("all", f"{weights:,}", "", f"{baseline:.4g}", f"{residual:.4g}", ratio, f"{bits:.2f}")
     return table
 
 
@@ -185,7 +188,7 @@ def results_table(results: dict[str, FinetuneResult]) -> Table:
 
 
 def load_classifier(model: str, classes: list[str], seed: int) -> PreTrainedModel:
-    """A sequence classifier for these classes, with a head drawn from `seed` where the checkpoint has none."""
+    """A sequence classifier for these classes; its head is drawn from `seed` if the checkpoint has none that fits."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return AutoModelForSequenceClassification.from_pretrained(
@@ -193,6 +196,7 @@ def load_classifier(model: str, classes: list[str], seed: int) -> PreTrainedMode
             num_labels=len(classes),
             id2label=dict(enumerate(classes)),
             label2id={name: index for index, name in enumerate(classes)},
+            ignore_mismatched_sizes=AutoConfig.from_pretrained(model).num_labels != len(classes),
         )
 
 
@@ -234,6 +238,13 @@ def _save_tokenizer(source: str | Path, out: Path) -> None:
     except (ValueError, OSError):
         return
     tokenizer.save_pretrained(out)
+
+
+def _common_prefix(names: list[str]) -> str:
+    """The module path that all names start with, with its dot, or nothing."""
+    split = [name.split(".")[:-1] for name in names]
+    shared = [parts[0] for parts in zip(*split) if len(set(parts)) == 1]
+    return ".".join(shared) + "." if shared and all(parts[: len(shared)] == shared for parts in split) else ""
 
 
 def _check_empty(out: Path) -> None:

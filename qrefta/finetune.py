@@ -56,6 +56,7 @@ def finetune(
     warmup_steps: float = 0.1,
     weight_decay: float = 0.0,
     save_steps: float = 0.25,
+    bf16: bool = False,
     seed: int = 0,
     report_to: str | list[str] = "none",
     resume: bool = False,
@@ -81,6 +82,7 @@ def finetune(
         warmup_steps: steps, or below 1 the share of the run, in which the learning rate rises.
         weight_decay: AdamW's; 0 by default, since it would pull factors towards zero, away from the original weights.
         save_steps: a checkpoint every so many steps, or below 1 every such share of the run.
+        bf16: compute in bf16 under autocast, for a model that is loaded in float32.
         seed: of batch order and dropout.
         report_to: Trainer's logging integrations ("wandb", "tensorboard", ...).
         resume: go on from the last checkpoint in `output_dir`; the result is that of an uninterrupted run.
@@ -106,7 +108,8 @@ def finetune(
         weight_decay=weight_decay,
         save_steps=save_steps,
         save_total_limit=2,
-        logging_steps=0.05,
+        logging_steps=0.25,
+        bf16=bf16,
         seed=seed,
         report_to=report_to,
         disable_tqdm=not progress,

@@ -63,7 +63,7 @@ def run(
     }
 
     prepared = load_classifier(source, classes, seed)
-    dense_bytes = 2 * sum(parameter.numel() for parameter in prepared.parameters())
+    dense_bytes = sum(parameter.nbytes for parameter in prepared.parameters())
     qrefta.prepare(prepared, bits=4, rank=rank, seed=seed, progress=True)
     console.print(report_table(qrefta.quant_report(prepared)))
     results["qrefta"] = train("qrefta", prepared)
@@ -102,18 +102,21 @@ def show_files(
     trained: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DatasetDict, folder: Path, dense_bytes: int
 ) -> None:
     """Reload what training saved, merge it, and print the sizes and the differences in logits."""
-    rows = data["test"][:64]
-    texts = [rows[name] for name in ("text", "text_pair") if name in rows]
+    sample = data["test"][:64]
+    texts = [sample[name] for name in ("text", "text_pair") if name in sample]
     batch = tokenizer(*texts, padding=True, truncation=True, max_length=128, return_tensors="pt")
     batch = batch.to(trained.device)
     saved = trained.eval()(**batch).logits
     reloaded = qrefta.load(folder).to(trained.device).eval()
     reload_difference = (reloaded(**batch).logits - saved).abs().max().item()
-    size = f"{dense_bytes / 1e6:.1f} MB in 16 bits -> {weights_bytes(folder) / 1e6:.1f} MB"
+    rows = qrefta.quant_report(trained)
+    blocks = sum(row["layers"] * row["shape"][0] * row["shape"][1] for row in rows)
+    packed_bytes = sum(row["bytes"] for row in rows)
     merged = qrefta.merge(reloaded).eval()
     merged.save_pretrained(folder.parent / "merged")
     merge_difference = (merged(**batch).logits.float() - saved).abs().max().item()
-    console.print(f"model file             {size} (embeddings and head included)")
+    console.print(f"linears of the blocks  {2 * blocks / 1e6:.1f} MB in 16 bits -> {packed_bytes / 1e6:.1f} MB")
+    console.print(f"whole model            {dense_bytes / 1e6:.1f} MB -> {weights_bytes(folder) / 1e6:.1f} MB in file")
     console.print(f"reloaded model         logits differ by {reload_difference:.1e} from the saved model's")
     console.print(f"merged to dense bf16   logits differ by {merge_difference:.1e}, of {saved.abs().max().item():.1f}")
     console.print(f"\nThe trained model is in {folder}, the merged one in {folder.parent / 'merged'}.")

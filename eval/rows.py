@@ -1,0 +1,74 @@
+"""Rows of measurements: one JSON object a line, each with what is needed to measure it again."""
+
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SCHEMA = 1
+PACKAGES = ("qrefta", "torch", "transformers", "bitsandbytes", "accelerate", "datasets", "peft")
+
+
+def context(seed: int) -> dict[str, Any]:
+    """Where and how a row was measured: command, commit, versions, device, threads, seed."""
+    cuda = torch.cuda.is_available()
+    return {
+        "schema": SCHEMA,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "device": torch.cuda.get_device_name() if cuda else _processor(),
+        "threads": torch.get_num_threads(),
+        "seed": seed,
+    }
+
+
+def append(path: Path, rows: Iterable[dict[str, Any]], seed: int) -> None:
+    """Add rows to a file, each behind its context."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shared = context(seed)
+    with path.open("a", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(shared | row, ensure_ascii=False) + "\n")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All rows of a file.
+
+    Raises:
+        ValueError: if a row was written by another version of this schema.
+    """
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for number, row in enumerate(rows, start=1):
+        if row.get("schema") != SCHEMA:
+            raise ValueError(f"{path}, line {number}: schema {row.get('schema')!r}; this version reads {SCHEMA}.")
+    return rows
+
+
+def _commit() -> str:
+    """Short hash of HEAD, with + when tracked files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
+def _processor() -> str:
+    """The CPU's name, as the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

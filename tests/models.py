@@ -1,0 +1,199 @@
+"""Small random transformers models for the tests, built from configs (no downloads), seeded and in eval mode.
+
+Weights are larger than transformers' own start, and biases are not zero, so that a wrong or dropped one shows in the
+logits.
+"""
+
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    SwinConfig,
+    SwinForImageClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+VOCAB = 96
+LAYERS = 3
+
+
+def build(model_class, config):
+    """A seeded model; the global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = model_class(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    parameter.normal_(std=0.1)
+    return model.float().eval()
+
+
+def encoder_sizes(hidden, layers=LAYERS):
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "intermediate_size": 2 * hidden,
+        "initializer_range": 0.1,
+    }
+
+
+def decoder_sizes(hidden, layers=LAYERS):
+    """Grouped-query attention: 4 query heads, 2 key-value heads."""
+    return encoder_sizes(hidden, layers) | {
+        "vocab_size": VOCAB,
+        "num_key_value_heads": 2,
+        "head_dim": hidden // 4,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+    }
+
+
+def tiny_bert(hidden=32, layers=LAYERS):
+    config = BertConfig(vocab_size=VOCAB, max_position_embeddings=64, num_labels=3, **encoder_sizes(hidden, layers))
+    return build(BertForSequenceClassification, config)
+
+
+def tiny_roberta(hidden=32):
+    config = RobertaConfig(vocab_size=VOCAB, max_position_embeddings=64, num_labels=3, **encoder_sizes(hidden))
+    return build(RobertaForSequenceClassification, config)
+
+
+def tiny_vit(hidden=32):
+    config = ViTConfig(image_size=16, patch_size=4, num_labels=3, **encoder_sizes(hidden))
+    return build(ViTForImageClassification, config)
+
+
+def tiny_llama(hidden=32):
+    return build(LlamaForCausalLM, LlamaConfig(**decoder_sizes(hidden)))
+
+
+def tiny_qwen3(hidden=32):
+    return build(Qwen3ForCausalLM, Qwen3Config(**decoder_sizes(hidden)))
+
+
+def tiny_mistral(hidden=32):
+    return build(MistralForCausalLM, MistralConfig(**decoder_sizes(hidden)))
+
+
+def tiny_mixtral(hidden=32):
+    """Mixture of experts: transformers 5 keeps the experts as fused 3-D parameters, which are no linears."""
+    return build(MixtralForCausalLM, MixtralConfig(num_local_experts=4, **decoder_sizes(hidden)))
+
+
+def tiny_gpt2(hidden=32):
+    config = GPT2Config(
+        vocab_size=VOCAB,
+        n_positions=64,
+        n_embd=hidden,
+        n_layer=LAYERS,
+        n_head=4,
+        initializer_range=0.1,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    return build(GPT2LMHeadModel, config)
+
+
+def tiny_t5(hidden=32):
+    config = T5Config(
+        vocab_size=VOCAB,
+        d_model=hidden,
+        d_kv=hidden // 4,
+        d_ff=2 * hidden,
+        num_layers=LAYERS,
+        num_decoder_layers=2,
+        num_heads=4,
+        pad_token_id=0,
+        decoder_start_token_id=0,
+    )
+    return build(T5ForConditionalGeneration, config)
+
+
+def tiny_swin():
+    """Two stages, of widths 32 and 64."""
+    config = SwinConfig(
+        image_size=32,
+        patch_size=4,
+        embed_dim=32,
+        depths=[2, 2],
+        num_heads=[2, 4],
+        window_size=4,
+        num_labels=3,
+        initializer_range=0.1,
+    )
+    return build(SwinForImageClassification, config)
+
+
+def tiny_segformer():
+    """Its decode head holds a list of linears."""
+    config = SegformerConfig(
+        num_labels=3,
+        hidden_sizes=[8, 8, 16, 16],
+        decoder_hidden_size=16,
+        num_attention_heads=[1, 1, 2, 2],
+        depths=[1, 1, 1, 1],
+    )
+    return build(SegformerForSemanticSegmentation, config)
+
+
+def bert_100():
+    """A width that is no multiple of the quantization block, or of 32."""
+    return tiny_bert(hidden=100)
+
+
+def llama_96():
+    """96 % 64 == 32: the rows for which bitsandbytes' CPU kernel is wrong."""
+    return tiny_llama(hidden=96)
+
+
+ARCHITECTURES = {
+    "bert": tiny_bert,
+    "roberta": tiny_roberta,
+    "vit": tiny_vit,
+    "llama_gqa": tiny_llama,
+    "qwen3": tiny_qwen3,
+    "mistral": tiny_mistral,
+    "gpt2": tiny_gpt2,
+    "t5": tiny_t5,
+    "bert_100": bert_100,
+    "llama_96": llama_96,
+}
+
+
+def inputs(model):
+    """A deterministic batch of two for any of the models."""
+    generator = torch.Generator().manual_seed(1)
+    if model.main_input_name == "pixel_values":
+        size = model.config.image_size
+        return {"pixel_values": torch.randn(2, 3, size, size, generator=generator)}
+    batch = {"input_ids": torch.randint(2, VOCAB, (2, 8), generator=generator)}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    if model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = torch.randint(2, VOCAB, (2, 6), generator=generator)
+    return batch
+
+
+@torch.no_grad()
+def logits(model):
+    """Logits of the deterministic batch, on the CPU."""
+    batch = {name: tensor.to(model.device) for name, tensor in inputs(model).items()}
+    return model(**batch).logits.cpu()

@@ -1,0 +1,89 @@
+"""The command line, as real processes and through typer's runner."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+from typer.testing import CliRunner
+
+from qrefta.cli import app, load_classifier
+from tests.models import logits
+from tests.tiny import color_rows, tiny_folder
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return tiny_folder(tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in color_rows(60, seed=1)))
+    return file
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def test_prepare_inspect_merge_round_trip(dense, tmp_path):
+    """The merged model is a plain one, near the dense original; inspect shows each stack."""
+    result = invoke("prepare", dense, tmp_path / "4bit", "--rank", 8, "--transform", "dct", "--quant-type", "int4")
+    assert result.exit_code == 0
+    shown = invoke("inspect", tmp_path / "4bit").output
+    assert "attention.self.query" in shown
+    assert "transform=dct" in shown
+    assert "quant_type=int4" in shown
+    assert invoke("merge", tmp_path / "4bit", tmp_path / "dense", "--dtype", "float32").exit_code == 0
+    original, merged = (
+        AutoModelForSequenceClassification.from_pretrained(path) for path in (dense, tmp_path / "dense")
+    )
+    assert not hasattr(merged.config, "quantization_config")
+    distance = (logits(merged) - logits(original)).norm() / logits(original).norm()
+    assert 0 < distance < 0.5  # 4 bits on random weights cost; a wrong merge is off by 1 and more
+
+
+def test_finetune_prepares_trains_and_resumes(dense, rows, tmp_path):
+    options = ["--rank", 4, "--max-steps", 4, "--batch-size", 8, "--target", "query", "--target", "value"]
+    result = invoke("finetune", dense, rows, tmp_path / "out", *options)
+    assert result.exit_code == 0
+    assert "Test accuracy" in result.output
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    again = invoke("finetune", tmp_path / "out", rows, tmp_path / "out", *options, "--resume")
+    assert again.exit_code == 0
+
+
+def test_existing_output_is_never_overwritten(dense, tmp_path):
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(ValueError, match="not empty"):
+        invoke("prepare", dense, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_expected_errors_are_one_line_and_exit_code_2(dense, tmp_path):
+    """No traceback for what the user can mend."""
+    command = [sys.executable, "-m", "qrefta", "prepare", str(dense), str(tmp_path / "out"), "--rank", "100000"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "the largest allowed rank is 96" in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_inspect_refuses_a_folder_that_holds_no_prepared_model(dense, tmp_path):
+    with pytest.raises(ValueError, match="no qrefta model"):
+        invoke("inspect", dense)
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        invoke("inspect", tmp_path)
+
+
+def test_head_is_drawn_from_the_seed_and_leaves_the_global_one_alone(dense):
+    state = torch.get_rng_state()
+    first, same, other = (load_classifier(str(dense), ["a", "b", "c"], seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first.classifier.weight, same.classifier.weight)
+    assert not torch.equal(first.classifier.weight, other.classifier.weight)
