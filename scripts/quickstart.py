@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # eval/ is not part of the i
 
 import qrefta
 from eval.demo import docstring_sentences, model_folder
+from eval.rows import append
 from qrefta.cli import load_classifier, quiet_libraries, report_table, results_table, weights_bytes
 from qrefta.data import load_classification
 from qrefta.finetune import FinetuneResult, finetune
@@ -39,6 +40,7 @@ def run(
     out: Annotated[Path, typer.Option(help="Folder for the results; what it holds is replaced.")] = Path(
         "runs/quickstart"
     ),
+    rows: Annotated[Path | None, typer.Option(help="File to add the measurements to, as JSON lines.")] = None,
     seed: Annotated[int, typer.Option(help="Of heads, rows and batch order.")] = 0,
 ) -> None:
     """Prepare, train, save, reload and merge a model in 4 bits, beside two 16-bit baselines."""
@@ -69,7 +71,10 @@ def run(
     results["qrefta"] = train("qrefta", prepared)
     console.print()
     console.print(results_table(results))
-    show_files(prepared, tokenizer, data, out / "qrefta", dense_bytes)
+    files = check_files(prepared, tokenizer, data, out / "qrefta", dense_bytes)
+    show_files(files, out / "qrefta")
+    if rows is not None:
+        append(rows, to_rows(qrefta.quant_report(prepared), results, files, len(data["test"])), seed)
 
 
 def load_data(dataset: str | None, train_rows: int, test_rows: int, seed: int) -> DatasetDict:
@@ -98,28 +103,50 @@ def lora(classifier: PreTrainedModel) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def show_files(
+def check_files(
     trained: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DatasetDict, folder: Path, dense_bytes: int
-) -> None:
-    """Reload what training saved, merge it, and print the sizes and the differences in logits."""
+) -> dict[str, float]:
+    """Reload what training saved and merge it: sizes in bytes, and the largest differences in test logits."""
     sample = data["test"][:64]
     texts = [sample[name] for name in ("text", "text_pair") if name in sample]
-    batch = tokenizer(*texts, padding=True, truncation=True, max_length=128, return_tensors="pt")
-    batch = batch.to(trained.device)
+    batch = tokenizer(*texts, padding=True, truncation=True, max_length=128, return_tensors="pt").to(trained.device)
     saved = trained.eval()(**batch).logits
     reloaded = qrefta.load(folder).to(trained.device).eval()
     reload_difference = (reloaded(**batch).logits - saved).abs().max().item()
-    rows = qrefta.quant_report(trained)
-    blocks = sum(row["layers"] * row["shape"][0] * row["shape"][1] for row in rows)
-    packed_bytes = sum(row["bytes"] for row in rows)
-    merged = qrefta.merge(reloaded).eval()
+    merged = qrefta.merge(reloaded)
     merged.save_pretrained(folder.parent / "merged")
-    merge_difference = (merged(**batch).logits.float() - saved).abs().max().item()
-    console.print(f"linears of the blocks  {2 * blocks / 1e6:.1f} MB in 16 bits -> {packed_bytes / 1e6:.1f} MB")
-    console.print(f"whole model            {dense_bytes / 1e6:.1f} MB -> {weights_bytes(folder) / 1e6:.1f} MB in file")
-    console.print(f"reloaded model         logits differ by {reload_difference:.1e} from the saved model's")
-    console.print(f"merged to dense bf16   logits differ by {merge_difference:.1e}, of {saved.abs().max().item():.1f}")
+    rows = qrefta.quant_report(trained)
+    return {
+        "linears_16_bit_bytes": 2 * sum(row["layers"] * row["shape"][0] * row["shape"][1] for row in rows),
+        "linears_bytes": sum(row["bytes"] for row in rows),
+        "model_bytes_before": dense_bytes,
+        "model_bytes_after": weights_bytes(folder),
+        "largest_logit": saved.abs().max().item(),
+        "reload_difference": reload_difference,
+        "merge_difference": (merged(**batch).logits.float() - saved).abs().max().item(),
+    }
+
+
+def show_files(files: dict[str, float], folder: Path) -> None:
+    """Print what `check_files` found."""
+    before, after, whole_before, whole_after = (f"{value / 1e6:.1f} MB" for value in list(files.values())[:4])
+    console.print(f"linears of the blocks  {before} in 16 bits -> {after}")
+    console.print(f"whole model            {whole_before} -> {whole_after} in file (the rest keeps its dtype)")
+    console.print(f"reloaded model         logits differ by {files['reload_difference']:.1e} from the saved model's")
+    console.print(f"merged to dense bf16   by {files['merge_difference']:.1e}, of {files['largest_logit']:.1f} at most")
     console.print(f"\nThe trained model is in {folder}, the merged one in {folder.parent / 'merged'}.")
+
+
+def to_rows(
+    report: list[dict[str, Any]], results: dict[str, FinetuneResult], files: dict[str, float], test_rows: int
+) -> list[dict[str, Any]]:
+    """Everything that was printed, as rows for `eval.rows`."""
+    rows = [{"study": "quickstart", "kind": "stack"} | row for row in report]
+    for name, result in results.items():
+        error = (result.accuracy_after * (1 - result.accuracy_after) / test_rows) ** 0.5
+        row = {"study": "quickstart", "kind": "training", "method": name, "n": test_rows, "standard_error": error}
+        rows.append(row | result._asdict())
+    return [*rows, {"study": "quickstart", "kind": "files"} | files]
 
 
 if __name__ == "__main__":
