@@ -7,8 +7,9 @@ lie outside and are left alone.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -57,11 +58,13 @@ def find_stacks(model: nn.Module) -> list[LayerStack]:
 
     A number in a module path is a layer number when it indexes repeated blocks (see `_is_repeated`); other numbers
     are part of the role: T5's `encoder.block.*.layer.0.SelfAttention.q` keeps its 0. Exact `nn.Linear` and `Conv1D`
-    only: a subclass (the output projection of `nn.MultiheadAttention`, say) may be used without its forward.
+    only: a subclass (the output projection of `nn.MultiheadAttention`, say) may be used without its forward. Task heads
+    may hold lists of linears too (SegFormer's decode_head), so only the base model is searched.
     """
+    base = set(getattr(model, "base_model", model).modules())
     members: dict[tuple[str, int, int, bool], list[str]] = {}
     for path, module in model.named_modules():
-        if type(module) in (nn.Linear, Conv1D) and "*" in (role := _role(model, path)):
+        if type(module) in (nn.Linear, Conv1D) and module in base and "*" in (role := _role(model, path)):
             transposed = type(module) is Conv1D
             shape = tuple(module.weight.shape)
             out_features, in_features = shape[::-1] if transposed else shape
@@ -76,26 +79,48 @@ def select_stacks(stacks: list[LayerStack], target_modules: str | list[str] | No
     """Stacks whose modules `target_modules` names (see `qrefta.prepare`).
 
     Raises:
-        ValueError: if there is no stack, or a name or the expression matches none; lists what there is.
+        ValueError: if there is no stack, a name or the expression matches none (lists what there is), or it matches
+            some layers of a stack only.
     """
     if not stacks:
         raise ValueError("The model has no linear layers in repeated blocks; there is nothing to prepare.")
     if target_modules is None:
         return stacks
-    available = ", ".join(stack.name for stack in stacks)
     if isinstance(target_modules, str):
-        try:
-            pattern = re.compile(target_modules)
-        except re.error as error:
-            raise ValueError(f"target_modules {target_modules!r} is not a regular expression: {error}") from error
-        chosen = [stack for stack in stacks if any(pattern.fullmatch(path) for path in stack.modules)]
-        if not chosen:
-            raise ValueError(f"target_modules {target_modules!r} matches no linear; the stacks are: {available}")
-        return chosen
-    unmatched = [name for name in target_modules if not any(ends_with(stack.modules[0], name) for stack in stacks)]
-    if unmatched or not target_modules:
-        raise ValueError(f"target_modules {unmatched or '[]'} match no linear; the stacks are: {available}")
-    return [stack for stack in stacks if any(ends_with(stack.modules[0], name) for name in target_modules)]
+        return _matching(stacks, target_modules, _compile(target_modules).fullmatch)
+    if not target_modules:
+        raise _no_match(stacks, target_modules)
+    chosen = [_matching(stacks, name, partial(ends_with, name=name)) for name in target_modules]
+    return [stack for stack in stacks if any(stack in found for found in chosen)]
+
+
+def _matching(stacks: list[LayerStack], target: str, matches: Callable[[str], object]) -> list[LayerStack]:
+    """Stacks all of whose modules match."""
+    chosen = []
+    for stack in stacks:
+        count = sum(bool(matches(path)) for path in stack.modules)
+        if 0 < count < stack.layers:
+            raise ValueError(
+                f"target_modules {target!r} matches {count} of the {stack.layers} layers of {stack.name}; factors are "
+                "shared by all layers of a stack, so name all of them or none"
+            )
+        if count:
+            chosen.append(stack)
+    if not chosen:
+        raise _no_match(stacks, target)
+    return chosen
+
+
+def _no_match(stacks: list[LayerStack], target: str | list[str]) -> ValueError:
+    available = ", ".join(stack.name for stack in stacks)
+    return ValueError(f"target_modules {target!r} matches no linear; the stacks are: {available}")
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"target_modules {pattern!r} is not a regular expression: {error}") from error
 
 
 def read_weight(module: nn.Module) -> Tensor:
@@ -116,7 +141,7 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
     """Put `new` wherever `model` holds the module at `path` (a shared module has several owners)."""
     old = model.get_submodule(path)
     for parent in list(model.modules()):
-        for name, child in parent.named_children():
+        for name, child in list(parent._modules.items()):  # named_children names a shared module once
             if child is old:
                 setattr(parent, name, new)
 

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 import qrefta
 from eval.demo import model_folder
 from qrefta.config import QReftaConfig
+from qrefta.factors import BANK
 from qrefta.linear import AdaptedLinear
 from qrefta.quantize import QUANT_TYPES
 from qrefta.split import quantize_stack, split_stack
@@ -162,7 +163,8 @@ def test_rows_describe_what_is_stored(architecture, double_quant):
         assert [report["layers"], *report["shape"]] == list(weights.shape)
         assert report["rank"] == sum(report["slice_ranks"]) == 7
         assert len(report["slice_ranks"]) == report["layers"]
-        stored = [f"qrefta_factors.{row.layer_stack().key}.{name}" for name in ("A", "B", "mix")]
+        key = model.get_submodule(row.modules[0])._adapter[1]
+        stored = [f"{BANK}.{key}.{name}" for name in ("A", "B", "mix")]
         packed = ("weight", "absmax", "absmax_state") if double_quant else ("weight", "absmax")
         stored += [f"{path}.{name}" for path in row.modules for name in packed]
         assert report["bytes"] == sum(state[name].nbytes for name in stored)

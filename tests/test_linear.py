@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from qrefta.factors import FactorBank
 from qrefta.linear import AdaptedLinear, _AdaptedProduct
 from qrefta.methods.refta import ReFTA
-from qrefta.quantize import QUANT_TYPES, QuantFormat, quantize
+from qrefta.quantize import QUANT_TYPES, QuantFormat, dequantize, quantize
 from qrefta.tensor import transform_matrix
 
 LAYERS, OUT, IN, RANK = 3, 24, 40, 5
@@ -40,6 +40,13 @@ class Adapted(nn.Module):
 
     def forward(self, x):
         return sum(layer(x) * (place + 1) for place, layer in enumerate(self.layers))
+
+    def moved(self):
+        """Self after some training: masters that are no bf16 values."""
+        with torch.no_grad():
+            for seed, parameter in enumerate(self.bank["stack"].trained()):
+                parameter += 0.01 * randn(*parameter.shape, seed=seed, dtype=parameter.dtype)
+        return self
 
 
 def plain_layer(fmt, bias=True):
@@ -87,7 +94,7 @@ def test_bits_16_layers_equal_the_original_weights():
 def test_forward_is_a_linear_with_the_dense_weight(fmt, bias):
     """Float32, sums of 40 in two orders: measured up to 8e-6 apart over 7 formats and 5 seeds."""
     x = randn(7, IN)
-    for layer in (*Adapted(fmt, bias).layers, plain_layer(fmt, bias)):
+    for layer in (*Adapted(fmt, bias).moved().layers, plain_layer(fmt, bias)):
         assert_close(layer(x), nn.functional.linear(x, layer.dense_weight(), layer.bias), rtol=1e-5, atol=2e-5)
 
 
@@ -120,6 +127,22 @@ def test_layout_of_the_input_does_not_matter(fmt):
             assert_close(a, b)
 
 
+def test_layout_of_the_gradient_does_not_matter():
+    model = Adapted()
+    x, grad = randn(2, 3, IN).requires_grad_(), randn(3, 2, OUT).transpose(0, 1)
+    y, leaves = model.layers[0](x), [x, *model.bank["stack"].trained()]
+    strided = torch.autograd.grad(y, leaves, grad, retain_graph=True)
+    for a, b in zip(strided, torch.autograd.grad(y, leaves, grad.contiguous()), strict=True):
+        assert_close(a, b)
+
+
+@pytest.mark.parametrize("fmt", FORMATS[1:], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_residual_is_dequantized_straight_to_the_dtype(fmt, dtype):
+    weight = randn(OUT, IN)
+    assert torch.equal(plain_layer(fmt).residual(dtype), dequantize(quantize(weight, fmt), fmt, (OUT, IN), dtype))
+
+
 @biased
 def test_gradcheck(bias):
     """Numerical derivatives in float64 for x, up, core and down, all at once and each alone."""
@@ -139,7 +162,7 @@ def test_gradcheck(bias):
 @all_formats
 def test_gradients_are_those_of_the_dense_definition(fmt):
     """Shared factors: three layers' gradients accumulate. Float32, measured up to 9e-6 apart (7 formats, 5 seeds)."""
-    model = Adapted(fmt)
+    model = Adapted(fmt).moved()
     x = randn(2, 4, IN).requires_grad_()
     reference = sum(dense(layer, x) * (place + 1) for place, layer in enumerate(model.layers))
     for found, expected in zip(gradients(model, x, model(x)), gradients(model, x, reference), strict=True):

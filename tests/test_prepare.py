@@ -2,6 +2,7 @@ import copy
 import json
 import random
 import re
+import sys
 import weakref
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.testing import assert_close
 from transformers import (
     AlbertConfig,
     AlbertForSequenceClassification,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
     BertForQuestionAnswering,
@@ -33,7 +35,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import qrefta
-import qrefta.prepare
+import qrefta.tensor
 from qrefta.factors import BANK
 from qrefta.linear import AdaptedLinear
 from qrefta.stack import find_stacks
@@ -148,7 +150,8 @@ def test_what_trains_is_the_factors_and_the_head(architecture):
         head = {f"classifier.{part}.{name}" for part in ("dense", "out_proj") for name in ("weight", "bias")}
     assert trained(model) == head
     stacks = find_stacks(ARCHITECTURES[architecture]())
-    names = {f"{BANK}.{stack.key}.{name}" for stack in stacks for name in ("A", "B")}
+    names = {f"{BANK}.{name}" for name in getattr(model, BANK).state_dict() if name.endswith((".A", ".B"))}
+    assert len(names) == 2 * len(stacks)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == head | names
     count = sum(p.numel() for name, p in model.named_parameters() if name in names)
     assert count == sum(3 * (stack.in_features + stack.out_features) for stack in stacks)
@@ -200,9 +203,11 @@ def test_modules_to_save_train_too(names, expected):
     assert trained(model) == {"classifier.weight", "classifier.bias"} | expected
 
 
-@pytest.mark.parametrize(
-    "build_model", [tiny_gpt2, tiny_t5, lambda: build(LlamaForCausalLM, TIED)], ids="gpt2 t5 llama".split()
-)
+def tied_llama():
+    return build(LlamaForCausalLM, LlamaConfig(**decoder_sizes(32), tie_word_embeddings=True))
+
+
+@pytest.mark.parametrize("build_model", [tiny_gpt2, tiny_t5, tied_llama])
 def test_tied_embeddings_stay_tied(build_model):
     model = build_model()
     head = model.get_output_embeddings()
@@ -212,9 +217,6 @@ def test_tied_embeddings_stay_tied(build_model):
     assert model.get_input_embeddings().weight is head.weight
     assert not head.weight.requires_grad
     assert head.weight.dtype == torch.float32
-
-
-TIED = LlamaConfig(**decoder_sizes(32), tie_word_embeddings=True)
 
 
 # Refusals
@@ -278,7 +280,11 @@ REFUSALS = {
     "rank too large for keys": (tiny_llama, {"rank": 49}, "k_proj (3 layers of 16 x 32) .* largest allowed rank is 48"),
     "rank too large for the decoder": (tiny_t5, {"rank": 65}, "decoder.block.*.layer.0.SelfAttention.q .* rank is 64"),
     "no target": (tiny_bert, {"target_modules": ["q_proj"]}, "['q_proj'] match no linear; the stacks are: bert.enc"),
-    "one target of two": (tiny_bert, {"target_modules": ["query", "up"]}, "['up'] match no linear; .*intermediate.d"),
+    "one target of two": (
+        tiny_bert,
+        {"target_modules": ["query", "up"]},
+        "['up'] match no linear; the stacks are: bert.enc",
+    ),
     "part of a name": (tiny_bert, {"target_modules": ["uery"]}, "['uery'] match no linear"),
     "empty targets": (tiny_bert, {"target_modules": []}, "[] match no linear; the stacks are: bert.encoder.layer.*"),
     "regex without match": (tiny_bert, {"target_modules": "query"}, "'query' matches no linear; the stacks are: bert"),
@@ -330,11 +336,9 @@ def test_a_refused_model_is_left_as_it_was(refusal):
 def test_a_bitsandbytes_model_of_transformers_is_refused(tmp_path):
     tiny_bert(hidden=64).save_pretrained(tmp_path)
     config = BitsAndBytesConfig(load_in_4bit=True)
-    from transformers import AutoModelForSequenceClassification as Auto
-
-    model = Auto.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
     before = fingerprint(model)
-    with pytest.raises(ValueError, match="already quantized .*bitsandbytes.* load it without quantization_config"):
+    with pytest.raises(ValueError, match="already quantized .*; load it without quantization_config"):
         qrefta.prepare(model, rank=3)
     assert_unchanged(model, before)
 
@@ -395,8 +399,7 @@ def test_dense_weights_are_released_stack_by_stack(monkeypatch):
     """At no time are the dense weights of two finished stacks alive: a second full copy is never held."""
     model = tiny_bert()
     dense = {s.name: [weakref.ref(model.get_submodule(path).weight) for path in s.modules] for s in find_stacks(model)}
-    one_stack = qrefta.prepare._prepare_stack if hasattr(qrefta.prepare, "_prepare_stack") else None
-    module = __import__("sys").modules["qrefta.prepare"]
+    module = sys.modules["qrefta.prepare"]  # `qrefta.prepare` is the function
     one_stack = module._prepare_stack
     done = []
 
@@ -411,26 +414,28 @@ def test_dense_weights_are_released_stack_by_stack(monkeypatch):
     assert done == list(dense)
 
 
-@pytest.mark.parametrize("bits", [4, 16])
-def test_peak_memory_is_a_stack_not_the_model(bits, tmp_path):
-    """Allocated while preparing, as torch's profiler counts it (it does not see the dense weights being released)."""
+# Peak in float32 stacks of the largest role, measured: 1.48, 2.50 and 2.17. With all weights of a role in float64 at once
+# it was 5; the model has 4 such stacks.
+@pytest.mark.parametrize(("settings", "stacks"), [({}, 1.8), ({"refine": 1}, 2.8), ({"bits": 16}, 2.5)], ids=str)
+def test_peak_memory_is_a_stack_not_the_model(settings, stacks, tmp_path, monkeypatch):
+    """Allocated while preparing, less what stays, as torch's profiler counts it.
+
+    It does not see the dense weights being released, which only makes the figure larger. The Gram matrix takes columns
+    in chunks of a fixed size, which is made small here as the model is.
+    """
+    monkeypatch.setattr(qrefta.tensor, "_GRAM_CHUNK", 256)
     model = tiny_bert(hidden=64, layers=24)
-    weights = {stack.name: 4 * np.prod(stack.shape) for stack in find_stacks(model)}
+    largest = max(4 * np.prod(stack.shape) for stack in find_stacks(model))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        qrefta.prepare(model, bits=bits, rank=8)
+        qrefta.prepare(model, rank=8, **settings)
     profiler.export_chrome_trace(str(tmp_path / "trace.json"))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     events = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
     allocated = np.cumsum([event["args"]["Bytes"] for event in events])
     stored = sum(p.nbytes for module in adapted(model).values() for p in module.parameters())
     stored += sum(p.nbytes for p in getattr(model, BANK).parameters())
-    assert allocated[-1] == pytest.approx(stored, rel=0.2)
-    # What stays, plus one stack in float32 with its residuals, plus temporaries of single layers.
-    assert allocated.max() - stored < LIMIT[bits] * max(weights.values())
-    assert LIMIT[bits] * max(weights.values()) < 0.7 * sum(weights.values())
-
-
-LIMIT = {4: 2.0, 16: 3.0}  # stacks in float32
+    assert allocated[-1] == pytest.approx(stored, rel=0.2)  # the profiler saw it all
+    assert allocated.max() - stored < stacks * largest
 
 
 # Copies, seeds, several models
@@ -493,19 +498,10 @@ def test_two_models_in_one_process_are_independent():
 def test_prepare_merge_prepare_again(architecture):
     model = ARCHITECTURES[architecture]()
     expected = logits(model)
-    for settings in ({"bits": 16, "rank": 3}, {"bits": 16, "rank": 7, "transform": "dct"}):
-        qrefta.prepare(model, **settings)
-        qrefta.merge(model, dtype=torch.float32)
-    qrefta.prepare(model, rank=5)
-    assert [row["rank"] for row in qrefta.quant_report(model)] == [5] * len(adapted(model)) or all(
-        row["rank"] == 5 for row in qrefta.quant_report(model)
-    )
-    qrefta.merge(model, dtype=torch.float32)
-    qrefta.prepare(model, bits=16, rank=2)
-    assert not torch.equal(logits(model), expected)  # 4 bits left their mark
-    first, second = ARCHITECTURES[architecture](), ARCHITECTURES[architecture]()
-    qrefta.merge(qrefta.prepare(first, bits=16, rank=3), dtype=torch.float32)
-    assert_close(logits(qrefta.prepare(first, bits=16, rank=5)), logits(second), rtol=1e-5, atol=1e-5)
+    qrefta.merge(qrefta.prepare(model, bits=16, rank=3), dtype=torch.float32)
+    qrefta.prepare(model, bits=16, rank=5, transform="dct")
+    assert {row["rank"] for row in qrefta.quant_report(model)} == {5}
+    assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_progress_bar_counts_stacks(capsys):

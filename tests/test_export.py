@@ -1,0 +1,218 @@
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from transformers.pytorch_utils import Conv1D
+
+import qrefta
+from qrefta.factors import BANK
+from qrefta.linear import AdaptedLinear
+from tests.models import ARCHITECTURES, inputs, logits, tiny_bert, tiny_gpt2, tiny_llama
+
+all_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+
+def prepared(architecture, **settings):
+    return qrefta.prepare(ARCHITECTURES[architecture](), rank=5, **settings)
+
+
+def classes(model):
+    return {path: type(module) for path, module in model.named_modules()}
+
+
+def take_steps(model, steps=3):
+    """Plain SGD on the sum of squared logits: moves every factor and the head."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(**inputs(model)).logits.square().mean().backward()
+        optimizer.step()
+    return model
+
+
+@all_architectures
+@pytest.mark.parametrize("bits", [4, 16])
+def test_merged_float32_logits_equal_the_prepared_ones(architecture, bits):
+    model = prepared(architecture, bits=bits)
+    expected = logits(model)
+    merged = qrefta.merge(model, dtype=torch.float32)
+    assert merged is model
+    assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
+
+
+@all_architectures
+def test_merged_logits_equal_the_trained_models(architecture):
+    start = prepared(architecture)
+    model = take_steps(copy.deepcopy(start))
+    expected = logits(model)
+    assert (expected - logits(start)).abs().max() > 1e-3  # training did something
+    assert_close(logits(qrefta.merge(model, dtype=torch.float32)), expected, rtol=1e-5, atol=1e-5)
+
+
+@all_architectures
+def test_merged_weights_are_the_layers_own(architecture):
+    """Every merged weight and bias, against the layer that it replaces, bit for bit in float32."""
+    model = prepared(architecture)
+    expected = {path: m for path, m in copy.deepcopy(model).named_modules() if isinstance(m, AdaptedLinear)}
+    qrefta.merge(model, dtype=torch.float32)
+    for path, layer in expected.items():
+        linear = model.get_submodule(path)
+        weight = linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+        assert torch.equal(weight, layer.dense_weight())
+        assert weight.data_ptr() != layer.weight.data_ptr()
+        assert (linear.bias is None) == (layer.bias is None)
+        assert linear.bias is None or torch.equal(linear.bias, layer.bias)
+        assert linear.weight.is_contiguous()
+
+
+@all_architectures
+def test_module_classes_and_names_are_those_of_the_original(architecture):
+    original = ARCHITECTURES[architecture]()
+    merged = qrefta.merge(prepared(architecture))
+    assert classes(merged) == classes(original)
+    assert list(merged.state_dict()) == list(original.state_dict())
+    for path, module in original.named_modules():
+        if isinstance(module, nn.Linear):
+            assert repr(merged.get_submodule(path)) == repr(module)
+    for name, tensor in original.state_dict().items():
+        assert merged.state_dict()[name].shape == tensor.shape
+
+
+@all_architectures
+def test_no_trace_of_qrefta_is_left(architecture):
+    original = ARCHITECTURES[architecture]()
+    merged = qrefta.merge(prepared(architecture))
+    assert not hasattr(merged, BANK)
+    assert not hasattr(merged.config, "quantization_config")
+    assert getattr(merged, "hf_quantizer", None) is None
+    assert not getattr(merged, "is_quantized", False)
+    assert not getattr(merged, "quantization_method", None)
+    assert set(merged._keep_in_fp32_modules_strict or ()) == set(original._keep_in_fp32_modules_strict or ())
+    assert "qrefta" not in json.dumps(merged.config.to_dict())
+    assert not any("qrefta" in type(module).__module__ for module in merged.modules())
+    assert all(parameter.requires_grad for parameter in merged.parameters())
+
+
+@all_architectures
+def test_everything_is_bf16_by_default_and_near(architecture):
+    model = prepared(architecture)
+    expected = logits(model)
+    merged = qrefta.merge(model)
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert merged.dtype == torch.bfloat16
+    # Rounding of the weights and all activations: relative root difference measured over the ten up to 0.018.
+    assert (logits(merged).float() - expected).norm() < 0.04 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_weights_are_summed_in_float32_and_rounded_once(dtype):
+    single = qrefta.merge(prepared("gpt2"), dtype=torch.float32).state_dict()
+    merged = qrefta.merge(prepared("gpt2"), dtype=dtype).state_dict()
+    for name, tensor in merged.items():
+        assert tensor.dtype == dtype
+        assert torch.equal(tensor, single[name].to(dtype))
+
+
+def test_a_bf16_model_merges_from_float32_sums():
+    """The rest of a bf16 model is bf16 already; its linears must not pass through bf16 before they are summed."""
+    half = tiny_bert().bfloat16()
+    single = copy.deepcopy(half).float()
+    merged = qrefta.merge(qrefta.prepare(half, rank=5), dtype=torch.float32).state_dict()
+    for name, tensor in qrefta.merge(qrefta.prepare(single, rank=5), dtype=torch.float32).state_dict().items():
+        assert torch.equal(merged[name], tensor)
+
+
+@pytest.mark.parametrize("build_model", [tiny_gpt2, tiny_llama])
+def test_language_models_stay_tied_and_generate(build_model):
+    merged = qrefta.merge(qrefta.prepare(build_model(), rank=5), dtype=torch.float32)
+    tied = merged.config.tie_word_embeddings
+    assert (merged.get_input_embeddings().weight is merged.get_output_embeddings().weight) == tied
+    batch = inputs(merged)
+    generated = merged.generate(**batch, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert generated.shape[1] > batch["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_training_mode_is_kept(training):
+    model = qrefta.prepare(tiny_bert().train(training), rank=5)
+    assert all(module.training == training for module in qrefta.merge(model).modules())
+
+
+def test_a_loaded_model_merges_to_the_same_weights(tmp_path):
+    model = take_steps(prepared("bert", double_quant=True))
+    model.save_pretrained(tmp_path)
+    loaded = qrefta.merge(qrefta.load(tmp_path)).state_dict()
+    for name, tensor in qrefta.merge(model).state_dict().items():
+        assert torch.equal(loaded[name], tensor)
+
+
+def test_merged_weights_take_gradients_and_memory_of_their_own():
+    merged = qrefta.merge(prepared("bert", bits=16), dtype=torch.float32)
+    merged(**inputs(merged)).logits.square().mean().backward()
+    assert all(p.grad is not None for name, p in merged.named_parameters() if "embeddings" not in name)
+
+
+PLAIN = """
+import sys, torch, transformers
+for folder in sys.argv[1:]:
+    name = transformers.AutoConfig.from_pretrained(folder).architectures[0]
+    model, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    batch = torch.load(folder + "/batch.pt")
+    with torch.no_grad():
+        torch.save(model.eval()(**batch).logits, folder + "/logits.pt")
+assert not any(name.startswith("qrefta") for name in sys.modules)
+"""
+
+
+def test_merged_models_load_without_qrefta(tmp_path):
+    """In a process that does not import it, trained ones too: the same logits, bit for bit."""
+    expected = {}
+    for architecture in ARCHITECTURES:
+        folder = tmp_path / architecture
+        merged = qrefta.merge(take_steps(prepared(architecture)))
+        merged.save_pretrained(folder)
+        assert "qrefta" not in (folder / "config.json").read_text()
+        torch.save(inputs(merged), folder / "batch.pt")
+        if "pixel_values" in inputs(merged):
+            torch.save({"pixel_values": inputs(merged)["pixel_values"]}, folder / "batch.pt")
+        expected[folder] = logits(merged)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", PLAIN, *map(str, expected)], check=True, env=environment, cwd=tmp_path)
+    for folder, found in expected.items():
+        assert torch.equal(torch.load(folder / "logits.pt"), found)
+
+
+# Errors
+
+
+def test_a_model_that_is_not_prepared_is_refused():
+    with pytest.raises(ValueError, match=r"BertForSequenceClassification is not prepared; call qrefta.prepare"):
+        qrefta.merge(tiny_bert())
+    with pytest.raises(ValueError, match=r"Linear is not prepared"):
+        qrefta.merge(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"is not prepared"):
+        qrefta.quant_report(tiny_bert())
+
+
+def test_a_merged_model_is_not_merged_again():
+    merged = qrefta.merge(prepared("bert"))
+    with pytest.raises(ValueError, match="is not prepared"):
+        qrefta.merge(merged)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_a_dtype_that_is_no_float_is_refused_and_the_model_left(dtype):
+    model = prepared("bert")
+    expected = logits(model)
+    with pytest.raises(ValueError, match=f"dtype is {dtype}; it must be a floating type"):
+        qrefta.merge(model, dtype=dtype)
+    assert torch.equal(logits(model), expected)
+    assert qrefta.quant_report(model)
