@@ -10,6 +10,7 @@ import torch
 import transformers
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
@@ -193,6 +194,7 @@ def load_classifier(model: str, classes: list[str], seed: int) -> PreTrainedMode
         torch.manual_seed(seed)
         return AutoModelForSequenceClassification.from_pretrained(
             model,
+            dtype=torch.float32,  # a head in bf16 would lose most of AdamW's updates
             num_labels=len(classes),
             id2label=dict(enumerate(classes)),
             label2id={name: index for index, name in enumerate(classes)},
@@ -218,7 +220,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"[bold red]Error:[/] {error}", highlight=False)
+        Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False)
         raise SystemExit(2) from error
 
 

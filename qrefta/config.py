@@ -1,7 +1,8 @@
 """What was done to a model: the settings of `prepare` and a row for every stack, as saved in config.json."""
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Self
+from numbers import Integral
+from typing import Any
 
 import torch
 from transformers.quantizers.auto import register_quantization_config
@@ -29,7 +30,7 @@ class StackRow:
         slice_ranks: components of each transformed slice; they sum to `rank`.
         transform, quant_type: as given to `prepare`; quant_type is None with 16 bits.
         baseline_error: ||W - Q(W)||_F^2 over the stack: the whole weight is quantized (a Gaussian-zero start).
-        residual_error: ||W_res - Q(W_res)||_F^2 over the stack, as stored.
+        residual_error: ||W_res - Q(W_res)||_F^2 over the stack, as stored; 0 with 16 bits.
         ratio: residual_error / baseline_error; 1 where there is no error to remove.
         principal_energy: ||principal part||_F^2 / ||W||_F^2.
         bytes: packed weights, scales, and factors with trained numbers at `factor_dtype`.
@@ -105,21 +106,18 @@ class QReftaConfig(QuantizationConfigMixin):
         _one_of("transform", transform, TRANSFORMS)
         _one_of("bits", bits, (4, 16))
         _one_of("factor_dtype", factor_dtype, FACTOR_DTYPES)
-        _at_least("rank", rank, 1)
-        _at_least("refine", refine, 0)
-        _at_least("seed", seed, 0)
         QuantFormat(quant_type, block_size, double_quant)
         self.quant_method = quant_method
         self.format_version = format_version
         self.method = method
         self.transform = transform
-        self.rank = rank
+        self.rank = _at_least("rank", rank, 1)
         self.bits = bits
         self.quant_type = quant_type
         self.block_size = block_size
         self.double_quant = double_quant
-        self.refine = refine
-        self.seed = seed
+        self.refine = _at_least("refine", refine, 0)
+        self.seed = _at_least("seed", seed, 0)
         self.factor_dtype = factor_dtype
         self.target_modules = target_modules
         self.modules_to_save = list(modules_to_save or [])
@@ -137,18 +135,14 @@ class QReftaConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         return super().to_dict() | {"stacks": [asdict(row) for row in self.stacks]}
 
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
-        return super().from_dict(config_dict, **kwargs)
-
 
 def _row(stack: StackRow | dict[str, Any]) -> StackRow:
     if isinstance(stack, StackRow):
         return stack
     names = {field.name for field in fields(StackRow)}
-    if set(stack) != names:
+    if not isinstance(stack, dict) or set(stack) != names:
         raise ValueError(
-            f"A stack of the qrefta config has the keys {sorted(stack)}; needed are {sorted(names)}. "
+            f"A stack of the qrefta config is {stack!r}; needed are the keys {sorted(names)}. "
             "config.json is damaged: restore it from the folder that save_pretrained wrote."
         )
     return StackRow(**stack)
@@ -159,6 +153,7 @@ def _one_of(name: str, value: Any, allowed: Any) -> None:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
 
 
-def _at_least(name: str, value: Any, smallest: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+def _at_least(name: str, value: Any, smallest: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < smallest:
         raise ValueError(f"{name} is {value!r}; it must be a whole number, {smallest} or more")
+    return int(value)

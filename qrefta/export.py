@@ -17,7 +17,7 @@ def merge(model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16) -> PreTra
     """The same model with plain dense linears, W_l = dequant(Q_l) + Delta_l, in `dtype` throughout.
 
     Works in place and layer by layer: no second copy of the model is held. The weights are summed in float32 and
-    rounded once, so the result differs from the prepared model by `dtype`'s rounding only.
+    rounded once, so the result differs from the prepared model by the rounding of parameters to `dtype` only.
 
     Raises:
         ValueError: if the model is not prepared, or `dtype` is not a floating type.
@@ -28,16 +28,35 @@ def merge(model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16) -> PreTra
     for row in config.stacks:
         for path in row.modules:
             layer = model.get_submodule(path)
-            replace_module(model, path, _dense_linear(layer, row, dtype).train(layer.training))
+            replace_module(model, path, _dense_linear(layer, row).train(layer.training))
     delattr(model, BANK)
     model._keep_in_fp32_modules_strict = set(model._keep_in_fp32_modules_strict) - {BANK}
     model.hf_quantizer.remove_quantization_config(model)
-    return model.to(dtype).requires_grad_(True)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config.__dict__.pop("_is_quantized", None)
+            module.config.dtype = dtype
+    _cast(model, dtype)
+    return model.requires_grad_(True)
 
 
-def _dense_linear(layer: AdaptedLinear, row: StackRow, dtype: torch.dtype) -> nn.Module:
-    """A `Linear` (or `Conv1D`, which stores its weight transposed) with the layer's merged weight and bias."""
-    weight = layer.dense_weight().to(dtype)
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast the parameters as from_pretrained(dtype=...) would.
+
+    Buffers keep their dtype (a rounded `inv_freq` turns positions far out by whole radians), and so do modules that
+    the model wants in float32.
+    """
+    kept = set(model._keep_in_fp32_modules_strict)
+    if dtype == torch.float16:
+        kept |= set(model._keep_in_fp32_modules or ())
+    for name, parameter in model.named_parameters():
+        wanted = torch.float32 if kept.intersection(name.split(".")) and dtype.itemsize < 4 else dtype
+        parameter.data = parameter.data.to(wanted)
+
+
+def _dense_linear(layer: AdaptedLinear, row: StackRow) -> nn.Module:
+    """A `Linear` (or `Conv1D`, which stores its weight transposed) with the layer's merged float32 weight and bias."""
+    weight = layer.dense_weight()
     out_features, in_features = weight.shape
     with torch.device("meta"):
         dense = (
@@ -47,5 +66,5 @@ def _dense_linear(layer: AdaptedLinear, row: StackRow, dtype: torch.dtype) -> nn
         )
     dense.weight = nn.Parameter(weight.T.contiguous() if row.transposed else weight)
     if layer.bias is not None:
-        dense.bias = nn.Parameter(layer.bias.detach().to(dtype))
+        dense.bias = nn.Parameter(layer.bias.detach())
     return dense

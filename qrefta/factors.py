@@ -14,6 +14,7 @@ for most entries and plain AdamW would lose it; the masters make every optimizer
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -69,6 +70,15 @@ class Factors(nn.Module, ABC):
         """Delta_l = up . core_l . down, (out, in), float32: the dense update, for splitting and merging only."""
         up, down = (factor.to(self.dtype).to(torch.float32) for factor in (self.up(), self.down()))
         return (up * self.core(layer)) @ down
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow the model to another device, or to a wider dtype; a narrower one would round the masters for good."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype.itemsize >= tensor.dtype.itemsize else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
 
     @property
     def trained_count(self) -> int:

@@ -27,9 +27,9 @@ class FinetuneResult(NamedTuple):
     Attributes:
         accuracy_before, accuracy_after: on the test split, 0 .. 1.
         test_loss: mean cross-entropy on the test split after training, nats.
-        train_loss: mean over all steps, nats.
+        train_loss: mean over the steps of this call, nats.
         steps: optimizer steps of the whole run.
-        train_s: seconds in the training loop.
+        train_s: seconds in the training loop of this call.
         trained_parameters: numbers that train.
     """
 
@@ -82,10 +82,11 @@ def finetune(
         warmup_steps: steps, or below 1 the share of the run, in which the learning rate rises.
         weight_decay: AdamW's; 0 by default, since it would pull factors towards zero, away from the original weights.
         save_steps: a checkpoint every so many steps, or below 1 every such share of the run.
-        bf16: compute in bf16 under autocast, for a model that is loaded in float32.
+        bf16: compute in bf16 under autocast. For a model that is loaded in float32; in a model loaded in bf16 the head
+            trains in bf16 and loses small updates.
         seed: of batch order and dropout.
         report_to: Trainer's logging integrations ("wandb", "tensorboard", ...).
-        resume: go on from the last checkpoint in `output_dir`; the result is that of an uninterrupted run.
+        resume: go on from the last checkpoint in `output_dir`; the model becomes that of an uninterrupted run.
         progress: show Trainer's progress bar.
 
     Raises:

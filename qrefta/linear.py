@@ -21,7 +21,7 @@ class AdaptedLinear(nn.Module):
 
     Args:
         in_features, out_features: shape of the weight.
-        bias: whether there is a bias; it is frozen.
+        bias: whether there is a bias; frozen unless it is made to require grad.
         fmt: the 4-bit format; None keeps the weight as a plain (out, in) matrix.
         dtype: of the bias, and of the weight where `fmt` is None.
 
@@ -77,6 +77,10 @@ class AdaptedLinear(nn.Module):
         return weight if self.factors is None else weight + self.factors.delta(self._adapter[2]).to(weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            raise ValueError(
+                f"AdaptedLinear takes floating input, not {x.dtype}; was it cast to the packed weight's dtype?"
+            )
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         factors = self.factors
@@ -95,7 +99,7 @@ class AdaptedLinear(nn.Module):
 
 
 class _AdaptedProduct(torch.autograd.Function):
-    """x W^T + ((x down^T) * core) up^T + bias, with gradients for x, up, core and down only.
+    """x W^T + ((x down^T) * core) up^T + bias, with gradients for x, up, core, down and bias.
 
     With g the gradient of y and h = x down^T:
         dx = g W + ((g up) * core) down        dup = g^T (h * core)
@@ -134,7 +138,7 @@ class _AdaptedProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tokens, narrow, up, core, down, weight, absmax, absmax_state = ctx.saved_tensors
-        need_x, need_up, need_core, need_down = ctx.needs_input_grad[:4]
+        need_x, need_up, need_core, need_down, need_bias = ctx.needs_input_grad[:5]
         grad = grad.reshape(-1, ctx.shape[0])
         grad_x = grad_up = grad_core = grad_down = None
         if need_x:
@@ -152,7 +156,8 @@ class _AdaptedProduct(torch.autograd.Function):
             if need_x:
                 grad_x.addmm_(back, down.to(ctx.rounding).to(grad.dtype))
         grad_x = None if grad_x is None else grad_x.view(ctx.x_shape)
-        return grad_x, grad_up, grad_core, grad_down, *(None,) * 7
+        grad_bias = grad.sum(0) if need_bias else None
+        return grad_x, grad_up, grad_core, grad_down, grad_bias, *(None,) * 6
 
 
 def _weight(packed: Packed, fmt: QuantFormat | None, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

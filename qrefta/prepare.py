@@ -8,10 +8,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from qrefta.config import QReftaConfig, StackRow
-from qrefta.factors import BANK
+from qrefta.factors import BANK, FactorBank
+from qrefta.linear import AdaptedLinear
 from qrefta.quantize import Packed
-from qrefta.quantizer import QReftaQuantizer, attach_bank, freeze, is_prepared, replace_linear
-from qrefta.split import Split, quantize_stack, split_stack
+from qrefta.quantizer import QReftaQuantizer, attach_bank, bank_key, freeze, is_prepared, replace_linear, task_head
+from qrefta.split import Split, baseline_error, quantize_stack, split_stack
 from qrefta.stack import LayerStack, ends_with, find_stacks, read_stack, read_weight, select_stacks
 
 
@@ -26,7 +27,7 @@ def prepare(
     block_size: int = 64,
     double_quant: bool = False,
     target_modules: str | Iterable[str] | None = None,
-    modules_to_save: Iterable[str] | None = None,
+    modules_to_save: str | Iterable[str] | None = None,
     refine: int = 0,
     seed: int = 0,
     factor_dtype: str = "bfloat16",
@@ -52,8 +53,8 @@ def prepare(
         target_modules: which linears get factors. None: all in the repeated blocks; a list: module paths that end in
             one of the names ("q_proj", "self_attn.q_proj"); a string: a regular expression that matches whole paths.
             All others in the blocks are quantized only.
-        modules_to_save: names (or path ends) of further modules to train whole. The task head that lies outside the
-            base model trains without being named, unless it is a language-model head.
+        modules_to_save: names (or path ends) of further modules to train whole, such as a fresh "pooler". The task
+            head that lies outside the base model trains without being named, unless it is a language-model head.
         refine: rounds of alternating between the principal part and the quantized residual.
         seed: recorded for methods that draw random numbers; the exact t-SVD of ReFTA draws none.
         factor_dtype: bfloat16, or float32 for factors that are not rounded.
@@ -67,6 +68,7 @@ def prepare(
             are NaN, infinite or on the meta device, or a model that is already prepared, quantized or under PEFT.
     """
     names = target_modules if target_modules is None or isinstance(target_modules, str) else list(target_modules)
+    saved = [modules_to_save] if isinstance(modules_to_save, str) else list(modules_to_save or [])
     config = QReftaConfig(
         method=method,
         transform=transform,
@@ -83,7 +85,7 @@ def prepare(
     _check_model(model)
     stacks = find_stacks(model)
     targets = select_stacks(stacks, names)
-    config.modules_to_save = _trained_modules(model, list(modules_to_save or []))
+    config.modules_to_save = _trained_modules(model, saved, stacks)
     _check_ranks(targets, rank)
     _check_weights(model, stacks)
 
@@ -98,14 +100,16 @@ def prepare(
 def _prepare_stack(model: PreTrainedModel, stack: LayerStack, config: QReftaConfig, targeted: bool) -> StackRow:
     """Replace the K linears of a stack; the row says what it did."""
     weights = read_stack(model, stack)
-    baseline = quantize_stack(weights, config)
-    split = split_stack(weights, config) if targeted else baseline
+    split = split_stack(weights, config) if targeted else quantize_stack(weights, config)
+    baseline = baseline_error(weights, config) if targeted else split.error
     factors = split.factors
+    key = None
     if factors is not None:
-        getattr(model, BANK)[stack.key] = factors
+        key = bank_key(len(config.stacks))
+        getattr(model, BANK)[key] = factors
     stored_bytes = 0 if factors is None else factors.stored_bytes
-    for layer in range(stack.layers):
-        stored_bytes += _store(model, stack, layer, split, config)
+    for layer, path in enumerate(stack.modules):
+        stored_bytes += _store(model, path, split.residuals[layer], config, layer, key)
     return StackRow(
         stack=stack.name,
         modules=list(stack.modules),
@@ -116,9 +120,9 @@ def _prepare_stack(model: PreTrainedModel, stack: LayerStack, config: QReftaConf
         slice_ranks=[0] * stack.layers if factors is None else factors.slice_ranks,
         transform=None if factors is None else config.transform,
         quant_type=config.quant_type if config.bits == 4 else None,
-        baseline_error=baseline.error,
+        baseline_error=baseline,
         residual_error=split.error,
-        ratio=split.error / baseline.error if baseline.error else 1.0,
+        ratio=split.error / baseline if baseline else 1.0,
         principal_energy=_principal_energy(weights, split),
         bytes=stored_bytes,
         bits_per_weight=8 * stored_bytes / weights.numel(),
@@ -127,18 +131,18 @@ def _prepare_stack(model: PreTrainedModel, stack: LayerStack, config: QReftaConf
 
 def _principal_energy(weights: Tensor, split: Split) -> float:
     """||principal part||_F^2 / ||W||_F^2 of a stack, 0 for a zero stack."""
-    norm = weights.double().square().sum().item()
+    norm = sum(weight.double().square().sum().item() for weight in weights)
     if split.factors is None or norm == 0:
         return 0.0
     return sum(split.factors.delta(layer).double().square().sum().item() for layer in range(len(weights))) / norm
 
 
-def _store(model: PreTrainedModel, stack: LayerStack, layer: int, split: Split, config: QReftaConfig) -> int:
+def _store(
+    model: PreTrainedModel, path: str, residual: Packed | Tensor, config: QReftaConfig, layer: int, key: str | None
+) -> int:
     """Put a residual where the dense linear was; the bytes of its weight and scales."""
-    path = stack.modules[layer]
     old = model.get_submodule(path)
-    new = replace_linear(model, path, config, layer, None if split.factors is None else stack.key)
-    residual = split.residuals[layer]
+    new = replace_linear(model, path, config, layer, key)
     if isinstance(residual, Packed):
         residual = Packed(*(None if part is None else part.to(old.weight.device) for part in residual))
     else:
@@ -160,6 +164,10 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(f"prepare takes a transformers PreTrainedModel, not {type(model).__name__}.")
     if is_prepared(model):
         raise ValueError("The model is already prepared; call qrefta.merge(model) first to prepare it anew.")
+    if any(isinstance(module, AdaptedLinear | FactorBank) for module in model.modules()):
+        raise ValueError(
+            "A part of the model is already prepared, or an earlier prepare was interrupted; load the model again."
+        )
     if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError("The model carries PEFT adapters; call merge_and_unload() on it first.")
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
@@ -194,11 +202,12 @@ def _check_weights(model: PreTrainedModel, stacks: list[LayerStack]) -> None:
                 raise ValueError(f"{path}.weight is on the meta device; load the model with its weights in memory.")
             if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
                 raise ValueError(f"{path}.weight is {weight.dtype}; prepare takes float32, bfloat16 or float16.")
-            if not torch.isfinite(weight).all():
-                raise ValueError(f"{path}.weight holds NaN or infinite values; the checkpoint is damaged.")
+            for name, parameter in model.get_submodule(path).named_parameters():
+                if not torch.isfinite(parameter).all():
+                    raise ValueError(f"{path}.{name} holds NaN or infinite values; the checkpoint is damaged.")
 
 
-def _trained_modules(model: PreTrainedModel, names: list[str]) -> list[str]:
+def _trained_modules(model: PreTrainedModel, names: list[str], stacks: list[LayerStack]) -> list[str]:
     """Paths of the modules that train whole: the task head, and those that `names` gives."""
     paths = [path for path, _ in model.named_modules() if path]
     unmatched = [name for name in names if not any(ends_with(path, name) for path in paths)]
@@ -206,13 +215,10 @@ def _trained_modules(model: PreTrainedModel, names: list[str]) -> list[str]:
         children = ", ".join(name for name, _ in model.named_children())
         raise ValueError(f"modules_to_save {unmatched} match no module; at the top there are: {children}")
     named = [path for path in paths if any(ends_with(path, name) for name in names)]
-    return list(dict.fromkeys(_task_head(model) + named))
-
-
-def _task_head(model: PreTrainedModel) -> list[str]:
-    """Modules with parameters outside the base model, unless they make a language model's (pre-trained) output."""
-    if model.base_model is model or model.get_output_embeddings() is not None:
-        return []
-    return [
-        name for name, child in model.named_children() if child is not model.base_model and list(child.parameters())
-    ]
+    for path in named:
+        if any(f"{packed}.".startswith(f"{path}.") for stack in stacks for packed in stack.modules):
+            raise ValueError(
+                f"modules_to_save names {path}, which is or holds linears that are quantized; they cannot train whole. "
+                "Give them factors with target_modules instead."
+            )
+    return list(dict.fromkeys(task_head(model) + named))

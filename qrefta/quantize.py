@@ -10,8 +10,8 @@ search over 12 scales near it keeps the smallest squared error: 0.090 relative r
 64, where scaling by the largest magnitude alone gives 0.108 and NF4 has 0.092.
 
 bitsandbytes traps that this file works around:
-- The CPU 4-bit kernel is wrong when a row is not a whole number of blocks
-  (https://github.com/bitsandbytes-foundation/bitsandbytes/issues): everything is one flat row here.
+- The CPU 4-bit kernel (0.50) is wrong when a row of several is not a whole number of blocks, at widths with
+  in_features % 64 == 32 for instance: everything is one flat row here.
 - A row of odd length falls back to a slow path that compiles: the padding keeps lengths even.
 - `Linear4bit` repacks its weight in place on some CPUs: only the functional API is used.
 """
@@ -27,6 +27,7 @@ QuantType = Literal["nf4", "fp4", "int4"]
 QUANT_TYPES: tuple[QuantType, ...] = get_args(QuantType)
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 
+_ERROR_ROWS = 256  # rows that are held in float64 at once
 _SCALE_BLOCK = 256  # scales that share one second-level scale, as in QLoRA
 _INT4_CLIPS = [percent / 100 for percent in range(79, 113, 3)]  # 1 is among them: a lone outlier is kept exactly
 
@@ -48,7 +49,7 @@ class QuantFormat:
     def __post_init__(self) -> None:
         if self.quant_type not in QUANT_TYPES:
             raise ValueError(f"quant_type is {self.quant_type!r}; it must be one of {', '.join(QUANT_TYPES)}")
-        if self.block_size not in BLOCK_SIZES:
+        if not isinstance(self.block_size, int) or self.block_size not in BLOCK_SIZES:
             raise ValueError(f"block_size is {self.block_size!r}; it must be one of {', '.join(map(str, BLOCK_SIZES))}")
 
     def packed_sizes(self, values: int) -> dict[str, int]:
@@ -57,7 +58,7 @@ class QuantFormat:
         sizes = {"weight": blocks * self.block_size // 2}
         if not self.double_quant:
             return sizes | {"absmax": 4 * blocks}
-        return sizes | {"absmax": blocks, "absmax_state": 4 * (1 + -(-blocks // _SCALE_BLOCK))}
+        return sizes | {"absmax": blocks + -blocks % 4, "absmax_state": 4 * (1 + -(-blocks // _SCALE_BLOCK))}
 
 
 class Packed(NamedTuple):
@@ -65,7 +66,8 @@ class Packed(NamedTuple):
 
     Attributes:
         weight: int8, two codes a byte. Not uint8: T5's feed-forward casts its input to any other dtype.
-        absmax: uint8, one float32 (viewed as bytes) a block, or its 8-bit code with double quantization.
+        absmax: uint8, one float32 (viewed as bytes) a block, or its 8-bit code with double quantization, padded to a
+            multiple of 4 so that what follows it in a file stays aligned.
         absmax_state: uint8 or None; double quantization's offset and second-level scales, float32 viewed as bytes.
     """
 
@@ -90,7 +92,8 @@ def quantize(matrix: Tensor, fmt: QuantFormat) -> Packed:
         scales = state.absmax
     absmax, absmax_state = _store_scales(scales, fmt)
     if fmt.quant_type == "int4":  # codes are chosen for the scales as stored
-        codes = _int4_codes(flat.view(-1, fmt.block_size), _load_scales(absmax, absmax_state, fmt))
+        blocks = flat.view(-1, fmt.block_size)
+        codes = _int4_codes(blocks, _load_scales(absmax, absmax_state, fmt)[: len(blocks)])
     return Packed(codes.view(-1).view(torch.int8), absmax, absmax_state)
 
 
@@ -117,8 +120,11 @@ def dequantize(packed: Packed, fmt: QuantFormat, shape: tuple[int, ...], dtype: 
 
 
 def squared_error(matrix: Tensor, approximation: Tensor) -> float:
-    """||matrix - approximation||_F^2, summed in float64."""
-    return (matrix.double() - approximation.double()).square().sum().item()
+    """||matrix - approximation||_F^2, in float64, a few rows at a time."""
+    return sum(
+        (a.double() - b.double()).square().sum().item()
+        for a, b in zip(matrix.split(_ERROR_ROWS), approximation.split(_ERROR_ROWS), strict=True)
+    )
 
 
 def _store_scales(scales: Tensor, fmt: QuantFormat) -> tuple[Tensor, Tensor | None]:
@@ -126,6 +132,7 @@ def _store_scales(scales: Tensor, fmt: QuantFormat) -> tuple[Tensor, Tensor | No
         return scales.contiguous().view(torch.uint8), None
     offset = scales.mean()
     codes, state = bnb.quantize_blockwise(scales - offset, blocksize=_SCALE_BLOCK)
+    codes = torch.nn.functional.pad(codes, (0, -codes.numel() % 4))
     return codes, torch.cat([offset.view(1), state.absmax]).view(torch.uint8)
 
 

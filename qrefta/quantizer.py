@@ -6,6 +6,7 @@ frozen again (the loader makes every float parameter require grad).
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from qrefta.config import QReftaConfig, StackRow
 from qrefta.factors import BANK, FactorBank, Factors
 from qrefta.linear import AdaptedLinear
 from qrefta.methods import METHODS
-from qrefta.stack import replace_module
+from qrefta.stack import read_weight, replace_module
 
 
 def is_prepared(model: nn.Module) -> bool:
@@ -112,7 +113,9 @@ class QReftaQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         _check_filled(model)
-        freeze(model, self.quantization_config.modules_to_save)
+        config = self.quantization_config
+        config.modules_to_save = list(dict.fromkeys(config.modules_to_save + task_head(model)))
+        freeze(model, config.modules_to_save)
         return model
 
 
@@ -122,17 +125,26 @@ def build(model: PreTrainedModel, config: QReftaConfig) -> None:
     Raises:
         ValueError: if the model lacks one of the linears, or has it in another shape.
     """
+    config.stacks = [_relocate(model, row) for row in config.stacks]
     for row in config.stacks:
         for path in row.modules:
             _check_linear(model, path, row)
     attach_bank(model)
-    for row in config.stacks:
-        stack = row.layer_stack()
-        if row.rank:
-            factors = METHODS[config.method](*stack.shape, row.rank, config.torch_factor_dtype)
-            getattr(model, BANK)[stack.key] = factors
-        for layer, path in enumerate(stack.modules):
-            replace_linear(model, path, config, layer, stack.key if row.rank else None)
+    for index, row in enumerate(config.stacks):
+        key = bank_key(index) if row.rank else None
+        if key is not None:
+            factors = METHODS[config.method](row.layers, *row.shape, row.rank, config.torch_factor_dtype)
+            getattr(model, BANK)[key] = factors
+        for layer, path in enumerate(row.modules):
+            replace_linear(model, path, config, layer, key)
+
+
+def bank_key(index: int) -> str:
+    """Name of the factors of stack number `index`.
+
+    Not the stack's own name: transformers renames keys on saving and loading by patterns that may match a part of it.
+    """
+    return f"stack{index}"
 
 
 def attach_bank(model: PreTrainedModel) -> None:
@@ -146,7 +158,7 @@ def replace_linear(
 ) -> AdaptedLinear:
     """Put an empty `AdaptedLinear` in the place of a linear, attached to the bank's factors `key` if there are any."""
     old = model.get_submodule(path)
-    out_features, in_features = old.weight.shape[::-1] if hasattr(old, "nf") else old.weight.shape
+    out_features, in_features = read_weight(old).shape
     with old.weight.device:
         new = AdaptedLinear(in_features, out_features, old.bias is not None, config.format, old.weight.dtype)
     if key is not None:
@@ -165,6 +177,48 @@ def freeze(model: PreTrainedModel, modules_to_save: list[str]) -> None:
     for path in modules_to_save:
         if path in modules:
             modules[path].requires_grad_(True)
+
+
+def task_head(model: PreTrainedModel) -> list[str]:
+    """Top-level modules that make a task head: they lie outside the base model and are no language model's output.
+
+    Where a class does not name its base model (`WhisperForAudioClassification`), a head is what holds parameters, but
+    neither repeated blocks nor embeddings.
+    """
+    output = model.get_output_embeddings()
+    if model.base_model is model:
+        if output is not None or "For" not in type(model).__name__:
+            return []
+        body = (nn.ModuleList, nn.Embedding)
+        heads = {
+            name for name, child in model.named_children() if not any(isinstance(m, body) for m in child.modules())
+        }
+    else:
+        heads = {name for name, child in model.named_children() if child is not model.base_model}
+    return [
+        name
+        for name, child in model.named_children()
+        if name in heads and name != BANK and output not in list(child.modules()) and list(child.parameters())
+    ]
+
+
+def _relocate(model: PreTrainedModel, row: StackRow) -> StackRow:
+    """A row with the paths of this class: a base model has them without the prefix that a model with a head has."""
+    prefix = f"{model.base_model_prefix}."
+    if _has(model, prefix + row.modules[0]):
+        return replace(row, stack=prefix + row.stack, modules=[prefix + path for path in row.modules])
+    if not _has(model, row.modules[0]):
+        bare = [path.removeprefix(prefix) for path in row.modules]
+        return replace(row, stack=row.stack.removeprefix(prefix), modules=bare)
+    return row
+
+
+def _has(model: PreTrainedModel, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 def _check_linear(model: PreTrainedModel, path: str, row: StackRow) -> None:
@@ -195,15 +249,21 @@ def _check_readable(file: str) -> None:
 def _check_filled(model: PreTrainedModel) -> None:
     """Raise if the checkpoint lacked one of our tensors; transformers only warns and leaves it random.
 
-    It marks each tensor that it filled with `_is_hf_initialized` (the only trace that is left after loading).
+    In the class that saved the checkpoint no other tensor may lack either; another class may have a fresh head.
+    transformers marks each tensor that it filled with `_is_hf_initialized` (the only trace left after loading).
     """
-    missing = [
-        f"{path}.{name}"
-        for path, module in model.named_modules()
-        if isinstance(module, AdaptedLinear | Factors)
-        for name, parameter in module.named_parameters(recurse=False)
-        if not getattr(parameter, "_is_hf_initialized", False)
-    ]
+    same_class = type(model).__name__ in (model.config.architectures or [])
+    missing, offloaded = [], []
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            ours = isinstance(module, AdaptedLinear | Factors)
+            if (ours or same_class) and not getattr(parameter, "_is_hf_initialized", False):
+                (offloaded if parameter.is_meta else missing).append(f"{path}.{name}")
+    if offloaded:
+        raise ValueError(
+            f"{len(offloaded)} tensors were offloaded to disk ({offloaded[0]}, ...), which a prepared model does not "
+            "support; use a device_map without disk."
+        )
     if missing:
         raise ValueError(
             f"The checkpoint lacks {len(missing)} tensors that its config lists: {', '.join(missing[:5])}. "

@@ -28,11 +28,15 @@ class Split(NamedTuple):
 
 
 def quantize_stack(weights: Tensor, config: QReftaConfig) -> Split:
-    """The whole weights of a stack (layers, out, in) quantized, without factors: the baseline of every report."""
+    """The whole weights of a stack (layers, out, in) quantized, without factors."""
     if config.format is None:
         return Split(None, [weight.clone() for weight in weights], 0.0)  # not views of one storage: they are saved
-    residuals = [quantize(weight, config.format) for weight in weights]
-    return Split(None, residuals, sum(map(squared_error, weights, _dense(residuals, weights, config))))
+    return _requantize(weights, None, config)
+
+
+def baseline_error(weights: Tensor, config: QReftaConfig) -> float:
+    """sum_l ||W_l - Q(W_l)||_F^2, a layer at a time; 0 with 16 bits."""
+    return 0.0 if config.format is None else sum(_requantize(weight[None], None, config).error for weight in weights)
 
 
 def split_stack(weights: Tensor, config: QReftaConfig) -> Split:
@@ -76,11 +80,11 @@ def _refit(weights: Tensor, residuals: list[Packed], transform: Tensor, config: 
     return Split(factors, residuals, sum(squared_error(t, factors.delta(layer)) for layer, t in enumerate(target)))
 
 
-def _requantize(weights: Tensor, factors: Factors, config: QReftaConfig) -> Split:
-    """The residuals of W - Delta, with Delta kept."""
+def _requantize(weights: Tensor, factors: Factors | None, config: QReftaConfig) -> Split:
+    """The residuals of W - Delta, with Delta kept (0 without factors)."""
     residuals, error = [], 0.0
     for layer, weight in enumerate(weights):
-        rest = weight - factors.delta(layer)
+        rest = weight if factors is None else weight - factors.delta(layer)
         residuals.append(quantize(rest, config.format))
         error += squared_error(rest, dequantize(residuals[-1], config.format, tuple(rest.shape), rest.dtype))
     return Split(factors, residuals, error)

@@ -6,8 +6,10 @@ method decomposes. Only linears inside repeated blocks are found: embeddings, no
 lie outside and are left alone.
 """
 
+import inspect
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -47,24 +49,24 @@ class LayerStack:
         """Largest tensor rank: every slice has min(out, in) singular values."""
         return self.layers * min(self.out_features, self.in_features)
 
-    @property
-    def key(self) -> str:
-        """Name of the stack's factors in a state dict, where dots separate modules; unique with its shape."""
-        return f"{self.name.replace('.', '-').replace('*', 'N')}-{self.out_features}x{self.in_features}"
-
 
 def find_stacks(model: nn.Module) -> list[LayerStack]:
     """Stacks of all linears in the repeated blocks of `model`, in the order in which the model registers them.
 
     A number in a module path is a layer number when it indexes repeated blocks (see `_is_repeated`); other numbers
-    are part of the role: T5's `encoder.block.*.layer.0.SelfAttention.q` keeps its 0. Exact `nn.Linear` and `Conv1D`
-    only: a subclass (the output projection of `nn.MultiheadAttention`, say) may be used without its forward. Task heads
-    may hold lists of linears too (SegFormer's decode_head), so only the base model is searched.
+    are part of the role: T5's `encoder.block.*.layer.0.SelfAttention.q` keeps its 0. Left out are
+
+    - subclasses of `nn.Linear`, such as the output projection of `nn.MultiheadAttention`: they may compute otherwise;
+    - linears whose weight their parent reads itself (Mamba's dt_proj), which a packed weight would break;
+    - all outside the base model: task heads may hold lists of linears too (SegFormer's decode_head).
     """
     base = set(getattr(model, "base_model", model).modules())
+    sources: dict[type, str] = {}
     members: dict[tuple[str, int, int, bool], list[str]] = {}
     for path, module in model.named_modules():
-        if type(module) in (nn.Linear, Conv1D) and module in base and "*" in (role := _role(model, path)):
+        if _is_plain(module) and module in base and "*" in (role := _role(model, path)):
+            if _is_read(model, path, sources):
+                continue
             transposed = type(module) is Conv1D
             shape = tuple(module.weight.shape)
             out_features, in_features = shape[::-1] if transposed else shape
@@ -151,6 +153,39 @@ def ends_with(path: str, name: str) -> bool:
     return path == name or path.endswith("." + name)
 
 
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module computes x W^T + bias and no more. `FalconLinear` does, in two steps."""
+    return type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "FalconLinear"
+
+
+def _is_read(model: nn.Module, path: str, sources: dict[type, str]) -> bool:
+    """Whether the code of a linear's parent uses its weight other than by calling the linear.
+
+    Reading the device is harmless, and code that names `torch.int8` (T5's feed-forward) expects packed weights.
+    `sources` keeps what was read of every class.
+    """
+    parent, _, name = path.rpartition(".")
+    parent_class = type(model.get_submodule(parent))
+    if parent_class not in sources:
+        sources[parent_class] = _source(parent_class)
+    source = sources[parent_class]
+    return "torch.int8" not in source and re.search(rf"self\.{name}\.weight\b(?!\.device)", source) is not None
+
+
+def _source(module_class: type) -> str:
+    """Source of the methods of a class and its bases; those without source (made at run time) are passed over.
+
+    Method by method: `inspect.getsource` of a class parses its whole file.
+    """
+    bases = [base for base in module_class.__mro__ if base not in (nn.Module, object)]
+    methods = [method for base in bases for method in vars(base).values() if inspect.isfunction(method)]
+    found = []
+    for method in methods:
+        with suppress(OSError):
+            found.append(inspect.getsource(method))
+    return "".join(found)
+
+
 def _role(model: nn.Module, path: str) -> str:
     """`path` with every index of repeated blocks replaced by `*`."""
     return ".".join("*" if repeated else part for part, repeated in _walk(model, path))
@@ -172,7 +207,9 @@ def _is_repeated(container: nn.Module) -> bool:
     blocks in one list) are.
     """
     children = list(container.children())
-    if isinstance(container, nn.Sequential) and not any(list(child.children()) for child in children):
+    if not isinstance(container, nn.ModuleList | nn.Sequential) or not any(
+        list(child.children()) for child in children
+    ):
         return False
     classes = {type(child) for child in children}
-    return isinstance(container, nn.ModuleList | nn.Sequential) and (len(children) == 1 or len(classes) < len(children))
+    return len(children) == 1 or len(classes) < len(children)

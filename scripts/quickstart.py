@@ -26,7 +26,8 @@ from qrefta.cli import load_classifier, quiet_libraries, report_table, results_t
 from qrefta.data import load_classification
 from qrefta.finetune import FinetuneResult, finetune
 
-LEARNING_RATES = {"head only": 5e-3, "LoRA r=8": 1e-3, "qrefta": 1e-3}  # each the best of 5e-4, 1e-3, 2e-3, 5e-3
+LEARNING_RATES = {"head only": 1e-2, "LoRA r=8": 1e-3, "qrefta": 1e-3}
+OUT = Path("runs/quickstart")
 console = Console()
 
 
@@ -37,20 +38,21 @@ def run(
     steps: Annotated[int, typer.Option(help="Training steps of each of the three runs.")] = 120,
     train_rows: Annotated[int, typer.Option(help="Rows to train on, at most.")] = 2000,
     test_rows: Annotated[int, typer.Option(help="Rows to test on, at most.")] = 500,
-    out: Annotated[Path, typer.Option(help="Folder for the results; what it holds is replaced.")] = Path(
-        "runs/quickstart"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder for the results; new or empty. The default one is replaced.")] = OUT,
     rows: Annotated[Path | None, typer.Option(help="File to add the measurements to, as JSON lines.")] = None,
     seed: Annotated[int, typer.Option(help="Of heads, rows and batch order.")] = 0,
 ) -> None:
     """Prepare, train, save, reload and merge a model in 4 bits, beside two 16-bit baselines."""
     quiet_libraries()
+    if out == OUT and out.exists():
+        shutil.rmtree(out)
+    elif out.exists() and any(out.iterdir()):
+        raise typer.BadParameter(f"{out} is not empty; choose another folder", param_hint="--out")
     source = model or str(model_folder())
     data = load_data(dataset, train_rows, test_rows, seed)
     classes = data["train"].features["label"].names
     tokenizer = AutoTokenizer.from_pretrained(source)
     console.rule(f"{len(data['train'])} training and {len(data['test'])} test rows, {len(classes)} classes")
-    shutil.rmtree(out, ignore_errors=True)
 
     def train(name: str, classifier: PreTrainedModel) -> FinetuneResult:
         console.print(f"\nTraining: {name}")
@@ -129,9 +131,11 @@ def check_files(
 
 def show_files(files: dict[str, float], folder: Path) -> None:
     """Print what `check_files` found."""
-    before, after, whole_before, whole_after = (f"{value / 1e6:.1f} MB" for value in list(files.values())[:4])
-    console.print(f"linears of the blocks  {before} in 16 bits -> {after}")
-    console.print(f"whole model            {whole_before} -> {whole_after} in file (the rest keeps its dtype)")
+    size = {
+        name: f"{value / 1e6:.1f} MB" for name, value in files.items() if name.endswith(("bytes", "before", "after"))
+    }
+    console.print(f"linears of the blocks  {size['linears_16_bit_bytes']} in 16 bits -> {size['linears_bytes']}")
+    console.print(f"whole model            {size['model_bytes_before']} -> {size['model_bytes_after']} in file")
     console.print(f"reloaded model         logits differ by {files['reload_difference']:.1e} from the saved model's")
     console.print(f"merged to dense bf16   by {files['merge_difference']:.1e}, of {files['largest_logit']:.1f} at most")
     console.print(f"\nThe trained model is in {folder}, the merged one in {folder.parent / 'merged'}.")

@@ -6,12 +6,13 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertModel
 from typer.testing import CliRunner
 
+import qrefta
 from qrefta.cli import app, load_classifier
 from tests.models import logits
-from tests.tiny import color_rows, tiny_folder
+from tests.tiny import color_rows, tiny_folder, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,31 @@ def test_finetune_prepares_trains_and_resumes(dense, rows, tmp_path):
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     again = invoke("finetune", tmp_path / "out", rows, tmp_path / "out", *options, "--resume")
     assert again.exit_code == 0
+
+
+def test_a_prepared_base_model_is_fine_tuned(dense, rows, tmp_path):
+    """`prepare` saves the class of the checkpoint, here one without a head; `finetune` adds a head that trains."""
+    BertModel.from_pretrained(dense).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    assert invoke("prepare", tmp_path / "base", tmp_path / "4bit", "--rank", 4).exit_code == 0
+    result = invoke("finetune", tmp_path / "4bit", rows, tmp_path / "out", "--max-steps", 2)
+    assert result.exit_code == 0
+    assert qrefta.load(tmp_path / "out").classifier.weight.requires_grad
+
+
+def test_brackets_in_an_error_are_shown(dense, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "qrefta",
+        "prepare",
+        str(dense),
+        str(tmp_path / "out"),
+        "--target-regex",
+        ".*[qv]_x",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ".*[qv]_x" in result.stderr
 
 
 def test_existing_output_is_never_overwritten(dense, tmp_path):

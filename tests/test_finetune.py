@@ -84,7 +84,7 @@ def test_model_and_data_that_do_not_fit_are_refused(folder, tmp_path):
         finetune(three, tokenizer, color_data(), tmp_path)
     with pytest.raises(ValueError, match="no checkpoint to resume from"):
         finetune(prepared(folder), tokenizer, color_data(), tmp_path, resume=True)
+    raw = color_data()
+    raw["train"] = raw["train"].cast_column("label", raw["train"].features["text"])
     with pytest.raises(ValueError, match="no ClassLabel"):
-        raw = color_data()
-        raw["train"] = raw["train"].cast_column("label", raw["train"].features["text"])
         finetune(prepared(folder), tokenizer, raw, tmp_path)

@@ -216,7 +216,7 @@ def test_refinement_lowers_the_stated_error_and_the_statement_stays_true(archite
 
 @needs_minilm
 @pytest.mark.parametrize(("stack", "transform"), REFERENCE)
-def test_minilm_ratios_are_those_of_facts_md(stack, transform):
+def test_minilm_ratios_are_those_of_the_reference(stack, transform):
     weights = minilm_stack(stack)
     baseline = quantize_stack(weights, QReftaConfig()).error
     for rank, expected in zip(RANKS, REFERENCE[stack, transform], strict=True):

@@ -29,8 +29,12 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    MambaConfig,
+    MambaForCausalLM,
     T5Config,
     T5ForSequenceClassification,
+    WhisperConfig,
+    WhisperForAudioClassification,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -279,15 +283,16 @@ REFUSALS = {
     "rank too large": (tiny_bert, {"rank": 97}, "query (3 layers of 32 x 32) has only 96 .* allowed rank is 96"),
     "rank too large for keys": (tiny_llama, {"rank": 49}, "k_proj (3 layers of 16 x 32) .* largest allowed rank is 48"),
     "rank too large for the decoder": (tiny_t5, {"rank": 65}, "decoder.block.*.layer.0.SelfAttention.q .* rank is 64"),
-    "no target": (tiny_bert, {"target_modules": ["q_proj"]}, "['q_proj'] match no linear; the stacks are: bert.enc"),
+    "no target": (tiny_bert, {"target_modules": ["q_proj"]}, "'q_proj' matches no linear; the stacks are: bert.enc"),
     "one target of two": (
         tiny_bert,
         {"target_modules": ["query", "up"]},
-        "['up'] match no linear; the stacks are: bert.enc",
+        "'up' matches no linear; the stacks are: bert.enc",
     ),
-    "part of a name": (tiny_bert, {"target_modules": ["uery"]}, "['uery'] match no linear"),
-    "empty targets": (tiny_bert, {"target_modules": []}, "[] match no linear; the stacks are: bert.encoder.layer.*"),
+    "part of a name": (tiny_bert, {"target_modules": ["uery"]}, "'uery' matches no linear"),
+    "empty targets": (tiny_bert, {"target_modules": []}, "[] matches no linear; the stacks are: bert.encoder.layer.*"),
     "regex without match": (tiny_bert, {"target_modules": "query"}, "'query' matches no linear; the stacks are: bert"),
+    "one layer": (tiny_bert, {"target_modules": ["1.attention.self.query"]}, "matches 1 of the 3 layers of bert.enc"),
     "no regex": (tiny_bert, {"target_modules": "(query"}, "'(query' is not a regular expression"),
     "no blocks": (lambda: tiny_bert(layers=0), {}, "no linear layers in repeated blocks"),
     "modules_to_save": (tiny_bert, {"modules_to_save": ["head"]}, "['head'] match no module; .* bert, dropout, class"),
@@ -333,12 +338,54 @@ def test_a_refused_model_is_left_as_it_was(refusal):
     assert_unchanged(model, before)
 
 
+def test_an_interrupted_prepare_is_not_taken_for_a_whole_model(monkeypatch):
+    """Out of memory in the third stack: the half-prepared model is refused, not finished with a second bank."""
+    model = tiny_llama()
+    count = iter(range(100))
+    real = sys.modules["qrefta.prepare"].split_stack
+
+    def fail_third(weights, config):
+        if next(count) == 2:
+            raise MemoryError
+        return real(weights, config)
+
+    monkeypatch.setattr(sys.modules["qrefta.prepare"], "split_stack", fail_third)
+    with pytest.raises(MemoryError):
+        qrefta.prepare(model, rank=3)
+    with pytest.raises(ValueError, match="an earlier prepare was interrupted; load the model again"):
+        qrefta.prepare(model, rank=3)
+
+
+def test_a_model_with_a_prepared_part_is_refused():
+    model = tiny_bert()
+    qrefta.prepare(model.bert, rank=3)
+    with pytest.raises(ValueError, match="part of the model is already prepared"):
+        qrefta.prepare(model, rank=3)
+
+
+def test_linears_that_are_read_stay_dense_and_the_function_is_kept():
+    model = build(MambaForCausalLM, MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4))
+    before = logits(model)
+    assert_close(logits(qrefta.prepare(model, bits=16, rank=3)), before, rtol=0, atol=1e-5)
+
+
+def test_a_head_next_to_an_unnamed_base_model_trains():
+    """WhisperForAudioClassification has no attribute for its base model."""
+    config = WhisperConfig(
+        vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, num_mel_bins=8, num_labels=3,
+        pad_token_id=0, bos_token_id=1, eos_token_id=1, decoder_start_token_id=1,
+    )  # fmt: skip
+    model = qrefta.prepare(build(WhisperForAudioClassification, config), rank=3)
+    assert {name.split(".")[0] for name in trained(model)} == {"projector", "classifier"}
+
+
 def test_a_bitsandbytes_model_of_transformers_is_refused(tmp_path):
     tiny_bert(hidden=64).save_pretrained(tmp_path)
     config = BitsAndBytesConfig(load_in_4bit=True)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
     before = fingerprint(model)
-    with pytest.raises(ValueError, match="already quantized .*; load it without quantization_config"):
+    with pytest.raises(ValueError, match=r"already quantized .*; load it without quantization_config"):
         qrefta.prepare(model, rank=3)
     assert_unchanged(model, before)
 
@@ -370,7 +417,7 @@ def test_training_mode_is_kept(mode):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @all_architectures
 def test_half_models_are_split_as_their_float32_copies(architecture, dtype):
-    """Computed in float32 whatever the model's dtype; the rest of the model keeps its dtype, the masters are float32."""
+    """Computed in float32 whatever the model's dtype; the rest keeps its dtype, the masters are float32."""
     half = ARCHITECTURES[architecture]().to(dtype)
     single = copy.deepcopy(half).float()
     qrefta.prepare(half, rank=3)
@@ -385,8 +432,8 @@ def test_half_models_are_split_as_their_float32_copies(architecture, dtype):
     assert half.dtype == dtype
     expected, found = logits(single), logits(half)
     assert found.dtype == dtype
-    # Rounding of all activations: relative root difference measured up to 0.017 in bf16 and 0.0021 in fp16.
-    limit = 0.04 if dtype == torch.bfloat16 else 0.005
+    # Rounding of all activations: relative root difference measured up to 0.012 in bf16 and 0.0015 in fp16.
+    limit = 0.03 if dtype == torch.bfloat16 else 0.004
     assert (found.float() - expected).norm() < limit * expected.norm()
 
 
@@ -414,8 +461,8 @@ def test_dense_weights_are_released_stack_by_stack(monkeypatch):
     assert done == list(dense)
 
 
-# Peak in float32 stacks of the largest role, measured: 1.48, 2.50 and 2.17. With all weights of a role in float64 at once
-# it was 5; the model has 4 such stacks.
+# Peak in float32 stacks of the largest role, measured: 1.48, 2.50 and 2.17; the model is 4 such stacks. With the
+# weights of a role in float64 at once it was 5.
 @pytest.mark.parametrize(("settings", "stacks"), [({}, 1.8), ({"refine": 1}, 2.8), ({"bits": 16}, 2.5)], ids=str)
 def test_peak_memory_is_a_stack_not_the_model(settings, stacks, tmp_path, monkeypatch):
     """Allocated while preparing, less what stays, as torch's profiler counts it.
@@ -481,7 +528,6 @@ def test_preparing_twice_gives_the_same_bits(settings):
 
 def test_two_models_in_one_process_are_independent():
     alone = logits(qrefta.prepare(tiny_bert(), rank=5))
-    class_attribute = copy.copy(type(tiny_bert())._keep_in_fp32_modules_strict)
     first = qrefta.prepare(tiny_bert(), rank=5)
     second = qrefta.prepare(tiny_bert(), rank=2, bits=16, transform="dct", target_modules=["query"])
     assert torch.equal(logits(first), alone)
@@ -490,7 +536,7 @@ def test_two_models_in_one_process_are_independent():
     assert [row["rank"] for row in reports[1]] == [2, 0, 0, 0, 0, 0]
     qrefta.merge(second)
     assert torch.equal(logits(first), alone)
-    assert type(first)._keep_in_fp32_modules_strict == class_attribute
+    assert BANK not in (type(first)._keep_in_fp32_modules_strict or ())  # the class is everybody's
     assert not hasattr(tiny_bert(), BANK)
 
 

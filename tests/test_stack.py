@@ -2,11 +2,14 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from transformers import FalconConfig, FalconForCausalLM, MambaConfig, MambaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from qrefta.stack import ends_with, find_stacks, read_stack, read_weight, replace_module, select_stacks
 from tests.models import (
     ARCHITECTURES,
+    VOCAB,
+    build,
     tiny_bert,
     tiny_gpt2,
     tiny_llama,
@@ -60,14 +63,6 @@ def test_weights_are_read_as_out_by_in_in_layer_order(name):
             expected = torch.stack([(module(unit) - module(zero)).T for module in modules])
         assert expected.shape == stack.shape
         assert_close(read_stack(model, stack), expected)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_keys_are_unique_and_name_a_submodule(name):
-    """Swin has one role in two shapes; a state dict key has no dots inside a name."""
-    keys = [stack.key for stack in find_stacks(MODELS[name]())]
-    assert len(set(keys)) == len(keys)
-    nn.ModuleDict({key: nn.Identity() for key in keys})
 
 
 def test_names_have_a_star_for_the_layer_number():
@@ -128,9 +123,33 @@ def test_lists_in_a_task_head_are_no_blocks():
 
 def test_multihead_attention_projection_is_left_out():
     """`nn.MultiheadAttention` reads the weight of its out_proj and never calls it."""
+
+    def block():
+        return nn.ModuleDict({"attention": nn.MultiheadAttention(32, 4), "mlp": nn.Linear(32, 32)})
+
+    model = nn.ModuleDict({"layers": nn.ModuleList([block(), block()])})
+    assert "layers.0.attention.out_proj" in linears(model)
+    assert shapes(model) == {"layers.*.mlp": (2, 32, 32)}
+
+
+def test_weights_that_their_parent_reads_are_left_out():
+    """torch's encoder layer hands linear1.weight to a fused kernel; Mamba multiplies with dt_proj.weight."""
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64), 3, enable_nested_tensor=False)
-    assert "layers.0.self_attn.out_proj" in linears(model)
-    assert shapes(model) == {"layers.*.linear1": (3, 64, 32), "layers.*.linear2": (3, 32, 64)}
+    assert shapes(model) == {}
+    config = MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4)
+    roles = {name.rpartition(".")[2] for name in shapes(build(MambaForCausalLM, config))}
+    assert roles == {"in_proj"}  # its CUDA path reads the weights of x_proj and out_proj too
+
+
+def test_falcons_own_linear_class_is_a_plain_linear():
+    config = FalconConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    roles = {name.rpartition(".")[2] for name in shapes(build(FalconForCausalLM, config))}
+    assert roles == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+
+
+def test_a_list_of_bare_linears_is_no_run_of_blocks():
+    model = nn.ModuleDict({"mlp": nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])})})
+    assert shapes(model) == {}
 
 
 def test_places_in_a_sequential_mlp_are_no_layer_numbers():
