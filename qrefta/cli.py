@@ -9,6 +9,7 @@ import datasets
 import torch
 import transformers
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -41,6 +42,7 @@ Targets = Annotated[
     list[str] | None, typer.Option("--target", help="End of the path of modules that get factors; repeat for more.")
 ]
 TargetRegex = Annotated[str | None, typer.Option(help="Regular expression for whole paths, instead of --target.")]
+Saved = Annotated[list[str] | None, typer.Option(help="End of the path of a module to train whole; repeat for more.")]
 Refine = Annotated[int, typer.Option(help="Rounds of refitting factors and residual to each other.")]
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
 
@@ -57,6 +59,7 @@ def prepare(
     double_quant: DoubleQuant = False,
     target: Targets = None,
     target_regex: TargetRegex = None,
+    modules_to_save: Saved = None,
     refine: Refine = 0,
     seed: Seed = 0,
 ) -> None:
@@ -66,7 +69,8 @@ def prepare(
     before = sum(parameter.nbytes for parameter in dense.parameters())
     prepared = prepare_model(
         dense, bits, rank, transform=transform, quant_type=quant_type, block_size=block_size,
-        double_quant=double_quant, target_modules=target_regex or target, refine=refine, seed=seed, progress=True,
+        double_quant=double_quant, target_modules=target_regex or target,
+        modules_to_save=modules_to_save, refine=refine, seed=seed, progress=True,
     )  # fmt: skip
     prepared.save_pretrained(out)
     _save_tokenizer(model, out)
@@ -87,6 +91,7 @@ def finetune(
     double_quant: DoubleQuant = False,
     target: Targets = None,
     target_regex: TargetRegex = None,
+    modules_to_save: Saved = None,
     refine: Refine = 0,
     seed: Seed = 0,
     text_column: Annotated[list[str] | None, typer.Option(help="Column with text; give two for pairs.")] = None,
@@ -111,7 +116,8 @@ def finetune(
     if not is_prepared(classifier):
         prepare_model(
             classifier, bits, rank, transform=transform, quant_type=quant_type, block_size=block_size,
-            double_quant=double_quant, target_modules=target_regex or target, refine=refine, seed=seed, progress=True,
+            double_quant=double_quant, target_modules=target_regex or target,
+        modules_to_save=modules_to_save, refine=refine, seed=seed, progress=True,
         )  # fmt: skip
     console.print(report_table(quant_report(classifier)))
     result = finetune_model(
@@ -156,8 +162,9 @@ def report_table(rows: list[dict[str, Any]]) -> Table:
     """The rows of `quant_report` as a table, with a line for the whole model."""
     prefix = _common_prefix([row["stack"] for row in rows])
     where = f" in {prefix.removesuffix('.')}" if prefix else ""
-    table = Table(title=f"Squared quantization error{where}: whole weight W, residual Wr", title_justify="left")
-    for name in ("stack", "shape", "R", "W-Q(W)", "Wr-Q(Wr)", "ratio", "bits/weight"):
+    title = f"Squared quantization error{where}: whole weight W, residual Wr"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("stack", "shape", "R", "W-Q(W)", "Wr-Q(Wr)", "ratio", "bits"):
         table.add_column(name, justify="left" if name == "stack" else "right", overflow="fold")
     for row in rows:
         out_features, in_features = row["shape"]
@@ -177,7 +184,7 @@ def report_table(rows: list[dict[str, Any]]) -> Table:
 
 def results_table(results: dict[str, FinetuneResult]) -> Table:
     """Training runs side by side."""
-    table = Table(title="Test accuracy")
+    table = Table(title="Test accuracy", title_justify="left", box=box.SIMPLE_HEAD)
     for name in ("method", "trained", "before", "after", "test loss", "steps", "seconds"):
         table.add_column(name, justify="left" if name == "method" else "right")
     for name, result in results.items():

@@ -1,7 +1,9 @@
 """The main job on a real model and real data: what 4 bits cost, what training wins, what saving and merging keep.
 
 Three classifiers train on the same rows in the same order for the same steps: the head alone on frozen 16-bit weights,
-LoRA on frozen 16-bit weights, and qrefta on 4-bit weights. Without arguments nothing is downloaded from a model hub.
+LoRA and the head on 16-bit weights, and qrefta's factors and the head on 4-bit weights. LoRA and qrefta adapt the same
+linears. The head is the classifier and, in BERT-like models, the pooler before it, which sentence encoders leave
+untrained. Without arguments nothing is downloaded from a model hub.
 """
 
 import os
@@ -25,8 +27,9 @@ from eval.rows import append
 from qrefta.cli import load_classifier, quiet_libraries, report_table, results_table, weights_bytes
 from qrefta.data import load_classification
 from qrefta.finetune import FinetuneResult, finetune
+from qrefta.stack import find_stacks
 
-LEARNING_RATES = {"head only": 1e-2, "LoRA r=8": 1e-3, "qrefta": 1e-3}
+LEARNING_RATE = 2e-3
 OUT = Path("runs/quickstart")
 console = Console()
 
@@ -35,7 +38,7 @@ def run(
     model: Annotated[str | None, typer.Option(help="Hub name or folder; default: the embedded MiniLM.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Hub name, folder or file; default: docstring sentences.")] = None,
     rank: Annotated[int, typer.Option(help="R of every stack.")] = 48,
-    steps: Annotated[int, typer.Option(help="Training steps of each of the three runs.")] = 120,
+    steps: Annotated[int, typer.Option(help="Training steps of each of the three runs.")] = 100,
     train_rows: Annotated[int, typer.Option(help="Rows to train on, at most.")] = 2000,
     test_rows: Annotated[int, typer.Option(help="Rows to test on, at most.")] = 500,
     out: Annotated[Path, typer.Option(help="Folder for the results; new or empty. The default one is replaced.")] = OUT,
@@ -57,7 +60,7 @@ def run(
     def train(name: str, classifier: PreTrainedModel) -> FinetuneResult:
         console.print(f"\nTraining: {name}")
         return finetune(
-            classifier, tokenizer, data, out / name.replace(" ", "-"), learning_rate=LEARNING_RATES[name],
+            classifier, tokenizer, data, out / name.replace(" ", "-"), learning_rate=LEARNING_RATE,
             max_steps=steps, save_steps=1.0, seed=seed,
         )  # fmt: skip
 
@@ -68,7 +71,7 @@ def run(
 
     prepared = load_classifier(source, classes, seed)
     dense_bytes = sum(parameter.nbytes for parameter in prepared.parameters())
-    qrefta.prepare(prepared, bits=4, rank=rank, seed=seed, progress=True)
+    qrefta.prepare(prepared, bits=4, rank=rank, modules_to_save=pooler(prepared), seed=seed, progress=True)
     console.print(report_table(qrefta.quant_report(prepared)))
     results["qrefta"] = train("qrefta", prepared)
     console.print()
@@ -95,13 +98,24 @@ def load_16_bit(source: str, classes: list[str], seed: int) -> PreTrainedModel:
     return load_classifier(source, classes, seed).to(torch.bfloat16).float()
 
 
+def pooler(classifier: PreTrainedModel) -> list[str]:
+    """The pooler, if the model has one between its blocks and its classifier."""
+    return [name for name, _ in classifier.base_model.named_children() if name == "pooler"]
+
+
 def head_only(classifier: PreTrainedModel) -> PreTrainedModel:
     classifier.base_model.requires_grad_(False)
+    for name in pooler(classifier):
+        classifier.base_model.get_submodule(name).requires_grad_(True)
     return classifier
 
 
 def lora(classifier: PreTrainedModel) -> PreTrainedModel:
-    return get_peft_model(classifier, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS"))
+    linears = [path for stack in find_stacks(classifier) for path in stack.modules]
+    return get_peft_model(
+        classifier,
+        LoraConfig(r=8, lora_alpha=16, target_modules=linears, modules_to_save=pooler(classifier), task_type="SEQ_CLS"),
+    )
 
 
 @torch.no_grad()
