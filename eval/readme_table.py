@@ -36,7 +36,7 @@ def table(rows: list[dict]) -> str:
             "",
             f"At R = {rank} and {bits:.2f} bits a weight, factors included, the squared quantization error of all "
             f"linears is {residual / baseline:.3f} of that of quantizing whole weights. The reloaded model's logits "
-            f"differ by {files['reload_difference']:.0e}, the merged bf16 model's by {files['merge_difference']:.0e} "
+            f"differ by {files['reload_difference']:.2g}, the merged bf16 model's by {files['merge_difference']:.2g} "
             f"(largest logit {files['largest_logit']:.1f}).",
         ]
     )
