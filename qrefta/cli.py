@@ -65,12 +65,12 @@ def prepare(
 ) -> None:
     """Split a model into a 4-bit residual and trainable factors, and save it."""
     _check_empty(out)
-    dense = _model_class(model).from_pretrained(model, dtype="auto")
+    dense = _model_class(model).from_pretrained(model, dtype="auto", use_safetensors=True)
     before = sum(parameter.nbytes for parameter in dense.parameters())
     prepared = prepare_model(
         dense, bits, rank, transform=transform, quant_type=quant_type, block_size=block_size,
         double_quant=double_quant, target_modules=target_regex or target,
-        modules_to_save=modules_to_save, refine=refine, seed=seed, progress=True,
+        modules_to_save=modules_to_save, refine=refine, seed=seed,
     )  # fmt: skip
     prepared.save_pretrained(out)
     _save_tokenizer(model, out)
@@ -117,7 +117,7 @@ def finetune(
         prepare_model(
             classifier, bits, rank, transform=transform, quant_type=quant_type, block_size=block_size,
             double_quant=double_quant, target_modules=target_regex or target,
-        modules_to_save=modules_to_save, refine=refine, seed=seed, progress=True,
+        modules_to_save=modules_to_save, refine=refine, seed=seed,
         )  # fmt: skip
     console.print(report_table(quant_report(classifier)))
     result = finetune_model(
@@ -202,6 +202,7 @@ def load_classifier(model: str, classes: list[str], seed: int) -> PreTrainedMode
         return AutoModelForSequenceClassification.from_pretrained(
             model,
             dtype=torch.float32,  # a head in bf16 would lose most of AdamW's updates
+            use_safetensors=True,
             num_labels=len(classes),
             id2label=dict(enumerate(classes)),
             label2id={name: index for index, name in enumerate(classes)},

@@ -15,6 +15,8 @@ from qrefta.quantizer import QReftaQuantizer, attach_bank, bank_key, freeze, is_
 from qrefta.split import Split, baseline_error, quantize_stack, split_stack
 from qrefta.stack import LayerStack, ends_with, find_stacks, read_stack, read_weight, select_stacks
 
+PROGRESS_DELAY_S = 2.0
+
 
 def prepare(
     model: PreTrainedModel,
@@ -31,7 +33,7 @@ def prepare(
     refine: int = 0,
     seed: int = 0,
     factor_dtype: str = "bfloat16",
-    progress: bool = False,
+    progress: bool = True,
 ) -> PreTrainedModel:
     """The same model with every linear of its blocks in 4 bits, ready to train the principal parts of the targets.
 
@@ -58,7 +60,7 @@ def prepare(
         refine: rounds of alternating between the principal part and the quantized residual.
         seed: recorded for methods that draw random numbers; the exact t-SVD of ReFTA draws none.
         factor_dtype: bfloat16, or float32 for factors that are not rounded.
-        progress: show a progress bar over the stacks.
+        progress: show a progress bar over the stacks, if it takes more than two seconds.
 
     Returns:
         `model` itself; `save_pretrained`, `from_pretrained` and `Trainer` work on it as on any model.
@@ -90,7 +92,7 @@ def prepare(
     _check_weights(model, stacks)
 
     attach_bank(model)
-    for stack in tqdm(stacks, desc="Preparing", unit="stack", disable=not progress):
+    for stack in tqdm(stacks, desc="Preparing", unit="stack", disable=not progress, delay=PROGRESS_DELAY_S):
         config.stacks.append(_prepare_stack(model, stack, config, stack in targets))
     freeze(model, config.modules_to_save)
     _register(model, config)

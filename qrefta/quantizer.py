@@ -110,9 +110,11 @@ class QReftaQuantizer(HfQuantizer):
         for file in kwargs.get("checkpoint_files") or []:
             _check_readable(file)
         build(model, self.quantization_config)
+        self._expected = {path: (tensor.shape, tensor.dtype) for path, tensor in _own_parameters(model).items()}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         _check_filled(model)
+        _check_form(model, self._expected)
         config = self.quantization_config
         config.modules_to_save = list(dict.fromkeys(config.modules_to_save + task_head(model)))
         freeze(model, config.modules_to_save)
@@ -123,8 +125,10 @@ def build(model: PreTrainedModel, config: QReftaConfig) -> None:
     """Replace the linears that `config` lists by empty `AdaptedLinear`s and add an empty factor bank.
 
     Raises:
-        ValueError: if the model lacks one of the linears, or has it in another shape.
+        ValueError: if the config lists no stacks, or the model lacks one of the linears or has it in another shape.
     """
+    if not config.stacks:
+        raise ValueError("The checkpoint's quantization_config lists no stacks: config.json is damaged; restore it.")
     config.stacks = [_relocate(model, row) for row in config.stacks]
     for row in config.stacks:
         for path in row.modules:
@@ -244,6 +248,35 @@ def _check_readable(file: str) -> None:
             pass
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{file} is damaged or truncated ({error}); copy or save it again.") from error
+
+
+def _own_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Parameters of adapted layers and factors, by path; biases are the model's."""
+    return {
+        f"{path}.{name}": parameter
+        for path, module in model.named_modules()
+        if isinstance(module, AdaptedLinear | Factors)
+        for name, parameter in module.named_parameters(recurse=False)
+        if name != "bias"
+    }
+
+
+def _check_form(model: PreTrainedModel, expected: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
+    """Raise if a tensor was loaded in another shape, and undo casts of packed bytes.
+
+    transformers below 5.20 neither compares shapes in quantized models nor leaves integers alone in modules that it
+    keeps in float32 (T5's `wo`); bytes survive that cast.
+    """
+    for path, parameter in _own_parameters(model).items():
+        shape, dtype = expected[path]
+        if parameter.shape != shape:
+            raise ValueError(
+                f"{path} has the shape {list(parameter.shape)} in the checkpoint and {list(shape)} by its config; they "
+                "do not belong together: copy or save it again."
+            )
+        if parameter.dtype != dtype and not dtype.is_floating_point:
+            owner, _, name = path.rpartition(".")
+            setattr(model.get_submodule(owner), name, nn.Parameter(parameter.to(dtype), requires_grad=False))
 
 
 def _check_filled(model: PreTrainedModel) -> None:

@@ -6,6 +6,9 @@ linears. The head is the classifier and, in BERT-like models, the pooler before 
 untrained. Without arguments nothing is downloaded from a model hub.
 """
 
+# ruff: noqa: E402
+
+import logging
 import os
 import shutil
 import sys
@@ -20,6 +23,7 @@ from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # eval/ is not part of the installed package
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional package that nothing here uses
 
 import qrefta
 from eval.demo import docstring_sentences, model_folder
@@ -37,6 +41,9 @@ console = Console()
 def run(
     model: Annotated[str | None, typer.Option(help="Hub name or folder; default: the embedded MiniLM.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Hub name, folder or file; default: docstring sentences.")] = None,
+    text_column: Annotated[list[str] | None, typer.Option(help="Column with text; give two for pairs.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column with classes.")] = None,
+    header: Annotated[list[str] | None, typer.Option(help="Column names, in order, of a file without header.")] = None,
     rank: Annotated[int, typer.Option(help="R of every stack.")] = 48,
     steps: Annotated[int, typer.Option(help="Training steps of each of the three runs.")] = 100,
     train_rows: Annotated[int, typer.Option(help="Rows to train on, at most.")] = 2000,
@@ -52,7 +59,13 @@ def run(
     elif out.exists() and any(out.iterdir()):
         raise typer.BadParameter(f"{out} is not empty; choose another folder", param_hint="--out")
     source = model or str(model_folder())
-    data = load_data(dataset, train_rows, test_rows, seed)
+    if dataset is None:
+        data = docstring_sentences(train_size=train_rows, test_size=test_rows)
+    else:
+        data = load_classification(
+            dataset, text_columns=text_column, label_column=label_column, header=header, seed=seed
+        )  # fmt: skip
+        data = first_rows(data, {"train": train_rows, "test": test_rows}, seed)
     classes = data["train"].features["label"].names
     tokenizer = AutoTokenizer.from_pretrained(source)
     console.rule(f"{len(data['train'])} training and {len(data['test'])} test rows, {len(classes)} classes")
@@ -71,7 +84,7 @@ def run(
 
     prepared = load_classifier(source, classes, seed)
     dense_bytes = sum(parameter.nbytes for parameter in prepared.parameters())
-    qrefta.prepare(prepared, bits=4, rank=rank, modules_to_save=pooler(prepared), seed=seed, progress=True)
+    qrefta.prepare(prepared, bits=4, rank=rank, modules_to_save=pooler(prepared), seed=seed)
     console.print(report_table(qrefta.quant_report(prepared)))
     results["qrefta"] = train("qrefta", prepared)
     console.print()
@@ -82,14 +95,10 @@ def run(
         append(rows, to_rows(qrefta.quant_report(prepared), results, files, len(data["test"])), seed)
 
 
-def load_data(dataset: str | None, train_rows: int, test_rows: int, seed: int) -> DatasetDict:
-    """The embedded sentences, or the first rows (shuffled) of a data set of the user's."""
-    if dataset is None:
-        return docstring_sentences(train_size=train_rows, test_size=test_rows)
-    data = load_classification(dataset, seed=seed)
-    rows = {"train": train_rows, "test": test_rows}
+def first_rows(data: DatasetDict, counts: dict[str, int], seed: int) -> DatasetDict:
+    """At most so many rows of each split, drawn with `seed`."""
     return DatasetDict(
-        {name: part.shuffle(seed=seed).select(range(min(rows[name], len(part)))) for name, part in data.items()}
+        {name: part.shuffle(seed=seed).select(range(min(counts[name], len(part)))) for name, part in data.items()}
     )
 
 
