@@ -44,6 +44,7 @@ def test_prepare_inspect_merge_round_trip(dense, tmp_path):
         AutoModelForSequenceClassification.from_pretrained(path) for path in (dense, tmp_path / "dense")
     )
     assert not hasattr(merged.config, "quantization_config")
+    assert json.loads((tmp_path / "dense" / "config.json").read_text())["dtype"] == "float32"
     distance = (logits(merged) - logits(original)).norm() / logits(original).norm()
     assert 0 < distance < 0.5  # 4 bits on random weights cost; a wrong merge is off by 1 and more
 

@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from qrefta.data import load_classification
 
-ROWS = [{"sentence": f'a "quoted sentence number {i}', "label": i % 3} for i in range(30)]
+ROWS = [{"sentence": f'"quoted sentence number {i}', "label": i % 3} for i in range(30)]
 
 
 def write(path, rows):

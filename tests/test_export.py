@@ -238,3 +238,13 @@ def test_a_merged_loaded_model_says_nothing_of_quantization(tmp_path):
     merged = qrefta.merge(qrefta.load(tmp_path), torch.float32)
     assert not getattr(merged.config, "_is_quantized", False)
     assert merged.config.dtype == torch.float32
+
+
+def test_what_the_model_wants_in_float32_stays_so(tmp_path):
+    """T5's wo overflows in fp16; from_pretrained(dtype=float16) keeps it in float32 too."""
+    merged = qrefta.merge(prepared("t5"), torch.float16)
+    merged.save_pretrained(tmp_path)
+    loaded = type(merged).from_pretrained(tmp_path, dtype=torch.float16)
+    assert {p.dtype for p in merged.parameters()} == {torch.float16, torch.float32}
+    for (name, ours), theirs in zip(merged.named_parameters(), loaded.parameters(), strict=True):
+        assert ours.dtype == theirs.dtype, name

@@ -32,7 +32,8 @@ def test_training_learns_the_task_and_the_saved_model_keeps_it(folder, tmp_path)
     model, result = run(folder, tmp_path, epochs=8)
     assert result.accuracy_after > max(0.9, result.accuracy_before)
     assert result.steps == 48
-    assert result.trained_parameters == count_trained(model)
+    sizes = 3 * [(32, 32)] + [(32, 32), (64, 32), (32, 64)]
+    assert result.trained_parameters == 8 * sum(map(sum, sizes)) + 2 * 32 + 2 == count_trained(model)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     batch = tokenizer([row["text"] for row in color_rows(4, seed=3)], return_tensors="pt")
     with torch.no_grad():
@@ -61,8 +62,12 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(folder, tmp_path, 
         patch.setattr(Trainer, "training_step", stop_after_five)
         with pytest.raises(KeyboardInterrupt):
             run(folder, tmp_path / "cut", max_steps=8, save_steps=4)
-    resumed, result = run(folder, tmp_path / "cut", max_steps=8, save_steps=4, resume=True)
+    counted = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", lambda *args, **options: counted.append(1) or step(*args, **options))
+        resumed, result = run(folder, tmp_path / "cut", max_steps=8, save_steps=4, resume=True)
     assert result.steps == 8
+    assert len(counted) == 4  # from checkpoint-4 on
     for (name, expected), actual in zip(whole.state_dict().items(), resumed.state_dict().values()):
         assert torch.equal(actual, expected), name
 

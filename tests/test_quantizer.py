@@ -285,6 +285,14 @@ def test_the_base_model_loads_from_a_checkpoint_with_a_head(checkpoint, model_cl
     assert not again.bert.pooler.dense.weight.requires_grad
 
 
+def test_a_head_on_a_prepared_base_model_is_fresh_and_trains(tmp_path):
+    qrefta.prepare(tiny_bert().bert, rank=5).save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert model.classifier.weight.requires_grad
+    model.save_pretrained(tmp_path / "again")
+    assert qrefta.load(tmp_path / "again").classifier.weight.requires_grad
+
+
 @pytest.mark.parametrize("model_class", [RobertaForSequenceClassification, GPT2LMHeadModel])
 def test_another_architecture_is_refused(checkpoint, model_class):
     message = f"was prepared on a model that has {QUERY}; .* has no such linear. Load it with the class that saved it"
