@@ -10,7 +10,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qrefta.methods import METHODS
 from qrefta.quantize import QuantFormat
-from qrefta.stack import LayerStack
 from qrefta.tensor import TRANSFORMS
 
 FORMAT_VERSION = 1
@@ -52,10 +51,6 @@ class StackRow:
     principal_energy: float
     bytes: int
     bits_per_weight: float
-
-    def layer_stack(self) -> LayerStack:
-        out_features, in_features = self.shape
-        return LayerStack(self.stack, tuple(self.modules), out_features, in_features, self.transposed)
 
     def report(self) -> dict[str, Any]:
         """The row as `quant_report` shows it: without what only loading needs."""

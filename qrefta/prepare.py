@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from qrefta.build import attach_bank, bank_key, freeze, replace_linear, task_head
 from qrefta.config import QReftaConfig, StackRow
 from qrefta.factors import BANK, FactorBank
 from qrefta.linear import AdaptedLinear
 from qrefta.quantize import Packed
-from qrefta.quantizer import QReftaQuantizer, attach_bank, bank_key, freeze, is_prepared, replace_linear, task_head
+from qrefta.quantizer import QReftaQuantizer, is_prepared
 from qrefta.split import Split, baseline_error, quantize_stack, split_stack
 from qrefta.stack import LayerStack, ends_with, find_stacks, read_stack, read_weight, select_stacks
 
@@ -39,7 +40,8 @@ def prepare(
 
     Each stack of linears W_l (one role over all layers) becomes dequant(Q_l) + Delta_l, where Delta_l is its tensor
     rank-R principal part (trained) and Q_l the quantized rest (frozen). Works in place: a dense weight is released as
-    its packed one is made, so the peak is the model plus one stack in float32. A model that is refused is left exactly
+    its packed one is made; the peak is the model plus about 1.5 times its largest stack in float32 (2.5 times with
+    `refine` or 16 bits). A model that is refused is left exactly
     as it was.
 
     Args:

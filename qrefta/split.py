@@ -50,7 +50,7 @@ def split_stack(weights: Tensor, config: QReftaConfig) -> Split:
         weights: (layers, out, in), float32, finite.
         config: method, transform, rank, format and rounds.
 
-    Peak memory: three times the stack in float32 with rounds, twice without.
+    Peak memory beside `weights`: half a stack in float32 without rounds, one and a half with them or 16 bits.
     """
     transform = transform_matrix(weights, config.transform)
     factors = _fit(weights, transform, config)

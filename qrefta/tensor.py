@@ -95,13 +95,6 @@ def t_svd(stack: Tensor, transform: Tensor, rank: int) -> TSVD:
     return best._replace(left=best.left * signs, right=best.right * signs.T)
 
 
-def t_svd_values(stack: Tensor, transform: Tensor) -> Tensor:
-    """Singular values of every transformed slice, (slices, min(out, in)), each row falling."""
-    return torch.stack(
-        [torch.linalg.svdvals(transformed_slice(stack, transform, index)) for index in range(stack.shape[0])]
-    )
-
-
 def _strongest(first: TSVD, second: TSVD, rank: int) -> TSVD:
     """The `rank` largest components of two; a tie goes to the first."""
     order = torch.cat([first.values, second.values]).argsort(descending=True, stable=True)[:rank]
