@@ -1,6 +1,6 @@
 """python -m eval.factor_dtype: do bf16 factors train? The same run with bf16 and with float32 factors.
 
-Plain Trainer, its default AdamW, learning rate 2e-4: the share of factor entries that move as bf16 values, and the loss.
+Plain Trainer, its default AdamW, learning rate 2e-4: the share of factor entries that move as bf16 values, and losses.
 """
 
 import copy
