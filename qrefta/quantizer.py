@@ -144,7 +144,7 @@ def _own_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 def _check_form(model: PreTrainedModel, expected: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
     """Raise if a tensor was loaded in another shape, and undo casts of packed bytes.
 
-    transformers below 5.20 neither compares shapes in quantized models nor leaves integers alone in modules that it
+    transformers 5.0 neither compares shapes in quantized models nor leaves integers alone in modules that it
     keeps in float32 (T5's `wo`); bytes survive that cast.
     """
     for path, parameter in _own_parameters(model).items():
