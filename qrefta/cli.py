@@ -1,6 +1,5 @@
 """Command line: qrefta prepare | finetune | inspect | merge. One thin function a verb."""
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +21,7 @@ from qrefta.finetune import FinetuneResult
 from qrefta.finetune import finetune as finetune_model
 from qrefta.prepare import prepare as prepare_model
 from qrefta.quantize import BLOCK_SIZES, QUANT_TYPES
-from qrefta.quantizer import is_prepared, load, quant_report
+from qrefta.quantizer import is_prepared, load, model_class, quant_report, read_config
 from qrefta.tensor import TRANSFORMS
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -65,12 +64,13 @@ def prepare(
 ) -> None:
     """Split a model into a 4-bit residual and trainable factors, and save it."""
     _check_empty(out)
-    dense = _model_class(model).from_pretrained(model, dtype="auto", use_safetensors=True)
+    names = AutoConfig.from_pretrained(model).architectures or [""]
+    dense = model_class(names[0], model).from_pretrained(model, dtype="auto", use_safetensors=True)
     before = sum(parameter.nbytes for parameter in dense.parameters())
     prepared = prepare_model(
         dense, bits, rank, transform=transform, quant_type=quant_type, block_size=block_size,
-        double_quant=double_quant, target_modules=target_regex or target,
-        modules_to_save=modules_to_save, refine=refine, seed=seed,
+        double_quant=double_quant, target_modules=target_regex or target, modules_to_save=modules_to_save,
+        refine=refine, seed=seed,
     )  # fmt: skip
     prepared.save_pretrained(out)
     _save_tokenizer(model, out)
@@ -116,8 +116,8 @@ def finetune(
     if not is_prepared(classifier):
         prepare_model(
             classifier, bits, rank, transform=transform, quant_type=quant_type, block_size=block_size,
-            double_quant=double_quant, target_modules=target_regex or target,
-        modules_to_save=modules_to_save, refine=refine, seed=seed,
+            double_quant=double_quant, target_modules=target_regex or target, modules_to_save=modules_to_save,
+            refine=refine, seed=seed,
         )  # fmt: skip
     console.print(report_table(quant_report(classifier)))
     result = finetune_model(
@@ -132,13 +132,7 @@ def finetune(
 @app.command()
 def inspect(folder: Annotated[Path, typer.Argument(help="Folder of a prepared model.")]) -> None:
     """Show what was done to a prepared model, from its config alone."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} has no config.json; give the folder of a prepared model.")
-    settings = json.loads(path.read_text(encoding="utf-8")).get("quantization_config") or {}
-    if settings.get("quant_method") != "qrefta":
-        raise ValueError(f"{folder} holds no qrefta model (quant_method is {settings.get('quant_method')!r}).")
-    config = QReftaConfig.from_dict(settings)
+    config = QReftaConfig.from_dict(read_config(folder)["quantization_config"])
     console.print(report_table([row.report() for row in config.stacks]))
     shown = {key: value for key, value in config.to_dict().items() if key != "stacks"}
     console.print(", ".join(f"{key}={value}" for key, value in shown.items()))
@@ -230,15 +224,6 @@ def main() -> None:
     except (ValueError, OSError) as error:
         Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False)
         raise SystemExit(2) from error
-
-
-def _model_class(model: str) -> type[PreTrainedModel]:
-    """The class that saved a checkpoint."""
-    names = AutoConfig.from_pretrained(model).architectures or ["nothing"]
-    model_class = getattr(transformers, names[0], None)
-    if model_class is None:
-        raise ValueError(f"config.json of {model} names {names[0]!r}, which transformers does not have.")
-    return model_class
 
 
 def _save_tokenizer(source: str | Path, out: Path) -> None:

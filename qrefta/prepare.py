@@ -41,8 +41,7 @@ def prepare(
     Each stack of linears W_l (one role over all layers) becomes dequant(Q_l) + Delta_l, where Delta_l is its tensor
     rank-R principal part (trained) and Q_l the quantized rest (frozen). Works in place: a dense weight is released as
     its packed one is made; the peak is the model plus about 1.5 times its largest stack in float32 (2.5 times with
-    `refine` or 16 bits). A model that is refused is left exactly
-    as it was.
+    `refine` or 16 bits). A model that is refused is left exactly as it was.
 
     Args:
         model: any transformers model with its weights in memory, float32, bf16 or fp16.

@@ -59,21 +59,39 @@ def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     Raises:
         ValueError: if the folder has no config.json, holds no prepared model, or is damaged.
     """
+    name = (read_config(folder).get("architectures") or [""])[0]
+    return model_class(name, folder).from_pretrained(folder, **kwargs)
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The config.json of a prepared model's folder.
+
+    Raises:
+        ValueError: if there is none, it is damaged, or it is another model's.
+    """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json; give the folder that model.save_pretrained wrote.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        method = config.get("quantization_config", {}).get("quant_method")
-        name = (config.get("architectures") or [""])[0]
+        method = (config.get("quantization_config") or {}).get("quant_method")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}); restore it from where it was saved.") from error
     if method != "qrefta":
         raise ValueError(f"{folder} holds no qrefta model (quant_method is {method!r}); load it with transformers.")
-    model_class = getattr(transformers, name, None)
-    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
-        raise ValueError(f"transformers has no model class {name!r}; load {folder} with the class that saved it.")
-    return model_class.from_pretrained(folder, **kwargs)
+    return config
+
+
+def model_class(name: str, source: str | Path) -> type[PreTrainedModel]:
+    """The transformers class that a config names as its architecture.
+
+    Raises:
+        ValueError: if transformers has no such model class.
+    """
+    found = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise ValueError(f"transformers has no model class {name!r}; load {source} with the class that saved it.")
+    return found
 
 
 @register_quantizer("qrefta")

@@ -56,14 +56,13 @@ def split_stack(weights: Tensor, config: QReftaConfig) -> Split:
     factors = _fit(weights, transform, config)
     if config.format is None:
         return Split(factors, [weight - factors.delta(layer) for layer, weight in enumerate(weights)], 0.0)
-    current = _requantize(weights, factors, config)
-    best = current
-    for round_index in range(config.refine + 1 if config.refine else 0):
-        current = _refit(weights, current.residuals, transform, config)
-        best = min(best, current, key=_error)
-        if round_index < config.refine:
-            current = _requantize(weights, current.factors, config)
-            best = min(best, current, key=_error)
+    current = best = _requantize(weights, factors, config)
+    for _ in range(config.refine):
+        refitted = _refit(weights, current.residuals, transform, config)
+        current = _requantize(weights, refitted.factors, config)
+        best = min(best, refitted, current, key=_error)
+    if config.refine:
+        best = min(best, _refit(weights, current.residuals, transform, config), key=_error)
     return best
 
 
