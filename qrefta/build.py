@@ -9,7 +9,7 @@ from qrefta.config import QReftaConfig, StackRow
 from qrefta.factors import BANK, FactorBank
 from qrefta.linear import AdaptedLinear
 from qrefta.methods import METHODS
-from qrefta.stack import read_weight, replace_module
+from qrefta.stack import LayerStack, ends_with, read_weight, replace_module
 
 
 def build(model: PreTrainedModel, config: QReftaConfig) -> None:
@@ -95,6 +95,23 @@ def task_head(model: PreTrainedModel) -> list[str]:
         for name, child in model.named_children()
         if name in heads and name != BANK and output not in list(child.modules()) and list(child.parameters())
     ]
+
+
+def trained_modules(model: PreTrainedModel, names: list[str], stacks: list[LayerStack]) -> list[str]:
+    """Paths of the modules that train whole: the task head, and those that `names` gives."""
+    paths = [path for path, _ in model.named_modules() if path]
+    unmatched = [name for name in names if not any(ends_with(path, name) for path in paths)]
+    if unmatched:
+        children = ", ".join(name for name, _ in model.named_children())
+        raise ValueError(f"modules_to_save {unmatched} match no module; at the top there are: {children}")
+    named = [path for path in paths if any(ends_with(path, name) for name in names)]
+    for path in named:
+        if any(f"{packed}.".startswith(f"{path}.") for stack in stacks for packed in stack.modules):
+            raise ValueError(
+                f"modules_to_save names {path}, which is or holds linears that are quantized; they cannot train whole. "
+                "Give them factors with target_modules instead."
+            )
+    return list(dict.fromkeys(task_head(model) + named))
 
 
 def _relocate(model: PreTrainedModel, row: StackRow) -> StackRow:

@@ -1,7 +1,7 @@
 """What was done to a model: the settings of `prepare` and a row for every stack, as saved in config.json."""
 
-from dataclasses import asdict, dataclass, fields
-from numbers import Integral
+from dataclasses import MISSING, asdict, dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ class StackRow:
         principal_energy: ||principal part||_F^2 / ||W||_F^2.
         bytes: packed weights, scales, and factors with trained numbers at `factor_dtype`.
         bits_per_weight: 8 bytes / (K out in).
+        output_error: sum_l E||x (W_l - stored W_l)^T||^2 over the inputs of the calibration; None without one.
+        output_ratio: output_error / that of quantizing the whole weight.
     """
 
     stack: str
@@ -51,6 +53,8 @@ class StackRow:
     principal_energy: float
     bytes: int
     bits_per_weight: float
+    output_error: float | None = None
+    output_ratio: float | None = None
 
     def report(self) -> dict[str, Any]:
         """The row as `quant_report` shows it: without what only loading needs."""
@@ -63,7 +67,8 @@ class QReftaConfig(QuantizationConfigMixin):
 
     Args:
         method, transform, rank, bits, quant_type, block_size, double_quant, refine, seed, factor_dtype,
-            target_modules, modules_to_save: as in `qrefta.prepare`.
+            target_modules, modules_to_save, budget_mb, error_ratio: as in `qrefta.prepare`.
+        calibrated: whether second moments of the inputs weighted the split.
         stacks: a `StackRow` (or its dict) for every stack; empty before the model is prepared.
         format_version: of the checkpoint; a newer one than this package writes is refused.
 
@@ -75,16 +80,19 @@ class QReftaConfig(QuantizationConfigMixin):
         self,
         method: str = "refta",
         transform: str = "lsm3",
-        rank: int = 16,
+        rank: int | str = 16,
         bits: int = 4,
         quant_type: str = "nf4",
         block_size: int = 64,
         double_quant: bool = False,
-        refine: int = 0,
+        refine: int = 8,
         seed: int = 0,
         factor_dtype: str = "bfloat16",
         target_modules: str | list[str] | None = None,
         modules_to_save: list[str] | None = None,
+        budget_mb: float | None = None,
+        error_ratio: float | None = None,
+        calibrated: bool = False,
         stacks: list[StackRow] | list[dict[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = "qrefta",
@@ -106,7 +114,11 @@ class QReftaConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.method = method
         self.transform = transform
-        self.rank = _at_least("rank", rank, 1)
+        self.rank = rank if rank == "auto" else _at_least("rank", rank, 1)
+        self.budget_mb = _positive("budget_mb", budget_mb)
+        self.error_ratio = _positive("error_ratio", error_ratio)
+        _check_need(self.rank, self.budget_mb, self.error_ratio, bits)
+        self.calibrated = calibrated
         self.bits = bits
         self.quant_type = quant_type
         self.block_size = block_size
@@ -135,9 +147,10 @@ def _row(stack: StackRow | dict[str, Any]) -> StackRow:
     if isinstance(stack, StackRow):
         return stack
     names = {field.name for field in fields(StackRow)}
-    if not isinstance(stack, dict) or set(stack) != names:
+    needed = {field.name for field in fields(StackRow) if field.default is MISSING}
+    if not isinstance(stack, dict) or not needed <= set(stack) <= names:
         raise ValueError(
-            f"A stack of the qrefta config is {stack!r}; needed are the keys {sorted(names)}. "
+            f"A stack of the qrefta config is {stack!r}; needed are the keys {sorted(needed)}. "
             "config.json is damaged: restore it from the folder that save_pretrained wrote."
         )
     return StackRow(**stack)
@@ -152,3 +165,23 @@ def _at_least(name: str, value: Any, smallest: int) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < smallest:
         raise ValueError(f"{name} is {value!r}; it must be a whole number, {smallest} or more")
     return int(value)
+
+
+def _positive(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < float("inf"):
+        raise ValueError(f"{name} is {value!r}; it must be a positive number")
+    return float(value)
+
+
+def _check_need(rank: int | str, budget_mb: float | None, error_ratio: float | None, bits: int) -> None:
+    """Raise unless `rank` is a number alone, or "auto" with one of the two needs."""
+    if rank != "auto" and (budget_mb is not None or error_ratio is not None):
+        raise ValueError(f'budget_mb and error_ratio go with rank="auto"; rank is {rank!r}')
+    if rank == "auto" and (budget_mb is None) == (error_ratio is None):
+        raise ValueError('rank="auto" needs either budget_mb (megabytes for all factors) or error_ratio (to reach)')
+    if error_ratio is not None and error_ratio > 1:
+        raise ValueError(f"error_ratio is {error_ratio!r}; it is a share of the error of quantizing whole weights")
+    if rank == "auto" and bits == 16:
+        raise ValueError('rank="auto" weighs quantization error, and 16 bits have none; give a rank')

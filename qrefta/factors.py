@@ -15,10 +15,14 @@ for most entries and plain AdamW would lose it; the masters make every optimizer
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+
+from qrefta.tensor import Slices
+
+_ALL = slice(None)
 
 
 class Factors(nn.Module, ABC):
@@ -46,8 +50,25 @@ class Factors(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def fit(cls, stack: Tensor, rank: int, transform: Tensor, dtype: torch.dtype) -> Self:
-        """The factors nearest to a stack (layers, out, in) of float32, under a fixed mode-3 transform."""
+    def fit(
+        cls,
+        slices: Slices,
+        rank: int,
+        transform: Tensor,
+        dtype: torch.dtype,
+        seed: int,
+        starts: list[Tensor] | None = None,
+    ) -> "Fit":
+        """The factors nearest to a stack, given by its transformed slices.
+
+        Args:
+            slices: of the stack under `transform`.
+            rank: r.
+            transform: mode-3 transform, (layers, slices), float64.
+            dtype: see the class.
+            seed: of what is random.
+            starts: the subspaces of an earlier fit to nearly the same stack; then one pass is enough.
+        """
 
     @abstractmethod
     def down(self) -> Tensor:
@@ -66,9 +87,9 @@ class Factors(nn.Module, ABC):
         """Parameters that train; everything else in the module is frozen."""
 
     @torch.no_grad()
-    def delta(self, layer: int) -> Tensor:
-        """Delta_l = up . core_l . down, (out, in), float32: the dense update, for splitting and merging only."""
-        up, down = (factor.to(self.dtype).to(torch.float32) for factor in (self.up(), self.down()))
+    def delta(self, layer: int, rows: slice = _ALL) -> Tensor:
+        """Delta_l = up . core_l . down, (out, in) or some rows of it, float32: for splitting and merging only."""
+        up, down = (factor.to(self.dtype).to(torch.float32) for factor in (self.up()[rows], self.down()))
         return (up * self.core(layer)) @ down
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -96,6 +117,32 @@ class Factors(nn.Module, ABC):
         """Round the float32 masters to `dtype`; the function that the model computes does not change."""
         for parameter in self.trained():
             parameter.copy_(parameter.to(self.dtype))
+
+
+@torch.no_grad()
+def stored_factors(factors: Factors) -> dict[str, Tensor]:
+    """The parameters as a checkpoint holds them: masters that are values of `dtype` as `dtype`, which loses nothing."""
+    trained = {id(parameter) for parameter in factors.trained()}
+    stored = {}
+    for name, parameter in factors.named_parameters():
+        rounded = parameter.detach().to(factors.dtype)
+        exact = id(parameter) in trained and torch.equal(rounded.to(parameter.dtype), parameter.detach())
+        stored[name] = rounded if exact else parameter.detach()
+    return stored
+
+
+class Fit(NamedTuple):
+    """Factors fitted to a stack.
+
+    Attributes:
+        factors: with the method's class.
+        energy: how much of the stack's squared norm (under the metric, if there is one) they take away.
+        starts: subspaces that a fit to nearly the same stack may start from.
+    """
+
+    factors: Factors
+    energy: float
+    starts: list[Tensor]
 
 
 class FactorBank(nn.ModuleDict):

@@ -1,29 +1,35 @@
 """prepare(): a dense transformers model -> 4-bit residual + trained factors, in place, a stack at a time."""
 
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from qrefta.build import attach_bank, bank_key, freeze, replace_linear, task_head
+from qrefta.build import attach_bank, bank_key, freeze, replace_linear, trained_modules
 from qrefta.config import QReftaConfig, StackRow
+from qrefta.convert import convert
 from qrefta.factors import BANK, FactorBank
 from qrefta.linear import AdaptedLinear
+from qrefta.moments import Moments, gather_moments, load_moments
 from qrefta.quantize import Packed
 from qrefta.quantizer import QReftaQuantizer, is_prepared
-from qrefta.split import Split, baseline_error, quantize_stack, split_stack
-from qrefta.stack import LayerStack, ends_with, find_stacks, read_stack, read_weight, select_stacks
+from qrefta.rank import choose_ranks
+from qrefta.report import StackSplit
+from qrefta.stack import LayerStack, Weights, find_stacks, model_weights, read_weight, select_stacks
 
 PROGRESS_DELAY_S = 2.0
 
 
 def prepare(
-    model: PreTrainedModel,
+    model: PreTrainedModel | str | Path,
     bits: int = 4,
-    rank: int = 16,
+    rank: int | str = 16,
     *,
+    out: str | Path | None = None,
     method: str = "refta",
     transform: str = "lsm3",
     quant_type: str = "nf4",
@@ -31,23 +37,34 @@ def prepare(
     double_quant: bool = False,
     target_modules: str | Iterable[str] | None = None,
     modules_to_save: str | Iterable[str] | None = None,
-    refine: int = 0,
+    refine: int = 5,
+    calibration: Iterable[Any] | None = None,
+    moments: Moments | str | Path | None = None,
+    budget_mb: float | None = None,
+    error_ratio: float | None = None,
     seed: int = 0,
     factor_dtype: str = "bfloat16",
+    device: torch.device | str | None = None,
+    max_memory: int | str = "2GB",
     progress: bool = True,
 ) -> PreTrainedModel:
-    """The same model with every linear of its blocks in 4 bits, ready to train the principal parts of the targets.
+    """A model with every linear of its blocks in 4 bits, ready to train the principal parts of the targets.
 
     Each stack of linears W_l (one role over all layers) becomes dequant(Q_l) + Delta_l, where Delta_l is its tensor
-    rank-R principal part (trained) and Q_l the quantized rest (frozen). Works in place: a dense weight is released as
-    its packed one is made; the peak is the model plus about 1.5 times its largest stack in float32 (2.5 times with
-    `refine` or 16 bits). A model that is refused is left exactly as it was.
+    rank-R principal part (trained) and Q_l the quantized rest (frozen).
+
+    With a model in memory it works in place: the peak is the model plus about its largest stack in float32. A model
+    that is refused is left exactly as it was. With a folder or hub name and `out`, the checkpoint is read and written a
+    few rows at a time and no model is made (see `qrefta.convert`); the result is the same.
 
     Args:
-        model: any transformers model with its weights in memory, float32, bf16 or fp16.
+        model: any transformers model with its weights in memory, float32, bf16 or fp16; or, with `out`, the folder or
+            hub name of one in safetensors files.
         bits: 4, or 16 to keep the residual as it is (ablation: no quantization error at all).
         rank: R, components kept of every target stack, over all its layers together; a stack trains R (in + out)
-            numbers.
+            numbers. "auto": distributed over the stacks by where a component removes most error per byte, to keep
+            `budget_mb` or to reach `error_ratio`.
+        out: folder to write, new, empty, or left by an interrupted run with the same settings, which then goes on.
         method: the tensor method, one of `qrefta.methods.METHODS`.
         transform: the mode-3 transform: lsm3 (from the data), dct, or identity (each layer on its own).
         quant_type: nf4, fp4 or int4.
@@ -58,13 +75,23 @@ def prepare(
             All others in the blocks are quantized only.
         modules_to_save: names (or path ends) of further modules to train whole, such as a fresh "pooler". The task
             head that lies outside the base model trains without being named, unless it is a language-model head.
-        refine: rounds of alternating between the principal part and the quantized residual.
-        seed: recorded for methods that draw random numbers; the exact t-SVD of ReFTA draws none.
+        refine: rounds of refitting the principal part and the quantized residual to each other.
+        calibration: batches of model inputs (a few hundred samples of text are enough): the split then keeps the
+            outputs near the original's, instead of the weights. A model in memory only.
+        moments: second moments of the inputs, gathered before (`qrefta.moments`), or the file that holds them.
+        budget_mb: with rank="auto", megabytes (10^6 bytes) for all factors.
+        error_ratio: with rank="auto", squared error to reach over all targets, relative to quantizing whole weights;
+            of the outputs, with calibration or moments. Splits all stacks several times to measure it.
+        seed: of the block method's random start.
         factor_dtype: bfloat16, or float32 for factors that are not rounded.
+        device: where a stack at a time is worked on, for example "cuda" for a model in CPU memory; default: where its
+            weights are, for a checkpoint the CPU.
+        max_memory: bytes, or text like "3GB", that preparing a checkpoint may take beside the imported libraries.
         progress: show a progress bar over the stacks, if it takes more than two seconds.
 
     Returns:
-        `model` itself; `save_pretrained`, `from_pretrained` and `Trainer` work on it as on any model.
+        The model, the same object; `save_pretrained`, `from_pretrained` and `Trainer` work on it as on any. For a
+        checkpoint: the path `out`.
 
     Raises:
         ValueError: for a setting that is not allowed, a rank beyond a stack's, targets that match nothing, weights that
@@ -72,6 +99,8 @@ def prepare(
     """
     names = target_modules if target_modules is None or isinstance(target_modules, str) else list(target_modules)
     saved = [modules_to_save] if isinstance(modules_to_save, str) else list(modules_to_save or [])
+    if calibration is not None and moments is not None:
+        raise ValueError("calibration and moments are both given; moments are what calibration gathers: give one.")
     config = QReftaConfig(
         method=method,
         transform=transform,
@@ -84,66 +113,77 @@ def prepare(
         seed=seed,
         factor_dtype=factor_dtype,
         target_modules=names,
+        modules_to_save=saved,
+        budget_mb=budget_mb,
+        error_ratio=error_ratio,
+        calibrated=calibration is not None or moments is not None,
     )
+    moments = load_moments(moments) if isinstance(moments, str | Path) else moments
+    device = None if device is None else torch.device(device)
+    if isinstance(model, str | Path):
+        if out is None or calibration is not None:
+            raise ValueError(
+                "A folder or hub name needs `out`, the folder to write, and takes `moments` (gathered on a model in "
+                "memory) in the place of `calibration`; or load the model and give that."
+            )
+        return convert(model, Path(out), config, moments, device or torch.device("cpu"), max_memory, progress)
+    if out is not None:
+        raise ValueError("`out` goes with the folder or hub name of a model; save this one with save_pretrained.")
+    return _prepare_in_memory(model, config, calibration, moments, device, progress)
+
+
+def _prepare_in_memory(
+    model: PreTrainedModel,
+    config: QReftaConfig,
+    calibration: Iterable[Any] | None,
+    moments: Moments | None,
+    device: torch.device | None,
+    progress: bool,
+) -> PreTrainedModel:
     _check_model(model)
     stacks = find_stacks(model)
-    targets = select_stacks(stacks, names)
-    config.modules_to_save = _trained_modules(model, saved, stacks)
-    _check_ranks(targets, rank)
+    targets = select_stacks(stacks, config.target_modules)
+    config.modules_to_save = trained_modules(model, config.modules_to_save, stacks)
     _check_weights(model, stacks)
+    if calibration is not None:
+        moments = gather_moments(model, stacks, calibration, progress)
+    weights = {stack.name: model_weights(model, stack, device) for stack in stacks}
+    ranks = choose_ranks(targets, [weights[stack.name] for stack in targets], config, moments)
 
     attach_bank(model)
     for stack in tqdm(stacks, desc="Preparing", unit="stack", disable=not progress, delay=PROGRESS_DELAY_S):
-        config.stacks.append(_prepare_stack(model, stack, config, stack in targets))
+        rank = ranks.get(stack.name, 0)
+        config.stacks.append(_prepare_stack(model, stack, weights[stack.name], config, rank, moments))
     freeze(model, config.modules_to_save)
     _register(model, config)
     return model
 
 
-def _prepare_stack(model: PreTrainedModel, stack: LayerStack, config: QReftaConfig, targeted: bool) -> StackRow:
+def _prepare_stack(
+    model: PreTrainedModel,
+    stack: LayerStack,
+    weights: Weights,
+    config: QReftaConfig,
+    rank: int,
+    moments: Moments | None,
+) -> StackRow:
     """Replace the K linears of a stack; the row says what it did."""
-    weights = read_stack(model, stack)
-    split = split_stack(weights, config) if targeted else quantize_stack(weights, config)
-    baseline = baseline_error(weights, config) if targeted else split.error
-    factors = split.factors
-    key = None
-    if factors is not None:
-        key = bank_key(len(config.stacks))
-        getattr(model, BANK)[key] = factors
-    stored_bytes = 0 if factors is None else factors.stored_bytes
-    for layer, path in enumerate(stack.modules):
-        stored_bytes += _store(model, path, split.residuals[layer], config, layer, key)
-    return StackRow(
-        stack=stack.name,
-        modules=list(stack.modules),
-        transposed=stack.transposed,
-        layers=stack.layers,
-        shape=[stack.out_features, stack.in_features],
-        rank=0 if factors is None else config.rank,
-        slice_ranks=[0] * stack.layers if factors is None else factors.slice_ranks,
-        transform=None if factors is None else config.transform,
-        quant_type=config.quant_type if config.bits == 4 else None,
-        baseline_error=baseline,
-        residual_error=split.error,
-        ratio=split.error / baseline if baseline else 1.0,
-        principal_energy=_principal_energy(weights, split),
-        bytes=stored_bytes,
-        bits_per_weight=8 * stored_bytes / weights.numel(),
-    )
-
-
-def _principal_energy(weights: Tensor, split: Split) -> float:
-    """||principal part||_F^2 / ||W||_F^2 of a stack, 0 for a zero stack."""
-    norm = sum(weight.double().square().sum().item() for weight in weights)
-    if split.factors is None or norm == 0:
-        return 0.0
-    return sum(split.factors.delta(layer).double().square().sum().item() for layer in range(len(weights))) / norm
+    home = model.get_submodule(stack.modules[0]).weight.device
+    split = StackSplit(stack, weights, config, rank, moments)
+    key = bank_key(len(config.stacks)) if rank else None
+    if key is not None:
+        getattr(model, BANK)[key] = split.split.factors
+    for layer, residual in enumerate(split.residuals()):
+        _store(model, stack.modules[layer], residual, config, layer, key)
+    if key is not None:
+        split.split.factors.to(home)
+    return split.row()
 
 
 def _store(
     model: PreTrainedModel, path: str, residual: Packed | Tensor, config: QReftaConfig, layer: int, key: str | None
-) -> int:
-    """Put a residual where the dense linear was; the bytes of its weight and scales."""
+) -> None:
+    """Put a residual where the dense linear was."""
     old = model.get_submodule(path)
     new = replace_linear(model, path, config, layer, key)
     if isinstance(residual, Packed):
@@ -151,7 +191,6 @@ def _store(
     else:
         residual = residual.to(old.weight.device, old.weight.dtype)
     new.store(residual, old.bias)
-    return sum(part.nbytes for part in new.packed() if part is not None)
 
 
 def _register(model: PreTrainedModel, config: QReftaConfig) -> None:
@@ -186,17 +225,6 @@ def _check_model(model: nn.Module) -> None:
             )
 
 
-def _check_ranks(targets: list[LayerStack], rank: int) -> None:
-    smallest = min(targets, key=lambda stack: stack.max_rank)
-    if rank > smallest.max_rank:
-        layers, out_features, in_features = smallest.shape
-        raise ValueError(
-            f"rank is {rank}, but {smallest.name} ({layers} layers of {out_features} x {in_features}) has only "
-            f"{smallest.max_rank} tensor singular values: the largest allowed rank is {smallest.max_rank}, or leave "
-            "the stack out of target_modules"
-        )
-
-
 def _check_weights(model: PreTrainedModel, stacks: list[LayerStack]) -> None:
     for stack in stacks:
         for path in stack.modules:
@@ -208,20 +236,3 @@ def _check_weights(model: PreTrainedModel, stacks: list[LayerStack]) -> None:
             for name, parameter in model.get_submodule(path).named_parameters():
                 if not torch.isfinite(parameter).all():
                     raise ValueError(f"{path}.{name} holds NaN or infinite values; the checkpoint is damaged.")
-
-
-def _trained_modules(model: PreTrainedModel, names: list[str], stacks: list[LayerStack]) -> list[str]:
-    """Paths of the modules that train whole: the task head, and those that `names` gives."""
-    paths = [path for path, _ in model.named_modules() if path]
-    unmatched = [name for name in names if not any(ends_with(path, name) for path in paths)]
-    if unmatched:
-        children = ", ".join(name for name, _ in model.named_children())
-        raise ValueError(f"modules_to_save {unmatched} match no module; at the top there are: {children}")
-    named = [path for path in paths if any(ends_with(path, name) for name in names)]
-    for path in named:
-        if any(f"{packed}.".startswith(f"{path}.") for stack in stacks for packed in stack.modules):
-            raise ValueError(
-                f"modules_to_save names {path}, which is or holds linears that are quantized; they cannot train whole. "
-                "Give them factors with target_modules instead."
-            )
-    return list(dict.fromkeys(task_head(model) + named))

@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from qrefta.build import build, freeze, task_head
 from qrefta.config import QReftaConfig
-from qrefta.factors import BANK, Factors
+from qrefta.factors import BANK, Factors, stored_factors
 from qrefta.linear import AdaptedLinear
 
 
@@ -116,10 +116,7 @@ class QReftaQuantizer(HfQuantizer):
         """State dict with masters that are bf16 values stored as bf16, which loses nothing."""
         state = model.state_dict()
         for key, factors in getattr(model, BANK).items():
-            for name, parameter in factors.named_parameters():
-                rounded = parameter.detach().to(factors.dtype)
-                if parameter.requires_grad and torch.equal(rounded.to(parameter.dtype), parameter.detach()):
-                    state[f"{BANK}.{key}.{name}"] = rounded
+            state |= {f"{BANK}.{key}.{name}": tensor for name, tensor in stored_factors(factors).items()}
         return state, {}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:

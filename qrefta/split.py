@@ -1,97 +1,192 @@
-"""A stack of weights -> trained factors + quantized residuals: W_l ~ dequant(Q_l) + Delta_l."""
+"""A stack of weights -> trained factors and what the 4-bit residual is taken of: W_l ~ dequant(Q_l) + Delta_l.
 
+A stack is read in blocks of rows of all its layers and never needed as a whole. What a split keeps of the quantized
+side is the factors that were subtracted before quantizing: Q_l = quantize(W_l - Delta_l) can be made again from them, a
+layer or a few rows at a time. So refinement stores nothing but factors between its passes, and the same code serves
+weights in memory and in files, on a CPU and on a GPU.
+"""
+
+import math
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qrefta.config import QReftaConfig
-from qrefta.factors import Factors
+from qrefta.factors import Factors, Fit
 from qrefta.methods import METHODS
-from qrefta.quantize import Packed, dequantize, quantize, squared_error
-from qrefta.tensor import transform_matrix
+from qrefta.quantize import Packed, QuantFormat, dequantize, quantize, rounded
+from qrefta.stack import Weights
+from qrefta.tensor import Blocks, Metric, Slices, mix, t_svd, transform_matrix
 
 
 class Split(NamedTuple):
-    """One stack, split.
+    """One stack, split: Q_l = quantize(W_l - base.delta(l)), and W_l ~ dequant(Q_l) + factors.delta(l).
 
     Attributes:
         factors: None where the stack is quantized only.
-        residuals: K packed matrices, or with 16 bits dense ones in float32.
-        error: sum_l ||W_l - Delta_l - dequant(Q_l)||_F^2.
+        base: `factors` themselves, or after a last refit the factors of the round before; None: whole weights.
     """
 
-    factors: Factors | None
-    residuals: list[Packed] | list[Tensor]
-    error: float
+    factors: Factors | None = None
+    base: Factors | None = None
 
 
-def quantize_stack(weights: Tensor, config: QReftaConfig) -> Split:
-    """The whole weights of a stack (layers, out, in) quantized, without factors."""
-    if config.format is None:
-        return Split(None, [weight.clone() for weight in weights], 0.0)  # not views of one storage: they are saved
-    return _requantize(weights, None, config)
+class SplitLayer(NamedTuple):
+    """One layer as stored: the residual in 4 bits (dense float32 with 16), and the matrices that errors are taken of.
+
+    Attributes:
+        residual: Q_l.
+        error: W_l - dequant(Q_l) - Delta_l, (out, in), float32; zero with 16 bits.
+        whole_error: W_l - dequant(quantize(W_l)): what quantizing the whole weight would leave.
+        norm, principal_norm: ||W_l||_F^2 and ||Delta_l||_F^2, of the start.
+    """
+
+    residual: Packed | Tensor
+    error: Tensor
+    whole_error: Tensor
+    norm: float
+    principal_norm: float
 
 
-def baseline_error(weights: Tensor, config: QReftaConfig) -> float:
-    """sum_l ||W_l - Q(W_l)||_F^2, a layer at a time; 0 with 16 bits."""
-    return 0.0 if config.format is None else sum(_requantize(weight[None], None, config).error for weight in weights)
+def split_stack(weights: Weights, config: QReftaConfig, rank: int, metric: Metric | None = None) -> Split:
+    """Factors of a stack, and the factors that its residuals are taken with.
 
-
-def split_stack(weights: Tensor, config: QReftaConfig) -> Split:
-    """Factors and residuals of a stack.
-
-    Without `refine` rounds: factors of W, then the residuals quantized. Each round refits the factors to
-    W - dequant(Q) and requantizes W - Delta, under the transform of W throughout: with it fixed, a refit cannot raise
-    the error (up to the factors' rounding). A last refit follows; the best of all pairs seen is returned.
+    The principal part of W comes first. Each of the `config.refine` rounds then refits the factors to W - dequant(Q)
+    and takes Q of W - Delta anew, under the transform of W throughout: with it fixed, a refit cannot raise the error
+    (up to the factors' rounding). A last refit follows. A refit starts from the subspaces of the one before and makes
+    one pass. Without a metric the best of all states is returned, by squared error; with one, the last.
 
     Args:
-        weights: (layers, out, in), float32, finite.
-        config: method, transform, rank, format and rounds.
-
-    Peak memory beside `weights`: half a stack in float32 without rounds, one and a half with them or 16 bits.
+        weights: finite.
+        config: method, transform, format, rounds and seed.
+        rank: R.
+        metric: of the inputs, for an activation-aware split.
     """
-    transform = transform_matrix(weights, config.transform)
-    factors = _fit(weights, transform, config)
-    if config.format is None:
-        return Split(factors, [weight - factors.delta(layer) for layer, weight in enumerate(weights)], 0.0)
-    current = best = _requantize(weights, factors, config)
-    for _ in range(config.refine):
-        refitted = _refit(weights, current.residuals, transform, config)
-        current = _requantize(weights, refitted.factors, config)
-        best = min(best, refitted, current, key=_error)
-    if config.refine:
-        best = min(best, _refit(weights, current.residuals, transform, config), key=_error)
+    whole = _Whole(weights, config)
+    fit = partial(_fit, weights, config, rank, whole.transform, metric)
+    found = fit(whole.blocks(), None)
+    best, best_error = Split(found.factors, found.factors), math.inf
+    for _ in range(config.refine + 1 if config.refine and config.format is not None else 0):
+        base = found.factors
+        target = _Target(weights, whole.rows, base, whole.mixing, config.format)
+        found = fit(target.blocks, found.starts)
+        requantized, refitted = Split(base, base), Split(found.factors, base)
+        for split, error in ((requantized, target.error), (refitted, target.norm - found.energy)):
+            if metric is not None or error < best_error:
+                best, best_error = split, error
     return best
 
 
-def _fit(target: Tensor, transform: Tensor, config: QReftaConfig) -> Factors:
-    return METHODS[config.method].fit(target, config.rank, transform, config.torch_factor_dtype)
+def tensor_values(weights: Weights, config: QReftaConfig, rank: int) -> Tensor:
+    """The `rank` largest tensor singular values of a stack, (rank,), largest first."""
+    slices = Slices(_Whole(weights, config).blocks(), weights.shape, weights.device)
+    return t_svd(slices, rank, config.seed)[0].values
 
 
-def _refit(weights: Tensor, residuals: list[Packed], transform: Tensor, config: QReftaConfig) -> Split:
-    """The factors of W - dequant(Q), with Q kept."""
-    target = torch.empty_like(weights)
-    for layer, dense in enumerate(_dense(residuals, weights, config)):
-        torch.sub(weights[layer], dense, out=target[layer])
-    factors = _fit(target, transform, config)
-    return Split(factors, residuals, sum(squared_error(t, factors.delta(layer)) for layer, t in enumerate(target)))
+def split_layers(weights: Weights, split: Split, config: QReftaConfig) -> Iterator[SplitLayer]:
+    """The layers of a stack as stored, one after the other. Memory: about five layers in float32."""
+    for index in range(weights.shape[0]):
+        weight = weights.layer(index)
+        norm, principal = _squared_norm(weight), 0.0
+        delta = None if split.factors is None else split.factors.delta(index)
+        if delta is not None:
+            principal = _squared_norm(delta)
+        if config.format is None:
+            residual = weight if delta is None else weight - delta
+            yield SplitLayer(residual, torch.zeros(()), torch.zeros(()), norm, principal)
+            continue
+        if delta is None:
+            residual = quantize(weight, config.format)
+            error = weight.sub_(dequantize(residual, config.format, tuple(weight.shape), torch.float32))
+            yield SplitLayer(residual, error, error, norm, principal)
+            continue
+        whole_error = weight - rounded(weight, config.format)
+        residual = quantize(weight - split.base.delta(index), config.format)
+        error = weight.sub_(dequantize(residual, config.format, tuple(weight.shape), torch.float32)).sub_(delta)
+        yield SplitLayer(residual, error, whole_error, norm, principal)
 
 
-def _requantize(weights: Tensor, factors: Factors | None, config: QReftaConfig) -> Split:
-    """The residuals of W - Delta, with Delta kept (0 without factors)."""
-    residuals, error = [], 0.0
-    for layer, weight in enumerate(weights):
-        rest = weight if factors is None else weight - factors.delta(layer)
-        residuals.append(quantize(rest, config.format))
-        error += squared_error(rest, dequantize(residuals[-1], config.format, tuple(rest.shape), rest.dtype))
-    return Split(factors, residuals, error)
+class _Whole:
+    """A stack as it is, under its transform.
+
+    Attributes:
+        rows: rows of every layer in a block.
+        transform: U, (layers, slices), float64.
+        mixing: the same in float32, where the work is done.
+    """
+
+    def __init__(self, weights: Weights, config: QReftaConfig) -> None:
+        self.weights = weights
+        self.rows = _rows_per_block(weights, config.format)
+        self.transform = transform_matrix(lambda: _read(weights, self.rows), weights.shape[0], config.transform)
+        self.mixing = self.transform.to(weights.device, torch.float32)
+
+    def blocks(self) -> Blocks:
+        """Passes over the transformed slices: kept in memory if that is allowed, or made anew in each."""
+        if not self.weights.keep:
+            return self._mixed
+        blocks = list(self._mixed())
+        return lambda: blocks
+
+    def _mixed(self) -> Iterator[tuple[slice, Tensor]]:
+        return ((where, mix(block, self.mixing)) for where, block in _read(self.weights, self.rows))
 
 
-def _dense(residuals: list[Packed], weights: Tensor, config: QReftaConfig) -> Iterator[Tensor]:
-    return (dequantize(packed, config.format, tuple(weights.shape[1:]), weights.dtype) for packed in residuals)
+class _Target:
+    """W - dequant(quantize(W - Delta)), the stack that a refit is made to, and its errors once a pass is over.
+
+    Attributes:
+        norm: its squared norm.
+        error: sum_l ||W_l - Delta_l - dequant(Q_l)||_F^2, before the refit.
+    """
+
+    def __init__(self, weights: Weights, rows: int, base: Factors, mixing: Tensor, fmt: QuantFormat) -> None:
+        self.weights, self.rows, self.base, self.mixing, self.fmt = weights, rows, base, mixing, fmt
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        self.norm = self.error = 0.0
+        for where, block in _read(self.weights, self.rows):
+            for layer, weight in enumerate(block):
+                delta = self.base.delta(layer, where)
+                stored = rounded(weight - delta, self.fmt)
+                weight.sub_(stored)
+                self.norm += _squared_norm(weight)
+                self.error += _squared_norm(delta.sub_(weight))
+            yield where, mix(block, self.mixing)
 
 
-def _error(split: Split) -> float:
-    return split.error
+def _fit(
+    weights: Weights,
+    config: QReftaConfig,
+    rank: int,
+    transform: Tensor,
+    metric: Metric | None,
+    blocks: Blocks,
+    starts: list[Tensor] | None,
+) -> Fit:
+    slices = Slices(blocks, weights.shape, weights.device, metric)
+    return METHODS[config.method].fit(slices, rank, transform, config.torch_factor_dtype, config.seed, starts)
+
+
+def _read(weights: Weights, rows: int) -> Iterator[tuple[slice, Tensor]]:
+    """One pass over a stack: (rows, (layers, rows, in) of them)."""
+    out_features = weights.shape[1]
+    for start in range(0, out_features, rows):
+        stop = min(start + rows, out_features)
+        yield slice(start, stop), weights.rows(start, stop)
+
+
+def _rows_per_block(weights: Weights, fmt: QuantFormat | None) -> int:
+    """Rows of every layer in a block: quantized alone they give what they give in the whole matrix."""
+    layers, out_features, in_features = weights.shape
+    together = 1 if fmt is None else fmt.block_size // math.gcd(in_features, fmt.block_size)
+    rows = weights.block_bytes // (4 * layers * in_features)
+    return min(max(rows // together, 1) * together, out_features)
+
+
+def _squared_norm(matrix: Tensor) -> float:
+    """||matrix||_F^2, summed in float64 over rows of float32 sums."""
+    return torch.linalg.vector_norm(matrix, dim=1).double().square().sum().item()

@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+BLOCK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -130,13 +133,50 @@ def read_weight(module: nn.Module) -> Tensor:
     return module.weight.detach().T if type(module) is Conv1D else module.weight.detach()
 
 
-def read_stack(model: nn.Module, stack: LayerStack) -> Tensor:
-    """Weights of a stack, (layers, out, in), float32, on the device of its first layer."""
-    device = model.get_submodule(stack.modules[0]).weight.device
-    tensor = torch.empty(stack.shape, dtype=torch.float32, device=device)
-    for layer, path in enumerate(stack.modules):
-        tensor[layer] = read_weight(model.get_submodule(path))
-    return tensor
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a stack, wherever they lie, read a few rows at a time.
+
+    Attributes:
+        shape: (layers, out, in).
+        read: (layer, first row, row after the last) -> (rows, in), any floating dtype, any device; not to be written.
+        device: where the work is done.
+        block_bytes: of one block of rows of all layers in float32; about six such exist at once. Another size changes
+            results by float32 rounding.
+        keep: whether one copy of the stack in float32 may be held between passes.
+    """
+
+    shape: tuple[int, int, int]
+    read: Callable[[int, int, int], Tensor]
+    device: torch.device
+    block_bytes: int = BLOCK_BYTES
+    keep: bool = True
+
+    @classmethod
+    def of(cls, stack: Tensor) -> Self:
+        """Those of a tensor (layers, out, in)."""
+        return cls(tuple(stack.shape), lambda layer, start, stop: stack[layer, start:stop], stack.device)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Some rows of every layer, (layers, rows, in), float32, a copy."""
+        layers, _, in_features = self.shape
+        block = torch.empty(layers, stop - start, in_features, device=self.device)
+        for layer in range(layers):
+            block[layer] = self.read(layer, start, stop)
+        return block
+
+    def layer(self, index: int) -> Tensor:
+        """One weight, (out, in), float32, a copy."""
+        return self.read(index, 0, self.shape[1]).to(self.device, torch.float32, copy=True)
+
+
+def model_weights(model: nn.Module, stack: LayerStack, device: torch.device | None = None) -> Weights:
+    """The weights of a stack of a model in memory; worked on at `device`, by default where the first layer is."""
+
+    def read(layer: int, start: int, stop: int) -> Tensor:
+        return read_weight(model.get_submodule(stack.modules[layer]))[start:stop]
+
+    return Weights(stack.shape, read, device or model.get_submodule(stack.modules[0]).weight.device)
 
 
 def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:

@@ -1,12 +1,10 @@
 """ReFTA: tensor singular vectors as trained factors (CVPR 2026, Zheng, Tang, Mao, Lin, Cao, pp. 26369-26378)."""
 
-from typing import Self
-
 import torch
 from torch import Tensor, nn
 
-from qrefta.factors import Factors
-from qrefta.tensor import t_svd
+from qrefta.factors import Factors, Fit
+from qrefta.tensor import Slices, refit, t_svd
 
 
 class ReFTA(Factors):
@@ -28,18 +26,26 @@ class ReFTA(Factors):
         self.mix = nn.Parameter(torch.empty(layers, 4 * rank, dtype=torch.uint8), requires_grad=False)
 
     @classmethod
-    def fit(cls, stack: Tensor, rank: int, transform: Tensor, dtype: torch.dtype) -> Self:
-        layers, out_features, in_features = stack.shape
-        found = t_svd(stack, transform, rank)
-        with stack.device:
-            factors = cls(layers, out_features, in_features, rank, dtype)
+    def fit(
+        cls,
+        slices: Slices,
+        rank: int,
+        transform: Tensor,
+        dtype: torch.dtype,
+        seed: int,
+        starts: list[Tensor] | None = None,
+    ) -> Fit:
+        found, starts = t_svd(slices, rank, seed) if starts is None else refit(slices, rank, starts)
+        with slices.device:
+            factors = cls(*slices.shape, rank, dtype)
         roots = found.values.sqrt()
         with torch.no_grad():
             factors.A.copy_((found.left * roots).to(dtype))
             factors.B.copy_((found.right * roots.unsqueeze(1)).to(dtype))
-            factors.mix.copy_(transform[:, found.slices].to(torch.float32).contiguous().view(torch.uint8))
-        factors.slice_ranks = torch.bincount(found.slices, minlength=layers).tolist()
-        return factors
+            mix = transform.to(slices.device)[:, found.slices].to(torch.float32)
+            factors.mix.copy_(mix.contiguous().view(torch.uint8))
+        factors.slice_ranks = torch.bincount(found.slices, minlength=len(transform)).tolist()
+        return Fit(factors, found.values.square().sum().item(), starts)
 
     def down(self) -> Tensor:
         return self.B

@@ -1,0 +1,222 @@
+"""Rank by need: ranks for all stacks from a budget of bytes or an error to reach.
+
+A component of a stack with tensor singular value s takes s^2 of the weights' squared norm out of what is quantized.
+Quantization error is close to proportional to the norm quantized, so the component removes about c s^2 of it, with c
+the stack's own ratio of quantization error to norm, and costs the factors' bytes for one component. Components of all
+stacks are taken in order of error removed per byte: the best choice for that model of the error, since the values of
+each stack fall. Refinement removes more, by a factor that differs little between stacks: for `error_ratio` the splits
+are made and measured, and the factor corrected, until the ratio reached is just under the one asked for.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from qrefta.config import QReftaConfig, StackRow
+from qrefta.moments import Moments
+from qrefta.quantize import rounded
+from qrefta.report import StackSplit
+from qrefta.split import tensor_values
+from qrefta.stack import LayerStack, Weights
+
+_DEPTH = 3  # values that are computed at first, relative to sharing the budget evenly
+_FIRST_DEPTH = 64  # values of every stack that are computed at first, without a budget
+_TRIALS = 6  # measured allocations at most
+_CAUTION = 0.995  # of the gain over the model that a trial measured, so that the next one errs below the error asked
+_CLOSE = 0.98  # share of the error asked for from which on an allocation is good enough
+
+
+def choose_ranks(
+    targets: list[LayerStack], weights: list[Weights], config: QReftaConfig, moments: Moments | None
+) -> dict[str, int]:
+    """The rank of every target stack, by name.
+
+    Raises:
+        ValueError: if a rank is beyond a stack's, or the budget or the error cannot be kept.
+    """
+    if config.rank != "auto":
+        _check_ranks(targets, config.rank)
+        return {stack.name: config.rank for stack in targets}
+
+    def measure(ranks: list[int]) -> float:
+        return _reached(
+            [_measured(*pair, config, rank, moments) for *pair, rank in zip(targets, weights, ranks, strict=True)]
+        )
+
+    if config.budget_mb is not None:
+        ranks = _ranks_for_budget(targets, weights, config, config.budget_mb * 1e6)
+    else:
+        ranks = _ranks_for_error(targets, weights, config, config.error_ratio, measure)
+    return {stack.name: rank for stack, rank in zip(targets, ranks, strict=True)}
+
+
+def _ranks_for_budget(
+    stacks: list[LayerStack], weights: list[Weights], config: QReftaConfig, budget_bytes: float
+) -> list[int]:
+    """Ranks whose factors take at most `budget_bytes` in all, with the most quantization error removed.
+
+    Every stack gets one component at least.
+
+    Raises:
+        ValueError: if the budget does not hold one component of every stack.
+    """
+    return _Spectra(stacks, weights, config).ranks(budget_bytes)
+
+
+def _ranks_for_error(
+    stacks: list[LayerStack],
+    weights: list[Weights],
+    config: QReftaConfig,
+    error_ratio: float,
+    measure: Callable[[list[int]], float],
+) -> list[int]:
+    """The cheapest ranks found whose measured ratio is at most `error_ratio`.
+
+    Args:
+        stacks, weights: the targets, and theirs.
+        config: of the split.
+        error_ratio: error over that of quantizing whole weights, over all these stacks.
+        measure: splits the stacks with given ranks and returns the ratio reached.
+
+    Raises:
+        ValueError: if the largest ranks do not reach it.
+    """
+    spectra = _Spectra(stacks, weights, config)
+    gain, best = 1.0, None
+    for _ in range(_TRIALS):
+        ranks = spectra.ranks_for(1 - (1 - error_ratio) / gain)
+        reached = measure(ranks)
+        if reached <= error_ratio and (best is None or sum(ranks) < sum(best)):
+            best = ranks
+        if _CLOSE * error_ratio <= reached <= error_ratio:
+            return ranks
+        if reached > error_ratio and spectra.complete(ranks):
+            raise ValueError(
+                f"error_ratio is {error_ratio}, but the largest ranks reach only {reached:.3f}; ask for no less"
+            )
+        gain = _CAUTION * (1 - reached) / (1 - spectra.predicted(ranks))
+    return best or [stack.max_rank for stack in stacks]
+
+
+class _Spectra:
+    """Tensor singular values of stacks, computed as deep as they are asked for."""
+
+    def __init__(self, stacks: list[LayerStack], weights: list[Weights], config: QReftaConfig) -> None:
+        self.stacks, self.weights, self.config = stacks, weights, config
+        element = config.torch_factor_dtype.itemsize
+        self.costs = [element * (s.out_features + s.in_features) + 4 * s.layers for s in stacks]
+        errors, norms = zip(*(_error_and_norm(own, config) for own in weights), strict=True)
+        self.noise = [error / norm if norm else 0.0 for error, norm in zip(errors, norms, strict=True)]
+        self.whole = sum(errors) or 1.0
+        self.values: list[list[float]] = [[] for _ in stacks]
+
+    def ranks(self, budget_bytes: float) -> list[int]:
+        """Components in order of error removed per byte, until no further one fits."""
+        least = sum(self.costs)
+        if budget_bytes < least:
+            raise ValueError(
+                f"budget_mb is {budget_bytes / 1e6:.3f}, but one component of each of the {len(self.stacks)} stacks "
+                f"takes {least / 1e6:.3f} MB; give more, or fewer target_modules"
+            )
+        self._deepen_all(int(_DEPTH * budget_bytes / least))
+        while True:
+            left = budget_bytes - least
+            ranks = [1] * len(self.stacks)
+            for index in self._by_worth():
+                if self.costs[index] <= left:
+                    left -= self.costs[index]
+                    ranks[index] += 1
+            if not self._cut_short(ranks):
+                return ranks
+
+    def ranks_for(self, ratio: float) -> list[int]:
+        """The first components in order of error removed per byte whose predicted ratio is at most `ratio`."""
+        self._deepen_all(_FIRST_DEPTH)
+        while True:
+            ranks = [1] * len(self.stacks)
+            reached = self.predicted(ranks)
+            for index in self._by_worth():
+                if reached <= ratio:
+                    break
+                reached -= self._removed(index, ranks[index])
+                ranks[index] += 1
+            if not self._cut_short(ranks):
+                return ranks
+
+    def predicted(self, ranks: list[int]) -> float:
+        """The model's ratio of errors: what the principal parts take out of the norm, they take out of the error."""
+        removed = [self._removed(index, c) for index, rank in enumerate(ranks) for c in range(rank)]
+        return 1 - sum(removed)
+
+    def complete(self, ranks: list[int]) -> bool:
+        return all(rank == stack.max_rank for rank, stack in zip(ranks, self.stacks, strict=True))
+
+    def _removed(self, index: int, component: int) -> float:
+        """Share of the whole error that one component removes."""
+        return self.noise[index] * self.values[index][component] ** 2 / self.whole
+
+    def _by_worth(self) -> list[int]:
+        """The stack of every component after the first ones, in order of error removed per byte."""
+        entries = [
+            (-self._removed(index, component) / self.costs[index], index)
+            for index, values in enumerate(self.values)
+            for component in range(1, len(values))
+        ]
+        return [index for _, index in sorted(entries)]
+
+    def _cut_short(self, ranks: list[int]) -> bool:
+        """Whether a stack got all of its values known so far and may want more, which are then computed."""
+        ended = [i for i, r in enumerate(ranks) if r == len(self.values[i]) < self.stacks[i].max_rank]
+        for index in ended:
+            self._deepen(index, 2 * ranks[index])
+        return bool(ended)
+
+    def _deepen_all(self, rank: int) -> None:
+        for index in range(len(self.stacks)):
+            self._deepen(index, rank)
+
+    def _deepen(self, index: int, rank: int) -> None:
+        rank = min(rank, self.stacks[index].max_rank)
+        if len(self.values[index]) < rank:
+            self.values[index] = tensor_values(self.weights[index], self.config, rank).tolist()
+
+
+def _measured(
+    stack: LayerStack, weights: Weights, config: QReftaConfig, rank: int, moments: Moments | None
+) -> StackRow:
+    """The row that a stack would get."""
+    split = StackSplit(stack, weights, config, rank, moments)
+    for _ in split.residuals():
+        pass
+    return split.row()
+
+
+def _reached(rows: list[StackRow]) -> float:
+    """Error over that of quantizing whole weights: of the outputs if it was measured, else of the weights."""
+    if rows[0].output_error is not None:
+        error = sum(row.output_error for row in rows)
+        whole = sum(row.output_error / row.output_ratio for row in rows if row.output_ratio)
+    else:
+        error, whole = (sum(getattr(row, key) for row in rows) for key in ("residual_error", "baseline_error"))
+    return error / whole if whole else 1.0
+
+
+def _check_ranks(targets: list[LayerStack], rank: int) -> None:
+    smallest = min(targets, key=lambda stack: stack.max_rank)
+    if rank > smallest.max_rank:
+        layers, out_features, in_features = smallest.shape
+        raise ValueError(
+            f"rank is {rank}, but {smallest.name} ({layers} layers of {out_features} x {in_features}) has only "
+            f"{smallest.max_rank} tensor singular values: the largest allowed rank is {smallest.max_rank}, or leave "
+            "the stack out of target_modules"
+        )
+
+
+def _error_and_norm(weights: Weights, config: QReftaConfig) -> tuple[float, float]:
+    """||W - Q(W)||_F^2 and ||W||_F^2 of a stack."""
+    error = norm = 0.0
+    for layer in range(weights.shape[0]):
+        weight = weights.layer(layer)
+        norm += weight.square().sum(dtype=torch.float64).item()
+        error += (weight - rounded(weight, config.format)).square_().sum(dtype=torch.float64).item()
+    return error, norm

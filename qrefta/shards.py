@@ -1,0 +1,271 @@
+"""A folder of safetensors shards, read a few rows and written a few tensors at a time.
+
+Files are read by position, not through a memory map: mapped pages count as resident, and opening a shard with the
+library maps it whole (a loop over rows of a 0.7 GB file then peaks at 0.7 GB; by position at the rows, and twice as
+fast). The format is a length (8 bytes, little endian), a JSON header of names, dtypes, shapes and offsets, and data.
+"""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_LARGEST_HEADER = 100_000_000
+_COPY_BYTES = 16 << 20
+_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+
+
+class _Stored(NamedTuple):
+    """Where a tensor lies in a shard."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class Checkpoint:
+    """The tensors of a folder with `model.safetensors`, or with shards and an index. Nothing is kept in memory.
+
+    Raises:
+        ValueError: if there are no safetensors files, the index or a shard is damaged, or one is missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._tensors: dict[str, _Stored] = {}
+        for file, names in _shards(folder).items():
+            stored = _read_header(folder / file)
+            missing = [name for name in names or [] if name not in stored]
+            if missing:
+                raise ValueError(f"{folder / file} lacks {missing[0]}, which {INDEX} says it holds; copy it again.")
+            self._tensors |= stored if names is None else {name: stored[name] for name in names}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
+    def nbytes(self, name: str) -> int:
+        return self._tensors[name].nbytes
+
+    def fingerprint(self) -> list[list[Any]]:
+        """What changes if a file of the checkpoint is replaced: names, sizes and times of its shards."""
+        files = sorted({stored.file for stored in self._tensors.values()})
+        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None, columns: bool = False) -> Tensor:
+        """Rows `start` .. `stop` of a tensor as stored; with `columns` those of its transpose (of a matrix).
+
+        Columns are strided in the file: they are picked from chunks of whole rows.
+        """
+        stored = self._tensors[name]
+        if columns:
+            chunks = (rows[:, start:stop] for rows in self._chunks(stored))
+            return torch.cat(list(chunks)).T.contiguous()
+        if not stored.shape:
+            return self._rows(stored, 0, 1).view(())
+        return self._rows(stored, start, stored.shape[0] if stop is None else stop)
+
+    def bytes_of(self, name: str) -> Iterator[memoryview]:
+        """A tensor's bytes, a chunk at a time."""
+        stored = self._tensors[name]
+        if stored.nbytes:
+            yield from (_view(rows) for rows in self._chunks(stored))
+
+    def _chunks(self, stored: _Stored) -> Iterator[Tensor]:
+        rows = stored.shape[0] if stored.shape else 1
+        step = max(1, _COPY_BYTES * rows // max(stored.nbytes, 1))
+        return (self._rows(stored, first, min(first + step, rows)) for first in range(0, rows, step))
+
+    def _rows(self, stored: _Stored, start: int, stop: int) -> Tensor:
+        rest = stored.shape[1:]
+        row_bytes = math.prod(rest) * stored.dtype.itemsize
+        buffer = torch.empty(stop - start, *rest, dtype=stored.dtype)
+        if buffer.nbytes:
+            with stored.file.open("rb", buffering=0) as file:
+                file.seek(stored.offset + start * row_bytes)
+                left = _view(buffer)
+                while left:
+                    count = file.readinto(left)
+                    if not count:
+                        raise ValueError(f"{stored.file} is truncated; copy it again.")
+                    left = left[count:]
+        return buffer
+
+
+def resolve_folder(source: str | Path) -> Path:
+    """A local folder as it is; the snapshot of a hub name, downloaded.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=_FILES))
+    except Exception as error:
+        raise ValueError(f"{source} is neither a local folder nor a model that the hub gave ({error}).") from error
+
+
+def sources(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """Parameter or buffer of a model -> the tensor of a checkpoint that transformers fills it with.
+
+    transformers renames keys as it loads: old names of an architecture, and the base model's prefix that one of the two
+    may lack. Parameters that it makes of several tensors are left out.
+    """
+    state = model.state_dict()
+    renamings, converters = _weight_mapping(model)
+    found = {}
+    for name in checkpoint.names:
+        for renames, converts in ((renamings, converters), ([], [])):
+            renamed, converted = rename_source_key(name, renames, converts, model.base_model_prefix, state)
+            if renamed in state:
+                if converted is None:
+                    found[renamed] = name
+                break
+    return found
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors (on the CPU, contiguous) as one safetensors file: the whole file appears or none.
+
+    Raises:
+        OSError: if it cannot be written; the message says what was needed.
+    """
+    _write(path, {name: (_NAMES[t.dtype], t.shape, t.nbytes, [_view(t)]) for name, t in tensors.items()})
+
+
+def copy_shard(path: Path, checkpoint: Checkpoint, names: list[str]) -> None:
+    """Write tensors of a checkpoint, as they are and by their names, as one file, a chunk at a time."""
+    entries = {}
+    for name in names:
+        dtype = _NAMES[checkpoint.dtype(name)]
+        entries[name] = (dtype, checkpoint.shape(name), checkpoint.nbytes(name), checkpoint.bytes_of(name))
+    _write(path, entries)
+
+
+def write_index(folder: Path, files: list[str]) -> None:
+    """Write the index of a folder's shards, which makes transformers find them."""
+    stored = {file: _read_header(folder / file) for file in files}
+    size = sum(tensor.nbytes for tensors in stored.values() for tensor in tensors.values())
+    names = {name: file for file, tensors in stored.items() for name in tensors}
+    replace_text(folder / INDEX, json.dumps({"metadata": {"total_size": size}, "weight_map": names}, indent=2))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    _replace(path, [text.encode()])
+
+
+def _write(path: Path, entries: dict[str, tuple[str, Iterable[int], int, Iterable[memoryview]]]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape, nbytes, _) in entries.items():
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + nbytes]}
+        end += nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # data starts aligned
+    chunks = (chunk for *_, data in entries.values() for chunk in data)
+    _replace(path, [struct.pack("<Q", len(text)), text], chunks, end)
+
+
+def _replace(path: Path, start: list[bytes], chunks: Iterable[memoryview] = (), nbytes: int = 0) -> None:
+    """Write to a temporary name, sync, rename, sync the folder."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            for chunk in chain(start, chunks):
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, f"cannot write {path} ({nbytes / 1e6:.1f} MB): {error.strerror}") from error
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def _shards(folder: Path) -> dict[str, list[str] | None]:
+    """File names, each with the tensors to take from it; None: all."""
+    if (folder / INDEX).is_file():
+        try:
+            weight_map = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+            found: dict[str, list[str] | None] = {}
+            for name, file in weight_map.items():
+                found.setdefault(file, []).append(name)
+        except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{folder / INDEX} is damaged ({error}); copy it again.") from error
+        for file in found:
+            if not isinstance(file, str) or Path(file).name != file:
+                raise ValueError(f"{folder / INDEX} names {file!r}, which is outside its folder; it is refused.")
+            if not (folder / file).is_file():
+                raise ValueError(f"{folder / INDEX} names {file}, which is missing; copy it into {folder}.")
+        return found
+    if (folder / SINGLE).is_file():
+        return {SINGLE: None}
+    others = ", ".join(sorted(path.name for path in folder.glob("*.bin"))) or "none"
+    raise ValueError(
+        f"{folder} has neither {SINGLE} nor {INDEX} (.bin files: {others}); save the model with save_pretrained first, "
+        "or load it and prepare it in memory."
+    )
+
+
+def _read_header(file: Path) -> dict[str, _Stored]:
+    """The tensors of a shard, checked against its size."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            length = struct.unpack("<Q", opened.read(8))[0]
+            if not 2 <= length <= min(size - 8, _LARGEST_HEADER):
+                raise ValueError(f"a header of {length} bytes")
+            header = json.loads(opened.read(length))
+        header.pop("__metadata__", None)
+        stored = {name: _entry(file, entry, 8 + length, size) for name, entry in header.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise ValueError(f"{file} is damaged, truncated or unreadable ({error}); copy it again.") from error
+    return stored
+
+
+def _entry(file: Path, entry: dict[str, Any], data: int, size: int) -> _Stored:
+    start, end = entry["data_offsets"]
+    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+    fits = 0 <= start <= end <= size - data and min(shape, default=0) >= 0
+    if not fits or end - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"offsets {start} .. {end} of {size - data} bytes for {shape}")
+    return _Stored(file, dtype, shape, data + start, end - start)
+
+
+def _view(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def _weight_mapping(model: nn.Module) -> tuple[list[Any], list[Any]]:
+    """Transformers' own renamings and conversions for a model."""
+    mapping = get_model_conversion_mapping(model)
+    return [m for m in mapping if isinstance(m, WeightRenaming)], [m for m in mapping if isinstance(m, WeightConverter)]
