@@ -19,9 +19,12 @@ from qrefta.data import load_classification
 from qrefta.export import merge as merge_model
 from qrefta.finetune import FinetuneResult
 from qrefta.finetune import finetune as finetune_model
+from qrefta.moments import Moments, gather_moments, load_moments, read_calibration
 from qrefta.prepare import prepare as prepare_model
 from qrefta.quantize import BLOCK_SIZES, QUANT_TYPES
 from qrefta.quantizer import is_prepared, load, model_class, quant_report, read_config
+from qrefta.shards import resolve_folder
+from qrefta.stack import find_stacks
 from qrefta.tensor import TRANSFORMS
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -32,7 +35,16 @@ QuantTypeName = StrEnum("QuantTypeName", list(QUANT_TYPES))
 DtypeName = StrEnum("DtypeName", ["bfloat16", "float16", "float32"])
 
 Bits = Annotated[int, typer.Option(help="4, or 16 to leave the residual unquantized (ablation).")]
-Rank = Annotated[int, typer.Option(help="R: components kept of every stack, over all its layers together.")]
+Rank = Annotated[
+    str,
+    typer.Option(help="R: components kept of every stack, over all its layers; auto: see --budget-mb, --error-ratio."),
+]
+Budget = Annotated[float | None, typer.Option(help="With --rank auto: megabytes for all factors.")]
+ErrorRatio = Annotated[float | None, typer.Option(help="With --rank auto: squared error to reach, of whole weights'.")]
+Calibration = Annotated[
+    str | None,
+    typer.Option(help="File of text (txt, csv, tsv, jsonl, parquet): keep the outputs on it, not the weights."),
+]
 TransformOption = Annotated[TransformName, typer.Option("--transform", help="Mode-3 transform.")]
 QuantTypeOption = Annotated[QuantTypeName, typer.Option("--quant-type", help="4-bit format.")]
 BlockSize = Annotated[int, typer.Option(help=f"Weights that share a scale: {', '.join(map(str, BLOCK_SIZES))}.")]
@@ -43,15 +55,18 @@ Targets = Annotated[
 TargetRegex = Annotated[str | None, typer.Option(help="Regular expression for whole paths, instead of --target.")]
 Saved = Annotated[list[str] | None, typer.Option(help="End of the path of a module to train whole; repeat for more.")]
 Refine = Annotated[int, typer.Option(help="Rounds of refitting factors and residual to each other.")]
+DEFAULTS = QReftaConfig()
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
 
 
 @app.command()
 def prepare(
     model: Annotated[str, typer.Argument(help="Hub name or local folder of a dense model.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; new, empty, or left by an interrupted run.")],
     bits: Bits = 4,
-    rank: Rank = 16,
+    rank: Rank = "16",
+    budget_mb: Budget = None,
+    error_ratio: ErrorRatio = None,
     transform: TransformOption = TransformName.lsm3,
     quant_type: QuantTypeOption = QuantTypeName.nf4,
     block_size: BlockSize = 64,
@@ -59,23 +74,29 @@ def prepare(
     target: Targets = None,
     target_regex: TargetRegex = None,
     modules_to_save: Saved = None,
-    refine: Refine = 0,
+    refine: Refine = DEFAULTS.refine,
+    calibration: Calibration = None,
+    moments: Annotated[Path | None, typer.Option(help="Moments file: written with --calibration, else read.")] = None,
     seed: Seed = 0,
+    device: Annotated[str | None, typer.Option(help="Where stacks are worked on, such as cuda.")] = None,
+    max_memory: Annotated[str, typer.Option(help="What preparing may take beside the libraries.")] = "2GB",
 ) -> None:
-    """Split a model into a 4-bit residual and trainable factors, and save it."""
-    _check_empty(out)
-    names = AutoConfig.from_pretrained(model).architectures or [""]
-    dense = model_class(names[0], model).from_pretrained(model, dtype="auto", use_safetensors=True)
-    before = sum(parameter.nbytes for parameter in dense.parameters())
-    prepared = prepare_model(
-        dense, bits, rank, transform=transform, quant_type=quant_type, block_size=block_size,
+    """Split a checkpoint into a 4-bit residual and trainable factors, a few rows at a time; goes on if interrupted."""
+    if calibration is not None:
+        gathered = _gather(model, calibration, seed)
+        if moments is not None:
+            gathered.save(moments)
+    else:
+        gathered = None if moments is None else load_moments(moments)
+    prepare_model(
+        model, bits, _rank(rank), out=out, transform=transform, quant_type=quant_type, block_size=block_size,
         double_quant=double_quant, target_modules=target_regex or target, modules_to_save=modules_to_save,
-        refine=refine, seed=seed,
+        refine=refine, moments=gathered, budget_mb=budget_mb, error_ratio=error_ratio, seed=seed, device=device,
+        max_memory=max_memory,
     )  # fmt: skip
-    prepared.save_pretrained(out)
-    _save_tokenizer(model, out)
-    console.print(report_table(quant_report(prepared)))
-    console.print(f"{before / 1e6:.1f} MB -> {weights_bytes(out) / 1e6:.1f} MB in {out}")
+    config = QReftaConfig.from_dict(read_config(out)["quantization_config"])
+    console.print(report_table([row.report() for row in config.stacks]))
+    console.print(f"{weights_bytes(resolve_folder(model)) / 1e6:.1f} MB -> {weights_bytes(out) / 1e6:.1f} MB in {out}")
 
 
 @app.command()
@@ -84,7 +105,9 @@ def finetune(
     dataset: Annotated[str, typer.Argument(help="Hub name, folder or file (csv, tsv, json, jsonl, parquet).")],
     out: Annotated[Path, typer.Argument(help="Folder for checkpoints and the trained model.")],
     bits: Bits = 4,
-    rank: Rank = 16,
+    rank: Rank = "16",
+    budget_mb: Budget = None,
+    error_ratio: ErrorRatio = None,
     transform: TransformOption = TransformName.lsm3,
     quant_type: QuantTypeOption = QuantTypeName.nf4,
     block_size: BlockSize = 64,
@@ -92,7 +115,8 @@ def finetune(
     target: Targets = None,
     target_regex: TargetRegex = None,
     modules_to_save: Saved = None,
-    refine: Refine = 0,
+    refine: Refine = DEFAULTS.refine,
+    calibration: Calibration = None,
     seed: Seed = 0,
     text_column: Annotated[list[str] | None, typer.Option(help="Column with text; give two for pairs.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column with classes.")] = None,
@@ -112,16 +136,18 @@ def finetune(
     data = load_classification(
         dataset, text_columns=text_column, label_column=label_column, header=header, seed=seed
     )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(model)
     classifier = load_classifier(model, data["train"].features["label"].names, seed)
     if not is_prepared(classifier):
+        batches = None if calibration is None else read_calibration(calibration, tokenizer, seed=seed)
         prepare_model(
-            classifier, bits, rank, transform=transform, quant_type=quant_type, block_size=block_size,
+            classifier, bits, _rank(rank), transform=transform, quant_type=quant_type, block_size=block_size,
             double_quant=double_quant, target_modules=target_regex or target, modules_to_save=modules_to_save,
-            refine=refine, seed=seed,
+            refine=refine, calibration=batches, budget_mb=budget_mb, error_ratio=error_ratio, seed=seed,
         )  # fmt: skip
     console.print(report_table(quant_report(classifier)))
     result = finetune_model(
-        classifier, AutoTokenizer.from_pretrained(model), data, out, learning_rate=learning_rate, epochs=epochs,
+        classifier, tokenizer, data, out, learning_rate=learning_rate, epochs=epochs,
         max_steps=max_steps, batch_size=batch_size, max_length=max_length, bf16=bf16, seed=seed,
         report_to=report_to or "none", resume=resume,
     )  # fmt: skip
@@ -158,21 +184,23 @@ def report_table(rows: list[dict[str, Any]]) -> Table:
     where = f" in {prefix.removesuffix('.')}" if prefix else ""
     title = f"Squared quantization error{where}: whole weight W, residual Wr"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("stack", "shape", "R", "W-Q(W)", "Wr-Q(Wr)", "ratio", "bits"):
+    measured = rows[0]["output_ratio"] is not None
+    for name in ("stack", "shape", "R", "W-Q(W)", "Wr-Q(Wr)", "ratio", *["output"][: int(measured)], "bits"):
         table.add_column(name, justify="left" if name == "stack" else "right", overflow="fold")
     for row in rows:
         out_features, in_features = row["shape"]
         table.add_row(
             row["stack"].removeprefix(prefix), f"{row['layers']}x{out_features}x{in_features}", str(row["rank"]),
             f"{row['baseline_error']:.4g}", f"{row['residual_error']:.4g}", f"{row['ratio']:.3f}",
-            f"{row['bits_per_weight']:.2f}",
+            *([f"{row['output_ratio']:.3f}"] if measured else []), f"{row['bits_per_weight']:.2f}",
         )  # fmt: skip
     baseline, residual = (sum(row[key] for row in rows) for key in ("baseline_error", "residual_error"))
     weights = sum(row["layers"] * row["shape"][0] * row["shape"][1] for row in rows)
     bits = 8 * sum(row["bytes"] for row in rows) / weights
     ratio = f"{residual / baseline:.3f}" if baseline else "1.000"
     table.add_section()
-    table.add_row("all", f"{weights:,}", "", f"{baseline:.4g}", f"{residual:.4g}", ratio, f"{bits:.2f}")
+    table.add_row("all", f"{weights:,}", "", f"{baseline:.4g}", f"{residual:.4g}", ratio, *[""][: int(measured)],
+                  f"{bits:.2f}")  # fmt: skip
     return table
 
 
@@ -224,6 +252,23 @@ def main() -> None:
     except (ValueError, OSError) as error:
         Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False)
         raise SystemExit(2) from error
+
+
+def _rank(text: str) -> int | str:
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"rank is {text!r}; it must be a whole number, or auto") from None
+
+
+def _gather(model: str, calibration: str, seed: int) -> Moments:
+    """Moments of a dense model's inputs on a file of text; the model is in memory while they are gathered."""
+    batches = read_calibration(calibration, AutoTokenizer.from_pretrained(model), seed=seed)
+    names = AutoConfig.from_pretrained(model).architectures or [""]
+    dense = model_class(names[0], model).from_pretrained(model, dtype="auto", use_safetensors=True)
+    return gather_moments(dense, find_stacks(dense), batches)
 
 
 def _save_tokenizer(source: str | Path, out: Path) -> None:

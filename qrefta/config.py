@@ -85,7 +85,7 @@ class QReftaConfig(QuantizationConfigMixin):
         quant_type: str = "nf4",
         block_size: int = 64,
         double_quant: bool = False,
-        refine: int = 8,
+        refine: int = 5,
         seed: int = 0,
         factor_dtype: str = "bfloat16",
         target_modules: str | list[str] | None = None,

@@ -73,7 +73,7 @@ def convert(
 
     journal = _Journal(out, _fingerprint(checkpoint, config))
     if journal.ranks is None:
-        ranks = choose_ranks(targets, [weights[stack.name] for stack in targets], config, moments)
+        ranks = choose_ranks(targets, [weights[stack.name] for stack in targets], config, moments, progress)
         journal.begin({stack.name: ranks.get(stack.name, 0) for stack in stacks})
     total = sum(stack.layers * stack.out_features * stack.in_features for stack in stacks)
     with tqdm(total=total, desc="Preparing", unit="weights", unit_scale=True, disable=not progress) as bar:

@@ -112,8 +112,8 @@ def gather_moments(
     Args:
         model: any model; left in the mode it is in.
         stacks: of `find_stacks`.
-        batches: what the model's forward takes (names that it does not take are dropped), or tensors of its main
-            input. An encoder-decoder without decoder inputs gets those of its encoder.
+        batches: what the model's forward takes (names that it does not take are dropped), tensors of its main input,
+            or the rows of a tokenized data set. An encoder-decoder without decoder inputs gets those of its encoder.
         progress: show a progress bar.
 
     Raises:
@@ -238,6 +238,9 @@ def _inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         )
     device = next(model.parameters()).device
     inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+    for name, value in batch.items():  # a row of a tokenized data set
+        if isinstance(value, list) and value and isinstance(value[0], int):
+            inputs[name] = torch.tensor([value], device=device)
     if _is_seq2seq(model) and "input_ids" in inputs and not any("decoder_input" in name for name in inputs):
         if "labels" in inputs:
             inputs.setdefault("decoder_attention_mask", (inputs["labels"] != -100).long())

@@ -146,9 +146,9 @@ def _prepare_in_memory(
     config.modules_to_save = trained_modules(model, config.modules_to_save, stacks)
     _check_weights(model, stacks)
     if calibration is not None:
-        moments = gather_moments(model, stacks, calibration, progress)
+        moments = gather_moments(model, stacks, calibration, progress=progress)
     weights = {stack.name: model_weights(model, stack, device) for stack in stacks}
-    ranks = choose_ranks(targets, [weights[stack.name] for stack in targets], config, moments)
+    ranks = choose_ranks(targets, [weights[stack.name] for stack in targets], config, moments, progress)
 
     attach_bank(model)
     for stack in tqdm(stacks, desc="Preparing", unit="stack", disable=not progress, delay=PROGRESS_DELAY_S):

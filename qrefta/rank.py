@@ -11,6 +11,7 @@ are made and measured, and the factor corrected, until the ratio reached is just
 from collections.abc import Callable
 
 import torch
+from tqdm.auto import tqdm
 
 from qrefta.config import QReftaConfig, StackRow
 from qrefta.moments import Moments
@@ -27,9 +28,9 @@ _CLOSE = 0.98  # share of the error asked for from which on an allocation is goo
 
 
 def choose_ranks(
-    targets: list[LayerStack], weights: list[Weights], config: QReftaConfig, moments: Moments | None
+    targets: list[LayerStack], weights: list[Weights], config: QReftaConfig, moments: Moments | None, show: bool
 ) -> dict[str, int]:
-    """The rank of every target stack, by name.
+    """The rank of every target stack, by name; `show` prints what "auto" chose.
 
     Raises:
         ValueError: if a rank is beyond a stack's, or the budget or the error cannot be kept.
@@ -47,7 +48,10 @@ def choose_ranks(
         ranks = _ranks_for_budget(targets, weights, config, config.budget_mb * 1e6)
     else:
         ranks = _ranks_for_error(targets, weights, config, config.error_ratio, measure)
-    return {stack.name: rank for stack, rank in zip(targets, ranks, strict=True)}
+    chosen = {stack.name: rank for stack, rank in zip(targets, ranks, strict=True)}
+    if show:
+        tqdm.write("Ranks: " + ", ".join(f"{name} {rank}" for name, rank in chosen.items()))
+    return chosen
 
 
 def _ranks_for_budget(
