@@ -7,6 +7,7 @@ the whole weight is quantized), and for every format the relative root error on 
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
+from time import perf_counter
 from typing import Annotated, Any
 
 import torch
@@ -19,8 +20,8 @@ from eval.demo import model_folder
 from eval.rows import append
 from qrefta.config import QReftaConfig
 from qrefta.quantize import QUANT_TYPES, QuantFormat, dequantize, quantize
-from qrefta.split import baseline_error, split_stack
-from qrefta.stack import find_stacks, read_stack
+from qrefta.report import StackSplit
+from qrefta.stack import LayerStack, Weights, find_stacks, model_weights
 from qrefta.tensor import TRANSFORMS
 
 SEEDS = 20  # Gaussian matrices a format
@@ -32,7 +33,7 @@ def run(
     ranks: Annotated[str, typer.Option(help="Values of R, with commas.")] = "5,15,48,96,192",
     transforms: Annotated[str, typer.Option(help="Mode-3 transforms, with commas.")] = ",".join(TRANSFORMS),
     types: Annotated[str, typer.Option(help="4-bit formats, with commas.")] = "nf4",
-    refine: Annotated[int, typer.Option(help="Rounds of refinement.")] = 0,
+    rounds: Annotated[str, typer.Option(help="Rounds of refinement, with commas.")] = "0,5,8",
     rows: Annotated[Path | None, typer.Option(help="File to add the measurements to, as JSON lines.")] = None,
 ) -> None:
     """Measure the quantization error of every stack of a model, and of Gaussian weights."""
@@ -40,29 +41,41 @@ def run(
     for row in found:
         console.print(f"{row['quant_type']}: {row['relative_root_error']:.4f} on Gaussian weights")
     dense = AutoModel.from_pretrained(model or model_folder(), dtype=torch.float32)
-    cells = list(product(find_stacks(dense), types.split(","), transforms.split(","), map(int, ranks.split(","))))
-    for stack, quant_type, transform, rank in track(cells, "Splitting"):
-        config = QReftaConfig(transform=transform, rank=rank, quant_type=quant_type, refine=refine)
-        found.append({"kind": "stack", "stack": stack.name} | measure(read_stack(dense, stack), config))
+    settings = product(types.split(","), transforms.split(","), map(int, ranks.split(",")), map(int, rounds.split(",")))
+    for stack, setting in track(list(product(find_stacks(dense), settings)), "Splitting"):
+        found.append({"kind": "stack"} | measure(stack, model_weights(dense, stack), *setting))
     for row in found[len(QUANT_TYPES) :]:
-        console.print(f"{row['stack']} {row['quant_type']} {row['transform']} R={row['rank']}: {row['ratio']:.3f}")
+        console.print(
+            f"{row['stack']} {row['quant_type']} {row['transform']} R={row['rank']}, {row['refine']} rounds: "
+            f"{row['ratio']:.3f} in {row['seconds']:.2f} s"
+        )
     if rows is not None:
         append(rows, [{"study": "quant_error"} | row for row in found], seed=0)
 
 
-def measure(weights: torch.Tensor, config: QReftaConfig) -> dict[str, Any]:
-    """Errors of one stack (layers, out, in) under one setting."""
-    baseline, residual = baseline_error(weights, config), split_stack(weights, config).error
+def measure(
+    stack: LayerStack, weights: Weights, quant_type: str, transform: str, rank: int, refine: int
+) -> dict[str, Any]:
+    """Errors of one stack under one setting, and the time of the split with its report."""
+    config = QReftaConfig(transform=transform, rank=rank, quant_type=quant_type, refine=refine)
+    start = perf_counter()
+    split = StackSplit(stack, weights, config, rank, None)
+    for _ in split.residuals():
+        pass
+    row = split.row()
     return {
+        "stack": stack.name,
         "shape": list(weights.shape),
-        "quant_type": config.quant_type,
+        "quant_type": quant_type,
         "block_size": config.block_size,
-        "transform": config.transform,
-        "rank": config.rank,
-        "refine": config.refine,
-        "baseline_error": baseline,
-        "residual_error": residual,
-        "ratio": residual / baseline,
+        "transform": transform,
+        "rank": rank,
+        "refine": refine,
+        "baseline_error": row.baseline_error,
+        "residual_error": row.residual_error,
+        "ratio": row.ratio,
+        "principal_energy": row.principal_energy,
+        "seconds": perf_counter() - start,
     }
 
 

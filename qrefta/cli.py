@@ -15,11 +15,11 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from qrefta.config import QReftaConfig
-from qrefta.data import load_classification
+from qrefta.data import load_classification, read_calibration
 from qrefta.export import merge as merge_model
 from qrefta.finetune import FinetuneResult
 from qrefta.finetune import finetune as finetune_model
-from qrefta.moments import Moments, gather_moments, load_moments, read_calibration
+from qrefta.moments import Moments, gather_moments, load_moments
 from qrefta.prepare import prepare as prepare_model
 from qrefta.quantize import BLOCK_SIZES, QUANT_TYPES
 from qrefta.quantizer import is_prepared, load, model_class, quant_report, read_config

@@ -1,9 +1,15 @@
-"""A hub name, folder or file -> labelled text with a train and a test split, through `datasets`."""
+"""A hub name, folder or file -> labelled text with a train and a test split, or batches of text to calibrate with."""
 
+import copy
 import csv
+import random
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 _BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _TRAIN_NAMES = ("train", "training")
@@ -150,3 +156,75 @@ def _encode_labels(parts: DatasetDict) -> DatasetDict:
             part.remove_columns("label").add_column("label", encoded).cast_column("label", ClassLabel(names=classes))
         )
     return parts
+
+
+def read_calibration(
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int = 256,
+    max_length: int = 512,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> list[BatchEncoding]:
+    """Batches of tokenized text, padded on the right, texts of like length together.
+
+    Args:
+        source: a .txt file with one text a line, or csv, tsv, json, jsonl, parquet with a column of text: text,
+            sentence or content, else the first that holds strings. Empty texts are left out.
+        tokenizer: of the model; left as it is. One without a pad token pads with its end-of-text token.
+        samples: texts taken; all, where there are fewer.
+        max_length: tokens kept of a text, or fewer if the tokenizer's own limit is lower.
+        batch_size: texts in a batch.
+        seed: of the choice of texts.
+
+    Raises:
+        ValueError: if there is no such file, it has no text, or a number is less than 1.
+    """
+    if min(samples, max_length, batch_size) < 1:
+        raise ValueError(
+            f"samples, max_length, batch_size are {samples}, {max_length}, {batch_size}; each must be >= 1"
+        )
+    texts = _read_texts(Path(source))
+    texts = sorted(random.Random(seed).sample(texts, min(samples, len(texts))), key=len)
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token
+    padded = tokenizer.pad_token is not None
+    encode = partial(
+        tokenizer,
+        padding=padded,
+        padding_side="right",
+        truncation=True,
+        max_length=min(max_length, tokenizer.model_max_length),
+        return_tensors="pt",
+    )
+    size = batch_size if padded else 1
+    return [encode(texts[start : start + size]) for start in range(0, len(texts), size)]
+
+
+def _read_texts(path: Path) -> list[str]:
+    """The texts of a file that are not empty."""
+    if not path.is_file():
+        raise ValueError(f"There is no file {path} to calibrate with.")
+    texts: Iterable[str | None] = []
+    if path.suffix == ".txt":
+        texts = path.read_text(encoding="utf-8-sig").split("\n")
+    elif path.stat().st_size:  # datasets fails on a file of no bytes
+        try:
+            data = _read_files({"train": path}, None)["train"]
+        except (ValueError, DatasetGenerationError) as error:  # a header alone is a ValueError of datasets
+            raise ValueError(f"{path} cannot be read as a table with rows: {error}") from error
+        texts = data[_text_column(data, path)]
+    found = [text.strip() for text in texts if text and text.strip()]
+    if not found:
+        raise ValueError(f"{path} holds no text; calibration needs some sentences like those the model will read.")
+    return found
+
+
+def _text_column(data: Dataset, path: Path) -> str:
+    textual = [name for name in data.column_names if _is_text(data, name)]
+    if not textual:
+        raise ValueError(f"{path} has no column of text; its columns are {data.features}")
+    usual = [names[0] for names in _TEXT_NAMES if names[0] in textual and len(names) == 1]
+    return (usual or textual)[0]

@@ -5,11 +5,9 @@ few hundred sentences gives S for every linear; a stack's layers share one (`sha
 shared as well.
 """
 
-import copy
 import inspect
 import json
 import os
-import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,15 +17,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset
-from datasets.exceptions import DatasetGenerationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers import BatchEncoding
 
-from qrefta.data import _TEXT_NAMES, _is_text, _read_files
 from qrefta.stack import LayerStack, ends_with
 
 FULL_WIDTH = 4096  # wider inputs keep only the diagonal: the full matrix and its roots would cost more than they give
@@ -373,75 +368,3 @@ def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def _times(operator: Tensor, vectors: Tensor) -> Tensor:
     """A full (in, in) or diagonal (in,) operator times (in, columns)."""
     return operator @ vectors if operator.dim() == 2 else operator[:, None] * vectors
-
-
-def read_calibration(
-    source: str | Path,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    samples: int = 256,
-    max_length: int = 512,
-    batch_size: int = 8,
-    seed: int = 0,
-) -> list[BatchEncoding]:
-    """Batches of tokenized text, padded on the right, texts of like length together.
-
-    Args:
-        source: a .txt file with one text a line, or csv, tsv, json, jsonl, parquet with a column of text: text,
-            sentence or content, else the first that holds strings. Empty texts are left out.
-        tokenizer: of the model; left as it is. One without a pad token pads with its end-of-text token.
-        samples: texts taken; all, where there are fewer.
-        max_length: tokens kept of a text, or fewer if the tokenizer's own limit is lower.
-        batch_size: texts in a batch.
-        seed: of the choice of texts.
-
-    Raises:
-        ValueError: if there is no such file, it has no text, or a number is less than 1.
-    """
-    if min(samples, max_length, batch_size) < 1:
-        raise ValueError(
-            f"samples, max_length, batch_size are {samples}, {max_length}, {batch_size}; each must be >= 1"
-        )
-    texts = _read_texts(Path(source))
-    texts = sorted(random.Random(seed).sample(texts, min(samples, len(texts))), key=len)
-    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.pad_token = tokenizer.eos_token
-    padded = tokenizer.pad_token is not None
-    encode = partial(
-        tokenizer,
-        padding=padded,
-        padding_side="right",
-        truncation=True,
-        max_length=min(max_length, tokenizer.model_max_length),
-        return_tensors="pt",
-    )
-    size = batch_size if padded else 1
-    return [encode(texts[start : start + size]) for start in range(0, len(texts), size)]
-
-
-def _read_texts(path: Path) -> list[str]:
-    """The texts of a file that are not empty."""
-    if not path.is_file():
-        raise ValueError(f"There is no file {path} to calibrate with.")
-    texts: Iterable[str | None] = []
-    if path.suffix == ".txt":
-        texts = path.read_text(encoding="utf-8-sig").split("\n")
-    elif path.stat().st_size:  # datasets fails on a file of no bytes
-        try:
-            data = _read_files({"train": path}, None)["train"]
-        except (ValueError, DatasetGenerationError) as error:  # a header alone is a ValueError of datasets
-            raise ValueError(f"{path} cannot be read as a table with rows: {error}") from error
-        texts = data[_text_column(data, path)]
-    found = [text.strip() for text in texts if text and text.strip()]
-    if not found:
-        raise ValueError(f"{path} holds no text; calibration needs some sentences like those the model will read.")
-    return found
-
-
-def _text_column(data: Dataset, path: Path) -> str:
-    textual = [name for name in data.column_names if _is_text(data, name)]
-    if not textual:
-        raise ValueError(f"{path} has no column of text; its columns are {data.features}")
-    usual = [names[0] for names in _TEXT_NAMES if names[0] in textual and len(names) == 1]
-    return (usual or textual)[0]

@@ -8,7 +8,8 @@ from torch.testing import assert_close
 from transformers import AutoModel
 
 from qrefta import moments as moments_module
-from qrefta.moments import Moments, gather_moments, load_moments, output_error, read_calibration, shared_metric
+from qrefta.data import read_calibration
+from qrefta.moments import Moments, gather_moments, load_moments, output_error, shared_metric
 from qrefta.stack import LayerStack, find_stacks
 from tests.models import ARCHITECTURES, VOCAB, inputs, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from tests.tiny import color_rows, tiny_tokenizer
