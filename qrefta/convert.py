@@ -69,18 +69,18 @@ def convert(
     config.modules_to_save = trained_modules(model, config.modules_to_save, stacks)
     names = _weight_names(model, checkpoint, stacks)
     block_bytes = _block_bytes(stacks, _bytes(max_memory))
-    weights = {stack.name: _weights(checkpoint, stack, names, device, block_bytes) for stack in stacks}
+    weights = {stack: _weights(checkpoint, stack, names, device, block_bytes) for stack in stacks}
 
     journal = _Journal(out, _fingerprint(checkpoint, config))
     if journal.ranks is None:
-        ranks = choose_ranks(targets, [weights[stack.name] for stack in targets], config, moments, progress)
-        journal.begin({stack.name: ranks.get(stack.name, 0) for stack in stacks})
+        ranks = choose_ranks(targets, [weights[stack] for stack in targets], config, moments, progress)
+        journal.begin([ranks.get(stack, 0) for stack in stacks])
     total = sum(stack.layers * stack.out_features * stack.in_features for stack in stacks)
     with tqdm(total=total, desc="Preparing", unit="weights", unit_scale=True, disable=not progress) as bar:
         for index, stack in enumerate(stacks):
             bar.set_postfix_str(stack.name)
             if index >= len(journal.rows):
-                split = StackSplit(stack, weights[stack.name], config, journal.ranks[stack.name], moments)
+                split = StackSplit(stack, weights[stack], config, journal.ranks[index], moments)
                 files = _write_stack(out, index, split, checkpoint, names)
                 journal.enter(split.row(), files)
             bar.update(stack.layers * stack.out_features * stack.in_features)
@@ -94,13 +94,13 @@ class _Journal:
     """What an unfinished folder holds so far, kept in the folder itself.
 
     Attributes:
-        ranks: of every stack, by name; None before they are chosen.
+        ranks: of every stack, in order; None before they are chosen.
         rows, files: of the stacks that are complete.
     """
 
     def __init__(self, out: Path, fingerprint: dict[str, Any]) -> None:
         self.path, self.fingerprint = out / JOURNAL, fingerprint
-        self.ranks: dict[str, int] | None = None
+        self.ranks: list[int] | None = None
         self.rows: list[StackRow] = []
         self.files: list[str] = []
         if self.path.is_file():
@@ -118,7 +118,7 @@ class _Journal:
         self.ranks, self.files = state["ranks"], state["files"]
         self.rows = [StackRow(**row) for row in state["rows"]]
 
-    def begin(self, ranks: dict[str, int]) -> None:
+    def begin(self, ranks: list[int]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.ranks = ranks
         self._write()

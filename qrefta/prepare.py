@@ -147,13 +147,13 @@ def _prepare_in_memory(
     _check_weights(model, stacks)
     if calibration is not None:
         moments = gather_moments(model, stacks, calibration, progress=progress)
-    weights = {stack.name: model_weights(model, stack, device) for stack in stacks}
-    ranks = choose_ranks(targets, [weights[stack.name] for stack in targets], config, moments, progress)
+    weights = {stack: model_weights(model, stack, device) for stack in stacks}
+    ranks = choose_ranks(targets, [weights[stack] for stack in targets], config, moments, progress)
 
     attach_bank(model)
     for stack in tqdm(stacks, desc="Preparing", unit="stack", disable=not progress, delay=PROGRESS_DELAY_S):
-        rank = ranks.get(stack.name, 0)
-        config.stacks.append(_prepare_stack(model, stack, weights[stack.name], config, rank, moments))
+        rank = ranks.get(stack, 0)
+        config.stacks.append(_prepare_stack(model, stack, weights[stack], config, rank, moments))
     freeze(model, config.modules_to_save)
     _register(model, config)
     return model

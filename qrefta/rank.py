@@ -29,15 +29,15 @@ _CLOSE = 0.98  # share of the error asked for from which on an allocation is goo
 
 def choose_ranks(
     targets: list[LayerStack], weights: list[Weights], config: QReftaConfig, moments: Moments | None, show: bool
-) -> dict[str, int]:
-    """The rank of every target stack, by name; `show` prints what "auto" chose.
+) -> dict[LayerStack, int]:
+    """The rank of every target stack; `show` prints what "auto" chose.
 
     Raises:
         ValueError: if a rank is beyond a stack's, or the budget or the error cannot be kept.
     """
     if config.rank != "auto":
         _check_ranks(targets, config.rank)
-        return {stack.name: config.rank for stack in targets}
+        return dict.fromkeys(targets, config.rank)
 
     def measure(ranks: list[int]) -> float:
         return _reached(
@@ -48,9 +48,9 @@ def choose_ranks(
         ranks = _ranks_for_budget(targets, weights, config, config.budget_mb * 1e6)
     else:
         ranks = _ranks_for_error(targets, weights, config, config.error_ratio, measure)
-    chosen = {stack.name: rank for stack, rank in zip(targets, ranks, strict=True)}
+    chosen = dict(zip(targets, ranks, strict=True))
     if show:
-        tqdm.write("Ranks: " + ", ".join(f"{name} {rank}" for name, rank in chosen.items()))
+        tqdm.write("Ranks: " + ", ".join(f"{stack.name} {rank}" for stack, rank in chosen.items()))
     return chosen
 
 

@@ -176,7 +176,7 @@ def model_weights(model: nn.Module, stack: LayerStack, device: torch.device | No
     def read(layer: int, start: int, stop: int) -> Tensor:
         return read_weight(model.get_submodule(stack.modules[layer]))[start:stop]
 
-    return Weights(stack.shape, read, device or model.get_submodule(stack.modules[0]).weight.device)
+    return Weights(stack.shape, read, device or model.get_submodule(stack.modules[0]).weight.device, BLOCK_BYTES)
 
 
 def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:

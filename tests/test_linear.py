@@ -7,9 +7,8 @@ from torch.testing import assert_close
 
 from qrefta.factors import FactorBank
 from qrefta.linear import AdaptedLinear, _AdaptedProduct
-from qrefta.methods.refta import ReFTA
 from qrefta.quantize import QUANT_TYPES, QuantFormat, dequantize, quantize
-from qrefta.tensor import transform_matrix
+from tests.stacks import fit_refta
 
 LAYERS, OUT, IN, RANK = 3, 24, 40, 5
 FORMATS = [None, *(QuantFormat(kind, 64, double) for kind in QUANT_TYPES for double in (False, True))]
@@ -27,7 +26,7 @@ class Adapted(nn.Module):
     def __init__(self, fmt=None, bias=True, factor_dtype=torch.bfloat16, dtype=torch.float32):
         super().__init__()
         stack = randn(LAYERS, OUT, IN, dtype=dtype)
-        factors = ReFTA.fit(stack, RANK, transform_matrix(stack, "dct"), factor_dtype)
+        factors = fit_refta(stack, RANK, "dct", factor_dtype)
         self.bank = FactorBank({"stack": factors})
         self.layers = nn.ModuleList()
         for layer in range(LAYERS):
