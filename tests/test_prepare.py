@@ -342,14 +342,14 @@ def test_an_interrupted_prepare_is_not_taken_for_a_whole_model(monkeypatch):
     """Out of memory in the third stack: the half-prepared model is refused, not finished with a second bank."""
     model = tiny_llama()
     count = iter(range(100))
-    real = sys.modules["qrefta.prepare"].split_stack
+    real = qrefta.report.split_stack
 
-    def fail_third(weights, config):
+    def fail_third(*arguments):
         if next(count) == 2:
             raise MemoryError
-        return real(weights, config)
+        return real(*arguments)
 
-    monkeypatch.setattr(sys.modules["qrefta.prepare"], "split_stack", fail_third)
+    monkeypatch.setattr(qrefta.report, "split_stack", fail_third)
     with pytest.raises(MemoryError):
         qrefta.prepare(model, rank=3)
     with pytest.raises(ValueError, match="an earlier prepare was interrupted; load the model again"):
@@ -461,20 +461,19 @@ def test_dense_weights_are_released_stack_by_stack(monkeypatch):
     assert done == list(dense)
 
 
-# Peak in float32 stacks of the largest role, measured: 1.48, 2.50 and 2.17; the model is 4 such stacks. With the
-# weights of a role in float64 at once it was 5.
-@pytest.mark.parametrize(("settings", "stacks"), [({}, 1.8), ({"refine": 1}, 2.8), ({"bits": 16}, 2.5)], ids=str)
-def test_peak_memory_is_a_stack_not_the_model(settings, stacks, tmp_path, monkeypatch):
+# Peak in float32 stacks of the largest role, measured: 1.94 with rounds or without; the model is 4 such stacks.
+@pytest.mark.parametrize("settings", [{"refine": 0}, {"refine": 1}, {"bits": 16}], ids=str)
+def test_peak_memory_is_a_stack_not_the_model(settings, tmp_path, monkeypatch):
     """Allocated while preparing, less what stays, as torch's profiler counts it.
 
-    It does not see the dense weights being released, which only makes the figure larger. The Gram matrix takes columns
-    in chunks of a fixed size, which is made small here as the model is.
+    It does not see the dense weights being released, which only makes the figure larger. Blocks of rows
+    have a fixed size, which is made small here as the model is.
     """
-    monkeypatch.setattr(qrefta.tensor, "_GRAM_CHUNK", 256)
-    model = tiny_bert(hidden=64, layers=24)
+    monkeypatch.setattr(qrefta.stack, "BLOCK_BYTES", 256 << 10)
+    model = tiny_bert(hidden=256, layers=12)
     largest = max(4 * np.prod(stack.shape) for stack in find_stacks(model))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        qrefta.prepare(model, rank=8, **settings)
+        qrefta.prepare(model, rank=8, target_modules=["intermediate.dense"], **settings)
     profiler.export_chrome_trace(str(tmp_path / "trace.json"))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     events = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
@@ -482,7 +481,7 @@ def test_peak_memory_is_a_stack_not_the_model(settings, stacks, tmp_path, monkey
     stored = sum(p.nbytes for module in adapted(model).values() for p in module.parameters())
     stored += sum(p.nbytes for p in getattr(model, BANK).parameters())
     assert allocated[-1] == pytest.approx(stored, rel=0.2)  # the profiler saw it all
-    assert allocated.max() - stored < stacks * largest
+    assert allocated.max() - stored < 2.2 * largest
 
 
 # Copies, seeds, several models
