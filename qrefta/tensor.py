@@ -28,7 +28,7 @@ TRANSFORMS: tuple[Transform, ...] = get_args(Transform)
 
 Blocks = Callable[[], Iterable[tuple[slice, Tensor]]]  # rows, and (layers or slices, rows, in) of them, in row order
 
-_GRAM_CHUNK = 1 << 20  # columns of the mode-3 unfolding that are held in float64 at once
+_GRAM_CHUNK = 1 << 16  # columns of the mode-3 unfolding that are held in float64 at once
 _OVERSAMPLING = 6  # directions of every slice beyond its share of the rank
 _TOLERANCE = 4e-4  # share of the captured energy that the method may leave behind, by its own estimate
 _SLOWEST = 0.9  # largest ratio of two gains that the estimate believes
@@ -68,7 +68,7 @@ class Slices(NamedTuple):
 class TSVD(NamedTuple):
     """Leading tensor singular values of a stack under a mode-3 transform, largest first.
 
-    Attributes:
+    Attributes (float64):
         left: (out, rank), unit columns.
         values: (rank,).
         right: (rank, in), unit rows; under a metric S, unit rows times S^(-1/2).
@@ -85,7 +85,7 @@ def mode3_gram(blocks: Blocks, layers: int) -> Tensor:
     """Inner products <W_k, W_l> of a stack's layers, (layers, layers), float64. One pass."""
     gram: Tensor | None = None
     for _, block in blocks():
-        for columns in block.reshape(layers, -1).split(_GRAM_CHUNK // 16, dim=1):
+        for columns in block.reshape(layers, -1).split(_GRAM_CHUNK, dim=1):
             chunk = columns.double()
             product = chunk @ chunk.T
             gram = product if gram is None else gram.add_(product)

@@ -1,7 +1,12 @@
 """Stacks in memory, as the functions that read them by blocks of rows take them."""
 
+from typing import NamedTuple
+
+from qrefta.factors import Factors
 from qrefta.methods.refta import ReFTA
-from qrefta.tensor import Slices, mix, transform_matrix
+from qrefta.split import Split, split_layers, split_stack
+from qrefta.stack import Weights
+from qrefta.tensor import Slices, mix, t_svd, transform_matrix
 
 
 def blocks_of(stack):
@@ -11,6 +16,40 @@ def blocks_of(stack):
 
 def fit_refta(stack, rank, transform, dtype):
     """Factors of a stack (layers, out, in) under a transform by its name."""
-    U = transform_matrix(blocks_of(stack), len(stack), transform)
-    slices = Slices(blocks_of(mix(stack, U)), tuple(stack.shape), stack.device)
-    return ReFTA.fit(slices, rank, U, dtype, seed=0).factors
+    U = transform_of(stack, transform)
+    return ReFTA.fit(slices_of(stack, U), rank, U, dtype, seed=0).factors
+
+
+def transform_of(stack, name):
+    """U of a stack in memory, (layers, slices)."""
+    return transform_matrix(blocks_of(stack), len(stack), name)
+
+
+def slices_of(stack, U, rows=None, metric=None):
+    """Transformed slices in blocks of `rows` rows (None: one block)."""
+    mixed, step = mix(stack, U), rows or stack.shape[1]
+
+    def blocks():
+        return [(slice(at, at + step), mixed[:, at : at + step]) for at in range(0, stack.shape[1], step)]
+
+    return Slices(blocks, tuple(stack.shape), stack.device, metric)
+
+
+def svd_of(stack, U, rank):
+    """The leading components of a stack in memory."""
+    return t_svd(slices_of(stack, U), rank, seed=0)[0]
+
+
+def split_and_error(stack, config):
+    """A stack in memory split: factors, residuals, and the error that its layers state."""
+    weights = Weights.of(stack)
+    split = split_stack(weights, config, config.rank) if config.rank else Split()
+    layers = list(split_layers(weights, split, config))
+    error = sum(layer.error.double().square().sum().item() for layer in layers)
+    return Splitted(split.factors, [layer.residual for layer in layers], error)
+
+
+class Splitted(NamedTuple):
+    factors: Factors | None
+    residuals: list
+    error: float

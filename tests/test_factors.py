@@ -6,7 +6,8 @@ from qrefta.factors import FactorBank, Factors
 from qrefta.linear import AdaptedLinear
 from qrefta.methods import METHODS
 from qrefta.methods.refta import ReFTA
-from qrefta.tensor import TRANSFORMS, t_svd, transform_matrix
+from qrefta.tensor import TRANSFORMS
+from tests.stacks import fit_refta, svd_of, transform_of
 
 all_transforms = pytest.mark.parametrize("transform", TRANSFORMS)
 both_dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -18,7 +19,7 @@ def random_stack(seed=0):
 
 def fitted(transform="lsm3", rank=7, dtype=torch.bfloat16):
     stack = random_stack()
-    return ReFTA.fit(stack, rank, transform_matrix(stack, transform), dtype)
+    return fit_refta(stack, rank, transform, dtype)
 
 
 def perturbed(dtype=torch.bfloat16):
@@ -44,9 +45,9 @@ def test_delta_is_a_sum_over_components(transform, dtype):
 @all_transforms
 def test_delta_is_the_principal_part_of_the_stack(transform):
     stack = random_stack()
-    U = transform_matrix(stack, transform)
-    found = t_svd(stack, U, 7)
-    expected = torch.einsum("lc,oc,c,ci->loi", U.float()[:, found.slices], found.left, found.values, found.right)
+    U = transform_of(stack, transform)
+    found = svd_of(stack, U, 7)
+    expected = torch.einsum("lc,oc,c,ci->loi", U[:, found.slices], found.left, found.values, found.right).float()
     factors = fitted(transform, dtype=torch.float32)
     assert_close(torch.stack([factors.delta(layer) for layer in range(4)]), expected)
 
@@ -59,9 +60,9 @@ def test_full_rank_delta_is_the_stack(transform):
 
 def test_core_is_the_transform_column_of_each_component():
     stack = random_stack()
-    U = transform_matrix(stack, "dct")
-    slices = t_svd(stack, U, 7).slices
-    factors = ReFTA.fit(stack, 7, U, torch.bfloat16)
+    U = transform_of(stack, "dct")
+    slices = svd_of(stack, U, 7).slices
+    factors = fit_refta(stack, 7, "dct", torch.bfloat16)
     for layer in range(4):
         assert torch.equal(factors.core(layer), U[layer, slices].float())
 
@@ -70,7 +71,7 @@ def test_both_factors_share_each_singular_value_evenly():
     """Columns of A and rows of B have the same norm, the root of the value."""
     factors = fitted(dtype=torch.float32)
     stack = random_stack()
-    values = t_svd(stack, transform_matrix(stack, "lsm3"), 7).values
+    values = svd_of(stack, transform_of(stack, "lsm3"), 7).values.float()
     assert_close(factors.A.detach().norm(dim=0), values.sqrt())
     assert_close(factors.B.detach().norm(dim=1), values.sqrt())
 
@@ -93,7 +94,7 @@ def test_trained_count_does_not_depend_on_depth(layers):
 def test_slice_ranks_sum_to_the_rank(transform, rank):
     stack = random_stack()
     factors = fitted(transform, rank)
-    slices = t_svd(stack, transform_matrix(stack, transform), rank).slices
+    slices = svd_of(stack, transform_of(stack, transform), rank).slices
     assert factors.slice_ranks == [(slices == k).sum().item() for k in range(4)]
     assert sum(factors.slice_ranks) == rank
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import bitsandbytes.functional as bnb
 import numpy as np
 import pytest
@@ -5,9 +7,11 @@ import torch
 from torch.testing import assert_close
 
 from qrefta.config import QReftaConfig
-from qrefta.quantize import QUANT_TYPES, dequantize, quantize
-from qrefta.split import _refit, _requantize, quantize_stack, split_stack
-from qrefta.tensor import TRANSFORMS, transform_matrix
+from qrefta.quantize import QUANT_TYPES, dequantize
+from qrefta.split import _rows_per_block, split_layers, split_stack
+from qrefta.stack import Weights
+from qrefta.tensor import TRANSFORMS
+from tests.stacks import split_and_error
 
 all_transforms = pytest.mark.parametrize("transform", TRANSFORMS)
 grid = [
@@ -37,6 +41,13 @@ def dense_residuals(split, stack, config):
     return torch.stack([dequantize(packed, config.format, shape, torch.float32) for packed in split.residuals])
 
 
+def whole_error(stack, config):
+    """||W - Q(W)||_F^2, as the layers of a split state it."""
+    split = split_stack(Weights.of(stack), config, 1)
+    layers = split_layers(Weights.of(stack), split, config)
+    return sum(layer.whole_error.double().square().sum().item() for layer in layers)
+
+
 def deltas(split, stack):
     return torch.stack([split.factors.delta(layer) for layer in range(len(stack))])
 
@@ -54,7 +65,7 @@ def test_16_bits_sum_back_to_the_stack(transform, factor_dtype):
     """The rounding of the factors is in the residual: the exact start."""
     stack = random_stack()
     config = QReftaConfig(rank=9, bits=16, transform=transform, factor_dtype=factor_dtype)
-    split = split_stack(stack, config)
+    split = split_and_error(stack, config)
     assert_close(deltas(split, stack) + dense_residuals(split, stack, config), stack)
     assert split.error == 0
     assert split.factors.delta(0).any()
@@ -65,7 +76,7 @@ def test_16_bits_sum_back_to_the_stack(transform, factor_dtype):
 def test_error_is_that_of_the_factors_and_residuals_returned(quant_type, double_quant, transform, refine):
     stack = random_stack()
     config = QReftaConfig(rank=9, quant_type=quant_type, double_quant=double_quant, transform=transform, refine=refine)
-    split = split_stack(stack, config)
+    split = split_and_error(stack, config)
     assert split.error == pytest.approx(error(split, stack, config).item(), rel=1e-5)
 
 
@@ -94,7 +105,7 @@ def test_one_shot_error_equals_an_independent_loop(quant_type):
     for rest in stack - numpy_delta(stack, rank=9):
         codes, state = bnb.quantize_4bit(rest, blocksize=64, quant_type=quant_type)
         expected += (rest - bnb.dequantize_4bit(codes, state)).square().sum().item()
-    split = split_stack(stack, QReftaConfig(rank=9, quant_type=quant_type, transform="dct"))
+    split = split_and_error(stack, QReftaConfig(rank=9, quant_type=quant_type, transform="dct", refine=0))
     assert split.error == pytest.approx(expected, rel=2e-3)
 
 
@@ -102,75 +113,24 @@ def test_one_shot_error_equals_an_independent_loop(quant_type):
 def test_refined_is_never_worse_than_one_shot_and_one_shot_than_no_factors(quant_type, double_quant, transform):
     stack = random_stack()
     settings = {"rank": 9, "quant_type": quant_type, "double_quant": double_quant, "transform": transform}
-    errors = [split_stack(stack, QReftaConfig(**settings, refine=rounds)).error for rounds in (0, 1, 3)]
-    assert errors[2] <= errors[1] < errors[0] < quantize_stack(stack, QReftaConfig(**settings)).error
-
-
-@pytest.mark.parametrize("rank", [9, 192])
-def test_refining_by_hand_gives_the_same_error(rank):
-    """One round: refit, requantize, refit; the best of the four pairs.
-
-    At full rank a refit is worse (nothing but the factors' rounding is left, and it quantizes that well), at a low
-    rank it is better: the best pair is another one.
-    """
-    stack = random_stack()
-    config = QReftaConfig(rank=rank, refine=1)
-    U = transform_matrix(stack, "lsm3")
-    pairs = [split_stack(stack, QReftaConfig(rank=rank))]
-    pairs.append(_refit(stack, pairs[-1].residuals, U, config))
-    pairs.append(_requantize(stack, pairs[-1].factors, config))
-    pairs.append(_refit(stack, pairs[-1].residuals, U, config))
-    errors = [pair.error for pair in pairs]
-    assert split_stack(stack, config).error == min(errors)
-    assert (min(errors) == errors[-1]) == (rank == 9)
-
-
-@on_grid
-def test_a_refit_under_the_same_transform_does_not_raise_the_error(quant_type, double_quant, transform):
-    """The refit is the best rank-R answer for its target; float32 factors, as bf16's rounding may add to the error."""
-    stack = random_stack()
-    config = QReftaConfig(
-        rank=9, quant_type=quant_type, double_quant=double_quant, transform=transform, factor_dtype="float32"
-    )
-    U = transform_matrix(stack, transform)
-    split = split_stack(stack, config)
-    for _ in range(3):
-        refitted = _refit(stack, split.residuals, U, config)
-        assert refitted.error <= split.error * (1 + 1e-6)
-        core = torch.stack([refitted.factors.core(layer) for layer in range(len(stack))])
-        assert (core.unsqueeze(1) == U.float().unsqueeze(2)).all(0).any(0).all()  # columns of U, not of a new one
-        split = _requantize(stack, refitted.factors, config)
+    errors = [split_and_error(stack, QReftaConfig(**settings, refine=rounds)).error for rounds in (0, 1, 3)]
+    assert errors[2] <= errors[1] < errors[0] < whole_error(stack, QReftaConfig(**settings))
 
 
 @all_transforms
 def test_more_rank_leaves_less_error(transform):
     stack = random_stack()
-    errors = [split_stack(stack, QReftaConfig(rank=rank, transform=transform)).error for rank in (1, 10, 40, 120)]
+    errors = [
+        split_and_error(stack, QReftaConfig(rank=rank, transform=transform, refine=0)).error
+        for rank in (1, 10, 40, 120)
+    ]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.5 * errors[0]
 
 
-def test_quantize_stack_quantizes_whole_weights():
-    stack = random_stack()
-    config = QReftaConfig()
-    split = quantize_stack(stack, config)
-    assert split.factors is None
-    for weight, packed in zip(stack, split.residuals, strict=True):
-        assert torch.equal(packed.weight, quantize(weight, config.format).weight)
-    assert split.error == pytest.approx((stack - dense_residuals(split, stack, config)).square().sum().item(), rel=1e-5)
-
-
-def test_16_bit_residuals_do_not_share_one_storage():
-    """safetensors refuses, or saves K times, views of one tensor."""
-    stack = random_stack()
-    for split in (quantize_stack(stack, QReftaConfig(bits=16)), split_stack(stack, QReftaConfig(bits=16, rank=2))):
-        assert len({residual.untyped_storage().data_ptr() for residual in split.residuals}) == len(stack)
-        assert split.error == 0
-
-
 def test_a_zero_stack_splits_without_nan():
     stack = torch.zeros(3, 8, 64)
-    split = split_stack(stack, QReftaConfig(rank=2, refine=1))
+    split = split_and_error(stack, QReftaConfig(rank=2, refine=1))
     assert split.error == 0
     assert not deltas(split, stack).any()
 
@@ -179,6 +139,54 @@ def test_the_stack_is_left_as_it_was():
     stack = random_stack()
     before = stack.clone()
     for config in (QReftaConfig(rank=4, refine=1), QReftaConfig(rank=4, bits=16)):
-        split_stack(stack, config)
-        quantize_stack(stack, config)
+        split_and_error(stack, config)
     assert torch.equal(stack, before)
+
+
+@on_grid
+@pytest.mark.parametrize("keep", [True, False])
+def test_blocks_of_rows_give_what_one_block_gives(quant_type, double_quant, transform, keep):
+    """Rows of 50 numbers, so that a block of 64 spans them: rows are read in groups that hold whole blocks."""
+    stack = random_stack(out=96, inner=50)
+    config = QReftaConfig(rank=9, quant_type=quant_type, double_quant=double_quant, transform=transform, refine=2)
+    whole = split_stack(Weights.of(stack), config, 9)
+    weights = replace(Weights.of(stack), block_bytes=4 * len(stack) * 50 * 40, keep=keep)
+    assert _rows_per_block(weights, config.format) == 32
+    blocked = split_stack(weights, config, 9)
+    errors = [
+        sum(layer.error.double().square().sum().item() for layer in split_layers(weights, split, config))
+        for split in (whole, blocked)
+    ]
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
+
+
+def test_keeping_the_stack_changes_no_bit():
+    stack = random_stack()
+    config = QReftaConfig(rank=9, refine=2)
+    kept, made = (split_stack(replace(Weights.of(stack), keep=keep), config, 9) for keep in (True, False))
+    assert torch.equal(kept.factors.A, made.factors.A)
+    assert torch.equal(kept.base.B, made.base.B)
+
+
+class Diagonal:
+    def __init__(self, root):
+        self.root = root
+
+    def apply(self, vectors):
+        return self.root.to(vectors)[:, None] * vectors
+
+    def apply_inverse(self, vectors):
+        return vectors / self.root.to(vectors)[:, None]
+
+
+def test_a_metric_lowers_the_error_of_the_outputs():
+    """A few inputs are much larger than the others: the metric spends the rank on them."""
+    stack, config = random_stack().flip(2), QReftaConfig(rank=24, refine=3)
+    root = torch.cat([torch.full((8,), 10.0), torch.ones(stack.shape[2] - 8)])
+
+    def output(metric):
+        split = split_stack(Weights.of(stack), config, 24, metric)
+        layers = split_layers(Weights.of(stack), split, config)
+        return sum((layer.error * root).double().square().sum().item() for layer in layers)
+
+    assert output(Diagonal(root)) < 0.9 * output(None)

@@ -5,7 +5,7 @@ from torch.testing import assert_close
 from transformers import FalconConfig, FalconForCausalLM, MambaConfig, MambaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from qrefta.stack import ends_with, find_stacks, read_stack, read_weight, replace_module, select_stacks
+from qrefta.stack import Weights, ends_with, find_stacks, model_weights, read_weight, replace_module, select_stacks
 from tests.models import (
     ARCHITECTURES,
     VOCAB,
@@ -62,7 +62,7 @@ def test_weights_are_read_as_out_by_in_in_layer_order(name):
         with torch.no_grad():
             expected = torch.stack([(module(unit) - module(zero)).T for module in modules])
         assert expected.shape == stack.shape
-        assert_close(read_stack(model, stack), expected)
+        assert_close(model_weights(model, stack).rows(0, stack.out_features), expected)
 
 
 def test_names_have_a_star_for_the_layer_number():
@@ -181,12 +181,19 @@ def test_max_rank_counts_the_singular_values_of_every_slice():
     assert stack.max_rank == 3 * 16
 
 
-def test_read_stack_is_a_float32_copy():
-    model = tiny_bert().bfloat16()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_and_layers_are_float32_copies(dtype):
+    model = tiny_bert().to(dtype)
     stack = find_stacks(model)[0]
-    tensor = read_stack(model, stack)
-    assert_close(tensor[1], model.get_submodule(stack.modules[1]).weight.detach().float())
-    tensor.zero_()
+    weights = model_weights(model, stack)
+    expected = torch.stack([model.get_submodule(path).weight.detach().float() for path in stack.modules])
+    for read in (weights, Weights.of(expected)):
+        rows, layer = read.rows(3, 9), read.layer(1)
+        assert torch.equal(rows, expected[:, 3:9])
+        assert torch.equal(layer, expected[1])
+        rows.zero_()
+        layer.zero_()
+    assert expected[1].count_nonzero() > 0
     assert model.get_submodule(stack.modules[1]).weight.count_nonzero() > 0
 
 
