@@ -167,7 +167,7 @@ class Weights:
 
     def layer(self, index: int) -> Tensor:
         """One weight, (out, in), float32, a copy."""
-        return self.read(index, 0, self.shape[1]).to(self.device, torch.float32, copy=True)
+        return torch.empty(self.shape[1:], device=self.device).copy_(self.read(index, 0, self.shape[1]))
 
 
 def model_weights(model: nn.Module, stack: LayerStack, device: torch.device | None = None) -> Weights:

@@ -3,7 +3,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from qrefta.quantize import BLOCK_SIZES, QUANT_TYPES, QuantFormat, _load_scales, dequantize, quantize, squared_error
+from qrefta.quantize import (
+    BLOCK_SIZES,
+    QUANT_TYPES,
+    QuantFormat,
+    _load_scales,
+    dequantize,
+    quantize,
+    rounded,
+    squared_error,
+)
 
 FORMATS = [QuantFormat(kind, 64, double) for kind in QUANT_TYPES for double in (False, True)]
 all_formats = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.quant_type + "-double" * fmt.double_quant)
@@ -245,3 +254,30 @@ def test_squared_error_is_summed_in_float64():
 def test_formats_that_do_not_exist_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         QuantFormat(**settings)
+
+
+@pytest.mark.parametrize("block_size", [64, 4096])
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_rounded_is_quantized_and_back_to_the_bit(quant_type, double_quant, block_size):
+    fmt = QuantFormat(quant_type, block_size, double_quant)
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((1,), (63,), (7, 64), (33, 129), (300, 1000)):
+        matrix = torch.randn(shape, generator=generator) * torch.rand(shape, generator=generator).pow(4)
+        assert torch.equal(rounded(matrix, fmt), dequantize(quantize(matrix, fmt), fmt, shape, torch.float32))
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_rounded_agrees_at_the_boundaries_between_levels(quant_type):
+    """Midpoints of levels, their neighbours among floats, and the edges of the look-up cells; extreme scales too."""
+    fmt = QuantFormat(quant_type)
+    levels = bnb.get_4bit_type(quant_type, device="cpu").float().sort().values
+    middles = (levels[1:] + levels[:-1]) / 2
+    away = [torch.nextafter(middles, torch.tensor(side)) for side in (-2.0, 2.0)]
+    values = torch.cat([middles, *away, levels, torch.linspace(-1, 1, 1025), torch.tensor([1e-38, -1e-45, 0.0])])
+    values = torch.nn.functional.pad(values, (0, -len(values) % 63)).view(-1, 63)
+    matrix = torch.cat([torch.ones(len(values), 1), values], dim=1)  # the largest entry of every block is 1
+    for scale in (1.0, 1e30, 1e-30, 0.0):
+        scaled = matrix * scale
+        back = dequantize(quantize(scaled, fmt), fmt, tuple(scaled.shape), torch.float32)
+        assert torch.equal(rounded(scaled, fmt), back)
