@@ -30,7 +30,6 @@ BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 
 _CELLS = 1024  # of the look-up table that `rounded` finds a level with; finer than the levels' least distance
 _LOOKUP_CHUNK = 1 << 17  # values whose temporaries stay in a core's cache
-_ERROR_ROWS = 256  # rows that are held in float64 at once
 _SCALE_BLOCK = 256  # scales that share one second-level scale, as in QLoRA
 _INT4_CLIPS = [percent / 100 for percent in range(79, 113, 3)]  # 1 is among them: a lone outlier is kept exactly
 
@@ -108,7 +107,8 @@ def dequantize(packed: Packed, fmt: QuantFormat, shape: tuple[int, ...], dtype: 
     values = torch.Size(shape).numel()
     kernel_dtype = torch.float32 if dtype == torch.float64 else dtype
     codes = packed.weight.view(torch.uint8)
-    scales = _load_scales(packed.absmax, packed.absmax_state, fmt)
+    blocks = 2 * codes.numel() // fmt.block_size
+    scales = _load_scales(packed.absmax, packed.absmax_state, fmt)[:blocks]  # without those that pad the bytes
     if fmt.quant_type == "int4":
         nibbles = torch.stack([codes >> 4, codes & 15], dim=-1).view(-1)
         state = bnb.QuantState(scales, code=_int4_table(codes.device), blocksize=fmt.block_size, dtype=kernel_dtype)
@@ -143,14 +143,6 @@ def rounded(matrix: Tensor, fmt: QuantFormat) -> Tensor:
         level = torch.take(first, cells).add_(scaled > torch.take(boundary, cells))
         torch.mul(torch.take(levels, level), absmax, out=out)
     return values.view(-1)[: matrix.numel()].view(matrix.shape)
-
-
-def squared_error(matrix: Tensor, approximation: Tensor) -> float:
-    """||matrix - approximation||_F^2, in float64, a few rows at a time."""
-    return sum(
-        (a.double() - b.double()).square().sum().item()
-        for a, b in zip(matrix.split(_ERROR_ROWS), approximation.split(_ERROR_ROWS), strict=True)
-    )
 
 
 def _store_scales(scales: Tensor, fmt: QuantFormat) -> tuple[Tensor, Tensor | None]:
