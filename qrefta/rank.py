@@ -86,9 +86,11 @@ def _ranks_for_error(
         ValueError: if the largest ranks do not reach it.
     """
     spectra = _Spectra(stacks, weights, config)
-    gain, best = 1.0, None
+    gain, best, ranks = 1.0, None, None
     for _ in range(_TRIALS):
-        ranks = spectra.ranks_for(1 - (1 - error_ratio) / gain)
+        before, ranks = ranks, spectra.ranks_for(1 - (1 - error_ratio) / gain)
+        if ranks == before:
+            break
         reached = measure(ranks)
         if reached <= error_ratio and (best is None or sum(ranks) < sum(best)):
             best = ranks

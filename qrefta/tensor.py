@@ -11,12 +11,15 @@ A stack is read in blocks of rows of all its layers (`Blocks`), so that nothing 
 functions say how many passes over the blocks they make.
 
 The t-SVD is a block Krylov method (Musco and Musco 2015) on the operator What_k^T What_k, with all slices in one pass:
-every step multiplies each slice's newest directions, orthogonalizes the result against the slice's basis, and reads
-the singular values off the small projected matrix (Rayleigh-Ritz, in float64). With a `Metric` S the slices are
-What_k S^(1/2), formed on the thin side only, and the right vectors come back through S^(-1/2).
+every step multiplies each slice's newest directions and orthogonalizes the result against the slice's basis; singular
+values are read off the small projected matrix (Rayleigh-Ritz). Bases are float32, as the weights are; the projected
+matrix and the components taken from the final subspaces are float64. With a `Metric` S the slices are What_k S^(1/2),
+formed on the thin side only, and the right vectors come back through S^(-1/2).
 """
 
+import math
 from collections.abc import Callable, Iterable
+from copy import copy
 from typing import Literal, NamedTuple, Protocol, get_args
 
 import scipy.fft
@@ -29,11 +32,14 @@ TRANSFORMS: tuple[Transform, ...] = get_args(Transform)
 Blocks = Callable[[], Iterable[tuple[slice, Tensor]]]  # rows, and (layers or slices, rows, in) of them, in row order
 
 _GRAM_CHUNK = 1 << 16  # columns of the mode-3 unfolding that are held in float64 at once
-_OVERSAMPLING = 6  # directions of every slice beyond its share of the rank
-_TOLERANCE = 4e-4  # share of the captured energy that the method may leave behind, by its own estimate
+_OVERSAMPLING = 5  # directions of every slice beyond its share of the rank, at least
+_SPARE = 16  # directions of every slice that are handed on beyond those kept
+_WIDTH = 8  # products of so many columns, or a multiple, take the least time a column
+_TOLERANCE = 8e-4  # share of the captured energy that the method may leave behind, by its own estimate
 _SLOWEST = 0.9  # largest ratio of two gains that the estimate believes
-_LEAST_STEPS, _MOST_STEPS = 3, 60
+_MOST_STEPS = 60
 _EXACT_SHARE = 6  # a basis of this many blocks is no longer small next to the slice: decompose it exactly
+_DEPENDENT = 1e-3  # part of a unit vector beside the ones before it that is too small to stand for it
 _ROUNDING = 1e-6  # of float32 products, relative to the largest
 
 
@@ -146,7 +152,7 @@ def t_svd(slices: Slices, rank: int, seed: int) -> tuple[TSVD, list[Tensor]]:
 
     The subspaces, (in, columns), orthonormal, float64, hold a few directions more than were kept: `refit` starts there.
 
-    Passes: 5 to 12 as a rule. Memory beside a block: all slices' bases, (in, about 4 R + 30 slices) in float64.
+    Passes: 5 to 15 as a rule. Memory beside a block: all slices' bases, (in, about 6 R + 50 slices) in float32.
 
     Args:
         slices: float32 or float64.
@@ -154,17 +160,17 @@ def t_svd(slices: Slices, rank: int, seed: int) -> tuple[TSVD, list[Tensor]]:
         seed: of the random start; drawn on the CPU, so it does not depend on the device.
     """
     count, out_features, in_features = slices.shape
-    width = -(-rank // count) + _OVERSAMPLING
+    width = math.ceil((math.ceil(rank / count) + _OVERSAMPLING) / _WIDTH) * _WIDTH
     if _EXACT_SHARE * width >= min(out_features, in_features):
         parts = _svd_of_slices(slices)
         shares = _shares([part.values for part in parts], rank)
-        starts = [part.right[:, : share + _OVERSAMPLING] for part, share in zip(parts, shares, strict=True)]
+        starts = [part.right[:, : share + _SPARE] for part, share in zip(parts, shares, strict=True)]
         return _strongest(parts, rank, slices.metric), starts
-    generator = torch.Generator().manual_seed(seed)
-    bases = [_Basis(slices.shape[1:], width, slices.device, generator) for _ in range(count)]
-    _grow(slices, bases, rank)
-    shares = _shares([basis.values for basis in bases], rank)
-    return refit(slices, rank, [basis.leading(n + _OVERSAMPLING) for basis, n in zip(bases, shares, strict=True)])
+    groups = _grow(slices, rank, width, torch.Generator().manual_seed(seed))
+    shares = _shares(_in_order(groups, "values"), rank)
+    pairs = zip(_in_order(groups, "basis"), _in_order(groups, "vectors"), shares, strict=True)
+    leading = [basis.double() @ vectors[:, : share + _SPARE] for basis, vectors, share in pairs]
+    return refit(slices, rank, [torch.linalg.qr(columns).Q for columns in leading])
 
 
 def refit(slices: Slices, rank: int, starts: list[Tensor]) -> tuple[TSVD, list[Tensor]]:
@@ -188,8 +194,8 @@ def refit(slices: Slices, rank: int, starts: list[Tensor]) -> tuple[TSVD, list[T
     shares = _shares([part.values for part in parts], rank)
     following = []
     for part, turn, image, share in zip(parts, turns, back, shares, strict=True):
-        kept = part.right[:, : share + _OVERSAMPLING]
-        moved = image @ turn[:, : kept.shape[1]]
+        kept = part.right[:, : share + _SPARE]
+        moved = image.double() @ turn[:, : kept.shape[1]]
         pair = torch.cat([kept, moved - kept @ (kept.T @ moved)], dim=1)
         following.append(torch.linalg.qr(pair[:, : min(slices.shape[1:])]).Q)
     return _strongest(parts, rank, slices.metric), following
@@ -203,108 +209,165 @@ class _Part(NamedTuple):
     right: Tensor
 
 
-class _Basis:
-    """The Krylov basis of one slice's M = What^T What, and its Rayleigh-Ritz values.
+class _Group:
+    """Krylov bases of M = What^T What of slices that grow by blocks of one width, and their Rayleigh-Ritz values.
 
     Attributes:
-        newest: (in, columns), orthonormal to the rest of the basis; M has not been applied to them yet.
-        values: Ritz values, the squared singular values found so far, largest first.
-        residuals: ||M v - value v|| of each.
+        members: the n slices.
+        basis: (n, in, columns), orthonormal.
+        newest: (n, in, width), orthonormal to the basis; M has not been applied to them yet. Width 0: no longer grown.
+        values: Ritz values, the squared singular values found so far, (n, columns), largest first; set by `solve`.
+        vectors: theirs within the basis, (n, columns, columns).
+        residual: ||M v - value v|| of the largest, (n,).
     """
 
-    def __init__(self, shape: tuple[int, int], width: int, device: torch.device, generator: torch.Generator) -> None:
-        self.limit = min(shape)
+    values: Tensor
+    vectors: Tensor
+    residual: Tensor
+    remainder: Tensor
+
+    def __init__(self, slices: Slices, width: int, generator: torch.Generator) -> None:
+        self.members = torch.arange(slices.shape[0])
+        self.limit = min(slices.shape[1:])
         self.generator = generator
-        self.basis = torch.empty(shape[1], 0, dtype=torch.float64, device=device)
-        self.projected = torch.empty(0, 0, dtype=torch.float64, device=device)
+        self.basis = torch.empty(slices.shape[0], slices.shape[2], 0, device=slices.device)
+        self.projected = torch.empty(slices.shape[0], 0, 0, dtype=torch.float64, device=slices.device)
         self.newest = torch.linalg.qr(self._random(width)).Q
 
     @property
     def size(self) -> int:
-        return self.basis.shape[1]
+        return self.basis.shape[2]
 
-    def absorb(self, image: Tensor) -> None:
+    def part(self, chosen: Tensor) -> "_Group":
+        """Some of the slices, by a mask (n,)."""
+        found = copy(self)
+        found.members = self.members[chosen.cpu()]
+        for name in ("basis", "projected", "newest", "values", "vectors", "residual", "remainder"):
+            setattr(found, name, getattr(self, name)[chosen])
+        return found
+
+    def absorb(self, images: Tensor) -> None:
         """Take in M newest."""
-        old = self.size
-        self.basis = torch.cat([self.basis, self.newest], dim=1)
-        coupling = self.basis.T @ image
-        grown = torch.nn.functional.pad(self.projected, (0, image.shape[1], 0, image.shape[1]))
-        grown[old:] = coupling.T
-        grown[:, old:] = coupling
-        self.projected = (grown + grown.T) / 2
+        old, more = self.size, images.shape[2]
+        self.basis = torch.cat([self.basis, self.newest.to(images)], dim=2)
+        coupling = self.basis.mT @ images
+        self.projected = torch.nn.functional.pad(self.projected, (0, more, 0, more))
+        self.projected[:, :, old:] = coupling
+        self.projected[:, old:, :old] = coupling[:, :old].mT
+        self.remainder = images - self.basis @ coupling
+        self.newest = self.newest[:, :, :0]
+
+    def solve(self) -> None:
+        """Rayleigh-Ritz: the values and vectors of M within the basis."""
         values, vectors = torch.linalg.eigh(self.projected)
-        self.values, self.vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-        self.remainder = image - self.basis @ coupling
-        self.residuals = (self.remainder @ self.vectors[old:]).norm(dim=0)
-        self.newest = self.newest[:, :0]
+        self.values, self.vectors = values.flip(1).clamp(min=0), vectors.flip(2)
+        last = self.vectors[:, -self.remainder.shape[2] :, :1].to(self.remainder)
+        self.residual = (self.remainder @ last).norm(dim=1)[:, 0]
 
-    def extend(self, share: int) -> None:
-        """Next directions: the remainder's, and random ones where the `share` values kept fill the basis."""
-        left, sizes, _ = torch.linalg.svd(self.remainder, full_matrices=False)
-        directions = left[:, sizes > _ROUNDING * self.values[0]]
-        if self.saturated(share):
-            directions = torch.cat([directions, self._random(self.size)], dim=1)
-        directions = directions[:, : self.limit - self.size]
-        self.newest = torch.linalg.qr(self._beside(directions)).Q
+    def extend(self, more: int = 0) -> None:
+        """Next directions: the remainder's, and `more` random ones."""
+        directions = self.remainder
+        if more:
+            directions = torch.cat([directions, self._random(more).to(directions)], dim=2)
+        directions = directions[:, :, : self.limit - self.size]
+        sizes = directions.norm(dim=1, keepdim=True)
+        spent = sizes <= _ROUNDING * self.projected.abs().amax(dim=(1, 2), keepdim=True)
+        if spent.any():  # M keeps the basis in itself: nothing but rounding is left, so look elsewhere
+            directions = torch.where(spent, self._random(directions.shape[2]).to(directions), directions)
+            sizes = directions.norm(dim=1, keepdim=True)
+        self.newest, triangles = torch.linalg.qr(self._beside(directions / sizes))
+        if (triangles.diagonal(dim1=1, dim2=2).abs() < _DEPENDENT).any():  # of parallel columns, QR makes any others
+            self.newest = torch.linalg.qr(self._beside(self.newest)).Q
 
-    def saturated(self, share: int) -> bool:
-        """Whether the values kept take up so much of the basis that more may hide beside it."""
-        return 2 * share > self.size and self.size < self.limit
-
-    def leading(self, columns: int) -> Tensor:
-        """Ritz vectors of the largest values, (in, columns), orthonormal."""
-        return torch.linalg.qr(self.basis @ self.vectors[:, :columns]).Q
-
-    def _random(self, columns: int) -> Tensor:
-        shape = (self.basis.shape[0], columns)
-        return torch.randn(shape, dtype=torch.float64, generator=self.generator).to(self.basis.device)
+    def saturated(self, shares: Tensor) -> Tensor:
+        """Whether the values kept take up so much of the basis that more may hide beside it, (n,)."""
+        return (2 * shares > self.size) & (self.size < self.limit)
 
     def _beside(self, directions: Tensor) -> Tensor:
         """Directions without their part in the basis."""
-        return directions - self.basis @ (self.basis.T @ directions)
+        return directions - self.basis @ (self.basis.mT @ directions)
+
+    def _random(self, columns: int) -> Tensor:
+        drawn = torch.randn(len(self.basis), self.basis.shape[1], columns, generator=self.generator)
+        return drawn.to(self.basis.device)
 
 
-def _grow(slices: Slices, bases: list[_Basis], rank: int) -> None:
-    """Grow the bases of the slices that matter until the captured energy has no more than `_TOLERANCE` to win."""
+def _grow(slices: Slices, rank: int, width: int, generator: torch.Generator) -> list[_Group]:
+    """Grow bases for the slices that matter until the captured energy has no more than `_TOLERANCE` to win.
+
+    Values are looked at after every second step: a large basis takes as long to solve as to multiply.
+    """
+    groups = [_Group(slices, width, generator)]
     captured = last_gain = 0.0
     for step in range(_MOST_STEPS):
-        _, images = _multiply(slices, [basis.newest for basis in bases])
-        for basis, image in zip(bases, images, strict=True):
-            if basis.newest.shape[1]:
-                basis.absorb(image)
-        values = [basis.values for basis in bases]
-        best = torch.cat(values).topk(rank).values
-        threshold, gain = best[-1], best.sum().item() - captured
+        growing = [group for group in groups if group.newest.shape[2]]
+        if not growing:
+            break
+        _, images = _multiply(slices, _in_order(groups, "newest"))
+        for group in growing:
+            group.absorb(torch.stack([images[member] for member in group.members]))
+        if step % 2 == 0 and all(group.size < group.limit for group in growing):
+            for group in growing:
+                group.extend()
+            continue
+        for group in growing:
+            group.solve()
+        best = torch.cat([group.values.flatten() for group in groups]).topk(rank).values
+        gain = best.sum().item() - captured
         captured += gain
-        shares = [int((own > max(threshold.item(), _ROUNDING * best[0].item())).sum()) for own in values]
+        least = best[-1].clamp(min=_ROUNDING * best[0])
+        saturated = [group.saturated((group.values > least).sum(dim=1)) for group in groups]
         slowdown = min(gain / last_gain, _SLOWEST) if last_gain > 0 else _SLOWEST
         to_win = gain * slowdown / (1 - slowdown)
-        searching = any(basis.saturated(share) for basis, share in zip(bases, shares, strict=True))
-        if step + 1 >= _LEAST_STEPS and to_win <= _TOLERANCE * captured and not searching:
-            return
+        if to_win <= _TOLERANCE * captured and not any(full.any() for full in saturated):
+            break
         last_gain = gain
-        for basis, share in zip(bases, shares, strict=True):
-            if basis.values[0] + basis.residuals[0] >= threshold:
-                basis.extend(share)
-        if not any(basis.newest.shape[1] for basis in bases):
-            return
+        groups = [part for group, full in zip(groups, saturated, strict=True) for part in _next(group, best[-1], full)]
+    return groups
+
+
+def _next(group: _Group, threshold: Tensor, saturated: Tensor) -> list[_Group]:
+    """The slices of a group by what comes next: left alone, grown by a block, or by as much as there is already."""
+    alone = group.values[:, 0] + group.residual < threshold
+    parts = []
+    for chosen, more in ((alone, None), (~alone & ~saturated, 0), (~alone & saturated, group.size)):
+        if chosen.any():
+            part = group if chosen.all() else group.part(chosen)
+            if more is not None:
+                part.extend(more)
+            parts.append(part)
+    return parts
+
+
+def _in_order(groups: list[_Group], name: str) -> list[Tensor]:
+    """An attribute of all slices, in the order of the slices."""
+    found = {
+        member: value
+        for group in groups
+        for member, value in zip(group.members.tolist(), getattr(group, name), strict=True)
+    }
+    return [found[member] for member in range(len(found))]
 
 
 def _multiply(slices: Slices, vectors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """What_k S^(1/2) v and S^(1/2) What_k^T What_k S^(1/2) v of the vectors of every slice, float64. One pass."""
-    metric, dtype = slices.metric, None
+    """What_k S^(1/2) v and S^(1/2) What_k^T What_k S^(1/2) v of the vectors of every slice. One pass."""
+    metric, images = slices.metric, []
+    same_width = len({v.shape[1] for v in vectors}) == 1
     for rows, block in slices.blocks():
-        if dtype is None:
-            dtype = block.dtype
-            thin = [(v if metric is None else metric.apply(v)).to(dtype) for v in vectors]
-            images = [block.new_empty(slices.shape[1], v.shape[1]) for v in vectors]
-            sums = [torch.zeros_like(v) for v in thin]
-        for index, columns in enumerate(thin):
-            if columns.shape[1]:
-                product = torch.matmul(block[index], columns, out=images[index][rows])
-                sums[index].addmm_(block[index].T, product)
-    sums = [columns.double() for columns in sums]
-    return images, sums if metric is None else [metric.apply(columns) for columns in sums]
+        if not images:
+            thin = [(v if metric is None else metric.apply(v)).to(block.dtype) for v in vectors]
+            if same_width:  # all slices in one call: a fifth faster
+                thin = [torch.stack(thin)]
+            images = [block.new_empty(*v.shape[:-2], slices.shape[1], v.shape[-1]) for v in thin]
+            sums = [torch.zeros_like(v.mT, memory_format=torch.contiguous_format) for v in thin]
+        for part, columns, image, total in zip([block] if same_width else block, thin, images, sums, strict=True):
+            if columns.shape[-1]:
+                product = torch.matmul(part, columns)
+                image[..., rows, :] = product
+                total += product.mT @ part
+    if same_width:
+        images, sums = list(images[0]), list(sums[0])
+    return images, [columns.T if metric is None else metric.apply(columns.T) for columns in sums]
 
 
 def _svd_of_slices(slices: Slices) -> list[_Part]:

@@ -41,7 +41,7 @@ def test_a_budget_is_kept_used_and_well_spent():
     assert len(set(ranks.values())) > 1
 
 
-@pytest.mark.parametrize("asked", [0.9, 0.6])
+@pytest.mark.parametrize("asked", [0.6, 0.45])
 def test_an_error_ratio_is_reached_and_not_overspent(asked):
     model = qrefta.prepare(uneven_bert(), rank="auto", error_ratio=asked, refine=1)
     assert 0.9 * asked <= ratio(model) <= asked
