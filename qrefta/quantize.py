@@ -125,23 +125,23 @@ def dequantize(packed: Packed, fmt: QuantFormat, shape: tuple[int, ...], dtype: 
 def rounded(matrix: Tensor, fmt: QuantFormat) -> Tensor:
     """dequantize(quantize(matrix)), float32, without packing: for NF4 and FP4 on a CPU a few times as fast.
 
-    Every level is found by one look-up in a table of cells that hold at most one boundary between two levels, and one
-    comparison with that boundary, where bitsandbytes searches all of them. The result is the same to the bit, which a
-    test holds.
+    The range is cut into cells that hold at most one boundary between two levels. A value's level is that of its cell,
+    or of the next if the value lies beyond the boundary: two look-ups, where bitsandbytes searches all levels. The
+    result is the same to the bit, which a test holds.
     """
     if fmt.quant_type == "int4" or fmt.double_quant or matrix.device.type != "cpu":
         return dequantize(quantize(matrix, fmt), fmt, tuple(matrix.shape), torch.float32)
     flat = matrix.detach().to(torch.float32).reshape(-1)
     flat = torch.nn.functional.pad(flat, (0, -flat.numel() % fmt.block_size)).view(-1, fmt.block_size)
-    first, boundary, levels = _level_table(fmt.quant_type)
+    boundary, level = _cell_tables(fmt.quant_type)
     values = torch.empty_like(flat)
-    chunk = max(_LOOKUP_CHUNK // fmt.block_size, 1)
+    chunk, middle = max(_LOOKUP_CHUNK // fmt.block_size, 1), torch.tensor(_CELLS / 2)
     for blocks, out in zip(flat.split(chunk), values.split(chunk), strict=True):
         absmax = blocks.abs().amax(1, keepdim=True)
         scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))).clamp_(-1, 1)
-        cells = torch.add(scaled, 1).mul_(_CELLS / 2).long()
-        level = torch.take(first, cells).add_(scaled > torch.take(boundary, cells))
-        torch.mul(torch.take(levels, level), absmax, out=out)
+        cells = torch.add(middle, scaled, alpha=_CELLS / 2).long()
+        cells += scaled > torch.take(boundary, cells)  # beyond its boundary a cell's level is that of the next
+        torch.mul(torch.take(level, cells), absmax, out=out)
     return values.view(-1)[: matrix.numel()].view(matrix.shape)
 
 
@@ -162,13 +162,12 @@ def _load_scales(absmax: Tensor, absmax_state: Tensor | None, fmt: QuantFormat) 
 
 
 @functools.cache
-def _level_table(quant_type: str) -> tuple[Tensor, Tensor, Tensor]:
-    """For every cell of [-1, 1]: the level at its start and the boundary in it, if any; and the levels, ascending."""
+def _cell_tables(quant_type: str) -> tuple[Tensor, Tensor]:
+    """For every cell of [-1, 1]: the boundary in it, if any (else one above), and the level at its start."""
     levels = bnb.get_4bit_type(quant_type, device="cpu").float().sort().values
     bounds = (levels[1:] + levels[:-1]) / 2
-    edges = torch.linspace(-1, 1, _CELLS + 1)
-    first = torch.bucketize(edges, bounds)
-    return first, torch.cat([bounds, torch.full((1,), torch.inf)])[first], levels
+    first = torch.bucketize(torch.linspace(-1, 1, _CELLS + 1), bounds)
+    return torch.cat([bounds, torch.full((1,), torch.inf)])[first], levels[first]
 
 
 def _int4_table(device: torch.device) -> Tensor:

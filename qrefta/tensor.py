@@ -186,16 +186,17 @@ def refit(slices: Slices, rank: int, starts: list[Tensor]) -> tuple[TSVD, list[T
         starts: for every slice, (in, columns), orthonormal, float64.
     """
     images, back = _multiply(slices, starts)
-    parts, turns = [], []
-    for image, start in zip(images, starts, strict=True):
-        left, values, turn = torch.linalg.svd(image.double(), full_matrices=False)
-        turns.append(turn.T)
-        parts.append(_Part(left, values, start @ turn.T))
-    shares = _shares([part.values for part in parts], rank)
-    following = []
-    for part, turn, image, share in zip(parts, turns, back, shares, strict=True):
-        kept = part.right[:, : share + _SPARE]
-        moved = image.double() @ turn[:, : kept.shape[1]]
+    squares, turns = [], []
+    for image in images:
+        values, vectors = torch.linalg.eigh(image.double().T @ image.double())
+        squares.append(values.flip(0).clamp(min=0))
+        turns.append(vectors.flip(1))
+    parts, following = [], []
+    for image, further, start, turn, share in zip(images, back, starts, turns, _shares(squares, rank), strict=True):
+        left, values, within = torch.linalg.svd(image.double() @ turn[:, :share], full_matrices=False)
+        parts.append(_Part(left, values, start @ (turn[:, :share] @ within.T)))
+        turn = turn[:, : share + _SPARE]
+        kept, moved = start @ turn, further.double() @ turn
         pair = torch.cat([kept, moved - kept @ (kept.T @ moved)], dim=1)
         following.append(torch.linalg.qr(pair[:, : min(slices.shape[1:])]).Q)
     return _strongest(parts, rank, slices.metric), following
