@@ -26,7 +26,7 @@ class FinetuneResult(NamedTuple):
 
     Attributes:
         accuracy_before, accuracy_after: on the test split, 0 .. 1.
-        test_loss: mean cross-entropy on the test split after training, nats.
+        test_loss_before, test_loss: mean cross-entropy on the test split, before and after training, nats.
         train_loss: mean over the steps of this call, nats.
         steps: optimizer steps of the whole run.
         train_s: seconds in the training loop of this call.
@@ -35,6 +35,7 @@ class FinetuneResult(NamedTuple):
 
     accuracy_before: float
     accuracy_after: float
+    test_loss_before: float
     test_loss: float
     train_loss: float
     steps: int
@@ -134,6 +135,7 @@ def finetune(
     return FinetuneResult(
         accuracy_before=before["eval_accuracy"],
         accuracy_after=after["eval_accuracy"],
+        test_loss_before=before["eval_loss"],
         test_loss=after["eval_loss"],
         train_loss=outcome.training_loss,
         steps=outcome.global_step,

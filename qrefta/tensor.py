@@ -35,8 +35,8 @@ _GRAM_CHUNK = 1 << 16  # columns of the mode-3 unfolding that are held in float6
 _OVERSAMPLING = 5  # directions of every slice beyond its share of the rank, at least
 _SPARE = 16  # directions of every slice that are handed on beyond those kept
 _WIDTH = 8  # products of so many columns, or a multiple, take the least time a column
-_TOLERANCE = 8e-4  # share of the captured energy that the method may leave behind, by its own estimate
-_SLOWEST = 0.9  # largest ratio of two gains that the estimate believes
+_TOLERANCE = 2e-3  # share of the captured energy that the method's own, cautious estimate leaves to win
+_FASTEST, _SLOWEST = 0.5, 0.9  # least and largest ratio of two gains that the estimate believes
 _MOST_STEPS = 60
 _EXACT_SHARE = 6  # a basis of this many blocks is no longer small next to the slice: decompose it exactly
 _DEPENDENT = 1e-3  # part of a unit vector beside the ones before it that is too small to stand for it
@@ -144,7 +144,7 @@ def t_svd_exact(slices: Slices, rank: int) -> TSVD:
 def t_svd(slices: Slices, rank: int, seed: int) -> tuple[TSVD, list[Tensor]]:
     """The `rank` largest tensor singular values with their vectors, and each slice's right subspace.
 
-    As `t_svd_exact`, up to a share of about `_TOLERANCE` of the energy: a block Krylov method that stops when the
+    As `t_svd_exact`, up to less than 0.001 of the energy: a block Krylov method that stops when the
     captured energy, extrapolated from its last two gains, has no more than that share to win. A slice whose largest
     singular value, by its Ritz value and residual, is under the R-th largest found so far is left alone from then on;
     a slice that needs many more directions than the others gets wider blocks. So the work grows with R + slices, not
@@ -318,7 +318,7 @@ def _grow(slices: Slices, rank: int, width: int, generator: torch.Generator) -> 
         captured += gain
         least = best[-1].clamp(min=_ROUNDING * best[0])
         saturated = [group.saturated((group.values > least).sum(dim=1)) for group in groups]
-        slowdown = min(gain / last_gain, _SLOWEST) if last_gain > 0 else _SLOWEST
+        slowdown = min(max(gain / last_gain, _FASTEST), _SLOWEST) if last_gain > 0 else _SLOWEST
         to_win = gain * slowdown / (1 - slowdown)
         if to_win <= _TOLERANCE * captured and not any(full.any() for full in saturated):
             break

@@ -6,11 +6,14 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BertModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel
 from typer.testing import CliRunner
 
 import qrefta
 from qrefta.cli import app, load_classifier
+from qrefta.data import read_calibration
+from qrefta.moments import gather_moments
+from qrefta.stack import find_stacks
 from tests.models import logits
 from tests.tiny import color_rows, tiny_folder, tiny_tokenizer
 
@@ -47,6 +50,24 @@ def test_prepare_inspect_merge_round_trip(dense, tmp_path):
     assert json.loads((tmp_path / "dense" / "config.json").read_text())["dtype"] == "float32"
     distance = (logits(merged) - logits(original)).norm() / logits(original).norm()
     assert 0 < distance < 0.5  # 4 bits on random weights cost; a wrong merge is off by 1 and more
+
+
+def test_calibration_moments_and_rank_by_need(dense, rows, tmp_path):
+    """Text gathers moments while preparing; a folder is prepared out of core, also from moments in a file."""
+    common = ["--rank", "auto", "--error-ratio", 0.8, "--refine", 1]
+    result = invoke("prepare", dense, tmp_path / "a", *common, "--calibration", rows, "--max-memory", "2GB")
+    assert result.exit_code == 0
+    assert "Ranks: " in result.output
+    model = AutoModelForSequenceClassification.from_pretrained(dense)
+    tokenizer = AutoTokenizer.from_pretrained(dense)
+    gathered = gather_moments(model, find_stacks(model), read_calibration(rows, tokenizer))
+    gathered.save(tmp_path / "moments.safetensors")
+    result = invoke("prepare", dense, tmp_path / "b", *common, "--moments", tmp_path / "moments.safetensors")
+    assert result.exit_code == 0
+    report, again = (qrefta.quant_report(qrefta.load(tmp_path / name)) for name in "ab")
+    assert report == again
+    assert sum(row["output_ratio"] for row in report) / len(report) < 0.9
+    assert "output" in invoke("inspect", tmp_path / "a").output
 
 
 def test_finetune_prepares_trains_and_resumes(dense, rows, tmp_path):

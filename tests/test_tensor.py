@@ -1,7 +1,10 @@
 import numpy as np
 import pytest
+import scipy.fft
 import tensorly
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from qrefta import tensor as tensor_module
@@ -300,6 +303,50 @@ def energy_share(stack, rank, **options):
 def test_block_method_captures_the_energy(power, shape, rank):
     stack = random_stack(shape) if power == 0 else falling(*shape, power)
     assert 0.999 <= energy_share(stack, rank) <= 1 + 1e-9
+
+
+@pytest.mark.parametrize("power", [0.3, 0.6, 1.0])
+def test_block_method_captures_the_energy_of_large_slices(power):
+    """4096 x 4096 with known singular values: two cosine bases with random signs around them."""
+    size, rank = 4096, 64
+    values = (torch.arange(1, size + 1, dtype=torch.float32) ** -power).numpy()
+    signs = np.random.default_rng(0).choice(np.float32([-1, 1]), size=(2, size))
+    left = scipy.fft.dct(np.diag(values * signs[0]), axis=0, norm="ortho")
+    stack = torch.from_numpy(scipy.fft.dct(left * signs[1], axis=1, norm="ortho")).unsqueeze(0)
+    found, _ = t_svd(slices_of(stack, transform_of(stack, "identity")), rank, seed=0)
+    share = found.values.square().sum().item() / np.square(values[:rank], dtype=np.float64).sum()
+    assert 0.999 <= share <= 1 + 1e-4
+
+
+@given(
+    layers=st.sampled_from([1, 2, 3, 7, 80]),
+    shape=st.tuples(st.integers(1, 130), st.integers(1, 130)),
+    part=st.floats(0.001, 1),
+    power=st.sampled_from([0.0, 0.4, 1.5]),
+    spoilt=st.sampled_from(["nothing", "zero slices", "constant slices", "rank one"]),
+    transform=st.sampled_from(TRANSFORMS),
+)
+@settings(max_examples=80, deadline=None, derandomize=True)
+def test_any_stack_against_numpy(layers, shape, part, power, spoilt, transform):
+    """Orthonormal within each slice, as much energy as numpy's SVDs find, and an error that is what is left of it."""
+    stack = random_stack((layers, *shape)) * torch.arange(1, shape[1] + 1) ** -power
+    if spoilt != "nothing":
+        stack[::2] = {"zero slices": 0.0, "constant slices": 0.1, "rank one": stack[0, :1]}[spoilt]
+    rank = max(1, int(part * min(max_rank(stack), 200)))
+    U = transform_of(stack, transform)
+    found = svd_of(stack, U, rank)
+    values = np.concatenate([np.linalg.svd(matrix, compute_uv=False) for matrix in mix(stack, U).numpy()])
+    exact = np.square(np.sort(values)[::-1][:rank]).sum()
+    total = stack.square().sum().item()
+    energy = found.values.square().sum().item()
+    assert len(found.values) == rank
+    assert (found.values.diff() <= 1e-9 * (1 + found.values[0])).all()
+    assert 0.999 * exact - 1e-9 * total <= energy <= exact * (1 + 1e-6) + 1e-12
+    for k in found.slices.unique():
+        right = found.right[found.slices == k]
+        assert_close(right @ right.T, torch.eye(len(right), dtype=torch.float64), atol=1e-6, rtol=0)
+    principal = torch.einsum("lc,oc,c,ci->loi", U[:, found.slices], found.left, found.values, found.right)
+    assert (stack - principal).square().sum().item() == pytest.approx(total - energy, rel=1e-5, abs=1e-5 * total)
 
 
 @pytest.mark.parametrize("rows", [1, 33, 100])
