@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,19 +47,24 @@ class Moments:
     owners: dict[str, str]
     tokens: dict[str, int]
     read: Callable[[str], Tensor]
+    _latest: dict[tuple[object, ...], "Metric"] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def of(self, path: str) -> Tensor:
-        """Moment of one linear, (in, in) or (in,); a base model's prefix may be missing on either side.
+        """Moment of one linear, (in, in) or (in,).
 
         Raises:
             ValueError: if no linear, or more than one, has that path.
         """
+        return self.read(self.owner(path))
+
+    def owner(self, path: str) -> str:
+        """What a linear's moment is stored under; a base model's prefix may be missing on either side."""
         matches = [path] if path in self.owners else [known for known in self.owners if _same_module(known, path)]
         if len(matches) != 1:
             known = ", ".join(matches or [*list(self.owners)[:4], "..."])
             problem = "fits several" if matches else "has none"
             raise ValueError(f"{path} {problem} of the gathered moments ({known}); gather them on the model to prepare")
-        return self.read(self.owners[matches[0]])
+        return self.owners[matches[0]]
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file: the whole file appears or none."""
@@ -310,7 +315,8 @@ def shared_metric(moments: Moments, stack: LayerStack, device: torch.device | No
     """The metric of a stack's inputs: S = mean over its layers of S_l / mean(diag S_l).
 
     S_l = E[x^T x] + RIDGE mean(diag) I, in float64; a layer whose inputs are all zero counts as the identity. Every
-    eigenvalue is RIDGE / (1 + RIDGE) or more, so that S^(-1/2), about 100 at most, amplifies no rounding.
+    eigenvalue is RIDGE / (1 + RIDGE) or more, so that S^(-1/2), about 100 at most, amplifies no rounding. The latest
+    metric is kept with the moments: neighbouring stacks (query, key, value) have the same inputs.
 
     Args:
         moments: of every layer of `stack`.
@@ -320,6 +326,9 @@ def shared_metric(moments: Moments, stack: LayerStack, device: torch.device | No
     Raises:
         ValueError: if a layer has no moment, or one of another width.
     """
+    latest, key = moments._latest, (device, stack.in_features, *map(moments.owner, stack.modules))
+    if key in latest:
+        return latest[key]
     total = torch.zeros((), dtype=torch.float64, device=device)
     for path in stack.modules:
         moment = moments.of(path)
@@ -329,7 +338,9 @@ def shared_metric(moments: Moments, stack: LayerStack, device: torch.device | No
                 "on the model to prepare"
             )
         total = total + _normalized(moment.to(total)) / stack.layers
-    return Metric(*(root.float() for root in _roots(total)))
+    latest.clear()
+    latest[key] = Metric(*(root.float() for root in _roots(total)))
+    return latest[key]
 
 
 def output_error(errors: Tensor, moment: Tensor) -> float:

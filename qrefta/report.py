@@ -26,7 +26,7 @@ class StackSplit:
         self, stack: LayerStack, weights: Weights, config: QReftaConfig, rank: int, moments: Moments | None
     ) -> None:
         self.stack, self.weights, self.config, self.moments = stack, weights, config, moments
-        metric = None if moments is None or not rank else shared_metric(moments, stack)
+        metric = None if moments is None or not rank else shared_metric(moments, stack, weights.device)
         self.split = split_stack(weights, config, rank, metric) if rank else Split()
         self.residual_error = self.baseline_error = self.norm = self.principal_norm = 0.0
         self.output_error = self.output_baseline = 0.0

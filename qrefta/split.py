@@ -68,15 +68,15 @@ def split_stack(weights: Weights, config: QReftaConfig, rank: int, metric: Metri
     whole = _Whole(weights, config)
     fit = partial(_fit, weights, config, rank, whole.transform, metric)
     found = fit(whole.blocks(), None)
-    best, best_error = Split(found.factors, found.factors), math.inf
+    best, best_error = Split(found.factors, found.factors), None
     for _ in range(config.refine + 1 if config.refine and config.format is not None else 0):
         base = found.factors
-        target = _Target(weights, whole.rows, base, whole.mixing, config.format)
+        target = _Target(weights, whole.rows, base, whole.mixing, config.format, of_base=best_error is None)
         found = fit(target.blocks, found.starts)
-        requantized, refitted = Split(base, base), Split(found.factors, base)
-        for split, error in ((requantized, target.error), (refitted, target.norm - found.energy)):
-            if metric is not None or error < best_error:
-                best, best_error = split, error
+        best_error = target.error if best_error is None else best_error
+        error = target.norm - found.energy
+        if metric is not None or error < best_error:
+            best, best_error = Split(found.factors, base), error
     return best
 
 
@@ -140,21 +140,24 @@ class _Target:
 
     Attributes:
         norm: its squared norm.
-        error: sum_l ||W_l - Delta_l - dequant(Q_l)||_F^2, before the refit.
+        error: sum_l ||W_l - Delta_l - dequant(Q_l)||_F^2, before the refit, if `of_base`.
     """
 
-    def __init__(self, weights: Weights, rows: int, base: Factors, mixing: Tensor, fmt: QuantFormat) -> None:
+    def __init__(
+        self, weights: Weights, rows: int, base: Factors, mixing: Tensor, fmt: QuantFormat, of_base: bool
+    ) -> None:
         self.weights, self.rows, self.base, self.mixing, self.fmt = weights, rows, base, mixing, fmt
+        self.of_base = of_base
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         self.norm = self.error = 0.0
         for where, block in _read(self.weights, self.rows):
             for layer, weight in enumerate(block):
                 delta = self.base.delta(layer, where)
-                stored = rounded(weight - delta, self.fmt)
-                weight.sub_(stored)
+                weight.sub_(rounded(weight - delta, self.fmt))
                 self.norm += _squared_norm(weight)
-                self.error += _squared_norm(delta.sub_(weight))
+                if self.of_base:
+                    self.error += _squared_norm(delta.sub_(weight))
             yield where, mix(block, self.mixing)
 
 

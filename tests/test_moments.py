@@ -321,6 +321,14 @@ def test_a_diagonal_metric_is_the_full_one_of_a_diagonal_matrix():
     assert_close(thin.apply_inverse(V), full.apply_inverse(V))
 
 
+def test_stacks_with_the_same_inputs_share_a_metric():
+    model = tiny_bert()
+    moments = gather(model, [inputs(model)])
+    query, key, _, output, *_ = find_stacks(model)
+    assert shared_metric(moments, key) is shared_metric(moments, query)
+    assert not torch.equal(shared_metric(moments, output).root, shared_metric(moments, query).root)
+
+
 @pytest.mark.parametrize("shape", [(24,), (24, 24)])
 def test_dead_inputs_count_as_the_identity(shape):
     metric = shared_metric(*fixed_moments(torch.zeros(shape), torch.zeros(shape)))
