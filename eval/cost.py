@@ -1,0 +1,243 @@
+"""python -m eval.cost: time and memory of a training step, beside the floor and every peer, in one run.
+
+The floor is the frozen 4-bit model alone: forward, and backward to its inputs only. Beside it: PEFT's QLoRA (r = 16, 8,
+and the r that trains as many numbers as R = 64), PEFT's LoRA on 16-bit weights, the tensor form that rebuilds the
+principal part as a dense matrix in every step, and qrefta. All adapt every linear of the blocks; all but the floor take
+an AdamW step. Weights are random.
+
+Time is the median over alternated repetitions. Peak memory is a step's, above what the libraries take, of a process of
+its own on a CPU, and of the allocator on CUDA.
+"""
+
+import ctypes
+import multiprocessing
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Annotated, NamedTuple
+
+import bitsandbytes as bnb
+import torch
+import typer
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import qrefta
+from eval.rows import append
+from qrefta.linear import AdaptedLinear
+from qrefta.stack import find_stacks, replace_module
+
+console = Console()
+
+
+class Setting(NamedTuple):
+    """A model's shape, and the tokens of one step (sequences x length)."""
+
+    config: dict[str, int]
+    batch: tuple[int, int]
+
+
+SETTINGS = {
+    "tiny": Setting(
+        {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "vocab_size": 256}, (2, 16)),
+    "cpu": Setting(
+        {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16,
+         "num_key_value_heads": 16, "vocab_size": 4096}, (4, 256)),
+    "8b": Setting(
+        {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+         "num_key_value_heads": 8, "vocab_size": 128256}, (2, 2048)),
+    "70b": Setting(
+        {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+         "num_key_value_heads": 8, "vocab_size": 128256}, (1, 1024)),
+}  # fmt: skip
+
+
+class Run(NamedTuple):
+    """What every method is built from."""
+
+    setting: str
+    device: str
+    dtype: torch.dtype
+    checkpointing: bool
+
+
+def run(
+    setting: Annotated[str, typer.Option(help=f"One of {', '.join(SETTINGS)}.")] = "cpu",
+    ranks: Annotated[str, typer.Option(help="Values of R, with commas.")] = "16,64,128,512",
+    repetitions: Annotated[int, typer.Option(help="Alternated steps of each method, after a first one.")] = 7,
+    checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing.")] = False,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory too.")] = True,
+    only: Annotated[str, typer.Option(help="Text in the names of the methods to run; floor and QLoRA always do.")] = "",
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    rows: Annotated[Path | None, typer.Option(help="File to add the measurements to, as JSON lines.")] = None,
+) -> None:
+    """Measure a step of every method."""
+    torch.set_num_threads(threads)
+    cuda = torch.cuda.is_available()
+    what = Run(setting, "cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32, checkpointing)
+    names = [name for name in method_names(setting, ranks) if only in name or name in ("floor", "qlora r=16")]
+    times: dict[str, list[float]] = {name: [] for name in names}
+    steps, counts = {}, {}
+    for name in names:
+        model = build(name, what)
+        counts[name] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        steps[name] = stepper(model, what)
+        steps[name]()
+    for _ in range(repetitions):
+        for name, step in steps.items():
+            times[name].append(_timed(step, cuda))
+    steps.clear()
+    peaks = {name: _peak(name, what, threads) if memory else None for name in names}
+    medians = {name: median(values) for name, values in times.items()}
+    found = []
+    for name in names:
+        row = {
+            "kind": "step", "setting": setting, "method": name, "checkpointing": checkpointing,
+            "dtype": str(what.dtype).removeprefix("torch."), "batch": list(SETTINGS[setting].batch),
+            "n": repetitions, "trained_parameters": counts[name], "step_s": medians[name],
+            "of_floor": medians[name] / medians["floor"], "of_qlora": medians[name] / medians["qlora r=16"],
+            "peak_bytes": peaks[name],
+        }  # fmt: skip
+        if memory:
+            row["peak_of_floor"] = peaks[name] / peaks["floor"]
+            row["peak_of_qlora"] = peaks[name] / peaks["qlora r=16"]
+        found.append(row)
+        shown = f", {row['peak_bytes'] / 1e6:.0f} MB, {row['peak_of_floor']:.3f}, {row['peak_of_qlora']:.3f}"
+        console.print(
+            f"{name}: {row['step_s']:.3f} s, {row['of_floor']:.3f} of the floor, {row['of_qlora']:.3f} of QLoRA r=16"
+            f"{shown if memory else ''}; {row['trained_parameters']:,} trained"
+        )
+    if rows is not None:
+        append(rows, [{"study": "cost"} | row for row in found], seed=0)
+
+
+def method_names(setting: str, ranks: str) -> list[str]:
+    """The floor first; QLoRA with as many trained numbers as R = 64 has r = 64 / layers."""
+    matched = max(1, round(64 / SETTINGS[setting].config["num_hidden_layers"]))
+    lora = [f"qlora r={r}" for r in dict.fromkeys([16, 8, matched])]
+    ours = [f"qrefta R={rank}" for rank in ranks.split(",")]
+    return ["floor", *lora, "lora r=16", "rebuilding R=64", *ours]
+
+
+def build(name: str, what: Run) -> nn.Module:
+    """The model of a method, ready to train."""
+    torch.manual_seed(0)
+    with torch.device(what.device):
+        model = LlamaForCausalLM(LlamaConfig(**SETTINGS[what.setting].config)).to(what.dtype)
+    kind, _, size = name.partition(" ")
+    if what.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if kind in ("qlora", "lora"):
+        return _peft(model, int(size.removeprefix("r=")), quantize=kind == "qlora")
+    rank = int(size.removeprefix("R=") or 1)
+    qrefta.prepare(model, rank=rank, refine=0, transform="identity", progress=False)
+    if kind == "floor":
+        model.requires_grad_(False)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, AdaptedLinear):
+            if kind == "floor":
+                module._adapter = None
+            elif kind == "rebuilding":
+                replace_module(model, path, Rebuilding(module))
+    return model.train()
+
+
+class Rebuilding(nn.Module):
+    """A linear whose dense weight dequant(Q) + A diag(u) B is made in every step, by autograd."""
+
+    def __init__(self, layer: AdaptedLinear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        factors, index = self.layer.factors, self.layer._adapter[2]
+        up, down = (factor.to(factors.dtype).to(x.dtype) for factor in (factors.up(), factors.down()))
+        weight = self.layer.residual(x.dtype) + (up * factors.core(index).to(x.dtype)) @ down
+        return nn.functional.linear(x, weight)
+
+
+def _peft(model: PreTrainedModel, rank: int, quantize: bool) -> nn.Module:
+    paths = [path for stack in find_stacks(model) for path in stack.modules]
+    if quantize:
+        for path in paths:
+            old = model.get_submodule(path)
+            new = bnb.nn.Linear4bit(
+                old.in_features, old.out_features, bias=False, compute_dtype=old.weight.dtype, quant_type="nf4"
+            )
+            new.weight = bnb.nn.Params4bit(old.weight.data.cpu(), requires_grad=False, quant_type="nf4", module=new)
+            replace_module(model, path, new.to(old.weight.device))
+    model.requires_grad_(False)
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=paths)).train()
+
+
+def stepper(model: nn.Module, what: Run) -> Callable[[], None]:
+    """One training step on fixed random embeddings, whose gradients are taken too, for every method alike."""
+    config, (rows, length) = SETTINGS[what.setting].config, SETTINGS[what.setting].batch
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(rows, length, config["hidden_size"], generator=generator).to(what.device, what.dtype)
+    labels = torch.randint(config["vocab_size"], (rows, length), generator=generator).to(what.device)
+    inputs.requires_grad_()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5) if trained else None
+
+    def step() -> None:
+        inputs.grad = None
+        model(inputs_embeds=inputs, labels=labels, use_cache=False).loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def _timed(step: Callable[[], None], cuda: bool) -> float:
+    if cuda:
+        torch.cuda.synchronize()
+    start = perf_counter()
+    step()
+    if cuda:
+        torch.cuda.synchronize()
+    return perf_counter() - start
+
+
+def _peak(name: str, what: Run, threads: int) -> int:
+    """Most memory of the second step (the first makes the optimizer's state)."""
+    if what.device == "cuda":
+        step = stepper(build(name, what), what)
+        step()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        peak = torch.cuda.max_memory_allocated()
+        del step
+        torch.cuda.empty_cache()
+        return peak
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_here, (name, what, threads))
+
+
+def _peak_here(name: str, what: Run, threads: int) -> int:
+    torch.set_num_threads(threads)
+    stepper(build(name, what._replace(setting="tiny")), what._replace(setting="tiny"))()  # what the first call loads
+    before = _status("VmRSS")
+    step = stepper(build(name, what), what)
+    step()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew here
+    step()
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    typer.run(run)
