@@ -8,7 +8,9 @@ from torch.testing import assert_close
 
 import qrefta
 from qrefta.quantize import QuantFormat, dequantize, quantize
+from qrefta.tensor import t_svd, t_svd_exact
 from tests.models import ARCHITECTURES, inputs, logits
+from tests.stacks import slices_of, transform_of
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -39,6 +41,42 @@ def test_preparing_on_the_gpu_removes_the_same_error(architecture):
     for ours, theirs in zip(qrefta.quant_report(on_gpu), qrefta.quant_report(on_cpu), strict=True):
         assert ours["ratio"] == pytest.approx(theirs["ratio"], abs=0.02)
         assert ours["principal_energy"] == pytest.approx(theirs["principal_energy"], rel=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"quant_type": "int4"}, {"calibration": True}], ids=str)
+def test_a_stack_at_a_time_goes_to_the_gpu_and_comes_back(options):
+    """Same seed, same device: same bits. The model stays where it was; the error is that of the CPU."""
+    model = ARCHITECTURES["llama_gqa"]
+    if "calibration" in options:
+        options = {"calibration": [inputs(model())]}
+    first, second = (qrefta.prepare(model(), rank=5, device="cuda", **options) for _ in range(2))
+    assert {tensor.device.type for tensor in first.state_dict().values()} == {"cpu"}
+    for (name, ours), theirs in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+    on_cpu = qrefta.prepare(model(), rank=5, **options)
+    for ours, theirs in zip(qrefta.quant_report(first), qrefta.quant_report(on_cpu), strict=True):
+        assert ours["ratio"] == pytest.approx(theirs["ratio"], abs=0.02)
+
+
+def test_large_slices_are_decomposed_on_the_gpu():
+    """The block method proper: the energy of the exact SVD, and the same bits again."""
+    stack = torch.randn(4, 512, 384, generator=torch.Generator().manual_seed(0)).cuda()
+    slices = slices_of(stack, transform_of(stack, "lsm3"))
+    (found, _), (again, _) = (t_svd(slices, 20, seed=0) for _ in range(2))
+    exact = t_svd_exact(slices, 20)
+    assert found.values.square().sum() >= 0.999 * exact.values.square().sum()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, again, strict=True))
+
+
+def test_preparing_with_a_gpu_holds_a_stack_there_and_not_the_model():
+    model = ARCHITECTURES["bert"]()
+    largest = max(4 * module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
+    layers = model.config.num_hidden_layers
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    qrefta.prepare(model, rank=5, device="cuda")
+    assert torch.cuda.max_memory_allocated() - before <= 12 * layers * largest + (32 << 20)  # cuBLAS has a workspace
+    assert torch.cuda.memory_allocated() - before < layers * largest
 
 
 def test_gradients_are_those_of_the_cpu():
