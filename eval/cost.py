@@ -11,7 +11,6 @@ its own on a CPU, and of the allocator on CUDA.
 
 import ctypes
 import multiprocessing
-import resource
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import qrefta
+from eval.memory import peak, resident, restart_peak
 from eval.rows import append
 from qrefta.linear import AdaptedLinear
 from qrefta.stack import find_stacks, replace_module
@@ -212,10 +212,10 @@ def _peak(name: str, what: Run, threads: int) -> int:
         step()
         torch.cuda.reset_peak_memory_stats()
         step()
-        peak = torch.cuda.max_memory_allocated()
+        most = torch.cuda.max_memory_allocated()
         del step
         torch.cuda.empty_cache()
-        return peak
+        return most
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_here, (name, what, threads))
 
@@ -223,20 +223,13 @@ def _peak(name: str, what: Run, threads: int) -> int:
 def _peak_here(name: str, what: Run, threads: int) -> int:
     torch.set_num_threads(threads)
     stepper(build(name, what._replace(setting="tiny")), what._replace(setting="tiny"))()  # what the first call loads
-    before = _status("VmRSS")
+    before = resident()
     step = stepper(build(name, what), what)
     step()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew here
+    restart_peak()
     step()
-    return _status("VmHWM") - before
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak() - before
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ is that of a process of its own, above what it held before it began.
 """
 
 import multiprocessing
-import resource
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import AutoModel
 
+from eval.memory import peak, resident, restart_peak
 from eval.rows import append
 from qrefta.config import QReftaConfig
 from qrefta.quantize import rounded
@@ -207,21 +207,10 @@ def _peak_here(make: Callable[[], Tensor], name: str, rank: int, threads: int) -
     torch.set_num_threads(threads)
     tensor = make()
     METHODS[name](torch.randn(2, 64, 64), 2)  # what the first call loads
-    before = _resident()
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew here
+    before = resident()
+    restart_peak()
     METHODS[name](tensor, rank)
-    return _status("VmHWM") - before
-
-
-def _resident() -> int:
-    return _status("VmRSS")
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak() - before
 
 
 if __name__ == "__main__":

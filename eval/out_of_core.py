@@ -19,6 +19,7 @@ from rich.console import Console
 from transformers import LlamaConfig
 
 import qrefta
+from eval.memory import peak, resident, restart_peak
 from eval.rows import append
 from qrefta.shards import Checkpoint, write_index, write_shard
 
@@ -110,8 +111,8 @@ def _bandwidth(folder: Path) -> float:
 
 def _prepare(place: Path, settings: dict[str, Any], threads: int) -> dict[str, float]:
     torch.set_num_threads(threads)
-    before, read = _status("VmRSS"), _read_bytes()
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew here
+    before, read = resident(), _read_bytes()
+    restart_peak()
     start = perf_counter()
     qrefta.prepare(place / "dense", out=place / "out", progress=False, **settings)
     seconds = perf_counter() - start
@@ -119,16 +120,11 @@ def _prepare(place: Path, settings: dict[str, Any], threads: int) -> dict[str, f
     baseline = sum(row.baseline_error for row in config.stacks)
     return {
         "seconds": seconds,
-        "peak_bytes": _status("VmHWM") - before,
+        "peak_bytes": peak() - before,
         "libraries_bytes": before,
         "read_bytes": _read_bytes() - read,
         "error_ratio": sum(row.residual_error for row in config.stacks) / baseline,
     }
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
 def _read_bytes() -> int:
