@@ -107,10 +107,12 @@ def run(
             row["peak_of_floor"] = peaks[name] / peaks["floor"]
             row["peak_of_qlora"] = peaks[name] / peaks["qlora r=16"]
         found.append(row)
-        shown = f", {row['peak_bytes'] / 1e6:.0f} MB, {row['peak_of_floor']:.3f}, {row['peak_of_qlora']:.3f}"
+        shown = ""
+        if memory:
+            shown = f", {row['peak_bytes'] / 1e6:.0f} MB, {row['peak_of_floor']:.3f}, {row['peak_of_qlora']:.3f}"
         console.print(
             f"{name}: {row['step_s']:.3f} s, {row['of_floor']:.3f} of the floor, {row['of_qlora']:.3f} of QLoRA r=16"
-            f"{shown if memory else ''}; {row['trained_parameters']:,} trained"
+            f"{shown}; {row['trained_parameters']:,} trained"
         )
     if rows is not None:
         append(rows, [{"study": "cost"} | row for row in found], seed=0)

@@ -1,19 +1,11 @@
-"""The one adapted layer and its autograd function.
-
-    y = x . dequant(Q)^T + ((x . down^T) * core) . up^T + bias
-
-The 4-bit weight is dequantized in the forward pass and once more in the backward pass, the dense update is never
-formed, and no gradient of a dense weight exists. Kept for the backward pass: x, and x . down^T (tokens x rank).
-"""
-
-from typing import Any
+"""The one adapted layer: a frozen linear in 4 (or 16) bits that uses its stack's factors."""
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from qrefta.factors import FactorBank, Factors
-from qrefta.quantize import Packed, QuantFormat, dequantize
+from qrefta.product import AdaptedProduct, residual
+from qrefta.quantize import Packed, QuantFormat
 
 
 class AdaptedLinear(nn.Module):
@@ -65,7 +57,7 @@ class AdaptedLinear(nn.Module):
 
     def residual(self, dtype: torch.dtype) -> Tensor:
         """The frozen weight, dequantized, (out, in)."""
-        return _weight(self.packed(), self.fmt, (self.out_features, self.in_features), dtype)
+        return residual(self.packed(), self.fmt, (self.out_features, self.in_features), dtype)
 
     def packed(self) -> Packed:
         return Packed(*(getattr(self, name, None) for name in Packed._fields))
@@ -90,78 +82,12 @@ class AdaptedLinear(nn.Module):
             up, down = factors.up().to(x.device), factors.down().to(x.device)
             core, rounding = factors.core(self._adapter[2]).to(x.device), factors.dtype
         shape = (self.out_features, self.in_features)
-        return _AdaptedProduct.apply(x, up, core, down, self.bias, *self.packed(), self.fmt, shape, rounding)
+        return AdaptedProduct.apply(x, up, core, down, self.bias, *self.packed(), self.fmt, shape, rounding)
 
     def extra_repr(self) -> str:
         stored = "16 bits" if self.fmt is None else f"{self.fmt.quant_type}, block {self.fmt.block_size}"
         rank = 0 if self.factors is None else self.factors.rank
         return f"in_features={self.in_features}, out_features={self.out_features}, {stored}, rank={rank}"
-
-
-class _AdaptedProduct(torch.autograd.Function):
-    """x W^T + ((x down^T) * core) up^T + bias, with gradients for x, up, core, down and bias.
-
-    With g the gradient of y and h = x down^T:
-        dx = g W + ((g up) * core) down        dup = g^T (h * core)
-        ddown = ((g up) * core)^T x            dcore = sum over tokens of (g up) * h
-    """
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        x: Tensor,
-        up: Tensor | None,
-        core: Tensor | None,
-        down: Tensor | None,
-        bias: Tensor | None,
-        weight: Tensor,
-        absmax: Tensor | None,
-        absmax_state: Tensor | None,
-        fmt: QuantFormat | None,
-        shape: tuple[int, int],
-        rounding: torch.dtype | None,
-    ) -> Tensor:
-        tokens = x.reshape(-1, x.shape[-1])
-        dense = _weight(Packed(weight, absmax, absmax_state), fmt, shape, x.dtype)
-        y = nn.functional.linear(tokens, dense, None if bias is None else bias.to(x.dtype))
-        del dense
-        narrow = None
-        if up is not None:
-            narrow = tokens @ down.to(rounding).to(x.dtype).T
-            y.addmm_(narrow * core.to(x.dtype), up.to(rounding).to(x.dtype).T)
-        ctx.fmt, ctx.shape, ctx.rounding, ctx.x_shape = fmt, shape, rounding, x.shape
-        kept = tokens if down is not None and ctx.needs_input_grad[3] else None
-        ctx.save_for_backward(kept, narrow, up, core, down, weight, absmax, absmax_state)
-        return y.view(*x.shape[:-1], shape[0])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, narrow, up, core, down, weight, absmax, absmax_state = ctx.saved_tensors
-        need_x, need_up, need_core, need_down, need_bias = ctx.needs_input_grad[:5]
-        grad = grad.reshape(-1, ctx.shape[0])
-        grad_x = grad_up = grad_core = grad_down = None
-        if need_x:
-            grad_x = grad @ _weight(Packed(weight, absmax, absmax_state), ctx.fmt, ctx.shape, grad.dtype)
-        if up is not None:
-            diagonal = core.to(grad.dtype)
-            back = grad @ up.to(ctx.rounding).to(grad.dtype)
-            if need_up:
-                grad_up = (grad.T @ (narrow * diagonal)).to(up.dtype)
-            if need_core:
-                grad_core = (back * narrow).sum(0).to(core.dtype)
-            back = back * diagonal
-            if need_down:
-                grad_down = (back.T @ tokens).to(down.dtype)
-            if need_x:
-                grad_x.addmm_(back, down.to(ctx.rounding).to(grad.dtype))
-        grad_x = None if grad_x is None else grad_x.view(ctx.x_shape)
-        grad_bias = grad.sum(0) if need_bias else None
-        return grad_x, grad_up, grad_core, grad_down, grad_bias, *(None,) * 6
-
-
-def _weight(packed: Packed, fmt: QuantFormat | None, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    return packed.weight.to(dtype) if fmt is None else dequantize(packed, fmt, shape, dtype)
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

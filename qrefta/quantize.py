@@ -11,8 +11,8 @@ search over 12 scales near it keeps the smallest squared error: 0.090 relative r
 
 bitsandbytes traps that this file works around:
 - The CPU 4-bit kernel (0.50) is wrong when a row of several is not a whole number of blocks, at widths with
-  in_features % 64 == 32 for instance: everything is one flat row here.
-- A row of odd length falls back to a slow path that compiles: the padding keeps lengths even.
+  in_features % 64 == 32 for instance: a row is one block here, or a row of whole blocks.
+- A row of odd length falls back to a slow path that compiles: blocks have even lengths.
 - `Linear4bit` repacks its weight in place on some CPUs: only the functional API is used.
 """
 
@@ -20,6 +20,7 @@ import functools
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
+import bitsandbytes
 import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
@@ -114,12 +115,27 @@ def dequantize(packed: Packed, fmt: QuantFormat, shape: tuple[int, ...], dtype: 
         state = bnb.QuantState(scales, code=_int4_table(codes.device), blocksize=fmt.block_size, dtype=kernel_dtype)
         flat = bnb.dequantize_blockwise(nibbles, state)
     else:
-        padded = torch.Size((1, 2 * codes.numel()))
-        state = bnb.QuantState(
-            scales, shape=padded, blocksize=fmt.block_size, quant_type=fmt.quant_type, dtype=kernel_dtype
-        )
+        state = _state(scales, fmt, (blocks, fmt.block_size), kernel_dtype)  # the CPU kernel gives threads rows
         flat = bnb.dequantize_4bit(codes.view(-1, 1), state)
     return flat.view(-1)[:values].view(shape).to(dtype)
+
+
+def linear(x: Tensor, packed: Packed, fmt: QuantFormat, shape: tuple[int, int], bias: Tensor | None = None) -> Tensor:
+    """X W^T + bias, for the matrix W of the given shape that `packed` stands for.
+
+    bitsandbytes multiplies: on CUDA its kernels for few tokens read the 4 bits themselves, and no dense W is made.
+    What they do not take (INT4, float64, rows that are no whole number of blocks) is dequantized first.
+
+    Args:
+        x: (tokens, in), contiguous or not.
+        bias: (out,), in the dtype of `x`.
+    """
+    if fmt.quant_type == "int4" or x.dtype == torch.float64 or shape[1] % fmt.block_size:
+        return torch.nn.functional.linear(x, dequantize(packed, fmt, shape, x.dtype), bias)
+    blocks = shape[0] * shape[1] // fmt.block_size
+    scales = _load_scales(packed.absmax, packed.absmax_state, fmt)[:blocks]
+    state = _state(scales, fmt, shape, x.dtype)
+    return bitsandbytes.matmul_4bit(x, packed.weight.view(torch.uint8).view(1, -1), state, bias=bias)
 
 
 def rounded(matrix: Tensor, fmt: QuantFormat) -> Tensor:
@@ -152,6 +168,12 @@ def _store_scales(scales: Tensor, fmt: QuantFormat) -> tuple[Tensor, Tensor | No
     codes, state = bnb.quantize_blockwise(scales - offset, blocksize=_SCALE_BLOCK)
     codes = torch.nn.functional.pad(codes, (0, -codes.numel() % 4))
     return codes, torch.cat([offset.view(1), state.absmax]).view(torch.uint8)
+
+
+def _state(scales: Tensor, fmt: QuantFormat, shape: tuple[int, int], dtype: torch.dtype) -> bnb.QuantState:
+    return bnb.QuantState(
+        scales, shape=torch.Size(shape), blocksize=fmt.block_size, quant_type=fmt.quant_type, dtype=dtype
+    )
 
 
 def _load_scales(absmax: Tensor, absmax_state: Tensor | None, fmt: QuantFormat) -> Tensor:

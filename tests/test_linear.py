@@ -6,7 +6,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from qrefta.factors import FactorBank
-from qrefta.linear import AdaptedLinear, _AdaptedProduct
+from qrefta.linear import AdaptedLinear
 from qrefta.quantize import QUANT_TYPES, QuantFormat, dequantize, quantize
 from tests.stacks import fit_refta
 
@@ -140,22 +140,6 @@ def test_layout_of_the_gradient_does_not_matter():
 def test_residual_is_dequantized_straight_to_the_dtype(fmt, dtype):
     weight = randn(OUT, IN)
     assert torch.equal(plain_layer(fmt).residual(dtype), dequantize(quantize(weight, fmt), fmt, (OUT, IN), dtype))
-
-
-@biased
-def test_gradcheck(bias):
-    """Numerical derivatives in float64 for x, up, core and down, all at once and each alone."""
-    x, up, core, down = (
-        randn(*shape, seed=seed, dtype=torch.float64) for seed, shape in enumerate([(2, 3, 6), (4, 2), (2,), (2, 6)])
-    )
-    weight, offset = randn(4, 6, dtype=torch.float64), randn(4, dtype=torch.float64) if bias else None
-
-    def product(x, up, core, down):
-        return _AdaptedProduct.apply(x, up, core, down, offset, weight, None, None, None, (4, 6), torch.float64)
-
-    for needed in [(1, 1, 1, 1), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]:
-        arguments = [t.clone().requires_grad_(bool(need)) for t, need in zip((x, up, core, down), needed, strict=True)]
-        assert torch.autograd.gradcheck(product, arguments)
 
 
 @all_formats

@@ -1,0 +1,195 @@
+"""The product of tokens with an adapted weight, as one autograd function, and what it costs.
+
+    y = x dequant(Q)^T + ((x down^T) * core) up^T + bias
+
+With T tokens and factors of width R, the six products with a factor in a training step are
+
+    forward     h = x down^T                        2 T in R operations
+                y += (h * core) up^T                2 T out R      or   W += (up * core) down     2 in out R
+    backward    back = (g up) * core                2 T out R
+                dx += back down                     2 T in R       or   W += (up * core) down     2 in out R
+                dup = g^T (h * core)                2 T out R
+                ddown = back^T x                    2 T in R
+
+Where there are more tokens than inputs (forward) or outputs (backward) the second form is cheaper: the update is added
+into the buffer that the 4-bit weight was dequantized to anyway. It is no rebuilding of the weight: it happens outside
+autograd, so there is no gradient of a dense weight and nothing dense is kept. Both forms also move fewer bytes on
+their side of that point, so one comparison of counts decides on every device.
+
+Kept for the backward pass: x, and in the first form h.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from qrefta.quantize import Packed, QuantFormat, dequantize, linear
+
+
+class Cost(NamedTuple):
+    """What a computation costs.
+
+    Attributes:
+        operations: floating-point multiplications and additions.
+        moved_bytes: read and written, each operand of each product counted once.
+    """
+
+    operations: int
+    moved_bytes: float
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.operations + other.operations, self.moved_bytes + other.moved_bytes)
+
+
+def step_cost(
+    tokens: int, in_features: int, out_features: int, rank: int, value_bytes: int = 2, weight_bits: float = 4.5
+) -> Cost:
+    """Forward and backward pass of one adapted linear whose input and factors take gradients.
+
+    Args:
+        tokens: T.
+        in_features, out_features: of the weight.
+        rank: R; 0 is the frozen linear alone.
+        value_bytes: of an activation and of a dequantized weight.
+        weight_bits: stored, for one weight; 4.5 is NF4 with a float32 scale for 64.
+    """
+
+    def product(rows: int, inner: int, columns: int, accumulated: bool = False) -> Cost:
+        """(rows x inner) times (inner x columns), added to what is there if `accumulated`."""
+        values = rows * inner + inner * columns + (2 if accumulated else 1) * rows * columns
+        return Cost(2 * rows * inner * columns, value_bytes * values)
+
+    size = in_features * out_features
+    dequantizing = Cost(0, size * (weight_bits / 8 + value_bytes))
+    frozen = [
+        dequantizing,
+        product(tokens, in_features, out_features),
+        dequantizing,
+        product(tokens, out_features, in_features),
+    ]
+    if rank == 0:
+        return sum(frozen, Cost(0, 0))
+    merged = product(out_features, rank, in_features, accumulated=True)
+    adapter = [
+        product(tokens, in_features, rank),
+        merged if _merges(tokens, in_features) else product(tokens, rank, out_features, accumulated=True),
+        product(tokens, out_features, rank),
+        merged if _merges(tokens, out_features) else product(tokens, rank, in_features, accumulated=True),
+        product(rank, tokens, out_features),
+        product(rank, tokens, in_features),
+    ]
+    return sum(frozen + adapter, Cost(0, 0))
+
+
+def _merges(tokens: int, contracted: int) -> bool:
+    """Whether adding the update to the dequantized weight is cheaper than adding it to a product over `contracted`."""
+    return tokens > contracted
+
+
+class AdaptedProduct(torch.autograd.Function):
+    """x W^T + ((x down^T) * core) up^T + bias, with gradients for x, up, core, down and bias.
+
+    Arguments of `apply`: x (..., in); up (out, R), core (R,) and down (R, in), or three None for a frozen linear; bias
+    (out,) or None; the fields of the weight's `Packed`; its format (None: 16 bits); its shape (out, in); the dtype that
+    up and down are rounded to.
+
+    With g the gradient of y and h = x down^T:
+        dx = g W + ((g up) * core) down        dup = g^T (h * core)
+        ddown = ((g up) * core)^T x            dcore = sum over tokens of (g up) * h
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        up: Tensor | None,
+        core: Tensor | None,
+        down: Tensor | None,
+        bias: Tensor | None,
+        weight: Tensor,
+        absmax: Tensor | None,
+        absmax_state: Tensor | None,
+        fmt: QuantFormat | None,
+        shape: tuple[int, int],
+        rounding: torch.dtype | None,
+    ) -> Tensor:
+        tokens, packed = x.reshape(-1, shape[1]), Packed(weight, absmax, absmax_state)
+        _, need_up, need_core, need_down, _ = ctx.needs_input_grad[:5]
+        offset = None if bias is None else bias.to(x.dtype)
+        narrow = None
+        if up is None:
+            y = _frozen_product(tokens, packed, fmt, shape, offset)
+        else:
+            wide_up, wide_down = (_rounded(factor, rounding, x.dtype) for factor in (up, down))
+            merges = _merges(len(tokens), shape[1])
+            if not merges or ((need_up or need_core) and not need_down):
+                narrow = tokens @ wide_down.T
+            if merges:
+                merged = _merged(packed, fmt, shape, wide_up * core.to(x.dtype), wide_down)
+                y = nn.functional.linear(tokens, merged, offset)
+            else:
+                y = _frozen_product(tokens, packed, fmt, shape, offset)
+                y.addmm_(narrow * core.to(x.dtype), wide_up.T)
+        ctx.fmt, ctx.shape, ctx.rounding, ctx.x_shape = fmt, shape, rounding, x.shape
+        ctx.save_for_backward(tokens if need_down else None, narrow, up, core, down, weight, absmax, absmax_state)
+        return y.view(*x.shape[:-1], shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, narrow, up, core, down, weight, absmax, absmax_state = ctx.saved_tensors
+        need_x, need_up, need_core, need_down, need_bias = ctx.needs_input_grad[:5]
+        packed = Packed(weight, absmax, absmax_state)
+        grad = grad.reshape(-1, ctx.shape[0])
+        grad_x = grad_up = grad_core = grad_down = None
+        if up is None:
+            if need_x:
+                grad_x = grad @ residual(packed, ctx.fmt, ctx.shape, grad.dtype)
+        else:
+            diagonal = core.to(grad.dtype)
+            wide_up, wide_down = (_rounded(factor, ctx.rounding, grad.dtype) for factor in (up, down))
+            merges = _merges(len(grad), ctx.shape[0])
+            if need_x and merges:
+                grad_x = grad @ _merged(packed, ctx.fmt, ctx.shape, wide_up * diagonal, wide_down)
+            elif need_x:
+                grad_x = grad @ residual(packed, ctx.fmt, ctx.shape, grad.dtype)
+            if narrow is None and (need_up or need_core):
+                narrow = tokens @ wide_down.T
+            if need_up:  # transposed: a product is faster when its short side is the rows
+                grad_up = ((narrow * diagonal).T @ grad).T.to(up.dtype)
+            if need_core or need_down or (need_x and not merges):
+                back = grad @ wide_up
+                if need_core:
+                    grad_core = (back * narrow).sum(0).to(core.dtype)
+                back *= diagonal
+                if need_down:
+                    grad_down = (back.T @ tokens).to(down.dtype)
+                if need_x and not merges:
+                    grad_x.addmm_(back, wide_down)
+        grad_x = None if grad_x is None else grad_x.view(ctx.x_shape)
+        grad_bias = grad.sum(0) if need_bias else None
+        return grad_x, grad_up, grad_core, grad_down, grad_bias, *(None,) * 6
+
+
+def residual(packed: Packed, fmt: QuantFormat | None, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The frozen weight, (out, in); with 4 bits a new tensor."""
+    return packed.weight.to(dtype) if fmt is None else dequantize(packed, fmt, shape, dtype)
+
+
+def _merged(packed: Packed, fmt: QuantFormat | None, shape: tuple[int, int], scaled_up: Tensor, down: Tensor) -> Tensor:
+    dense = residual(packed, fmt, shape, down.dtype)
+    return torch.addmm(dense, scaled_up, down) if fmt is None else dense.addmm_(scaled_up, down)
+
+
+def _frozen_product(
+    tokens: Tensor, packed: Packed, fmt: QuantFormat | None, shape: tuple[int, int], bias: Tensor | None
+) -> Tensor:
+    if fmt is None:
+        return nn.functional.linear(tokens, packed.weight.to(tokens.dtype), bias)
+    return linear(tokens, packed, fmt, shape, bias)
+
+
+def _rounded(factor: Tensor, rounding: torch.dtype, dtype: torch.dtype) -> Tensor:
+    return factor.to(rounding).to(dtype)
