@@ -126,6 +126,11 @@ def finetune(
     max_steps: Annotated[int, typer.Option(help="Steps; if positive it wins over --epochs.")] = -1,
     batch_size: int = 32,
     max_length: Annotated[int, typer.Option(help="Tokens a row is cut to.")] = 128,
+    optimizer: Annotated[str, typer.Option(help="One of Trainer's, such as adamw_8bit.")] = "adamw_torch",
+    gradient_accumulation: Annotated[int, typer.Option(help="Passes a step.")] = 1,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option(help="Recompute activations: less memory, more time.")
+    ] = False,
     bf16: Annotated[bool, typer.Option(help="Compute in bf16 under autocast.")] = False,
     report_to: Annotated[list[str] | None, typer.Option(help="Trainer's logging integrations.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in OUT.")] = False,
@@ -148,8 +153,9 @@ def finetune(
     console.print(report_table(quant_report(classifier)))
     result = finetune_model(
         classifier, tokenizer, data, out, learning_rate=learning_rate, epochs=epochs,
-        max_steps=max_steps, batch_size=batch_size, max_length=max_length, bf16=bf16, seed=seed,
-        report_to=report_to or "none", resume=resume,
+        max_steps=max_steps, batch_size=batch_size, max_length=max_length, optimizer=optimizer,
+        gradient_accumulation=gradient_accumulation, gradient_checkpointing=gradient_checkpointing, bf16=bf16,
+        seed=seed, report_to=report_to or "none", resume=resume,
     )  # fmt: skip
     console.print(results_table({"qrefta": result}))
     console.print(f"Saved in {out} ({weights_bytes(out) / 1e6:.1f} MB)")

@@ -15,7 +15,7 @@ for most entries and plain AdamW would lose it; the masters make every optimizer
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -151,6 +151,22 @@ class FactorBank(nn.ModuleDict):
     Layers look their factors up in the bank and do not register them: shared parameters under K names would be
     refused by save_pretrained and sharded K times by FSDP2.
     """
+
+    # transformers hands its checkpointing function to every module that has this attribute
+    gradient_checkpointing = False
+
+    @property
+    def _gradient_checkpointing_func(self) -> Callable[..., Any]:
+        raise AttributeError("A factor bank checkpoints nothing.")
+
+    @_gradient_checkpointing_func.setter
+    def _gradient_checkpointing_func(self, function: Callable[..., Any]) -> None:
+        options = getattr(function, "keywords", None)  # none where checkpointing is switched off
+        if options is not None and options.get("use_reentrant") is not False:  # torch's own default is True
+            raise ValueError(
+                "Gradient checkpointing with use_reentrant=True silently gives the shared factors wrong gradients when "
+                'several processes train. Use the default, or gradient_checkpointing_kwargs={"use_reentrant": False}.'
+            )
 
 
 BANK = "qrefta_factors"

@@ -57,6 +57,9 @@ def finetune(
     warmup_steps: float = 0.1,
     weight_decay: float = 0.0,
     save_steps: float = 0.25,
+    optimizer: str = "adamw_torch",
+    gradient_accumulation: int = 1,
+    gradient_checkpointing: bool = False,
     bf16: bool = False,
     seed: int = 0,
     report_to: str | list[str] = "none",
@@ -65,7 +68,7 @@ def finetune(
 ) -> FinetuneResult:
     """Train a sequence classifier and leave it, with its tokenizer, in `output_dir`; the model is trained in place.
 
-    Everything is transformers.Trainer's: AdamW, linear decay, checkpoints under `output_dir`, its progress bar and
+    Everything is transformers.Trainer's: optimizer, linear decay, checkpoints under `output_dir`, its progress bar and
     logging integrations. Works alike for a prepared model, a PEFT model or a plain one, so that they can be compared
     on the same data, order and steps. At the end the factors' masters are rounded to the values that the forward
     pass used all along.
@@ -78,11 +81,14 @@ def finetune(
         output_dir: for checkpoints and the trained model.
         learning_rate: peak, of all trained numbers.
         epochs, max_steps: length of the run; `max_steps`, if positive, wins.
-        batch_size: rows a step.
+        batch_size: rows a forward and backward pass.
         max_length: tokens a row is cut to.
         warmup_steps: steps, or below 1 the share of the run, in which the learning rate rises.
         weight_decay: AdamW's; 0 by default, since it would pull factors towards zero, away from the original weights.
         save_steps: a checkpoint every so many steps, or below 1 every such share of the run.
+        optimizer: any of Trainer's, `adamw_8bit` or `paged_adamw_8bit` for instance.
+        gradient_accumulation: passes a step; a step sees `gradient_accumulation` x `batch_size` rows.
+        gradient_checkpointing: recompute the blocks' activations in the backward pass and do not keep them.
         bf16: compute in bf16 under autocast. For a model that is loaded in float32; in a model loaded in bf16 the head
             trains in bf16 and loses small updates.
         seed: of batch order and dropout.
@@ -111,6 +117,9 @@ def finetune(
         save_steps=save_steps,
         save_total_limit=2,
         logging_steps=0.25,
+        optim=optimizer,
+        gradient_accumulation_steps=gradient_accumulation,
+        gradient_checkpointing=gradient_checkpointing,
         bf16=bf16,
         seed=seed,
         report_to=report_to,
@@ -127,6 +136,8 @@ def finetune(
         compute_metrics=_accuracy,
         processing_class=tokenizer,
     )
+    # A classifier's loss is a mean over its rows, which Trainer does not know of models whose forward takes **kwargs
+    trainer.model_accepts_loss_kwargs = False
     before = trainer.evaluate()
     outcome = trainer.train(resume_from_checkpoint=checkpoint if resume else None)
     round_masters(model)

@@ -192,4 +192,18 @@ def _frozen_product(
 
 
 def _rounded(factor: Tensor, rounding: torch.dtype, dtype: torch.dtype) -> Tensor:
-    return factor.to(rounding).to(dtype)
+    return (
+        _opaquely_rounded(factor, rounding, dtype) if torch.compiler.is_compiling() else factor.to(rounding).to(dtype)
+    )
+
+
+@torch.library.custom_op("qrefta::rounded", mutates_args=())
+def _opaquely_rounded(factor: Tensor, rounding: torch.dtype, dtype: torch.dtype) -> Tensor:
+    """Inductor drops a conversion to bf16 and back as pointless; it does not look into an operation of our own."""
+    rounded = factor.to(rounding).to(dtype)
+    return rounded.clone() if rounded is factor else rounded
+
+
+@_opaquely_rounded.register_fake
+def _(factor: Tensor, rounding: torch.dtype, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(factor, dtype=dtype)

@@ -112,6 +112,14 @@ class QReftaQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
+    def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:
+        return {**device_map, **place_bank(device_map)} if isinstance(device_map, dict) else device_map
+
+    def validate_environment(self, *args: Any, device_map: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Correct a device map that transformers inferred; there is no other hook between inferring and loading."""
+        if isinstance(device_map, dict):
+            device_map |= place_bank(device_map)
+
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """State dict with masters that are bf16 values stored as bf16, which loses nothing."""
         state = model.state_dict()
@@ -132,6 +140,20 @@ class QReftaQuantizer(HfQuantizer):
         config.modules_to_save = list(dict.fromkeys(config.modules_to_save + task_head(model)))
         freeze(model, config.modules_to_save)
         return model
+
+
+def place_bank(device_map: dict[str, Any]) -> dict[str, Any]:
+    """The entry that a device map needs for the factors, if its own does not serve.
+
+    Layers on every device read them, so they must have a device of their own: the first accelerator in the map.
+    Offloaded, they would be on meta when a layer reads them, since only a module's own forward pass brings it back.
+    """
+    offloads = ("cpu", "disk", torch.device("cpu"))
+    accelerators = [device for device in device_map.values() if device not in offloads]
+    place = device_map.get(BANK, device_map.get(""))
+    if place is None or (accelerators and place in offloads):
+        return {BANK: (accelerators or ["cpu"])[0]}
+    return {}
 
 
 def _check_readable(file: str) -> None:
