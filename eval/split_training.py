@@ -11,15 +11,14 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from datasets import DatasetDict
 from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import qrefta
-from eval.demo import docstring_sentences, model_folder
+from eval.demo import model_folder
 from eval.rows import append
+from eval.task import DatasetOption, HeaderOption, load_task
 from qrefta.cli import load_classifier, quiet_libraries
-from qrefta.data import load_classification
 from qrefta.finetune import FinetuneResult, finetune
 
 HEAD = ["pooler"]  # trains beside the classifier
@@ -33,8 +32,8 @@ console = Console()
 
 
 def run(
-    dataset: Annotated[str | None, typer.Option(help="Hub name, folder or file; default: docstring sentences.")] = None,
-    header: Annotated[list[str] | None, typer.Option(help="Column names, in order, of a file without header.")] = None,
+    dataset: DatasetOption = None,
+    header: HeaderOption = None,
     rank: Annotated[int, typer.Option(help="R of every stack.")] = 48,
     quant_type: Annotated[str, typer.Option(help="4-bit format.")] = "nf4",
     seeds: Annotated[int, typer.Option(help="Seeds 0 .. n-1, of heads, rows and batch order.")] = 3,
@@ -50,14 +49,7 @@ def run(
     quiet_libraries()
     tokenizer = AutoTokenizer.from_pretrained(model_folder())
     for seed in range(seeds):
-        if dataset is None:
-            data = docstring_sentences(train_size=train_rows, test_size=test_rows)
-        else:
-            data = load_classification(dataset, header=header, seed=seed)
-            limits = {"train": train_rows, "test": test_rows}
-            data = DatasetDict(
-                {name: part.shuffle(seed).select(range(min(limits[name], len(part)))) for name, part in data.items()}
-            )
+        data = load_task(dataset, header, seed, train_rows, test_rows)
         settings = {"learning_rate": learning_rate, "max_steps": steps, "seed": seed, "save_steps": 1.0}
         dense = load_classifier(str(model_folder()), data["train"].features["label"].names, seed)
         freeze_body(dense)
