@@ -47,7 +47,7 @@ def run(
             measure(
                 data, factor_dtype, optimizer, seed, steps, rank, batch_size, learning_rate, out / f"{seed}-{number}"
             )
-            for number, (factor_dtype, optimizer) in enumerate(RUNS)
+            for number, kind in enumerate(RUNS)
         ]
         reference = found[0]
         for row in found:
