@@ -44,9 +44,7 @@ def run(
     for seed in range(seeds):
         data = load_task(dataset, header, seed, train_rows, test_rows)
         found = [
-            measure(
-                data, factor_dtype, optimizer, seed, steps, rank, batch_size, learning_rate, out / f"{seed}-{number}"
-            )
+            measure(data, *kind, seed, steps, rank, batch_size, learning_rate, out / f"{seed}-{number}")
             for number, kind in enumerate(RUNS)
         ]
         reference = found[0]
