@@ -1,16 +1,14 @@
 """python -m eval.cost: time and memory of a training step, beside the floor and every peer, in one run.
 
-The floor is the frozen 4-bit model alone: forward, and backward to its inputs only. Beside it: PEFT's QLoRA (r = 16, 8,
-and the r that trains as many numbers as R = 64), PEFT's LoRA on 16-bit weights, the tensor form that rebuilds the
-principal part as a dense matrix in every step, and qrefta. All adapt every linear of the blocks; all but the floor take
-an AdamW step. Weights are random.
+The floor is the frozen 4-bit model alone: forward, and backward to its inputs only, through our layers without factors
+and through bitsandbytes' own. Beside it: PEFT's QLoRA (r = 16, 8, and the r that trains as many numbers as R = 64),
+also with the dropout of its paper's recipe; PEFT's LoRA on 16-bit weights; the tensor form that rebuilds the principal
+part as a dense matrix in every step; qrefta. All adapt every linear of the blocks, and all but the floors take an AdamW
+step. Weights are random.
 
-Time is the median over alternated repetitions. Peak memory is a step's, above what the libraries take, of a process of
-its own on a CPU, and of the allocator on CUDA.
+Time is the median over alternated repetitions. Peak memory is a step's, as torch's allocator counts it.
 """
 
-import ctypes
-import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -26,7 +24,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import qrefta
-from eval.memory import peak, resident, restart_peak
+from eval.memory import tensor_peak
 from eval.rows import append
 from qrefta.linear import AdaptedLinear
 from qrefta.stack import find_stacks, replace_module
@@ -81,8 +79,9 @@ def run(
     cuda = torch.cuda.is_available()
     what = Run(setting, "cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32, checkpointing)
     names = [name for name in method_names(setting, ranks) if only in name or name in ("floor", "qlora r=16")]
-    times: dict[str, list[float]] = {name: [] for name in names}
-    steps, counts = {}, {}
+    peaks = {name: _peak(name, what) for name in names} if memory else {}
+    steps: dict[str, Callable[[], None]] = {}
+    counts, times = {}, {name: [] for name in names}
     for name in names:
         model = build(name, what)
         counts[name] = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -90,9 +89,7 @@ def run(
         steps[name]()
     for _ in range(repetitions):
         for name, step in steps.items():
-            times[name].append(_timed(step, cuda))
-    steps.clear()
-    peaks = {name: _peak(name, what, threads) if memory else None for name in names}
+            times[name].append(timed(step, cuda))
     medians = {name: median(values) for name, values in times.items()}
     found = []
     for name in names:
@@ -101,9 +98,9 @@ def run(
             "dtype": str(what.dtype).removeprefix("torch."), "batch": list(SETTINGS[setting].batch),
             "n": repetitions, "trained_parameters": counts[name], "step_s": medians[name],
             "of_floor": medians[name] / medians["floor"], "of_qlora": medians[name] / medians["qlora r=16"],
-            "peak_bytes": peaks[name],
         }  # fmt: skip
         if memory:
+            row["peak_bytes"] = peaks[name]
             row["peak_of_floor"] = peaks[name] / peaks["floor"]
             row["peak_of_qlora"] = peaks[name] / peaks["qlora r=16"]
         found.append(row)
@@ -123,7 +120,7 @@ def method_names(setting: str, ranks: str) -> list[str]:
     matched = max(1, round(64 / SETTINGS[setting].config["num_hidden_layers"]))
     lora = [f"qlora r={r}" for r in dict.fromkeys([16, 8, matched])]
     ours = [f"qrefta R={rank}" for rank in ranks.split(",")]
-    return ["floor", *lora, "lora r=16", "rebuilding R=64", *ours]
+    return ["floor", "floor bitsandbytes", *lora, "qlora r=16 dropout=0.05", "lora r=16", "rebuilding R=64", *ours]
 
 
 def build(name: str, what: Run) -> nn.Module:
@@ -131,13 +128,16 @@ def build(name: str, what: Run) -> nn.Module:
     torch.manual_seed(0)
     with torch.device(what.device):
         model = LlamaForCausalLM(LlamaConfig(**SETTINGS[what.setting].config)).to(what.dtype)
-    kind, _, size = name.partition(" ")
+    kind, *options = name.split()
     if what.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if kind in ("qlora", "lora"):
-        return _peft(model, int(size.removeprefix("r=")), quantize=kind == "qlora")
-    rank = int(size.removeprefix("R=") or 1)
-    qrefta.prepare(model, rank=rank, refine=0, transform="identity", progress=False)
+        return _peft(model, dict(option.split("=") for option in options), quantize=kind == "qlora")
+    if options == ["bitsandbytes"]:
+        _quantize(model, [path for stack in find_stacks(model) for path in stack.modules])
+        return model.requires_grad_(False).train()
+    rank = int(options[0].removeprefix("R=")) if options else 1
+    qrefta.prepare(model, rank=rank, refine=0, progress=False)
     if kind == "floor":
         model.requires_grad_(False)
     for path, module in list(model.named_modules()):
@@ -163,18 +163,25 @@ class Rebuilding(nn.Module):
         return nn.functional.linear(x, weight)
 
 
-def _peft(model: PreTrainedModel, rank: int, quantize: bool) -> nn.Module:
+def _peft(model: PreTrainedModel, options: dict[str, str], quantize: bool) -> nn.Module:
     paths = [path for stack in find_stacks(model) for path in stack.modules]
     if quantize:
-        for path in paths:
-            old = model.get_submodule(path)
-            new = bnb.nn.Linear4bit(
-                old.in_features, old.out_features, bias=False, compute_dtype=old.weight.dtype, quant_type="nf4"
-            )
-            new.weight = bnb.nn.Params4bit(old.weight.data.cpu(), requires_grad=False, quant_type="nf4", module=new)
-            replace_module(model, path, new.to(old.weight.device))
+        _quantize(model, paths)
     model.requires_grad_(False)
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=paths)).train()
+    rank, dropout = int(options["r"]), float(options.get("dropout", 0))
+    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=dropout, target_modules=paths)
+    return get_peft_model(model, config).train()
+
+
+def _quantize(model: PreTrainedModel, paths: list[str]) -> None:
+    """Bitsandbytes' own linears, as transformers makes them for QLoRA: NF4, double quantization."""
+    for path in paths:
+        old = model.get_submodule(path)
+        new = bnb.nn.Linear4bit(
+            old.in_features, old.out_features, bias=False, compute_dtype=old.weight.dtype, quant_type="nf4"
+        )
+        new.weight = bnb.nn.Params4bit(old.weight.data.cpu(), requires_grad=False, quant_type="nf4", module=new)
+        replace_module(model, path, new.to(old.weight.device))
 
 
 def stepper(model: nn.Module, what: Run) -> Callable[[], None]:
@@ -188,8 +195,8 @@ def stepper(model: nn.Module, what: Run) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(trained, lr=1e-5) if trained else None
 
     def step() -> None:
-        inputs.grad = None
         model(inputs_embeds=inputs, labels=labels, use_cache=False).loss.backward()
+        inputs.grad = None
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
@@ -197,7 +204,8 @@ def stepper(model: nn.Module, what: Run) -> Callable[[], None]:
     return step
 
 
-def _timed(step: Callable[[], None], cuda: bool) -> float:
+def timed(step: Callable[[], object], cuda: bool) -> float:
+    """Seconds of one call."""
     if cuda:
         torch.cuda.synchronize()
     start = perf_counter()
@@ -207,31 +215,11 @@ def _timed(step: Callable[[], None], cuda: bool) -> float:
     return perf_counter() - start
 
 
-def _peak(name: str, what: Run, threads: int) -> int:
+def _peak(name: str, what: Run) -> int:
     """Most memory of the second step (the first makes the optimizer's state)."""
-    if what.device == "cuda":
-        step = stepper(build(name, what), what)
-        step()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        most = torch.cuda.max_memory_allocated()
-        del step
-        torch.cuda.empty_cache()
-        return most
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_here, (name, what, threads))
-
-
-def _peak_here(name: str, what: Run, threads: int) -> int:
-    torch.set_num_threads(threads)
-    stepper(build(name, what._replace(setting="tiny")), what._replace(setting="tiny"))()  # what the first call loads
-    before = resident()
     step = stepper(build(name, what), what)
     step()
-    ctypes.CDLL(None).malloc_trim(0)
-    restart_peak()
-    step()
-    return peak() - before
+    return tensor_peak(step, what.device)
 
 
 if __name__ == "__main__":

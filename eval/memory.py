@@ -1,6 +1,11 @@
-"""Resident memory of this process, as Linux counts it."""
+"""Memory of this process: resident, as Linux counts it, and what torch's tensors take."""
 
+import gc
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
 
 STATUS = Path("/proc/self/status")
 
@@ -18,6 +23,33 @@ def peak() -> int:
 def restart_peak() -> None:
     """Count the peak from here on."""
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def tensor_peak(step: Callable[[], None], device: str) -> int:
+    """Most bytes that torch's allocator holds on a device while `step` runs, all living tensors included.
+
+    On a CPU the profiler counts every allocation and release of the step, which does not depend on how much the C
+    library has kept of memory that was released before. `step` should release nothing that it did not make.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated()
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(device)}
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = sum(storages.values())
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def _tensors(device: str) -> list[torch.Tensor]:
+    found = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
+    return [tensor for tensor in found if tensor.device.type == device and tensor.layout == torch.strided]
 
 
 def _status(key: str) -> int:

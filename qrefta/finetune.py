@@ -119,13 +119,14 @@ def finetune(
         logging_steps=0.25,
         optim=optimizer,
         gradient_accumulation_steps=gradient_accumulation,
-        gradient_checkpointing=gradient_checkpointing,
         bf16=bf16,
         seed=seed,
         report_to=report_to,
         disable_tqdm=not progress,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     tokens = _tokenize(data, tokenizer, max_length)
     trainer = Trainer(
         model=model,
