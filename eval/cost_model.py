@@ -108,7 +108,8 @@ def fit(cells: list[dict[str, float]]) -> tuple[list[float], list[float]]:
     scale = counts.max(0)
     found = nnls(counts / scale / measured[:, None], np.ones(len(cells)))[0] / scale
     operations, moved, constant = (float(value) for value in found)
-    return (counts @ found).tolist(), [1 / operations, 1 / moved if moved else float("inf"), constant]
+    speeds = [1 / share if share else float("inf") for share in (operations, moved)]
+    return (counts @ found).tolist(), [*speeds, constant]
 
 
 def _cost(cell: dict[str, float]) -> product.Cost:
