@@ -2,14 +2,15 @@
 
 The floor is the frozen 4-bit model alone: forward, and backward to its inputs only, through our layers without factors
 and through bitsandbytes' own. Beside it: PEFT's QLoRA (r = 16, 8, and the r that trains as many numbers as R = 64),
-also with the dropout of its paper's recipe; PEFT's LoRA on 16-bit weights; the tensor form that rebuilds the principal
-part as a dense matrix in every step; qrefta. All adapt every linear of the blocks, and all but the floors take an AdamW
-step. Weights are random.
+also with the dropout of its paper's recipe; PEFT's LoRA on the unquantized weights; the tensor form that rebuilds the
+principal part as a dense matrix in every step; qrefta. All adapt every linear of the blocks, store NF4 with double
+quantization and, but for the floors, take an AdamW step. Weights are random.
 
 Time is the median over alternated repetitions. Peak memory is a step's, as torch's allocator counts it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -49,8 +50,8 @@ SETTINGS = {
     "8b": Setting(
         {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
          "num_key_value_heads": 8, "vocab_size": 128256}, (2, 2048)),
-    "70b": Setting(
-        {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+    "70b, half its depth": Setting(
+        {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 40, "num_attention_heads": 64,
          "num_key_value_heads": 8, "vocab_size": 128256}, (1, 1024)),
 }  # fmt: skip
 
@@ -69,7 +70,8 @@ def run(
     ranks: Annotated[str, typer.Option(help="Values of R, with commas.")] = "16,64,128,512",
     repetitions: Annotated[int, typer.Option(help="Alternated steps of each method, after a first one.")] = 7,
     checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing.")] = False,
-    memory: Annotated[bool, typer.Option(help="Measure peak memory too.")] = True,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory.")] = True,
+    time: Annotated[bool, typer.Option(help="Measure time; then all methods' models are in memory together.")] = True,
     only: Annotated[str, typer.Option(help="Text in the names of the methods to run; floor and QLoRA always do.")] = "",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     rows: Annotated[Path | None, typer.Option(help="File to add the measurements to, as JSON lines.")] = None,
@@ -79,44 +81,56 @@ def run(
     cuda = torch.cuda.is_available()
     what = Run(setting, "cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32, checkpointing)
     names = [name for name in method_names(setting, ranks) if only in name or name in ("floor", "qlora r=16")]
-    peaks = {name: _peak(name, what) for name in names} if memory else {}
-    steps: dict[str, Callable[[], None]] = {}
-    counts, times = {}, {name: [] for name in names}
+    counts, peaks = {}, {}
     for name in names:
-        model = build(name, what)
-        counts[name] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        steps[name] = stepper(model, what)
-        steps[name]()
-    for _ in range(repetitions):
-        for name, step in steps.items():
-            times[name].append(timed(step, cuda))
-    medians = {name: median(values) for name, values in times.items()}
+        counts[name], peaks[name] = _alone(name, what, memory)
+    medians = _medians(names, what, repetitions) if time else {}
     found = []
     for name in names:
         row = {
             "kind": "step", "setting": setting, "method": name, "checkpointing": checkpointing,
             "dtype": str(what.dtype).removeprefix("torch."), "batch": list(SETTINGS[setting].batch),
-            "n": repetitions, "trained_parameters": counts[name], "step_s": medians[name],
-            "of_floor": medians[name] / medians["floor"], "of_qlora": medians[name] / medians["qlora r=16"],
+            "trained_parameters": counts[name],
         }  # fmt: skip
+        if time:
+            row |= {"n": repetitions, "step_s": medians[name]} | _ratios("", medians, name)
         if memory:
-            row["peak_bytes"] = peaks[name]
-            row["peak_of_floor"] = peaks[name] / peaks["floor"]
-            row["peak_of_qlora"] = peaks[name] / peaks["qlora r=16"]
+            row |= {"peak_bytes": peaks[name]} | _ratios("peak_", peaks, name)
         found.append(row)
-        shown = ""
-        if memory:
-            shown = f", {row['peak_bytes'] / 1e6:.0f} MB, {row['peak_of_floor']:.3f}, {row['peak_of_qlora']:.3f}"
         console.print(
-            f"{name}: {row['step_s']:.3f} s, {row['of_floor']:.3f} of the floor, {row['of_qlora']:.3f} of QLoRA r=16"
-            f"{shown}; {row['trained_parameters']:,} trained"
+            {key: round(row[key], 3) for key in row if key.endswith(("_s", "_bytes", "floor", "qlora"))}, name
         )
     if rows is not None:
         append(rows, [{"study": "cost"} | row for row in found], seed=0)
 
 
+def _alone(name: str, what: Run, memory: bool) -> tuple[int, int]:
+    """How many numbers a method trains, and the most memory of its second step (the first makes optimizer state)."""
+    model = build(name, what)
+    step = stepper(model, what)
+    step()
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return trained, tensor_peak(step, what.device) if memory else 0
+
+
+def _medians(names: list[str], what: Run, repetitions: int) -> dict[str, float]:
+    """Seconds of a step of every method, alternated, after a first one."""
+    steps = {name: stepper(build(name, what), what) for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for repetition in range(repetitions + 1):
+        for name, step in steps.items():
+            seconds = timed(step, what.device == "cuda")
+            times[name] += [seconds] if repetition else []
+    return {name: median(values) for name, values in times.items()}
+
+
+def _ratios(prefix: str, values: dict[str, float], name: str) -> dict[str, float]:
+    own = values[name]
+    return {f"{prefix}of_floor": own / values["floor"], f"{prefix}of_qlora": own / values["qlora r=16"]}
+
+
 def method_names(setting: str, ranks: str) -> list[str]:
-    """The floor first; QLoRA with as many trained numbers as R = 64 has r = 64 / layers."""
+    """The floor first; QLoRA with about as many trained numbers as R = 64 has r = 64 / layers."""
     matched = max(1, round(64 / SETTINGS[setting].config["num_hidden_layers"]))
     lora = [f"qlora r={r}" for r in dict.fromkeys([16, 8, matched])]
     ours = [f"qrefta R={rank}" for rank in ranks.split(",")]
@@ -126,8 +140,8 @@ def method_names(setting: str, ranks: str) -> list[str]:
 def build(name: str, what: Run) -> nn.Module:
     """The model of a method, ready to train."""
     torch.manual_seed(0)
-    with torch.device(what.device):
-        model = LlamaForCausalLM(LlamaConfig(**SETTINGS[what.setting].config)).to(what.dtype)
+    with torch.device(what.device), default_dtype(what.dtype):
+        model = LlamaForCausalLM(LlamaConfig(**SETTINGS[what.setting].config))
     kind, *options = name.split()
     if what.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -137,7 +151,7 @@ def build(name: str, what: Run) -> nn.Module:
         _quantize(model, [path for stack in find_stacks(model) for path in stack.modules])
         return model.requires_grad_(False).train()
     rank = int(options[0].removeprefix("R=")) if options else 1
-    qrefta.prepare(model, rank=rank, refine=0, progress=False)
+    qrefta.prepare(model, rank=rank, refine=0, double_quant=True, progress=False)  # as QLoRA stores its weights
     if kind == "floor":
         model.requires_grad_(False)
     for path, module in list(model.named_modules()):
@@ -147,6 +161,17 @@ def build(name: str, what: Run) -> nn.Module:
             elif kind == "rebuilding":
                 replace_module(model, path, Rebuilding(module))
     return model.train()
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make floating tensors in this dtype, so that no larger copy of a model ever exists."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class Rebuilding(nn.Module):
@@ -170,7 +195,7 @@ def _peft(model: PreTrainedModel, options: dict[str, str], quantize: bool) -> nn
     model.requires_grad_(False)
     rank, dropout = int(options["r"]), float(options.get("dropout", 0))
     config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=dropout, target_modules=paths)
-    return get_peft_model(model, config).train()
+    return get_peft_model(model, config, autocast_adapter_dtype=False).train()  # else a bf16 step runs in float32
 
 
 def _quantize(model: PreTrainedModel, paths: list[str]) -> None:
@@ -213,13 +238,6 @@ def timed(step: Callable[[], object], cuda: bool) -> float:
     if cuda:
         torch.cuda.synchronize()
     return perf_counter() - start
-
-
-def _peak(name: str, what: Run) -> int:
-    """Most memory of the second step (the first makes the optimizer's state)."""
-    step = stepper(build(name, what), what)
-    step()
-    return tensor_peak(step, what.device)
 
 
 if __name__ == "__main__":

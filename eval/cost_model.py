@@ -26,10 +26,10 @@ from eval.rows import append
 from qrefta import product
 from qrefta.quantize import QuantFormat, quantize
 
-FORMS: dict[str, Callable[[int, int], bool]] = {
+FORMS: dict[str, Callable[..., bool]] = {
     "counted": product._merges,
-    "thin": lambda tokens, contracted: False,
-    "merged": lambda tokens, contracted: True,
+    "thin": lambda *_, **__: False,
+    "merged": lambda *_, **__: True,
 }
 console = Console()
 
@@ -62,7 +62,7 @@ def run(
     summary = {
         "kind": "fit", "n": len(found), "operations_per_s": constants[0], "bytes_per_s": constants[1],
         "constant_s": constants[2], "median_off": median(off), "worst_off": max(off),
-        "median_above_best_form": median(best), "worst_above_best_form": max(best),
+        "median_above_best_form": median(best) if best else None, "worst_above_best_form": max(best, default=None),
     }  # fmt: skip
     console.print(summary)
     if rows is not None:
@@ -88,7 +88,7 @@ def measure(tokens: int, in_features: int, out_features: int, rank: int, repetit
         factors = [randn(out_features, rank).requires_grad_(), randn(rank), randn(rank, in_features).requires_grad_()]
 
     def step() -> None:
-        y = product.AdaptedProduct.apply(x, *factors, None, *packed, fmt, shape, torch.bfloat16)
+        y = product.AdaptedProduct.apply(x, *factors, None, *packed, fmt, shape, torch.bfloat16, True)
         torch.autograd.grad(y, [leaf for leaf in (x, *factors) if leaf is not None and leaf.requires_grad], grad)
 
     forms = FORMS if rank else {"counted": FORMS["counted"]}

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -36,20 +37,25 @@ def tensor_peak(step: Callable[[], None], device: str) -> int:
         torch.cuda.reset_peak_memory_stats()
         step()
         return torch.cuda.max_memory_allocated()
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(device)}
+    living = sum(_storages(device).values())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = most = sum(storages.values())
+    held = most = living
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         most = max(most, held)
     return most
 
 
-def _tensors(device: str) -> list[torch.Tensor]:
-    found = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
-    return [tensor for tensor in found if tensor.device.type == device and tensor.layout == torch.strided]
+def _storages(device: str) -> dict[int, int]:
+    """Bytes of every storage that a living tensor on a device has, by its address."""
+    found = {}
+    for item in gc.get_objects():
+        if issubclass(type(item), torch.Tensor) and item.device.type == device and item.layout == torch.strided:
+            with suppress(RuntimeError):  # what torch.compile traced with has a storage without an address
+                found[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+    return found
 
 
 def _status(key: str) -> int:

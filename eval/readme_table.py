@@ -1,4 +1,4 @@
-"""python -m eval.readme_table: put the quickstart's committed rows into the README's tables."""
+"""python -m eval.readme_table: put committed rows into the README's tables."""
 
 import re
 from pathlib import Path
@@ -11,8 +11,8 @@ README = Path(__file__).parents[1] / "README.md"
 PLACE = re.compile(r"<!-- table: (\w+)\.jsonl -->\n.*?<!-- end of table -->", flags=re.DOTALL)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The measured table in Markdown, from the rows of one quickstart."""
+def quickstart_table(rows: list[dict[str, Any]]) -> str:
+    """In Markdown, from the rows of one quickstart."""
     training = [row for row in rows if row["kind"] == "training"]
     files = next(row for row in rows if row["kind"] == "files")
     lines = [
@@ -28,13 +28,38 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", _caption(rows, training[0], files)])
 
 
+def cost_table(rows: list[dict[str, Any]]) -> str:
+    """In Markdown, from the rows of `eval.cost` without and with gradient checkpointing."""
+    plain, checkpointed = ({row["method"]: row for row in rows if row["checkpointing"] == on} for on in (False, True))
+    lines = [
+        "| method | trained numbers | step | of the floor | of QLoRA r=16 | peak memory | of the floor | of QLoRA r=16 "
+        "| checkpointing: step | peak memory | of the floor |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for method, row in plain.items():
+        other = checkpointed[method]
+        lines.append(
+            f"| {method} | {row['trained_parameters']:,} | {row['step_s']:.2f} s | {row['of_floor']:.2f} "
+            f"| {row['of_qlora']:.2f} | {row['peak_bytes'] / 1e6:.0f} MB | {row['peak_of_floor']:.2f} "
+            f"| {row['peak_of_qlora']:.2f} | {other['step_s']:.2f} s | {other['peak_bytes'] / 1e6:.0f} MB "
+            f"| {other['peak_of_floor']:.2f} |"
+        )
+    first = next(iter(plain.values()))
+    sequences, length = first["batch"]
+    caption = (
+        f"{sequences} x {length} tokens, {first['dtype']}, medians of {first['n']} alternated steps "
+        f"({first['device']}, {first['threads']} threads)."
+    )
+    return "\n".join([*lines, "", caption])
+
+
 def insert(readme: str) -> str:
     """The README with its tables made anew from the rows that they name."""
     return PLACE.sub(lambda place: _block(place[1]), readme)
 
 
 def _block(name: str) -> str:
-    body = table(read(ROWS / f"{name}.jsonl"))
+    body = TABLES[name](read(ROWS / f"{name}.jsonl"))
     return f"<!-- table: {name}.jsonl -->\n{body}\n<!-- end of table -->"
 
 
@@ -49,6 +74,9 @@ def _caption(rows: list[dict[str, Any]], run: dict[str, Any], files: dict[str, A
         f"{files['reload_difference']:.2g}, merged to bf16 {files['merge_difference']:.2g} (of "
         f"{files['largest_logit']:.1f})."
     )
+
+
+TABLES = {"quickstart": quickstart_table, "quickstart_sst2": quickstart_table, "cost": cost_table}
 
 
 if __name__ == "__main__":

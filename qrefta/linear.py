@@ -73,16 +73,17 @@ class AdaptedLinear(nn.Module):
             raise ValueError(
                 f"AdaptedLinear takes floating input, not {x.dtype}; was it cast to the packed weight's dtype?"
             )
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        factors = self.factors
-        if factors is None:
-            up = core = down = rounding = None
-        else:
-            up, down = factors.up().to(x.device), factors.down().to(x.device)
-            core, rounding = factors.core(self._adapter[2]).to(x.device), factors.dtype
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(kind))
+        up = core = down = rounding = None
+        trains = False
+        if self.factors is not None:
+            up, core, down = self.factors.up(), self.factors.core(self._adapter[2]), self.factors.down()
+            rounding = self.factors.dtype
+            trains = torch.is_grad_enabled() and (up.requires_grad or core.requires_grad or down.requires_grad)
         shape = (self.out_features, self.in_features)
-        return AdaptedProduct.apply(x, up, core, down, self.bias, *self.packed(), self.fmt, shape, rounding)
+        return AdaptedProduct.apply(x, up, core, down, self.bias, *self.packed(), self.fmt, shape, rounding, trains)
 
     def extra_repr(self) -> str:
         stored = "16 bits" if self.fmt is None else f"{self.fmt.quant_type}, block {self.fmt.block_size}"

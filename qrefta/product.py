@@ -13,10 +13,12 @@ With T tokens and factors of width R, the six products with a factor in a traini
 
 Where there are more tokens than inputs (forward) or outputs (backward) the second form is cheaper: the update is added
 into the buffer that the 4-bit weight was dequantized to anyway. It is no rebuilding of the weight: it happens outside
-autograd, so there is no gradient of a dense weight and nothing dense is kept. Both forms also move fewer bytes on
-their side of that point, so one comparison of counts decides on every device.
+autograd, so there is no gradient of a dense weight and nothing dense is kept. Without gradients of the factors, as in
+evaluation, it spares h too, and pays from in out / (in + out) tokens on. Operations and bytes change sides at the same
+number of tokens, so one comparison of counts decides; what it leaves out is that bitsandbytes' fused kernels, which the
+first form uses for few tokens on CUDA, need no dequantized buffer.
 
-Kept for the backward pass: x, and in the first form h.
+Kept for the backward pass: x, and in the first form h, each only if a gradient needs it.
 """
 
 from typing import Any, NamedTuple
@@ -74,18 +76,28 @@ def step_cost(
     merged = product(out_features, rank, in_features, accumulated=True)
     adapter = [
         product(tokens, in_features, rank),
-        merged if _merges(tokens, in_features) else product(tokens, rank, out_features, accumulated=True),
+        merged
+        if _merges(tokens, in_features, out_features, True)
+        else product(tokens, rank, out_features, accumulated=True),
         product(tokens, out_features, rank),
-        merged if _merges(tokens, out_features) else product(tokens, rank, in_features, accumulated=True),
+        merged
+        if _merges(tokens, out_features, in_features, True)
+        else product(tokens, rank, in_features, accumulated=True),
         product(rank, tokens, out_features),
         product(rank, tokens, in_features),
     ]
     return sum(frozen + adapter, Cost(0, 0))
 
 
-def _merges(tokens: int, contracted: int) -> bool:
-    """Whether adding the update to the dequantized weight is cheaper than adding it to a product over `contracted`."""
-    return tokens > contracted
+def _merges(tokens: int, contracted: int, produced: int, gradients: bool) -> bool:
+    """Whether adding the update to the dequantized weight is cheaper than adding it to the product with that weight.
+
+    Args:
+        tokens: rows of the product.
+        contracted, produced: features that go in and come out.
+        gradients: whether the rank-wide product is needed for gradients, whichever form runs.
+    """
+    return tokens * (produced + (0 if gradients else contracted)) > contracted * produced
 
 
 class AdaptedProduct(torch.autograd.Function):
@@ -93,7 +105,8 @@ class AdaptedProduct(torch.autograd.Function):
 
     Arguments of `apply`: x (..., in); up (out, R), core (R,) and down (R, in), or three None for a frozen linear; bias
     (out,) or None; the fields of the weight's `Packed`; its format (None: 16 bits); its shape (out, in); the dtype that
-    up and down are rounded to.
+    up and down are rounded to; whether a backward pass for the factors may follow. The factors may be on another device
+    than x: they are moved after they are rounded, and no copy of them is kept.
 
     With g the gradient of y and h = x down^T:
         dx = g W + ((g up) * core) down        dup = g^T (h * core)
@@ -114,6 +127,7 @@ class AdaptedProduct(torch.autograd.Function):
         fmt: QuantFormat | None,
         shape: tuple[int, int],
         rounding: torch.dtype | None,
+        trains: bool,
     ) -> Tensor:
         tokens, packed = x.reshape(-1, shape[1]), Packed(weight, absmax, absmax_state)
         _, need_up, need_core, need_down, _ = ctx.needs_input_grad[:5]
@@ -122,55 +136,62 @@ class AdaptedProduct(torch.autograd.Function):
         if up is None:
             y = _frozen_product(tokens, packed, fmt, shape, offset)
         else:
-            wide_up, wide_down = (_rounded(factor, rounding, x.dtype) for factor in (up, down))
-            merges = _merges(len(tokens), shape[1])
-            if not merges or ((need_up or need_core) and not need_down):
+            wide_up, wide_down = (_rounded(factor, rounding, x) for factor in (up, down))
+            diagonal = core.to(x)
+            merges = _merges(len(tokens), shape[1], shape[0], trains)
+            if not merges or (trains and (need_up or need_core) and not need_down):
                 narrow = tokens @ wide_down.T
             if merges:
-                merged = _merged(packed, fmt, shape, wide_up * core.to(x.dtype), wide_down)
-                y = nn.functional.linear(tokens, merged, offset)
+                y = nn.functional.linear(tokens, _merged(packed, fmt, shape, wide_up * diagonal, wide_down), offset)
             else:
                 y = _frozen_product(tokens, packed, fmt, shape, offset)
-                y.addmm_(narrow * core.to(x.dtype), wide_up.T)
+                y.addmm_(narrow * diagonal, wide_up.T)
         ctx.fmt, ctx.shape, ctx.rounding, ctx.x_shape = fmt, shape, rounding, x.shape
-        ctx.save_for_backward(tokens if need_down else None, narrow, up, core, down, weight, absmax, absmax_state)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        kept = (tokens if need_down else None, narrow if need_up or need_core else None)
+        ctx.save_for_backward(*kept, up, core, down, weight, absmax, absmax_state)
         return y.view(*x.shape[:-1], shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, narrow, up, core, down, weight, absmax, absmax_state = ctx.saved_tensors
-        need_x, need_up, need_core, need_down, need_bias = ctx.needs_input_grad[:5]
-        packed = Packed(weight, absmax, absmax_state)
-        grad = grad.reshape(-1, ctx.shape[0])
-        grad_x = grad_up = grad_core = grad_down = None
-        if up is None:
-            if need_x:
-                grad_x = grad @ residual(packed, ctx.fmt, ctx.shape, grad.dtype)
-        else:
-            diagonal = core.to(grad.dtype)
-            wide_up, wide_down = (_rounded(factor, ctx.rounding, grad.dtype) for factor in (up, down))
-            merges = _merges(len(grad), ctx.shape[0])
-            if need_x and merges:
-                grad_x = grad @ _merged(packed, ctx.fmt, ctx.shape, wide_up * diagonal, wide_down)
-            elif need_x:
-                grad_x = grad @ residual(packed, ctx.fmt, ctx.shape, grad.dtype)
-            if narrow is None and (need_up or need_core):
-                narrow = tokens @ wide_down.T
-            if need_up:  # transposed: a product is faster when its short side is the rows
-                grad_up = ((narrow * diagonal).T @ grad).T.to(up.dtype)
-            if need_core or need_down or (need_x and not merges):
-                back = grad @ wide_up
-                if need_core:
-                    grad_core = (back * narrow).sum(0).to(core.dtype)
-                back *= diagonal
-                if need_down:
-                    grad_down = (back.T @ tokens).to(down.dtype)
-                if need_x and not merges:
-                    grad_x.addmm_(back, wide_down)
-        grad_x = None if grad_x is None else grad_x.view(ctx.x_shape)
-        grad_bias = grad.sum(0) if need_bias else None
-        return grad_x, grad_up, grad_core, grad_down, grad_bias, *(None,) * 6
+        with torch.autocast(grad.device.type, enabled=False):  # all is in the gradient's dtype
+            return _gradients(ctx, grad)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    tokens, narrow, up, core, down, weight, absmax, absmax_state = ctx.saved_tensors
+    need_x, need_up, need_core, need_down, need_bias = ctx.needs_input_grad[:5]
+    packed = Packed(weight, absmax, absmax_state)
+    grad = grad.reshape(-1, ctx.shape[0])
+    grad_x = grad_up = grad_core = grad_down = None
+    if up is None:
+        if need_x:
+            grad_x = grad @ residual(packed, ctx.fmt, ctx.shape, grad.dtype)
+    else:
+        wide_up, wide_down = (_rounded(factor, ctx.rounding, grad) for factor in (up, down))
+        diagonal = core.to(grad)
+        merges = _merges(len(grad), *ctx.shape, need_core or need_down)
+        if need_x and merges:
+            grad_x = grad @ _merged(packed, ctx.fmt, ctx.shape, wide_up * diagonal, wide_down)
+        elif need_x:
+            grad_x = grad @ residual(packed, ctx.fmt, ctx.shape, grad.dtype)
+        if narrow is None and (need_up or need_core):
+            narrow = tokens @ wide_down.T
+        if need_up:  # transposed: a product is faster when its short side is the rows
+            grad_up = ((narrow * diagonal).T @ grad).T.to(up)
+        if need_core or need_down or (need_x and not merges):
+            back = grad @ wide_up
+            if need_core:  # in half precision the products of two scaled factors would overflow
+                grad_core = (back.to(core.dtype) * narrow).sum(0).to(core)
+            back *= diagonal
+            if need_down:
+                grad_down = (back.T @ tokens).to(down)
+            if need_x and not merges:
+                grad_x.addmm_(back, wide_down)
+    grad_x = None if grad_x is None else grad_x.view(ctx.x_shape)
+    grad_bias = grad.sum(0, dtype=ctx.bias_dtype) if need_bias else None
+    return grad_x, grad_up, grad_core, grad_down, grad_bias, *(None,) * 7
 
 
 def residual(packed: Packed, fmt: QuantFormat | None, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -191,19 +212,19 @@ def _frozen_product(
     return linear(tokens, packed, fmt, shape, bias)
 
 
-def _rounded(factor: Tensor, rounding: torch.dtype, dtype: torch.dtype) -> Tensor:
-    return (
-        _opaquely_rounded(factor, rounding, dtype) if torch.compiler.is_compiling() else factor.to(rounding).to(dtype)
-    )
+def _rounded(factor: Tensor, rounding: torch.dtype, like: Tensor) -> Tensor:
+    """A factor rounded, then in the dtype and on the device of another tensor."""
+    if torch.compiler.is_compiling():
+        factor = _opaquely_rounded(factor, rounding)
+    return factor.to(rounding).to(like)
 
 
 @torch.library.custom_op("qrefta::rounded", mutates_args=())
-def _opaquely_rounded(factor: Tensor, rounding: torch.dtype, dtype: torch.dtype) -> Tensor:
+def _opaquely_rounded(factor: Tensor, rounding: torch.dtype) -> Tensor:
     """Inductor drops a conversion to bf16 and back as pointless; it does not look into an operation of our own."""
-    rounded = factor.to(rounding).to(dtype)
-    return rounded.clone() if rounded is factor else rounded
+    return factor.to(rounding, copy=True)
 
 
 @_opaquely_rounded.register_fake
-def _(factor: Tensor, rounding: torch.dtype, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(factor, dtype=dtype)
+def _(factor: Tensor, rounding: torch.dtype) -> Tensor:
+    return torch.empty_like(factor, dtype=rounding)

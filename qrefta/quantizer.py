@@ -100,6 +100,7 @@ class QReftaQuantizer(HfQuantizer):
 
     requires_calibration = True  # from_pretrained of an unprepared model with this config is refused
     quantization_config: QReftaConfig
+    _inferring = False  # a device map that comes from here on is transformers' own
 
     @property
     def is_trainable(self) -> bool:
@@ -113,11 +114,15 @@ class QReftaQuantizer(HfQuantizer):
         return True
 
     def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:
+        self._inferring = True
         return {**device_map, **place_bank(device_map)} if isinstance(device_map, dict) else device_map
 
     def validate_environment(self, *args: Any, device_map: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Correct a device map that transformers inferred; there is no other hook between inferring and loading."""
-        if isinstance(device_map, dict):
+        """Correct a device map that transformers inferred; no other hook lies between inferring and loading.
+
+        It is called with a user's own map before, which `update_device_map` corrects in a copy.
+        """
+        if isinstance(device_map, dict) and self._inferring:
             device_map |= place_bank(device_map)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -150,9 +155,10 @@ def place_bank(device_map: dict[str, Any]) -> dict[str, Any]:
     """
     offloads = ("cpu", "disk", torch.device("cpu"))
     accelerators = [device for device in device_map.values() if device not in offloads]
-    place = device_map.get(BANK, device_map.get(""))
-    if place is None or (accelerators and place in offloads):
-        return {BANK: (accelerators or ["cpu"])[0]}
+    own = {name: place for name, place in device_map.items() if name == BANK or name.startswith(f"{BANK}.")}
+    places = list(own.values()) or [device_map.get("")]
+    if None in places or (accelerators and any(place in offloads for place in places)):
+        return dict.fromkeys([BANK, *own], (accelerators or ["cpu"])[0])
     return {}
 
 

@@ -25,7 +25,7 @@ def test_tensor_peak_counts_what_lives_and_the_most_that_a_step_adds():
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     path = tmp_path_factory.mktemp("rows") / "cost.jsonl"
-    cost.run("tiny", "16,64", repetitions=1, checkpointing=False, memory=True, only="", threads=1, rows=path)
+    cost.run("tiny", "16,64", repetitions=1, checkpointing=False, memory=True, time=True, only="", threads=1, rows=path)
     return {row["method"]: row for row in read(path)}
 
 

@@ -11,6 +11,7 @@ from qrefta.quantize import QuantFormat, dequantize, quantize
 from qrefta.tensor import t_svd, t_svd_exact
 from tests.models import ARCHITECTURES, inputs, logits
 from tests.stacks import slices_of, transform_of
+from tests.test_product import operands, packed_weight, product
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -98,3 +99,46 @@ def test_saving_from_the_gpu_and_loading_on_the_cpu_keeps_the_bits(tmp_path):
     loaded = qrefta.load(tmp_path)
     for (name, ours), theirs in zip(loaded.state_dict().items(), model.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs.cpu().to(ours.dtype)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 8, 30, 56, 90])
+@pytest.mark.parametrize("fmt", [None, QuantFormat(), QuantFormat("fp4"), QuantFormat("int4")], ids=repr)
+def test_an_adapted_product_is_the_same_on_both_devices(fmt, tokens, dtype):
+    """Few tokens go through bitsandbytes' fused kernel, many through either form of adding the update."""
+    packed, grad = packed_weight(fmt), torch.ones(tokens, 48, dtype=dtype)
+    found = []
+    for device in ("cpu", "cuda"):
+        made = [tensor.to(device, dtype).requires_grad_() for tensor in operands(tokens)]
+        here = type(packed)(*(None if part is None else part.to(device) for part in packed))
+        y = product(made, here, fmt)
+        found.append([y, *torch.autograd.grad(y, made, grad.to(device))])
+    limit = 1e-3 if dtype == torch.float32 else 0.02  # TF32 may be on
+    for on_cpu, on_gpu in zip(*found, strict=True):
+        assert (on_gpu.cpu() - on_cpu).float().norm() <= limit * on_cpu.float().norm()
+
+
+def split_map(first, second):
+    """A device map of the tiny Llama without an entry for the factors."""
+    return {"model.embed_tokens": first, "model.layers.0": first, "model.layers.1": second, "model.layers.2": second,
+            "model.norm": second, "model.rotary_emb": second, "lm_head": second}  # fmt: skip
+
+
+@pytest.mark.parametrize("second", [1, "cpu"])
+def test_a_model_over_two_devices_computes_and_trains_the_same(second, tmp_path):
+    """Two GPUs, or a GPU and layers that accelerate brings over from CPU memory when they run."""
+    if second == 1 and torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    whole = qrefta.prepare(ARCHITECTURES["llama_gqa"](), rank=5)
+    whole.save_pretrained(tmp_path)
+    parts = qrefta.load(tmp_path, device_map=split_map(0, second))
+    batch = inputs(whole)
+    assert_close(parts(**{name: part.cuda() for name, part in batch.items()}).logits.cpu(), whole(**batch).logits,
+                 rtol=1e-3, atol=1e-3)  # fmt: skip
+    found = []
+    for model in (whole, parts):
+        ids = batch["input_ids"].to(model.get_input_embeddings().weight.device)
+        model(input_ids=ids, labels=ids).loss.backward()
+        found.append([parameter.grad.cpu() for parameter in model.parameters() if parameter.grad is not None])
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).norm() <= 1e-3 * theirs.norm()
