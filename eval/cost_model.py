@@ -88,7 +88,7 @@ def measure(tokens: int, in_features: int, out_features: int, rank: int, repetit
         factors = [randn(out_features, rank).requires_grad_(), randn(rank), randn(rank, in_features).requires_grad_()]
 
     def step() -> None:
-        y = product.AdaptedProduct.apply(x, *factors, None, *packed, fmt, shape, torch.bfloat16, True)
+        y = product.adapted_product(x, *factors, None, packed, fmt, shape, torch.bfloat16)
         torch.autograd.grad(y, [leaf for leaf in (x, *factors) if leaf is not None and leaf.requires_grad], grad)
 
     forms = FORMS if rank else {"counted": FORMS["counted"]}

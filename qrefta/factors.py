@@ -25,6 +25,14 @@ from qrefta.tensor import Slices
 _ALL = slice(None)
 
 
+class _Rounded(NamedTuple):
+    """Rounded factors, and which state of the Parameters they were made from."""
+
+    state: tuple[tuple[int, int], ...]
+    up: Tensor
+    down: Tensor
+
+
 class Factors(nn.Module, ABC):
     """Trained and frozen tensors of one stack.
 
@@ -47,6 +55,8 @@ class Factors(nn.Module, ABC):
         self.in_features = in_features
         self.rank = rank
         self.dtype = dtype
+        self._settled = False  # between eval() and the next forward pass that records gradients
+        self._rounded: dict[tuple[torch.device, torch.dtype], _Rounded] = {}
 
     @classmethod
     @abstractmethod
@@ -86,6 +96,34 @@ class Factors(nn.Module, ABC):
     def trained(self) -> list[nn.Parameter]:
         """Parameters that train; everything else in the module is frozen."""
 
+    def operands(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, torch.dtype]:
+        """`up`, `down` and the dtype to round them to, for a layer that computes with a device and a dtype.
+
+        After `eval()` and without gradients both come rounded, in that dtype and on that device, and are kept for the
+        other layers and the next tokens: in decoding, rounding them in every layer takes as long as their products.
+        They are made anew when a Parameter has changed. An optimizer that writes past autograd's version counter does
+        not show there; so what is kept is dropped by `train()`, `eval()` and every pass that records gradients.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._settled:
+            if self._settled and not torch.compiler.is_compiling():
+                self._forget(settled=False)
+            return self.up(), self.down(), self.dtype
+        state = tuple((id(parameter), parameter._version) for parameter in self._parameters.values())
+        kept = self._rounded.get((device, dtype))
+        if kept is None or kept.state != state:
+            up, down = (factor.detach().to(self.dtype).to(device, dtype) for factor in (self.up(), self.down()))
+            up = up.T.contiguous().T  # the layout that is faster to read for few tokens
+            kept = self._rounded[device, dtype] = _Rounded(state, up, down)
+        return kept.up, kept.down, dtype
+
+    def train(self, mode: bool = True) -> Self:
+        self._forget(settled=not mode)
+        return super().train(mode)
+
+    def _forget(self, settled: bool) -> None:
+        self._settled = settled
+        self._rounded.clear()
+
     @torch.no_grad()
     def delta(self, layer: int, rows: slice = _ALL) -> Tensor:
         """Delta_l = up . core_l . down, (out, in) or some rows of it, float32: for splitting and merging only."""
@@ -99,6 +137,7 @@ class Factors(nn.Module, ABC):
             moved = fn(tensor)
             return moved if moved.dtype.itemsize >= tensor.dtype.itemsize else tensor.to(moved.device)
 
+        self._rounded.clear()
         return super()._apply(move, recurse)
 
     @property

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from qrefta.factors import FactorBank, Factors
-from qrefta.product import AdaptedProduct, residual
+from qrefta.product import adapted_product, residual
 from qrefta.quantize import Packed, QuantFormat
 
 
@@ -60,7 +60,8 @@ class AdaptedLinear(nn.Module):
         return residual(self.packed(), self.fmt, (self.out_features, self.in_features), dtype)
 
     def packed(self) -> Packed:
-        return Packed(*(getattr(self, name, None) for name in Packed._fields))
+        own = self._parameters  # a module's own look-up is slow enough to be seen in decoding
+        return Packed(own["weight"], own.get("absmax"), own.get("absmax_state"))
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
@@ -77,13 +78,13 @@ class AdaptedLinear(nn.Module):
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(kind))
         up = core = down = rounding = None
-        trains = False
-        if self.factors is not None:
-            up, core, down = self.factors.up(), self.factors.core(self._adapter[2]), self.factors.down()
-            rounding = self.factors.dtype
-            trains = torch.is_grad_enabled() and (up.requires_grad or core.requires_grad or down.requires_grad)
+        if self._adapter is not None:
+            bank, key, layer = self._adapter
+            factors = bank[key]
+            core = factors.core(layer)
+            up, down, rounding = factors.operands(x.device, x.dtype)
         shape = (self.out_features, self.in_features)
-        return AdaptedProduct.apply(x, up, core, down, self.bias, *self.packed(), self.fmt, shape, rounding, trains)
+        return adapted_product(x, up, core, down, self.bias, self.packed(), self.fmt, shape, rounding)
 
     def extra_repr(self) -> str:
         stored = "16 bits" if self.fmt is None else f"{self.fmt.quant_type}, block {self.fmt.block_size}"

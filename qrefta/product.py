@@ -100,13 +100,35 @@ def _merges(tokens: int, contracted: int, produced: int, gradients: bool) -> boo
     return tokens * (produced + (0 if gradients else contracted)) > contracted * produced
 
 
-class AdaptedProduct(torch.autograd.Function):
-    """x W^T + ((x down^T) * core) up^T + bias, with gradients for x, up, core, down and bias.
+def adapted_product(
+    x: Tensor,
+    up: Tensor | None,
+    core: Tensor | None,
+    down: Tensor | None,
+    bias: Tensor | None,
+    packed: Packed,
+    fmt: QuantFormat | None,
+    shape: tuple[int, int],
+    rounding: torch.dtype | None,
+) -> Tensor:
+    """X W^T + ((x down^T) * core) up^T + bias, differentiable in x, up, core, down and bias.
 
-    Arguments of `apply`: x (..., in); up (out, R), core (R,) and down (R, in), or three None for a frozen linear; bias
-    (out,) or None; the fields of the weight's `Packed`; its format (None: 16 bits); its shape (out, in); the dtype that
-    up and down are rounded to; whether a backward pass for the factors may follow. The factors may be on another device
-    than x: they are moved after they are rounded, and no copy of them is kept.
+    Args:
+        x: (..., in).
+        up, core, down: (out, R), (R,) and (R, in), or three None for a frozen linear. They may be on another device
+            than x: they are moved after they are rounded, and no copy of them is kept.
+        bias: (out,) or None.
+        packed, fmt, shape: the frozen weight, its format (None: 16 bits) and its shape (out, in).
+        rounding: dtype that up and down are rounded to.
+    """
+    if torch.is_grad_enabled():
+        return _AdaptedProduct.apply(x, up, core, down, bias, *packed, fmt, shape, rounding)
+    y, _ = _forward(x, up, core, down, bias, packed, fmt, shape, rounding, gradients=False)
+    return y.view(*x.shape[:-1], shape[0])
+
+
+class _AdaptedProduct(torch.autograd.Function):
+    """`adapted_product` and its gradients.
 
     With g the gradient of y and h = x down^T:
         dx = g W + ((g up) * core) down        dup = g^T (h * core)
@@ -127,28 +149,16 @@ class AdaptedProduct(torch.autograd.Function):
         fmt: QuantFormat | None,
         shape: tuple[int, int],
         rounding: torch.dtype | None,
-        trains: bool,
     ) -> Tensor:
-        tokens, packed = x.reshape(-1, shape[1]), Packed(weight, absmax, absmax_state)
         _, need_up, need_core, need_down, _ = ctx.needs_input_grad[:5]
-        offset = None if bias is None else bias.to(x.dtype)
-        narrow = None
-        if up is None:
-            y = _frozen_product(tokens, packed, fmt, shape, offset)
-        else:
-            wide_up, wide_down = (_rounded(factor, rounding, x) for factor in (up, down))
-            diagonal = core.to(x)
-            merges = _merges(len(tokens), shape[1], shape[0], trains)
-            if not merges or (trains and (need_up or need_core) and not need_down):
-                narrow = tokens @ wide_down.T
-            if merges:
-                y = nn.functional.linear(tokens, _merged(packed, fmt, shape, wide_up * diagonal, wide_down), offset)
-            else:
-                y = _frozen_product(tokens, packed, fmt, shape, offset)
-                y.addmm_(narrow * diagonal, wide_up.T)
+        packed = Packed(weight, absmax, absmax_state)
+        gradients = need_up or need_core or need_down
+        y, narrow = _forward(x, up, core, down, bias, packed, fmt, shape, rounding, gradients)
+        if narrow is None and gradients and not need_down:  # then x need not be kept for it
+            narrow = x.reshape(-1, shape[1]) @ _rounded(down, rounding, x).T
         ctx.fmt, ctx.shape, ctx.rounding, ctx.x_shape = fmt, shape, rounding, x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
-        kept = (tokens if need_down else None, narrow if need_up or need_core else None)
+        kept = (x.reshape(-1, shape[1]) if need_down else None, narrow if need_up or need_core else None)
         ctx.save_for_backward(*kept, up, core, down, weight, absmax, absmax_state)
         return y.view(*x.shape[:-1], shape[0])
 
@@ -157,6 +167,31 @@ class AdaptedProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast(grad.device.type, enabled=False):  # all is in the gradient's dtype
             return _gradients(ctx, grad)
+
+
+def _forward(
+    x: Tensor,
+    up: Tensor | None,
+    core: Tensor | None,
+    down: Tensor | None,
+    bias: Tensor | None,
+    packed: Packed,
+    fmt: QuantFormat | None,
+    shape: tuple[int, int],
+    rounding: torch.dtype | None,
+    gradients: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The product, (tokens, out), and x down^T if it was made."""
+    tokens, offset = x.reshape(-1, shape[1]), None if bias is None else bias.to(x.dtype)
+    if up is None:
+        return _frozen_product(tokens, packed, fmt, shape, offset), None
+    wide_up, wide_down, diagonal = _rounded(up, rounding, x), _rounded(down, rounding, x), core.to(x)
+    if _merges(len(tokens), shape[1], shape[0], gradients):
+        merged = _merged(packed, fmt, shape, wide_up * diagonal, wide_down)
+        return nn.functional.linear(tokens, merged, offset), None
+    narrow = tokens @ wide_down.T
+    y = _frozen_product(tokens, packed, fmt, shape, offset)
+    return y.addmm_(narrow * diagonal, wide_up.T), narrow
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -191,7 +226,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
                 grad_x.addmm_(back, wide_down)
     grad_x = None if grad_x is None else grad_x.view(ctx.x_shape)
     grad_bias = grad.sum(0, dtype=ctx.bias_dtype) if need_bias else None
-    return grad_x, grad_up, grad_core, grad_down, grad_bias, *(None,) * 7
+    return grad_x, grad_up, grad_core, grad_down, grad_bias, *(None,) * 6
 
 
 def residual(packed: Packed, fmt: QuantFormat | None, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

@@ -32,6 +32,7 @@ BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 _CELLS = 1024  # of the look-up table that `rounded` finds a level with; finer than the levels' least distance
 _LOOKUP_CHUNK = 1 << 17  # values whose temporaries stay in a core's cache
 _SCALE_BLOCK = 256  # scales that share one second-level scale, as in QLoRA
+_SCALE_VALUES = bnb.create_dynamic_map()  # what the 8-bit codes of scales stand for; torch.compile cannot trace this
 _INT4_CLIPS = [percent / 100 for percent in range(79, 113, 3)]  # 1 is among them: a lone outlier is kept exactly
 
 
@@ -133,8 +134,13 @@ def linear(x: Tensor, packed: Packed, fmt: QuantFormat, shape: tuple[int, int], 
     if fmt.quant_type == "int4" or x.dtype == torch.float64 or shape[1] % fmt.block_size:
         return torch.nn.functional.linear(x, dequantize(packed, fmt, shape, x.dtype), bias)
     blocks = shape[0] * shape[1] // fmt.block_size
-    scales = _load_scales(packed.absmax, packed.absmax_state, fmt)[:blocks]
-    state = _state(scales, fmt, shape, x.dtype)
+    if fmt.double_quant:
+        offset, second = _second_level(packed.absmax_state)
+        state = _state(packed.absmax[:blocks], fmt, shape, x.dtype)
+        state.offset, state.nested = offset.squeeze(0), True
+        state.state2 = bnb.QuantState(second, code=_scale_table(x.device), blocksize=_SCALE_BLOCK, dtype=torch.float32)
+    else:
+        state = _state(packed.absmax.view(torch.float32), fmt, shape, x.dtype)
     return bitsandbytes.matmul_4bit(x, packed.weight.view(torch.uint8).view(1, -1), state, bias=bias)
 
 
@@ -179,8 +185,20 @@ def _state(scales: Tensor, fmt: QuantFormat, shape: tuple[int, int], dtype: torc
 def _load_scales(absmax: Tensor, absmax_state: Tensor | None, fmt: QuantFormat) -> Tensor:
     if not fmt.double_quant:
         return absmax.view(torch.float32)
-    offset, second = absmax_state.view(torch.float32).split([1, absmax_state.numel() // 4 - 1])
-    return bnb.dequantize_blockwise(absmax, absmax=second.contiguous(), blocksize=_SCALE_BLOCK) + offset
+    offset, second = _second_level(absmax_state)
+    table = _scale_table(absmax.device)
+    return bnb.dequantize_blockwise(absmax, absmax=second, code=table, blocksize=_SCALE_BLOCK) + offset
+
+
+def _second_level(absmax_state: Tensor) -> tuple[Tensor, Tensor]:
+    """Offset, (1,), and second-level scales."""
+    values = absmax_state.view(torch.float32)
+    return values[:1], values[1:]
+
+
+@functools.cache
+def _scale_table(device: torch.device) -> Tensor:
+    return _SCALE_VALUES.to(device)
 
 
 @functools.cache

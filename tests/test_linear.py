@@ -297,3 +297,74 @@ def test_state_dict_fills_an_empty_layer(fmt):
 def test_a_layer_shows_what_it_is():
     assert repr(Adapted(QuantFormat("int4")).layers[0]).endswith("40, out_features=24, int4, block 64, rank=5)")
     assert repr(plain_layer(None)).endswith("16 bits, rank=0)")
+
+
+# Rounded factors that are kept for evaluation
+
+
+def evaluated(model, x):
+    """With the factors' rounded values as layers keep them after eval()."""
+    with torch.no_grad():
+        return model.eval()(x)
+
+
+@all_formats
+def test_evaluation_is_what_a_pass_with_gradients_computes(fmt):
+    model, x = Adapted(fmt).moved(), randn(3, IN)
+    assert_close(evaluated(model, x), model.train()(x).detach(), rtol=1e-5, atol=1e-5)
+    assert_close(evaluated(model, x.bfloat16()), model.train()(x.bfloat16()).detach())
+
+
+def test_rounded_factors_are_made_once_for_all_layers(monkeypatch):
+    model, made = Adapted().eval(), []
+    up = type(model.bank["stack"]).up
+    monkeypatch.setattr(type(model.bank["stack"]), "up", lambda self: made.append(1) or up(self))
+    for _ in range(4):
+        evaluated_once = torch.no_grad()(model)(randn(3, IN))
+    assert len(made) == 1
+    model(randn(3, IN))
+    assert len(made) == 1 + LAYERS
+    assert evaluated_once.shape == (3, OUT)
+
+
+CHANGES = {
+    "in place": lambda model: model.bank["stack"].A.mul_(2),
+    "loaded": lambda model: model.bank.load_state_dict({"stack.A": 2 * model.bank["stack"].A}, strict=False),
+    "replaced": lambda model: setattr(model.bank["stack"], "B", nn.Parameter(3 * model.bank["stack"].B)),
+    "past autograd, then eval": lambda model: (model.bank["stack"].A.data.mul_(2), model.eval()),
+    "past autograd, in training": lambda model: (model.train(), model.bank["stack"].A.data.mul_(2), model.eval()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
+def test_rounded_factors_follow_a_change(change):
+    model, x = Adapted(QuantFormat()), randn(3, IN)
+    before = evaluated(model, x)
+    with torch.no_grad():
+        change(model)
+        found = model(x)
+    assert not torch.allclose(found, before)
+    assert_close(found, model.train()(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_rounded_factors_follow_an_optimizer_that_writes_past_autograd():
+    """In eval mode all along: a pass that records gradients drops what was kept."""
+    model, x = Adapted().eval(), randn(3, IN)
+    evaluated(model, x)
+    model(x).sum().backward()
+    for parameter in model.bank["stack"].trained():
+        parameter.data.add_(parameter.grad, alpha=0.1)
+    with torch.no_grad():
+        found = model(x)
+    assert_close(found, model.train()(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_kept_factors_move_and_copy_with_the_model():
+    model, x = Adapted(), randn(3, IN)
+    evaluated(model, x)
+    clone = copy.deepcopy(model)
+    with torch.no_grad():
+        clone.bank["stack"].A.zero_()
+        assert not torch.allclose(clone(x), model(x))
+    assert evaluated(model.to(torch.bfloat16), x.bfloat16()).dtype == torch.bfloat16
+    assert "_rounded" not in str(model.state_dict().keys())

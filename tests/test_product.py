@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from qrefta.product import AdaptedProduct, Cost, residual, step_cost
+from qrefta.product import Cost, adapted_product, residual, step_cost
 from qrefta.quantize import QUANT_TYPES, Packed, QuantFormat, quantize
 
 OUT, IN, RANK = 48, 64, 5
@@ -37,7 +37,7 @@ def packed_weight(fmt, dtype=torch.float32, shape=(OUT, IN)):
 
 
 def product(operands, packed, fmt, rounding=torch.float32, shape=(OUT, IN)):
-    return AdaptedProduct.apply(*operands, *packed, fmt, shape, rounding, True)
+    return adapted_product(*operands, packed, fmt, shape, rounding)
 
 
 def definition(operands, packed, fmt, shape=(OUT, IN)):
@@ -146,8 +146,9 @@ def test_the_form_that_runs_costs_least(shape, tokens, monkeypatch):
 def test_without_gradients_the_update_is_merged_from_fewer_tokens_on(tokens):
     """48 x 64: from 48 * 64 / (48 + 64) = 27.4 tokens on; the result is the same."""
     made, packed = operands(tokens), packed_weight(QuantFormat())
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _operations_of_addmm_}) as counter:
-        found = AdaptedProduct.apply(*made, *packed, QuantFormat(), (OUT, IN), torch.float32, False)
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _operations_of_addmm_})
+    with counter, torch.no_grad():
+        found = product(made, packed, QuantFormat())
     merged = 2 * tokens * OUT * IN + 2 * RANK * OUT * IN
     thin = 2 * tokens * RANK * (OUT + IN)  # the product with the weight is inside bitsandbytes, which is not counted
     assert counter.get_total_flops() == (merged if tokens > 27 else thin)
