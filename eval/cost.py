@@ -9,6 +9,7 @@ quantization and, but for the floors, take an AdamW step. Weights are random.
 Time is the median over alternated repetitions. Peak memory is a step's, as torch's allocator counts it.
 """
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,12 +115,15 @@ def _alone(name: str, what: Run, memory: bool) -> tuple[int, int]:
 
 
 def _medians(names: list[str], what: Run, repetitions: int) -> dict[str, float]:
-    """Seconds of a step of every method, alternated, after a first one."""
+    """Seconds of a step of every method, after a first one.
+
+    In another order in every repetition: what a large step leaves in caches and allocator slows the one after it.
+    """
     steps = {name: stepper(build(name, what), what) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     for repetition in range(repetitions + 1):
-        for name, step in steps.items():
-            seconds = timed(step, what.device == "cuda")
+        for name in random.Random(repetition).sample(names, len(names)):
+            seconds = timed(steps[name], what.device == "cuda")
             times[name] += [seconds] if repetition else []
     return {name: median(values) for name, values in times.items()}
 

@@ -6,7 +6,8 @@ Forward and backward passes of single layers over a grid of tokens, widths and r
 
 with the counts of `qrefta.product.step_cost` and three constants fitted to all measurements (relative least squares).
 One row for each cell with its measured and its predicted time; and for each, both forms of adding the update, forced,
-so that the choice between them can be seen to fall where the times cross.
+so that the choice between them can be seen to fall where the times cross; and the form that rebuilds the dense weight
+under autograd, so that it can be seen from which size on it loses.
 """
 
 from collections.abc import Callable
@@ -31,11 +32,14 @@ FORMS: dict[str, Callable[..., bool]] = {
     "thin": lambda *_, **__: False,
     "merged": lambda *_, **__: True,
 }
+WIDTHS = "256x256,512x512,1024x1024,1024x2816,2816x1024"
 console = Console()
 
 
 def run(
-    widths: Annotated[str, typer.Option(help="in x out, with commas.")] = "512x512,1024x1024,1024x2816,2816x1024",
+    widths: Annotated[
+        str, typer.Option(help="in x out, with commas.")
+    ] = "256x256,512x512,1024x1024,1024x2816,2816x1024",
     tokens: Annotated[str, typer.Option(help="Tokens, with commas.")] = "256,512,1024,2048,4096",
     ranks: Annotated[str, typer.Option(help="Values of R, with commas; 0 is the frozen layer.")] = "0,16,64,256",
     repetitions: Annotated[int, typer.Option(help="Alternated steps of each form, after a first one.")] = 5,
@@ -58,11 +62,14 @@ def run(
         row["predicted_s"] = seconds
     ratios = [row["predicted_s"] / row["counted_s"] for row in found]
     off = [max(ratio, 1 / ratio) - 1 for ratio in ratios]
-    best = [row["counted_s"] / min(row["thin_s"], row["merged_s"]) - 1 for row in found if row["rank"]]
+    adapted = [row for row in found if row["rank"]]
+    best = [row["counted_s"] / min(row["thin_s"], row["merged_s"]) - 1 for row in adapted]
+    rebuilt = [row["rebuilding_s"] / row["counted_s"] for row in adapted]
     summary = {
         "kind": "fit", "n": len(found), "operations_per_s": constants[0], "bytes_per_s": constants[1],
         "constant_s": constants[2], "median_off": median(off), "worst_off": max(off),
         "median_above_best_form": median(best) if best else None, "worst_above_best_form": max(best, default=None),
+        "median_rebuilding": median(rebuilt) if rebuilt else None, "least_rebuilding": min(rebuilt, default=None),
     }  # fmt: skip
     console.print(summary)
     if rows is not None:
@@ -88,15 +95,22 @@ def measure(tokens: int, in_features: int, out_features: int, rank: int, repetit
         factors = [randn(out_features, rank).requires_grad_(), randn(rank), randn(rank, in_features).requires_grad_()]
 
     def step() -> None:
-        y = product.adapted_product(x, *factors, None, packed, fmt, shape, torch.bfloat16)
+        backward(product.adapted_product(x, *factors, None, packed, fmt, shape, torch.bfloat16))
+
+    def rebuild() -> None:
+        up, core, down = (factor.to(dtype) for factor in factors)
+        weight = product.residual(packed, fmt, shape, dtype) + (up * core) @ down
+        backward(torch.nn.functional.linear(x, weight))
+
+    def backward(y: torch.Tensor) -> None:
         torch.autograd.grad(y, [leaf for leaf in (x, *factors) if leaf is not None and leaf.requires_grad], grad)
 
     forms = FORMS if rank else {"counted": FORMS["counted"]}
-    times: dict[str, list[float]] = {form: [] for form in forms}
+    times: dict[str, list[float]] = {form: [] for form in (*forms, *["rebuilding"][: bool(rank)])}
     for repetition in range(repetitions + 1):
-        for form, rule in forms.items():
-            with patch.object(product, "_merges", rule):
-                seconds = timed(step, cuda)
+        for form in times:
+            with patch.object(product, "_merges", forms.get(form, product._merges)):
+                seconds = timed(step if form in forms else rebuild, cuda)
             times[form] += [seconds] if repetition else []
     return {form: median(values) for form, values in times.items()}
 

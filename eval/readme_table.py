@@ -29,7 +29,15 @@ def quickstart_table(rows: list[dict[str, Any]]) -> str:
 
 
 def cost_table(rows: list[dict[str, Any]]) -> str:
-    """In Markdown, from the rows of `eval.cost` without and with gradient checkpointing."""
+    """In Markdown, from the rows of one run of `eval.cost` without and one with gradient checkpointing.
+
+    Raises:
+        ValueError: if the rows are of other runs too.
+    """
+    runs = {(row["setting"], row["device"], row["threads"], tuple(row["batch"])) for row in rows}
+    methods = {(row["method"], row["checkpointing"]) for row in rows}
+    if len(runs) != 1 or len(methods) != len(rows):
+        raise ValueError(f"The rows are of several settings, devices or runs: {sorted(runs)}; keep those of one.")
     plain, checkpointed = ({row["method"]: row for row in rows if row["checkpointing"] == on} for on in (False, True))
     lines = [
         "| method | trained numbers | step | of the floor | of QLoRA r=16 | peak memory | of the floor | of QLoRA r=16 "
