@@ -122,7 +122,7 @@ def dequantize(packed: Packed, fmt: QuantFormat, shape: tuple[int, ...], dtype: 
 
 
 def linear(x: Tensor, packed: Packed, fmt: QuantFormat, shape: tuple[int, int], bias: Tensor | None = None) -> Tensor:
-    """X W^T + bias, for the matrix W of the given shape that `packed` stands for.
+    """The product x W^T + bias, for the matrix W of the given shape that `packed` stands for.
 
     bitsandbytes multiplies: on CUDA its kernels for few tokens read the 4 bits themselves, and no dense W is made.
     What they do not take (INT4, float64, rows that are no whole number of blocks) is dequantized first.
