@@ -111,7 +111,7 @@ def adapted_product(
     shape: tuple[int, int],
     rounding: torch.dtype | None,
 ) -> Tensor:
-    """X W^T + ((x down^T) * core) up^T + bias, differentiable in x, up, core, down and bias.
+    """The product x W^T + ((x down^T) * core) up^T + bias, differentiable in x, up, core, down and bias.
 
     Args:
         x: (..., in).
