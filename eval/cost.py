@@ -17,19 +17,18 @@ from statistics import median
 from time import perf_counter
 from typing import Annotated, NamedTuple
 
-import bitsandbytes as bnb
 import torch
 import typer
-from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import qrefta
+from eval.baselines import lora, qlora, quantize_linears
 from eval.memory import tensor_peak
 from eval.rows import append
 from qrefta.linear import AdaptedLinear
-from qrefta.stack import find_stacks, replace_module
+from qrefta.stack import replace_module
 
 console = Console()
 
@@ -150,9 +149,14 @@ def build(name: str, what: Run) -> nn.Module:
     if what.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if kind in ("qlora", "lora"):
-        return _peft(model, dict(option.split("=") for option in options), quantize=kind == "qlora")
+        chosen = dict(option.split("=") for option in options)
+        rank, dropout = int(chosen["r"]), float(chosen.get("dropout", 0))
+        model.requires_grad_(False)
+        if kind == "lora":
+            return lora(model, rank, alpha=rank, dropout=dropout).train()
+        return qlora(model, rank, alpha=rank, dropout=dropout, double_quant=True).train()
     if options == ["bitsandbytes"]:
-        _quantize(model, [path for stack in find_stacks(model) for path in stack.modules])
+        quantize_linears(model, double_quant=True)
         return model.requires_grad_(False).train()
     rank = int(options[0].removeprefix("R=")) if options else 1
     qrefta.prepare(model, rank=rank, refine=0, double_quant=True, progress=False)  # as QLoRA stores its weights
@@ -190,27 +194,6 @@ class Rebuilding(nn.Module):
         up, down = (factor.to(factors.dtype).to(x.dtype) for factor in (factors.up(), factors.down()))
         weight = self.layer.residual(x.dtype) + (up * factors.core(index).to(x.dtype)) @ down
         return nn.functional.linear(x, weight)
-
-
-def _peft(model: PreTrainedModel, options: dict[str, str], quantize: bool) -> nn.Module:
-    paths = [path for stack in find_stacks(model) for path in stack.modules]
-    if quantize:
-        _quantize(model, paths)
-    model.requires_grad_(False)
-    rank, dropout = int(options["r"]), float(options.get("dropout", 0))
-    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=dropout, target_modules=paths)
-    return get_peft_model(model, config, autocast_adapter_dtype=False).train()  # else a bf16 step runs in float32
-
-
-def _quantize(model: PreTrainedModel, paths: list[str]) -> None:
-    """Bitsandbytes' own linears, as transformers makes them for QLoRA: NF4, double quantization."""
-    for path in paths:
-        old = model.get_submodule(path)
-        new = bnb.nn.Linear4bit(
-            old.in_features, old.out_features, bias=False, compute_dtype=old.weight.dtype, quant_type="nf4"
-        )
-        new.weight = bnb.nn.Params4bit(old.weight.data.cpu(), requires_grad=False, quant_type="nf4", module=new)
-        replace_module(model, path, new.to(old.weight.device))
 
 
 def stepper(model: nn.Module, what: Run) -> Callable[[], None]:

@@ -1,15 +1,72 @@
-"""The classification task that a training study runs: its options, and the rows of a seed."""
+"""What a training study trains on: a task's model, its rows, and how it is scored.
 
-from typing import Annotated
+Named tasks are looked for in a folder of data (an argument, or the variable QREFTA_DATA), then on the hub.
+"""
 
+import os
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
 import typer
-from datasets import DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict
+from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedModel
+from transformers.trainer_utils import PredictionOutput
 
-from eval.demo import docstring_sentences
+from eval.demo import docstring_sentences, model_folder
+from qrefta.cli import load_classifier
 from qrefta.data import load_classification
+from qrefta.finetune import tokenize
 
 DatasetOption = Annotated[str | None, typer.Option(help="Hub name, folder or file; default: docstring sentences.")]
 HeaderOption = Annotated[list[str] | None, typer.Option(help="Column names, in order, of a file without header.")]
+DATA = "QREFTA_DATA"
+
+
+class Named(NamedTuple):
+    """A task that is known by name: its folder's and its hub name, the columns of a file without header, its metric."""
+
+    hub: str
+    header: list[str] | None = None
+    metric: str = "accuracy"
+
+
+NAMED = {
+    "sst2": Named("nyu-mll/glue:sst2"),
+    "cola": Named("nyu-mll/glue:cola", header=["source", "label", "mark", "sentence"], metric="matthews"),
+}
+
+
+class Sizes(NamedTuple):
+    """Rows to train on, to choose a learning rate with, and to test on, at most; tokens a row is cut to."""
+
+    train: int = 2000
+    validation: int = 500
+    test: int = 2000
+    length: int = 64
+
+
+class Task(NamedTuple):
+    """What one seed of a study trains and tests on.
+
+    Attributes:
+        train, validation, test: model inputs.
+        collate: rows -> a batch.
+        model: seed -> a fresh model.
+        heads: modules of the base model that train whole beside the task's own head.
+        metric: a name in METRICS.
+    """
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+    collate: Callable[[list[dict[str, Any]]], Mapping[str, torch.Tensor]]
+    model: Callable[[int], PreTrainedModel]
+    heads: list[str]
+    metric: str
 
 
 def load_task(dataset: str | None, header: list[str] | None, seed: int, train_rows: int, test_rows: int) -> DatasetDict:
@@ -21,3 +78,113 @@ def load_task(dataset: str | None, header: list[str] | None, seed: int, train_ro
     return DatasetDict(
         {name: part.shuffle(seed).select(range(min(limits[name], len(part)))) for name, part in data.items()}
     )
+
+
+def find_data(name: str, folder: Path | None) -> str:
+    """Where a task's data are: below a folder of data, else what the name says itself (hub name, folder, file).
+
+    Raises:
+        ValueError: if a named task's data are not there and the hub is switched off.
+    """
+    if name not in NAMED:
+        return name
+    folder = folder or (Path(os.environ[DATA]) if DATA in os.environ else None)
+    if folder is not None and (folder / name).is_dir():
+        return str(folder / name)
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        raise ValueError(
+            f"There are no data for {name}: {folder or f'${DATA}'} has no folder {name!r} and the hub is switched off. "
+            f"Give --data a folder that holds {name}/train.tsv and {name}/dev.tsv (GLUE's files), unset HF_HUB_OFFLINE "
+            f"for {NAMED[name].hub}, or name your own file as --task."
+        )
+    return NAMED[name].hub
+
+
+def text_task(name: str, source: str, model: str | None, header: list[str] | None, sizes: Sizes, seed: int) -> Task:
+    """Text classification: rows drawn with `seed`, validation rows put aside from the training split."""
+    known = NAMED.get(name, Named(name))
+    data = load_task(source, header or known.header, seed, sizes.train + sizes.validation, sizes.test)
+    if len(data["train"]) <= sizes.validation:
+        raise ValueError(
+            f"{source} has {len(data['train'])} training rows and {sizes.validation} are put aside to choose a "
+            "learning rate; give more rows or a smaller --validation-rows."
+        )
+    feature: ClassLabel = data["train"].features["label"]
+    path = model or str(model_folder())
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokens = tokenize(data, tokenizer, sizes.length)
+    base = load_classifier(path, feature.names, seed=0).base_model
+    return Task(
+        train=tokens["train"].select(range(sizes.validation, len(tokens["train"]))),
+        validation=by_length(tokens["train"].select(range(sizes.validation))),
+        test=by_length(tokens["test"]),
+        collate=DataCollatorWithPadding(tokenizer),
+        model=lambda seed: load_classifier(path, feature.names, seed),
+        heads=[child for child, _ in base.named_children() if child == "pooler"],
+        metric=known.metric,
+    )
+
+
+def by_length(rows: Dataset) -> Dataset:
+    """The rows with the shortest first, so that batches to score have little padding."""
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    return rows.select(sorted(range(len(rows)), key=lengths.__getitem__))
+
+
+def in_order(rows: Dataset, steps: int, batch_size: int, seed: int) -> Dataset:
+    """The rows of `steps` batches, one behind the other, as every method will see them.
+
+    Each epoch is shuffled; in runs of 25 batches rows of like length share a batch, and the batches are shuffled.
+    """
+    generator = random.Random(seed)
+    lengths = [len(ids) for ids in rows["input_ids"]] if "input_ids" in rows.column_names else [0] * len(rows)
+    order: list[int] = []
+    while len(order) < steps * batch_size:
+        epoch = generator.sample(range(len(rows)), len(rows))
+        batches = []
+        for start in range(0, len(epoch), 25 * batch_size):
+            run = sorted(epoch[start : start + 25 * batch_size], key=lengths.__getitem__)
+            batches += [run[at : at + batch_size] for at in range(0, len(run), batch_size)]
+        whole = [batch for batch in batches if len(batch) == min(batch_size, len(rows))]
+        order += [row for batch in generator.sample(whole, len(whole)) for row in batch]
+    return rows.select(order[: steps * batch_size])
+
+
+def accuracy(prediction: PredictionOutput) -> float:
+    """Share of right answers."""
+    return float((_classes(prediction) == prediction.label_ids).mean())
+
+
+def matthews(prediction: PredictionOutput) -> float:
+    """Matthews correlation of answers and labels, any number of classes (Gorodkin 2004); 0 where one is constant."""
+    found, labels = _classes(prediction), np.asarray(prediction.label_ids)
+    classes = range(int(max(found.max(), labels.max())) + 1)
+    told, true = (np.stack([values == index for index in classes]).astype(float) for values in (found, labels))
+    told, true = (one - one.mean(axis=1, keepdims=True) for one in (told, true))
+    spread = np.sqrt((told**2).sum() * (true**2).sum())
+    return float((told * true).sum() / spread) if spread else 0.0
+
+
+def perplexity(prediction: PredictionOutput) -> float:
+    """Exponential of the mean loss of a token."""
+    return float(np.exp(prediction.metrics["test_loss"]))
+
+
+class Metric(NamedTuple):
+    """A score, and whether more of it is better; one that is made of the loss needs no logits."""
+
+    score: Callable[[PredictionOutput], float]
+    more_is_better: bool = True
+    of_loss: bool = False
+
+
+METRICS = {
+    "accuracy": Metric(accuracy),
+    "matthews": Metric(matthews),
+    "perplexity": Metric(perplexity, more_is_better=False, of_loss=True),
+}
+
+
+def _classes(prediction: PredictionOutput) -> np.ndarray:
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return np.argmax(logits, axis=-1)

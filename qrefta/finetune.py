@@ -127,7 +127,7 @@ def finetune(
     )
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    tokens = _tokenize(data, tokenizer, max_length)
+    tokens = tokenize(data, tokenizer, max_length)
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -167,7 +167,8 @@ def round_masters(model: nn.Module) -> None:
         factors.round_masters()
 
 
-def _tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> DatasetDict:
+def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> DatasetDict:
+    """Model inputs in place of the columns text and text_pair, not padded, cut to `max_length` tokens."""
     texts = [name for name in ("text", "text_pair") if name in data["train"].column_names]
     return data.map(
         lambda rows: tokenizer(*(rows[name] for name in texts), truncation=True, max_length=max_length),
