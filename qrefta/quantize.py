@@ -145,20 +145,24 @@ def linear(x: Tensor, packed: Packed, fmt: QuantFormat, shape: tuple[int, int], 
 
 
 def rounded(matrix: Tensor, fmt: QuantFormat) -> Tensor:
-    """dequantize(quantize(matrix)), float32, without packing: for NF4 and FP4 on a CPU a few times as fast.
+    """dequantize(quantize(matrix)), float32, without packing: on a CPU a few times as fast.
 
-    The range is cut into cells that hold at most one boundary between two levels. A value's level is that of its cell,
+    NF4 and FP4: the range is cut into cells that hold at most one boundary between two levels. A value's level is that of its cell,
     or of the next if the value lies beyond the boundary: two look-ups, where bitsandbytes searches all levels. The
     result is the same to the bit, which a test holds.
     """
-    if fmt.quant_type == "int4" or fmt.double_quant or matrix.device.type != "cpu":
+    if fmt.double_quant or matrix.device.type != "cpu":
         return dequantize(quantize(matrix, fmt), fmt, tuple(matrix.shape), torch.float32)
     flat = matrix.detach().to(torch.float32).reshape(-1)
     flat = torch.nn.functional.pad(flat, (0, -flat.numel() % fmt.block_size)).view(-1, fmt.block_size)
-    boundary, level = _cell_tables(fmt.quant_type)
     values = torch.empty_like(flat)
     chunk, middle = max(_LOOKUP_CHUNK // fmt.block_size, 1), torch.tensor(_CELLS / 2)
+    boundary, level = (torch.empty(0), torch.empty(0)) if fmt.quant_type == "int4" else _cell_tables(fmt.quant_type)
     for blocks, out in zip(flat.split(chunk), values.split(chunk), strict=True):
+        if fmt.quant_type == "int4":
+            scales = _best_int4_scales(blocks)
+            torch.mul(_int4_levels(blocks, scales).div_(8), scales.unsqueeze(1), out=out)
+            continue
         absmax = blocks.abs().amax(1, keepdim=True)
         scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))).clamp_(-1, 1)
         cells = torch.add(middle, scaled, alpha=_CELLS / 2).long()
@@ -218,18 +222,23 @@ def _int4_table(device: torch.device) -> Tensor:
 def _int4_levels(blocks: Tensor, scales: Tensor) -> Tensor:
     """Nearest level -8 .. 7 of every value; an all-zero block (scale 0) takes level 0."""
     steps = (scales / 8).unsqueeze(1)
-    return torch.where(steps == 0, 0, blocks / torch.where(steps == 0, 1, steps)).round().clamp(-8, 7)
+    return torch.div(blocks, torch.where(steps == 0, torch.inf, steps)).round_().clamp_(-8, 7)
 
 
 def _int4_scales(blocks: Tensor) -> Tensor:
     """Signed scale of every block, (blocks,): near minus its largest entry, where the squared error is smallest."""
+    chunk = max(_LOOKUP_CHUNK // blocks.shape[1], 1) if blocks.device.type == "cpu" else len(blocks)
+    return torch.cat([_best_int4_scales(part) for part in blocks.split(chunk)])
+
+
+def _best_int4_scales(blocks: Tensor) -> Tensor:
     peak = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)).squeeze(1)
     best = -peak
     best_error = torch.full_like(peak, torch.inf)
     for clip in _INT4_CLIPS:
         scales = -peak * clip
         error = torch.addcmul(blocks, _int4_levels(blocks, scales), (scales / 8).unsqueeze(1), value=-1)
-        error = error.square().sum(1)
+        error = error.square_().sum(1)
         best = torch.where(error < best_error, scales, best)
         best_error = torch.minimum(error, best_error)
     return best
