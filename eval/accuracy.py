@@ -17,6 +17,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from math import inf, isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, NamedTuple
@@ -28,11 +29,12 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 import qrefta
-from eval.baselines import loftq, lora, pissa, qlora, train_head_only, vera
+from eval.baselines import lora, qlora, train_head_only, vera
 from eval.memory import tensor_peak
-from eval.rows import append, read
+from eval.rows import append, find, read
+from eval.splits import loftq, pissa
 from eval.task import METRICS, HeaderOption, Sizes, Task, find_data, in_order, text_task
-from qrefta.cli import quiet_libraries
+from qrefta.cli import guarded, quiet_libraries
 from qrefta.finetune import count_trained
 
 CORE = [
@@ -40,7 +42,7 @@ CORE = [
     "refta R=48 bits=16", "refta R=48 bits=16 transform=identity", "refta R=48 refine=0", "refta R=48",
     "refta R=48 calibrated",
 ]  # fmt: skip
-GRID = "0.0003,0.001,0.003,0.01"
+GRID = "0.0001,0.0003,0.001,0.003,0.01"
 SEARCH_SEED = 0
 CALIBRATION_ROWS = 256
 console = Console()
@@ -93,9 +95,16 @@ def run(
             fixed = {"task": name, "model": model or "all-MiniLM-L6-v2", "method": method, "steps": steps,
                      "batch_size": batch_size, "train_rows": train_rows, "max_length": max_length}  # fmt: skip
             tried = [study.row(Cell("search", learning_rate=rate, seed=SEARCH_SEED, **fixed)) for rate in grid]
-            best = max(tried, key=lambda row: row["value"] * (1 if METRICS[row["metric"]].more_is_better else -1))
+            best = max(tried, key=merit)
             for seed in range(1, seeds + 1):
                 study.row(Cell("score", learning_rate=best["learning_rate"], seed=seed, **fixed))
+
+
+def merit(row: dict[str, Any]) -> tuple[float, float]:
+    """What the better of two learning rates has more of: the metric, then less loss; one that diverged has none."""
+    if not isfinite(row["loss"]):
+        return -inf, -inf
+    return row["value"] if METRICS[row["metric"]].more_is_better else -row["value"], -row["loss"]
 
 
 class Study:
@@ -108,9 +117,9 @@ class Study:
     def row(self, cell: Cell) -> dict[str, Any]:
         """The row of a cell, measured and added to the file where it is not there."""
         key = cell._asdict()
-        for row in self.known:
-            if key.items() <= row.items():
-                return row
+        known = find(self.known, key)
+        if known is not None:
+            return known
         row = {"study": "accuracy"} | key | measure(cell, self.load(cell.seed))
         append(self.rows, [row], seed=cell.seed)
         console.print(
@@ -249,4 +258,4 @@ def calibration(task: Task) -> Iterator[dict[str, torch.Tensor]]:
 
 
 if __name__ == "__main__":
-    typer.run(run)
+    guarded(partial(typer.run, run))

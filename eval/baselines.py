@@ -5,54 +5,14 @@ PEFT or by LoftQ's published iteration, the remainder through bitsandbytes, the 
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import bitsandbytes as bnb
-import torch
 from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qrefta.quantize import QuantFormat, rounded
+from eval.splits import LowRank
 from qrefta.stack import find_stacks, replace_module
-
-NF4 = QuantFormat("nf4")
-
-
-class LowRank(NamedTuple):
-    """W ~ quantized + up @ down, of one linear.
-
-    Attributes:
-        up, down: (out, r), (r, in).
-        rest: what is quantized, (out, in).
-    """
-
-    up: Tensor
-    down: Tensor
-    rest: Tensor
-
-
-def pissa(weight: Tensor, rank: int) -> LowRank:
-    """PiSSA: the `rank` largest singular triples, and the rest of the weight (Meng et al. 2024, section 3)."""
-    left, values, right = torch.linalg.svd(weight, full_matrices=False)
-    roots = values[:rank].sqrt()
-    up, down = left[:, :rank] * roots, roots[:, None] * right[:rank]
-    return LowRank(up, down, weight - up @ down)
-
-
-def loftq(weight: Tensor, rank: int, rounds: int = 5, fmt: QuantFormat = NF4) -> LowRank:
-    """LoftQ: from AB = 0, in turn Q = quantize(W - AB) and AB = top-r of W - dequant(Q) (Li et al. 2023, algorithm 1).
-
-    Raises:
-        ValueError: if `rounds` is less than 1.
-    """
-    if rounds < 1:
-        raise ValueError(f"rounds is {rounds}; LoftQ takes at least one")
-    rest = weight
-    for _ in range(rounds):
-        up, down, _ = pissa(weight - rounded(rest, fmt), rank)
-        quantized, rest = rest, weight - up @ down
-    return LowRank(up, down, quantized)
 
 
 def linears(model: nn.Module) -> list[str]:

@@ -1,82 +1,344 @@
-"""python -m eval.quant_error: how much quantization error the split removes, by stack, transform, format and rank.
+"""python -m eval.quant_error: how much quantization error the split removes, at which rank, against what else.
 
-For every stack of a model, ||W_res - Q(W_res)||_F^2 against the Gaussian-zero baseline ||W - Q(W)||_F^2 (a LoRA start:
-the whole weight is quantized), and for every format the relative root error on Gaussian weights.
+For every stack of a model and the model as a whole: ||W - What||_F^2 relative to the Gaussian-zero baseline
+||W - Q(W)||_F^2 (a LoRA start: the whole weight is quantized), and E||x (W - What)^T||^2 over text, relative likewise.
+
+- refta: one shot (the paper's), refined, and calibrated on other texts than those that measure;
+- pissa, loftq: layer by layer, with as many high-precision parameters;
+- qera: W quantized whole, its error corrected under the inputs' metric by as many;
+- smaller block: NF4 with nothing trained, and blocks so small that it takes the same bits; scales of 32 or 8 bits.
+
+Also ||W - What||_* (the nuclear norm, which the PiSSA paper reports), the stacks' tensor singular values, and each
+format's error on Gaussian weights. Stacks are measured in as many processes as there are threads; what is in the rows
+file already is not measured again.
 """
 
-from itertools import product
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, cached_property, partial
+from itertools import groupby, pairwise, product
+from math import ceil
 from pathlib import Path
 from statistics import mean, stdev
+from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import track
-from transformers import AutoModel
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
-from eval.demo import model_folder
-from eval.rows import append
+from eval.demo import docstring_sentences, model_folder
+from eval.rows import append, find, read
+from eval.splits import loftq, pissa, qera, small_block, small_block_bits
+from qrefta.cli import guarded, quiet_libraries
 from qrefta.config import QReftaConfig
-from qrefta.quantize import QUANT_TYPES, QuantFormat, dequantize, quantize
-from qrefta.report import StackSplit
+from qrefta.data import read_calibration
+from qrefta.moments import Moments, gather_moments, load_moments, output_error, shared_metric
+from qrefta.quantize import QUANT_TYPES, QuantFormat, rounded
+from qrefta.split import split_stack, tensor_values
 from qrefta.stack import LayerStack, Weights, find_stacks, model_weights
 from qrefta.tensor import TRANSFORMS
 
 SEEDS = 20  # Gaussian matrices a format
+SPECTRUM = 192  # tensor singular values a row
+STARTS = {"one shot": 0, "refined": QReftaConfig().refine, "calibrated": QReftaConfig().refine}  # rounds of each
+CALIBRATED_TRANSFORM = "lsm3"
+SMALL_BLOCKS = {"smaller block": 32, "smaller block, 8-bit scales": 8}  # bits of a scale
+PEER_TYPES = ("nf4", "int4")  # FP4 behaves as NF4 does
+LOFTQ_ROUNDS = 5
+MOMENTS = ("calibration", "test")
+SUMMED = ("baseline_error", "residual_error", "nuclear_baseline", "nuclear_error", "output_baseline", "output_error",
+          "seconds")  # fmt: skip
 console = Console()
+
+
+class Cell(NamedTuple):
+    """What a row is found again by. `start` and `transform` are None but for refta; `rank` counts a stack's parts."""
+
+    model: str
+    stack: str
+    quant_type: str
+    method: str
+    start: str | None
+    transform: str | None
+    rank: int
 
 
 def run(
     model: Annotated[str | None, typer.Option(help="Hub name or folder; default: the embedded MiniLM.")] = None,
-    ranks: Annotated[str, typer.Option(help="Values of R, with commas.")] = "5,15,48,96,192",
+    ranks: Annotated[str, typer.Option(help="Values of R, with commas.")] = "0,5,15,48,96,192",
     transforms: Annotated[str, typer.Option(help="Mode-3 transforms, with commas.")] = ",".join(TRANSFORMS),
-    types: Annotated[str, typer.Option(help="4-bit formats, with commas.")] = "nf4",
-    rounds: Annotated[str, typer.Option(help="Rounds of refinement, with commas.")] = "0,5,8",
-    rows: Annotated[Path | None, typer.Option(help="File to add the measurements to, as JSON lines.")] = None,
+    types: Annotated[str, typer.Option(help="4-bit formats, with commas.")] = ",".join(QUANT_TYPES),
+    text: Annotated[Path | None, typer.Option(help="File of text; default: docstring sentences.")] = None,
+    samples: Annotated[int, typer.Option(help="Texts that calibrate, and texts that measure.")] = 600,
+    max_length: Annotated[int, typer.Option(help="Tokens a text is cut to.")] = 48,
+    processes: Annotated[int, typer.Option(help="Processes, of one CPU thread each.")] = os.cpu_count() or 1,
+    again: Annotated[bool, typer.Option(help="Measure cells that have a row already.")] = False,
+    rows: Annotated[Path, typer.Option(help="File of rows; new ones are added.")] = Path("quant_error.jsonl"),
 ) -> None:
-    """Measure the quantization error of every stack of a model, and of Gaussian weights."""
-    found = [gaussian_row(QuantFormat(name)) for name in QUANT_TYPES]
-    for row in found:
-        console.print(f"{row['quant_type']}: {row['relative_root_error']:.4f} on Gaussian weights")
-    dense = AutoModel.from_pretrained(model or model_folder(), dtype=torch.float32)
-    settings = product(types.split(","), transforms.split(","), map(int, ranks.split(",")), map(int, rounds.split(",")))
-    for stack, setting in track(list(product(find_stacks(dense), settings)), "Splitting"):
-        found.append({"kind": "stack"} | measure(stack, model_weights(dense, stack), *setting))
-    for row in found[len(QUANT_TYPES) :]:
-        console.print(
-            f"{row['stack']} {row['quant_type']} {row['transform']} R={row['rank']}, {row['refine']} rounds: "
-            f"{row['ratio']:.3f} in {row['seconds']:.2f} s"
+    """Measure the quantization error of every stack of a model."""
+    quiet_libraries()
+    known = read(rows) if rows.exists() and not again else []
+    name, source = model or "all-MiniLM-L6-v2", model or str(model_folder())
+    dense = AutoModel.from_pretrained(source, dtype=torch.float32)
+    stacks = find_stacks(dense)
+    numbers = [int(rank) for rank in ranks.split(",")]
+    check(stacks, numbers, transforms.split(","), types.split(","))
+    for format_row in map(gaussian_row, map(QuantFormat, types.split(","))):
+        if find(known, {key: format_row[key] for key in ("kind", "quant_type", "block_size")}) is None:
+            append(rows, [{"study": "quant_error"} | format_row], seed=0)
+    cells = [cell for cell in cells_of(name, stacks, numbers, transforms.split(","), types.split(","))
+             if find(known, {"kind": "stack"} | cell._asdict()) is None]  # fmt: skip
+    jobs = [list(job) for _, job in groupby(cells, lambda cell: (cell.stack, cell.quant_type))]
+    if jobs:
+        with TemporaryDirectory() as folder:
+            for file, moments in zip(MOMENTS, gather(dense, source, stacks, text, samples, max_length), strict=True):
+                moments.save(Path(folder) / file)
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(processes, context) as pool:
+                results = pool.map(partial(measure, source, folder), jobs)
+                for found in track(results, "Splitting", len(jobs), console=console):
+                    append(rows, [{"study": "quant_error", "n": samples} | row for row in found], seed=0)
+    for stack, transform in product(stacks, transforms.split(",")):
+        key = {"kind": "spectrum", "model": name, "stack": stack.name, "transform": transform}
+        if find(known, key) is None:
+            append(rows, [{"study": "quant_error"} | key | spectrum(stack, model_weights(dense, stack), transform)], 0)
+    for row in whole_model(read(rows)):
+        if find(known, {key: row[key] for key in ("kind", *Cell._fields)}) is None:
+            append(rows, [{"study": "quant_error"} | row], seed=0)
+            console.print(
+                f"{row['quant_type']} {row['method']} {row['start'] or ''} {row['transform'] or ''} R={row['rank']}: "
+                f"weights {row['ratio']:.3f}, outputs {row['output_ratio']:.3f}, {row['bits_per_weight']:.2f} bits"
+            )
+    for series in rising(read(rows)):
+        console.print(f"[bold]Rises with R:[/] {series}")
+
+
+def check(stacks: list[LayerStack], ranks: list[int], transforms: list[str], types: list[str]) -> None:
+    """Refuse what cannot be measured before anything is.
+
+    Raises:
+        ValueError: if a rank is negative or beyond a stack, or there is no such transform or format.
+    """
+    smallest = min(stacks, key=lambda stack: stack.layers * min(stack.out_features, stack.in_features))
+    limit = smallest.layers * min(smallest.out_features, smallest.in_features)
+    if not all(0 <= rank <= limit for rank in ranks):
+        raise ValueError(f"ranks are {ranks}; {smallest.name} allows 0 to {limit}")
+    for given, allowed in ((transforms, TRANSFORMS), (types, QUANT_TYPES)):
+        if not set(given) <= set(allowed):
+            raise ValueError(f"{', '.join(given)}: allowed are {', '.join(allowed)}")
+
+
+def gather(
+    model: PreTrainedModel, source: str, stacks: list[LayerStack], text: Path | None, samples: int, max_length: int
+) -> tuple[Moments, Moments]:
+    """Second moments of the inputs, over every other batch of text and over the rest."""
+    with TemporaryDirectory() as folder:
+        if text is None:
+            text = Path(folder) / "sentences.txt"
+            text.write_text("\n".join(docstring_sentences(train_size=2 * samples)["train"]["text"]), encoding="utf-8")
+        batches = read_calibration(
+            text, AutoTokenizer.from_pretrained(source), samples=2 * samples, max_length=max_length
         )
-    if rows is not None:
-        append(rows, [{"study": "quant_error"} | row for row in found], seed=0)
+    first, second = (gather_moments(model, stacks, batches[start::2], progress=False) for start in (0, 1))
+    return first, second
 
 
-def measure(
-    stack: LayerStack, weights: Weights, quant_type: str, transform: str, rank: int, refine: int
-) -> dict[str, Any]:
-    """Errors of one stack under one setting, and the time of the split with its report."""
-    config = QReftaConfig(transform=transform, rank=rank, quant_type=quant_type, refine=refine)
-    start = perf_counter()
-    split = StackSplit(stack, weights, config, rank, None)
-    for _ in split.residuals():
-        pass
-    row = split.row()
-    return {
-        "stack": stack.name,
-        "shape": list(weights.shape),
-        "quant_type": quant_type,
-        "block_size": config.block_size,
-        "transform": transform,
-        "rank": rank,
-        "refine": refine,
-        "baseline_error": row.baseline_error,
-        "residual_error": row.residual_error,
-        "ratio": row.ratio,
-        "principal_energy": row.principal_energy,
-        "seconds": perf_counter() - start,
+def cells_of(
+    model: str, stacks: list[LayerStack], ranks: list[int], transforms: list[str], types: list[str]
+) -> Iterator[Cell]:
+    """Every cell of the study, a stack and format after the other, the largest stacks first."""
+    largest_first = sorted(stacks, key=lambda stack: -stack.layers * stack.in_features * stack.out_features)
+    for stack, quant_type in product(largest_first, types):
+        cell = partial(Cell, model, stack.name, quant_type)
+        for rank in ranks:
+            for transform, start in product(transforms if rank else transforms[:1], STARTS if rank else ["one shot"]):
+                if start != "calibrated" or (transform == CALIBRATED_TRANSFORM and quant_type in PEER_TYPES):
+                    yield cell("refta", start, transform, rank)
+            if rank and quant_type in PEER_TYPES:
+                others = ["pissa", "loftq", "qera", *(SMALL_BLOCKS if quant_type == "nf4" else [])]
+                yield from (cell(method, None, None, rank) for method in others)
+
+
+@cache
+def open_model(source: str, folder: str) -> tuple[PreTrainedModel, dict[str, LayerStack], list[Moments]]:
+    """A process's model, its stacks by name, and the moments that calibrate and that measure; on one thread."""
+    quiet_libraries()
+    torch.set_num_threads(1)
+    model = AutoModel.from_pretrained(source, dtype=torch.float32)
+    return model, {s.name: s for s in find_stacks(model)}, [load_moments(Path(folder) / file) for file in MOMENTS]
+
+
+def measure(source: str, folder: str, cells: list[Cell]) -> list[dict[str, Any]]:
+    """The rows of one stack and format."""
+    model, stacks, (calibration, test) = open_model(source, folder)
+    stack = stacks[cells[0].stack]
+    ranks = sorted({cell.rank for cell in cells if cell.method == "qera"})
+    study = StackErrors(stack, model_weights(model, stack), QuantFormat(cells[0].quant_type), calibration, test, ranks)
+    return [{"kind": "stack"} | cell._asdict() | study.row(cell) for cell in cells]
+
+
+class Sums(NamedTuple):
+    """Over the layers of a stack: ||E||_F^2, ||E||_* and E||x E^T||^2."""
+
+    error: float
+    nuclear: float
+    output: float
+
+
+class StackErrors:
+    """One stack in one format: what every method leaves of its weights."""
+
+    def __init__(
+        self, stack: LayerStack, weights: Weights, fmt: QuantFormat, calibration: Moments, test: Moments,
+        corrections: list[int],
+    ) -> None:  # fmt: skip
+        self.weights, self.fmt = weights, fmt
+        self.layers = [weights.layer(index) for index in range(weights.shape[0])]
+        self.moments = [test.of(path) for path in stack.modules]
+        self.metric = shared_metric(calibration, stack)
+        self.whole = torch.stack([weight - rounded(weight, fmt) for weight in self.layers])
+        self.baseline = self.sums(self.whole)
+        self.corrections = corrections
+
+    @cached_property
+    def corrected(self) -> dict[int, Tensor]:
+        """What QERA's correction of every rank leaves."""
+        return dict(zip(self.corrections, qera(self.whole, self.corrections, self.metric), strict=True))
+
+    def row(self, cell: Cell) -> dict[str, Any]:
+        """What a method leaves, relative to quantizing whole weights, and what it takes."""
+        start = perf_counter()
+        errors, factor_bytes, refine = self.errors(cell)
+        seconds = perf_counter() - start
+        nuclear = cell.method in ("pissa", "loftq") or cell.transform == CALIBRATED_TRANSFORM
+        found, baseline = self.sums(errors, nuclear), self.baseline
+        numel = self.whole.numel()
+        bits = 4 + 32 / self.fmt.block_size + 8 * factor_bytes / numel
+        if cell.method in SMALL_BLOCKS:
+            bits = small_block_bits(self.small_block(cell), SMALL_BLOCKS[cell.method])
+        return {
+            "shape": list(self.weights.shape),
+            "block_size": self.small_block(cell) if cell.method in SMALL_BLOCKS else self.fmt.block_size,
+            "refine": refine,
+            "baseline_error": baseline.error,
+            "residual_error": found.error,
+            "ratio": found.error / baseline.error,
+            "nuclear_baseline": baseline.nuclear,
+            "nuclear_error": found.nuclear if nuclear else None,
+            "nuclear_reduction": 1 - found.nuclear / baseline.nuclear if nuclear else None,
+            "output_baseline": baseline.output,
+            "output_error": found.output,
+            "output_ratio": found.output / baseline.output,
+            "bits_per_weight": bits,
+            "seconds": seconds,
+        }
+
+    def errors(self, cell: Cell) -> tuple[Tensor, int, int]:
+        """W_l - What_l of all layers, (layers, out, in); bytes of what is kept in high precision; rounds."""
+        layers, out_features, in_features = self.weights.shape
+        pair_bytes = 2 * cell.rank * (out_features + in_features)
+        if cell.rank == 0:
+            return self.whole, 0, 0
+        if cell.method == "refta":
+            return self.refta(cell)
+        if cell.method == "qera":
+            return self.corrected[cell.rank], pair_bytes, 0
+        if cell.method in SMALL_BLOCKS:
+            block, scale_bits = self.small_block(cell), SMALL_BLOCKS[cell.method]
+            return torch.stack([w - small_block(w, block, scale_bits) for w in self.layers]), 0, 0
+        split = partial(loftq, rounds=LOFTQ_ROUNDS, fmt=self.fmt) if cell.method == "loftq" else pissa
+        errors = []
+        for index, weight in enumerate(self.layers):
+            rank = cell.rank // layers + (index < cell.rank % layers)
+            up, down, rest = split(weight, rank)
+            errors.append(weight - rounded(rest, self.fmt) - up @ down)
+        return torch.stack(errors), pair_bytes, LOFTQ_ROUNDS if cell.method == "loftq" else 0
+
+    def refta(self, cell: Cell) -> tuple[Tensor, int, int]:
+        config = QReftaConfig(transform=cell.transform, rank=cell.rank, quant_type=cell.quant_type,
+                              refine=STARTS[cell.start])  # fmt: skip
+        split = split_stack(self.weights, config, cell.rank, self.metric if cell.start == "calibrated" else None)
+        errors = [
+            weight - rounded(weight - split.base.delta(index), self.fmt) - split.factors.delta(index)
+            for index, weight in enumerate(self.layers)
+        ]
+        return torch.stack(errors), split.factors.stored_bytes, config.refine
+
+    def small_block(self, cell: Cell) -> int:
+        """The smallest block whose scales take no more bits than refta's factors and scales."""
+        layers, out_features, in_features = self.weights.shape
+        factors = 16 * cell.rank * (out_features + in_features) / (layers * out_features * in_features)
+        return ceil((small_block_bits(1, SMALL_BLOCKS[cell.method]) - 4) / (32 / self.fmt.block_size + factors))
+
+    def sums(self, errors: Tensor, nuclear: bool = True) -> Sums:
+        outputs = [output_error(error, moment) for error, moment in zip(errors, self.moments, strict=True)]
+        norms = sum(map(nuclear_norm, errors)) if nuclear else 0.0
+        return Sums(errors.double().square().sum().item(), norms, sum(outputs))
+
+
+def nuclear_norm(matrix: Tensor) -> float:
+    """Sum of the singular values, from the smaller Gram matrix in float64: a sum needs no more."""
+    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
+    return torch.linalg.eigvalsh((tall.mT @ tall).double()).clamp(min=0).sqrt().sum().item()
+
+
+def spectrum(stack: LayerStack, weights: Weights, transform: str) -> dict[str, Any]:
+    """The largest tensor singular values of a stack."""
+    rank = min(SPECTRUM, weights.shape[0] * min(weights.shape[1:]))
+    values = tensor_values(weights, QReftaConfig(transform=transform), rank)
+    return {"shape": list(weights.shape), "values": [float(f"{value:.6g}") for value in values.tolist()]}
+
+
+def whole_model(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Rows of a model as a whole: the sums over its stacks, by everything else that a cell says.
+
+    At R = 0 there is one row for each format, the baseline.
+    """
+    found: dict[Cell, dict[str, dict[str, Any]]] = {}
+    names: dict[str, set[str]] = {}
+    for row in rows:
+        if row["kind"] == "stack":
+            cell = Cell(*(row[field] for field in Cell._fields))
+            found.setdefault(cell._replace(stack="all"), {})[cell.stack] = row
+            names.setdefault(cell.model, set()).add(cell.stack)
+    for cell, stacks in found.items():
+        if set(stacks) == names[cell.model]:
+            yield {"kind": "model"} | cell._asdict() | totals(list(stacks.values()))
+
+
+def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sums of errors over rows of stacks, and their ratios."""
+    nuclear = all(row["nuclear_error"] is not None for row in rows)
+    total = {name: sum(row[name] for row in rows) for name in SUMMED if nuclear or name != "nuclear_error"}
+    numel = [torch.Size(row["shape"]).numel() for row in rows]
+    bits = sum(row["bits_per_weight"] * size for row, size in zip(rows, numel, strict=True))
+    return total | {
+        "n": rows[0]["n"],
+        "ratio": total["residual_error"] / total["baseline_error"],
+        "nuclear_reduction": 1 - total["nuclear_error"] / total["nuclear_baseline"] if nuclear else None,
+        "output_ratio": total["output_error"] / total["output_baseline"],
+        "bits_per_weight": bits / sum(numel),
     }
+
+
+def rising(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """The series of refta, of stacks and models, whose squared weight error rises anywhere as R grows."""
+    series: dict[tuple[str, ...], dict[int, float]] = {}
+    for row in rows:
+        if row["kind"] in ("stack", "model") and row["method"] == "refta":
+            names = ("model", "stack", "quant_type", "transform", "start")
+            series.setdefault(tuple(row[name] for name in names), {})[row["rank"]] = row["ratio"]
+    for name, errors in series.items():
+        ordered = [error for _, error in sorted(errors.items())]
+        if any(later > earlier for earlier, later in pairwise(ordered)):
+            yield f"{' '.join(name)}: {', '.join(f'{error:.4f}' for error in ordered)}"
 
 
 def gaussian_row(fmt: QuantFormat) -> dict[str, Any]:
@@ -84,8 +346,7 @@ def gaussian_row(fmt: QuantFormat) -> dict[str, Any]:
     errors = []
     for seed in range(SEEDS):
         weights = torch.randn(256, 256, generator=torch.Generator().manual_seed(seed))
-        back = dequantize(quantize(weights, fmt), fmt, tuple(weights.shape), weights.dtype)
-        errors.append(((weights - back).norm() / weights.norm()).item())
+        errors.append(((weights - rounded(weights, fmt)).norm() / weights.norm()).item())
     return {
         "kind": "gaussian",
         "quant_type": fmt.quant_type,
@@ -97,4 +358,4 @@ def gaussian_row(fmt: QuantFormat) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    typer.run(run)
+    guarded(partial(typer.run, run))

@@ -53,6 +53,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def find(rows: list[dict[str, Any]], key: dict[str, Any]) -> dict[str, Any] | None:
+    """The last row with these values, if any: what was measured already need not be measured again."""
+    return next((row for row in reversed(rows) if key.items() <= row.items()), None)
+
+
 def _commit() -> str:
     """Short hash of HEAD, with + when tracked files differ from it."""
     git = ["git", "-C", str(Path(__file__).parent)]

@@ -5,6 +5,8 @@ Named tasks are looked for in a folder of data (an argument, or the variable QRE
 
 import os
 import random
+import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -27,16 +29,22 @@ DATA = "QREFTA_DATA"
 
 
 class Named(NamedTuple):
-    """A task that is known by name: its folder's and its hub name, the columns of a file without header, its metric."""
+    """A task that is known by name: its hub name, the columns of a file without header, its metric.
+
+    `balanced` draws as many training rows of each class: few rows of unequal classes teach little but the larger one.
+    """
 
     hub: str
     header: list[str] | None = None
     metric: str = "accuracy"
+    balanced: bool = False
 
 
 NAMED = {
     "sst2": Named("nyu-mll/glue:sst2"),
-    "cola": Named("nyu-mll/glue:cola", header=["source", "label", "mark", "sentence"], metric="matthews"),
+    "cola": Named(
+        "nyu-mll/glue:cola", header=["source", "label", "mark", "sentence"], metric="matthews", balanced=True
+    ),
 }
 
 
@@ -103,7 +111,10 @@ def find_data(name: str, folder: Path | None) -> str:
 def text_task(name: str, source: str, model: str | None, header: list[str] | None, sizes: Sizes, seed: int) -> Task:
     """Text classification: rows drawn with `seed`, validation rows put aside from the training split."""
     known = NAMED.get(name, Named(name))
-    data = load_task(source, header or known.header, seed, sizes.train + sizes.validation, sizes.test)
+    wanted = sizes.train + sizes.validation
+    data = load_task(source, header or known.header, seed, sys.maxsize if known.balanced else wanted, sizes.test)
+    if known.balanced:
+        data["train"] = balanced(data["train"], wanted)
     if len(data["train"]) <= sizes.validation:
         raise ValueError(
             f"{source} has {len(data['train'])} training rows and {sizes.validation} are put aside to choose a "
@@ -123,6 +134,17 @@ def text_task(name: str, source: str, model: str | None, header: list[str] | Non
         heads=[child for child, _ in base.named_children() if child == "pooler"],
         metric=known.metric,
     )
+
+
+def balanced(rows: Dataset, count: int) -> Dataset:
+    """The first `count` rows at most that hold each class equally often (to one), in their order."""
+    turns: Counter[int] = Counter()
+    ranked = []
+    for place, label in enumerate(rows["label"]):
+        ranked.append((turns[label], place))
+        turns[label] += 1
+    common = min(turns.values())
+    return rows.select(sorted(place for turn, place in sorted(ranked)[:count] if turn < common))
 
 
 def by_length(rows: Dataset) -> Dataset:

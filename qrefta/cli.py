@@ -1,5 +1,6 @@
 """Command line: qrefta prepare | finetune | inspect | merge. One thin function a verb."""
 
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -250,14 +251,19 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
 
 
-def main() -> None:
-    """Entry point: an expected failure is one line on stderr and exit code 2, not a traceback."""
+def guarded(command: Callable[[], object]) -> None:
+    """Run a command; an expected failure is one line on stderr and exit code 2, not a traceback."""
     quiet_libraries()
     try:
-        app()
+        command()
     except (ValueError, OSError) as error:
         Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False)
         raise SystemExit(2) from error
+
+
+def main() -> None:
+    """Entry point."""
+    guarded(app)
 
 
 def _rank(text: str) -> int | str:

@@ -147,9 +147,9 @@ def linear(x: Tensor, packed: Packed, fmt: QuantFormat, shape: tuple[int, int], 
 def rounded(matrix: Tensor, fmt: QuantFormat) -> Tensor:
     """dequantize(quantize(matrix)), float32, without packing: on a CPU a few times as fast.
 
-    NF4 and FP4: the range is cut into cells that hold at most one boundary between two levels. A value's level is that of its cell,
-    or of the next if the value lies beyond the boundary: two look-ups, where bitsandbytes searches all levels. The
-    result is the same to the bit, which a test holds.
+    For NF4 and FP4 the range is cut into cells that hold at most one boundary between two levels. A value's level is
+    that of its cell, or of the next if the value lies beyond the boundary: two look-ups, where bitsandbytes searches
+    all levels. The result is the same to the bit, which a test holds.
     """
     if fmt.double_quant or matrix.device.type != "cpu":
         return dequantize(quantize(matrix, fmt), fmt, tuple(matrix.shape), torch.float32)
