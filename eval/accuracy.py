@@ -5,7 +5,8 @@ other seeds score on the test rows. What is in the rows file already is not run 
 
 Methods are words: a name, then options.
 
-    head-only          the task's head (in BERT-like models with the pooler) on frozen weights; it trains in all methods
+    head-only          the task's head (in BERT-like models with the pooler) on frozen weights; all methods train it.
+                       Language models have none, and are scored as they are
     full               everything
     lora r=8           PEFT on unquantized weights, likewise pissa r=8, vera r=256
     qlora r=8          PEFT on NF4 weights, likewise qpissa r=8, loftq r=8
@@ -30,10 +31,11 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 import qrefta
 from eval.baselines import lora, qlora, train_head_only, vera
+from eval.language import choice_task, text_lm_task
 from eval.memory import tensor_peak
 from eval.rows import append, find, read
 from eval.splits import loftq, pissa
-from eval.task import METRICS, HeaderOption, Sizes, Task, find_data, in_order, text_task
+from eval.task import METRICS, NAMED, HeaderOption, Named, Sizes, Task, find_data, in_order, text_task
 from qrefta.cli import guarded, quiet_libraries
 from qrefta.finetune import count_trained
 
@@ -42,6 +44,7 @@ CORE = [
     "refta R=48 bits=16", "refta R=48 bits=16 transform=identity", "refta R=48 refine=0", "refta R=48",
     "refta R=48 calibrated",
 ]  # fmt: skip
+KINDS = {"text": text_task, "language": text_lm_task, "choice": choice_task}
 GRID = "0.0001,0.0003,0.001,0.003,0.01"
 SEARCH_SEED = 0
 CALIBRATION_ROWS = 256
@@ -64,10 +67,11 @@ class Cell(NamedTuple):
 
 
 def run(
-    task: Annotated[list[str], typer.Option(help="sst2, cola, or a hub name, folder or file of labelled text.")],
+    task: Annotated[list[str], typer.Option(help=f"{', '.join(NAMED)}, or a hub name, folder or file.")],
     methods: Annotated[str, typer.Option(help="Methods, with commas (see above).")] = ",".join(CORE),
     seeds: Annotated[int, typer.Option(help="Seeds 1 .. n that score, of head, rows and batch order.")] = 5,
     model: Annotated[str | None, typer.Option(help="Hub name or folder; default: the embedded MiniLM.")] = None,
+    kind: Annotated[str | None, typer.Option(help=f"Of a task of your own: {', '.join(KINDS)}; default: text.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of data; default: $QREFTA_DATA.")] = None,
     header: HeaderOption = None,
     learning_rates: Annotated[str, typer.Option(help="The grid, with commas.")] = GRID,
@@ -85,12 +89,15 @@ def run(
     quiet_libraries()
     torch.set_num_threads(threads)
     grid = [float(rate) for rate in learning_rates.split(",")]
+    if kind not in (None, *KINDS):
+        raise ValueError(f"kind is {kind!r}; allowed are {', '.join(KINDS)}")
     names = [name.strip() for name in methods.split(",")]
     for name in names:
         parse(name)
     sizes = Sizes(train_rows, validation_rows, test_rows, max_length)
     for name in task:
-        study = Study(partial(text_task, name, find_data(name, data), model, header, sizes), rows, again)
+        load = KINDS[kind or NAMED.get(name, Named()).kind]
+        study = Study(partial(load, name, find_data(name, data), model, header, sizes), rows, again)
         for method in names:
             fixed = {"task": name, "model": model or "all-MiniLM-L6-v2", "method": method, "steps": steps,
                      "batch_size": batch_size, "train_rows": train_rows, "max_length": max_length}  # fmt: skip
@@ -142,7 +149,7 @@ def measure(cell: Cell, task: Task) -> dict[str, Any]:
                 folder, learning_rate=cell.learning_rate, max_steps=cell.steps, warmup_steps=0.1, seed=cell.seed,
                 per_device_train_batch_size=cell.batch_size, per_device_eval_batch_size=2 * cell.batch_size,
                 train_sampling_strategy="sequential", save_strategy="no", logging_steps=1.0, report_to="none",
-                disable_tqdm=True, prediction_loss_only=metric.of_loss,
+                disable_tqdm=True, prediction_loss_only=metric.of_loss or task.judge is not None,
                 dataloader_pin_memory=torch.cuda.is_available(),
             ),
             train_dataset=in_order(task.train, cell.steps, cell.batch_size, cell.seed),
@@ -150,9 +157,9 @@ def measure(cell: Cell, task: Task) -> dict[str, Any]:
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         wall, cpu = time.perf_counter(), time.process_time()
-        trained = trainer.train()
+        train_loss = trainer.train().training_loss if count_trained(model) else None
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        peak = peak_bytes(trainer, task, cell)
+        peak = peak_bytes(trainer, task, cell) if count_trained(model) else None
         split = "validation" if cell.kind == "search" else "test"
         scored = task.validation if cell.kind == "search" else task.test
         found = trainer.predict(scored)
@@ -160,9 +167,9 @@ def measure(cell: Cell, task: Task) -> dict[str, Any]:
         "split": split,
         "n": len(scored),
         "metric": task.metric,
-        "value": metric.score(found),
+        "value": metric.score(found) if task.judge is None else task.judge(model, scored),
         "loss": found.metrics["test_loss"],
-        "train_loss": trained.training_loss,
+        "train_loss": train_loss,
         "trained_parameters": count_trained(model),
         "head_parameters": count_trained(build("head-only", task, cell.seed)),
         "build_s": build_s,

@@ -21,10 +21,11 @@ def linears(model: nn.Module) -> list[str]:
 
 
 def train_head_only(model: PreTrainedModel, heads: Sequence[str]) -> PreTrainedModel:
-    """Freeze the base model, but for those of its modules that are named."""
-    model.base_model.requires_grad_(False)
-    for name in heads:
-        model.base_model.get_submodule(name).requires_grad_(True)
+    """Freeze all but the named modules of the base model and a classifier behind it."""
+    model.requires_grad_(False)
+    for name in _heads(model, heads) or []:
+        owner = model.base_model if name in heads else model
+        owner.get_submodule(name).requires_grad_(True)
     return model
 
 

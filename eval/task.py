@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import typer
 from datasets import ClassLabel, Dataset, DatasetDict
+from torch import nn
 from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedModel
 from transformers.trainer_utils import PredictionOutput
 
@@ -29,22 +30,41 @@ DATA = "QREFTA_DATA"
 
 
 class Named(NamedTuple):
-    """A task that is known by name: its hub name, the columns of a file without header, its metric.
+    """A task that is known by name.
 
-    `balanced` draws as many training rows of each class: few rows of unequal classes teach little but the larger one.
+    Attributes:
+        hub: where the hub has it; "" where it has no form that is read here.
+        header: column names of a file without header.
+        metric: a name in METRICS.
+        balanced: draw as many training rows of each class: few rows of unequal classes teach little but the larger one.
+        kind: text, image, language (running text) or choice.
+        folder: below the folder of data; "" for the name itself.
+        files: what a folder holds, for who has to get it.
     """
 
-    hub: str
+    hub: str = ""
     header: list[str] | None = None
     metric: str = "accuracy"
     balanced: bool = False
+    kind: str = "text"
+    folder: str = ""
+    files: str = "train.tsv and dev.tsv, GLUE's files"
 
 
+_JSON = "train.json and test.json, LLM-Adapters' lists of {instruction, output, answer}"
 NAMED = {
     "sst2": Named("nyu-mll/glue:sst2"),
-    "cola": Named(
-        "nyu-mll/glue:cola", header=["source", "label", "mark", "sentence"], metric="matthews", balanced=True
-    ),
+    "cola": Named("nyu-mll/glue:cola", ["source", "label", "mark", "sentence"], metric="matthews", balanced=True),
+    "cifar10": Named("uoft-cs/cifar10", kind="image", files="train.parquet and test.parquet"),
+    "tinyshakespeare": Named(metric="perplexity", kind="language", files="a .txt file"),
+    "wikitext2": Named(metric="perplexity", kind="language", files="train.txt and test.txt, or one .txt file"),
+    "arc-easy": Named(kind="choice", folder="commonsense/ARC-Easy", files=_JSON),
+    "arc-challenge": Named(kind="choice", folder="commonsense/ARC-Challenge", files=_JSON),
+    "boolq": Named(kind="choice", folder="commonsense/boolq", files=_JSON),
+    "openbookqa": Named(kind="choice", folder="commonsense/openbookqa", files=_JSON),
+    "piqa": Named(kind="choice", folder="commonsense/piqa", files=_JSON),
+    "social_i_qa": Named(kind="choice", folder="commonsense/social_i_qa", files=_JSON),
+    "winogrande": Named(kind="choice", folder="commonsense/winogrande", files=_JSON),
 }
 
 
@@ -66,6 +86,7 @@ class Task(NamedTuple):
         model: seed -> a fresh model.
         heads: modules of the base model that train whole beside the task's own head.
         metric: a name in METRICS.
+        judge: the metric of a model on validation or test rows, where predictions do not tell it.
     """
 
     train: Dataset
@@ -75,6 +96,7 @@ class Task(NamedTuple):
     model: Callable[[int], PreTrainedModel]
     heads: list[str]
     metric: str
+    judge: Callable[[nn.Module, Dataset], float] | None = None
 
 
 def load_task(dataset: str | None, header: list[str] | None, seed: int, train_rows: int, test_rows: int) -> DatasetDict:
@@ -92,25 +114,27 @@ def find_data(name: str, folder: Path | None) -> str:
     """Where a task's data are: below a folder of data, else what the name says itself (hub name, folder, file).
 
     Raises:
-        ValueError: if a named task's data are not there and the hub is switched off.
+        ValueError: if a named task's data are not there, and not on a hub that may be asked.
     """
     if name not in NAMED:
         return name
+    known = NAMED[name]
     folder = folder or (Path(os.environ[DATA]) if DATA in os.environ else None)
-    if folder is not None and (folder / name).is_dir():
-        return str(folder / name)
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
+    place = known.folder or name
+    if folder is not None and (folder / place).is_dir():
+        return str(folder / place)
+    if not known.hub or os.environ.get("HF_HUB_OFFLINE") == "1":
         raise ValueError(
-            f"There are no data for {name}: {folder or f'${DATA}'} has no folder {name!r} and the hub is switched off. "
-            f"Give --data a folder that holds {name}/train.tsv and {name}/dev.tsv (GLUE's files), unset HF_HUB_OFFLINE "
-            f"for {NAMED[name].hub}, or name your own file as --task."
+            f"There are no data for {name}: {folder or f'${DATA}'} has no folder {place}"
+            f"{' and the hub is switched off' if known.hub else ''}. Give --data a folder whose {place} holds "
+            f"{known.files}{f', or unset HF_HUB_OFFLINE for {known.hub}' if known.hub else ''}."
         )
-    return NAMED[name].hub
+    return known.hub
 
 
 def text_task(name: str, source: str, model: str | None, header: list[str] | None, sizes: Sizes, seed: int) -> Task:
     """Text classification: rows drawn with `seed`, validation rows put aside from the training split."""
-    known = NAMED.get(name, Named(name))
+    known = NAMED.get(name, Named())
     wanted = sizes.train + sizes.validation
     data = load_task(source, header or known.header, seed, sys.maxsize if known.balanced else wanted, sizes.test)
     if known.balanced:

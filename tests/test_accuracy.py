@@ -44,7 +44,7 @@ def cell(method, kind="score", rate=1e-3, seed=0):
 
 def run(source, model, rows, **options):
     settings = {
-        "task": [str(source)], "methods": "head-only,lora r=2", "seeds": 2, "model": model, "data": None,
+        "task": [str(source)], "kind": None, "methods": "head-only,lora r=2", "seeds": 2, "model": model, "data": None,
         "header": None, "learning_rates": "0.001,0.01", "steps": 2, "batch_size": 8, "train_rows": 64,
         "validation_rows": 16, "test_rows": 24, "max_length": 12, "threads": 1, "again": False, "rows": rows,
     }  # fmt: skip
@@ -241,7 +241,7 @@ def test_named_data_are_found_or_asked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("QREFTA_DATA", str(tmp_path))
     assert find_data("sst2", None) == str(tmp_path / "sst2")
     assert find_data("mine.csv", None) == "mine.csv"
-    with pytest.raises(ValueError, match=r"no data for cola: .*--data a folder that holds cola/train.tsv.*glue:cola"):
+    with pytest.raises(ValueError, match=r"no data for cola: .* cola holds train.tsv and dev.tsv.*glue:cola"):
         find_data("cola", None)
     monkeypatch.delenv("HF_HUB_OFFLINE")
     assert find_data("cola", None) == NAMED["cola"].hub
