@@ -50,7 +50,6 @@ SPECTRUM = 192  # tensor singular values a row
 STARTS = {"one shot": 0, "refined": QReftaConfig().refine, "calibrated": QReftaConfig().refine}  # rounds of each
 CALIBRATED_TRANSFORM = "lsm3"
 SMALL_BLOCKS = {"smaller block": 32, "smaller block, 8-bit scales": 8}  # bits of a scale
-PEER_TYPES = ("nf4", "int4")  # FP4 behaves as NF4 does
 LOFTQ_ROUNDS = 5
 MOMENTS = ("calibration", "test")
 SUMMED = ("baseline_error", "residual_error", "nuclear_baseline", "nuclear_error", "output_baseline", "output_error",
@@ -75,6 +74,7 @@ def run(
     ranks: Annotated[str, typer.Option(help="Values of R, with commas.")] = "0,5,15,48,96,192",
     transforms: Annotated[str, typer.Option(help="Mode-3 transforms, with commas.")] = ",".join(TRANSFORMS),
     types: Annotated[str, typer.Option(help="4-bit formats, with commas.")] = ",".join(QUANT_TYPES),
+    peers: Annotated[str, typer.Option(help="Formats that peers and calibration are measured in.")] = "nf4",
     text: Annotated[Path | None, typer.Option(help="File of text; default: docstring sentences.")] = None,
     samples: Annotated[int, typer.Option(help="Texts that calibrate, and texts that measure.")] = 600,
     max_length: Annotated[int, typer.Option(help="Tokens a text is cut to.")] = 48,
@@ -93,7 +93,7 @@ def run(
     for format_row in map(gaussian_row, map(QuantFormat, types.split(","))):
         if find(known, {key: format_row[key] for key in ("kind", "quant_type", "block_size")}) is None:
             append(rows, [{"study": "quant_error"} | format_row], seed=0)
-    cells = [cell for cell in cells_of(name, stacks, numbers, transforms.split(","), types.split(","))
+    cells = [cell for cell in cells_of(name, stacks, numbers, transforms.split(","), types.split(","), peers.split(","))
              if find(known, {"kind": "stack"} | cell._asdict()) is None]  # fmt: skip
     jobs = [list(job) for _, job in groupby(cells, lambda cell: (cell.stack, cell.quant_type))]
     if jobs:
@@ -151,17 +151,18 @@ def gather(
 
 
 def cells_of(
-    model: str, stacks: list[LayerStack], ranks: list[int], transforms: list[str], types: list[str]
-) -> Iterator[Cell]:
+    model: str, stacks: list[LayerStack], ranks: list[int], transforms: list[str], types: list[str],
+    peers: list[str],
+) -> Iterator[Cell]:  # fmt: skip
     """Every cell of the study, a stack and format after the other, the largest stacks first."""
     largest_first = sorted(stacks, key=lambda stack: -stack.layers * stack.in_features * stack.out_features)
     for stack, quant_type in product(largest_first, types):
         cell = partial(Cell, model, stack.name, quant_type)
         for rank in ranks:
             for transform, start in product(transforms if rank else transforms[:1], STARTS if rank else ["one shot"]):
-                if start != "calibrated" or (transform == CALIBRATED_TRANSFORM and quant_type in PEER_TYPES):
+                if start != "calibrated" or (transform == CALIBRATED_TRANSFORM and quant_type in peers):
                     yield cell("refta", start, transform, rank)
-            if rank and quant_type in PEER_TYPES:
+            if rank and quant_type in peers:
                 others = ["pissa", "loftq", "qera", *(SMALL_BLOCKS if quant_type == "nf4" else [])]
                 yield from (cell(method, None, None, rank) for method in others)
 
@@ -185,8 +186,9 @@ def measure(source: str, folder: str, cells: list[Cell]) -> list[dict[str, Any]]
 
 
 class Sums(NamedTuple):
-    """Over the layers of a stack: ||E||_F^2, ||E||_* and E||x E^T||^2."""
+    """Of a stack: ||E_l||_F^2 of each layer, and the sums over layers of it, of ||E_l||_* and of E||x E_l^T||^2."""
 
+    layers: list[float]
     error: float
     nuclear: float
     output: float
@@ -230,6 +232,7 @@ class StackErrors:
             "baseline_error": baseline.error,
             "residual_error": found.error,
             "ratio": found.error / baseline.error,
+            "layer_ratios": [own / whole for own, whole in zip(found.layers, baseline.layers, strict=True)],
             "nuclear_baseline": baseline.nuclear,
             "nuclear_error": found.nuclear if nuclear else None,
             "nuclear_reduction": 1 - found.nuclear / baseline.nuclear if nuclear else None,
@@ -280,7 +283,8 @@ class StackErrors:
     def sums(self, errors: Tensor, nuclear: bool = True) -> Sums:
         outputs = [output_error(error, moment) for error, moment in zip(errors, self.moments, strict=True)]
         norms = sum(map(nuclear_norm, errors)) if nuclear else 0.0
-        return Sums(errors.double().square().sum().item(), norms, sum(outputs))
+        layers = errors.double().square().sum((1, 2)).tolist()
+        return Sums(layers, sum(layers), norms, sum(outputs))
 
 
 def nuclear_norm(matrix: Tensor) -> float:
