@@ -51,6 +51,7 @@ STARTS = {"one shot": 0, "refined": QReftaConfig().refine, "calibrated": QReftaC
 CALIBRATED_TRANSFORM = "lsm3"
 SMALL_BLOCKS = {"smaller block": 32, "smaller block, 8-bit scales": 8}  # bits of a scale
 LOFTQ_ROUNDS = 5
+BATCH = 32  # texts at a time
 MOMENTS = ("calibration", "test")
 SUMMED = ("baseline_error", "residual_error", "nuclear_baseline", "nuclear_error", "output_baseline", "output_error",
           "seconds")  # fmt: skip
@@ -84,6 +85,7 @@ def run(
 ) -> None:
     """Measure the quantization error of every stack of a model."""
     quiet_libraries()
+    start = perf_counter()
     known = read(rows) if rows.exists() and not again else []
     name, source = model or "all-MiniLM-L6-v2", model or str(model_folder())
     dense = AutoModel.from_pretrained(source, dtype=torch.float32)
@@ -116,6 +118,11 @@ def run(
                 f"{row['quant_type']} {row['method']} {row['start'] or ''} {row['transform'] or ''} R={row['rank']}: "
                 f"weights {row['ratio']:.3f}, outputs {row['output_ratio']:.3f}, {row['bits_per_weight']:.2f} bits"
             )
+    if cells:
+        seconds = perf_counter() - start
+        append(rows, [{"study": "quant_error", "kind": "run", "cells": len(cells), "processes": processes,
+                       "seconds": seconds}], seed=0)  # fmt: skip
+        console.print(f"{len(cells)} cells in {seconds:.0f} s")
     for series in rising(read(rows)):
         console.print(f"[bold]Rises with R:[/] {series}")
 
@@ -144,7 +151,7 @@ def gather(
             text = Path(folder) / "sentences.txt"
             text.write_text("\n".join(docstring_sentences(train_size=2 * samples)["train"]["text"]), encoding="utf-8")
         batches = read_calibration(
-            text, AutoTokenizer.from_pretrained(source), samples=2 * samples, max_length=max_length
+            text, AutoTokenizer.from_pretrained(source), samples=2 * samples, max_length=max_length, batch_size=BATCH
         )
     first, second = (gather_moments(model, stacks, batches[start::2], progress=False) for start in (0, 1))
     return first, second
