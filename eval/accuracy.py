@@ -31,6 +31,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 import qrefta
 from eval.baselines import lora, qlora, train_head_only, vera
+from eval.image import image_task
 from eval.language import choice_task, text_lm_task
 from eval.memory import tensor_peak
 from eval.rows import append, find, read
@@ -44,7 +45,7 @@ CORE = [
     "refta R=48 bits=16", "refta R=48 bits=16 transform=identity", "refta R=48 refine=0", "refta R=48",
     "refta R=48 calibrated",
 ]  # fmt: skip
-KINDS = {"text": text_task, "language": text_lm_task, "choice": choice_task}
+KINDS = {"text": text_task, "image": image_task, "language": text_lm_task, "choice": choice_task}
 GRID = "0.0001,0.0003,0.001,0.003,0.01"
 SEARCH_SEED = 0
 CALIBRATION_ROWS = 256

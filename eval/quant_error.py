@@ -39,16 +39,17 @@ from eval.splits import loftq, pissa, qera, small_block, small_block_bits
 from qrefta.cli import guarded, quiet_libraries
 from qrefta.config import QReftaConfig
 from qrefta.data import read_calibration
+from qrefta.factors import Fit
 from qrefta.moments import Moments, gather_moments, load_moments, output_error, shared_metric
 from qrefta.quantize import QUANT_TYPES, QuantFormat, rounded
-from qrefta.split import split_stack, tensor_values
+from qrefta.split import one_shot, split_stack, tensor_values
 from qrefta.stack import LayerStack, Weights, find_stacks, model_weights
 from qrefta.tensor import TRANSFORMS
 
 SEEDS = 20  # Gaussian matrices a format
 SPECTRUM = 192  # tensor singular values a row
 STARTS = {"one shot": 0, "refined": QReftaConfig().refine, "calibrated": QReftaConfig().refine}  # rounds of each
-CALIBRATED_TRANSFORM = "lsm3"
+PAPER = "lsm3"  # the transform that calibration and the nuclear norm are shown with
 SMALL_BLOCKS = {"smaller block": 32, "smaller block, 8-bit scales": 8}  # bits of a scale
 LOFTQ_ROUNDS = 5
 BATCH = 32  # texts at a time
@@ -97,20 +98,19 @@ def run(
             append(rows, [{"study": "quant_error"} | format_row], seed=0)
     cells = [cell for cell in cells_of(name, stacks, numbers, transforms.split(","), types.split(","), peers.split(","))
              if find(known, {"kind": "stack"} | cell._asdict()) is None]  # fmt: skip
-    jobs = [list(job) for _, job in groupby(cells, lambda cell: (cell.stack, cell.quant_type))]
-    if jobs:
-        with TemporaryDirectory() as folder:
-            for file, moments in zip(MOMENTS, gather(dense, source, stacks, text, samples, max_length), strict=True):
-                moments.save(Path(folder) / file)
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(processes, context) as pool:
-                results = pool.map(partial(measure, source, folder), jobs)
-                for found in track(results, "Splitting", len(jobs), console=console):
-                    append(rows, [{"study": "quant_error", "n": samples} | row for row in found], seed=0)
+    jobs = [list(job) for _, job in groupby(cells, lambda cell: cell.stack)]
+    missing = []
     for stack, transform in product(stacks, transforms.split(",")):
         key = {"kind": "spectrum", "model": name, "stack": stack.name, "transform": transform}
-        if find(known, key) is None:
-            append(rows, [{"study": "quant_error"} | key | spectrum(stack, model_weights(dense, stack), transform)], 0)
+        missing += [(stack.name, transform)] if find(known, key) is None else []
+    with TemporaryDirectory() as folder, ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        spectra = pool.map(partial(spectrum, name, source), missing)
+        if jobs:
+            for file, moments in zip(MOMENTS, gather(dense, source, stacks, text, samples, max_length), strict=True):
+                moments.save(Path(folder) / file)
+        for found in track(pool.map(partial(measure, source, folder), jobs), "Splitting", len(jobs), console=console):
+            append(rows, [{"study": "quant_error", "n": samples} | row for row in found], seed=0)
+        append(rows, [{"study": "quant_error"} | row for row in spectra], seed=0)
     for row in whole_model(read(rows)):
         if find(known, {key: row[key] for key in ("kind", *Cell._fields)}) is None:
             append(rows, [{"study": "quant_error"} | row], seed=0)
@@ -167,7 +167,7 @@ def cells_of(
         cell = partial(Cell, model, stack.name, quant_type)
         for rank in ranks:
             for transform, start in product(transforms if rank else transforms[:1], STARTS if rank else ["one shot"]):
-                if start != "calibrated" or (transform == CALIBRATED_TRANSFORM and quant_type in peers):
+                if start != "calibrated" or (transform == PAPER and quant_type in peers):
                     yield cell("refta", start, transform, rank)
             if rank and quant_type in peers:
                 others = ["pissa", "loftq", "qera", *(SMALL_BLOCKS if quant_type == "nf4" else [])]
@@ -175,21 +175,25 @@ def cells_of(
 
 
 @cache
-def open_model(source: str, folder: str) -> tuple[PreTrainedModel, dict[str, LayerStack], list[Moments]]:
-    """A process's model, its stacks by name, and the moments that calibrate and that measure; on one thread."""
+def open_model(source: str) -> tuple[PreTrainedModel, dict[str, LayerStack]]:
+    """A process's model, and its stacks by name; on one thread."""
     quiet_libraries()
     torch.set_num_threads(1)
     model = AutoModel.from_pretrained(source, dtype=torch.float32)
-    return model, {s.name: s for s in find_stacks(model)}, [load_moments(Path(folder) / file) for file in MOMENTS]
+    return model, {stack.name: stack for stack in find_stacks(model)}
 
 
 def measure(source: str, folder: str, cells: list[Cell]) -> list[dict[str, Any]]:
-    """The rows of one stack and format."""
-    model, stacks, (calibration, test) = open_model(source, folder)
-    stack = stacks[cells[0].stack]
-    ranks = sorted({cell.rank for cell in cells if cell.method == "qera"})
-    study = StackErrors(stack, model_weights(model, stack), QuantFormat(cells[0].quant_type), calibration, test, ranks)
-    return [{"kind": "stack"} | cell._asdict() | study.row(cell) for cell in cells]
+    """The rows of one stack."""
+    model, stacks = open_model(source)
+    calibration, test = (load_moments(Path(folder) / file) for file in MOMENTS)
+    stack, fits, rows = stacks[cells[0].stack], {}, []
+    for quant_type, group in groupby(cells, lambda cell: cell.quant_type):
+        job, weights = list(group), model_weights(model, stack)
+        ranks = sorted({cell.rank for cell in job if cell.method == "qera"})
+        study = StackErrors(stack, weights, QuantFormat(quant_type), calibration, test, ranks, fits)
+        rows += [{"kind": "stack"} | cell._asdict() | study.row(cell) for cell in job]
+    return rows
 
 
 class Sums(NamedTuple):
@@ -202,11 +206,18 @@ class Sums(NamedTuple):
 
 
 class StackErrors:
-    """One stack in one format: what every method leaves of its weights."""
+    """One stack in one format: what every method leaves of its weights.
+
+    Args:
+        stack, weights, fmt: what is quantized, and how.
+        calibration, test: second moments of the inputs.
+        corrections: ranks that QERA corrects with.
+        fits: of whole weights, which all formats of the stack start from.
+    """
 
     def __init__(
         self, stack: LayerStack, weights: Weights, fmt: QuantFormat, calibration: Moments, test: Moments,
-        corrections: list[int],
+        corrections: list[int], fits: dict[tuple[Any, ...], Fit],
     ) -> None:  # fmt: skip
         self.weights, self.fmt = weights, fmt
         self.layers = [weights.layer(index) for index in range(weights.shape[0])]
@@ -214,7 +225,7 @@ class StackErrors:
         self.metric = shared_metric(calibration, stack)
         self.whole = torch.stack([weight - rounded(weight, fmt) for weight in self.layers])
         self.baseline = self.sums(self.whole)
-        self.corrections = corrections
+        self.corrections, self.fits = corrections, fits
 
     @cached_property
     def corrected(self) -> dict[int, Tensor]:
@@ -226,7 +237,7 @@ class StackErrors:
         start = perf_counter()
         errors, factor_bytes, refine = self.errors(cell)
         seconds = perf_counter() - start
-        nuclear = cell.method in ("pissa", "loftq") or cell.transform == CALIBRATED_TRANSFORM
+        nuclear = cell.method in ("pissa", "loftq") or (cell.transform == PAPER and cell.quant_type == "nf4")
         found, baseline = self.sums(errors, nuclear), self.baseline
         numel = self.whole.numel()
         bits = 4 + 32 / self.fmt.block_size + 8 * factor_bytes / numel
@@ -274,7 +285,11 @@ class StackErrors:
     def refta(self, cell: Cell) -> tuple[Tensor, int, int]:
         config = QReftaConfig(transform=cell.transform, rank=cell.rank, quant_type=cell.quant_type,
                               refine=STARTS[cell.start])  # fmt: skip
-        split = split_stack(self.weights, config, cell.rank, self.metric if cell.start == "calibrated" else None)
+        metric = self.metric if cell.start == "calibrated" else None
+        key = (cell.transform, cell.rank, metric is None)
+        if key not in self.fits:
+            self.fits[key] = one_shot(self.weights, config, cell.rank, metric)
+        split = split_stack(self.weights, config, cell.rank, metric, self.fits[key])
         errors = [
             weight - rounded(weight - split.base.delta(index), self.fmt) - split.factors.delta(index)
             for index, weight in enumerate(self.layers)
@@ -290,7 +305,7 @@ class StackErrors:
     def sums(self, errors: Tensor, nuclear: bool = True) -> Sums:
         outputs = [output_error(error, moment) for error, moment in zip(errors, self.moments, strict=True)]
         norms = sum(map(nuclear_norm, errors)) if nuclear else 0.0
-        layers = errors.double().square().sum((1, 2)).tolist()
+        layers = torch.linalg.vector_norm(errors, dim=2).double().square().sum(1).tolist()
         return Sums(layers, sum(layers), norms, sum(outputs))
 
 
@@ -300,11 +315,16 @@ def nuclear_norm(matrix: Tensor) -> float:
     return torch.linalg.eigvalsh((tall.mT @ tall).double()).clamp(min=0).sqrt().sum().item()
 
 
-def spectrum(stack: LayerStack, weights: Weights, transform: str) -> dict[str, Any]:
-    """The largest tensor singular values of a stack."""
+def spectrum(name: str, source: str, which: tuple[str, str]) -> dict[str, Any]:
+    """The largest tensor singular values of a stack under a transform."""
+    (model, stacks), (stack, transform) = open_model(source), which
+    weights = model_weights(model, stacks[stack])
     rank = min(SPECTRUM, weights.shape[0] * min(weights.shape[1:]))
     values = tensor_values(weights, QReftaConfig(transform=transform), rank)
-    return {"shape": list(weights.shape), "values": [float(f"{value:.6g}") for value in values.tolist()]}
+    return {
+        "kind": "spectrum", "model": name, "stack": stack, "transform": transform, "shape": list(weights.shape),
+        "values": [float(f"{value:.6g}") for value in values.tolist()],
+    }  # fmt: skip
 
 
 def whole_model(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

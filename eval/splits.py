@@ -58,7 +58,7 @@ def top(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if matrix.shape[0] < matrix.shape[1]:
         up, down = top(matrix.mT, rank)
         return down.mT, up.mT
-    right = torch.linalg.eigh((matrix.mT @ matrix).double()).eigenvectors[:, -rank:].to(matrix).flip(1)
+    right = torch.linalg.eigh((matrix.mT @ matrix).double()).eigenvectors.flip(1)[:, :rank].to(matrix)
     scaled = matrix @ right
     roots = scaled.norm(dim=0).sqrt()
     return scaled / roots.clamp(min=1e-30), (right * roots).mT

@@ -232,16 +232,18 @@ def _int4_scales(blocks: Tensor) -> Tensor:
 
 
 def _best_int4_scales(blocks: Tensor) -> Tensor:
-    peak = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)).squeeze(1)
-    best = -peak
-    best_error = torch.full_like(peak, torch.inf)
+    """Signed scales by trying every clip: blocks are scaled to [-1, 1] once, so that a clip costs two products."""
+    peak = -blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
+    scaled = blocks / torch.where(peak == 0, torch.inf, peak)
+    best = torch.ones_like(peak.squeeze(1))
+    best_error = torch.full_like(best, torch.inf)
+    error = torch.empty_like(scaled)
     for clip in _INT4_CLIPS:
-        scales = -peak * clip
-        error = torch.addcmul(blocks, _int4_levels(blocks, scales), (scales / 8).unsqueeze(1), value=-1)
-        error = error.square_().sum(1)
-        best = torch.where(error < best_error, scales, best)
-        best_error = torch.minimum(error, best_error)
-    return best
+        torch.mul(scaled, 8 / clip, out=error).round_().clamp_(-8, 7).mul_(-clip / 8).add_(scaled)
+        norm = torch.linalg.vector_norm(error, dim=1)
+        best = torch.where(norm < best_error, clip, best)
+        best_error = torch.minimum(norm, best_error)
+    return best * peak.squeeze(1)
 
 
 def _int4_codes(blocks: Tensor, scales: Tensor) -> Tensor:

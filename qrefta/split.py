@@ -8,7 +8,6 @@ weights in memory and in files, on a CPU and on a GPU.
 
 import math
 from collections.abc import Iterator
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -51,7 +50,15 @@ class SplitLayer(NamedTuple):
     principal_norm: float
 
 
-def split_stack(weights: Weights, config: QReftaConfig, rank: int, metric: Metric | None = None) -> Split:
+def one_shot(weights: Weights, config: QReftaConfig, rank: int, metric: Metric | None = None) -> Fit:
+    """The factors nearest to whole weights, whatever the format: the paper's split, and where refinement starts."""
+    whole = _Whole(weights, config)
+    return _fit(weights, config, rank, whole.transform, metric, whole.blocks(), None)
+
+
+def split_stack(
+    weights: Weights, config: QReftaConfig, rank: int, metric: Metric | None = None, first: Fit | None = None
+) -> Split:
     """Factors of a stack, and the factors that its residuals are taken with.
 
     The principal part of W comes first. Each of the `config.refine` rounds then refits the factors to W - dequant(Q)
@@ -64,15 +71,17 @@ def split_stack(weights: Weights, config: QReftaConfig, rank: int, metric: Metri
         config: method, transform, format, rounds and seed.
         rank: R.
         metric: of the inputs, for an activation-aware split.
+        first: what `one_shot` gives for the same arguments, where it was made already.
     """
-    whole = _Whole(weights, config)
-    fit = partial(_fit, weights, config, rank, whole.transform, metric)
-    found = fit(whole.blocks(), None)
+    found = first or one_shot(weights, config, rank, metric)
     best, best_error = Split(found.factors, found.factors), None
-    for _ in range(config.refine + 1 if config.refine and config.format is not None else 0):
+    if config.refine == 0 or config.format is None:
+        return best
+    whole = _Whole(weights, config)
+    for _ in range(config.refine + 1):
         base = found.factors
         target = _Target(weights, whole.rows, base, whole.mixing, config.format, of_base=best_error is None)
-        found = fit(target.blocks, found.starts)
+        found = _fit(weights, config, rank, whole.transform, metric, target.blocks, found.starts)
         best_error = target.error if best_error is None else best_error
         error = target.norm - found.energy
         if metric is not None or error < best_error:

@@ -97,10 +97,12 @@ def test_nothing_is_measured_twice(folder, file, monkeypatch):
     part = file.with_name("part.jsonl")
     part.write_text("".join(line for line in lines if '"method": "loftq"' not in line))
     study(folder, part)
-    keys = [tuple(row.get(name) for name in ("kind", *Cell._fields)) for row in read(part)]
-    assert sorted(map(str, keys)) == sorted(
-        str(tuple(row.get(name) for name in ("kind", *Cell._fields))) for row in read(file)
-    )
+
+    def cells(path):
+        return sorted(str([row.get(name) for name in ("kind", *Cell._fields)]) for row in read(path)
+                      if row["kind"] != "run")  # fmt: skip
+
+    assert cells(part) == cells(file)
 
 
 def test_a_series_that_rises_is_named():

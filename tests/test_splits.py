@@ -23,6 +23,7 @@ def test_top_is_the_truncated_svd(shape):
     assert_close((up @ down).double(), left[:, :7] * values[:7] @ right[:7], atol=1e-5, rtol=1e-5)
     assert_close(up.norm(dim=0), down.norm(dim=1))
     assert_close(up.norm(dim=0).double() ** 2, values[:7], atol=1e-4, rtol=1e-4)
+    assert [part.shape for part in top(matrix, 0)] == [(shape[0], 0), (0, shape[1])]
 
 
 def test_pissa_splits_without_loss():
