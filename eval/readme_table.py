@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from eval.pages import markdown_table
 from eval.rows import read
+from eval.scores import score_table, scores
 
 ROWS = Path(__file__).parent / "rows"
 README = Path(__file__).parents[1] / "README.md"
@@ -61,6 +63,18 @@ def cost_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", caption])
 
 
+def accuracy_table(rows: list[dict[str, Any]]) -> str:
+    """In Markdown, one table a study of `eval.accuracy`."""
+    parts = []
+    for study, methods in scores(rows).items():
+        first = next(iter(methods.values()))
+        parts += [
+            f"{study.task} ({study.model}, {study.steps} steps of {study.batch_size} rows, {first.test_rows:,} to test):",
+            markdown_table(score_table(methods)),
+        ]
+    return "\n\n".join(parts)
+
+
 def insert(readme: str) -> str:
     """The README with its tables made anew from the rows that they name."""
     return PLACE.sub(lambda place: _block(place[1]), readme)
@@ -84,7 +98,12 @@ def _caption(rows: list[dict[str, Any]], run: dict[str, Any], files: dict[str, A
     )
 
 
-TABLES = {"quickstart": quickstart_table, "quickstart_sst2": quickstart_table, "cost": cost_table}
+TABLES = {
+    "quickstart": quickstart_table,
+    "quickstart_sst2": quickstart_table,
+    "cost": cost_table,
+    "accuracy": accuracy_table,
+}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import torch
 from torch.testing import assert_close
 
 import qrefta
-from qrefta.quantize import QuantFormat, dequantize, quantize
+from eval.splits import NF4, loftq
+from qrefta.quantize import QuantFormat, dequantize, quantize, rounded
 from qrefta.tensor import t_svd, t_svd_exact
 from tests.models import ARCHITECTURES, inputs, logits
 from tests.stacks import slices_of, transform_of
@@ -116,6 +117,18 @@ def test_an_adapted_product_is_the_same_on_both_devices(fmt, tokens, dtype):
     limit = 1e-3 if dtype == torch.float32 else 0.02  # TF32 may be on
     for on_cpu, on_gpu in zip(*found, strict=True):
         assert (on_gpu.cpu() - on_cpu).float().norm() <= limit * on_cpu.float().norm()
+
+
+@pytest.mark.parametrize("rounds", [1, 5])
+def test_loftq_is_that_of_peft(rounds):
+    """PEFT's runs on a GPU alone; the same quantized part and the same product of the pair."""
+    from peft.utils.loftq_utils import loftq_init
+
+    weight = torch.randn(128, 192, generator=torch.Generator().manual_seed(0))
+    quantized, down, up = loftq_init(weight, num_bits=4, reduced_rank=6, num_iter=rounds)
+    ours = loftq(weight, 6, rounds)
+    assert_close(ours.up @ ours.down, (up @ down).cpu(), rtol=1e-3, atol=1e-3)
+    assert (rounded(ours.rest, NF4) - quantized.cpu()).norm() <= 1e-3 * quantized.norm()
 
 
 def split_map(first, second):

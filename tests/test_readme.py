@@ -29,7 +29,7 @@ def test_all_python_blocks_run_in_order(tmp_path, monkeypatch):
 
 
 def test_tables_are_made_from_the_committed_rows():
-    assert README.count("<!-- table: ") == 3
+    assert README.count("<!-- table: ") == 4
     assert insert(README) == README
 
 
