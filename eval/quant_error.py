@@ -15,8 +15,9 @@ file already is not measured again.
 
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import cache, cached_property, partial
 from itertools import groupby, pairwise, product
 from math import ceil
@@ -80,7 +81,7 @@ def run(
     text: Annotated[Path | None, typer.Option(help="File of text; default: docstring sentences.")] = None,
     samples: Annotated[int, typer.Option(help="Texts that calibrate, and texts that measure.")] = 600,
     max_length: Annotated[int, typer.Option(help="Tokens a text is cut to.")] = 48,
-    processes: Annotated[int, typer.Option(help="Processes, of one CPU thread each.")] = os.cpu_count() or 1,
+    processes: Annotated[int, typer.Option(help="Processes; several have one CPU thread each.")] = os.cpu_count() or 1,
     again: Annotated[bool, typer.Option(help="Measure cells that have a row already.")] = False,
     rows: Annotated[Path, typer.Option(help="File of rows; new ones are added.")] = Path("quant_error.jsonl"),
 ) -> None:
@@ -103,12 +104,12 @@ def run(
     for stack, transform in product(stacks, transforms.split(",")):
         key = {"kind": "spectrum", "model": name, "stack": stack.name, "transform": transform}
         missing += [(stack.name, transform)] if find(known, key) is None else []
-    with TemporaryDirectory() as folder, ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        spectra = pool.map(partial(spectrum, name, source), missing)
+    with TemporaryDirectory() as folder, mapping(processes) as apply:
+        spectra = apply(partial(spectrum, name, source), missing)
         if jobs:
             for file, moments in zip(MOMENTS, gather(dense, source, stacks, text, samples, max_length), strict=True):
                 moments.save(Path(folder) / file)
-        for found in track(pool.map(partial(measure, source, folder), jobs), "Splitting", len(jobs), console=console):
+        for found in track(apply(partial(measure, source, folder), jobs), "Splitting", len(jobs), console=console):
             append(rows, [{"study": "quant_error", "n": samples} | row for row in found], seed=0)
         append(rows, [{"study": "quant_error"} | row for row in spectra], seed=0)
     for row in whole_model(read(rows)):
@@ -125,6 +126,17 @@ def run(
         console.print(f"{len(cells)} cells in {seconds:.0f} s")
     for series in rising(read(rows)):
         console.print(f"[bold]Rises with R:[/] {series}")
+
+
+@contextmanager
+def mapping(processes: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """A `map` over so many processes of one thread each, which begins at once; over this one where it is alone."""
+    if processes == 1:
+        yield map
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield pool.map
 
 
 def check(stacks: list[LayerStack], ranks: list[int], transforms: list[str], types: list[str]) -> None:
@@ -176,9 +188,8 @@ def cells_of(
 
 @cache
 def open_model(source: str) -> tuple[PreTrainedModel, dict[str, LayerStack]]:
-    """A process's model, and its stacks by name; on one thread."""
+    """A process's model, and its stacks by name."""
     quiet_libraries()
-    torch.set_num_threads(1)
     model = AutoModel.from_pretrained(source, dtype=torch.float32)
     return model, {stack.name: stack for stack in find_stacks(model)}
 

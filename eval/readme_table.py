@@ -69,7 +69,7 @@ def accuracy_table(rows: list[dict[str, Any]]) -> str:
     for study, methods in scores(rows).items():
         first = next(iter(methods.values()))
         parts += [
-            f"{study.task} ({study.model}, {study.steps} steps of {study.batch_size} rows, {first.test_rows:,} to test):",
+            f"{study.task}: {study.model}, {study.steps} steps of {study.batch_size} rows, {first.test_rows:,} to test",
             markdown_table(score_table(methods)),
         ]
     return "\n\n".join(parts)

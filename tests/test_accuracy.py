@@ -38,6 +38,13 @@ def task(source, model):
     return text_task(str(source), str(source), model, None, SIZES, 0)
 
 
+@pytest.fixture(autouse=True)
+def without_profiler(request, monkeypatch):
+    """The peak is measured where a test is about it: it takes longer than these runs."""
+    if "peak" not in request.node.name:
+        monkeypatch.setattr(accuracy, "peak_bytes", lambda trainer, task, cell: 1)
+
+
 def cell(method, kind="score", rate=1e-3, seed=0):
     return Cell(kind, "colors", "tiny", method, rate, seed, steps=3, batch_size=8, train_rows=64, max_length=12)
 
@@ -59,7 +66,6 @@ def test_every_method_trains_and_is_scored(task, method):
     assert 0 <= row["value"] <= 1
     assert row["head_parameters"] <= row["trained_parameters"]
     assert (row["head_parameters"] == row["trained_parameters"]) == (method == "head-only")
-    assert row["peak_bytes"] > 0
 
 
 def test_a_search_is_scored_on_rows_put_aside(task):
@@ -114,6 +120,8 @@ def test_measuring_the_peak_changes_no_weight(task, monkeypatch):
     monkeypatch.setattr(accuracy, "peak_bytes", peak)
     measure(cell("full"), task)
     assert found["same"]
+    parameters = sum(parameter.numel() for parameter in task.model(0).parameters())
+    assert found["bytes"] > 4 * 4 * parameters  # weights, gradients and two moments, float32
 
 
 def test_the_starts_of_quantized_peers_are_near_the_model(task):
@@ -140,16 +148,21 @@ def test_calibration_has_no_labels(task):
     assert sum(len(batch["input_ids"]) for batch in batches) == 64
 
 
-def test_rates_are_chosen_on_one_seed_and_run_on_others(source, model, tmp_path):
+def test_rates_are_chosen_on_one_seed_and_run_on_others(source, model, tmp_path, monkeypatch):
+    """The better of the validation rows on seed 0, method by method; the test rows have no say."""
+    best = {"head-only": 0.01, "lora r=2": 0.001}
+
+    def scored(cell, task):
+        good = (cell.learning_rate == best[cell.method]) == (cell.kind == "search")
+        return {"split": "", "metric": "accuracy", "value": 0.9 if good else 0.1, "loss": 1.0, "cpu_s": 0.0}
+
+    monkeypatch.setattr(accuracy, "measure", scored)
     file = tmp_path / "rows.jsonl"
     run(source, model, file)
-    rows = read(file)
-    for method in ("head-only", "lora r=2"):
-        tried = [row for row in rows if row["method"] == method and row["kind"] == "search"]
-        scored = [row for row in rows if row["method"] == method and row["kind"] == "score"]
-        assert [(row["learning_rate"], row["seed"]) for row in tried] == [(0.001, 0), (0.01, 0)]
-        best = max(tried, key=merit)["learning_rate"]
-        assert [(row["learning_rate"], row["seed"]) for row in scored] == [(best, 1), (best, 2)]
+    for method, rate in best.items():
+        rows = [row for row in read(file) if row["method"] == method]
+        assert [(row["kind"], row["learning_rate"], row["seed"]) for row in rows] == [
+            ("search", 0.001, 0), ("search", 0.01, 0), ("score", rate, 1), ("score", rate, 2)]  # fmt: skip
 
 
 def test_a_study_that_was_stopped_goes_on(source, model, tmp_path, monkeypatch):

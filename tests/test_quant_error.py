@@ -96,7 +96,7 @@ def test_nothing_is_measured_twice(folder, file, monkeypatch):
     lines = before.splitlines(keepends=True)
     part = file.with_name("part.jsonl")
     part.write_text("".join(line for line in lines if '"method": "loftq"' not in line))
-    study(folder, part)
+    study(folder, part, processes=2)
 
     def cells(path):
         return sorted(str([row.get(name) for name in ("kind", *Cell._fields)]) for row in read(path)
