@@ -64,6 +64,8 @@ class Cell(NamedTuple):
     steps: int
     batch_size: int
     train_rows: int
+    validation_rows: int
+    test_rows: int
     max_length: int
 
 
@@ -101,7 +103,8 @@ def run(
         study = Study(partial(load, name, find_data(name, data), model, header, sizes), rows, again)
         for method in names:
             fixed = {"task": name, "model": model or "all-MiniLM-L6-v2", "method": method, "steps": steps,
-                     "batch_size": batch_size, "train_rows": train_rows, "max_length": max_length}  # fmt: skip
+                     "batch_size": batch_size, "train_rows": train_rows, "validation_rows": validation_rows,
+                     "test_rows": test_rows, "max_length": max_length}  # fmt: skip
             tried = [study.row(Cell("search", learning_rate=rate, seed=SEARCH_SEED, **fixed)) for rate in grid]
             best = max(tried, key=merit)
             for seed in range(1, seeds + 1):

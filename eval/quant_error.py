@@ -63,6 +63,9 @@ console = Console()
 class Cell(NamedTuple):
     """What a row is found again by. `start` and `transform` are None but for refta; `rank` counts a stack's parts."""
 
+    text: str
+    samples: int
+    max_length: int
     model: str
     stack: str
     quant_type: str
@@ -97,8 +100,9 @@ def run(
     for format_row in map(gaussian_row, map(QuantFormat, types.split(","))):
         if find(known, {key: format_row[key] for key in ("kind", "quant_type", "block_size")}) is None:
             append(rows, [{"study": "quant_error"} | format_row], seed=0)
-    cells = [cell for cell in cells_of(name, stacks, numbers, transforms.split(","), types.split(","), peers.split(","))
-             if find(known, {"kind": "stack"} | cell._asdict()) is None]  # fmt: skip
+    first = Cell(str(text or "docstring sentences"), samples, max_length, name, "", "", "", None, None, 0)
+    every = cells_of(first, stacks, numbers, transforms.split(","), types.split(","), peers.split(","))
+    cells = [cell for cell in every if find(known, {"kind": "stack"} | cell._asdict()) is None]
     jobs = [list(job) for _, job in groupby(cells, lambda cell: cell.stack)]
     missing = []
     for stack, transform in product(stacks, transforms.split(",")):
@@ -110,7 +114,7 @@ def run(
             for file, moments in zip(MOMENTS, gather(dense, source, stacks, text, samples, max_length), strict=True):
                 moments.save(Path(folder) / file)
         for found in track(apply(partial(measure, source, folder), jobs), "Splitting", len(jobs), console=console):
-            append(rows, [{"study": "quant_error", "n": samples} | row for row in found], seed=0)
+            append(rows, [{"study": "quant_error"} | row for row in found], seed=0)
         append(rows, [{"study": "quant_error"} | row for row in spectra], seed=0)
     for row in whole_model(read(rows)):
         if find(known, {key: row[key] for key in ("kind", *Cell._fields)}) is None:
@@ -170,20 +174,20 @@ def gather(
 
 
 def cells_of(
-    model: str, stacks: list[LayerStack], ranks: list[int], transforms: list[str], types: list[str],
+    first: Cell, stacks: list[LayerStack], ranks: list[int], transforms: list[str], types: list[str],
     peers: list[str],
 ) -> Iterator[Cell]:  # fmt: skip
-    """Every cell of the study, a stack and format after the other, the largest stacks first."""
+    """Every cell of the study, a stack and format after the other, the largest stacks first; else as `first`."""
     largest_first = sorted(stacks, key=lambda stack: -stack.layers * stack.in_features * stack.out_features)
     for stack, quant_type in product(largest_first, types):
-        cell = partial(Cell, model, stack.name, quant_type)
+        cell = partial(first._replace, stack=stack.name, quant_type=quant_type)
         for rank in ranks:
             for transform, start in product(transforms if rank else transforms[:1], STARTS if rank else ["one shot"]):
                 if start != "calibrated" or (transform == PAPER and quant_type in peers):
-                    yield cell("refta", start, transform, rank)
+                    yield cell(method="refta", start=start, transform=transform, rank=rank)
             if rank and quant_type in peers:
                 others = ["pissa", "loftq", "qera", *(SMALL_BLOCKS if quant_type == "nf4" else [])]
-                yield from (cell(method, None, None, rank) for method in others)
+                yield from (cell(method=method, rank=rank) for method in others)
 
 
 @cache
@@ -362,7 +366,6 @@ def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
     numel = [torch.Size(row["shape"]).numel() for row in rows]
     bits = sum(row["bits_per_weight"] * size for row, size in zip(rows, numel, strict=True))
     return total | {
-        "n": rows[0]["n"],
         "ratio": total["residual_error"] / total["baseline_error"],
         "nuclear_reduction": 1 - total["nuclear_error"] / total["nuclear_baseline"] if nuclear else None,
         "output_ratio": total["output_error"] / total["output_baseline"],

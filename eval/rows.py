@@ -32,25 +32,46 @@ def context(seed: int) -> dict[str, Any]:
 
 
 def append(path: Path, rows: Iterable[dict[str, Any]], seed: int) -> None:
-    """Add rows to a file, each behind its context."""
+    """Add rows to a file, each behind its context; a last line that a killed run left unfinished makes room."""
     path.parent.mkdir(parents=True, exist_ok=True)
     shared = context(seed)
+    lines = [json.dumps(shared | row, ensure_ascii=False) + "\n" for row in rows]
+    if path.exists():
+        whole = _whole_lines(path)
+        if path.stat().st_size != len(whole.encode()):
+            path.write_text(whole, encoding="utf-8")
     with path.open("a", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(shared | row, ensure_ascii=False) + "\n")
+        file.write("".join(lines))
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All rows of a file.
+    """All rows of a file, but for a last line that a killed run left unfinished.
 
     Raises:
-        ValueError: if a row was written by another version of this schema.
+        ValueError: if a line is no row, or was written by another version of this schema.
     """
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    for number, row in enumerate(rows, start=1):
-        if row.get("schema") != SCHEMA:
-            raise ValueError(f"{path}, line {number}: schema {row.get('schema')!r}; this version reads {SCHEMA}.")
+    rows = []
+    for number, line in enumerate(_whole_lines(path).splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is no JSON ({error}); mend or delete it.") from error
+        if not isinstance(row, dict) or row.get("schema") != SCHEMA:
+            found = row.get("schema") if isinstance(row, dict) else row
+            raise ValueError(f"{path}, line {number}: schema {found!r}; this version reads {SCHEMA}.")
+        rows.append(row)
     return rows
+
+
+def _whole_lines(path: Path) -> str:
+    """The text up to its last line break; a last line without one counts if it is whole."""
+    text = path.read_text(encoding="utf-8")
+    end = text.rfind("\n") + 1
+    try:
+        json.loads(text[end:])
+    except json.JSONDecodeError:
+        return text[:end]
+    return text + "\n"
 
 
 def find(rows: list[dict[str, Any]], key: dict[str, Any]) -> dict[str, Any] | None:

@@ -46,7 +46,20 @@ def without_profiler(request, monkeypatch):
 
 
 def cell(method, kind="score", rate=1e-3, seed=0):
-    return Cell(kind, "colors", "tiny", method, rate, seed, steps=3, batch_size=8, train_rows=64, max_length=12)
+    return Cell(
+        kind,
+        "colors",
+        "tiny",
+        method,
+        rate,
+        seed,
+        steps=3,
+        batch_size=8,
+        train_rows=64,
+        validation_rows=16,
+        test_rows=24,
+        max_length=12,
+    )
 
 
 def run(source, model, rows, **options):

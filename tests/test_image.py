@@ -211,7 +211,21 @@ def test_drawing_a_head_leaves_the_global_generator_alone(task):
 @pytest.mark.parametrize("method", ["head-only", "full", "lora r=2", "refta R=4", "refta R=4 calibrated"])
 def test_methods_train_and_are_scored(task, method):
     row = measure(
-        Cell("score", "cifar10", "vit", method, 1e-3, 0, steps=3, batch_size=8, train_rows=64, max_length=64), task
+        Cell(
+            "score",
+            "cifar10",
+            "vit",
+            method,
+            1e-3,
+            0,
+            steps=3,
+            batch_size=8,
+            train_rows=64,
+            validation_rows=16,
+            test_rows=24,
+            max_length=64,
+        ),
+        task,
     )
     assert (row["split"], row["n"], row["metric"]) == ("test", 20, "accuracy")
     assert 0 <= row["value"] <= 1

@@ -53,7 +53,20 @@ def questions(tmp_path):
 
 
 def cell(method, rate=3e-2, steps=30):
-    return Cell("score", "own", "tiny", method, rate, 0, steps=steps, batch_size=8, train_rows=40, max_length=16)
+    return Cell(
+        "score",
+        "own",
+        "tiny",
+        method,
+        rate,
+        0,
+        steps=steps,
+        batch_size=8,
+        train_rows=40,
+        validation_rows=16,
+        test_rows=24,
+        max_length=16,
+    )
 
 
 def test_perplexity_is_the_exponential_of_the_mean_loss(folder, text):
