@@ -204,7 +204,7 @@ def score_scatter(methods: dict[str, Score], name: str, alt: str) -> Picture:
     """Scores with standard errors over adapter parameters; near ones side by side, head and full as lines."""
     scale = 100 if next(iter(methods.values())).metric == "accuracy" else 1
     metric = f"{next(iter(methods.values())).metric}{', %' if scale == 100 else ''}"
-    figure, axes = canvas(4.9, "adapter parameters (near ones side by side)", metric)
+    figure, axes = canvas(5.9, "adapter parameters (near ones side by side)", metric)
     axes.set_xscale("log")
     lines = [score for score in methods.values() if score.adapter == 0 or score.method == "full"]
     points = [score for score in methods.values() if score not in lines]
@@ -233,7 +233,7 @@ def score_scatter(methods: dict[str, Score], name: str, alt: str) -> Picture:
     axes.margins(x=0.12)
     axes.set_ylim(scale * low, scale * high)
     axes.xaxis.set_minor_locator(NullLocator())
-    add_legend(figure, axes)
+    add_legend(figure, axes, columns=1)
     return render(figure, name, alt)
 
 

@@ -266,7 +266,7 @@ def layers_title(rows: list[Row], rank: int) -> str:
     }
     low, high = min(cells, key=cells.__getitem__), max(cells, key=cells.__getitem__)
     above = sum(ratio >= 1 for ratio in cells.values())
-    words = f"{above} of {len(cells)} linears err more than whole" if above else "every linear errs less than whole"
+    words = f"{above} of {len(cells)} linears err no less than whole" if above else "every linear errs less than whole"
     return (
         f"At R = {rank} {words}: {cells[low]:.2f} of Q(W)'s error ({low[0]}, layer {low[1]}) to {cells[high]:.2f} "
         f"({high[0]}, layer {high[1]})"

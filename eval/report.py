@@ -87,7 +87,8 @@ def sections(files: dict[str, list[Row]]) -> list[Section]:
     for study, methods in scores.scores(files.get("accuracy", [])).items():
         found.append(score_section(study, methods))
     for model in distinct(pick(errors, kind="stack"), "model"):
-        found.append(depth_section(findings.shapes(pick(errors, model=model)), model))
+        scored = distinct(pick(files.get("accuracy", []), kind="score"), "model")
+        found.append(depth_section(findings.shapes(pick(errors, model=model)), model, scored))
     for setting, device in dict.fromkeys((row["setting"], row["device"]) for row in cost):
         found.append(cost_section(pick(cost, setting=setting, device=device)))
     return found
@@ -231,12 +232,17 @@ def score_section(study: scores.Study, methods: dict[str, scores.Score]) -> Sect
     return Section(title, text, [figures.score_scatter(methods, name, f"Scores by trained numbers. {title}")], tables)
 
 
-def depth_section(stacks: list[tuple[int, int, int]], model: str) -> Section:
-    """Trained numbers by depth; a formula, with the shapes of the rows."""
+def depth_section(stacks: list[tuple[int, int, int]], model: str, scored: list[str]) -> Section:
+    """Trained numbers by depth; a formula, with the shapes of the rows, and the models that scores are of."""
     title = findings.depth_title(stacks)
     text = (
         f"Counted for the stack shapes of {model}: a stack trains R (in + out) numbers however many layers share "
-        "them, LoRA r (in + out) in every layer."
+        "them, LoRA r (in + out) in every layer. This is a count: "
+        + (
+            f"scores were measured on {', '.join(scored)} and on no deeper model."
+            if scored
+            else "no score was measured."
+        )
     )
     picture = figures.depth_lines(stacks, LAYERS, f"depth-{slug(model)}", f"Trained numbers by depth. {title}")
     return Section(title, text, [picture], {"Trained numbers": findings.depth_table(stacks, LAYERS)})

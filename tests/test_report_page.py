@@ -254,7 +254,7 @@ def test_layers_are_shown_and_those_above_one_counted():
     assert "every linear errs less than whole" in findings.layers_title(rows, 48)
     worse = [row | {"layer_ratios": [1.5, *row["layer_ratios"][1:]]} for row in rows]
     title = findings.layers_title(worse, 48)
-    assert "4 of 24 linears err more than whole" in title
+    assert "4 of 24 linears err no less than whole" in title
     assert "1.50 (attention.self.query, layer 1)" in title
     assert findings.layer_rows([{key: row[key] for key in row if key != "layer_ratios"} for row in rows], 48) == []
 
