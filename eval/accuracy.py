@@ -18,7 +18,6 @@ import inspect
 import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from math import inf, isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, NamedTuple
@@ -36,7 +35,7 @@ from eval.language import choice_task, text_lm_task
 from eval.memory import tensor_peak
 from eval.rows import append, find, read
 from eval.splits import loftq, pissa
-from eval.task import METRICS, NAMED, HeaderOption, Named, Sizes, Task, find_data, in_order, text_task
+from eval.task import METRICS, NAMED, HeaderOption, Named, Sizes, Task, find_data, in_order, merit, text_task
 from qrefta.cli import guarded, quiet_libraries
 from qrefta.finetune import count_trained
 
@@ -109,13 +108,6 @@ def run(
             best = max(tried, key=merit)
             for seed in range(1, seeds + 1):
                 study.row(Cell("score", learning_rate=best["learning_rate"], seed=seed, **fixed))
-
-
-def merit(row: dict[str, Any]) -> tuple[float, float]:
-    """What the better of two learning rates has more of: the metric, then less loss; one that diverged has none."""
-    if not isfinite(row["loss"]):
-        return -inf, -inf
-    return row["value"] if METRICS[row["metric"]].more_is_better else -row["value"], -row["loss"]
 
 
 class Study:

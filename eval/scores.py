@@ -6,7 +6,7 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 from eval.findings import Row, Table, number, pick
-from eval.task import METRICS
+from eval.task import METRICS, merit
 
 MINUS = "\N{MINUS SIGN}"
 SIGMAS = 2  # a difference of scores counts from more than so many standard errors on
@@ -81,8 +81,13 @@ class Difference(NamedTuple):
         return "untold" if self.gain is not None and self.gain <= margin else "level"
 
     def __str__(self) -> str:
-        """For example: refta R=15 bits=16 less lora r=8: +0.1 ± 0.1 points (level; 0.31 times the trained numbers)."""
-        return f"{self.ours.method} less {self.theirs.method}: {self.amount} ({self.word}; {self.numbers})"
+        """For example: refta R=15 bits=16 less lora r=8: +0.1 ± 0.1 points (level; 0.31 times the trained numbers).
+
+        With the learning rates that were chosen, where they differ.
+        """
+        rates = self.ours.learning_rate, self.theirs.learning_rate
+        chosen = f"; learning rates {rates[0]:g} and {rates[1]:g}" if rates[0] != rates[1] else ""
+        return f"{self.ours.method} less {self.theirs.method}: {self.amount} ({self.word}; {self.numbers}{chosen})"
 
     @property
     def numbers(self) -> str:
@@ -105,15 +110,23 @@ def standard_error(values: list[float]) -> float | None:
 
 
 def scores(rows: list[Row]) -> dict[Study, dict[str, Score]]:
-    """Every method that was scored, by study; of a seed measured again the last row counts."""
+    """Every method that was scored, by study, at the learning rate that its search has chosen.
+
+    Of a seed measured again the last row counts; rows at other rates, of a search over fewer of them, do not.
+    """
+    tried: dict[tuple[Study, str], list[Row]] = defaultdict(list)
+    for row in pick(rows, kind="search"):
+        tried[study(row), row["method"]].append(row)
     found: dict[Study, dict[str, dict[int, Row]]] = defaultdict(lambda: defaultdict(dict))
     for row in pick(rows, kind="score"):
-        found[study(row)][row["method"]][row["seed"]] = row
-    tried = defaultdict(set)
-    for row in pick(rows, kind="search"):
-        tried[study(row), row["method"]].add(row["learning_rate"])
+        searched = tried[study(row), row["method"]]
+        if not searched or max(searched, key=merit)["learning_rate"] == row["learning_rate"]:
+            found[study(row)][row["method"]][row["seed"]] = row
     return {
-        one: {method: _score(list(by_seed.values()), tried[one, method]) for method, by_seed in methods.items()}
+        one: {
+            method: _score(list(by_seed.values()), {row["learning_rate"] for row in tried[one, method]})
+            for method, by_seed in methods.items()
+        }
         for one, methods in found.items()
     }
 

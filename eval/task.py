@@ -8,6 +8,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
+from math import inf, isfinite
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -229,6 +230,13 @@ METRICS = {
     "matthews": Metric(matthews),
     "perplexity": Metric(perplexity, more_is_better=False, of_loss=True),
 }
+
+
+def merit(row: dict[str, Any]) -> tuple[float, float]:
+    """What the better of two learning rates has more of: the metric, then less loss; one that diverged has none."""
+    if not isfinite(row["loss"]):
+        return -inf, -inf
+    return row["value"] if METRICS[row["metric"]].more_is_better else -row["value"], -row["loss"]
 
 
 def _classes(prediction: PredictionOutput) -> np.ndarray:

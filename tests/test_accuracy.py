@@ -10,9 +10,9 @@ from torch.testing import assert_close
 from transformers.trainer_utils import PredictionOutput
 
 from eval import accuracy
-from eval.accuracy import CORE, Cell, Study, build, calibration, measure, merit, parse
+from eval.accuracy import CORE, Cell, Study, build, calibration, measure, parse
 from eval.rows import SCHEMA, read
-from eval.task import METRICS, NAMED, Sizes, balanced, find_data, in_order, text_task
+from eval.task import METRICS, NAMED, Sizes, balanced, find_data, in_order, merit, text_task
 from tests.tiny import color_rows, tiny_folder
 
 SIZES = Sizes(train=64, validation=16, test=24, length=12)
