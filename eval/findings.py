@@ -219,17 +219,17 @@ def bytes_title(rows: list[Row]) -> str:
 
 
 def bytes_table(rows: list[Row]) -> Table:
-    """Bits a weight, both errors, the nuclear norm's reduction and seconds, of rows of kind model."""
+    """Bits a weight, both errors, the nuclear norm's reduction, of rows of kind model."""
     lines = [
         [
             FORMATS[row["quant_type"]], series(row).label, str(row["rank"] or "-"),
             number(row["bits_per_weight"], ".2f"), number(row["ratio"]), number(row["output_ratio"]),
-            number(row["nuclear_reduction"]), number(row["seconds"], ".1f"),
+            number(row["nuclear_reduction"]),
         ]
         for row in rows
     ]  # fmt: skip
     header = ["format", "method", "R", "bits a weight", "weight error", "output error",
-              "nuclear norm, less by", "seconds"]  # fmt: skip
+              "nuclear norm, less by"]  # fmt: skip
     return Table(header, lines)
 
 

@@ -5,7 +5,7 @@ For every stack of a model and the model as a whole: ||W - What||_F^2 relative t
 
 - refta: one shot (the paper's), refined, and calibrated on other texts than those that measure;
 - pissa, loftq: layer by layer, with as many high-precision parameters;
-- qera: W quantized whole, its error corrected under the inputs' metric by as many;
+- qera: likewise, W quantized whole and its error corrected under the inputs' metric;
 - smaller block: NF4 with nothing trained, and blocks so small that it takes the same bits; scales of 32 or 8 bits.
 
 Also ||W - What||_* (the nuclear norm, which the PiSSA paper reports), the stacks' tensor singular values, and each
@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache, cached_property, partial
 from itertools import groupby, pairwise, product
 from math import ceil
@@ -41,7 +42,7 @@ from qrefta.cli import guarded, quiet_libraries
 from qrefta.config import QReftaConfig
 from qrefta.data import read_calibration
 from qrefta.factors import Fit
-from qrefta.moments import Moments, gather_moments, load_moments, output_error, shared_metric
+from qrefta.moments import Metric, Moments, gather_moments, load_moments, output_error, shared_metric
 from qrefta.quantize import QUANT_TYPES, QuantFormat, rounded
 from qrefta.split import one_shot, split_stack, tensor_values
 from qrefta.stack import LayerStack, Weights, find_stacks, model_weights
@@ -55,8 +56,7 @@ SMALL_BLOCKS = {"smaller block": 32, "smaller block, 8-bit scales": 8}  # bits o
 LOFTQ_ROUNDS = 5
 BATCH = 32  # texts at a time
 MOMENTS = ("calibration", "test")
-SUMMED = ("baseline_error", "residual_error", "nuclear_baseline", "nuclear_error", "output_baseline", "output_error",
-          "seconds")  # fmt: skip
+SUMMED = ("baseline_error", "residual_error", "nuclear_baseline", "nuclear_error", "output_baseline", "output_error")
 console = Console()
 
 
@@ -96,7 +96,7 @@ def run(
     dense = AutoModel.from_pretrained(source, dtype=torch.float32)
     stacks = find_stacks(dense)
     numbers = [int(rank) for rank in ranks.split(",")]
-    check(stacks, numbers, transforms.split(","), types.split(","))
+    check(stacks, numbers, transforms.split(","), types.split(","), peers.split(","))
     for format_row in map(gaussian_row, map(QuantFormat, types.split(","))):
         if find(known, {key: format_row[key] for key in ("kind", "quant_type", "block_size")}) is None:
             append(rows, [{"study": "quant_error"} | format_row], seed=0)
@@ -143,7 +143,9 @@ def mapping(processes: int) -> Iterator[Callable[..., Iterator[Any]]]:
         yield pool.map
 
 
-def check(stacks: list[LayerStack], ranks: list[int], transforms: list[str], types: list[str]) -> None:
+def check(
+    stacks: list[LayerStack], ranks: list[int], transforms: list[str], types: list[str], peers: list[str]
+) -> None:
     """Refuse what cannot be measured before anything is.
 
     Raises:
@@ -153,7 +155,7 @@ def check(stacks: list[LayerStack], ranks: list[int], transforms: list[str], typ
     limit = smallest.layers * min(smallest.out_features, smallest.in_features)
     if not all(0 <= rank <= limit for rank in ranks):
         raise ValueError(f"ranks are {ranks}; {smallest.name} allows 0 to {limit}")
-    for given, allowed in ((transforms, TRANSFORMS), (types, QUANT_TYPES)):
+    for given, allowed in ((transforms, TRANSFORMS), (types, QUANT_TYPES), (peers, QUANT_TYPES)):
         if not set(given) <= set(allowed):
             raise ValueError(f"{', '.join(given)}: allowed are {', '.join(allowed)}")
 
@@ -205,8 +207,7 @@ def measure(source: str, folder: str, cells: list[Cell]) -> list[dict[str, Any]]
     stack, fits, rows = stacks[cells[0].stack], {}, []
     for quant_type, group in groupby(cells, lambda cell: cell.quant_type):
         job, weights = list(group), model_weights(model, stack)
-        ranks = sorted({cell.rank for cell in job if cell.method == "qera"})
-        study = StackErrors(stack, weights, QuantFormat(quant_type), calibration, test, ranks, fits)
+        study = StackErrors(stack, weights, QuantFormat(quant_type), calibration, test, fits)
         rows += [{"kind": "stack"} | cell._asdict() | study.row(cell) for cell in job]
     return rows
 
@@ -226,13 +227,12 @@ class StackErrors:
     Args:
         stack, weights, fmt: what is quantized, and how.
         calibration, test: second moments of the inputs.
-        corrections: ranks that QERA corrects with.
         fits: of whole weights, which all formats of the stack start from.
     """
 
     def __init__(
         self, stack: LayerStack, weights: Weights, fmt: QuantFormat, calibration: Moments, test: Moments,
-        corrections: list[int], fits: dict[tuple[Any, ...], Fit],
+        fits: dict[tuple[Any, ...], Fit],
     ) -> None:  # fmt: skip
         self.weights, self.fmt = weights, fmt
         self.layers = [weights.layer(index) for index in range(weights.shape[0])]
@@ -240,18 +240,17 @@ class StackErrors:
         self.metric = shared_metric(calibration, stack)
         self.whole = torch.stack([weight - rounded(weight, fmt) for weight in self.layers])
         self.baseline = self.sums(self.whole)
-        self.corrections, self.fits = corrections, fits
+        self.stack, self.calibration, self.fits = stack, calibration, fits
 
     @cached_property
-    def corrected(self) -> dict[int, Tensor]:
-        """What QERA's correction of every rank leaves."""
-        return dict(zip(self.corrections, qera(self.whole, self.corrections, self.metric), strict=True))
+    def metrics(self) -> list[Metric]:
+        """Of every layer's own inputs."""
+        alone = [replace(self.stack, modules=(path,)) for path in self.stack.modules]
+        return [shared_metric(self.calibration, layer) for layer in alone]
 
     def row(self, cell: Cell) -> dict[str, Any]:
         """What a method leaves, relative to quantizing whole weights, and what it takes."""
-        start = perf_counter()
         errors, factor_bytes, refine = self.errors(cell)
-        seconds = perf_counter() - start
         nuclear = cell.method in ("pissa", "loftq") or (cell.transform == PAPER and cell.quant_type == "nf4")
         found, baseline = self.sums(errors, nuclear), self.baseline
         numel = self.whole.numel()
@@ -273,7 +272,6 @@ class StackErrors:
             "output_error": found.output,
             "output_ratio": found.output / baseline.output,
             "bits_per_weight": bits,
-            "seconds": seconds,
         }
 
     def errors(self, cell: Cell) -> tuple[Tensor, int, int]:
@@ -284,15 +282,15 @@ class StackErrors:
             return self.whole, 0, 0
         if cell.method == "refta":
             return self.refta(cell)
-        if cell.method == "qera":
-            return self.corrected[cell.rank], pair_bytes, 0
         if cell.method in SMALL_BLOCKS:
             block, scale_bits = self.small_block(cell), SMALL_BLOCKS[cell.method]
             return torch.stack([w - small_block(w, block, scale_bits) for w in self.layers]), 0, 0
+        ranks = [cell.rank // layers + (index < cell.rank % layers) for index in range(layers)]
+        if cell.method == "qera":
+            return torch.stack(list(map(qera, self.whole, ranks, self.metrics))), pair_bytes, 0
         split = partial(loftq, rounds=LOFTQ_ROUNDS, fmt=self.fmt) if cell.method == "loftq" else pissa
         errors = []
-        for index, weight in enumerate(self.layers):
-            rank = cell.rank // layers + (index < cell.rank % layers)
+        for weight, rank in zip(self.layers, ranks, strict=True):
             up, down, rest = split(weight, rank)
             errors.append(weight - rounded(rest, self.fmt) - up @ down)
         return torch.stack(errors), pair_bytes, LOFTQ_ROUNDS if cell.method == "loftq" else 0

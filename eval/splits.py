@@ -8,7 +8,6 @@ from torch import Tensor
 
 from qrefta.moments import Metric
 from qrefta.quantize import QuantFormat, rounded
-from qrefta.tensor import Slices, mix, t_svd_exact, transform_matrix
 
 NF4 = QuantFormat("nf4")
 SCALE_BLOCK = 256  # scales that share a second-level scale, as in QLoRA
@@ -58,32 +57,22 @@ def top(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if matrix.shape[0] < matrix.shape[1]:
         up, down = top(matrix.mT, rank)
         return down.mT, up.mT
-    right = torch.linalg.eigh((matrix.mT @ matrix).double()).eigenvectors.flip(1)[:, :rank].to(matrix)
+    right = torch.linalg.eigh(matrix.double().mT @ matrix.double()).eigenvectors.flip(1)[:, :rank].to(matrix)
     scaled = matrix @ right
     roots = scaled.norm(dim=0).sqrt()
     return scaled / roots.clamp(min=1e-30), (right * roots).mT
 
 
-def qera(errors: Tensor, ranks: list[int], metric: Metric) -> list[Tensor]:
-    """What is left of a stack of quantization errors after the best rank-R correction under the inputs' metric.
-
-    QERA's idea (Zhang et al. 2024) for a stack: W is quantized whole, and the t-SVD (lsm3) of its error is added back.
+def qera(error: Tensor, rank: int, metric: Metric) -> Tensor:
+    """What is left of a quantization error after its best low-rank correction (Zhang et al. 2024, QERA-exact).
 
     Args:
-        errors: W - dequant(quantize(W)), (layers, out, in).
-        ranks: components over all layers together; one result each.
-        metric: shared by the layers.
+        error: W - dequant(quantize(W)), (out, in).
+        rank: of the correction.
+        metric: of the linear's own inputs; the correction is best for the outputs.
     """
-    rows = slice(0, errors.shape[1])
-    transform = transform_matrix(lambda: [(rows, errors)], len(errors), "lsm3")
-    mixed = mix(errors, transform.to(errors))
-    found = t_svd_exact(Slices(lambda: [(rows, mixed)], tuple(errors.shape), errors.device, metric), max(ranks))
-    left = []
-    for rank in ranks:
-        up, down = found.left[:, :rank] * found.values[:rank], found.right[:rank]
-        corrections = [(up * u[found.slices[:rank]]) @ down for u in transform.to(up)]
-        left.append(errors - torch.stack(corrections).to(errors))
-    return left
+    up, down = top(metric.apply(error.mT).mT, rank)
+    return error - up @ metric.apply_inverse(down.mT).mT
 
 
 def small_block(weight: Tensor, block: int, scale_bits: int) -> Tensor:
