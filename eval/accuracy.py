@@ -14,7 +14,6 @@ Methods are words: a name, then options.
                        quant_type=int4 refine=0), and `calibrated`
 """
 
-import inspect
 import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -71,19 +70,19 @@ class Cell(NamedTuple):
 def run(
     task: Annotated[list[str], typer.Option(help=f"{', '.join(NAMED)}, or a hub name, folder or file.")],
     methods: Annotated[str, typer.Option(help="Methods, with commas (see above).")] = ",".join(CORE),
-    seeds: Annotated[int, typer.Option(help="Seeds 1 .. n that score, of head, rows and batch order.")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 1 .. n that score, of head, rows and batch order.")] = 5,
     model: Annotated[str | None, typer.Option(help="Hub name or folder; default: the embedded MiniLM.")] = None,
     kind: Annotated[str | None, typer.Option(help=f"Of a task of your own: {', '.join(KINDS)}; default: text.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of data; default: $QREFTA_DATA.")] = None,
     header: HeaderOption = None,
     learning_rates: Annotated[str, typer.Option(help="The grid, with commas.")] = GRID,
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 64,
-    batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 32,
-    train_rows: Annotated[int, typer.Option(help="Rows to train on, at most.")] = 2000,
-    validation_rows: Annotated[int, typer.Option(help="Training rows put aside to choose a learning rate.")] = 500,
-    test_rows: Annotated[int, typer.Option(help="Rows to test on, at most.")] = 2000,
-    max_length: Annotated[int, typer.Option(help="Tokens a row is cut to.")] = 64,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 32,
+    train_rows: Annotated[int, typer.Option(min=1, help="Rows to train on, at most.")] = 2000,
+    validation_rows: Annotated[int, typer.Option(min=1, help="Training rows that choose a learning rate.")] = 500,
+    test_rows: Annotated[int, typer.Option(min=1, help="Rows to test on, at most.")] = 2000,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens a row is cut to.")] = 64,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     again: Annotated[bool, typer.Option(help="Run cells that have a row already.")] = False,
     rows: Annotated[Path, typer.Option(help="File of rows; new ones are added.")] = Path("accuracy.jsonl"),
 ) -> None:
@@ -97,9 +96,10 @@ def run(
     for name in names:
         parse(name)
     sizes = Sizes(train_rows, validation_rows, test_rows, max_length)
-    for name in task:
+    sources = {name: find_data(name, data) for name in task}
+    for name, source in sources.items():
         load = KINDS[kind or NAMED.get(name, Named()).kind]
-        study = Study(partial(load, name, find_data(name, data), model, header, sizes), rows, again)
+        study = Study(partial(load, name, source, model, header, sizes), rows, again)
         for method in names:
             fixed = {"task": name, "model": model or "all-MiniLM-L6-v2", "method": method, "steps": steps,
                      "batch_size": batch_size, "train_rows": train_rows, "validation_rows": validation_rows,
@@ -196,28 +196,32 @@ def parse(method: str) -> tuple[str, dict[str, Any]]:
     """A method's name and options.
 
     Raises:
-        ValueError: if there is no such method, or it lacks or does not know an option.
+        ValueError: if there is no such method, or it lacks an option, or has one that it does not know.
     """
-    name, *words = method.split()
-    pairs = dict(word.partition("=")[::2] for word in words)
-    options = {key: int(value) if value.lstrip("-").isdigit() else value or True for key, value in pairs.items()}
+    name, *words = method.split() or [""]
+    options = {key: _value(text) if sign else True for key, sign, text in (word.partition("=") for word in words)}
     if name in PEERS:
         allowed = {"r"} if PEERS[name] else set()
-        if set(options) != allowed or not all(isinstance(value, int) and value > 0 for value in options.values()):
+        if set(options) != allowed or not all(type(value) is int and value > 0 for value in options.values()):
             raise ValueError(f"{method!r}: {name} takes {'r=8, say' if allowed else 'no options'}.")
     elif name == "refta":
-        known = {"R", "calibrated", *inspect.signature(qrefta.prepare).parameters} - {
-            "model",
-            "rank",
-            "modules_to_save",
-        }
-        if "R" not in options or not set(options) <= known:
-            raise ValueError(f"{method!r}: refta takes R=48, say, and any of {', '.join(sorted(known))}.")
+        unclear = [key for key, value in options.items() if value == "" or (value is True and key not in FLAGS)]
+        if type(options.get("R")) is not int or unclear or not set(options) <= OPTIONS:
+            raise ValueError(
+                f"{method!r}: refta takes R=48, say, and any of {', '.join(sorted(OPTIONS - {'R'}))}, "
+                f"each with a value but for {' and '.join(FLAGS)}."
+            )
     else:
         raise ValueError(f"There is no method {name!r}; there are {', '.join([*PEERS, 'refta'])}.")
     return name, options
 
 
+def _value(text: str) -> int | bool | str:
+    return int(text) if text.isdigit() else {"true": True, "false": False}.get(text.lower(), text)
+
+
+FLAGS = ("calibrated", "double_quant")
+OPTIONS = {"R", "bits", "transform", "quant_type", "block_size", "double_quant", "refine", "factor_dtype", "calibrated"}
 PEERS = {"head-only": False, "full": False, "lora": True, "pissa": True, "vera": True, "qlora": True, "qpissa": True,
          "loftq": True}  # fmt: skip
 

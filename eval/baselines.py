@@ -11,7 +11,8 @@ from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from eval.splits import LowRank
+from eval.splits import NF4, LowRank
+from qrefta.build import task_head
 from qrefta.stack import find_stacks, replace_module
 
 
@@ -70,9 +71,18 @@ def qlora(
 
 
 def quantize_linears(model: PreTrainedModel, double_quant: bool = False) -> None:
-    """Put bitsandbytes' own linears into the blocks, as transformers makes them for QLoRA in NF4."""
+    """Put bitsandbytes' own linears into the blocks, as transformers makes them for QLoRA in NF4.
+
+    Raises:
+        ValueError: for widths that bitsandbytes' CPU kernel reads wrongly: rows that end within a block of 64.
+    """
     for path in linears(model):
         old = model.get_submodule(path)
+        if old.weight.device.type == "cpu" and old.in_features % NF4.block_size:
+            raise ValueError(
+                f"{path} is {old.in_features} wide; on a CPU bitsandbytes' Linear4bit is right for multiples of "
+                f"{NF4.block_size} alone. Measure quantized peers of this model on a GPU."
+            )
         new = bnb.nn.Linear4bit(
             old.in_features, old.out_features, bias=old.bias is not None, compute_dtype=old.weight.dtype,
             quant_type="nf4", compress_statistics=double_quant,
@@ -85,5 +95,5 @@ def quantize_linears(model: PreTrainedModel, double_quant: bool = False) -> None
 
 
 def _heads(model: PreTrainedModel, heads: Sequence[str]) -> list[str] | None:
-    """Modules that train whole: those named in the base model, and a classifier behind it."""
-    return [*heads, *(name for name in ("classifier", "score") if hasattr(model, name))] or None
+    """Modules that train whole: those named in the base model, and the task's head, as qrefta finds it."""
+    return [*heads, *task_head(model)] or None

@@ -144,6 +144,8 @@ def _questions(file: Path) -> Dataset:
     if not file.is_file():
         raise ValueError(f"There is no file {file}: a JSON list of {{instruction, output, answer}}.")
     rows = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{file} is no JSON list of {{instruction, output, answer}} with rows.")
     for number, row in enumerate(rows):
         missing = {"instruction", "output", "answer"} - row.keys()
         if missing or "Answer format: " not in row["instruction"]:

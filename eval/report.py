@@ -4,6 +4,7 @@ Titles, tables and verdicts are computed from the rows: other rows, other findin
 """
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -12,8 +13,10 @@ import typer
 from eval import figures, findings, scores
 from eval.findings import FORMATS, Row, distinct, pick
 from eval.pages import Report, Section, markdown, page
+from eval.quant_error import Cell
 from eval.rows import read
 from eval.verdicts import verdicts
+from qrefta.cli import guarded
 
 ROWS = Path(__file__).parent / "rows"
 MAKES = {
@@ -22,11 +25,12 @@ MAKES = {
     "cost": "python -m eval.cost --rows eval/rows/cost.jsonl",
 }
 NEEDED = {
-    "stack": ("model", "method", "start"),
-    "model": ("model", "method", "start"),
-    "score": ("task", "metric"),
+    "stack": ("model", "method", "start", "text"),
+    "model": ("model", "method", "start", "text"),
+    "score": ("task", "metric", "test_rows"),
     "step": ("setting", "of_floor"),
 }  # fields that older rows of a kind lack
+SETTING = ("text", "samples", "max_length")  # of errors that may be compared
 LAYERS = [1, 2, 4, 6, 12, 24, 48, 96]
 
 
@@ -75,7 +79,26 @@ def read_all(folder: Path) -> dict[str, list[Row]]:
                     f"{', '.join(field for field in needed if field not in row)}, written by an older version; it "
                     f"needs {', '.join(needed)}. Measure again: {MAKES[name]}."
                 )
+    if "quant_error" in files:
+        files["quant_error"] = one_setting(files["quant_error"], folder / "quant_error.jsonl")
     return files
+
+
+def one_setting(rows: list[Row], path: Path) -> list[Row]:
+    """Rows of errors, of a cell that was measured again the last.
+
+    Raises:
+        ValueError: if a model was measured on several texts, or several samples of one.
+    """
+    for model in distinct(pick(rows, kind=("stack", "model")), "model"):
+        settings = {tuple(row[name] for name in SETTING) for row in pick(rows, kind=("stack", "model"), model=model)}
+        if len(settings) > 1:
+            raise ValueError(
+                f"{path}: {model} was measured with several settings: {sorted(settings)} ({', '.join(SETTING)}); keep "
+                "the rows of one in this file."
+            )
+    fields = ("kind", *Cell._fields)
+    return list({tuple(row.get(name) for name in fields): row for row in rows}.values())
 
 
 def sections(files: dict[str, list[Row]]) -> list[Section]:
@@ -98,14 +121,14 @@ def error_sections(rows: list[Row], name: str) -> list[Section]:
     """What was measured of one model's weights and outputs."""
     whole, stacks, spectra = (pick(rows, kind=kind) for kind in ("model", "stack", "spectrum"))
     found = []
-    if whole:
+    if pick(whole, method="refta") and any(row["rank"] for row in pick(whole, method="refta")):
         found += [
             curve_section(whole, "ratio", "weight error", f"weight-error-{name}"),
             curve_section(whole, "output_ratio", "output error", f"output-error-{name}"),
             transform_section(whole, name),
             bytes_section(whole, name),
         ]
-    if stacks:
+    if any(row["rank"] for row in pick(stacks, method="refta", transform=findings.PAPER)):
         found += [stacks_section(stacks, name), layers_section(stacks, name)]
     if spectra:
         found.append(spectrum_section(spectra, name))
@@ -277,4 +300,4 @@ def slug(text: str) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(run)
+    guarded(partial(typer.run, run))

@@ -35,13 +35,15 @@ def append(path: Path, rows: Iterable[dict[str, Any]], seed: int) -> None:
     """Add rows to a file, each behind its context; a last line that a killed run left unfinished makes room."""
     path.parent.mkdir(parents=True, exist_ok=True)
     shared = context(seed)
-    lines = [json.dumps(shared | row, ensure_ascii=False) + "\n" for row in rows]
-    if path.exists():
-        whole = _whole_lines(path)
-        if path.stat().st_size != len(whole.encode()):
-            path.write_text(whole, encoding="utf-8")
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(lines))
+    lines = "".join(json.dumps(shared | row, ensure_ascii=False) + "\n" for row in rows)
+    with path.open("ab+") as file:
+        file.seek(0)
+        data = file.read()
+        if len(data) > _whole(data):
+            file.truncate(_whole(data))
+        elif data and not data.endswith(b"\n"):
+            lines = "\n" + lines
+        file.write(lines.encode())
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -51,10 +53,11 @@ def read(path: Path) -> list[dict[str, Any]]:
         ValueError: if a line is no row, or was written by another version of this schema.
     """
     rows = []
-    for number, line in enumerate(_whole_lines(path).splitlines(), start=1):
+    data = path.read_bytes()
+    for number, line in enumerate(data[: _whole(data)].removesuffix(b"\n").split(b"\n") if data else [], start=1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # also of bytes that are no UTF-8
             raise ValueError(f"{path}, line {number} is no JSON ({error}); mend or delete it.") from error
         if not isinstance(row, dict) or row.get("schema") != SCHEMA:
             found = row.get("schema") if isinstance(row, dict) else row
@@ -63,15 +66,14 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _whole_lines(path: Path) -> str:
-    """The text up to its last line break; a last line without one counts if it is whole."""
-    text = path.read_text(encoding="utf-8")
-    end = text.rfind("\n") + 1
+def _whole(data: bytes) -> int:
+    """Bytes up to the last line break; all, where what follows is a whole line too."""
+    end = data.rfind(b"\n") + 1
     try:
-        json.loads(text[end:])
-    except json.JSONDecodeError:
-        return text[:end]
-    return text + "\n"
+        json.loads(data[end:])
+    except ValueError:
+        return end
+    return len(data)
 
 
 def find(rows: list[dict[str, Any]], key: dict[str, Any]) -> dict[str, Any] | None:

@@ -1,15 +1,17 @@
 """What rows of `eval.accuracy` say: a method's score over seeds, and differences of two methods seed by seed."""
 
 from collections import defaultdict
-from math import isfinite
+from math import inf, isfinite
 from statistics import mean, stdev
 from typing import NamedTuple
+
+from scipy.stats import t
 
 from eval.findings import Row, Table, number, pick
 from eval.task import METRICS, merit
 
 MINUS = "\N{MINUS SIGN}"
-SIGMAS = 2  # a difference of scores counts from more than so many standard errors on
+CONFIDENCE = 0.95  # a difference of scores counts where zero lies outside its interval, by Student's t
 
 
 class Study(NamedTuple):
@@ -20,6 +22,8 @@ class Study(NamedTuple):
     steps: int
     batch_size: int
     train_rows: int
+    validation_rows: int
+    test_rows: int
     max_length: int
 
 
@@ -75,7 +79,7 @@ class Difference(NamedTuple):
         """better, worse or level; or untold: one seed, a run that diverged, or noise as wide as what adapting gains."""
         if self.standard_error is None or not isfinite(self.standard_error):
             return "untold"
-        margin = SIGMAS * self.standard_error
+        margin = t.ppf((1 + CONFIDENCE) / 2, self.seeds - 1) * self.standard_error
         if abs(self.mean) > margin:
             return "better" if self.mean > 0 else "worse"
         return "untold" if self.gain is not None and self.gain <= margin else "level"
@@ -105,7 +109,9 @@ class Difference(NamedTuple):
 
 
 def standard_error(values: list[float]) -> float | None:
-    """Of the mean; None for fewer than two values."""
+    """Of the mean; None for fewer than two values, infinite where a run diverged."""
+    if not all(map(isfinite, values)):
+        return inf
     return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
@@ -159,7 +165,8 @@ def difference(ours: Score, theirs: Score, head: Score | None) -> Difference | N
     if not seeds:
         return None
     values = [sign * (ours.values[seed] - theirs.values[seed]) for seed in seeds]
-    gain = None if head is None else sign * (theirs.mean - head.mean)
+    common = [] if head is None else [seed for seed in seeds if seed in head.values]
+    gain = mean(sign * (theirs.values[seed] - head.values[seed]) for seed in common) if common else None
     return Difference(ours, theirs, mean(values), standard_error(values), len(seeds), gain)
 
 

@@ -101,10 +101,13 @@ class Task(NamedTuple):
 
 
 def load_task(dataset: str | None, header: list[str] | None, seed: int, train_rows: int, test_rows: int) -> DatasetDict:
-    """At most so many rows to train and to test on, drawn with `seed`; docstring sentences where no data are named."""
+    """At most so many rows to train and to test on, drawn with `seed`; docstring sentences where no data are named.
+
+    Data without a test split are split alike for every seed: what tests never trains.
+    """
     if dataset is None:
         return docstring_sentences(train_size=train_rows, test_size=test_rows)
-    data = load_classification(dataset, header=header, seed=seed)
+    data = load_classification(dataset, header=header)
     limits = {"train": train_rows, "test": test_rows}
     return DatasetDict(
         {name: part.shuffle(seed).select(range(min(limits[name], len(part)))) for name, part in data.items()}
@@ -181,7 +184,8 @@ def by_length(rows: Dataset) -> Dataset:
 def in_order(rows: Dataset, steps: int, batch_size: int, seed: int) -> Dataset:
     """The rows of `steps` batches, one behind the other, as every method will see them.
 
-    Each epoch is shuffled; in runs of 25 batches rows of like length share a batch, and the batches are shuffled.
+    Each epoch is shuffled; in runs of 25 batches rows of like length share a batch, and the batches are shuffled. What
+    fills no whole batch of its run, the longest rows, is left out.
     """
     generator = random.Random(seed)
     lengths = [len(ids) for ids in rows["input_ids"]] if "input_ids" in rows.column_names else [0] * len(rows)

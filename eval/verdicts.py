@@ -16,18 +16,18 @@ from eval.findings import (
     pick,
     transforms_duel,
 )
-from eval.scores import SIGMAS, Difference, Score, Study, differences, scores
+from eval.scores import CONFIDENCE, Difference, Score, Study, differences, scores
 
 HOLDS, IN_PART, FAILS, UNTOLD = "holds", "holds in part", "does not hold", "cannot be told here"
 NAMED = 4  # exceptions that are named
 CELL = ("model", "stack", "quant_type", "transform", "rank")
 
 THRESHOLDS = (
-    f"Errors within {TIE:.0%} of each other count as level, step times within "
-    f"{TIMING:.0%} as equal. A difference of scores is paired over seeds and counts from more than {SIGMAS} "
-    f"standard errors on; where {SIGMAS} standard errors are as wide as what the rival gains over the head alone, the "
-    "task cannot tell (untold). A claim holds where no cell speaks against it, does not hold where none speaks for it, "
-    "and holds in part between. That a method is level says that these seeds show no loss, not that there is none."
+    f"Errors within {TIE:.0%} of each other count as level, step times within {TIMING:.0%} as equal. A difference of "
+    f"scores is paired over seeds and counts where its {CONFIDENCE:.0%} interval (Student's t) leaves out zero; where "
+    "half the interval is as wide as what the rival gains over the head alone, the task cannot tell (untold). A claim "
+    "holds where no cell speaks against it, does not hold where none speaks for it, and holds in part between. That a "
+    "method is level says that these seeds show no loss, not that there is none."
 )
 
 

@@ -30,7 +30,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return str(tiny_folder(tmp_path_factory.mktemp("model")))
+    return str(tiny_folder(tmp_path_factory.mktemp("model"), width=64))
 
 
 @pytest.fixture
@@ -215,6 +215,13 @@ def test_of_equal_scores_the_lower_loss_wins_and_divergence_never():
         ("full r=8", "full takes no options"),
         ("refta", "refta takes R=48"),
         ("refta R=48 nonsense=1", "refta takes R=48, say, and any of .*bits"),
+        ("refta R", "refta takes R=48"),
+        ("refta R=auto", "refta takes R=48"),
+        ("refta R=48 seed=5", "refta takes R=48"),
+        ("refta R=48 refine", "each with a value but for calibrated and double_quant"),
+        ("refta R=48 bits=", "each with a value"),
+        ("lora r", "lora takes r=8"),
+        ("", "no method ''"),
     ],
 )
 def test_methods_that_do_not_exist_are_refused_before_anything_runs(source, model, tmp_path, method, message):
@@ -227,6 +234,8 @@ def test_options_of_methods_are_read():
     assert parse("refta R=48 bits=16 transform=identity calibrated") == (
         "refta", {"R": 48, "bits": 16, "transform": "identity", "calibrated": True})  # fmt: skip
     assert parse("lora r=8") == ("lora", {"r": 8})
+    assert parse("refta R=48 double_quant=False")[1]["double_quant"] is False
+    assert parse("refta R=48 double_quant")[1]["double_quant"] is True
 
 
 def test_finished_rows_are_kept_when_a_cell_fails(source, model, tmp_path):
@@ -326,3 +335,21 @@ def test_a_study_loads_a_seeds_task_once(task, tmp_path):
     for rate in (1e-3, 1e-2):
         study.row(cell("head-only", rate=rate))
     assert loaded == [0]
+
+
+def test_what_tests_never_trains_whatever_the_seed(model, tmp_path):
+    """One file is split alike for every seed: a learning rate chosen on one seed has not seen another's test rows."""
+    file = tmp_path / "all.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in color_rows(120, seed=1)))
+    tests = []
+    for seed in (0, 1):
+        found = text_task("mine", str(file), model, None, SIZES, seed)
+        tests.append(sorted(map(tuple, found.test["input_ids"])))
+    assert tests[0] == tests[1]
+
+
+def test_quantized_peers_are_refused_where_their_kernel_reads_wrongly(source, tmp_path):
+    """bitsandbytes' Linear4bit on a CPU, rows that end within a block."""
+    narrow = text_task("mine", str(source), str(tiny_folder(tmp_path)), None, SIZES, 0)
+    with pytest.raises(ValueError, match=r"is 32 wide; .* multiples of 64 alone"):
+        build("qlora r=2", narrow, 0)

@@ -133,6 +133,8 @@ def test_labels_are_on_the_answer_alone(folder, questions):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ({"instruction": "a"}, r"no JSON list of \{instruction, output, answer\} with rows"),
+        ([], "no JSON list"),
         ([{"instruction": "Answer format: a/b", "output": "a"}], "row 0: .*missing: answer"),
         ([{"instruction": "what?", "output": "a", "answer": "a"}], "row 0: .*missing: Answer format"),
         ([{"instruction": "Answer format: a/b", "output": "a", "answer": "a"}], "1 training rows and 10 are put aside"),

@@ -35,8 +35,8 @@ def error_rows(transforms=TRANSFORMS, starts=STARTS, rivals=RIVALS, rises=False,
     def add(method, start, transform, rank, quant_type, ratio, output, bits):
         shared = {
             "study": "quant_error", "quant_type": quant_type, "method": method, "start": start, "transform": transform,
-            "rank": rank, "bits_per_weight": bits, "seconds": 0.5, "model": "mini",
-            "nuclear_reduction": None if transform == "dct" else 0.1,
+            "rank": rank, "bits_per_weight": bits, "model": "mini", "text": "own.txt",
+            "samples": 600, "max_length": 48, "nuclear_reduction": None if transform == "dct" else 0.1,
         }  # fmt: skip
         for place, (stack, shape) in enumerate(STACKS.items()):
             own = ratio * (1 + 0.02 * place) if rank else 1.0
@@ -86,7 +86,8 @@ def score_rows(shifts=None, task="sst2", metric="accuracy", seeds=5):
     for place, (method, adapter) in enumerate(METHODS.items()):
         shared = {
             "study": "accuracy", "task": task, "model": "mini", "method": method, "steps": 64, "batch_size": 32,
-            "train_rows": 2000, "max_length": 64, "n": 872, "metric": metric, "loss": 0.4, "train_loss": 0.4,
+            "train_rows": 2000, "validation_rows": 500, "test_rows": 2000, "max_length": 64, "n": 872,
+            "metric": metric, "loss": 0.4, "train_loss": 0.4,
             "trained_parameters": 148_610 + adapter, "head_parameters": 148_610, "build_s": 1.0, "train_s": 20.0,
             "cpu_s": 20.0, "peak_bytes": 300_000_000,
         }  # fmt: skip
@@ -251,6 +252,28 @@ def test_a_difference_names_learning_rates_that_differ():
     assert told.endswith("2.5 times the trained numbers; learning rates 0.003 and 0.01)")
 
 
+def test_a_run_that_diverged_is_shown_and_decides_nothing():
+    rows = [row | {"value": float("nan")} if (row["kind"], row["method"], row.get("seed")) == ("score", "lora r=8", 2)
+            else row for row in score_rows()]  # fmt: skip
+    (methods,) = scores.scores(rows).values()
+    assert "nan" in scores.shown(methods["lora r=8"])
+    assert scores.difference(methods["refta R=48 bits=16"], methods["lora r=8"], None).word == "untold"
+
+
+def test_few_seeds_need_a_wider_margin():
+    """Student's t: with two seeds 12.7 standard errors, with five 2.8."""
+
+    def word(values):
+        ours, theirs = (score(dict(enumerate(own))) for own in (values, [0.0] * len(values)))
+        return scores.difference(ours, theirs, None).word
+
+    def score(values):
+        return scores.Score("refta", "accuracy", values, 10, 1e-3, False, 1.0, None, 100)
+
+    assert word([0.02, 0.03]) == "level"  # 5 standard errors
+    assert word([0.02, 0.03, 0.02, 0.03, 0.025]) == "better"
+
+
 def test_starts_are_compared_by_error_and_by_score():
     rows = error_rows()
     assert word("refinement leaves less weight error than", quant_error=rows) == HOLDS
@@ -358,6 +381,31 @@ def test_rows_of_another_version_are_refused(tmp_path):
     write(tmp_path / "old", quant_error=old)
     with pytest.raises(ValueError, match=r"line 1: .* without method, .*Measure again"):
         run(tmp_path / "old", tmp_path / "REPORT.md", None)
+
+
+def test_a_cell_that_was_measured_again_counts_once(tmp_path):
+    again = [row for row in error_rows() if row["kind"] in ("stack", "model")]
+    once = read_all(write(tmp_path / "once", quant_error=error_rows()))
+    twice = read_all(write(tmp_path / "twice", quant_error=[*error_rows(), *again]))
+    assert len(twice["quant_error"]) == len(once["quant_error"])
+    assert verdicts(twice) == verdicts(once)
+
+
+def test_rows_of_several_texts_are_refused(tmp_path):
+    other = [row | {"text": "other.txt"} for row in error_rows() if row["kind"] in ("stack", "model")]
+    with pytest.raises(ValueError, match=r"mini was measured with several settings: .*other\.txt.*own\.txt"):
+        read_all(write(tmp_path / "rows", quant_error=[*error_rows(), *other]))
+
+
+@pytest.mark.parametrize("kept", [
+    lambda row: row.get("rank", 0) == 0, lambda row: row.get("transform") in (None, "dct", "identity"),
+    lambda row: row.get("method") in (None, "pissa"), lambda row: row.get("start") in (None, "one shot"),
+])  # fmt: skip
+def test_a_part_of_the_rows_makes_a_report(tmp_path, kept):
+    """Ranks, transforms or methods that were not measured leave their sections out."""
+    rows = write(tmp_path / "rows", quant_error=[row for row in error_rows() if kept(row)])
+    run(rows, tmp_path / "REPORT.md", None)
+    assert "## The claims" in (tmp_path / "REPORT.md").read_text()
 
 
 def test_the_committed_report_is_what_the_committed_rows_give(tmp_path):

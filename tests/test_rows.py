@@ -36,6 +36,19 @@ def test_a_line_that_a_killed_run_left_unfinished_is_not_read_and_makes_room(tmp
         assert file.read_text().endswith("\n")
 
 
+def test_a_cut_inside_a_letter_and_unusual_line_separators(tmp_path):
+    """A letter of several bytes may be cut in half; U+2028 is no line break of ours."""
+    file = tmp_path / "rows.jsonl"
+    append(file, [{"text": "caf\u00e9 \u2028 x"}, {"text": "\u00e9"}], seed=0)
+    data = file.read_bytes()
+    file.write_bytes(data[: data.rindex("\u00e9".encode()) + 1])
+    assert [row["text"] for row in read(file)] == ["caf\u00e9 \u2028 x"]
+    append(file, [{"text": "new"}], seed=0)
+    assert [row["text"] for row in read(file)] == ["caf\u00e9 \u2028 x", "new"]
+    file.write_bytes(b"")
+    assert read(file) == []
+
+
 def test_a_line_that_is_no_row_is_named(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"schema": 1}\n{"schema": 1, \n{"schema": 1}\n')

@@ -18,9 +18,9 @@ def tiny_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
 
 
-def tiny_folder(path):
+def tiny_folder(path, width=32):
     """Save a seeded tiny BERT with a head for two classes, and its tokenizer, in `path`."""
-    config = BertConfig(vocab_size=VOCAB, max_position_embeddings=64, num_labels=2, **encoder_sizes(32))
+    config = BertConfig(vocab_size=VOCAB, max_position_embeddings=64, num_labels=2, **encoder_sizes(width))
     build(BertForSequenceClassification, config).save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
     return path
