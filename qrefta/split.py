@@ -52,8 +52,7 @@ class SplitLayer(NamedTuple):
 
 def one_shot(weights: Weights, config: QReftaConfig, rank: int, metric: Metric | None = None) -> Fit:
     """The factors nearest to whole weights, whatever the format: the paper's split, and where refinement starts."""
-    whole = _Whole(weights, config)
-    return _fit(weights, config, rank, whole.transform, metric, whole.blocks(), None)
+    return _Whole(weights, config).fit(rank, metric)
 
 
 def split_stack(
@@ -73,12 +72,10 @@ def split_stack(
         metric: of the inputs, for an activation-aware split.
         first: what `one_shot` gives for the same arguments, where it was made already.
     """
-    found = first or one_shot(weights, config, rank, metric)
-    best, best_error = Split(found.factors, found.factors), None
-    if config.refine == 0 or config.format is None:
-        return best
     whole = _Whole(weights, config)
-    for _ in range(config.refine + 1):
+    found = first or whole.fit(rank, metric)
+    best, best_error = Split(found.factors, found.factors), None
+    for _ in range(config.refine + 1 if config.refine and config.format is not None else 0):
         base = found.factors
         target = _Target(weights, whole.rows, base, whole.mixing, config.format, of_base=best_error is None)
         found = _fit(weights, config, rank, whole.transform, metric, target.blocks, found.starts)
@@ -128,10 +125,14 @@ class _Whole:
     """
 
     def __init__(self, weights: Weights, config: QReftaConfig) -> None:
-        self.weights = weights
+        self.weights, self.config = weights, config
         self.rows = _rows_per_block(weights, config.format)
         self.transform = transform_matrix(lambda: _read(weights, self.rows), weights.shape[0], config.transform)
         self.mixing = self.transform.to(weights.device, torch.float32)
+
+    def fit(self, rank: int, metric: Metric | None) -> Fit:
+        """The factors nearest to it."""
+        return _fit(self.weights, self.config, rank, self.transform, metric, self.blocks(), None)
 
     def blocks(self) -> Blocks:
         """Passes over the transformed slices: kept in memory if that is allowed, or made anew in each."""
