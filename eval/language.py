@@ -97,6 +97,7 @@ def choice_accuracy(model: nn.Module, rows: Dataset, tokenizer: PreTrainedTokeni
     """
     from lm_eval import simple_evaluate  # heavy, and needed here alone
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
     task = yaml.safe_load(TASK_FILE.read_text(encoding="utf-8"))
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -106,7 +107,8 @@ def choice_accuracy(model: nn.Module, rows: Dataset, tokenizer: PreTrainedTokeni
         file.write_text(json.dumps(columns.to_list()), encoding="utf-8")
         task["dataset_kwargs"] = {"data_files": {"test": str(file)}}
         judge = HFLM(pretrained=base.eval(), tokenizer=tokenizer, batch_size=batch_size)
-        found = simple_evaluate(model=judge, tasks=[task], bootstrap_iters=0, verbosity="ERROR")
+        manager = TaskManager(include_defaults=False)  # its own 13,000 task files take seconds to list
+        found = simple_evaluate(judge, tasks=[task], task_manager=manager, bootstrap_iters=0, verbosity="ERROR")
     return found["results"][task["task"]]["acc,none"]
 
 
