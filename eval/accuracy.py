@@ -265,4 +265,4 @@ def calibration(task: Task) -> Iterator[dict[str, torch.Tensor]]:
 
 
 if __name__ == "__main__":
-    guarded(partial(typer.run, run))
+    guarded(lambda: typer.run(run))

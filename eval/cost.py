@@ -27,6 +27,7 @@ import qrefta
 from eval.baselines import lora, qlora, quantize_linears
 from eval.memory import tensor_peak
 from eval.rows import append
+from qrefta.cli import guarded
 from qrefta.linear import AdaptedLinear
 from qrefta.stack import replace_module
 
@@ -228,4 +229,4 @@ def timed(step: Callable[[], object], cuda: bool) -> float:
 
 
 if __name__ == "__main__":
-    typer.run(run)
+    guarded(lambda: typer.run(run))

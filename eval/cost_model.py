@@ -25,6 +25,7 @@ from scipy.optimize import nnls
 from eval.cost import timed
 from eval.rows import append
 from qrefta import product
+from qrefta.cli import guarded
 from qrefta.quantize import QuantFormat, quantize
 
 FORMS: dict[str, Callable[..., bool]] = {
@@ -132,4 +133,4 @@ def _cost(cell: dict[str, float]) -> product.Cost:
 
 
 if __name__ == "__main__":
-    typer.run(run)
+    guarded(lambda: typer.run(run))

@@ -15,6 +15,7 @@ from torch import nn
 
 from eval.cost import SETTINGS, Run, build, timed
 from eval.rows import append
+from qrefta.cli import guarded
 
 PLAIN = "floor bitsandbytes"
 console = Console()
@@ -65,4 +66,4 @@ def _seconds(model: nn.Module, ids: torch.Tensor, new_tokens: int, cuda: bool) -
 
 
 if __name__ == "__main__":
-    typer.run(run)
+    guarded(lambda: typer.run(run))

@@ -17,7 +17,7 @@ import qrefta
 from eval.demo import model_folder
 from eval.rows import append
 from eval.task import DatasetOption, HeaderOption, load_task
-from qrefta.cli import load_classifier, quiet_libraries
+from qrefta.cli import guarded, load_classifier, quiet_libraries
 from qrefta.factors import BANK
 
 RUNS = [("float32", "adamw_torch"), ("bfloat16", "adamw_torch"), ("bfloat16", "adamw_8bit")]
@@ -89,4 +89,4 @@ def measure(
 
 
 if __name__ == "__main__":
-    typer.run(run)
+    guarded(lambda: typer.run(run))

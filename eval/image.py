@@ -304,4 +304,4 @@ def _draw(rows: Dataset, count: int, seed: int) -> Dataset:
 
 
 if __name__ == "__main__":
-    guarded(partial(typer.run, run))
+    guarded(lambda: typer.run(run))

@@ -28,6 +28,7 @@ from transformers import AutoModel
 
 from eval.memory import peak, resident, restart_peak
 from eval.rows import append
+from qrefta.cli import guarded
 from qrefta.config import QReftaConfig
 from qrefta.quantize import rounded
 from qrefta.split import split_layers, split_stack
@@ -214,4 +215,4 @@ def _peak_here(make: Callable[[], Tensor], name: str, rank: int, threads: int) -
 
 
 if __name__ == "__main__":
-    typer.run(run)
+    guarded(lambda: typer.run(run))

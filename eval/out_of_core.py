@@ -21,6 +21,7 @@ from transformers import LlamaConfig
 import qrefta
 from eval.memory import peak, resident, restart_peak
 from eval.rows import append
+from qrefta.cli import guarded
 from qrefta.shards import Checkpoint, write_index, write_shard
 
 SHAPES = {
@@ -133,4 +134,4 @@ def _read_bytes() -> int:
 
 
 if __name__ == "__main__":
-    typer.run(run)
+    guarded(lambda: typer.run(run))

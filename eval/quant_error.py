@@ -401,4 +401,4 @@ def gaussian_row(fmt: QuantFormat) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    guarded(partial(typer.run, run))
+    guarded(lambda: typer.run(run))

@@ -4,7 +4,6 @@ Titles, tables and verdicts are computed from the rows: other rows, other findin
 """
 
 import re
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -300,4 +299,4 @@ def slug(text: str) -> str:
 
 
 if __name__ == "__main__":
-    guarded(partial(typer.run, run))
+    guarded(lambda: typer.run(run))

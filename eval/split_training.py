@@ -18,7 +18,7 @@ import qrefta
 from eval.demo import model_folder
 from eval.rows import append
 from eval.task import DatasetOption, HeaderOption, load_task
-from qrefta.cli import load_classifier, quiet_libraries
+from qrefta.cli import guarded, load_classifier, quiet_libraries
 from qrefta.finetune import FinetuneResult, finetune
 
 HEAD = ["pooler"]  # trains beside the classifier
@@ -90,4 +90,4 @@ def row(split: str, result: FinetuneResult, n: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    typer.run(run)
+    guarded(lambda: typer.run(run))
