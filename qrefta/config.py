@@ -1,5 +1,6 @@
 """What was done to a model: the settings of `prepare` and a row for every stack, as saved in config.json."""
 
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from numbers import Integral, Real
 from typing import Any
@@ -25,9 +26,10 @@ class StackRow:
         modules: the K module paths in layer order.
         transposed: the modules were `Conv1D`.
         layers, shape: K and (out, in).
-        rank: R, 0 for a stack that is quantized only.
-        slice_ranks: components of each transformed slice; they sum to `rank`.
-        transform, quant_type: as given to `prepare`; quant_type is None with 16 bits.
+        rank: R, or a method's several ranks; 0 for a stack that is quantized only.
+        slice_ranks: ReFTA's components of each transformed slice, which sum to `rank`; empty for other methods.
+        transform, quant_type: as given to `prepare`; transform is None where the factors are not fitted to the weights,
+            quant_type with 16 bits.
         baseline_error: ||W - Q(W)||_F^2 over the stack: the whole weight is quantized (a Gaussian-zero start).
         residual_error: ||W_res - Q(W_res)||_F^2 over the stack, as stored; 0 with 16 bits.
         ratio: residual_error / baseline_error; 1 where there is no error to remove.
@@ -43,7 +45,7 @@ class StackRow:
     transposed: bool
     layers: int
     shape: list[int]
-    rank: int
+    rank: int | list[int]
     slice_ranks: list[int]
     transform: str | None
     quant_type: str | None
@@ -66,8 +68,8 @@ class QReftaConfig(QuantizationConfigMixin):
     """Settings and rows of a prepared model; the `quantization_config` of its config.json.
 
     Args:
-        method, transform, rank, bits, quant_type, block_size, double_quant, refine, seed, factor_dtype,
-            target_modules, modules_to_save, budget_mb, error_ratio: as in `qrefta.prepare`.
+        method, transform, rank, ranks, trained_params, bits, quant_type, block_size, double_quant, refine, seed,
+            factor_dtype, target_modules, modules_to_save, budget_mb, error_ratio: as in `qrefta.prepare`.
         calibrated: whether second moments of the inputs weighted the split.
         stacks: a `StackRow` (or its dict) for every stack; empty before the model is prepared.
         format_version: of the checkpoint; a newer one than this package writes is refused.
@@ -81,6 +83,8 @@ class QReftaConfig(QuantizationConfigMixin):
         method: str = "refta",
         transform: str = "lsm3",
         rank: int | str = 16,
+        ranks: Sequence[int] | None = None,
+        trained_params: int | None = None,
         bits: int = 4,
         quant_type: str = "nf4",
         block_size: int = 64,
@@ -107,6 +111,8 @@ class QReftaConfig(QuantizationConfigMixin):
             raise ValueError(f"Unknown qrefta settings {sorted(unknown)}; the config is damaged or from elsewhere.")
         _one_of("method", method, METHODS)
         _one_of("transform", transform, TRANSFORMS)
+        if METHODS[method].fits:
+            _one_of(f"transform (with method {method})", transform, METHODS[method].transforms)
         _one_of("bits", bits, (4, 16))
         _one_of("factor_dtype", factor_dtype, FACTOR_DTYPES)
         QuantFormat(quant_type, block_size, double_quant)
@@ -115,9 +121,17 @@ class QReftaConfig(QuantizationConfigMixin):
         self.method = method
         self.transform = transform
         self.rank = rank if rank == "auto" else _at_least("rank", rank, 1)
+        self.ranks = None if ranks is None else [_at_least("each of ranks", one, 1) for one in ranks]
+        self.trained_params = None if trained_params is None else _at_least("trained_params", trained_params, 1)
+        if self.ranks is not None and self.trained_params is not None:
+            raise ValueError("ranks and trained_params are both given; trained_params chooses the ranks: give one.")
         self.budget_mb = _positive("budget_mb", budget_mb)
         self.error_ratio = _positive("error_ratio", error_ratio)
         _check_need(self.rank, self.budget_mb, self.error_ratio, bits)
+        if self.rank == "auto" and (method != "refta" or self.ranks or self.trained_params):
+            raise ValueError(
+                'rank="auto" weighs ReFTA\'s components; with another method, ranks or trained_params it does not go.'
+            )
         self.calibrated = calibrated
         self.bits = bits
         self.quant_type = quant_type

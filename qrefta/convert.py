@@ -23,7 +23,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from qrefta.build import bank_key, trained_modules
 from qrefta.config import QReftaConfig, StackRow
-from qrefta.factors import BANK, stored_factors
+from qrefta.factors import BANK, Rank, stored_factors
 from qrefta.moments import Moments
 from qrefta.quantize import Packed
 from qrefta.quantizer import model_class
@@ -100,7 +100,7 @@ class _Journal:
 
     def __init__(self, out: Path, fingerprint: dict[str, Any]) -> None:
         self.path, self.fingerprint = out / JOURNAL, fingerprint
-        self.ranks: list[int] | None = None
+        self.ranks: list[Rank] | None = None
         self.rows: list[StackRow] = []
         self.files: list[str] = []
         if self.path.is_file():
@@ -118,7 +118,7 @@ class _Journal:
         self.ranks, self.files = state["ranks"], state["files"]
         self.rows = [StackRow(**row) for row in state["rows"]]
 
-    def begin(self, ranks: list[int]) -> None:
+    def begin(self, ranks: list[Rank]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.ranks = ranks
         self._write()

@@ -4,8 +4,9 @@ For the K layers of a stack:
 
     W_l ~ dequant(Q_l) + Delta_l        Delta_l = up . core_l . down
 
-`down` (r x in) and `up` (out x r) are shared by all K layers; `core_l` is diagonal and belongs to its layer. A method
-is one final subclass of `Factors` that says what these three are and which numbers in them train.
+`down` (s x in) and `up` (out x r) are shared by all K layers; `core_l` (r x s, or diagonal) belongs to its layer. A
+method is one final subclass: of `LowRankFactors`, which says what these three are and which numbers in them train, or
+of `Factors` itself where Delta_l has another form and its own product with the tokens.
 
 Trained numbers are bf16 values: the forward pass, `delta`, merging and export see them rounded to `dtype`. Their
 Parameters hold float32 masters, because at a learning rate of 2e-4 an optimizer step is smaller than half a bf16 step
@@ -14,23 +15,28 @@ for most entries and plain AdamW would lose it; the masters make every optimizer
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from qrefta.tensor import Slices
+from qrefta.product import adapted_product, rounded_factor
+from qrefta.quantize import Packed, QuantFormat
+from qrefta.tensor import TRANSFORMS, Slices
+
+Rank = int | Sequence[int]
 
 _ALL = slice(None)
 
 
 class _Rounded(NamedTuple):
-    """Rounded factors, and which state of the Parameters they were made from."""
+    """Rounded factors and the cores used so far, and which state of the Parameters they were made from."""
 
     state: tuple[tuple[int, int], ...]
     up: Tensor
     down: Tensor
+    cores: dict[int, Tensor]
 
 
 class Factors(nn.Module, ABC):
@@ -39,67 +45,145 @@ class Factors(nn.Module, ABC):
     Args:
         layers: K, linears in the stack.
         out_features, in_features: shape of each weight.
-        rank: r, width of the factors.
+        rank: r, width of the factors; its meaning is the method's.
         dtype: what the trained values are rounded to wherever they are used; float32 or wider: not rounded.
 
     Attributes:
+        fits: whether `fit` takes a principal part out of the weights; if not, Delta is 0 at the start, the weights are
+            quantized whole, and there is nothing to refine.
+        transforms: mode-3 transforms that `fit` takes, the default first.
         slice_ranks: components of each transformed slice, summing to the rank; set by `fit`, not stored.
     """
 
-    slice_ranks: list[int]
+    fits: ClassVar[bool] = True
+    transforms: ClassVar[tuple[str, ...]] = TRANSFORMS
 
-    def __init__(self, layers: int, out_features: int, in_features: int, rank: int, dtype: torch.dtype) -> None:
+    def __init__(self, layers: int, out_features: int, in_features: int, rank: Rank, dtype: torch.dtype) -> None:
         super().__init__()
         self.layers = layers
         self.out_features = out_features
         self.in_features = in_features
         self.rank = rank
         self.dtype = dtype
-        self._settled = False  # between eval() and the next forward pass that records gradients
-        self._rounded: dict[tuple[torch.device, torch.dtype], _Rounded] = {}
+        self.slice_ranks: list[int] = []
 
     @classmethod
     @abstractmethod
     def fit(
         cls,
         slices: Slices,
-        rank: int,
+        rank: Rank,
         transform: Tensor,
         dtype: torch.dtype,
         seed: int,
         starts: list[Tensor] | None = None,
     ) -> "Fit":
-        """The factors nearest to a stack, given by its transformed slices.
+        """The factors nearest to a stack, given by its transformed slices; without `fits`, factors whose Delta is 0.
 
         Args:
             slices: of the stack under `transform`.
             rank: r.
             transform: mode-3 transform, (layers, slices), float64.
             dtype: see the class.
-            seed: of what is random.
+            seed: of what is random; drawn on the CPU.
             starts: the subspaces of an earlier fit to nearly the same stack; then one pass is enough.
         """
 
+    @classmethod
     @abstractmethod
-    def down(self) -> Tensor:
-        """(rank, in), differentiable in the trained numbers, not yet rounded."""
+    def largest_rank(cls, layers: int, out_features: int, in_features: int) -> int:
+        """The largest rank that a stack of this shape takes."""
+
+    @classmethod
+    def rank_of(cls, layers: int, out_features: int, in_features: int, rank: Rank) -> Rank:
+        """What a stack of this shape gets where `rank` was asked for.
+
+        Raises:
+            ValueError: if the method has another number of ranks.
+        """
+        if not isinstance(rank, int):
+            raise ValueError(f"ranks is {list(rank)}, but {cls.__name__} has one rank; give it as rank")
+        return rank
 
     @abstractmethod
-    def core(self, layer: int) -> Tensor:
-        """Diagonal of core_l, (rank,), float32."""
+    def product(self, x: Tensor, layer: int, bias: Tensor | None, packed: Packed, fmt: QuantFormat | None) -> Tensor:
+        """The product x (Q_l + Delta_l)^T + bias, (..., out), without making Delta_l, in x's dtype and on its device.
+
+        Args:
+            x: (..., in).
+            layer: l.
+            bias: (out,) or None.
+            packed, fmt: Q_l and its format; None: 16 bits.
+        """
 
     @abstractmethod
-    def up(self) -> Tensor:
-        """(out, rank), differentiable in the trained numbers, not yet rounded."""
+    def delta(self, layer: int, rows: slice = _ALL) -> Tensor:
+        """Delta_l, (out, in) or some rows of it, float32, no gradients: for splitting and merging only."""
 
     @abstractmethod
     def trained(self) -> list[nn.Parameter]:
         """Parameters that train; everything else in the module is frozen."""
 
-    def operands(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, torch.dtype]:
-        """`up`, `down` and the dtype to round them to, for a layer that computes with a device and a dtype.
+    def _seen(self, trained: Tensor) -> Tensor:
+        """Trained numbers as they are seen: rounded, with the gradient passing through."""
+        return rounded_factor(trained, self.dtype, trained)
 
-        After `eval()` and without gradients both come rounded, in that dtype and on that device, and are kept for the
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow the model to another device, or to a wider dtype; a narrower one would round the masters for good."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype.itemsize >= tensor.dtype.itemsize else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+    @property
+    def trained_count(self) -> int:
+        return sum(parameter.numel() for parameter in self.trained())
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the factors with all but raw bytes stored as `dtype`."""
+        return sum(p.numel() * self.dtype.itemsize if p.is_floating_point() else p.nbytes for p in self.parameters())
+
+    @torch.no_grad()
+    def round_masters(self) -> None:
+        """Round the float32 masters to `dtype`; the function that the model computes does not change."""
+        for parameter in self.trained():
+            parameter.copy_(parameter.to(self.dtype))
+
+
+class LowRankFactors(Factors):
+    """Factors with Delta_l = up . core_l . down."""
+
+    def __init__(self, layers: int, out_features: int, in_features: int, rank: Rank, dtype: torch.dtype) -> None:
+        super().__init__(layers, out_features, in_features, rank, dtype)
+        self._settled = False  # between eval() and the next forward pass that records gradients
+        self._rounded: dict[tuple[torch.device, torch.dtype], _Rounded] = {}
+
+    @abstractmethod
+    def down(self) -> Tensor:
+        """(s, in), differentiable in the trained numbers, not yet rounded."""
+
+    @abstractmethod
+    def core(self, layer: int) -> Tensor:
+        """core_l, (r, s), or its diagonal (r,); differentiable in the trained numbers, which are rounded in it."""
+
+    @abstractmethod
+    def up(self) -> Tensor:
+        """(out, r), differentiable in the trained numbers, not yet rounded."""
+
+    def product(self, x: Tensor, layer: int, bias: Tensor | None, packed: Packed, fmt: QuantFormat | None) -> Tensor:
+        up, core, down, rounding = self.operands(layer, x.device, x.dtype)
+        shape = (self.out_features, self.in_features)
+        return adapted_product(x, up, core, down, bias, packed, fmt, shape, rounding)
+
+    def operands(
+        self, layer: int, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
+        """`up`, `core`, `down` and the dtype to round `up` and `down` to, to compute with a device and a dtype.
+
+        After `eval()` and without gradients they come rounded, in that dtype and on that device, and are kept for the
         other layers and the next tokens: in decoding, rounding them in every layer takes as long as their products.
         They are made anew when a Parameter has changed. An optimizer that writes past autograd's version counter does
         not show there; so what is kept is dropped by `train()`, `eval()` and every pass that records gradients.
@@ -107,14 +191,24 @@ class Factors(nn.Module, ABC):
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._settled:
             if self._settled and not torch.compiler.is_compiling():
                 self._forget(settled=False)
-            return self.up(), self.down(), self.dtype
+            return self.up(), self._core(layer), self.down(), self.dtype
         state = tuple((id(parameter), parameter._version) for parameter in self._parameters.values())
         kept = self._rounded.get((device, dtype))
         if kept is None or kept.state != state:
             up, down = (factor.detach().to(self.dtype).to(device, dtype) for factor in (self.up(), self.down()))
             up = up.T.contiguous().T  # the layout that is faster to read for few tokens
-            kept = self._rounded[device, dtype] = _Rounded(state, up, down)
-        return kept.up, kept.down, dtype
+            kept = self._rounded[device, dtype] = _Rounded(state, up, down, {})
+        if layer not in kept.cores:
+            kept.cores[layer] = self._core(layer).detach().to(device, dtype)
+        return kept.up, kept.cores[layer], kept.down, dtype
+
+    def _core(self, layer: int) -> Tensor:
+        """core_l, computed in its parameters' own precision, whatever autocast says."""
+        kind = next(self.parameters()).device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return self.core(layer)
+        return self.core(layer)
 
     def train(self, mode: bool = True) -> Self:
         self._forget(settled=not mode)
@@ -124,48 +218,24 @@ class Factors(nn.Module, ABC):
         self._settled = settled
         self._rounded.clear()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._rounded.clear()
+        return super()._apply(fn, recurse)
+
     @torch.no_grad()
     def delta(self, layer: int, rows: slice = _ALL) -> Tensor:
-        """Delta_l = up . core_l . down, (out, in) or some rows of it, float32: for splitting and merging only."""
         up, down = (factor.to(self.dtype).to(torch.float32) for factor in (self.up()[rows], self.down()))
-        return (up * self.core(layer)) @ down
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Follow the model to another device, or to a wider dtype; a narrower one would round the masters for good."""
-
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype.itemsize >= tensor.dtype.itemsize else tensor.to(moved.device)
-
-        self._rounded.clear()
-        return super()._apply(move, recurse)
-
-    @property
-    def trained_count(self) -> int:
-        return sum(parameter.numel() for parameter in self.trained())
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of the factors with trained numbers stored as `dtype`."""
-        trained = self.trained()
-        frozen = [p for p in self.parameters() if not any(p is t for t in trained)]
-        return self.trained_count * self.dtype.itemsize + sum(p.nbytes for p in frozen)
-
-    @torch.no_grad()
-    def round_masters(self) -> None:
-        """Round the float32 masters to `dtype`; the function that the model computes does not change."""
-        for parameter in self.trained():
-            parameter.copy_(parameter.to(self.dtype))
+        core = self.core(layer).to(torch.float32)
+        return (up * core if core.dim() == 1 else up @ core) @ down
 
 
 @torch.no_grad()
 def stored_factors(factors: Factors) -> dict[str, Tensor]:
-    """The parameters as a checkpoint holds them: masters that are values of `dtype` as `dtype`, which loses nothing."""
-    trained = {id(parameter) for parameter in factors.trained()}
+    """The parameters as a checkpoint holds them: those that are values of `dtype` as `dtype`, which loses nothing."""
     stored = {}
     for name, parameter in factors.named_parameters():
         rounded = parameter.detach().to(factors.dtype)
-        exact = id(parameter) in trained and torch.equal(rounded.to(parameter.dtype), parameter.detach())
+        exact = parameter.is_floating_point() and torch.equal(rounded.to(parameter.dtype), parameter.detach())
         stored[name] = rounded if exact else parameter.detach()
     return stored
 

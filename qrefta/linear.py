@@ -77,14 +77,11 @@ class AdaptedLinear(nn.Module):
         kind = x.device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(kind))
-        up = core = down = rounding = None
-        if self._adapter is not None:
-            bank, key, layer = self._adapter
-            factors = bank[key]
-            core = factors.core(layer)
-            up, down, rounding = factors.operands(x.device, x.dtype)
-        shape = (self.out_features, self.in_features)
-        return adapted_product(x, up, core, down, self.bias, self.packed(), self.fmt, shape, rounding)
+        if self._adapter is None:
+            shape = (self.out_features, self.in_features)
+            return adapted_product(x, None, None, None, self.bias, self.packed(), self.fmt, shape, None)
+        bank, key, layer = self._adapter
+        return bank[key].product(x, layer, self.bias, self.packed(), self.fmt)
 
     def extra_repr(self) -> str:
         stored = "16 bits" if self.fmt is None else f"{self.fmt.quant_type}, block {self.fmt.block_size}"

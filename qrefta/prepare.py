@@ -1,6 +1,6 @@
 """prepare(): a dense transformers model -> 4-bit residual + trained factors, in place, a stack at a time."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from qrefta.build import attach_bank, bank_key, freeze, replace_linear, trained_modules
 from qrefta.config import QReftaConfig, StackRow
 from qrefta.convert import convert
-from qrefta.factors import BANK, FactorBank
+from qrefta.factors import BANK, FactorBank, Rank
 from qrefta.linear import AdaptedLinear
 from qrefta.moments import Moments, gather_moments, load_moments
 from qrefta.quantize import Packed
@@ -31,6 +31,8 @@ def prepare(
     *,
     out: str | Path | None = None,
     method: str = "refta",
+    ranks: Sequence[int] | None = None,
+    trained_params: int | None = None,
     transform: str = "lsm3",
     quant_type: str = "nf4",
     block_size: int = 64,
@@ -65,8 +67,13 @@ def prepare(
             numbers. "auto": distributed over the stacks by where a component removes most error per byte, to keep
             `budget_mb` or to reach `error_ratio`.
         out: folder to write, new, empty, or left by an interrupted run with the same settings, which then goes on.
-        method: the tensor method, one of `qrefta.methods.METHODS`.
-        transform: the mode-3 transform: lsm3 (from the data), dct, or identity (each layer on its own).
+        method: the tensor method, one of `qrefta.methods.METHODS`: refta; craft, whose factors are frozen but for three
+            small squares a stack; and from a zero update, with the whole weight quantized, tera, lotr and lorta.
+        ranks: in the place of `rank` for craft, (r_layer, r_out, r_in), each capped at the stack's own sizes.
+        trained_params: in the place of `rank`: the largest rank, the same for all stacks, that trains at most so many
+            numbers in the factors of all targets.
+        transform: the mode-3 transform: lsm3 (from the data), dct, or identity (each layer on its own). craft takes
+            lsm3; methods that start from zero take none.
         quant_type: nf4, fp4 or int4.
         block_size: weights that share a scale.
         double_quant: store the scales in 8 bits too, as QLoRA does.
@@ -103,6 +110,8 @@ def prepare(
         raise ValueError("calibration and moments are both given; moments are what calibration gathers: give one.")
     config = QReftaConfig(
         method=method,
+        ranks=ranks,
+        trained_params=trained_params,
         transform=transform,
         rank=rank,
         bits=bits,
@@ -164,7 +173,7 @@ def _prepare_stack(
     stack: LayerStack,
     weights: Weights,
     config: QReftaConfig,
-    rank: int,
+    rank: Rank,
     moments: Moments | None,
 ) -> StackRow:
     """Replace the K linears of a stack; the row says what it did."""

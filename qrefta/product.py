@@ -1,8 +1,9 @@
 """The product of tokens with an adapted weight, as one autograd function, and what it costs.
 
-    y = x dequant(Q)^T + ((x down^T) * core) up^T + bias
+    y = x dequant(Q)^T + ((x down^T) core^T) up^T + bias
 
-With T tokens and factors of width R, the six products with a factor in a training step are
+A core is a matrix, or a vector that stands for a diagonal one. With T tokens and factors of width R, the six products
+with a factor in a training step are, for a diagonal core
 
     forward     h = x down^T                        2 T in R operations
                 y += (h * core) up^T                2 T out R      or   W += (up * core) down     2 in out R
@@ -111,12 +112,12 @@ def adapted_product(
     shape: tuple[int, int],
     rounding: torch.dtype | None,
 ) -> Tensor:
-    """The product x W^T + ((x down^T) * core) up^T + bias, differentiable in x, up, core, down and bias.
+    """The product x W^T + ((x down^T) core^T) up^T + bias, differentiable in x, up, core, down and bias.
 
     Args:
         x: (..., in).
-        up, core, down: (out, R), (R,) and (R, in), or three None for a frozen linear. They may be on another device
-            than x: they are moved after they are rounded, and no copy of them is kept.
+        up, core, down: (out, R), (R, S) or the diagonal (R,), and (S, in), or three None for a frozen linear. They may
+            be on another device than x: they are moved after they are rounded, and no copy of them is kept.
         bias: (out,) or None.
         packed, fmt, shape: the frozen weight, its format (None: 16 bits) and its shape (out, in).
         rounding: dtype that up and down are rounded to.
@@ -131,8 +132,8 @@ class _AdaptedProduct(torch.autograd.Function):
     """`adapted_product` and its gradients.
 
     With g the gradient of y and h = x down^T:
-        dx = g W + ((g up) * core) down        dup = g^T (h * core)
-        ddown = ((g up) * core)^T x            dcore = sum over tokens of (g up) * h
+        dx = g W + (g up core) down        dup = g^T (h core^T)
+        ddown = (g up core)^T x            dcore = (g up)^T h, or its diagonal
     """
 
     @staticmethod
@@ -155,7 +156,7 @@ class _AdaptedProduct(torch.autograd.Function):
         gradients = need_up or need_core or need_down
         y, narrow = _forward(x, up, core, down, bias, packed, fmt, shape, rounding, gradients)
         if narrow is None and gradients and not need_down:  # then x need not be kept for it
-            narrow = x.reshape(-1, shape[1]) @ _rounded(down, rounding, x).T
+            narrow = x.reshape(-1, shape[1]) @ rounded_factor(down, rounding, x).T
         ctx.fmt, ctx.shape, ctx.rounding, ctx.x_shape = fmt, shape, rounding, x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
         kept = (x.reshape(-1, shape[1]) if need_down else None, narrow if need_up or need_core else None)
@@ -185,13 +186,13 @@ def _forward(
     tokens, offset = x.reshape(-1, shape[1]), None if bias is None else bias.to(x.dtype)
     if up is None:
         return _frozen_product(tokens, packed, fmt, shape, offset), None
-    wide_up, wide_down, diagonal = _rounded(up, rounding, x), _rounded(down, rounding, x), core.to(x)
+    wide_up, wide_down, core = rounded_factor(up, rounding, x), rounded_factor(down, rounding, x), core.to(x)
     if _merges(len(tokens), shape[1], shape[0], gradients):
-        merged = _merged(packed, fmt, shape, wide_up * diagonal, wide_down)
+        merged = _merged(packed, fmt, shape, _times(wide_up, core), wide_down)
         return nn.functional.linear(tokens, merged, offset), None
     narrow = tokens @ wide_down.T
     y = _frozen_product(tokens, packed, fmt, shape, offset)
-    return y.addmm_(narrow * diagonal, wide_up.T), narrow
+    return y.addmm_(_times(narrow, core, transposed=True), wide_up.T), narrow
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -204,22 +205,22 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if need_x:
             grad_x = grad @ residual(packed, ctx.fmt, ctx.shape, grad.dtype)
     else:
-        wide_up, wide_down = (_rounded(factor, ctx.rounding, grad) for factor in (up, down))
-        diagonal = core.to(grad)
+        wide_up, wide_down = (rounded_factor(factor, ctx.rounding, grad) for factor in (up, down))
+        wide_core = core.to(grad)
         merges = _merges(len(grad), *ctx.shape, need_core or need_down)
         if need_x and merges:
-            grad_x = grad @ _merged(packed, ctx.fmt, ctx.shape, wide_up * diagonal, wide_down)
+            grad_x = grad @ _merged(packed, ctx.fmt, ctx.shape, _times(wide_up, wide_core), wide_down)
         elif need_x:
             grad_x = grad @ residual(packed, ctx.fmt, ctx.shape, grad.dtype)
         if narrow is None and (need_up or need_core):
             narrow = tokens @ wide_down.T
         if need_up:  # transposed: a product is faster when its short side is the rows
-            grad_up = ((narrow * diagonal).T @ grad).T.to(up)
+            grad_up = (_times(narrow, wide_core, transposed=True).T @ grad).T.to(up)
         if need_core or need_down or (need_x and not merges):
             back = grad @ wide_up
             if need_core:  # in half precision the products of two scaled factors would overflow
-                grad_core = (back.to(core.dtype) * narrow).sum(0).to(core)
-            back *= diagonal
+                grad_core = _core_gradient(back.to(core.dtype), narrow.to(core.dtype), core)
+            back = _times(back, wide_core)
             if need_down:
                 grad_down = (back.T @ tokens).to(down)
             if need_x and not merges:
@@ -247,8 +248,20 @@ def _frozen_product(
     return linear(tokens, packed, fmt, shape, bias)
 
 
-def _rounded(factor: Tensor, rounding: torch.dtype, like: Tensor) -> Tensor:
-    """A factor rounded, then in the dtype and on the device of another tensor."""
+def _times(rows: Tensor, core: Tensor, transposed: bool = False) -> Tensor:
+    """The product rows @ core (or its transpose), for a matrix or a diagonal one as vector."""
+    if core.dim() == 1:
+        return rows * core
+    return rows @ (core.T if transposed else core)
+
+
+def _core_gradient(left: Tensor, right: Tensor, core: Tensor) -> Tensor:
+    gradient = (left * right).sum(0) if core.dim() == 1 else left.T @ right
+    return gradient.to(core)
+
+
+def rounded_factor(factor: Tensor, rounding: torch.dtype, like: Tensor) -> Tensor:
+    """A factor rounded, then in the dtype and on the device of another tensor; the gradient passes through."""
     if torch.compiler.is_compiling():
         factor = _opaquely_rounded(factor, rounding)
     return factor.to(rounding).to(like)
@@ -263,3 +276,10 @@ def _opaquely_rounded(factor: Tensor, rounding: torch.dtype) -> Tensor:
 @_opaquely_rounded.register_fake
 def _(factor: Tensor, rounding: torch.dtype) -> Tensor:
     return torch.empty_like(factor, dtype=rounding)
+
+
+def _pass_through(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return grad, None
+
+
+_opaquely_rounded.register_autograd(_pass_through)

@@ -8,12 +8,16 @@ each stack fall. Refinement removes more, by a factor that differs little betwee
 are made and measured, and the factor corrected, until the ratio reached is just under the one asked for.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable
 
 import torch
 from tqdm.auto import tqdm
 
 from qrefta.config import QReftaConfig, StackRow
+from qrefta.factors import Factors, Rank
+from qrefta.methods import METHODS
+from qrefta.methods.refta import ReFTA
 from qrefta.moments import Moments
 from qrefta.quantize import rounded
 from qrefta.report import StackSplit
@@ -29,15 +33,14 @@ _CLOSE = 0.98  # share of the error asked for from which on an allocation is goo
 
 def choose_ranks(
     targets: list[LayerStack], weights: list[Weights], config: QReftaConfig, moments: Moments | None, show: bool
-) -> dict[LayerStack, int]:
+) -> dict[LayerStack, Rank]:
     """The rank of every target stack; `show` prints what "auto" chose.
 
     Raises:
         ValueError: if a rank is beyond a stack's, or the budget or the error cannot be kept.
     """
     if config.rank != "auto":
-        _check_ranks(targets, config.rank)
-        return dict.fromkeys(targets, config.rank)
+        return _given_ranks(targets, config)
 
     def measure(ranks: list[int]) -> float:
         return _reached(
@@ -101,7 +104,7 @@ def _ranks_for_error(
                 f"error_ratio is {error_ratio}, but the largest ranks reach only {reached:.3f}; ask for no less"
             )
         gain = _CAUTION * (1 - reached) / (1 - spectra.predicted(ranks))
-    return best or [stack.max_rank for stack in stacks]
+    return best or spectra.largest
 
 
 class _Spectra:
@@ -109,6 +112,7 @@ class _Spectra:
 
     def __init__(self, stacks: list[LayerStack], weights: list[Weights], config: QReftaConfig) -> None:
         self.stacks, self.weights, self.config = stacks, weights, config
+        self.largest = [ReFTA.largest_rank(*stack.shape) for stack in stacks]
         element = config.torch_factor_dtype.itemsize
         self.costs = [element * (s.out_features + s.in_features) + 4 * s.layers for s in stacks]
         errors, norms = zip(*(_error_and_norm(own, config) for own in weights), strict=True)
@@ -155,7 +159,7 @@ class _Spectra:
         return 1 - sum(removed)
 
     def complete(self, ranks: list[int]) -> bool:
-        return all(rank == stack.max_rank for rank, stack in zip(ranks, self.stacks, strict=True))
+        return ranks == self.largest
 
     def _removed(self, index: int, component: int) -> float:
         """Share of the whole error that one component removes."""
@@ -172,7 +176,7 @@ class _Spectra:
 
     def _cut_short(self, ranks: list[int]) -> bool:
         """Whether a stack got all of its values known so far and may want more, which are then computed."""
-        ended = [i for i, r in enumerate(ranks) if r == len(self.values[i]) < self.stacks[i].max_rank]
+        ended = [i for i, r in enumerate(ranks) if r == len(self.values[i]) < self.largest[i]]
         for index in ended:
             self._deepen(index, 2 * ranks[index])
         return bool(ended)
@@ -182,7 +186,7 @@ class _Spectra:
             self._deepen(index, rank)
 
     def _deepen(self, index: int, rank: int) -> None:
-        rank = min(rank, self.stacks[index].max_rank)
+        rank = min(rank, self.largest[index])
         if len(self.values[index]) < rank:
             self.values[index] = tensor_values(self.weights[index], self.config, rank).tolist()
 
@@ -207,15 +211,45 @@ def _reached(rows: list[StackRow]) -> float:
     return error / whole if whole else 1.0
 
 
-def _check_ranks(targets: list[LayerStack], rank: int) -> None:
-    smallest = min(targets, key=lambda stack: stack.max_rank)
-    if rank > smallest.max_rank:
+def _given_ranks(targets: list[LayerStack], config: QReftaConfig) -> dict[LayerStack, Rank]:
+    """The same rank for all, or the largest one that trains at most `config.trained_params` numbers."""
+    method = METHODS[config.method]
+    if config.trained_params is not None:
+        return _ranks_for_params(targets, method, config.trained_params)
+    rank = config.ranks or config.rank
+    smallest = min(targets, key=lambda stack: method.largest_rank(*stack.shape))
+    largest = method.largest_rank(*smallest.shape)
+    if config.ranks is None and rank > largest:
         layers, out_features, in_features = smallest.shape
         raise ValueError(
-            f"rank is {rank}, but {smallest.name} ({layers} layers of {out_features} x {in_features}) has only "
-            f"{smallest.max_rank} tensor singular values: the largest allowed rank is {smallest.max_rank}, or leave "
-            "the stack out of target_modules"
+            f"rank is {rank}, but for {smallest.name} ({layers} layers of {out_features} x {in_features}) and method "
+            f"{config.method} the largest allowed rank is {largest}: give less, or leave it out of target_modules"
         )
+    return {stack: method.rank_of(*stack.shape, rank) for stack in targets}
+
+
+def _ranks_for_params(targets: list[LayerStack], method: type[Factors], most: int) -> dict[LayerStack, Rank]:
+    """Ranks from one number, capped where a stack takes less."""
+
+    def ranks(rank: int) -> list[Rank]:
+        return [method.rank_of(*stack.shape, min(rank, method.largest_rank(*stack.shape))) for stack in targets]
+
+    def count(rank: int) -> int:
+        with torch.device("meta"):
+            found = [
+                method(*stack.shape, own, torch.float32).trained_count
+                for stack, own in zip(targets, ranks(rank), strict=True)
+            ]
+        return sum(found)
+
+    if count(1) > most:
+        raise ValueError(
+            f"trained_params is {most}, but rank 1 of the {len(targets)} stacks trains {count(1)} numbers; give more, "
+            "or fewer target_modules"
+        )
+    largest = max(method.largest_rank(*stack.shape) for stack in targets)
+    rank = bisect_right(range(1, largest + 1), most, key=count)
+    return dict(zip(targets, ranks(rank), strict=True))
 
 
 def _error_and_norm(weights: Weights, config: QReftaConfig) -> tuple[float, float]:

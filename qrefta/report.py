@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qrefta.config import QReftaConfig, StackRow
+from qrefta.factors import Rank
 from qrefta.moments import Moments, output_error, shared_metric
 from qrefta.quantize import Packed
 from qrefta.split import Split, SplitLayer, split_layers, split_stack
@@ -18,12 +19,12 @@ class StackSplit:
     Args:
         stack, weights: what to split.
         config: how.
-        rank: R; 0 quantizes only.
+        rank: as the method takes it; 0 quantizes only.
         moments: of the layers' inputs, which then weight the split and measure the output error.
     """
 
     def __init__(
-        self, stack: LayerStack, weights: Weights, config: QReftaConfig, rank: int, moments: Moments | None
+        self, stack: LayerStack, weights: Weights, config: QReftaConfig, rank: Rank, moments: Moments | None
     ) -> None:
         self.stack, self.weights, self.config, self.moments = stack, weights, config, moments
         metric = None if moments is None or not rank else shared_metric(moments, stack, weights.device)
@@ -59,9 +60,9 @@ class StackSplit:
             transposed=stack.transposed,
             layers=stack.layers,
             shape=[stack.out_features, stack.in_features],
-            rank=0 if factors is None else factors.rank,
+            rank=0 if factors is None else list(factors.rank) if isinstance(factors.rank, tuple) else factors.rank,
             slice_ranks=[0] * stack.layers if factors is None else factors.slice_ranks,
-            transform=None if factors is None else self.config.transform,
+            transform=self.config.transform if factors is not None and factors.fits else None,
             quant_type=self.config.quant_type if self.config.format else None,
             baseline_error=self.baseline_error,
             residual_error=self.residual_error,

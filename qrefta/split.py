@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qrefta.config import QReftaConfig
-from qrefta.factors import Factors, Fit
+from qrefta.factors import Factors, Fit, Rank
 from qrefta.methods import METHODS
 from qrefta.quantize import Packed, QuantFormat, dequantize, quantize, rounded
 from qrefta.stack import Weights
@@ -50,13 +50,13 @@ class SplitLayer(NamedTuple):
     principal_norm: float
 
 
-def one_shot(weights: Weights, config: QReftaConfig, rank: int, metric: Metric | None = None) -> Fit:
+def one_shot(weights: Weights, config: QReftaConfig, rank: Rank, metric: Metric | None = None) -> Fit:
     """The factors nearest to whole weights, whatever the format: the paper's split, and where refinement starts."""
     return _Whole(weights, config).fit(rank, metric)
 
 
 def split_stack(
-    weights: Weights, config: QReftaConfig, rank: int, metric: Metric | None = None, first: Fit | None = None
+    weights: Weights, config: QReftaConfig, rank: Rank, metric: Metric | None = None, first: Fit | None = None
 ) -> Split:
     """Factors of a stack, and the factors that its residuals are taken with.
 
@@ -68,14 +68,15 @@ def split_stack(
     Args:
         weights: finite.
         config: method, transform, format, rounds and seed.
-        rank: R.
+        rank: as the method takes it.
         metric: of the inputs, for an activation-aware split.
         first: what `one_shot` gives for the same arguments, where it was made already.
     """
     whole = _Whole(weights, config)
     found = first or whole.fit(rank, metric)
     best, best_error = Split(found.factors, found.factors), None
-    for _ in range(config.refine + 1 if config.refine and config.format is not None else 0):
+    refits = config.refine and config.format is not None and found.factors.fits
+    for _ in range(config.refine + 1 if refits else 0):
         base = found.factors
         target = _Target(weights, whole.rows, base, whole.mixing, config.format, of_base=best_error is None)
         found = _fit(weights, config, rank, whole.transform, metric, target.blocks, found.starts)
@@ -127,10 +128,11 @@ class _Whole:
     def __init__(self, weights: Weights, config: QReftaConfig) -> None:
         self.weights, self.config = weights, config
         self.rows = _rows_per_block(weights, config.format)
-        self.transform = transform_matrix(lambda: _read(weights, self.rows), weights.shape[0], config.transform)
+        transform = config.transform if METHODS[config.method].fits else "identity"  # costs no pass
+        self.transform = transform_matrix(lambda: _read(weights, self.rows), weights.shape[0], transform)
         self.mixing = self.transform.to(weights.device, torch.float32)
 
-    def fit(self, rank: int, metric: Metric | None) -> Fit:
+    def fit(self, rank: Rank, metric: Metric | None) -> Fit:
         """The factors nearest to it."""
         return _fit(self.weights, self.config, rank, self.transform, metric, self.blocks(), None)
 
@@ -174,7 +176,7 @@ class _Target:
 def _fit(
     weights: Weights,
     config: QReftaConfig,
-    rank: int,
+    rank: Rank,
     transform: Tensor,
     metric: Metric | None,
     blocks: Blocks,

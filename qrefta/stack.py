@@ -47,11 +47,6 @@ class LayerStack:
         """(layers, out, in)."""
         return self.layers, self.out_features, self.in_features
 
-    @property
-    def max_rank(self) -> int:
-        """Largest tensor rank: every slice has min(out, in) singular values."""
-        return self.layers * min(self.out_features, self.in_features)
-
 
 def find_stacks(model: nn.Module) -> list[LayerStack]:
     """Stacks of all linears in the repeated blocks of `model`, in the order in which the model registers them.

@@ -16,6 +16,7 @@ from eval.demo import model_folder
 from qrefta.config import QReftaConfig
 from qrefta.factors import BANK
 from qrefta.linear import AdaptedLinear
+from qrefta.methods.refta import ReFTA
 from qrefta.quantize import QUANT_TYPES
 from qrefta.report import StackSplit
 from qrefta.stack import find_stacks, model_weights
@@ -81,7 +82,7 @@ def prepared(architecture, refine=0, **settings):
 
 
 def largest_rank(architecture):
-    return min(stack.max_rank for stack in find_stacks(original(architecture)))
+    return min(ReFTA.largest_rank(*stack.shape) for stack in find_stacks(original(architecture)))
 
 
 def dense_stack(model, row):

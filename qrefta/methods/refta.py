@@ -3,18 +3,18 @@
 import torch
 from torch import Tensor, nn
 
-from qrefta.factors import Factors, Fit
+from qrefta.factors import Fit, LowRankFactors
 from qrefta.tensor import Slices, refit, t_svd
 
 
-class ReFTA(Factors):
+class ReFTA(LowRankFactors):
     """Delta_l = A diag(u_l) B, with A (out x R) and B (R x in) shared by all layers and trained, u_l frozen.
 
     Component c is the c-th largest tensor singular value of the stack, of transformed slice k(c): A[:, c] and B[c] are
     its left and right singular vectors, each times the root of the value, and u_l[c] = U[l, k(c)]. One stack trains
     R (in + out) numbers, whatever its depth.
 
-    Args: see `Factors`; `rank` is R.
+    Args: see `Factors`; `rank` is R, at most K min(in, out).
     """
 
     def __init__(self, layers: int, out_features: int, in_features: int, rank: int, dtype: torch.dtype) -> None:
@@ -46,6 +46,10 @@ class ReFTA(Factors):
             factors.mix.copy_(mix.contiguous().view(torch.uint8))
         factors.slice_ranks = torch.bincount(found.slices, minlength=len(transform)).tolist()
         return Fit(factors, found.values.square().sum().item(), starts)
+
+    @classmethod
+    def largest_rank(cls, layers: int, out_features: int, in_features: int) -> int:
+        return layers * min(out_features, in_features)
 
     def down(self) -> Tensor:
         return self.B

@@ -1,0 +1,61 @@
+"""LoRTA: a zero update in CP form over the layers (arXiv 2410.04060, Hounie and others).
+
+From the paper: the update of all layers is one CP tensor. Ours: one tensor a stack, with modes layers, outputs and
+inputs (the paper adds a mode of heads and one of the attention's four matrices); inputs start random with unit rows,
+outputs at 0 and layers at 1, of which the deviation is trained.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from qrefta.factors import Fit, LowRankFactors, Rank
+from qrefta.tensor import Slices
+
+
+class LoRTA(LowRankFactors):
+    """Delta_l = A diag(1 + c_l) B. A stack trains r (in + out + K) numbers.
+
+    Args: see `Factors`; `rank` is r, at most K min(in, out).
+    """
+
+    fits = False
+
+    def __init__(self, layers: int, out_features: int, in_features: int, rank: Rank, dtype: torch.dtype) -> None:
+        super().__init__(layers, out_features, in_features, rank, dtype)
+        master = torch.promote_types(dtype, torch.float32)
+        self.A = nn.Parameter(torch.zeros(out_features, rank, dtype=master))
+        self.B = nn.Parameter(torch.empty(rank, in_features, dtype=master))
+        self.C = nn.Parameter(torch.zeros(layers, rank, dtype=master))
+
+    @classmethod
+    def fit(
+        cls,
+        slices: Slices,
+        rank: Rank,
+        transform: Tensor,
+        dtype: torch.dtype,
+        seed: int,
+        starts: list[Tensor] | None = None,
+    ) -> Fit:
+        with slices.device:
+            factors = cls(*slices.shape, rank, dtype)
+        drawn = torch.randn(factors.B.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        with torch.no_grad():
+            factors.B.copy_(nn.functional.normalize(drawn, dim=1).to(dtype))
+        return Fit(factors, 0.0, [])
+
+    @classmethod
+    def largest_rank(cls, layers: int, out_features: int, in_features: int) -> int:
+        return layers * min(out_features, in_features)
+
+    def down(self) -> Tensor:
+        return self.B
+
+    def core(self, layer: int) -> Tensor:
+        return 1 + self._seen(self.C[layer])
+
+    def up(self) -> Tensor:
+        return self.A
+
+    def trained(self) -> list[nn.Parameter]:
+        return [self.A, self.B, self.C]
