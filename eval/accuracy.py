@@ -12,6 +12,8 @@ Methods are words: a name, then options.
     qlora r=8          PEFT on NF4 weights, likewise qpissa r=8, loftq r=8
     refta R=48         qrefta.prepare with its defaults; any of its options may follow (bits=16 transform=identity
                        quant_type=int4 refine=0), and `calibrated`
+    craft R=48         likewise every other method of qrefta.methods; in the place of R=48, ranks=6/48/48 (craft) or
+                       trained_params=41000
 """
 
 import time
@@ -37,6 +39,7 @@ from eval.splits import loftq, pissa
 from eval.task import METRICS, NAMED, HeaderOption, Named, Sizes, Task, find_data, in_order, merit, text_task
 from qrefta.cli import guarded, quiet_libraries
 from qrefta.finetune import count_trained
+from qrefta.methods import METHODS
 
 CORE = [
     "head-only", "full", "lora r=1", "lora r=8", "pissa r=8", "qlora r=8", "qpissa r=8", "refta R=15 bits=16",
@@ -204,24 +207,29 @@ def parse(method: str) -> tuple[str, dict[str, Any]]:
         allowed = {"r"} if PEERS[name] else set()
         if set(options) != allowed or not all(type(value) is int and value > 0 for value in options.values()):
             raise ValueError(f"{method!r}: {name} takes {'r=8, say' if allowed else 'no options'}.")
-    elif name == "refta":
+    elif name in METHODS:
         unclear = [key for key, value in options.items() if value == "" or (value is True and key not in FLAGS)]
-        if type(options.get("R")) is not int or unclear or not set(options) <= OPTIONS:
+        sizes = [key for key in SIZES if type(options.get(key)) is SIZES[key]]
+        if len(sizes) != 1 or unclear or not set(options) <= {*sizes, *OPTIONS}:
             raise ValueError(
-                f"{method!r}: refta takes R=48, say, and any of {', '.join(sorted(OPTIONS - {'R'}))}, "
-                f"each with a value but for {' and '.join(FLAGS)}."
+                f"{method!r}: {name} takes R=48, say, or ranks=6/48/48 or trained_params=41000, and any of "
+                f"{', '.join(sorted(OPTIONS))}, each with a value but for {' and '.join(FLAGS)}."
             )
     else:
-        raise ValueError(f"There is no method {name!r}; there are {', '.join([*PEERS, 'refta'])}.")
+        raise ValueError(f"There is no method {name!r}; there are {', '.join([*PEERS, *METHODS])}.")
     return name, options
 
 
-def _value(text: str) -> int | bool | str:
-    return int(text) if text.isdigit() else {"true": True, "false": False}.get(text.lower(), text)
+def _value(text: str) -> int | bool | str | tuple[int, ...]:
+    parts = text.split("/")
+    if all(part.isdigit() for part in parts):
+        return tuple(map(int, parts)) if len(parts) > 1 else int(text)
+    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 FLAGS = ("calibrated", "double_quant")
-OPTIONS = {"R", "bits", "transform", "quant_type", "block_size", "double_quant", "refine", "factor_dtype", "calibrated"}
+SIZES = {"R": int, "ranks": tuple, "trained_params": int}
+OPTIONS = {"bits", "transform", "quant_type", "block_size", "double_quant", "refine", "factor_dtype", "calibrated"}
 PEERS = {"head-only": False, "full": False, "lora": True, "pissa": True, "vera": True, "qlora": True, "qpissa": True,
          "loftq": True}  # fmt: skip
 
@@ -251,8 +259,9 @@ def build(method: str, task: Task, seed: int) -> nn.Module:
                 return qlora(model, rank, alpha=rank, heads=heads, split=loftq)
         if options.pop("calibrated", False):
             options["calibration"] = list(calibration(task))
-        rank = options.pop("R")
-        return qrefta.prepare(model, rank=rank, modules_to_save=heads, seed=seed, progress=False, **options)
+        if "R" in options:
+            options["rank"] = options.pop("R")
+        return qrefta.prepare(model, method=name, modules_to_save=heads, seed=seed, progress=False, **options)
 
 
 def calibration(task: Task) -> Iterator[dict[str, torch.Tensor]]:

@@ -6,6 +6,7 @@ For every stack of a model and the model as a whole: ||W - What||_F^2 relative t
 - refta: one shot (the paper's), refined, and calibrated on other texts than those that measure;
 - pissa, loftq: layer by layer, with as many high-precision parameters;
 - qera: likewise, W quantized whole and its error corrected under the inputs' metric;
+- craft: its frozen Tucker part, in no more bytes than refta's factors; one shot and refined;
 - smaller block: NF4 with nothing trained, and blocks so small that it takes the same bits; scales of 32 or 8 bits.
 
 Also ||W - What||_* (the nuclear norm, which the PiSSA paper reports), the stacks' tensor singular values, and each
@@ -15,6 +16,7 @@ file already is not measured again.
 
 import multiprocessing
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -41,7 +43,10 @@ from eval.splits import loftq, pissa, qera, small_block, small_block_bits
 from qrefta.cli import guarded, quiet_libraries
 from qrefta.config import QReftaConfig
 from qrefta.data import read_calibration
-from qrefta.factors import Fit
+from qrefta.factors import Factors, Fit
+from qrefta.methods import METHODS
+from qrefta.methods.craft import CRAFT
+from qrefta.methods.refta import ReFTA
 from qrefta.moments import Metric, Moments, gather_moments, load_moments, output_error, shared_metric
 from qrefta.quantize import QUANT_TYPES, QuantFormat, rounded
 from qrefta.split import one_shot, split_stack, tensor_values
@@ -61,7 +66,9 @@ console = Console()
 
 
 class Cell(NamedTuple):
-    """What a row is found again by. `start` and `transform` are None but for refta; `rank` counts a stack's parts."""
+    """What a row is found again by. `start` and `transform` are None but for refta, `start` but for craft too; `rank`
+    counts refta's parts of a stack: the others get as many numbers or bytes.
+    """
 
     text: str
     samples: int
@@ -190,6 +197,7 @@ def cells_of(
             if rank and quant_type in peers:
                 others = ["pissa", "loftq", "qera", *(SMALL_BLOCKS if quant_type == "nf4" else [])]
                 yield from (cell(method=method, rank=rank) for method in others)
+                yield from (cell(method="craft", start=start, rank=rank) for start in ("one shot", "refined"))
 
 
 @cache
@@ -280,8 +288,8 @@ class StackErrors:
         pair_bytes = 2 * cell.rank * (out_features + in_features)
         if cell.rank == 0:
             return self.whole, 0, 0
-        if cell.method == "refta":
-            return self.refta(cell)
+        if cell.method in METHODS:
+            return self.split(cell)
         if cell.method in SMALL_BLOCKS:
             block, scale_bits = self.small_block(cell), SMALL_BLOCKS[cell.method]
             return torch.stack([w - small_block(w, block, scale_bits) for w in self.layers]), 0, 0
@@ -295,19 +303,32 @@ class StackErrors:
             errors.append(weight - rounded(rest, self.fmt) - up @ down)
         return torch.stack(errors), pair_bytes, LOFTQ_ROUNDS if cell.method == "loftq" else 0
 
-    def refta(self, cell: Cell) -> tuple[Tensor, int, int]:
-        config = QReftaConfig(transform=cell.transform, rank=cell.rank, quant_type=cell.quant_type,
+    def split(self, cell: Cell) -> tuple[Tensor, int, int]:
+        rank = cell.rank if cell.method == "refta" else self.craft_rank(cell)
+        config = QReftaConfig(cell.method, cell.transform or PAPER, quant_type=cell.quant_type,
                               refine=STARTS[cell.start])  # fmt: skip
         metric = self.metric if cell.start == "calibrated" else None
-        key = (cell.transform, cell.rank, metric is None)
+        key = (cell.method, cell.transform, rank, metric is None)
         if key not in self.fits:
-            self.fits[key] = one_shot(self.weights, config, cell.rank, metric)
-        split = split_stack(self.weights, config, cell.rank, metric, self.fits[key])
+            self.fits[key] = one_shot(self.weights, config, rank, metric)
+        split = split_stack(self.weights, config, rank, metric, self.fits[key])
         errors = [
             weight - rounded(weight - split.base.delta(index), self.fmt) - split.factors.delta(index)
             for index, weight in enumerate(self.layers)
         ]
         return torch.stack(errors), split.factors.stored_bytes, config.refine
+
+    def craft_rank(self, cell: Cell) -> int:
+        """The largest rank of outputs and inputs, with all layers, whose factors take no more bytes than refta's."""
+        layers, out_features, in_features = self.weights.shape
+
+        def stored_bytes(method: type[Factors], rank: int) -> int:
+            with torch.device("meta"):
+                return method(layers, out_features, in_features, rank, torch.bfloat16).stored_bytes
+
+        allowed = stored_bytes(ReFTA, cell.rank)
+        ranks = range(1, CRAFT.largest_rank(layers, out_features, in_features) + 1)
+        return max(bisect_right(ranks, allowed, key=partial(stored_bytes, CRAFT)), 1)
 
     def small_block(self, cell: Cell) -> int:
         """The smallest block whose scales take no more bits than refta's factors and scales."""

@@ -20,6 +20,7 @@ from qrefta.data import load_classification, read_calibration
 from qrefta.export import merge as merge_model
 from qrefta.finetune import FinetuneResult
 from qrefta.finetune import finetune as finetune_model
+from qrefta.methods import METHODS
 from qrefta.moments import Moments, gather_moments, load_moments
 from qrefta.prepare import prepare as prepare_model
 from qrefta.quantize import BLOCK_SIZES, QUANT_TYPES
@@ -31,6 +32,7 @@ from qrefta.tensor import TRANSFORMS
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 console = Console()
 
+MethodName = StrEnum("MethodName", list(METHODS))
 TransformName = StrEnum("TransformName", list(TRANSFORMS))
 QuantTypeName = StrEnum("QuantTypeName", list(QUANT_TYPES))
 DtypeName = StrEnum("DtypeName", ["bfloat16", "float16", "float32"])
@@ -39,6 +41,13 @@ Bits = Annotated[int, typer.Option(help="4, or 16 to leave the residual unquanti
 Rank = Annotated[
     str,
     typer.Option(help="R: components kept of every stack, over all its layers; auto: see --budget-mb, --error-ratio."),
+]
+MethodOption = Annotated[MethodName, typer.Option("--method", help="Tensor method.")]
+Ranks = Annotated[
+    str | None, typer.Option(help="Instead of --rank, for craft: layers, outputs and inputs, such as 24,100,100.")
+]
+TrainedParams = Annotated[
+    int | None, typer.Option(help="Instead of --rank: the largest that trains at most so many numbers.")
 ]
 Budget = Annotated[float | None, typer.Option(help="With --rank auto: megabytes for all factors.")]
 ErrorRatio = Annotated[float | None, typer.Option(help="With --rank auto: squared error to reach, of whole weights'.")]
@@ -66,6 +75,9 @@ def prepare(
     out: Annotated[Path, typer.Argument(help="Folder to write; new, empty, or left by an interrupted run.")],
     bits: Bits = 4,
     rank: Rank = "16",
+    method: MethodOption = MethodName.refta,
+    ranks: Ranks = None,
+    trained_params: TrainedParams = None,
     budget_mb: Budget = None,
     error_ratio: ErrorRatio = None,
     transform: TransformOption = TransformName.lsm3,
@@ -90,7 +102,8 @@ def prepare(
     else:
         gathered = None if moments is None else load_moments(moments)
     prepare_model(
-        model, bits, _rank(rank), out=out, transform=transform, quant_type=quant_type, block_size=block_size,
+        model, bits, _rank(rank), out=out, method=method, ranks=_ranks(ranks), trained_params=trained_params,
+        transform=transform, quant_type=quant_type, block_size=block_size,
         double_quant=double_quant, target_modules=target_regex or target, modules_to_save=modules_to_save,
         refine=refine, moments=gathered, budget_mb=budget_mb, error_ratio=error_ratio, seed=seed, device=device,
         max_memory=max_memory,
@@ -107,6 +120,9 @@ def finetune(
     out: Annotated[Path, typer.Argument(help="Folder for checkpoints and the trained model.")],
     bits: Bits = 4,
     rank: Rank = "16",
+    method: MethodOption = MethodName.refta,
+    ranks: Ranks = None,
+    trained_params: TrainedParams = None,
     budget_mb: Budget = None,
     error_ratio: ErrorRatio = None,
     transform: TransformOption = TransformName.lsm3,
@@ -147,7 +163,8 @@ def finetune(
     if not is_prepared(classifier):
         batches = None if calibration is None else read_calibration(calibration, tokenizer, seed=seed)
         prepare_model(
-            classifier, bits, _rank(rank), transform=transform, quant_type=quant_type, block_size=block_size,
+            classifier, bits, _rank(rank), method=method, ranks=_ranks(ranks), trained_params=trained_params,
+            transform=transform, quant_type=quant_type, block_size=block_size,
             double_quant=double_quant, target_modules=target_regex or target, modules_to_save=modules_to_save,
             refine=refine, calibration=batches, budget_mb=budget_mb, error_ratio=error_ratio, seed=seed,
         )  # fmt: skip
@@ -273,6 +290,10 @@ def _rank(text: str) -> int | str:
         return int(text)
     except ValueError:
         raise ValueError(f"rank is {text!r}; it must be a whole number, or auto") from None
+
+
+def _ranks(text: str | None) -> list[int] | None:
+    return None if text is None else [_rank(part) for part in text.split(",")]
 
 
 def _gather(model: str, calibration: str, seed: int) -> Moments:

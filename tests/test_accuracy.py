@@ -16,7 +16,10 @@ from eval.task import METRICS, NAMED, Sizes, balanced, find_data, in_order, meri
 from tests.tiny import color_rows, tiny_folder
 
 SIZES = Sizes(train=64, validation=16, test=24, length=12)
-EVERY = [*CORE, "vera r=4", "loftq r=2", "refta R=3 quant_type=int4 transform=dct"]
+EVERY = [
+    *CORE, "vera r=4", "loftq r=2", "refta R=3 quant_type=int4 transform=dct", "craft ranks=2/5/6", "tera trained_params=300",
+    "lotr R=2", "lorta R=2 bits=16",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +217,11 @@ def test_of_equal_scores_the_lower_loss_wins_and_divergence_never():
         ("lora r=8 alpha=2", "lora takes r=8"),
         ("full r=8", "full takes no options"),
         ("refta", "refta takes R=48"),
-        ("refta R=48 nonsense=1", "refta takes R=48, say, and any of .*bits"),
+        ("refta R=48 nonsense=1", "refta takes R=48, say, .*any of bits"),
+        ("craft", "craft takes R=48, say, or ranks=6/48/48"),
+        ("craft R=4 ranks=2/3/4", "craft takes R=48"),
+        ("craft ranks=4", "craft takes R=48"),
+        ("tera trained_params=many", "tera takes R=48"),
         ("refta R", "refta takes R=48"),
         ("refta R=auto", "refta takes R=48"),
         ("refta R=48 seed=5", "refta takes R=48"),

@@ -13,6 +13,7 @@ import qrefta
 from qrefta.cli import app, load_classifier
 from qrefta.data import read_calibration
 from qrefta.moments import gather_moments
+from qrefta.quantizer import quant_report
 from qrefta.stack import find_stacks
 from tests.models import logits
 from tests.tiny import color_rows, tiny_folder, tiny_tokenizer
@@ -50,6 +51,25 @@ def test_prepare_inspect_merge_round_trip(dense, tmp_path):
     assert json.loads((tmp_path / "dense" / "config.json").read_text())["dtype"] == "float32"
     distance = (logits(merged) - logits(original)).norm() / logits(original).norm()
     assert 0 < distance < 0.5  # 4 bits on random weights cost; a wrong merge is off by 1 and more
+
+
+def test_other_methods_are_prepared_and_trained(dense, rows, tmp_path):
+    """CRAFT with three ranks, from a checkpoint; TeRA with a count of numbers, trained at once."""
+    result = invoke("prepare", dense, tmp_path / "craft", "--method", "craft", "--ranks", "2,5,6", "--refine", 1)
+    assert result.exit_code == 0
+    shown = " ".join(invoke("inspect", tmp_path / "craft").output.split())
+    assert "[2, 5, 6]" in shown
+    assert "method=craft" in shown
+    result = invoke(
+        "finetune", dense, rows, tmp_path / "tera", "--method", "tera", "--trained-params", 500, "--max-steps", 2
+    )
+    assert result.exit_code == 0
+    reports = quant_report(qrefta.load(tmp_path / "tera"))
+    (rank,) = {row["rank"] for row in reports}
+    assert rank == 500 // (4 * sum(row["layers"] for row in reports))
+    assert {row["ratio"] for row in reports} == {1.0}
+    with pytest.raises(ValueError, match="each of ranks is 'auto'"):
+        invoke("prepare", dense, tmp_path / "none", "--method", "craft", "--ranks", "auto,2,3")
 
 
 def test_calibration_moments_and_rank_by_need(dense, rows, tmp_path):
