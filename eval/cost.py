@@ -2,9 +2,9 @@
 
 The floor is the frozen 4-bit model alone: forward, and backward to its inputs only, through our layers without factors
 and through bitsandbytes' own. Beside it: PEFT's QLoRA (r = 16, 8, and the r that trains as many numbers as R = 64),
-also with the dropout of its paper's recipe; PEFT's LoRA on the unquantized weights; the tensor form that rebuilds the
-principal part as a dense matrix in every step; qrefta. All adapt every linear of the blocks, store NF4 with double
-quantization and, but for the floors, take an AdamW step. Weights are random.
+also with the dropout of its paper's recipe; PEFT's LoRA and VeRA on the unquantized weights; the tensor form that
+rebuilds the principal part as a dense matrix in every step; qrefta, and its CRAFT and TeRA. All adapt every linear of
+the blocks, store NF4 with double quantization and, but for the floors, take an AdamW step. Weights are random.
 
 Time is the median over alternated repetitions. Peak memory is a step's, as torch's allocator counts it.
 """
@@ -24,13 +24,15 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qrefta
-from eval.baselines import lora, qlora, quantize_linears
+from eval.baselines import lora, qlora, quantize_linears, vera
 from eval.memory import tensor_peak
 from eval.rows import append
 from qrefta.cli import guarded
 from qrefta.linear import AdaptedLinear
+from qrefta.methods import METHODS
 from qrefta.stack import replace_module
 
+ALWAYS = ("floor", "qlora r=16")  # what the others are told relative to
 console = Console()
 
 
@@ -73,7 +75,9 @@ def run(
     checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing.")] = False,
     memory: Annotated[bool, typer.Option(help="Measure peak memory.")] = True,
     time: Annotated[bool, typer.Option(help="Measure time; then all methods' models are in memory together.")] = True,
-    only: Annotated[str, typer.Option(help="Text in the names of the methods to run; floor and QLoRA always do.")] = "",
+    only: Annotated[
+        str, typer.Option(help="Texts in the names of the methods to run, with commas; floor and QLoRA always do.")
+    ] = "",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     rows: Annotated[Path | None, typer.Option(help="File to add the measurements to, as JSON lines.")] = None,
 ) -> None:
@@ -81,7 +85,9 @@ def run(
     torch.set_num_threads(threads)
     cuda = torch.cuda.is_available()
     what = Run(setting, "cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32, checkpointing)
-    names = [name for name in method_names(setting, ranks) if only in name or name in ("floor", "qlora r=16")]
+    names = [
+        name for name in method_names(setting, ranks) if any(text in name for text in only.split(",")) or name in ALWAYS
+    ]
     counts, peaks = {}, {}
     for name in names:
         counts[name], peaks[name] = _alone(name, what, memory)
@@ -138,7 +144,8 @@ def method_names(setting: str, ranks: str) -> list[str]:
     matched = max(1, round(64 / SETTINGS[setting].config["num_hidden_layers"]))
     lora = [f"qlora r={r}" for r in dict.fromkeys([16, 8, matched])]
     ours = [f"qrefta R={rank}" for rank in ranks.split(",")]
-    return ["floor", "floor bitsandbytes", *lora, "qlora r=16 dropout=0.05", "lora r=16", "rebuilding R=64", *ours]
+    peers = ["qlora r=16 dropout=0.05", "lora r=16", "vera r=256", "rebuilding R=64"]
+    return ["floor", "floor bitsandbytes", *lora, *peers, *ours, "craft R=64", "tera R=64"]
 
 
 def build(name: str, what: Run) -> nn.Module:
@@ -159,8 +166,11 @@ def build(name: str, what: Run) -> nn.Module:
     if options == ["bitsandbytes"]:
         quantize_linears(model, double_quant=True)
         return model.requires_grad_(False).train()
+    if kind == "vera":
+        return vera(model.requires_grad_(False), int(options[0].removeprefix("r="))).train()
     rank = int(options[0].removeprefix("R=")) if options else 1
-    qrefta.prepare(model, rank=rank, refine=0, double_quant=True, progress=False)  # as QLoRA stores its weights
+    method = kind if kind in METHODS else "refta"
+    qrefta.prepare(model, method=method, rank=rank, refine=0, double_quant=True, progress=False)  # stored as QLoRA's
     if kind == "floor":
         model.requires_grad_(False)
     for path, module in list(model.named_modules()):
