@@ -29,7 +29,7 @@ from eval.findings import (
     stack_label,
     trained_numbers,
 )
-from eval.scores import Score, kind
+from eval.scores import RANK_WORDS, Score, kind
 
 WIDTH = 4.2  # inches
 STYLE = {
@@ -42,7 +42,9 @@ STYLE = {
 BLACK, GREY, ORANGE, SKY, GREEN, BLUE, RED, PINK = (
     "#000000", "#777777", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
 )  # fmt: skip
+BROWN = "#8C564B"
 STARTS = {"one shot": (SKY, "o"), "refined": (BLUE, "s"), "calibrated": (GREEN, "D")}
+CRAFT = {"one shot": (BROWN, "<"), "refined": (BROWN, ">")}
 METHODS = {
     "pissa": (ORANGE, "^"), "loftq": (RED, "v"), "qera": (PINK, "P"), "smaller block": (BLACK, "X"),
     "smaller block, 8-bit scales": (GREY, "*"),
@@ -52,7 +54,8 @@ PEERS = {
     "lora": (BLUE, "o"), "pissa": (SKY, "^"), "vera": (GREY, "d"), "qlora": (RED, "s"), "qpissa": (ORANGE, "v"),
     "loftq": (PINK, "D"),
 }  # fmt: skip
-REFTA_MARKERS = "P*X<>hp8"
+TENSOR_COLORS = {"refta": GREEN, "craft": BROWN, "tera": BLACK}  # others: grey
+TENSOR_MARKERS = "P*X<>hp8"
 
 
 class Picture(NamedTuple):
@@ -102,7 +105,7 @@ def plain_ticks(axes: Axes, ticks: list[float]) -> None:
 
 def look(one: Series) -> dict[str, Any]:
     """Colour and marker of a series."""
-    color, marker = STARTS[one.start] if one.method == "refta" else METHODS[one.method]
+    color, marker = STARTS[one.start] if one.method == "refta" else METHODS.get(one.method) or CRAFT[one.start]
     return {"color": color, "marker": marker}
 
 
@@ -215,17 +218,22 @@ def score_scatter(methods: dict[str, Score], name: str, alt: str) -> Picture:
         axes.axhline(scale * score.mean, color="#444", linestyle=style, linewidth=1.2, label=f"{score.method}{away}")
         error = score.standard_error or 0
         axes.axhspan(scale * (score.mean - error), scale * (score.mean + error), color="#444", alpha=0.08, linewidth=0)
-    refta = list(dict.fromkeys(kind(score.method) for score in points if kind(score.method) not in PEERS))
+    tensor = list(dict.fromkeys(kind(score.method) for score in points if kind(score.method) not in PEERS))
     for cluster in near(points):
         center = cluster[len(cluster) // 2].adapter
         for place, score in enumerate(cluster):
             label = kind(score.method)
-            color, marker = PEERS.get(label) or (GREEN, REFTA_MARKERS[refta.index(label) % len(REFTA_MARKERS)])
-            hollow = label.startswith("refta") and "bits=16" not in label
+            color, marker = PEERS.get(label) or (
+                TENSOR_COLORS.get(label.split()[0], GREY),
+                TENSOR_MARKERS[tensor.index(label) % len(TENSOR_MARKERS)],
+            )
+            hollow = label in tensor and "bits=16" not in label
             axes.errorbar(center * 1.14 ** (place - (len(cluster) - 1) / 2), scale * score.mean,
                           scale * (score.standard_error or 0), color=color, marker=marker, linestyle="", capsize=2.5,
                           markersize=6.5, elinewidth=1.1, label=label, mfc="white" if hollow else color)  # fmt: skip
-        ranks = "\n".join(dict.fromkeys(word for score in cluster for word in score.method.split() if "=" in word[:2]))
+        ranks = "\n".join(
+            dict.fromkeys(word for score in cluster for word in score.method.split() if word.startswith(RANK_WORDS))
+        )
         axes.annotate(ranks, (center, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
                       textcoords="offset points", ha="center", fontsize=8, color="#333")  # fmt: skip
     centers = [cluster[len(cluster) // 2].adapter for cluster in near(points)]

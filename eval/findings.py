@@ -13,8 +13,8 @@ PAPER = "lsm3"  # the paper's transform, and the default
 SHOWN_RANK = 48  # the R of pictures that show one R, where it was measured
 DRAWN_SHARED, DRAWN_LORA = (15, 48), (1, 8)  # R and r in the picture of trained numbers
 COMPONENTS = (15, 48, 96, 192)  # of a spectrum's table
-NAMES = {"refta": "ReFTA", "pissa": "PiSSA", "loftq": "LoftQ", "qera": "QERA"}
-RIVALS = ("pissa", "loftq", "qera")  # those that have a rank
+NAMES = {"refta": "ReFTA", "craft": "CRAFT", "tera": "TeRA", "pissa": "PiSSA", "loftq": "LoftQ", "qera": "QERA"}
+RIVALS = ("craft", "pissa", "loftq", "qera")  # those that have a rank
 BLOCKS = ("smaller block", "smaller block, 8-bit scales")
 FORMATS = {"nf4": "NF4", "fp4": "FP4", "int4": "INT4"}
 
@@ -36,8 +36,8 @@ class Series(NamedTuple):
     @property
     def label(self) -> str:
         """As legends and tables name it, for example ReFTA lsm3, refined."""
-        name = NAMES.get(self.method, self.method)
-        return f"{name} {self.transform}, {self.start}" if self.method == "refta" else name
+        name = NAMES.get(self.method, self.method) + (f" {self.transform}" if self.transform else "")
+        return f"{name}, {self.start}" if self.start else name
 
 
 class Duel(NamedTuple):

@@ -142,7 +142,7 @@ def curve_section(rows: list[Row], value: str, what: str, name: str) -> Section:
     meaning = {
         "ratio": "Squared error ||W - Ŵ||^2 of all stacks together, over that of quantizing whole weights: below 1 "
         "is better than 4 bits alone. R counts components of a stack; PiSSA, LoftQ and QERA have as many in all its "
-        "layers together.",
+        "layers together, and CRAFT's Tucker part takes no more bytes.",
         "output_ratio": "Squared error of the linears' outputs on text, E||x (W - Ŵ)^T||^2, over that of quantizing "
         "whole weights. The text was not used to calibrate.",
     }
@@ -239,8 +239,9 @@ def score_section(study: scores.Study, methods: dict[str, scores.Score]) -> Sect
     title = scores.score_title(study.task, methods)
     pairs = [
         pair
-        for ours, theirs in (("refta bits=16", "lora"), ("refta", "qlora"))
-        for pair in scores.differences(methods, ours, theirs)
+        for ours in ("refta", "craft", "tera", "lotr", "lorta")
+        for words, theirs in ((f"{ours} bits=16", "lora"), (ours, "qlora"))
+        for pair in scores.differences(methods, words, theirs)
     ]
     text = (
         f"{study.model}, {study.steps} steps of {study.batch_size} rows, {study.train_rows:,} training rows; mean over "

@@ -11,6 +11,7 @@ from eval.findings import Row, Table, number, pick
 from eval.task import METRICS, merit
 
 MINUS = "\N{MINUS SIGN}"
+RANK_WORDS = ("R=", "r=", "ranks=", "trained_params=")  # of a method's words: how large it is
 CONFIDENCE = 0.95  # a difference of scores counts where zero lies outside its interval, by Student's t
 
 
@@ -171,7 +172,7 @@ def difference(ours: Score, theirs: Score, head: Score | None) -> Difference | N
 
 
 def differences(methods: dict[str, Score], ours: str, theirs: str) -> list[Difference]:
-    """Of all pairs of methods with these words, where R= and r= stand for any rank."""
+    """Of all pairs of methods with these words, where RANK_WORDS stand for any rank."""
     pairs = [
         difference(methods[one], methods[other], methods.get("head-only"))
         for one in methods
@@ -183,7 +184,7 @@ def differences(methods: dict[str, Score], ours: str, theirs: str) -> list[Diffe
 
 def kind(method: str) -> str:
     """A method without its rank: refta R=48 bits=16 -> refta bits=16."""
-    return " ".join(word for word in method.split() if not word.startswith(("R=", "r=")))
+    return " ".join(word for word in method.split() if not word.startswith(RANK_WORDS))
 
 
 def score_title(name: str, methods: dict[str, Score]) -> str:

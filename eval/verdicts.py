@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from eval.findings import (
     FORMATS,
+    NAMES,
     PAPER,
     TIE,
     TIMING,
@@ -54,7 +55,11 @@ def verdicts(files: dict[str, list[Row]]) -> list[Verdict]:
         below_baseline(stacks),
         falls_with_rank(stacks),
         fewer_numbers(studies),
-        *(beside_lora(studies, *pair) for pair in (("refta bits=16", "lora"), ("refta", "qlora"))),
+        *(
+            beside_lora(studies, *pair)
+            for method in ("refta", "craft", "tera")
+            for pair in ((f"{method} bits=16", "lora"), (method, "qlora"))
+        ),
         one_knob(models),
         no_rebuilding(cost),
         transform_errors(models),
@@ -141,8 +146,9 @@ def beside_lora(studies: dict[Study, dict[str, Score]], ours: str, theirs: str) 
     worse = sum(pair.word == "worse" for pair in equal)
     note = f"Of {len(equal)} pairs with equally many {worse} are worse. " if equal else ""
     bits = "16-bit weights" if "bits=16" in ours else "4-bit weights"
+    name = NAMES[ours.split()[0]]
     return Verdict(
-        f"{'QLoRA' if theirs == 'qlora' else 'LoRA'}'s score or better with fewer trained numbers ({bits})",
+        f"{name}: {'QLoRA' if theirs == 'qlora' else 'LoRA'}'s score or better with fewer trained numbers ({bits})",
         score_lines(shown),
         judge(good, len(fewer) - good),
         f"Of {len(fewer)} pairs with fewer numbers that can be told {good} are level or better. {note}Pairs with more "
@@ -290,13 +296,15 @@ def rivals(models: list[Row]) -> list[Verdict]:
         ("pissa", "one shot", "ratio", "PiSSA, as many numbers in 16 bit: one shot leaves less weight error"),
         ("loftq", "refined", "ratio", "LoftQ, as many numbers in 16 bit: refinement leaves less weight error"),
         ("qera", "calibrated", "output_ratio", "QERA, as many components: calibration leaves less output error"),
+        ("craft", "one shot", "ratio", "CRAFT's Tucker part, as many bytes: one shot leaves less weight error"),
+        ("craft", "refined", "ratio", "CRAFT's Tucker part, as many bytes: refinement leaves less weight error"),
     ]
     return [
         from_duel(
             claim,
             duel(
                 pick(models, method="refta", transform=PAPER, start=start),
-                pick(models, method=rival),
+                pick(models, method=rival, start=(None, start)),
                 ("model", "quant_type", "rank"),
                 value,
             ),

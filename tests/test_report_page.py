@@ -202,7 +202,7 @@ def test_scores_beside_lora(shift, verdict, title):
     rows = score_rows({"refta R=15 bits=16": shift, "refta R=48 bits=16": shift})
     (methods,) = scores.scores(rows).values()
     assert title in scores.score_title("sst2", methods)
-    assert word("LoRA's score or better with fewer trained numbers (16", accuracy=rows) == verdict
+    assert word("ReFTA: LoRA's score or better with fewer trained numbers (16", accuracy=rows) == verdict
     assert word("a fraction of LoRA's numbers", accuracy=rows) == IN_PART  # R = 15 trains more than r = 1
 
 
@@ -219,14 +219,14 @@ def test_a_difference_is_paired_and_has_the_textbook_standard_error():
 
 def test_less_perplexity_is_better():
     rows = score_rows({"refta R=48 bits=16": 0.05, "refta R=15 bits=16": 0.05}, metric="perplexity")
-    assert word("LoRA's score or better with fewer trained numbers (16", accuracy=rows) == FAILS
+    assert word("ReFTA: LoRA's score or better with fewer trained numbers (16", accuracy=rows) == FAILS
 
 
 def test_nothing_is_told_where_lora_gains_nothing_or_one_seed_ran():
     blind = score_rows({"head-only": 0.01})
-    assert word("LoRA's score or better with fewer trained numbers (16", accuracy=blind) == UNTOLD
+    assert word("ReFTA: LoRA's score or better with fewer trained numbers (16", accuracy=blind) == UNTOLD
     single = score_rows(seeds=1)
-    assert word("LoRA's score or better with fewer trained numbers (16", accuracy=single) == UNTOLD
+    assert word("ReFTA: LoRA's score or better with fewer trained numbers (16", accuracy=single) == UNTOLD
 
 
 def test_adapter_parameters_leave_out_the_head_and_edges_are_marked():
