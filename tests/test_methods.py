@@ -103,7 +103,7 @@ DENSE = {"refta": dense_refta, "craft": dense_craft, "tera": dense_tera, "lotr":
 
 
 @all_methods
-@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("tokens", [3, 40, 600])
 @pytest.mark.parametrize("shape", [(3, 12, 20), (1, 13, 17), (2, 20, 7)])
 def test_output_and_gradients_are_the_dense_definitions(method, tokens, shape):
     """In float64, of x and every trained number; odd and prime sizes, one layer, more tokens than features."""
