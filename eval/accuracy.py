@@ -9,6 +9,7 @@ Methods are words: a name, then options.
                        Language models have none, and are scored as they are
     full               everything
     lora r=8           PEFT on unquantized weights, likewise pissa r=8, vera r=256
+    loretta r=5        tensor trains of rank r on unquantized weights
     qlora r=8          PEFT on NF4 weights, likewise qpissa r=8, loftq r=8
     refta R=48         qrefta.prepare with its defaults; any of its options may follow (bits=16 transform=identity
                        quant_type=int4 refine=0), and `calibrated`
@@ -33,6 +34,7 @@ import qrefta
 from eval.baselines import lora, qlora, train_head_only, vera
 from eval.image import image_task
 from eval.language import choice_task, text_lm_task
+from eval.loretta import loretta
 from eval.memory import tensor_peak
 from eval.rows import append, find, read
 from eval.splits import loftq, pissa
@@ -230,8 +232,8 @@ def _value(text: str) -> int | bool | str | tuple[int, ...]:
 FLAGS = ("calibrated", "double_quant")
 SIZES = {"R": int, "ranks": tuple, "trained_params": int}
 OPTIONS = {"bits", "transform", "quant_type", "block_size", "double_quant", "refine", "factor_dtype", "calibrated"}
-PEERS = {"head-only": False, "full": False, "lora": True, "pissa": True, "vera": True, "qlora": True, "qpissa": True,
-         "loftq": True}  # fmt: skip
+PEERS = {"head-only": False, "full": False, "lora": True, "pissa": True, "vera": True, "loretta": True, "qlora": True,
+         "qpissa": True, "loftq": True}  # fmt: skip
 
 
 def build(method: str, task: Task, seed: int) -> nn.Module:
@@ -251,6 +253,8 @@ def build(method: str, task: Task, seed: int) -> nn.Module:
                 return lora(model, rank, alpha=rank, heads=heads, start="pissa")
             case "vera":
                 return vera(model, rank, heads=heads)
+            case "loretta":
+                return loretta(model, rank, heads=heads)
             case "qlora":
                 return qlora(model, rank, alpha=2 * rank, heads=heads)
             case "qpissa":

@@ -51,8 +51,8 @@ METHODS = {
 }  # fmt: skip
 TRANSFORMS = {"lsm3": (BLUE, "o"), "dct": (ORANGE, "^"), "identity": (BLACK, "s")}
 PEERS = {
-    "lora": (BLUE, "o"), "pissa": (SKY, "^"), "vera": (GREY, "d"), "qlora": (RED, "s"), "qpissa": (ORANGE, "v"),
-    "loftq": (PINK, "D"),
+    "lora": (BLUE, "o"), "pissa": (SKY, "^"), "vera": (GREY, "d"), "loretta": (GREY, "h"), "qlora": (RED, "s"),
+    "qpissa": (ORANGE, "v"), "loftq": (PINK, "D"),
 }  # fmt: skip
 TENSOR_COLORS = {"refta": GREEN, "craft": BROWN, "tera": BLACK}  # others: grey
 TENSOR_MARKERS = "P*X<>hp8"

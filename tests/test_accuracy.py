@@ -17,7 +17,7 @@ from tests.tiny import color_rows, tiny_folder
 
 SIZES = Sizes(train=64, validation=16, test=24, length=12)
 EVERY = [
-    *CORE, "vera r=4", "loftq r=2", "refta R=3 quant_type=int4 transform=dct", "craft ranks=2/5/6",
+    *CORE, "vera r=4", "loretta r=2", "loftq r=2", "refta R=3 quant_type=int4 transform=dct", "craft ranks=2/5/6",
     "tera trained_params=300", "lotr R=2", "lorta R=2 bits=16",
 ]  # fmt: skip
 
