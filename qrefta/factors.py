@@ -49,13 +49,13 @@ class Factors(nn.Module, ABC):
         dtype: what the trained values are rounded to wherever they are used; float32 or wider: not rounded.
 
     Attributes:
-        fits: whether `fit` takes a principal part out of the weights; if not, Delta is 0 at the start, the weights are
-            quantized whole, and there is nothing to refine.
+        fits: whether `fit` takes a principal part out of the weights. If not, Delta is 0 at the start, the weights are
+            quantized whole, and there is nothing to refine; `draw` makes what is random.
         transforms: mode-3 transforms that `fit` takes, the default first.
         slice_ranks: components of each transformed slice, summing to the rank; set by `fit`, not stored.
     """
 
-    fits: ClassVar[bool] = True
+    fits: ClassVar[bool] = False
     transforms: ClassVar[tuple[str, ...]] = TRANSFORMS
 
     def __init__(self, layers: int, out_features: int, in_features: int, rank: Rank, dtype: torch.dtype) -> None:
@@ -68,7 +68,6 @@ class Factors(nn.Module, ABC):
         self.slice_ranks: list[int] = []
 
     @classmethod
-    @abstractmethod
     def fit(
         cls,
         slices: Slices,
@@ -85,9 +84,18 @@ class Factors(nn.Module, ABC):
             rank: r.
             transform: mode-3 transform, (layers, slices), float64.
             dtype: see the class.
-            seed: of what is random; drawn on the CPU.
+            seed: of what is random.
             starts: the subspaces of an earlier fit to nearly the same stack; then one pass is enough.
         """
+        with slices.device:
+            factors = cls(*slices.shape, rank, dtype)
+        with torch.no_grad():
+            factors.draw(torch.Generator().manual_seed(seed))
+        return Fit(factors, energy=0.0, starts=[])
+
+    def draw(self, generator: torch.Generator) -> None:
+        """Fill the random Parameters with values of `dtype`; the generator is the CPU's, whatever the device."""
+        raise NotImplementedError(f"{type(self).__name__} neither fits its stack nor says how it starts.")
 
     @classmethod
     @abstractmethod

@@ -24,6 +24,7 @@ class CRAFT(LowRankFactors):
     Args: see `Factors`; `rank` is (r_layer, r_out, r_in), or one number for all three.
     """
 
+    fits = True
     transforms = ("lsm3",)
 
     def __init__(self, layers: int, out_features: int, in_features: int, rank: Rank, dtype: torch.dtype) -> None:

@@ -8,8 +8,7 @@ outputs at 0 and layers at 1, of which the deviation is trained.
 import torch
 from torch import Tensor, nn
 
-from qrefta.factors import Fit, LowRankFactors, Rank
-from qrefta.tensor import Slices
+from qrefta.factors import LowRankFactors, Rank
 
 
 class LoRTA(LowRankFactors):
@@ -18,8 +17,6 @@ class LoRTA(LowRankFactors):
     Args: see `Factors`; `rank` is r, at most K min(in, out).
     """
 
-    fits = False
-
     def __init__(self, layers: int, out_features: int, in_features: int, rank: Rank, dtype: torch.dtype) -> None:
         super().__init__(layers, out_features, in_features, rank, dtype)
         master = torch.promote_types(dtype, torch.float32)
@@ -27,22 +24,9 @@ class LoRTA(LowRankFactors):
         self.B = nn.Parameter(torch.empty(rank, in_features, dtype=master))
         self.C = nn.Parameter(torch.zeros(layers, rank, dtype=master))
 
-    @classmethod
-    def fit(
-        cls,
-        slices: Slices,
-        rank: Rank,
-        transform: Tensor,
-        dtype: torch.dtype,
-        seed: int,
-        starts: list[Tensor] | None = None,
-    ) -> Fit:
-        with slices.device:
-            factors = cls(*slices.shape, rank, dtype)
-        drawn = torch.randn(factors.B.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        with torch.no_grad():
-            factors.B.copy_(nn.functional.normalize(drawn, dim=1).to(dtype))
-        return Fit(factors, 0.0, [])
+    def draw(self, generator: torch.Generator) -> None:
+        drawn = torch.randn(self.B.shape, generator=generator, dtype=torch.float64)
+        self.B.copy_(nn.functional.normalize(drawn, dim=1).to(self.dtype))
 
     @classmethod
     def largest_rank(cls, layers: int, out_features: int, in_features: int) -> int:

@@ -7,8 +7,7 @@ Ours: L and R start random with orthonormal columns and rows, and G_l at 0.
 import torch
 from torch import Tensor, nn
 
-from qrefta.factors import Fit, LowRankFactors, Rank
-from qrefta.tensor import Slices
+from qrefta.factors import LowRankFactors, Rank
 
 
 class LoTR(LowRankFactors):
@@ -17,8 +16,6 @@ class LoTR(LowRankFactors):
     Args: see `Factors`; `rank` is r, at most min(in, out).
     """
 
-    fits = False
-
     def __init__(self, layers: int, out_features: int, in_features: int, rank: Rank, dtype: torch.dtype) -> None:
         super().__init__(layers, out_features, in_features, rank, dtype)
         master = torch.promote_types(dtype, torch.float32)
@@ -26,24 +23,10 @@ class LoTR(LowRankFactors):
         self.R = nn.Parameter(torch.empty(rank, in_features, dtype=master))
         self.G = nn.Parameter(torch.zeros(layers, rank, rank, dtype=master))
 
-    @classmethod
-    def fit(
-        cls,
-        slices: Slices,
-        rank: Rank,
-        transform: Tensor,
-        dtype: torch.dtype,
-        seed: int,
-        starts: list[Tensor] | None = None,
-    ) -> Fit:
-        with slices.device:
-            factors = cls(*slices.shape, rank, dtype)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for columns in (factors.L, factors.R.T):
-                drawn = torch.randn(columns.shape, generator=generator, dtype=torch.float64)
-                columns.copy_(torch.linalg.qr(drawn).Q.to(dtype))
-        return Fit(factors, 0.0, [])
+    def draw(self, generator: torch.Generator) -> None:
+        for columns in (self.L, self.R.T):
+            drawn = torch.randn(columns.shape, generator=generator, dtype=torch.float64)
+            columns.copy_(torch.linalg.qr(drawn).Q.to(self.dtype))
 
     @classmethod
     def largest_rank(cls, layers: int, out_features: int, in_features: int) -> int:

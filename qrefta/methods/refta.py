@@ -17,6 +17,8 @@ class ReFTA(LowRankFactors):
     Args: see `Factors`; `rank` is R, at most K min(in, out).
     """
 
+    fits = True
+
     def __init__(self, layers: int, out_features: int, in_features: int, rank: int, dtype: torch.dtype) -> None:
         super().__init__(layers, out_features, in_features, rank, dtype)
         master = torch.promote_types(dtype, torch.float32)

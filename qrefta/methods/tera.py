@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from qrefta.factors import Factors, Fit, Rank
+from qrefta.factors import Factors, Rank
 from qrefta.product import adapted_product
 from qrefta.quantize import Packed, QuantFormat
-from qrefta.tensor import Slices
 
 _ALL = slice(None)
 _CHUNK = 512  # tokens whose outer products are there at once: three times as fast as one contraction over all
@@ -37,8 +36,6 @@ class TeRA(Factors):
         mode_1, mode_2: (rows of F_out,i, G_i and F_in,i, r), frozen, drawn once and saved.
     """
 
-    fits = False
-
     def __init__(self, layers: int, out_features: int, in_features: int, rank: Rank, dtype: torch.dtype) -> None:
         super().__init__(layers, out_features, in_features, rank, dtype)
         master = torch.promote_types(dtype, torch.float32)
@@ -48,26 +45,12 @@ class TeRA(Factors):
             drawn = torch.empty(out + rank + into, rank, dtype=master)
             self.register_parameter(f"mode_{index}", nn.Parameter(drawn, requires_grad=False))
 
-    @classmethod
-    def fit(
-        cls,
-        slices: Slices,
-        rank: Rank,
-        transform: Tensor,
-        dtype: torch.dtype,
-        seed: int,
-        starts: list[Tensor] | None = None,
-    ) -> Fit:
-        with slices.device:
-            factors = cls(*slices.shape, rank, dtype)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for mode, (_, into) in zip((factors.mode_1, factors.mode_2), factors.sizes, strict=True):
-                # D_i then keeps the length of a vector, times root (out / in), as a dense layer's start does
-                drawn = torch.randn(mode.shape, generator=generator, dtype=torch.float64) / math.sqrt(rank)
-                drawn[-into:] *= math.sqrt(rank / into)
-                mode.copy_(drawn.to(dtype))
-        return Fit(factors, 0.0, [])
+    def draw(self, generator: torch.Generator) -> None:
+        for mode, (_, into) in zip((self.mode_1, self.mode_2), self.sizes, strict=True):
+            # D_i then keeps the length of a vector, times root (out / in), as a dense layer's start does
+            drawn = torch.randn(mode.shape, generator=generator, dtype=torch.float64) / math.sqrt(self.rank)
+            drawn[-into:] *= math.sqrt(self.rank / into)
+            mode.copy_(drawn.to(self.dtype))
 
     @classmethod
     def largest_rank(cls, layers: int, out_features: int, in_features: int) -> int:
