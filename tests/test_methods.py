@@ -19,6 +19,8 @@ from qrefta.linear import AdaptedLinear
 from qrefta.methods import METHODS
 from qrefta.methods.craft import CRAFT
 from qrefta.methods.tera import kronecker_product, mode_sizes
+from qrefta.moments import gather_moments
+from qrefta.stack import find_stacks
 from qrefta.tucker import hosvd
 from tests.models import ARCHITECTURES, inputs, logits
 from tests.stacks import slices_of, transform_of
@@ -221,6 +223,19 @@ def test_craft_quantizes_less_than_whole_weights():
     )
     assert all(a < 0.95 for a in one_shot)
     assert all(b < a for a, b in zip(one_shot, refined, strict=True))
+
+
+def test_craft_is_calibrated():
+    """It leaves less error of the outputs on the calibration's inputs than the split by weights."""
+    model = ARCHITECTURES["bert"]()
+    generator = torch.Generator().manual_seed(3)
+    batches = [{"input_ids": torch.randint(9, (8, 12), generator=generator)} for _ in range(4)]
+    moments = gather_moments(model, find_stacks(model), batches, progress=False)
+    options = {"method": "craft", "ranks": (3, 12, 12), "progress": False}
+    found = qrefta.quant_report(qrefta.prepare(model, moments=moments, **options))
+    plain = qrefta.quant_report(qrefta.prepare(ARCHITECTURES["bert"](), **options))
+    assert sum(row["output_ratio"] for row in found) / len(found) < sum(row["ratio"] for row in plain) / len(plain)
+    assert all(row["output_ratio"] < row["ratio"] for row in found)
 
 
 # Counts and ranks
