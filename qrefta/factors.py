@@ -16,6 +16,7 @@ for most entries and plain AdamW would lose it; the masters make every optimizer
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -132,6 +133,12 @@ class Factors(nn.Module, ABC):
     def trained(self) -> list[nn.Parameter]:
         """Parameters that train; everything else in the module is frozen."""
 
+    def _own_precision(self) -> AbstractContextManager[Any]:
+        """What small products among the Parameters are made in: their dtype, whatever autocast says."""
+        kind = next(self.parameters()).device.type
+        active = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return torch.autocast(kind, enabled=False) if active else nullcontext()
+
     def _seen(self, trained: Tensor) -> Tensor:
         """Trained numbers as they are seen: rounded, with the gradient passing through."""
         return rounded_factor(trained, self.dtype, trained)
@@ -211,12 +218,8 @@ class LowRankFactors(Factors):
         return kept.up, kept.cores[layer], kept.down, dtype
 
     def _core(self, layer: int) -> Tensor:
-        """core_l, computed in its parameters' own precision, whatever autocast says."""
-        kind = next(self.parameters()).device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            with torch.autocast(kind, enabled=False):
-                return self.core(layer)
-        return self.core(layer)
+        with self._own_precision():
+            return self.core(layer)
 
     def train(self, mode: bool = True) -> Self:
         self._forget(settled=not mode)

@@ -119,6 +119,32 @@ def test_an_adapted_product_is_the_same_on_both_devices(fmt, tokens, dtype):
         assert (on_gpu.cpu() - on_cpu).float().norm() <= limit * on_cpu.float().norm()
 
 
+@pytest.mark.parametrize("method", ["craft", "tera", "lotr", "lorta"])
+def test_every_method_prepares_and_computes_the_same_on_both_devices(method):
+    """Error of the split on the GPU; logits and gradients of one prepared model moved there."""
+    options = {"method": method, "rank": 4, "progress": False}
+    on_cpu, on_gpu = (qrefta.prepare(ARCHITECTURES["llama_gqa"](), **options, device=place) for place in (None, "cuda"))
+    for ours, theirs in zip(qrefta.quant_report(on_gpu), qrefta.quant_report(on_cpu), strict=True):
+        assert ours["ratio"] == pytest.approx(theirs["ratio"], abs=0.02)
+    moved(on_cpu)
+    found = []
+    for model in (on_cpu, copy.deepcopy(on_cpu).cuda()):
+        batch = {name: tensor.to(model.device) for name, tensor in inputs(model).items()}
+        loss = model(**batch, labels=batch["input_ids"]).loss
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        found.append([loss, *torch.autograd.grad(loss, trained)])
+    for expected, ours in zip(*found, strict=True):
+        assert (ours.cpu() - expected).norm() <= 1e-3 * expected.norm()
+
+
+def moved(model):
+    """Factors after some training."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+
+
 @pytest.mark.parametrize("rounds", [1, 5])
 def test_loftq_is_that_of_peft(rounds):
     """PEFT's runs on a GPU alone; the same quantized part and the same product of the pair."""

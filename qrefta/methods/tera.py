@@ -69,7 +69,7 @@ class TeRA(Factors):
     def product(self, x: Tensor, layer: int, bias: Tensor | None, packed: Packed, fmt: QuantFormat | None) -> Tensor:
         shape = (self.out_features, self.in_features)
         frozen = adapted_product(x, None, None, None, bias, packed, fmt, shape, None)
-        with torch.autocast(x.device.type, enabled=False):
+        with self._own_precision():
             first, second = self.matrices(layer)
         return frozen + kronecker_product(x, first.to(x), second.to(x), self.out_features)
 
