@@ -20,7 +20,7 @@ from qrefta.methods import METHODS
 from qrefta.methods.craft import CRAFT
 from qrefta.methods.tera import kronecker_product, mode_sizes
 from qrefta.moments import gather_moments
-from qrefta.stack import find_stacks
+from qrefta.stack import find_stacks, model_weights
 from qrefta.tucker import hosvd
 from tests.models import ARCHITECTURES, inputs, logits
 from tests.stacks import slices_of, transform_of
@@ -158,7 +158,7 @@ def test_rounding_masters_changes_no_bit_of_the_function(method):
 
 
 @all_methods
-def test_a_layer_under_autocast_trains_in_half_precision(method):
+def test_a_layer_under_autocast_trains_in_half_precision(method, monkeypatch):
     factors = moved(fitted(method, stack_of(3, 24, 20), rank_of(method)))
     layer = AdaptedLinear(20, 24, bias=False, fmt=None, dtype=torch.float32)
     layer.store(stack_of(3, 24, 20)[0], None)
@@ -166,9 +166,13 @@ def test_a_layer_under_autocast_trains_in_half_precision(method):
     x = stack_of(6, 20, seed=2).requires_grad_()
     expected = layer(x)
     wanted = torch.autograd.grad(expected.square().sum(), [x, *factors.trained()])
+    name, made = ("core" if hasattr(factors, "core") else "matrices"), []
+    compute = getattr(factors, name)
+    monkeypatch.setattr(factors, name, lambda layer: made.append(compute(layer)) or made[-1])
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16
+    assert {one.dtype for found in made for one in (found if isinstance(found, tuple) else (found,))} == {torch.float32}
     found = torch.autograd.grad(y.float().square().sum(), [x, *factors.trained()])
     assert (y - expected).norm() <= 0.02 * expected.norm()
     for ours, theirs in zip(found, wanted, strict=True):
@@ -223,6 +227,27 @@ def test_craft_quantizes_less_than_whole_weights():
     )
     assert all(a < 0.95 for a in one_shot)
     assert all(b < a for a, b in zip(one_shot, refined, strict=True))
+
+
+@pytest.mark.parametrize(("method", "rank"), [("refta", 7), ("craft", (2, 5, 6)), ("craft", (4, 12, 20))])
+def test_what_a_fit_takes_away_is_the_energy_it_states(method, rank):
+    """||W||^2 less it is what is left, over all layers: so Delta is the projection, each layer's as it is."""
+    stack = decaying(4, 12, 20)
+    U = transform_of(stack, "lsm3")
+    found = METHODS[method].fit(slices_of(stack, U), rank, U, torch.float64, 0)
+    left = sum((weight - found.factors.delta(layer)).square().sum() for layer, weight in enumerate(stack))
+    assert_close(left.item(), stack.square().sum().item() - found.energy, rtol=1e-5, atol=1e-5)
+
+
+def test_craft_splits_under_the_layers_own_basis():
+    """A prepared model's principal energy is that of the higher-order SVD with its layer mode cut to one."""
+    model = ARCHITECTURES["bert"]()
+    stack = find_stacks(model)[0]
+    weights = model_weights(model, stack).rows(0, stack.out_features).double()
+    found, _ = tucker_of(weights, (1, 32, 32))
+    (row, *_) = qrefta.quant_report(qrefta.prepare(model, method="craft", ranks=(1, 32, 32), refine=0, progress=False))
+    expected = found.core.square().sum() / weights.square().sum()
+    assert row["principal_energy"] == pytest.approx(expected.item(), rel=1e-3)
 
 
 def test_craft_is_calibrated():
@@ -463,6 +488,8 @@ def test_a_metric_moves_the_decomposition_to_the_outputs():
     U = transform_of(stack, "lsm3")
     plain, weighted = (hosvd(slices_of(stack, U, metric=metric), (4, 8, 8), 0) for metric in (None, Diagonal()))
     errors = [stack - approximation(found, U, 4) for found in (plain, weighted)]
+    left = (stack * spread.sqrt()).square().sum() - weighted.core.square().sum()
+    assert_close((errors[1] * spread.sqrt()).square().sum(), left)
     assert errors[1].norm() > errors[0].norm()
     assert (errors[1] * spread.sqrt()).norm() < (errors[0] * spread.sqrt()).norm()
 

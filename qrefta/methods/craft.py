@@ -59,8 +59,8 @@ class CRAFT(LowRankFactors):
             factors.left.copy_(found.left.to(dtype))
             factors.right.copy_(found.right.to(dtype))
             factors.cores.copy_(found.core.to(dtype))
-            mix = transform.to(slices.device)[:, : ranks[0]].to(torch.float32)
-            factors.mix.copy_(mix.contiguous().view(torch.uint8))
+            mix = torch.empty(len(transform), ranks[0], device=slices.device)
+            factors.mix.copy_(mix.copy_(transform[:, : ranks[0]]).view(torch.uint8))
         return Fit(factors, found.core.square().sum().item(), [found.basis])
 
     @classmethod
