@@ -43,7 +43,7 @@ def hosvd(slices: Slices, ranks: tuple[int, int, int], seed: int, start: Tensor 
     0.001 of the captured energy.
 
     Passes: 2 where it is exact or has a start, else about 6. Memory beside a block: (in, in) where it is exact, else
-    (in, r_in + 8); the projected slices, (r_layer, out, r_in); and (out, out); float64.
+    (in, r_in + 8); the projected slices, (r_layer, out, r_in), and a Gram matrix of them; float64.
 
     Args:
         slices: of a stack under lsm3, float32 or float64.
@@ -62,10 +62,17 @@ def hosvd(slices: Slices, ranks: tuple[int, int, int], seed: int, start: Tensor 
     metric = slices.metric
     thin = basis if metric is None else metric.apply(basis)
     projected = torch.cat([block[:kept].double() @ thin for _, block in slices.blocks()], dim=1)
-    unfolded = projected.transpose(0, 1).flatten(1)
-    left = torch.linalg.eigh(unfolded @ unfolded.T).eigenvectors.flip(1)[:, :r_out]
+    left = _leading_left(projected.transpose(0, 1).flatten(1), r_out)
     right = (basis if metric is None else metric.apply_inverse(basis)).T
     return Tucker(left.T @ projected, left, right, basis)
+
+
+def _leading_left(matrix: Tensor, rank: int) -> Tensor:
+    """Leading left singular vectors, (rows, rank), through the smaller Gram matrix."""
+    if matrix.shape[0] <= matrix.shape[1]:
+        return torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(1)[:, :rank]
+    right = torch.linalg.eigh(matrix.T @ matrix).eigenvectors.flip(1)[:, :rank]
+    return torch.linalg.qr(matrix @ right).Q
 
 
 def _exact_basis(slices: Slices, kept: int, rank: int) -> Tensor:

@@ -444,7 +444,7 @@ def approximation(found, U, kept):
 
 
 @pytest.mark.parametrize("blocks", [1, 3])
-@pytest.mark.parametrize("ranks", [(6, 20, 30), (6, 5, 7), (3, 8, 5), (1, 4, 4), (6, 20, 7)])
+@pytest.mark.parametrize("ranks", [(6, 20, 30), (6, 5, 7), (3, 8, 5), (1, 4, 4), (6, 20, 7), (3, 15, 5), (2, 9, 5)])
 def test_hosvd_is_tensorlys(ranks, blocks):
     """The input basis is tensorly's where no layer is cut; the error is no more than tensorly's plus 2 %."""
     stack = decaying(6, 20, 30)
