@@ -280,7 +280,7 @@ REFUSALS = {
     "rank 2.5": (tiny_bert, {"rank": 2.5}, "rank is 2.5; it must be a whole number"),
     "rank True": (tiny_bert, {"rank": True}, "rank is True"),
     "rank '8'": (tiny_bert, {"rank": "8"}, "rank is '8'"),
-    "rank too large": (tiny_bert, {"rank": 97}, "query (3 layers of 32 x 32) has only 96 .* allowed rank is 96"),
+    "rank too large": (tiny_bert, {"rank": 97}, "query (3 layers of 32 x 32) .* largest allowed rank is 96"),
     "rank too large for keys": (tiny_llama, {"rank": 49}, "k_proj (3 layers of 16 x 32) .* largest allowed rank is 48"),
     "rank too large for the decoder": (tiny_t5, {"rank": 65}, "decoder.block.*.layer.0.SelfAttention.q .* rank is 64"),
     "no target": (tiny_bert, {"target_modules": ["q_proj"]}, "'q_proj' matches no linear; the stacks are: bert.enc"),
