@@ -6,7 +6,7 @@ For every stack of a model and the model as a whole: ||W - What||_F^2 relative t
 - refta: one shot (the paper's), refined, and calibrated on other texts than those that measure;
 - pissa, loftq: layer by layer, with as many high-precision parameters;
 - qera: likewise, W quantized whole and its error corrected under the inputs' metric;
-- craft: its frozen Tucker part, in no more bytes than refta's factors; one shot and refined;
+- craft, with --craft: its frozen Tucker part, in no more bytes than refta's factors; one shot and refined;
 - smaller block: NF4 with nothing trained, and blocks so small that it takes the same bits; scales of 32 or 8 bits.
 
 Also ||W - What||_* (the nuclear norm, which the PiSSA paper reports), the stacks' tensor singular values, and each
@@ -88,6 +88,7 @@ def run(
     transforms: Annotated[str, typer.Option(help="Mode-3 transforms, with commas.")] = ",".join(TRANSFORMS),
     types: Annotated[str, typer.Option(help="4-bit formats, with commas.")] = ",".join(QUANT_TYPES),
     peers: Annotated[str, typer.Option(help="Formats that peers and calibration are measured in.")] = "nf4",
+    craft: Annotated[bool, typer.Option(help="Measure CRAFT's split too.")] = False,
     text: Annotated[Path | None, typer.Option(help="File of text; default: docstring sentences.")] = None,
     samples: Annotated[int, typer.Option(help="Texts that calibrate, and texts that measure.")] = 600,
     max_length: Annotated[int, typer.Option(help="Tokens a text is cut to.")] = 48,
@@ -109,6 +110,7 @@ def run(
             append(rows, [{"study": "quant_error"} | format_row], seed=0)
     first = Cell(str(text or "docstring sentences"), samples, max_length, name, "", "", "", None, None, 0)
     every = cells_of(first, stacks, numbers, transforms.split(","), types.split(","), peers.split(","))
+    every = [cell for cell in every if craft or cell.method != "craft"]
     cells = [cell for cell in every if find(known, {"kind": "stack"} | cell._asdict()) is None]
     jobs = [list(job) for _, job in groupby(cells, lambda cell: cell.stack)]
     missing = []
