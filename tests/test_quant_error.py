@@ -14,8 +14,9 @@ RANKS = "0,3,8"
 
 def study(folder, rows, **options):
     arguments = {
-        "model": str(folder), "ranks": RANKS, "transforms": "lsm3,identity", "types": "nf4,fp4", "peers": "nf4", "craft": True,
-        "samples": 20, "max_length": 8, "processes": 1, "again": False, "rows": rows, "text": folder / "text.txt",
+        "model": str(folder), "ranks": RANKS, "transforms": "lsm3,identity", "types": "nf4,fp4", "peers": "nf4",
+        "craft": True, "samples": 20, "max_length": 8, "processes": 1, "again": False, "rows": rows,
+        "text": folder / "text.txt",
     }  # fmt: skip
     quant_error.run(**arguments | options)
 
