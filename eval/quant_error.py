@@ -109,8 +109,7 @@ def run(
         if find(known, {key: format_row[key] for key in ("kind", "quant_type", "block_size")}) is None:
             append(rows, [{"study": "quant_error"} | format_row], seed=0)
     first = Cell(str(text or "docstring sentences"), samples, max_length, name, "", "", "", None, None, 0)
-    every = cells_of(first, stacks, numbers, transforms.split(","), types.split(","), peers.split(","))
-    every = [cell for cell in every if craft or cell.method != "craft"]
+    every = cells_of(first, stacks, numbers, transforms.split(","), types.split(","), peers.split(","), craft)
     cells = [cell for cell in every if find(known, {"kind": "stack"} | cell._asdict()) is None]
     jobs = [list(job) for _, job in groupby(cells, lambda cell: cell.stack)]
     missing = []
@@ -186,7 +185,7 @@ def gather(
 
 def cells_of(
     first: Cell, stacks: list[LayerStack], ranks: list[int], transforms: list[str], types: list[str],
-    peers: list[str],
+    peers: list[str], craft: bool,
 ) -> Iterator[Cell]:  # fmt: skip
     """Every cell of the study, a stack and format after the other, the largest stacks first; else as `first`."""
     largest_first = sorted(stacks, key=lambda stack: -stack.layers * stack.in_features * stack.out_features)
@@ -199,7 +198,8 @@ def cells_of(
             if rank and quant_type in peers:
                 others = ["pissa", "loftq", "qera", *(SMALL_BLOCKS if quant_type == "nf4" else [])]
                 yield from (cell(method=method, rank=rank) for method in others)
-                yield from (cell(method="craft", start=start, rank=rank) for start in ("one shot", "refined"))
+                starts = ("one shot", "refined") if craft else ()
+                yield from (cell(method="craft", start=start, rank=rank) for start in starts)
 
 
 @cache

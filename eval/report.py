@@ -16,6 +16,7 @@ from eval.quant_error import Cell
 from eval.rows import read
 from eval.verdicts import verdicts
 from qrefta.cli import guarded
+from qrefta.methods import METHODS
 
 ROWS = Path(__file__).parent / "rows"
 MAKES = {
@@ -239,7 +240,7 @@ def score_section(study: scores.Study, methods: dict[str, scores.Score]) -> Sect
     title = scores.score_title(study.task, methods)
     pairs = [
         pair
-        for ours in ("refta", "craft", "tera", "lotr", "lorta")
+        for ours in METHODS
         for words, theirs in ((f"{ours} bits=16", "lora"), (ours, "qlora"))
         for pair in scores.differences(methods, words, theirs)
     ]

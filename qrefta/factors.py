@@ -240,6 +240,11 @@ class LowRankFactors(Factors):
         return (up * core if core.dim() == 1 else up @ core) @ down
 
 
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """A Parameter that does not train."""
+    return nn.Parameter(tensor, requires_grad=False)
+
+
 @torch.no_grad()
 def stored_factors(factors: Factors) -> dict[str, Tensor]:
     """The parameters as a checkpoint holds them: those that are values of `dtype` as `dtype`, which loses nothing."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from qrefta.factors import FactorBank, Factors
+from qrefta.factors import FactorBank, Factors, frozen
 from qrefta.product import adapted_product, residual
 from qrefta.quantize import Packed, QuantFormat
 
@@ -28,13 +28,13 @@ class AdaptedLinear(nn.Module):
         self.out_features = out_features
         self.fmt = fmt
         if fmt is None:
-            self.weight = _frozen(torch.empty(out_features, in_features, dtype=dtype))
+            self.weight = frozen(torch.empty(out_features, in_features, dtype=dtype))
         else:
             sizes = fmt.packed_sizes(in_features * out_features)
-            self.weight = _frozen(torch.empty(sizes.pop("weight"), dtype=torch.int8))
+            self.weight = frozen(torch.empty(sizes.pop("weight"), dtype=torch.int8))
             for name, size in sizes.items():
-                self.register_parameter(name, _frozen(torch.empty(size, dtype=torch.uint8)))
-        self.bias = _frozen(torch.empty(out_features, dtype=dtype)) if bias else None
+                self.register_parameter(name, frozen(torch.empty(size, dtype=torch.uint8)))
+        self.bias = frozen(torch.empty(out_features, dtype=dtype)) if bias else None
         self._adapter: tuple[FactorBank, str, int] | None = None  # a tuple: not registered as a submodule
 
     def attach(self, bank: FactorBank, key: str, layer: int) -> None:
@@ -50,10 +50,10 @@ class AdaptedLinear(nn.Module):
         if isinstance(weight, Packed):
             for name, tensor in zip(Packed._fields, weight, strict=True):
                 if tensor is not None:
-                    setattr(self, name, _frozen(tensor))
+                    setattr(self, name, frozen(tensor))
         else:
-            self.weight = _frozen(weight)
-        self.bias = None if bias is None else _frozen(bias.detach())
+            self.weight = frozen(weight)
+        self.bias = None if bias is None else frozen(bias.detach())
 
     def residual(self, dtype: torch.dtype) -> Tensor:
         """The frozen weight, dequantized, (out, in)."""
@@ -87,7 +87,3 @@ class AdaptedLinear(nn.Module):
         stored = "16 bits" if self.fmt is None else f"{self.fmt.quant_type}, block {self.fmt.block_size}"
         rank = 0 if self.factors is None else self.factors.rank
         return f"in_features={self.in_features}, out_features={self.out_features}, {stored}, rank={rank}"
-
-
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)

@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from qrefta.build import build, freeze, task_head
 from qrefta.config import QReftaConfig
-from qrefta.factors import BANK, Factors, stored_factors
+from qrefta.factors import BANK, Factors, frozen, stored_factors
 from qrefta.linear import AdaptedLinear
 
 
@@ -199,7 +199,7 @@ def _check_form(model: PreTrainedModel, expected: dict[str, tuple[torch.Size, to
             )
         if parameter.dtype != dtype and not dtype.is_floating_point:
             owner, _, name = path.rpartition(".")
-            setattr(model.get_submodule(owner), name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+            setattr(model.get_submodule(owner), name, frozen(parameter.to(dtype)))
 
 
 def _check_filled(model: PreTrainedModel) -> None:

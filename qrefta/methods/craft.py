@@ -10,7 +10,7 @@ weight is in 4 bits.
 import torch
 from torch import Tensor, nn
 
-from qrefta.factors import Fit, LowRankFactors, Rank
+from qrefta.factors import Fit, LowRankFactors, Rank, frozen
 from qrefta.tensor import Slices
 from qrefta.tucker import hosvd
 
@@ -35,11 +35,11 @@ class CRAFT(LowRankFactors):
         self.layer_square, self.out_square, self.in_square = (
             nn.Parameter(torch.zeros(size, size, dtype=master)) for size in rank
         )
-        self.left = _frozen(torch.empty(out_features, r_out, dtype=master))
-        self.right = _frozen(torch.empty(r_in, in_features, dtype=master))
-        self.cores = _frozen(torch.empty(r_layer, r_out, r_in, dtype=master))
+        self.left = frozen(torch.empty(out_features, r_out, dtype=master))
+        self.right = frozen(torch.empty(r_in, in_features, dtype=master))
+        self.cores = frozen(torch.empty(r_layer, r_out, r_in, dtype=master))
         # U_layer, float32 as raw bytes: a bf16 conversion of the model must not round it.
-        self.mix = _frozen(torch.empty(layers, 4 * r_layer, dtype=torch.uint8))
+        self.mix = frozen(torch.empty(layers, 4 * r_layer, dtype=torch.uint8))
 
     @classmethod
     def fit(
@@ -92,7 +92,3 @@ class CRAFT(LowRankFactors):
 
     def trained(self) -> list[nn.Parameter]:
         return [self.layer_square, self.out_square, self.in_square]
-
-
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)

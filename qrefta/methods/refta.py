@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from qrefta.factors import Fit, LowRankFactors
+from qrefta.factors import Fit, LowRankFactors, frozen
 from qrefta.tensor import Slices, refit, t_svd
 
 
@@ -25,7 +25,7 @@ class ReFTA(LowRankFactors):
         self.A = nn.Parameter(torch.empty(out_features, rank, dtype=master))
         self.B = nn.Parameter(torch.empty(rank, in_features, dtype=master))
         # u_l, float32 as raw bytes: a bf16 conversion of the model must not round it.
-        self.mix = nn.Parameter(torch.empty(layers, 4 * rank, dtype=torch.uint8), requires_grad=False)
+        self.mix = frozen(torch.empty(layers, 4 * rank, dtype=torch.uint8))
 
     @classmethod
     def fit(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from qrefta.factors import Factors, Rank
+from qrefta.factors import Factors, Rank, frozen
 from qrefta.product import adapted_product
 from qrefta.quantize import Packed, QuantFormat
 
@@ -42,8 +42,7 @@ class TeRA(Factors):
         self.scales = nn.Parameter(torch.zeros(layers, 4, rank, dtype=master))
         self.sizes = list(zip(mode_sizes(out_features), mode_sizes(in_features), strict=True))
         for index, (out, into) in enumerate(self.sizes, start=1):
-            drawn = torch.empty(out + rank + into, rank, dtype=master)
-            self.register_parameter(f"mode_{index}", nn.Parameter(drawn, requires_grad=False))
+            self.register_parameter(f"mode_{index}", frozen(torch.empty(out + rank + into, rank, dtype=master)))
 
     def draw(self, generator: torch.Generator) -> None:
         for mode, (_, into) in zip((self.mode_1, self.mode_2), self.sizes, strict=True):
