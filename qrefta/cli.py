@@ -1,5 +1,6 @@
-"""Command line: qrefta prepare | finetune | inspect | merge. One thin function a verb."""
+"""Command line: qrefta prepare | finetune | inspect | merge | export-lora. One thin function a verb."""
 
+import logging
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -17,9 +18,12 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from qrefta.config import QReftaConfig
 from qrefta.data import load_classification, read_calibration
+from qrefta.export import ROUNDING_TOLERANCE, Export, check_new
 from qrefta.export import merge as merge_model
 from qrefta.finetune import FinetuneResult
 from qrefta.finetune import finetune as finetune_model
+from qrefta.lora import BASES
+from qrefta.lora import export_lora as export_lora_model
 from qrefta.methods import METHODS
 from qrefta.moments import Moments, gather_moments, load_moments
 from qrefta.prepare import prepare as prepare_model
@@ -35,6 +39,7 @@ console = Console()
 MethodName = StrEnum("MethodName", list(METHODS))
 TransformName = StrEnum("TransformName", list(TRANSFORMS))
 QuantTypeName = StrEnum("QuantTypeName", list(QUANT_TYPES))
+BaseName = StrEnum("BaseName", {name: name for name in BASES})
 DtypeName = StrEnum("DtypeName", ["bfloat16", "float16", "float32"])
 
 Bits = Annotated[int, typer.Option(help="4, or 16 to leave the residual unquantized (ablation).")]
@@ -154,7 +159,7 @@ def finetune(
 ) -> None:
     """Train a text classifier: prepare the model if it is dense, train its factors and head, save everything."""
     if not resume:
-        _check_empty(out)
+        check_new(out)
     data = load_classification(
         dataset, text_columns=text_column, label_column=label_column, header=header, seed=seed
     )  # fmt: skip
@@ -193,13 +198,45 @@ def merge(
     folder: Annotated[Path, typer.Argument(help="Folder of a prepared model.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; new or empty.")],
     dtype: Annotated[DtypeName, typer.Option(help="Of the merged model.")] = DtypeName.bfloat16,
+    tolerance: Annotated[
+        float, typer.Option(help="Relative difference of logits that is allowed.")
+    ] = ROUNDING_TOLERANCE,
 ) -> None:
     """Write a plain dense transformers model that loads without qrefta."""
-    _check_empty(out)
-    merged = merge_model(load(folder), getattr(torch, dtype))
-    merged.save_pretrained(out)
-    _save_tokenizer(folder, out)
+    check_new(out)
+    written = merge_model(load(folder), getattr(torch, dtype), out=out, tolerance=tolerance)
     console.print(f"{weights_bytes(folder) / 1e6:.1f} MB -> {weights_bytes(out) / 1e6:.1f} MB {dtype} in {out}")
+    _print_differences(written)
+
+
+@app.command(name="export-lora")
+def export_lora(
+    folder: Annotated[Path, typer.Argument(help="Folder of a prepared model.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write, new or empty: adapter, and base for a residual one.")],
+    base: Annotated[BaseName, typer.Option(help="What the LoRA goes on.")] = BaseName.residual,
+    original: Annotated[
+        str | None, typer.Option(help="With --base original: folder or hub name; default: what was prepared.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Of the LoRA; default: the factors', twice on the original.")] = None,
+    dtype: Annotated[DtypeName, typer.Option(help="Of LoRA and base.")] = DtypeName.bfloat16,
+    tolerance: Annotated[float | None, typer.Option(help="Relative difference of logits that is allowed.")] = None,
+) -> None:
+    """Write the factors as a LoRA that PEFT and servers load, with the base that it goes on."""
+    check_new(out)
+    written = export_lora_model(
+        load(folder), out, base, original=original, rank=rank, dtype=getattr(torch, dtype), tolerance=tolerance
+    )
+    console.print(f"LoRA on the {base} in {out} ({weights_bytes(out) / 1e6:.1f} MB)")
+    _print_differences(written)
+
+
+def _print_differences(written: Export) -> None:
+    """What is left out of an export, and what to know of it."""
+    console.print(f"Logits differ from the prepared model's by {written.difference:.2g} of their size.")
+    if written.weight_error:
+        console.print(f"The LoRA lacks {written.weight_error:.2g} of the squared norm of what it stands for.")
+    for note in written.notes:
+        console.print(f"Note: {note}.")
 
 
 def report_table(rows: list[dict[str, Any]]) -> Table:
@@ -266,6 +303,7 @@ def quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # parts read from disk as the model runs
 
 
 def guarded(command: Callable[[], object]) -> None:
@@ -304,22 +342,8 @@ def _gather(model: str, calibration: str, seed: int) -> Moments:
     return gather_moments(dense, find_stacks(dense), batches)
 
 
-def _save_tokenizer(source: str | Path, out: Path) -> None:
-    """Copy the tokenizer along, where the model has one."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (ValueError, OSError):
-        return
-    tokenizer.save_pretrained(out)
-
-
 def _common_prefix(names: list[str]) -> str:
     """The module path that all names start with, with its dot, or nothing."""
     split = [name.split(".")[:-1] for name in names]
     shared = [parts[0] for parts in zip(*split) if len(set(parts)) == 1]
     return ".".join(shared) + "." if shared and all(parts[: len(shared)] == shared for parts in split) else ""
-
-
-def _check_empty(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; choose another folder or remove it.")

@@ -71,6 +71,7 @@ class QReftaConfig(QuantizationConfigMixin):
         method, transform, rank, ranks, trained_params, bits, quant_type, block_size, double_quant, refine, seed,
             factor_dtype, target_modules, modules_to_save, budget_mb, error_ratio: as in `qrefta.prepare`.
         calibrated: whether second moments of the inputs weighted the split.
+        base_model: folder or hub name of the dense model that was prepared; None where it had none.
         stacks: a `StackRow` (or its dict) for every stack; empty before the model is prepared.
         format_version: of the checkpoint; a newer one than this package writes is refused.
 
@@ -97,6 +98,7 @@ class QReftaConfig(QuantizationConfigMixin):
         budget_mb: float | None = None,
         error_ratio: float | None = None,
         calibrated: bool = False,
+        base_model: str | None = None,
         stacks: list[StackRow] | list[dict[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = "qrefta",
@@ -133,6 +135,7 @@ class QReftaConfig(QuantizationConfigMixin):
                 'rank="auto" weighs ReFTA\'s components; with another method, ranks or trained_params it does not go.'
             )
         self.calibrated = calibrated
+        self.base_model = base_model
         self.bits = bits
         self.quant_type = quant_type
         self.block_size = block_size

@@ -8,7 +8,6 @@ for a model. The source is only read.
 """
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +28,16 @@ from qrefta.quantize import Packed
 from qrefta.quantizer import model_class
 from qrefta.rank import choose_ranks
 from qrefta.report import StackSplit
-from qrefta.shards import Checkpoint, copy_shard, replace_text, resolve_folder, sources, write_index, write_shard
+from qrefta.shards import (
+    Checkpoint,
+    ShardWriter,
+    copy_companions,
+    copy_shard,
+    replace_text,
+    resolve_folder,
+    sources,
+    write_index,
+)
 from qrefta.stack import BLOCK_BYTES, LayerStack, Weights, find_stacks, select_stacks
 
 JOURNAL = "qrefta_unfinished.json"
@@ -37,7 +45,6 @@ _PART_BYTES = 128 << 20
 _BLOCKS, _LAYERS = 8, 6  # blocks and layers in float32 that exist at once, temporaries of the kernels included
 _LEAST_BLOCK_BYTES = 4 << 20
 _OVERHEAD_BYTES = 256 << 20
-_COPIED = (".json", ".txt", ".model", ".jinja")  # beside the weights: tokenizer, generation settings
 
 
 def convert(
@@ -84,7 +91,7 @@ def convert(
                 files = _write_stack(out, index, split, checkpoint, names)
                 journal.enter(split.row(), files)
             bar.update(stack.layers * stack.out_features * stack.in_features)
-    config.stacks = journal.rows
+    config.stacks, config.base_model = journal.rows, str(source)
     files = journal.files + _write_rest(out, checkpoint, set(names.values()))
     _finish(folder, out, model.config, config, files)
     return out
@@ -185,7 +192,7 @@ def _weights(
 
 def _write_stack(out: Path, index: int, split: StackSplit, checkpoint: Checkpoint, names: dict[str, str]) -> list[str]:
     """Write the packed layers and the factors of a stack; the names of the files."""
-    parts = _Parts(out, f"model-stack{index:03d}")
+    parts = ShardWriter(out, f"model-stack{index:03d}-", _PART_BYTES)
     if split.split.factors is not None:
         for name, tensor in stored_factors(split.split.factors).items():
             parts.add(f"{BANK}.{bank_key(index)}.{name}", tensor)
@@ -209,35 +216,9 @@ def _write_rest(out: Path, checkpoint: Checkpoint, written: set[str]) -> list[st
     return ["model-rest.safetensors"] if names else []
 
 
-class _Parts:
-    """Safetensors files of about `_PART_BYTES`, each written as soon as it is full."""
-
-    def __init__(self, out: Path, stem: str) -> None:
-        self.out, self.stem = out, stem
-        self.tensors: dict[str, Tensor] = {}
-        self.files: list[str] = []
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        self.tensors[name] = tensor.detach().to("cpu").contiguous()
-        if sum(part.nbytes for part in self.tensors.values()) >= _PART_BYTES:
-            self._flush()
-
-    def close(self) -> list[str]:
-        if self.tensors:
-            self._flush()
-        return self.files
-
-    def _flush(self) -> None:
-        self.files.append(f"{self.stem}-{len(self.files):04d}.safetensors")
-        write_shard(self.out / self.files[-1], self.tensors)
-        self.tensors = {}
-
-
 def _finish(folder: Path, out: Path, model: PreTrainedConfig, config: QReftaConfig, files: list[str]) -> None:
     """Write all that makes a folder of the files: index, tokenizer, and at the very end config.json."""
-    for file in sorted(folder.iterdir()):
-        if file.suffix in _COPIED and file.name != "config.json" and ".index." not in file.name and file.is_file():
-            shutil.copyfile(file, out / file.name)
+    copy_companions(folder, out)
     write_index(out, files)
     for stray in _strays(out, files):
         stray.unlink()

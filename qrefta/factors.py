@@ -234,10 +234,15 @@ class LowRankFactors(Factors):
         return super()._apply(fn, recurse)
 
     @torch.no_grad()
-    def delta(self, layer: int, rows: slice = _ALL) -> Tensor:
+    def pair(self, layer: int, rows: slice = _ALL) -> tuple[Tensor, Tensor]:
+        """Two float32 factors of Delta_l: up . core_l, (out, s) or some rows of it, and down, (s, in)."""
         up, down = (factor.to(self.dtype).to(torch.float32) for factor in (self.up()[rows], self.down()))
         core = self.core(layer).to(torch.float32)
-        return (up * core if core.dim() == 1 else up @ core) @ down
+        return up * core if core.dim() == 1 else up @ core, down
+
+    def delta(self, layer: int, rows: slice = _ALL) -> Tensor:
+        left, right = self.pair(layer, rows)
+        return left @ right
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:

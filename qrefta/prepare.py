@@ -164,6 +164,7 @@ def _prepare_in_memory(
         rank = ranks.get(stack, 0)
         config.stacks.append(_prepare_stack(model, stack, weights[stack], config, rank, moments))
     freeze(model, config.modules_to_save)
+    config.base_model = model.name_or_path or None
     _register(model, config)
     return model
 

@@ -133,15 +133,31 @@ def linear(x: Tensor, packed: Packed, fmt: QuantFormat, shape: tuple[int, int], 
     """
     if fmt.quant_type == "int4" or x.dtype == torch.float64 or shape[1] % fmt.block_size:
         return torch.nn.functional.linear(x, dequantize(packed, fmt, shape, x.dtype), bias)
-    blocks = shape[0] * shape[1] // fmt.block_size
-    if fmt.double_quant:
-        offset, second = _second_level(packed.absmax_state)
-        state = _state(packed.absmax[:blocks], fmt, shape, x.dtype)
-        state.offset, state.nested = offset.squeeze(0), True
-        state.state2 = bnb.QuantState(second, code=_scale_table(x.device), blocksize=_SCALE_BLOCK, dtype=torch.float32)
-    else:
-        state = _state(packed.absmax.view(torch.float32), fmt, shape, x.dtype)
+    state = bnb_state(packed, fmt, shape, x.dtype)
     return bitsandbytes.matmul_4bit(x, packed.weight.view(torch.uint8).view(1, -1), state, bias=bias)
+
+
+def bnb_state(packed: Packed, fmt: QuantFormat, shape: tuple[int, int], dtype: torch.dtype) -> bnb.QuantState:
+    """What bitsandbytes calls the quantization state of a matrix in NF4 or FP4, whose codes are `packed.weight`.
+
+    Args:
+        shape: of the matrix.
+        dtype: that bitsandbytes dequantizes to.
+    """
+    blocks = -(-shape[0] * shape[1] // fmt.block_size)
+    if not fmt.double_quant:
+        return _state(packed.absmax.view(torch.float32), fmt, shape, dtype)
+    offset, second = _second_level(packed.absmax_state)
+    state = _state(packed.absmax[:blocks], fmt, shape, dtype)
+    state.offset, state.nested = offset.squeeze(0), True
+    code = _scale_table(packed.absmax.device)
+    state.state2 = bnb.QuantState(second, code=code, blocksize=_SCALE_BLOCK, dtype=torch.float32)
+    return state
+
+
+def bnb_code(fmt: QuantFormat) -> Tensor:
+    """The 16 levels of NF4 or FP4 in bitsandbytes' order, (16,), float32, on the CPU."""
+    return bnb.get_4bit_type(fmt.quant_type, device="cpu")
 
 
 def rounded(matrix: Tensor, fmt: QuantFormat) -> Tensor:

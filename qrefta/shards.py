@@ -8,6 +8,7 @@ fast). The format is a length (8 bytes, little endian), a JSON header of names, 
 import json
 import math
 import os
+import shutil
 import struct
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -28,7 +29,8 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LARGEST_HEADER = 100_000_000
 _COPY_BYTES = 16 << 20
-_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+_COMPANIONS = ["*.json", "*.model", "*.txt", "*.jinja"]  # of the weights: tokenizer, generation settings
+_FILES = ["*.safetensors", *_COMPANIONS, "LICENSE*"]
 
 
 class _Stored(NamedTuple):
@@ -67,6 +69,9 @@ class Checkpoint:
 
     def dtype(self, name: str) -> torch.dtype:
         return self._tensors[name].dtype
+
+    def file(self, name: str) -> Path:
+        return self._tensors[name].file
 
     def nbytes(self, name: str) -> int:
         return self._tensors[name].nbytes
@@ -116,8 +121,8 @@ class Checkpoint:
         return buffer
 
 
-def resolve_folder(source: str | Path) -> Path:
-    """A local folder as it is; the snapshot of a hub name, downloaded.
+def resolve_folder(source: str | Path, weights: bool = True) -> Path:
+    """A local folder as it is; the snapshot of a hub name, downloaded, with or without its weights.
 
     Raises:
         ValueError: if it is neither.
@@ -125,7 +130,7 @@ def resolve_folder(source: str | Path) -> Path:
     if Path(source).is_dir():
         return Path(source)
     try:
-        return Path(snapshot_download(str(source), allow_patterns=_FILES))
+        return Path(snapshot_download(str(source), allow_patterns=_FILES if weights else _COMPANIONS))
     except Exception as error:
         raise ValueError(f"{source} is neither a local folder nor a model that the hub gave ({error}).") from error
 
@@ -147,6 +152,38 @@ def sources(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
                     found[renamed] = name
                 break
     return found
+
+
+class ShardWriter:
+    """Safetensors files of about `part_bytes`, each written as soon as it is full; names are `stem` and a number."""
+
+    def __init__(self, folder: Path, stem: str, part_bytes: int) -> None:
+        self.folder, self.stem, self.part_bytes = folder, stem, part_bytes
+        self.tensors: dict[str, Tensor] = {}
+        self.files: list[str] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        self.tensors[name] = tensor.detach().to("cpu").contiguous()
+        if sum(part.nbytes for part in self.tensors.values()) >= self.part_bytes:
+            self._flush()
+
+    def close(self) -> list[str]:
+        """Write what is left; the names of all files."""
+        if self.tensors:
+            self._flush()
+        return self.files
+
+    def _flush(self) -> None:
+        self.files.append(f"{self.stem}{len(self.files):04d}.safetensors")
+        write_shard(self.folder / self.files[-1], self.tensors)
+        self.tensors = {}
+
+
+def copy_companions(folder: Path, out: Path) -> None:
+    """Copy what lies beside a model's weights, but for its config and index: tokenizer, generation settings."""
+    for file in sorted(path for pattern in _COMPANIONS for path in folder.glob(pattern) if path.is_file()):
+        if file.name != "config.json" and ".index." not in file.name:
+            shutil.copyfile(file, out / file.name)
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -6,15 +6,19 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import qrefta
+from eval.memory import tensor_peak
 from qrefta.factors import BANK
 from qrefta.linear import AdaptedLinear
+from qrefta.quantizer import is_prepared
 from tests.models import ARCHITECTURES, VOCAB, build, decoder_sizes, inputs, logits, tiny_bert, tiny_gpt2, tiny_llama
+from tests.tiny import tiny_folder
 
 all_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
@@ -248,3 +252,64 @@ def test_what_the_model_wants_in_float32_stays_so(tmp_path):
     assert {p.dtype for p in merged.parameters()} == {torch.float16, torch.float32}
     for (name, ours), theirs in zip(merged.named_parameters(), loaded.parameters(), strict=True):
         assert ours.dtype == theirs.dtype, name
+
+
+# Written to a folder
+
+
+@all_architectures
+def test_a_written_folder_holds_what_merging_in_place_gives(architecture, tmp_path):
+    """Tensor by tensor and bit for bit, in as many files as it takes; the model stays prepared."""
+    model = take_steps(prepared(architecture))
+    expected = logits(model)
+    for dtype in (torch.bfloat16, torch.float32):
+        written = qrefta.merge(model, dtype, out=tmp_path / str(dtype), max_shard_size=30_000)
+        assert written.difference < (0.02 if dtype == torch.bfloat16 else 1e-5)
+        assert len(list(written.folder.glob("*.safetensors"))) > 1
+    assert torch.equal(logits(model), expected)
+    written = type(model).from_pretrained(tmp_path / "torch.bfloat16").state_dict()
+    for name, tensor in qrefta.merge(model).state_dict().items():
+        assert torch.equal(written[name], tensor), name
+
+
+def test_published_names_and_one_file(tmp_path):
+    """ViT's checkpoints have other names than its modules; what is written has those of the checkpoints."""
+    model = prepared("vit")
+    written = qrefta.merge(model, out=tmp_path / "written")
+    qrefta.merge(model).save_pretrained(tmp_path / "saved")
+    files = [folder / "model.safetensors" for folder in (written.folder, tmp_path / "saved")]
+    ours, theirs = map(load_file, files)
+    assert ours.keys() == theirs.keys()
+    configs = [json.loads(file.with_name("config.json").read_text()) for file in files]
+    assert configs[0] == configs[1]
+
+
+def test_writing_holds_a_shard_and_a_linear_at_a_time(tmp_path):
+    """Not a second copy: of 4.7 MB dense beside the model, about a tenth; the comparison included."""
+    sizes = {"vocab_size": 64, "hidden_size": 128, "num_hidden_layers": 12, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 256, "num_key_value_heads": 2}
+    model = qrefta.prepare(build(LlamaForCausalLM, LlamaConfig(**sizes)), rank=4, refine=0)
+    held = tensor_peak(lambda: None, "cpu")
+    peak = tensor_peak(lambda: qrefta.merge(model, torch.float32, out=tmp_path / "out", max_shard_size="100KB"), "cpu")
+    dense = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    assert dense > 4_700_000
+    assert peak - held < 0.2 * dense
+
+
+def test_what_lies_beside_the_weights_is_copied(tmp_path):
+    tiny_folder(tmp_path / "dense")
+    qrefta.prepare(tmp_path / "dense", out=tmp_path / "4bit", rank=4, progress=False)
+    written = qrefta.merge(qrefta.load(tmp_path / "4bit"), out=tmp_path / "merged").folder
+    names = {path.name for path in (tmp_path / "dense").iterdir()}
+    assert {path.name for path in written.iterdir()} == names
+    assert (written / "tokenizer.json").read_text() == (tmp_path / "dense" / "tokenizer.json").read_text()
+
+
+def test_logits_that_differ_too_much_leave_nothing(tmp_path):
+    model = prepared("bert")
+    with pytest.raises(ValueError, match=r"differ from the prepared model's by 0\.0.* and 1e-06 are allowed"):
+        qrefta.merge(model, out=tmp_path / "out", tolerance=1e-6)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        qrefta.merge(model, out=tmp_path.parent)
+    assert is_prepared(model)

@@ -1,0 +1,57 @@
+"""The comparison that every export passes: made inputs, outputs, and their distance."""
+
+import pytest
+import torch
+
+from qrefta.compare import example_inputs, output_difference, outputs
+from tests.models import ARCHITECTURES, logits, tiny_bert, tiny_segformer
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_inputs_are_made_for_every_architecture_and_are_always_the_same(architecture):
+    model = ARCHITECTURES[architecture]()
+    batch = example_inputs(model)
+    assert all(torch.equal(tensor, example_inputs(model)[name]) for name, tensor in batch.items())
+    found = outputs(model, batch)
+    assert len(found) == 2
+    assert torch.isfinite(found).all()
+    assert not torch.allclose(found[0], found[1])  # two different rows
+
+
+def test_special_tokens_are_left_out():
+    """Some classifiers look for the end-of-sequence token, and padding is masked by others."""
+    model = tiny_bert()
+    model.config.pad_token_id, model.config.eos_token_id = 3, [5, 7]
+    tokens = example_inputs(model)["input_ids"]
+    assert not set(tokens.flatten().tolist()) & {3, 5, 7}
+    assert tokens.max() < model.config.vocab_size
+
+
+def test_inputs_that_a_config_does_not_tell_are_asked_for():
+    model = tiny_bert()
+    model.main_input_name = "graph"
+    with pytest.raises(ValueError, match=r"takes \(graph\) .*; give a batch of it as `inputs`"):
+        example_inputs(model)
+
+
+def test_the_image_size_is_the_configs():
+    assert example_inputs(ARCHITECTURES["vit"]())["pixel_values"].shape == (2, 3, 16, 16)
+    model = tiny_segformer()
+    assert example_inputs(model)["pixel_values"].shape[1] == 3
+
+
+def test_outputs_keep_the_mode_and_take_half_models():
+    model = tiny_bert().train()
+    found = outputs(model, example_inputs(model))
+    assert model.training
+    assert torch.equal(found, outputs(model.eval(), example_inputs(model)))
+    vit = ARCHITECTURES["vit"]().bfloat16()
+    assert outputs(vit, example_inputs(vit)).dtype == torch.bfloat16
+
+
+def test_the_difference_is_relative_and_infinite_for_nan():
+    expected = torch.tensor([[3.0, 4.0]])
+    assert output_difference(expected, expected) == 0
+    assert output_difference(torch.tensor([[3.0, 4.5]]), expected) == pytest.approx(0.1)
+    assert output_difference(torch.tensor([[3.0, float("nan")]]), expected) == float("inf")
+    assert logits(tiny_bert()).shape == (2, 3)
