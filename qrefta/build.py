@@ -1,7 +1,9 @@
 """The modules of a prepared model: adapted layers in the place of linears, a factor bank at the root, what trains."""
 
 from dataclasses import replace
+from pathlib import Path
 
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -32,6 +34,18 @@ def build(model: PreTrainedModel, config: QReftaConfig) -> None:
             getattr(model, BANK)[key] = factors
         for layer, path in enumerate(row.modules):
             replace_linear(model, path, config, layer, key)
+
+
+def model_class(name: str, source: str | Path) -> type[PreTrainedModel]:
+    """The transformers class that a config names as its architecture.
+
+    Raises:
+        ValueError: if transformers has no such model class.
+    """
+    found = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise ValueError(f"transformers has no model class {name!r}; load {source} with the class that saved it.")
+    return found
 
 
 def bank_key(index: int) -> str:

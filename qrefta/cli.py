@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from qrefta.build import model_class
 from qrefta.config import QReftaConfig
 from qrefta.data import load_classification, read_calibration
 from qrefta.export import ROUNDING_TOLERANCE, Export, check_new
@@ -28,7 +29,7 @@ from qrefta.methods import METHODS
 from qrefta.moments import Moments, gather_moments, load_moments
 from qrefta.prepare import prepare as prepare_model
 from qrefta.quantize import BLOCK_SIZES, QUANT_TYPES
-from qrefta.quantizer import is_prepared, load, model_class, quant_report, read_config
+from qrefta.quantizer import is_prepared, load, quant_report, read_config
 from qrefta.shards import resolve_folder
 from qrefta.stack import find_stacks
 from qrefta.tensor import TRANSFORMS

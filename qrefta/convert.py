@@ -20,12 +20,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from qrefta.build import bank_key, trained_modules
+from qrefta.build import bank_key, model_class, trained_modules
 from qrefta.config import QReftaConfig, StackRow
 from qrefta.factors import BANK, Rank, stored_factors
 from qrefta.moments import Moments
 from qrefta.quantize import Packed
-from qrefta.quantizer import model_class
 from qrefta.rank import choose_ranks
 from qrefta.report import StackSplit
 from qrefta.shards import (
@@ -45,6 +44,7 @@ _PART_BYTES = 128 << 20
 _BLOCKS, _LAYERS = 8, 6  # blocks and layers in float32 that exist at once, temporaries of the kernels included
 _LEAST_BLOCK_BYTES = 4 << 20
 _OVERHEAD_BYTES = 256 << 20
+UNLIMITED = 1 << 62  # for `max_memory`: what it takes, six times the largest linear in float32
 
 
 def convert(

@@ -5,22 +5,28 @@ and the factor bank is put at the root, before transformers fills in the weights
 frozen again (the loader makes every float parameter require grad).
 """
 
+import copy
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from qrefta.build import build, freeze, task_head
+from qrefta.build import build, freeze, model_class, task_head
 from qrefta.config import QReftaConfig
+from qrefta.convert import UNLIMITED, convert
 from qrefta.factors import BANK, Factors, frozen, stored_factors
 from qrefta.linear import AdaptedLinear
+
+OFFLOADS = ("cpu", "disk", torch.device("cpu"))  # in a device map
 
 
 def is_prepared(model: nn.Module) -> bool:
@@ -82,24 +88,12 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
-def model_class(name: str, source: str | Path) -> type[PreTrainedModel]:
-    """The transformers class that a config names as its architecture.
-
-    Raises:
-        ValueError: if transformers has no such model class.
-    """
-    found = getattr(transformers, name, None)
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
-        raise ValueError(f"transformers has no model class {name!r}; load {source} with the class that saved it.")
-    return found
-
-
 @register_quantizer("qrefta")
 class QReftaQuantizer(HfQuantizer):
     """Builds the empty modules of a prepared checkpoint, checks them once filled, and saves factors compactly."""
 
-    requires_calibration = True  # from_pretrained of an unprepared model with this config is refused
     quantization_config: QReftaConfig
+    _made: tempfile.TemporaryDirectory[str] | None = None  # a prepared checkpoint that is gone once it is loaded
     _inferring = False  # a device map that comes from here on is transformers' own
 
     @property
@@ -133,6 +127,8 @@ class QReftaQuantizer(HfQuantizer):
         return state, {}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            self._prepare(model, kwargs["checkpoint_files"], kwargs.get("device_map"))
         for file in kwargs.get("checkpoint_files") or []:
             _check_readable(file)
         build(model, self.quantization_config)
@@ -141,10 +137,40 @@ class QReftaQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         _check_filled(model)
         _check_form(model, self._expected)
+        if self._made is not None:
+            self._made.cleanup()
         config = self.quantization_config
         config.modules_to_save = list(dict.fromkeys(config.modules_to_save + task_head(model)))
         freeze(model, config.modules_to_save)
         return model
+
+    def _prepare(self, model: PreTrainedModel, files: list[str] | None, device_map: dict[str, Any] | None) -> None:
+        """Prepare a dense checkpoint on its way into memory, out of core, and put its files in the place of `files`."""
+        if not files:
+            raise ValueError("There is no checkpoint to prepare; with a state_dict load the model and call prepare.")
+        config = copy.deepcopy(self.quantization_config)
+        self._made = tempfile.TemporaryDirectory(prefix="qrefta-")
+        accelerators = [torch.device(place) for place in (device_map or {}).values() if place not in OFFLOADS]
+        device = accelerators[0] if accelerators else torch.device("cpu")
+        out = Path(self._made.name) / "prepared"
+        with _plain_tensors():
+            convert(Path(files[0]).parent, out, config, None, device, UNLIMITED, progress=False)
+        files[:] = [str(file) for file in sorted(out.glob("*.safetensors"))]
+        config.base_model = model.name_or_path
+        self.quantization_config = model.config.quantization_config = config
+        self.pre_quantized = True  # from here on it is a prepared checkpoint like any
+
+
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """Tensors are made on the CPU in float32 again, where transformers builds a model on meta in its dtype."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def place_bank(device_map: dict[str, Any]) -> dict[str, Any]:
@@ -153,11 +179,10 @@ def place_bank(device_map: dict[str, Any]) -> dict[str, Any]:
     Layers on every device read them, so they must have a device of their own: the first accelerator in the map.
     Offloaded, they would be on meta when a layer reads them, since only a module's own forward pass brings it back.
     """
-    offloads = ("cpu", "disk", torch.device("cpu"))
-    accelerators = [device for device in device_map.values() if device not in offloads]
+    accelerators = [device for device in device_map.values() if device not in OFFLOADS]
     own = {name: place for name, place in device_map.items() if name == BANK or name.startswith(f"{BANK}.")}
     places = list(own.values()) or [device_map.get("")]
-    if None in places or (accelerators and any(place in offloads for place in places)):
+    if None in places or (accelerators and any(place in OFFLOADS for place in places)):
         return dict.fromkeys([BANK, *own], (accelerators or ["cpu"])[0])
     return {}
 

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 import qrefta
 from qrefta import convert as convert_module
 from qrefta import shards
+from qrefta.build import model_class
 from tests.models import ARCHITECTURES
 
 CHOSEN = ["bert", "llama_gqa", "gpt2", "vit", "t5"]
@@ -29,7 +30,7 @@ def saved(tmp_path):
 
 
 def in_memory(folder, **settings):
-    model = qrefta.quantizer.model_class(json.loads((folder / "config.json").read_text())["architectures"][0], folder)
+    model = model_class(json.loads((folder / "config.json").read_text())["architectures"][0], folder)
     return qrefta.prepare(model.from_pretrained(folder, dtype="auto"), progress=False, **settings)
 
 
@@ -79,7 +80,7 @@ def test_an_interrupted_run_is_no_model_and_goes_on(saved, tmp_path, monkeypatch
     dense, out = saved("bert"), tmp_path / "out"
     whole = tmp_path / "whole"
     qrefta.prepare(dense, out=whole, rank=5, progress=False)
-    real, count = convert_module.write_shard, iter(range(100))
+    real, count = shards.write_shard, iter(range(100))
 
     def fail(path, tensors):
         if next(count) == 3:
@@ -87,7 +88,7 @@ def test_an_interrupted_run_is_no_model_and_goes_on(saved, tmp_path, monkeypatch
         real(path, tensors)
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert_module, "write_shard", fail)
+        patch.setattr(shards, "write_shard", fail)
         with pytest.raises(OSError, match="No space left"):
             qrefta.prepare(dense, out=out, rank=5, progress=False)
     assert not (out / "config.json").exists()
@@ -96,9 +97,7 @@ def test_an_interrupted_run_is_no_model_and_goes_on(saved, tmp_path, monkeypatch
     with pytest.raises(ValueError, match="unfinished run with another settings"):
         qrefta.prepare(dense, out=out, rank=6, progress=False)
     written = []
-    monkeypatch.setattr(
-        convert_module, "write_shard", lambda path, tensors: (written.append(path), real(path, tensors))
-    )
+    monkeypatch.setattr(shards, "write_shard", lambda path, tensors: (written.append(path), real(path, tensors)))
     qrefta.prepare(dense, out=out, rank=5, progress=False)
     assert len(written) == 3  # of six stacks three were there
     assert {f.name: f.read_bytes() for f in out.iterdir()} == {f.name: f.read_bytes() for f in whole.iterdir()}
