@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from qrefta.build import bank_key, model_class, trained_modules
+from qrefta.card import write_card
 from qrefta.config import QReftaConfig, StackRow
 from qrefta.factors import BANK, Rank, stored_factors
 from qrefta.moments import Moments
@@ -224,6 +225,7 @@ def _finish(folder: Path, out: Path, model: PreTrainedConfig, config: QReftaConf
         stray.unlink()
     model.quantization_config = config
     (out / JOURNAL).unlink()
+    write_card(out, config)
     replace_text(out / "config.json", model.to_json_string(use_diff=True))
 
 

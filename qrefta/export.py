@@ -17,6 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qrefta.card import write_card
 from qrefta.compare import example_inputs, output_difference, outputs, run_from_disk
 from qrefta.config import StackRow
 from qrefta.factors import BANK
@@ -27,6 +28,8 @@ from qrefta.stack import replace_module
 
 # Relative difference of logits that rounding to bf16 may make: up to 0.012 on the tests' architectures.
 ROUNDING_TOLERANCE = 0.05
+
+_USE = "Load it as any transformers model; it needs no qrefta."
 
 Stored = Callable[[AdaptedLinear, StackRow], Mapping[str, Tensor]]
 
@@ -84,6 +87,7 @@ def merge(
         with new_folder(out) as folder:
             write_model(model, folder, dtype, dense_tensors, max_shard_size=max_shard_size)
             difference = _check_folder(model, folder, dtype, inputs, tolerance)
+            write_card(folder, config, f"It was merged to dense {_name(dtype)} weights.", _USE)
         return Export(Path(out), difference)
     for row in config.stacks:
         for path in row.modules:
@@ -244,6 +248,10 @@ def _wanted_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torc
     if dtype == torch.float16:
         kept |= set(model._keep_in_fp32_modules or ())
     return torch.float32 if kept.intersection(name.split(".")) and dtype.itemsize < 4 else dtype
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _dense_linear(layer: AdaptedLinear, row: StackRow) -> nn.Module:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qrefta.card import write_card
 from qrefta.compare import example_inputs, output_difference, outputs
 from qrefta.config import QReftaConfig, StackRow
 from qrefta.export import ROUNDING_TOLERANCE, Export, agreed, copy_tokenizer, new_folder, plain_config, write_model
@@ -99,6 +100,8 @@ def export_lora(
             tolerance = ROUNDING_TOLERANCE if exact else APPROXIMATION_TOLERANCE
         agreed(difference, tolerance, _MENDS[base])
         copy_tokenizer(model, folder)
+        did = f"This is the trained part as a LoRA of rank {max(written.ranks)} on {_WORDS[base]}."
+        write_card(folder, config, did, _USE.replace("{base}", source))
     return Export(Path(out), difference, written.error, _notes(config, written.ranks))
 
 
@@ -109,6 +112,20 @@ _MENDS = {
     ),
     "original": 'Give a higher rank, base="residual", or the model that was prepared as `original`.',
 }
+
+
+_WORDS = {
+    "residual": "the dequantized residual (base/)",
+    "residual-4bit": "the residual in bitsandbytes' 4 bits (base/)",
+    "original": "the base model, an approximation",
+}
+
+_USE = """```python
+from peft import PeftModel
+from transformers import AutoModel  # or the class with the head
+
+model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), "this-folder")
+```"""
 
 
 class _Update(NamedTuple):

@@ -182,7 +182,7 @@ class ShardWriter:
 def copy_companions(folder: Path, out: Path) -> None:
     """Copy what lies beside a model's weights, but for its config and index: tokenizer, generation settings."""
     for file in sorted(path for pattern in _COMPANIONS for path in folder.glob(pattern) if path.is_file()):
-        if file.name != "config.json" and ".index." not in file.name:
+        if file.name not in ("config.json", "adapter_config.json") and ".index." not in file.name:
             shutil.copyfile(file, out / file.name)
 
 

@@ -393,7 +393,7 @@ def test_a_class_with_a_fresh_head_is_prepared_while_loading(tmp_path):
 
 
 def test_preparing_while_loading_holds_no_dense_copy(tmp_path, monkeypatch):
-    """Of 9 MB in float32 little more than half, 4-bit model included, with blocks of rows as small beside it as they are beside large models."""
+    """Of 9 MB little more than half, 4-bit model included, with blocks as small beside it as beside large models."""
     monkeypatch.setattr("qrefta.convert.BLOCK_BYTES", 500_000)
     sizes = encoder_sizes(128, layers=16) | {"vocab_size": 64}
     build(BertModel, BertConfig(**sizes)).save_pretrained(tmp_path)
