@@ -1,4 +1,4 @@
-"""Command line: qrefta prepare | finetune | inspect | merge | export-lora. One thin function a verb."""
+"""Command line: qrefta prepare | finetune | inspect | merge | export-lora | evaluate. One thin function a verb."""
 
 import logging
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from qrefta.build import model_class
 from qrefta.config import QReftaConfig
 from qrefta.data import load_classification, read_calibration
+from qrefta.evaluate import evaluate as evaluate_model
 from qrefta.export import ROUNDING_TOLERANCE, Export, check_new
 from qrefta.export import merge as merge_model
 from qrefta.finetune import FinetuneResult
@@ -229,6 +230,33 @@ def export_lora(
     )
     console.print(f"LoRA on the {base} in {out} ({weights_bytes(out) / 1e6:.1f} MB)")
     _print_differences(written)
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[str, typer.Argument(help="Folder or hub name of a language model: prepared, merged or plain.")],
+    tasks: Annotated[list[str], typer.Argument(help="Tasks of lm-evaluation-harness.")],
+    include_path: Annotated[Path | None, typer.Option(help="Folder of your own task files.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of each task.")] = None,
+    batch_size: Annotated[str, typer.Option(help="Rows at a time, or auto.")] = "8",
+    device: Annotated[str | None, typer.Option(help="Such as cuda.")] = None,
+) -> None:
+    """Score a language model with lm-evaluation-harness."""
+    found = evaluate_model(
+        folder, tasks, include_path=include_path, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size,
+        device=device,
+    )  # fmt: skip
+    table = Table(title="lm-evaluation-harness", title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("task", "metric", "value", "standard error"):
+        table.add_column(name, justify="right" if name in ("value", "standard error") else "left")
+    for task, metrics in found["results"].items():
+        for key, value in metrics.items():
+            metric, _, filtered = key.partition(",")
+            error = metrics.get(f"{metric}_stderr,{filtered}")
+            if isinstance(value, float) and not metric.endswith("_stderr"):
+                table.add_row(task, metric, f"{value:.4g}", f"{error:.2g}" if isinstance(error, float) else "")
+    console.print(table)
 
 
 def _print_differences(written: Export) -> None:

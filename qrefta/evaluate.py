@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 
 def evaluate(
     model: str | Path,
@@ -27,7 +29,7 @@ def evaluate(
         num_fewshot: examples before each question; default: the task's.
         limit: questions of each task; default: all.
         batch_size: rows at a time, or "auto".
-        device: such as "cuda"; default: what there is.
+        device: such as "cuda:1"; default: the GPU if there is one.
 
     Raises:
         ValueError: for a task that the harness does not know.
@@ -54,7 +56,7 @@ def evaluate(
         num_fewshot=num_fewshot,
         limit=limit,
         batch_size=batch_size,
-        device=device,
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         task_manager=manager,
         verbosity="ERROR",
     )
