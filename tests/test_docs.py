@@ -1,0 +1,65 @@
+"""The pages under docs are true: their code runs, in order, and what is generated is current."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tests.models import VOCAB, tiny_llama
+from tests.tiny import tiny_folder
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+import reference  # noqa: E402
+
+CLASSIFIER, LANGUAGE_MODEL = "sentence-transformers/all-MiniLM-L6-v2", "meta-llama/Llama-3.2-1B"
+PAGES = sorted(
+    page.name
+    for page in (ROOT / "docs").glob("*.md")
+    if "```python" in page.read_text() and page.name != "add-a-method.md"  # test_methods.py runs that
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Small models under the names that the pages use."""
+    root = tmp_path_factory.mktemp("models")
+    tiny_folder(root / "classifier", width=64)
+    tiny_llama(hidden=64).save_pretrained(root / "language")
+    vocabulary = {f"w{index}": index for index in range(VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", pad_token="w1").save_pretrained(
+        root / "language"
+    )
+    return {CLASSIFIER: str(root / "classifier"), LANGUAGE_MODEL: str(root / "language")}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_run_in_order(page, folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.DOTALL):
+        for name, folder in folders.items():
+            block = block.replace(name, folder)
+        exec(block, namespace)
+
+
+def test_the_reference_is_made_from_the_docstrings():
+    assert reference.API.read_text() == reference.api()
+
+
+def test_every_error_message_is_in_the_page():
+    page = reference.TROUBLE.read_text()
+    assert reference.insert(page) == page
+    assert page.count("\n| ") > 80
+    assert "dtype is ...; it must be a floating type" in page
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"]:
+        for target in re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
