@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-_BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 _TRAIN_NAMES = ("train", "training")
 _TEST_NAMES = ("validation", "valid", "val", "dev", "eval", "test", "test-labeled")  # hub test splits may be unlabelled
 _LABEL_NAMES = ("label", "labels", "target", "class")
@@ -42,23 +42,48 @@ def load_classification(
     Raises:
         ValueError: if there is no such file, split or column, a split is empty, or labels are missing or unknown.
     """
-    splits = _read(source, header)
+    parts = read_splits(source, header)
+    label_column = label_column or _find_label(parts["train"])
+    text_columns = text_columns or _find_texts(parts["train"], label_column)
+    if not 1 <= len(text_columns) <= 2:
+        raise ValueError(f"text_columns is {text_columns}; give one column, or two for sentence pairs")
+    parts = DatasetDict({name: _select(part, text_columns, label_column) for name, part in parts.items()})
+    return with_test(_encode_labels(parts), test_share, seed)
+
+
+def read_splits(source: str | Path, header: list[str] | None = None) -> DatasetDict:
+    """The rows of a file, folder or hub name (see `load_classification`), as train and, where there is one, test.
+
+    Raises:
+        ValueError: if there is no such file or split, or a split is empty.
+    """
+    return pick_splits(_read(source, header), source)
+
+
+def pick_splits(splits: DatasetDict, source: str | Path) -> DatasetDict:
+    """Of all splits the one to train on and, where there is one, the one to test on.
+
+    Raises:
+        ValueError: if one of them is empty.
+    """
     train = _pick(splits, _TRAIN_NAMES) or next(iter(splits.values()))
     test = _pick(splits, _TEST_NAMES)
     if len(train) == 0 or (test is not None and len(test) == 0):
         raise ValueError(f"{source} has a split without rows.")
-    label_column = label_column or _find_label(train)
-    text_columns = text_columns or _find_texts(train, label_column)
-    if not 1 <= len(text_columns) <= 2:
-        raise ValueError(f"text_columns is {text_columns}; give one column, or two for sentence pairs")
-    parts = DatasetDict(train=train) if test is None else DatasetDict(train=train, test=test)
-    parts = DatasetDict({name: _select(part, text_columns, label_column) for name, part in parts.items()})
-    parts = _encode_labels(parts)
-    if test is None:
-        if len(train) < 2:
-            raise ValueError(f"{source} has one row; training and testing need at least one each.")
-        parts = parts["train"].train_test_split(test_share, seed=seed)
-    return parts
+    return DatasetDict(train=train) if test is None else DatasetDict(train=train, test=test)
+
+
+def with_test(parts: DatasetDict, test_share: float, seed: int) -> DatasetDict:
+    """Train and test, with some of the training rows put aside where there is no test.
+
+    Raises:
+        ValueError: if there is one row only.
+    """
+    if "test" in parts:
+        return parts
+    if len(parts["train"]) < 2:
+        raise ValueError("The data are one row; training and testing need at least one each.")
+    return parts["train"].train_test_split(test_share, seed=seed)
 
 
 def _read(source: str | Path, header: list[str] | None) -> DatasetDict:
@@ -215,14 +240,15 @@ def _read_texts(path: Path) -> list[str]:
             data = _read_files({"train": path}, None)["train"]
         except (ValueError, DatasetGenerationError) as error:  # a header alone is a ValueError of datasets
             raise ValueError(f"{path} cannot be read as a table with rows: {error}") from error
-        texts = data[_text_column(data, path)]
+        texts = data[text_column(data, path)]
     found = [text.strip() for text in texts if text and text.strip()]
     if not found:
         raise ValueError(f"{path} holds no text; calibration needs some sentences like those the model will read.")
     return found
 
 
-def _text_column(data: Dataset, path: Path) -> str:
+def text_column(data: Dataset, path: str | Path) -> str:
+    """The column of text: by its usual name, else the first that holds strings."""
     textual = [name for name in data.column_names if _is_text(data, name)]
     if not textual:
         raise ValueError(f"{path} has no column of text; its columns are {data.features}")

@@ -72,7 +72,7 @@ def export_lora(
         rank: of the LoRA; default: that of the factors, for "original" twice that. What is left out is measured.
         dtype: of the LoRA, and of the base's dense parameters.
         inputs: a batch to compare logits on; default: random tokens, images or sound features.
-        tolerance: relative difference of the logits beyond which nothing is written; default: 0.05 where rounding is
+        tolerance: relative difference of the logits beyond which nothing is written; default: 0.15 where rounding is
             all that differs, else 0.5.
 
     Raises:

@@ -1,0 +1,157 @@
+"""What each task reads and makes batches of, and that each trains."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, ViTImageProcessor
+
+from qrefta.tasks import chat, images, language_model, load_chat, load_images, load_text
+from tests.models import tiny_llama, tiny_vit
+
+WORDS = [
+    "[UNK]",
+    "[PAD]",
+    "[EOS]",
+    "user",
+    "assistant",
+    "system",
+    ":",
+    "what",
+    "is",
+    "red",
+    "blue",
+    "sky",
+    "blood",
+    "?",
+]
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant : {% endif %}"
+)
+ASKED, ANSWER = [{"role": "user", "content": "what is sky ?"}], [{"role": "assistant", "content": "blue"}]
+
+
+@pytest.fixture
+def tokenizer():
+    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]", eos_token="[EOS]")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def write_rows(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def chat_rows(count):
+    """Questions about two things, with one right answer each."""
+    colors = [("sky", "blue"), ("blood", "red")]
+    return [
+        {"messages": [{"role": "user", "content": f"what is {thing} ?"}, {"role": "assistant", "content": color}]}
+        for thing, color in (colors[index % 2] for index in range(count))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "completion"),
+    [
+        ({"messages": ASKED + ANSWER}, ASKED, ANSWER),
+        ({"prompt": ASKED, "completion": ANSWER}, ASKED, ANSWER),
+        ({"prompt": "what is sky ?", "completion": "blue"}, "what is sky ?", "blue"),
+        ({"instruction": "what is", "input": "sky ?", "output": "blue"},
+         [{"role": "user", "content": "what is\n\nsky ?"}], ANSWER),
+        ({"instruction": "what is sky ?", "input": "", "output": "blue"}, ASKED, ANSWER),
+        ({"conversations": [{"from": "system", "value": "red"}, {"from": "human", "value": "what is sky ?"},
+                            {"from": "gpt", "value": "blue"}]},
+         [{"role": "system", "content": "red"}, *ASKED], ANSWER),
+    ],
+)  # fmt: skip
+def test_the_usual_columns_become_prompt_and_completion(row, prompt, completion, tmp_path):
+    data = load_chat(write_rows(tmp_path / "chat.jsonl", [row] * 20), 0)
+    assert {name: len(part) for name, part in data.items()} == {"train": 18, "test": 2}
+    assert data["train"][0] == {"prompt": prompt, "completion": completion}
+
+
+def test_of_several_turns_the_last_answer_is_learned(tmp_path):
+    data = load_chat(write_rows(tmp_path / "chat.jsonl", [{"messages": (ASKED + ANSWER) * 2}] * 4), 0)
+    assert data["train"][0] == {"prompt": ASKED + ANSWER + ASKED, "completion": ANSWER}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "blue"}, r"columns \['text'\] and 0 turns; needed are prompt and completion"),
+        ({"messages": ANSWER + ASKED}, "the last is the assistant's"),
+        ({"messages": ANSWER}, "1 turns"),
+        ({"messages": [{"role": "robot", "content": "blue"}] * 2}, r"A turn is .*robot.*; needed are a role \(human"),
+        ({"messages": [{"role": "user"}, {"role": "assistant"}]}, "A turn is"),
+    ],
+)
+def test_other_rows_are_refused(row, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        load_chat(write_rows(tmp_path / "chat.jsonl", [row] * 4), 0)
+
+
+def test_conversations_need_a_template_and_plain_text_none(tokenizer, tmp_path):
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match=r"no chat template; set tokenizer\.chat_template"):
+        chat(tiny_llama(), tokenizer, load_chat(write_rows(tmp_path / "a.jsonl", chat_rows(20)), 0), 32)
+    rows = [{"prompt": "what is sky ?", "completion": "blue"}] * 20
+    assert len(chat(tiny_llama(), tokenizer, load_chat(write_rows(tmp_path / "b.jsonl", rows), 0), 32).train) == 18
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_text_is_cut_into_blocks_across_texts(tokenizer, suffix, tmp_path):
+    """Every token once, in order, with an end after each text; what fills no block is left out."""
+    texts = ["what is sky ?", "blue", "what is blood ?", "red"] * 10
+    for split, part in (("train", texts), ("test", texts[:8])):
+        file = tmp_path / f"{split}.{suffix}"
+        if suffix == "txt":
+            file.write_text("\n".join(part))
+        else:
+            write_rows(file, [{"content": text} for text in part])
+    recipe = language_model(tiny_llama(), tokenizer, load_text(tmp_path, 0), 8)
+    ids = [token for text in texts for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    found = [token for block in recipe.train["input_ids"] for token in block]
+    assert found == ids[: len(ids) // 8 * 8]
+    assert recipe.train["labels"] == recipe.train["input_ids"]
+    with pytest.raises(ValueError, match="The test split has less than 64 tokens; give more text or less max_length"):
+        language_model(tiny_llama(), tokenizer, load_text(tmp_path, 0), 64)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Two classes of plain pictures, in folders."""
+    for split, count in (("train", 12), ("test", 4)):
+        for color in ("red", "blue"):
+            folder = tmp_path / split / color
+            folder.mkdir(parents=True)
+            for index in range(count):
+                Image.new("RGB", (20, 24), (color, (200 + index, 0, 0))[color == "red"]).save(folder / f"{index}.png")
+    return tmp_path
+
+
+def test_pictures_come_from_folders(pictures):
+    data = load_images(pictures, 0)
+    assert {name: len(part) for name, part in data.items()} == {"train": 24, "test": 8}
+    model = tiny_vit()
+    with pytest.raises(ValueError, match="3 labels and the data 2 classes"):
+        images(model, ViTImageProcessor(size={"height": 16, "width": 16}), data)
+    model.config.num_labels = 2
+    recipe = images(model, ViTImageProcessor(size={"height": 16, "width": 16}), data)
+    batch = recipe.collate([recipe.train[0], recipe.train[23]])
+    assert batch["pixel_values"].shape == (2, 3, 16, 16)
+    assert batch["labels"].tolist() == [0, 1]
+    assert torch.isfinite(batch["pixel_values"]).all()
+
+
+def test_a_folder_without_classes_is_refused(tmp_path):
+    for index in range(3):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{index}.png")
+    with pytest.raises(ValueError, match="needed are image, and label with classes"):
+        load_images(tmp_path, 0)
