@@ -1,8 +1,8 @@
 """python -m eval.exports: how near every export is to the trained model, by logits, by weights, and by test accuracy.
 
 One model is fine-tuned, exported in every form, and each form is loaded by what users load it with and scored on the
-same rows. `pair of factors` is what a LoRA on the original would be if it held the trained change alone: Delta_l less
-its start, of rank 2R, which needs a copy of the start.
+same rows. `nearest by weights` is what a LoRA on the original would be if it were the matrix of rank 2R nearest to all
+that differs from the original, quantization error included.
 """
 
 from pathlib import Path
@@ -25,7 +25,6 @@ from qrefta.cli import guarded, load_classifier, quiet_libraries, weights_bytes
 from qrefta.compare import output_difference
 from qrefta.export import Export
 from qrefta.linear import AdaptedLinear
-from qrefta.stack import read_weight
 
 console = Console()
 
@@ -47,11 +46,11 @@ def run(
     tokenizer = AutoTokenizer.from_pretrained(model_folder())
     data = load_task(dataset, header, seed, train_rows, test_rows)
     model = load_classifier(str(model_folder()), data["train"].features["label"].names, seed)
-    originals = {path: read_weight(module) for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    dense = {path: module.weight.detach() for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     qrefta.prepare(model, rank=rank, method=method, modules_to_save=["pooler"], progress=False)
-    starts = {path: layer.factors.delta(layer._adapter[2]) for path, layer in layers(model)}
     batches = batches_of(data["test"]["text"], tokenizer, 32)
     labels = torch.tensor(data["test"]["label"])
+    originals = {path: dense[path] for path, module in model.named_modules() if isinstance(module, AdaptedLinear)}
     with TemporaryDirectory() as folder:
         root = Path(folder)
         qrefta.finetune(
@@ -67,7 +66,7 @@ def run(
             found.append(
                 scored(name, logits(loaded, batches), expected, labels, size) | {"weight_error": written.weight_error}
             )
-    found.append(pair_of_factors(model, originals, starts, batches, expected, labels))
+    found.append(nearest_by_weights(model, originals, 2 * rank, batches, expected, labels))
     for row in found:
         console.print(row)
     if rows is not None:
@@ -106,31 +105,26 @@ def load(folder: Path, settings: dict[str, Any], original: str | Path, classes: 
     return PeftModel.from_pretrained(base, folder)
 
 
-def layers(model: PreTrainedModel) -> list[tuple[str, AdaptedLinear]]:
-    return [(path, module) for path, module in model.named_modules() if isinstance(module, AdaptedLinear)]
-
-
 @torch.no_grad()
-def pair_of_factors(
+def nearest_by_weights(
     model: PreTrainedModel,
     originals: dict[str, Tensor],
-    starts: dict[str, Tensor],
+    rank: int,
     batches: list[dict[str, Tensor]],
     expected: Tensor,
     labels: Tensor,
 ) -> dict[str, Any]:
-    """The original plus the trained change, in float32; the model is merged for it."""
-    lacking = norm = 0.0
-    wanted = {}
-    for path, layer in layers(model):
-        wanted[path] = originals[path] + layer.factors.delta(layer._adapter[2]) - starts[path]
-        dense = layer.dense_weight()
-        lacking += (dense - wanted[path]).square().sum().item()
-        norm += (dense - originals[path]).square().sum().item()
+    """The original plus the best approximation of what the merged weights differ by; the model is merged for it."""
     merged = qrefta.merge(model, torch.float32)
-    for path, weight in wanted.items():
-        merged.get_submodule(path).weight.copy_(weight)
-    row = scored("pair of factors", logits(merged, batches), expected, labels, size=None)
+    lacking = norm = 0.0
+    for path, original in originals.items():
+        weight = merged.get_submodule(path).weight
+        change = weight - original
+        left, values, right = torch.linalg.svd(change, full_matrices=False)
+        lacking += values[rank:].square().sum().item()
+        norm += values.square().sum().item()
+        weight.copy_(original + (left[:, :rank] * values[:rank]) @ right[:rank])
+    row = scored("nearest by weights", logits(merged, batches), expected, labels, size=None)
     return row | {"weight_error": lacking / norm}
 
 

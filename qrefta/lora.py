@@ -1,17 +1,18 @@
 """A prepared model as a LoRA in PEFT's format, and the base that it goes on, for whatever serves LoRA.
 
 On the residual the LoRA is Delta_l itself: (up core_l, down), of rank r for factors of width r, and the base is
-dequant(Q_l), dense or in bitsandbytes' own 4 bits, which are the same bits. On the original model W the LoRA stands for
+dequant(Q_l), dense or in bitsandbytes' own 4 bits, which are the same bits. On the original model W_l it is what
+training changed, Delta_l less Delta_l at the start, of rank 2r: for ReFTA [A' diag(u_l), -A diag(u_l)] and [B'; B]. The
+quantization error of the residual, with which the model was trained, is left out. (The nearest matrix to all that
+differs from W_l would spend its rank on that error: by far the larger part, and not the one that counts.)
 
-    dequant(Q_l) + Delta_l - W_l
-
-of which it is the best approximation of its rank. The trained change alone has rank 2R ([A' diag(u_l), -A diag(u_l)]
-and [B'; B]); at that rank the best approximation is never further from the trained model than this pair, needs no copy
-of the factors' start, and leaves out what rank it lacks of the residual's quantization error. A method whose Delta_l
-has no two thin factors (TeRA) is cut to a rank likewise, on either base.
+The factors at the start are those of the prepared model before training; without it the original is split again, and
+the packed weights prove that the split is the same. A method whose Delta_l has no two thin factors (TeRA) is cut to a
+rank on either base.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -24,12 +25,14 @@ from qrefta.card import write_card
 from qrefta.compare import example_inputs, output_difference, outputs
 from qrefta.config import QReftaConfig, StackRow
 from qrefta.export import ROUNDING_TOLERANCE, Export, agreed, copy_tokenizer, new_folder, plain_config, write_model
-from qrefta.factors import LowRankFactors
+from qrefta.factors import Factors, LowRankFactors
 from qrefta.linear import AdaptedLinear
-from qrefta.quantize import bnb_code, bnb_state
-from qrefta.quantizer import prepared_config
+from qrefta.methods import METHODS
+from qrefta.quantize import Packed, bnb_code, bnb_state
+from qrefta.quantizer import load, prepared_config
 from qrefta.shards import write_shard
-from qrefta.stack import read_weight
+from qrefta.split import split_layers, split_stack
+from qrefta.stack import LayerStack, model_weights
 from qrefta.tensor import Slices, t_svd
 
 Base = Literal["residual", "residual-4bit", "original"]
@@ -52,6 +55,7 @@ def export_lora(
     base: str = "residual",
     *,
     original: str | Path | None = None,
+    start: PreTrainedModel | str | Path | None = None,
     rank: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
     inputs: Mapping[str, Any] | None = None,
@@ -67,32 +71,36 @@ def export_lora(
         out: folder to write, new or empty: the adapter, and for a residual base the folder `base` in it.
         base: "residual": dequantized, dense, exact but for rounding to `dtype`. "residual-4bit": the same in
             bitsandbytes' format, which transformers loads without qrefta (NF4 and FP4). "original": the model that was
-            prepared, with an approximation.
+            prepared; the quantization error of the residual is left out.
         original: folder or hub name of that model; default: where it was loaded from.
-        rank: of the LoRA; default: that of the factors, for "original" twice that. What is left out is measured.
+        start: with "original", the prepared model before training, or its folder; default: the original is split again,
+            which takes as long as preparing it.
+        rank: of the LoRA; default: as wide as the factors, for "original" twice that. What is left out is measured.
         dtype: of the LoRA, and of the base's dense parameters.
         inputs: a batch to compare logits on; default: random tokens, images or sound features.
         tolerance: relative difference of the logits beyond which nothing is written; default: 0.15 where rounding is
             all that differs, else 0.5.
 
     Raises:
-        ValueError: if the model is not prepared, a setting is not allowed, the original is not found or does not fit,
-            `out` is not empty, or the logits differ by more than `tolerance`.
+        ValueError: if the model is not prepared, a setting is not allowed, the original or the start is not what was
+            prepared, `out` is not empty, or the logits differ by more than `tolerance`.
         ImportError: if PEFT is not installed.
     """
     config = prepared_config(model)
     _check_settings(config, base, rank, dtype)
+    starts: Iterator[Factors | None] = repeat(None)
     if base == "original":
-        bare = _original(model, original or config.base_model, dtype)
-        updates = _updates_on(model, config, bare, rank)
-    else:
-        updates = _updates(model, config, rank)
+        bare = _original(model, original or config.base_model)
+        if METHODS[config.method].fits:
+            starts = _starts(model, config, bare, load(start) if isinstance(start, str | Path) else start)
+    updates = _updates(model, config, starts, rank)
     with new_folder(out) as folder:
         source = str(original or config.base_model)
         if base != "original":
             source = str(Path(out) / "base")
             bare = _write_base(model, config, folder / "base", base, dtype)
         written = _write_adapter(model, config, folder, updates, source, dtype)
+        bare = bare if base != "original" else bare.to(dtype)
         inputs = example_inputs(model) if inputs is None else inputs
         difference = output_difference(outputs(_with_adapter(bare, folder), inputs), outputs(model, inputs))
         if tolerance is None:
@@ -102,7 +110,7 @@ def export_lora(
         copy_tokenizer(model, folder)
         did = f"This is the trained part as a LoRA of rank {max(written.ranks)} on {_WORDS[base]}."
         write_card(folder, config, did, _USE.replace("{base}", source))
-    return Export(Path(out), difference, written.error, _notes(config, written.ranks))
+    return Export(Path(out), difference, written.error, _notes(config, written.ranks, base))
 
 
 _MENDS = {
@@ -110,14 +118,14 @@ _MENDS = {
     "residual-4bit": (
         'Give base="residual": bitsandbytes\' CPU kernels are wrong for widths that are no multiple of the block size.'
     ),
-    "original": 'Give a higher rank, base="residual", or the model that was prepared as `original`.',
+    "original": 'Give a higher rank, or base="residual", which leaves nothing out.',
 }
 
 
 _WORDS = {
     "residual": "the dequantized residual (base/)",
     "residual-4bit": "the residual in bitsandbytes' 4 bits (base/)",
-    "original": "the base model, an approximation",
+    "original": "the base model; the quantization error that it was trained with is left out",
 }
 
 _USE = """```python
@@ -149,36 +157,79 @@ class _Written(NamedTuple):
     error: float
 
 
-def _targets(model: PreTrainedModel, config: QReftaConfig) -> Iterator[tuple[str, int, AdaptedLinear]]:
-    """Path, layer number and module of every linear with factors."""
-    for row in config.stacks:
-        if row.rank:
-            for index, path in enumerate(row.modules):
-                yield path, index, model.get_submodule(path)
-
-
 @torch.no_grad()
-def _updates(model: PreTrainedModel, config: QReftaConfig, rank: int | None) -> Iterator[tuple[str, _Update]]:
-    """Delta_l of every target, as it is where its factors are thin enough, else cut to `rank`."""
-    for path, index, layer in _targets(model, config):
-        if isinstance(layer.factors, LowRankFactors):
-            left, right = layer.factors.pair(index)
-            if rank is None or len(right) <= rank:
-                yield path, _Update(left, right)
-                continue
-        delta = layer.factors.delta(index)
-        yield path, _nearest(delta, rank or layer.factors.rank)
-
-
-@torch.no_grad()
-def _updates_on(
-    model: PreTrainedModel, config: QReftaConfig, bare: PreTrainedModel, rank: int | None
+def _updates(
+    model: PreTrainedModel, config: QReftaConfig, starts: Iterator[Factors | None], rank: int | None
 ) -> Iterator[tuple[str, _Update]]:
-    """What every target differs by from the original's weight, cut to a rank."""
-    for path, index, layer in _targets(model, config):
-        change = layer.dense_weight() - read_weight(bare.get_submodule(path)).to(layer.weight.device, torch.float32)
-        pair = layer.factors.pair(index) if isinstance(layer.factors, LowRankFactors) else None
-        yield path, _nearest(change, rank or 2 * (layer.factors.rank if pair is None else len(pair[1])))
+    """Delta_l of every target, less that of the start where there is one, cut to a rank if need be."""
+    for row, start in zip((row for row in config.stacks if row.rank), starts, strict=False):
+        for index, path in enumerate(row.modules):
+            factors = model.get_submodule(path).factors
+            if not isinstance(factors, LowRankFactors):
+                yield path, _nearest(factors.delta(index), rank or factors.rank)
+                continue
+            left, right = factors.pair(index)
+            if start is not None:
+                first, second = start.pair(index)
+                left, right = torch.cat([left, -first.to(left)], dim=1), torch.cat([right, second.to(right)])
+                yield path, _compressed(left, right, rank)
+            else:
+                yield path, _Update(left, right) if rank is None else _compressed(left, right, rank)
+
+
+def _starts(
+    model: PreTrainedModel, config: QReftaConfig, bare: PreTrainedModel, start: PreTrainedModel | None
+) -> Iterator[Factors]:
+    """The factors that every target stack began with: those of `start`, or of splitting the original again.
+
+    Raises:
+        ValueError: if the packed weights that belong to them are not the model's.
+    """
+    if start is None and config.calibrated:
+        raise ValueError(
+            "The split was calibrated; give the prepared model before training, or its folder, as `start`."
+        )
+    for row in config.stacks:
+        if not row.rank:
+            continue
+        layers = [model.get_submodule(path) for path in row.modules]
+        if start is not None:
+            found = [start.get_submodule(path) for path in row.modules]
+            _check_same(row, layers, [layer.packed() for layer in found])
+            yield found[0].factors
+            continue
+        stack = LayerStack(row.stack, tuple(row.modules), *row.shape, row.transposed)
+        weights = model_weights(bare, stack)
+        split = split_stack(weights, config, row.rank)
+        again = (layer.residual for layer in split_layers(weights, split, config))
+        _check_same(row, layers, again)
+        yield split.factors
+
+
+def _check_same(row: StackRow, layers: list[AdaptedLinear], found: Iterable[Packed | Tensor]) -> None:
+    for path, layer, residual in zip(row.modules, layers, found, strict=True):
+        parts = residual if isinstance(residual, Packed) else (residual.to(layer.weight.dtype),)
+        for own, other in zip(layer.packed(), parts, strict=False):
+            if own is not None and not torch.equal(own, other.to(own.device)):
+                raise ValueError(
+                    f"The packed weights of {path} are not those of the start: it was prepared from another model, or "
+                    "on another machine or from another dtype, where splitting again rounds differently. Give the "
+                    "prepared model before training, or its folder, as `start`."
+                )
+
+
+def _compressed(left: Tensor, right: Tensor, rank: int | None) -> _Update:
+    """The product of two thin factors by its singular vectors, the nearest of a rank; in float64, never made whole.
+
+    Its own factors also round to bf16 by less than a difference of two products would.
+    """
+    (basis, first), (other, second) = torch.linalg.qr(left.double()), torch.linalg.qr(right.T.double())
+    core = torch.linalg.svd(first @ second.T, full_matrices=False)
+    kept = slice(0, len(core.S) if rank is None else min(rank, len(core.S)))
+    roots = core.S[kept].sqrt()
+    left, right = basis @ (core.U[:, kept] * roots), (roots.unsqueeze(1) * core.Vh[kept]) @ other.T
+    squares = core.S.square()
+    return _Update(left.float(), right.float(), squares[kept.stop :].sum().item(), squares.sum().item())
 
 
 def _nearest(matrix: Tensor, rank: int) -> _Update:
@@ -192,24 +243,25 @@ def _nearest(matrix: Tensor, rank: int) -> _Update:
     return _Update(left, right, lacking, norm)
 
 
-def _original(model: PreTrainedModel, source: str | Path | None, dtype: torch.dtype) -> PreTrainedModel:
+def _original(model: PreTrainedModel, source: str | Path | None) -> PreTrainedModel:
     """The dense model that was prepared, with fresh heads where its checkpoint has none."""
     if source is None:
         raise ValueError("The prepared model does not say what it was prepared from; give it as `original`.")
     bare, loaded = type(model).from_pretrained(
         source,
-        config=plain_config(model, dtype, None),
-        dtype=dtype,
+        config=plain_config(model, model.dtype, None),
+        dtype=model.dtype,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
     lacking = {*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])}
-    for path, _, _ in _targets(model, prepared_config(model)):
-        if f"{path}.weight" in lacking:
-            raise ValueError(
-                f"{source} has no {path}.weight of the prepared model's shape; give the model that was prepared as "
-                "`original`."
-            )
+    for row in prepared_config(model).stacks:
+        for path in row.modules:
+            if f"{path}.weight" in lacking:
+                raise ValueError(
+                    f"{source} has no {path}.weight of the prepared model's shape; give the model that was prepared as "
+                    "`original`."
+                )
     return bare.to(model.device)
 
 
@@ -321,8 +373,12 @@ def _with_adapter(bare: PreTrainedModel, folder: Path) -> nn.Module:
     return _peft().PeftModel.from_pretrained(bare, folder)
 
 
-def _notes(config: QReftaConfig, ranks: list[int]) -> list[str]:
+def _notes(config: QReftaConfig, ranks: list[int], base: str) -> list[str]:
     notes = []
+    if base == "original" and config.format is not None:
+        error, whole = (sum(getattr(row, key) for row in config.stacks) for key in ("residual_error", "baseline_error"))
+        ratio = f"{error / whole:.3f}" if whole else "1"
+        notes.append(f"the residual's squared quantization error is left out: {error:.4g}, {ratio} of whole weights'")
     if max(ranks) > _LARGEST_SERVED:
         notes.append(f"rank {max(ranks)} is beyond what vLLM serves ({_LARGEST_SERVED}); give a rank, or merge instead")
     if len(ranks) > 1:
