@@ -1,6 +1,7 @@
 """Command line: qrefta prepare | finetune | inspect | merge | export-lora | evaluate. One thin function a verb."""
 
 import logging
+import shutil
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from qrefta.build import model_class
 from qrefta.config import QReftaConfig
 from qrefta.data import load_classification, read_calibration
+from qrefta.distributed import check_sharding, processes
 from qrefta.evaluate import evaluate as evaluate_model
 from qrefta.export import ROUNDING_TOLERANCE, Export, check_new
 from qrefta.export import merge as merge_model
@@ -156,32 +158,45 @@ def finetune(
         bool, typer.Option(help="Recompute activations: less memory, more time.")
     ] = False,
     bf16: Annotated[bool, typer.Option(help="Compute in bf16 under autocast.")] = False,
+    fsdp: Annotated[bool, typer.Option(help="Shard the model over torchrun's processes, by FSDP2.")] = False,
     report_to: Annotated[list[str] | None, typer.Option(help="Trainer's logging integrations.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in OUT.")] = False,
 ) -> None:
     """Train a text classifier: prepare the model if it is dense, train its factors and head, save everything."""
-    if not resume:
-        check_new(out)
-    data = load_classification(
-        dataset, text_columns=text_column, label_column=label_column, header=header, seed=seed
-    )  # fmt: skip
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    classifier = load_classifier(model, data["train"].features["label"].names, seed)
-    if not is_prepared(classifier):
-        batches = None if calibration is None else read_calibration(calibration, tokenizer, seed=seed)
-        prepare_model(
-            classifier, bits, _rank(rank), method=method, ranks=_ranks(ranks), trained_params=trained_params,
-            transform=transform, quant_type=quant_type, block_size=block_size,
-            double_quant=double_quant, target_modules=target_regex or target, modules_to_save=modules_to_save,
-            refine=refine, calibration=batches, budget_mb=budget_mb, error_ratio=error_ratio, seed=seed,
+    check_sharding()
+    state, start = processes(), out / "start"
+    console.quiet = not state.is_main_process
+    with state.main_process_first():
+        if state.is_main_process and not resume:
+            check_new(out)
+        data = load_classification(
+            dataset, text_columns=text_column, label_column=label_column, header=header, seed=seed
         )  # fmt: skip
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        source = str(start) if start.is_dir() else model
+        classifier = load_classifier(source, data["train"].features["label"].names, seed)
+        if not is_prepared(classifier):
+            if not state.is_main_process:
+                raise ValueError(f"{start} is not seen here; OUT must be a folder that all nodes share.")
+            batches = None if calibration is None else read_calibration(calibration, tokenizer, seed=seed)
+            prepare_model(
+                classifier, bits, _rank(rank), method=method, ranks=_ranks(ranks), trained_params=trained_params,
+                transform=transform, quant_type=quant_type, block_size=block_size,
+                double_quant=double_quant, target_modules=target_regex or target, modules_to_save=modules_to_save,
+                refine=refine, calibration=batches, budget_mb=budget_mb, error_ratio=error_ratio, seed=seed,
+            )  # fmt: skip
+            if state.num_processes > 1:  # what the others load, whole or not at all
+                classifier.save_pretrained(f"{start}.partial")
+                Path(f"{start}.partial").rename(start)
     console.print(report_table(quant_report(classifier)))
     result = finetune_model(
         classifier, tokenizer, data, out, learning_rate=learning_rate, epochs=epochs,
         max_steps=max_steps, batch_size=batch_size, max_length=max_length, optimizer=optimizer,
         gradient_accumulation=gradient_accumulation, gradient_checkpointing=gradient_checkpointing, bf16=bf16,
-        seed=seed, report_to=report_to or "none", resume=resume,
+        fsdp=fsdp, seed=seed, report_to=report_to or "none", resume=resume,
     )  # fmt: skip
+    if state.is_main_process:
+        shutil.rmtree(start, ignore_errors=True)
     console.print(results_table({"qrefta": result}))
     console.print(f"Saved in {out} ({weights_bytes(out) / 1e6:.1f} MB)")
 

@@ -233,6 +233,10 @@ class LowRankFactors(Factors):
         self._rounded.clear()
         return super()._apply(fn, recurse)
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._rounded.clear()  # FSDP2 gathers what was loaded past the version counter
+        super()._load_from_state_dict(*args)
+
     @torch.no_grad()
     def pair(self, layer: int, rows: slice = _ALL) -> tuple[Tensor, Tensor]:
         """Two float32 factors of Delta_l: up . core_l, (out, s) or some rows of it, and down, (s, in)."""
@@ -250,15 +254,17 @@ def frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-@torch.no_grad()
 def stored_factors(factors: Factors) -> dict[str, Tensor]:
     """The parameters as a checkpoint holds them: those that are values of `dtype` as `dtype`, which loses nothing."""
-    stored = {}
-    for name, parameter in factors.named_parameters():
-        rounded = parameter.detach().to(factors.dtype)
-        exact = parameter.is_floating_point() and torch.equal(rounded.to(parameter.dtype), parameter.detach())
-        stored[name] = rounded if exact else parameter.detach()
-    return stored
+    return {name: stored(parameter.detach(), factors.dtype) for name, parameter in factors.named_parameters()}
+
+
+def stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A floating tensor as `dtype` if that loses nothing, else as it is."""
+    if not tensor.is_floating_point():
+        return tensor
+    rounded = tensor.to(dtype)
+    return rounded if torch.equal(rounded.to(tensor.dtype), tensor) else tensor
 
 
 class Fit(NamedTuple):

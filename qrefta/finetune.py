@@ -1,12 +1,15 @@
 """The training recipe: text classification on transformers.Trainer, for a prepared model or any other."""
 
 from pathlib import Path
-from typing import NamedTuple
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from datasets import ClassLabel, DatasetDict
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     DataCollatorWithPadding,
     EvalPrediction,
@@ -15,10 +18,11 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from qrefta.data import load_classification
+from qrefta.distributed import check_sharding, whole_state
 from qrefta.factors import BANK
+from qrefta.quantizer import is_prepared
 
 
 class FinetuneResult(NamedTuple):
@@ -27,7 +31,7 @@ class FinetuneResult(NamedTuple):
     Attributes:
         accuracy_before, accuracy_after: on the test split, 0 .. 1.
         test_loss_before, test_loss: mean cross-entropy on the test split, before and after training, nats.
-        train_loss: mean over the steps of this call, nats.
+        train_loss: mean over the steps of this call and all processes, nats.
         steps: optimizer steps of the whole run.
         train_s: seconds in the training loop of this call.
         trained_parameters: numbers that train.
@@ -61,6 +65,7 @@ def finetune(
     gradient_accumulation: int = 1,
     gradient_checkpointing: bool = False,
     bf16: bool = False,
+    fsdp: bool = False,
     seed: int = 0,
     report_to: str | list[str] = "none",
     resume: bool = False,
@@ -73,6 +78,9 @@ def finetune(
     on the same data, order and steps. At the end the factors' masters are rounded to the values that the forward
     pass used all along.
 
+    In several processes that torchrun started, each with the same arguments, a step sees `batch_size` rows a process,
+    in the order of one process with all of them; the first process writes.
+
     Args:
         model: a sequence classifier with as many labels as the data have classes.
         tokenizer: the model's.
@@ -81,28 +89,30 @@ def finetune(
         output_dir: for checkpoints and the trained model.
         learning_rate: peak, of all trained numbers.
         epochs, max_steps: length of the run; `max_steps`, if positive, wins.
-        batch_size: rows a forward and backward pass.
+        batch_size: rows a forward and backward pass, in every process.
         max_length: tokens a row is cut to.
         warmup_steps: steps, or below 1 the share of the run, in which the learning rate rises.
         weight_decay: AdamW's; 0 by default, since it would pull factors towards zero, away from the original weights.
         save_steps: a checkpoint every so many steps, or below 1 every such share of the run.
         optimizer: any of Trainer's, `adamw_8bit` or `paged_adamw_8bit` for instance.
-        gradient_accumulation: passes a step; a step sees `gradient_accumulation` x `batch_size` rows.
+        gradient_accumulation: passes a step; a step sees `gradient_accumulation` x `batch_size` rows a process.
         gradient_checkpointing: recompute the blocks' activations in the backward pass and do not keep them.
         bf16: compute in bf16 under autocast. For a model that is loaded in float32; in a model loaded in bf16 the head
             trains in bf16 and loses small updates.
+        fsdp: shard the model over the processes, one a GPU, by FSDP2; else each holds all of it (DDP).
         seed: of batch order and dropout.
         report_to: Trainer's logging integrations ("wandb", "tensorboard", ...).
         resume: go on from the last checkpoint in `output_dir`; the model becomes that of an uninterrupted run.
         progress: show Trainer's progress bar.
 
     Raises:
-        ValueError: for unusable data (see `load_classification`), a model whose labels do not fit them, or nothing to
-            resume.
+        ValueError: for unusable data (see `load_classification`), a model whose labels do not fit them, nothing to
+            resume, or processes that cannot share the model as is asked (see `qrefta.distributed`).
     """
+    check_sharding()
     data = load_classification(dataset, seed=seed) if isinstance(dataset, str | Path) else dataset
     _check_labels(model, data)
-    checkpoint = get_last_checkpoint(str(output_dir)) if Path(output_dir).is_dir() else None
+    checkpoint = last_checkpoint(output_dir)
     if resume and checkpoint is None:
         raise ValueError(f"There is no checkpoint to resume from in {output_dir}.")
     arguments = TrainingArguments(
@@ -117,9 +127,14 @@ def finetune(
         save_steps=save_steps,
         save_total_limit=2,
         logging_steps=0.25,
+        eval_on_start=True,
         optim=optimizer,
         gradient_accumulation_steps=gradient_accumulation,
         bf16=bf16,
+        ddp_find_unused_parameters=False if is_prepared(model) else None,  # all factors are used in every pass
+        fsdp=fsdp or None,
+        fsdp_config=fsdp2_config(model) if fsdp else None,
+        use_cpu=not torch.accelerator.is_available(),  # else accelerate does not see torchrun's other processes
         seed=seed,
         report_to=report_to,
         disable_tqdm=not progress,
@@ -127,7 +142,8 @@ def finetune(
     )
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    tokens = tokenize(data, tokenizer, max_length)
+    with arguments.main_process_first():  # the others find its cache
+        tokens = tokenize(data, tokenizer, max_length)
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -139,21 +155,44 @@ def finetune(
     )
     # A classifier's loss is a mean over its rows, which Trainer does not know of models whose forward takes **kwargs
     trainer.model_accepts_loss_kwargs = False
-    before = trainer.evaluate()
-    outcome = trainer.train(resume_from_checkpoint=checkpoint if resume else None)
+    if fsdp and not trainer.is_fsdp_enabled:
+        raise ValueError("fsdp shards a model over GPUs, and there are none here; leave it out.")
+    outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
+    evaluated = [row for row in trainer.state.log_history if "eval_loss" in row]  # at step 0, and where a run went on
+    before = evaluated[0]
     round_masters(model)
     after = trainer.evaluate()
-    trainer.save_model()
+    state = whole_state(model)
+    if arguments.should_save:
+        model.save_pretrained(output_dir, state_dict=state)
+        tokenizer.save_pretrained(output_dir)
     return FinetuneResult(
         accuracy_before=before["eval_accuracy"],
         accuracy_after=after["eval_accuracy"],
         test_loss_before=before["eval_loss"],
         test_loss=after["eval_loss"],
-        train_loss=outcome.training_loss,
+        train_loss=fmean(gather_object([outcome.training_loss])),
         steps=outcome.global_step,
-        train_s=outcome.metrics["train_runtime"],
+        train_s=outcome.metrics["train_runtime"] - evaluated[-1]["eval_runtime"],
         trained_parameters=count_trained(model),
     )
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The last checkpoint in a folder that was written to its end; a run that was killed may leave one in parts."""
+    written = Path(folder).glob("checkpoint-[0-9]*/trainer_state.json")  # Trainer writes this file last
+    return max((file.parent for file in written), key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def fsdp2_config(model: PreTrainedModel) -> dict[str, Any]:
+    """Trainer's `fsdp_config` to shard a model block by block; every process writes its own part of a checkpoint.
+
+    Blocks that hold the input embeddings (`BertEmbeddings`) are left out: accelerate 1.15 shards these by themselves.
+    """
+    embeddings = model.get_input_embeddings()
+    whole = {type(module).__name__ for module in model.modules() if embeddings in module.modules()}
+    blocks = sorted(set(model._no_split_modules or ()) - whole)
+    return {"version": 2, "transformer_layer_cls_to_wrap": blocks, "state_dict_type": "SHARDED_STATE_DICT"}
 
 
 def count_trained(model: nn.Module) -> int:
@@ -163,6 +202,8 @@ def count_trained(model: nn.Module) -> int:
 
 def round_masters(model: nn.Module) -> None:
     """Round every factor's float32 master to the value that the forward pass sees; no-op on other models."""
+    if isinstance(model, FSDPModule):
+        model.reshard()  # what is rounded are the shards, not their gathered copy
     for factors in getattr(model, BANK, {}).values():
         factors.round_masters()
 

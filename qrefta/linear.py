@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from qrefta.distributed import check_gathered
 from qrefta.factors import FactorBank, Factors, frozen
 from qrefta.product import adapted_product, residual
 from qrefta.quantize import Packed, QuantFormat
@@ -61,6 +62,7 @@ class AdaptedLinear(nn.Module):
 
     def packed(self) -> Packed:
         own = self._parameters  # a module's own look-up is slow enough to be seen in decoding
+        check_gathered(own["weight"], "packed weights of a block")
         return Packed(own["weight"], own.get("absmax"), own.get("absmax_state"))
 
     @torch.no_grad()
@@ -81,7 +83,9 @@ class AdaptedLinear(nn.Module):
             shape = (self.out_features, self.in_features)
             return adapted_product(x, None, None, None, self.bias, self.packed(), self.fmt, shape, None)
         bank, key, layer = self._adapter
-        return bank[key].product(x, layer, self.bias, self.packed(), self.fmt)
+        factors = bank[key]
+        check_gathered(next(iter(factors._parameters.values())), "shared factors")
+        return factors.product(x, layer, self.bias, self.packed(), self.fmt)
 
     def extra_repr(self) -> str:
         stored = "16 bits" if self.fmt is None else f"{self.fmt.quant_type}, block {self.fmt.block_size}"

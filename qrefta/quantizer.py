@@ -6,6 +6,7 @@ frozen again (the loader makes every float parameter require grad).
 """
 
 import copy
+import inspect
 import json
 import tempfile
 from collections.abc import Iterator
@@ -23,7 +24,8 @@ from transformers.quantizers.base import HfQuantizer
 from qrefta.build import build, freeze, model_class, task_head
 from qrefta.config import QReftaConfig
 from qrefta.convert import UNLIMITED, convert
-from qrefta.factors import BANK, Factors, frozen, stored_factors
+from qrefta.distributed import check_sharding, whole_state
+from qrefta.factors import BANK, Factors, frozen, stored
 from qrefta.linear import AdaptedLinear
 
 OFFLOADS = ("cpu", "disk", torch.device("cpu"))  # in a device map
@@ -98,6 +100,12 @@ class QReftaQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
+        """True; Trainer asks once it knows how the processes share the model.
+
+        Raises:
+            ValueError: if they do so in a way that cannot work.
+        """
+        check_sharding()
         return True
 
     @property
@@ -116,14 +124,17 @@ class QReftaQuantizer(HfQuantizer):
 
         It is called with a user's own map before, which `update_device_map` corrects in a copy.
         """
+        check_sharding()
         if isinstance(device_map, dict) and self._inferring:
             device_map |= place_bank(device_map)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """State dict with masters that are bf16 values stored as bf16, which loses nothing."""
-        state = model.state_dict()
+        passed = _passed_state()
+        state = dict(whole_state(model) if passed is None else passed)
         for key, factors in getattr(model, BANK).items():
-            state |= {f"{BANK}.{key}.{name}": tensor for name, tensor in stored_factors(factors).items()}
+            own = {name: tensor for name, tensor in state.items() if name.startswith(f"{BANK}.{key}.")}
+            state |= {name: stored(tensor, factors.dtype) for name, tensor in own.items()}
         return state, {}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -171,6 +182,15 @@ def _plain_tensors() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(dtype)
+
+
+def _passed_state() -> dict[str, Tensor] | None:
+    """The `state_dict` that `save_pretrained` was called with; transformers 5 puts the plug-in's answer in its place.
+
+    Under FSDP2 Trainer has all processes gather the model and lets the first save it alone: it must not wait for the
+    others to gather again.
+    """
+    return inspect.currentframe().f_back.f_back.f_locals.get("state_dict")
 
 
 def place_bank(device_map: dict[str, Any]) -> dict[str, Any]:
