@@ -23,7 +23,7 @@ from transformers.trainer_utils import PredictionOutput
 from eval.demo import docstring_sentences, model_folder
 from qrefta.cli import load_classifier
 from qrefta.data import load_classification
-from qrefta.finetune import tokenize
+from qrefta.tasks import tokenize
 
 DatasetOption = Annotated[str | None, typer.Option(help="Hub name, folder or file; default: docstring sentences.")]
 HeaderOption = Annotated[list[str] | None, typer.Option(help="Column names, in order, of a file without header.")]

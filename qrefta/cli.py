@@ -11,6 +11,7 @@ import datasets
 import torch
 import transformers
 import typer
+from datasets import DatasetDict
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -19,7 +20,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from qrefta.build import model_class
 from qrefta.config import QReftaConfig
-from qrefta.data import load_classification, read_calibration
+from qrefta.data import read_calibration
 from qrefta.distributed import check_sharding, processes
 from qrefta.evaluate import evaluate as evaluate_model
 from qrefta.export import ROUNDING_TOLERANCE, Export, check_new
@@ -35,6 +36,7 @@ from qrefta.quantize import BLOCK_SIZES, QUANT_TYPES
 from qrefta.quantizer import is_prepared, load, quant_report, read_config
 from qrefta.shards import resolve_folder
 from qrefta.stack import find_stacks
+from qrefta.tasks import TASKS
 from qrefta.tensor import TRANSFORMS
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -43,6 +45,7 @@ console = Console()
 MethodName = StrEnum("MethodName", list(METHODS))
 TransformName = StrEnum("TransformName", list(TRANSFORMS))
 QuantTypeName = StrEnum("QuantTypeName", list(QUANT_TYPES))
+TaskName = StrEnum("TaskName", list(TASKS))
 BaseName = StrEnum("BaseName", {name: name for name in BASES})
 DtypeName = StrEnum("DtypeName", ["bfloat16", "float16", "float32"])
 
@@ -144,6 +147,7 @@ def finetune(
     refine: Refine = DEFAULTS.refine,
     calibration: Calibration = None,
     seed: Seed = 0,
+    task: Annotated[TaskName, typer.Option(help="What the data are, and the model is to learn.")] = TaskName.classify,
     text_column: Annotated[list[str] | None, typer.Option(help="Column with text; give two for pairs.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column with classes.")] = None,
     header: Annotated[list[str] | None, typer.Option(help="Column names, in order, of a file without header.")] = None,
@@ -152,6 +156,7 @@ def finetune(
     max_steps: Annotated[int, typer.Option(help="Steps; if positive it wins over --epochs.")] = -1,
     batch_size: int = 32,
     max_length: Annotated[int, typer.Option(help="Tokens a row is cut to.")] = 128,
+    packing: Annotated[bool, typer.Option(help="For sft: several conversations a sequence.")] = False,
     optimizer: Annotated[str, typer.Option(help="One of Trainer's, such as adamw_8bit.")] = "adamw_torch",
     gradient_accumulation: Annotated[int, typer.Option(help="Passes a step.")] = 1,
     gradient_checkpointing: Annotated[
@@ -162,35 +167,33 @@ def finetune(
     report_to: Annotated[list[str] | None, typer.Option(help="Trainer's logging integrations.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in OUT.")] = False,
 ) -> None:
-    """Train a text classifier: prepare the model if it is dense, train its factors and head, save everything."""
+    """Train: prepare the model if it is dense, train its factors and head, save everything."""
     check_sharding()
     state, start = processes(), out / "start"
     console.quiet = not state.is_main_process
     with state.main_process_first():
         if state.is_main_process and not resume:
             check_new(out)
-        data = load_classification(
-            dataset, text_columns=text_column, label_column=label_column, header=header, seed=seed
-        )  # fmt: skip
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        source = str(start) if start.is_dir() else model
-        classifier = load_classifier(source, data["train"].features["label"].names, seed)
-        if not is_prepared(classifier):
+        columns = {"text_columns": text_column, "label_column": label_column, "header": header}
+        data = TASKS[task].load(dataset, seed=seed, **(columns if task == "classify" else {}))
+        processor = TASKS[task].processor.from_pretrained(model)
+        loaded = load_model(str(start) if start.is_dir() else model, task, data, seed)
+        if not is_prepared(loaded):
             if not state.is_main_process:
                 raise ValueError(f"{start} is not seen here; OUT must be a folder that all nodes share.")
-            batches = None if calibration is None else read_calibration(calibration, tokenizer, seed=seed)
+            batches = None if calibration is None else read_calibration(calibration, processor, seed=seed)
             prepare_model(
-                classifier, bits, _rank(rank), method=method, ranks=_ranks(ranks), trained_params=trained_params,
+                loaded, bits, _rank(rank), method=method, ranks=_ranks(ranks), trained_params=trained_params,
                 transform=transform, quant_type=quant_type, block_size=block_size,
                 double_quant=double_quant, target_modules=target_regex or target, modules_to_save=modules_to_save,
                 refine=refine, calibration=batches, budget_mb=budget_mb, error_ratio=error_ratio, seed=seed,
             )  # fmt: skip
             if state.num_processes > 1:  # what the others load, whole or not at all
-                classifier.save_pretrained(f"{start}.partial")
+                loaded.save_pretrained(f"{start}.partial")
                 Path(f"{start}.partial").rename(start)
-    console.print(report_table(quant_report(classifier)))
+    console.print(report_table(quant_report(loaded)))
     result = finetune_model(
-        classifier, tokenizer, data, out, learning_rate=learning_rate, epochs=epochs,
+        loaded, processor, data, out, task=task, packing=packing, learning_rate=learning_rate, epochs=epochs,
         max_steps=max_steps, batch_size=batch_size, max_length=max_length, optimizer=optimizer,
         gradient_accumulation=gradient_accumulation, gradient_checkpointing=gradient_checkpointing, bf16=bf16,
         fsdp=fsdp, seed=seed, report_to=report_to or "none", resume=resume,
@@ -316,17 +319,33 @@ def results_table(results: dict[str, FinetuneResult]) -> Table:
         table.add_column(name, justify="left" if name == "method" else "right")
     for name, result in results.items():
         table.add_row(
-            name, f"{result.trained_parameters:,}", f"{result.accuracy_before:.1%}", f"{result.accuracy_after:.1%}",
+            name, f"{result.trained_parameters:,}", *map(_percent, (result.accuracy_before, result.accuracy_after)),
             f"{result.test_loss:.3f}", str(result.steps), f"{result.train_s:.0f}",
         )  # fmt: skip
     return table
 
 
-def load_classifier(model: str, classes: list[str], seed: int) -> PreTrainedModel:
-    """A sequence classifier for these classes; its head is drawn from `seed` if the checkpoint has none that fits."""
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
+
+
+def load_model(source: str, task: str, data: DatasetDict, seed: int) -> PreTrainedModel:
+    """A model of the task's class, with a head for the data's classes where it has them."""
+    if task in ("lm", "sft"):
+        return TASKS[task].model.from_pretrained(source, dtype="auto", use_safetensors=True)
+    return load_classifier(source, data["train"].features["label"].names, seed, TASKS[task].model)
+
+
+def load_classifier(
+    model: str, classes: list[str], seed: int, auto: type = AutoModelForSequenceClassification
+) -> PreTrainedModel:
+    """A classifier for these classes, of the class `auto`.
+
+    Its head is drawn from `seed` if the checkpoint has none that fits.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return AutoModelForSequenceClassification.from_pretrained(
+        return auto.from_pretrained(
             model,
             dtype=torch.float32,  # a head in bf16 would lose most of AdamW's updates
             use_safetensors=True,

@@ -1,35 +1,28 @@
-"""The training recipe: text classification on transformers.Trainer, for a prepared model or any other."""
+"""The training recipe on transformers.Trainer, for a prepared model or any other, and any of `qrefta.tasks`."""
 
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
-from datasets import ClassLabel, DatasetDict
+from datasets import DatasetDict
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import (
-    DataCollatorWithPadding,
-    EvalPrediction,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from qrefta.data import load_classification
-from qrefta.distributed import check_sharding, whole_state
+from qrefta.card import write_card
+from qrefta.distributed import check_sharding, processes, whole_state
 from qrefta.factors import BANK
-from qrefta.quantizer import is_prepared
+from qrefta.quantizer import is_prepared, prepared_config
+from qrefta.tasks import TASKS
 
 
 class FinetuneResult(NamedTuple):
     """What a training run came to.
 
     Attributes:
-        accuracy_before, accuracy_after: on the test split, 0 .. 1.
+        accuracy_before, accuracy_after: on the test split, 0 .. 1; None for tasks without classes.
         test_loss_before, test_loss: mean cross-entropy on the test split, before and after training, nats.
         train_loss: mean over the steps of this call and all processes, nats.
         steps: optimizer steps of the whole run.
@@ -37,8 +30,8 @@ class FinetuneResult(NamedTuple):
         trained_parameters: numbers that train.
     """
 
-    accuracy_before: float
-    accuracy_after: float
+    accuracy_before: float | None
+    accuracy_after: float | None
     test_loss_before: float
     test_loss: float
     train_loss: float
@@ -49,15 +42,17 @@ class FinetuneResult(NamedTuple):
 
 def finetune(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | BaseImageProcessor,
     dataset: DatasetDict | str | Path,
     output_dir: str | Path,
     *,
+    task: str = "classify",
     learning_rate: float = 1e-3,
     epochs: float = 3.0,
     max_steps: int = -1,
     batch_size: int = 32,
     max_length: int = 128,
+    packing: bool = False,
     warmup_steps: float = 0.1,
     weight_decay: float = 0.0,
     save_steps: float = 0.25,
@@ -71,7 +66,7 @@ def finetune(
     resume: bool = False,
     progress: bool = True,
 ) -> FinetuneResult:
-    """Train a sequence classifier and leave it, with its tokenizer, in `output_dir`; the model is trained in place.
+    """Train a model and leave it, with its tokenizer and a model card, in `output_dir`; it is trained in place.
 
     Everything is transformers.Trainer's: optimizer, linear decay, checkpoints under `output_dir`, its progress bar and
     logging integrations. Works alike for a prepared model, a PEFT model or a plain one, so that they can be compared
@@ -82,15 +77,18 @@ def finetune(
     in the order of one process with all of them; the first process writes.
 
     Args:
-        model: a sequence classifier with as many labels as the data have classes.
-        tokenizer: the model's.
-        dataset: a `DatasetDict` with the splits train and test, columns text (and text_pair) and label; or what
-            `qrefta.data.load_classification` reads.
+        model: of the task's class; a classifier with as many labels as the data have classes.
+        tokenizer: the model's; for images its image processor.
+        dataset: what the task's loader reads (`qrefta.data.load_classification`, `qrefta.tasks.load_text`, `load_chat`,
+            `load_images`), or the `DatasetDict` that it returns.
         output_dir: for checkpoints and the trained model.
+        task: classify (text), lm (running text), sft (conversations, by TRL's SFTTrainer) or image (classes of images).
         learning_rate: peak, of all trained numbers.
         epochs, max_steps: length of the run; `max_steps`, if positive, wins.
         batch_size: rows a forward and backward pass, in every process.
-        max_length: tokens a row is cut to.
+        max_length: tokens a row is cut to; for lm the tokens of a block.
+        packing: for sft, fill sequences with several conversations. Only with flash attention do they not see each
+            other.
         warmup_steps: steps, or below 1 the share of the run, in which the learning rate rises.
         weight_decay: AdamW's; 0 by default, since it would pull factors towards zero, away from the original weights.
         save_steps: a checkpoint every so many steps, or below 1 every such share of the run.
@@ -106,16 +104,21 @@ def finetune(
         progress: show Trainer's progress bar.
 
     Raises:
-        ValueError: for unusable data (see `load_classification`), a model whose labels do not fit them, nothing to
-            resume, or processes that cannot share the model as is asked (see `qrefta.distributed`).
+        ValueError: for an unknown task, unusable data, a model whose labels do not fit them, nothing to resume, or
+            processes that cannot share the model as is asked (see `qrefta.distributed`).
     """
     check_sharding()
-    data = load_classification(dataset, seed=seed) if isinstance(dataset, str | Path) else dataset
-    _check_labels(model, data)
+    if task not in TASKS:
+        raise ValueError(f"task is {task!r}; it must be one of {', '.join(TASKS)}")
+    load, make_recipe, *_ = TASKS[task]
+    with processes().main_process_first():  # the others find its cache
+        data = load(dataset, seed=seed) if isinstance(dataset, str | Path) else dataset
+        recipe = make_recipe(model, tokenizer, data, max_length=max_length, packing=packing)
     checkpoint = last_checkpoint(output_dir)
     if resume and checkpoint is None:
         raise ValueError(f"There is no checkpoint to resume from in {output_dir}.")
-    arguments = TrainingArguments(
+    arguments = recipe.arguments(
+        **recipe.options,
         output_dir=str(output_dir),
         learning_rate=learning_rate,
         num_train_epochs=epochs,
@@ -131,6 +134,7 @@ def finetune(
         optim=optimizer,
         gradient_accumulation_steps=gradient_accumulation,
         bf16=bf16,
+        gradient_checkpointing=False,  # switched on below, where its kind is certain
         ddp_find_unused_parameters=False if is_prepared(model) else None,  # all factors are used in every pass
         fsdp=fsdp or None,
         fsdp_config=fsdp2_config(model) if fsdp else None,
@@ -142,19 +146,17 @@ def finetune(
     )
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    with arguments.main_process_first():  # the others find its cache
-        tokens = tokenize(data, tokenizer, max_length)
-    trainer = Trainer(
+    trainer = recipe.trainer(
         model=model,
         args=arguments,
-        train_dataset=tokens["train"],
-        eval_dataset=tokens["test"],
-        data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=_accuracy,
+        train_dataset=recipe.train,
+        eval_dataset=recipe.test,
+        data_collator=recipe.collate,
+        compute_metrics=recipe.metrics,
         processing_class=tokenizer,
     )
-    # A classifier's loss is a mean over its rows, which Trainer does not know of models whose forward takes **kwargs
-    trainer.model_accepts_loss_kwargs = False
+    if recipe.mean_loss:  # which Trainer does not know of models whose forward takes **kwargs
+        trainer.model_accepts_loss_kwargs = False
     if fsdp and not trainer.is_fsdp_enabled:
         raise ValueError("fsdp shards a model over GPUs, and there are none here; leave it out.")
     outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
@@ -166,9 +168,12 @@ def finetune(
     if arguments.should_save:
         model.save_pretrained(output_dir, state_dict=state)
         tokenizer.save_pretrained(output_dir)
+        if is_prepared(model):
+            did = f"It was fine-tuned ({task}, {outcome.global_step} steps, test loss {after['eval_loss']:.4f})."
+            write_card(Path(output_dir), prepared_config(model), did)
     return FinetuneResult(
-        accuracy_before=before["eval_accuracy"],
-        accuracy_after=after["eval_accuracy"],
+        accuracy_before=before.get("eval_accuracy"),
+        accuracy_after=after.get("eval_accuracy"),
         test_loss_before=before["eval_loss"],
         test_loss=after["eval_loss"],
         train_loss=fmean(gather_object([outcome.training_loss])),
@@ -206,30 +211,3 @@ def round_masters(model: nn.Module) -> None:
         model.reshard()  # what is rounded are the shards, not their gathered copy
     for factors in getattr(model, BANK, {}).values():
         factors.round_masters()
-
-
-def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> DatasetDict:
-    """Model inputs in place of the columns text and text_pair, not padded, cut to `max_length` tokens."""
-    texts = [name for name in ("text", "text_pair") if name in data["train"].column_names]
-    return data.map(
-        lambda rows: tokenizer(*(rows[name] for name in texts), truncation=True, max_length=max_length),
-        batched=True,
-        remove_columns=texts,
-        desc="Tokenizing",
-    )
-
-
-def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    return {"accuracy": float((np.argmax(logits, axis=-1) == prediction.label_ids).mean())}
-
-
-def _check_labels(model: PreTrainedModel, data: DatasetDict) -> None:
-    feature = data["train"].features["label"]
-    if not isinstance(feature, ClassLabel):
-        raise ValueError("The label column is no ClassLabel; read the data with qrefta.data.load_classification.")
-    if model.config.num_labels != feature.num_classes:
-        raise ValueError(
-            f"The model has {model.config.num_labels} labels and the data {feature.num_classes} classes; load it with "
-            f"num_labels={feature.num_classes}."
-        )

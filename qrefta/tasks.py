@@ -14,6 +14,11 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from torch import Tensor
 from transformers import (
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
     BaseImageProcessor,
     DataCollatorWithPadding,
     EvalPrediction,
@@ -61,13 +66,7 @@ def classify(
         ValueError: if the model's labels are not the data's.
     """
     check_labels(model, data)
-    texts = [name for name in ("text", "text_pair") if name in data["train"].column_names]
-    tokens = data.map(
-        lambda rows: tokenizer(*(rows[name] for name in texts), truncation=True, max_length=max_length),
-        batched=True,
-        remove_columns=texts,
-        desc="Tokenizing",
-    )
+    tokens = tokenize(data, tokenizer, max_length)
     return Recipe(
         tokens["train"], tokens["test"], collate=DataCollatorWithPadding(tokenizer), metrics=accuracy, mean_loss=True
     )
@@ -178,12 +177,38 @@ def load_images(source: str | Path, seed: int) -> DatasetDict:
     return with_test(parts.select_columns(["image", "label"]), _TEST_SHARE, seed)
 
 
-TASKS: dict[str, tuple[Callable[..., DatasetDict], Callable[..., Recipe]]] = {
-    "classify": (load_classification, classify),
-    "lm": (load_text, language_model),
-    "sft": (load_chat, chat),
-    "image": (load_images, images),
+class Task(NamedTuple):
+    """How a task is prepared.
+
+    Attributes:
+        load: source and seed to a `DatasetDict`.
+        recipe: model, tokenizer (or image processor), data, max_length, packing to a `Recipe`.
+        model, processor: the auto classes.
+    """
+
+    load: Callable[..., DatasetDict]
+    recipe: Callable[..., Recipe]
+    model: type
+    processor: type
+
+
+TASKS = {
+    "classify": Task(load_classification, classify, AutoModelForSequenceClassification, AutoTokenizer),
+    "lm": Task(load_text, language_model, AutoModelForCausalLM, AutoTokenizer),
+    "sft": Task(load_chat, chat, AutoModelForCausalLM, AutoTokenizer),
+    "image": Task(load_images, images, AutoModelForImageClassification, AutoImageProcessor),
 }
+
+
+def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> DatasetDict:
+    """Model inputs in place of the columns text and text_pair, not padded, cut to `max_length` tokens."""
+    texts = [name for name in ("text", "text_pair") if name in data["train"].column_names]
+    return data.map(
+        lambda rows: tokenizer(*(rows[name] for name in texts), truncation=True, max_length=max_length),
+        batched=True,
+        remove_columns=texts,
+        desc="Tokenizing",
+    )
 
 
 def check_labels(model: PreTrainedModel, data: DatasetDict) -> None:

@@ -1,15 +1,20 @@
 """What each task reads and makes batches of, and that each trains."""
 
 import json
+import sys
 
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, ViTImageProcessor
+from transformers import PreTrainedTokenizerFast, ViTForImageClassification, ViTImageProcessor
+from typer.testing import CliRunner
 
+import qrefta
+from qrefta.cli import app
 from qrefta.tasks import chat, images, language_model, load_chat, load_images, load_text
-from tests.models import tiny_llama, tiny_vit
+from tests.models import build, tiny_llama, tiny_vit
 
 WORDS = [
     "[UNK]",
@@ -155,3 +160,85 @@ def test_a_folder_without_classes_is_refused(tmp_path):
         Image.new("RGB", (4, 4)).save(tmp_path / f"{index}.png")
     with pytest.raises(ValueError, match="needed are image, and label with classes"):
         load_images(tmp_path, 0)
+
+
+# Training
+
+
+def test_sft_learns_the_answers(tokenizer, tmp_path):
+    """Through the harness of TRL: loss on answers alone falls to nothing, packed or not."""
+    file = write_rows(tmp_path / "chat.jsonl", chat_rows(60))
+    for packing in (False, True):
+        model = qrefta.prepare(tiny_llama(), rank=48)
+        result = qrefta.finetune(
+            model, tokenizer, file, tmp_path / str(packing), task="sft", packing=packing, learning_rate=2e-2,
+            max_steps=40, batch_size=8, max_length=32, save_steps=1.0, progress=False,
+        )  # fmt: skip
+        assert result.accuracy_after is None
+        assert result.test_loss < 2 < 4 < result.test_loss_before  # its small frozen head allows no less than 1.6
+    loaded = qrefta.load(tmp_path / "False")
+    assert {"tokenizer.json", "README.md"} <= {path.name for path in (tmp_path / "False").iterdir()}
+    ids = tokenizer.apply_chat_template(ASKED, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    with torch.no_grad():
+        logits = loaded(ids["input_ids"]).logits[0, -1]
+    blue, red = (logits[WORDS.index(word)] for word in ("blue", "red"))
+    assert blue > red
+
+
+def test_running_text_is_learned(tokenizer, tmp_path):
+    (tmp_path / "text.txt").write_text("what is sky ? blue\n" * 200)
+    model = qrefta.prepare(tiny_llama(), rank=48)
+    result = qrefta.finetune(
+        model, tokenizer, tmp_path / "text.txt", tmp_path / "out", task="lm", learning_rate=2e-2, max_steps=40,
+        batch_size=8, max_length=16, save_steps=1.0, progress=False,
+    )  # fmt: skip
+    assert result.test_loss < 2.1 < 4 < result.test_loss_before
+
+
+def test_pictures_are_learned_by_the_command(pictures, tmp_path):
+    config = tiny_vit().config
+    config.num_labels = 2
+    build(ViTForImageClassification, config).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "vit")
+    command = ["finetune", tmp_path / "vit", pictures, tmp_path / "out", "--task", "image", "--rank", 12, "--max-steps",
+               20, "--batch-size", 8, "--learning-rate", 0.01]  # fmt: skip
+    shown = CliRunner().invoke(app, [str(part) for part in command], catch_exceptions=False)
+    assert shown.exit_code == 0
+    assert "100.0%" in shown.output
+    assert (tmp_path / "out" / "preprocessor_config.json").is_file()
+
+
+def test_dpo_trains_a_model_that_came_from_a_folder(tokenizer, tmp_path):
+    """TRL loads the reference from the same folder; preferred answers win."""
+    from trl import DPOConfig, DPOTrainer
+
+    model = qrefta.prepare(tiny_llama(), rank=48)
+    model.save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    other = {"blue": "red", "red": "blue"}
+    rows = [
+        {"prompt": row["messages"][:-1], "chosen": row["messages"][-1:],
+         "rejected": [{"role": "assistant", "content": other[row["messages"][-1]["content"]]}]}
+        for row in chat_rows(40)
+    ]  # fmt: skip
+    arguments = DPOConfig(
+        tmp_path / "out", max_steps=12, per_device_train_batch_size=8, learning_rate=1e-2, max_length=32,
+        report_to="none", disable_tqdm=True, use_cpu=True, bf16=False, logging_steps=1, save_strategy="no",
+    )  # fmt: skip
+    loaded = qrefta.load(tmp_path / "start")
+    trainer = DPOTrainer(loaded, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < 0.6 < losses[0]
+
+
+def test_an_unknown_task_is_refused(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="task is 'chat'; it must be one of classify, lm, sft, image"):
+        qrefta.finetune(tiny_llama(), tokenizer, "x", tmp_path, task="chat")
+
+
+def test_sft_without_trl_says_what_to_install(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    data = load_chat(write_rows(tmp_path / "chat.jsonl", chat_rows(20)), 0)
+    with pytest.raises(ImportError, match="pip install trl"):
+        chat(tiny_llama(), tokenizer, data, 32)
