@@ -1,0 +1,179 @@
+"""python -m eval.plan_check: planned beside measured peak memory of a training step, in float32 on the CPU.
+
+The Llama-shaped decoder is that of `eval.cost`, whose rows hold the measured peaks. The frozen floor, and PEFT's LoRA
+around it in the place of QLoRA, are no models that a plan is made of; they are counted as plans are. Other
+architectures and all methods are measured here, without dropout, of which a CPU keeps more than a GPU.
+"""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    SwinConfig,
+    SwinForImageClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+import qrefta
+from eval.baselines import lora
+from eval.cost import SETTINGS
+from eval.memory import tensor_peak
+from eval.rows import append, read
+from qrefta.cli import guarded
+from qrefta.footprint import CHECKPOINTING, count_step, fake
+from qrefta.linear import AdaptedLinear
+from qrefta.methods import METHODS
+from qrefta.plan import plan
+from qrefta.quantize import QuantFormat
+from qrefta.stack import find_stacks, replace_module
+
+RANK = 16
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+SIZES = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+MODELS: dict[str, tuple[type, PreTrainedConfig, int, int | None]] = {  # class, config, batch, tokens
+    "bert": (BertForSequenceClassification, BertConfig(**SIZES, **NO_DROPOUT), 8, 128),
+    "vit": (ViTForImageClassification, ViTConfig(**SIZES, **NO_DROPOUT), 4, None),
+    "swin": (SwinForImageClassification, SwinConfig(drop_path_rate=0, **NO_DROPOUT), 2, None),
+    "gpt2": (
+        GPT2LMHeadModel,
+        GPT2Config(n_embd=384, n_layer=6, n_head=12, vocab_size=8192, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+                   bos_token_id=0, eos_token_id=0),
+        4, 128,
+    ),
+    "llama, 4 queries a key": (LlamaForCausalLM, LlamaConfig(**SIZES, num_key_value_heads=3, vocab_size=8192), 4, 128),
+    "t5": (
+        T5ForConditionalGeneration,
+        T5Config(d_model=384, d_ff=1536, num_heads=6, vocab_size=8192, dropout_rate=0, decoder_start_token_id=0),
+        4, 128,
+    ),
+}  # fmt: skip
+console = Console()
+
+
+def run(
+    measured: Annotated[Path, typer.Option(help="Rows of eval.cost.")] = Path("eval/rows/cost.jsonl"),
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    rows: Annotated[Path | None, typer.Option(help="File to add the comparison to, as JSON lines.")] = None,
+) -> None:
+    """Compare every configuration."""
+    torch.set_num_threads(threads)
+    found = []
+    for row in [*_decoders(read(measured)), *_others()]:
+        row["planned_of_measured"] = row["planned_bytes"] / row["measured_bytes"]
+        console.print(
+            f"{row['setting']}, {row['method']}{', checkpointing' if row['checkpointing'] else ''}: planned "
+            f"{row['planned_bytes'] / 1e6:.1f} MB, measured {row['measured_bytes'] / 1e6:.1f} MB, "
+            f"{row['planned_of_measured']:.4f}"
+        )
+        found.append(row)
+    if rows is not None:
+        append(rows, [{"study": "plan"} | row for row in found], seed=0)
+
+
+def _decoders(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Rows of the cost study whose methods can be counted, with what was counted."""
+    for row in rows:
+        kind, *options = row["method"].split()
+        if row["dtype"] != "float32" or "peak_bytes" not in row or len(options) > 1:
+            continue
+        if kind in ("floor", "qlora") and options != ["bitsandbytes"]:
+            planned = _counted(row["setting"], row["checkpointing"], int(options[0][2:]) if options else 0)
+        elif kind in ("qrefta", *METHODS):
+            batch, seq = row["batch"]
+            planned = plan(
+                LlamaConfig(**SETTINGS[row["setting"]].config, architectures=["LlamaForCausalLM"]),
+                batch=batch, seq=seq, gradient_checkpointing=row["checkpointing"], rank=int(options[0][2:]),
+                method="refta" if kind == "qrefta" else kind, double_quant=True,
+            ).total_bytes  # fmt: skip
+        else:
+            continue
+        kept = {key: row[key] for key in ("setting", "method", "checkpointing", "dtype", "batch")}
+        yield kept | {"measured_commit": row["commit"], "planned_bytes": planned, "measured_bytes": row["peak_bytes"]}
+
+
+def _counted(setting: str, checkpointing: bool, lora_rank: int) -> int:
+    """Bytes of a step of the frozen 4-bit model, with PEFT's LoRA in every linear if a rank is given."""
+    batch, seq = SETTINGS[setting].batch
+    with torch.device("meta"):
+        model: nn.Module = LlamaForCausalLM(LlamaConfig(**SETTINGS[setting].config)).requires_grad_(False)
+        if checkpointing:
+            model.gradient_checkpointing_enable(CHECKPOINTING)
+        linears = [path for stack in find_stacks(model) for path in stack.modules]
+        if lora_rank:
+            lora(model, lora_rank, alpha=lora_rank)
+        for path in linears:
+            inner = f"{path}.base_layer" if lora_rank else path
+            old = model.get_submodule(inner)
+            fmt = QuantFormat(double_quant=True)
+            replace_module(model, inner, AdaptedLinear(old.in_features, old.out_features, False, fmt, old.weight.dtype))
+    fake(model.train())
+    embeddings = model.get_input_embeddings().weight
+    inputs = {"inputs_embeds": embeddings.new_empty(batch, seq, embeddings.shape[1]).requires_grad_()}
+    own = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return own + count_step(model, inputs, torch.optim.AdamW, {}).peak
+
+
+def _others() -> Iterator[dict[str, Any]]:
+    for name, (kind, config, batch, seq) in MODELS.items():
+        for method in METHODS if name == "bert" else ["refta"]:
+            for checkpointing in (False, True):
+                options = {"rank": RANK, "method": method}
+                planned = plan(
+                    _dense(kind, config), batch=batch, seq=seq, gradient_checkpointing=checkpointing, **options
+                ).total_bytes
+                model = qrefta.prepare(_dense(kind, config), refine=0, progress=False, **options)
+                yield {
+                    "setting": name, "method": f"{method} R={RANK}", "checkpointing": checkpointing, "dtype": "float32",
+                    "batch": [batch] if seq is None else [batch, seq], "planned_bytes": planned,
+                    "measured_bytes": _measured(model, batch, seq, checkpointing),
+                }  # fmt: skip
+
+
+def _dense(kind: type, config: PreTrainedConfig) -> nn.Module:
+    torch.manual_seed(0)
+    config = copy.deepcopy(config)
+    config.use_cache = False
+    return kind(config)
+
+
+def _measured(model: nn.Module, batch: int, seq: int | None, checkpointing: bool) -> int:
+    """Bytes of the second step, as torch's tensors take them."""
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if seq is None:
+        size = model.config.image_size
+        inputs: Tensor = torch.zeros(batch, model.config.num_channels, size, size)
+    else:
+        inputs = torch.zeros(batch, seq, dtype=torch.long)
+    classes = isinstance(model, BertForSequenceClassification) or seq is None
+    labels = torch.zeros(batch, dtype=torch.long) if classes else inputs
+    trained = [parameter for parameter in model.train().parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+
+    def step() -> None:
+        model(**{model.main_input_name: inputs}, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    return tensor_peak(step, "cpu")
+
+
+if __name__ == "__main__":
+    guarded(lambda: typer.run(run))
