@@ -32,7 +32,7 @@ from tests.models import VOCAB, tiny_llama
 DOCS = Path(__file__).parents[1] / "docs" / "distributed.md"
 TEXT = [{"input_ids": row, "labels": row} for row in torch.arange(64 * 8).view(64, 8) % VOCAB]
 # SGD, since Adam blows up what rounding makes of gradients near zero
-STEPS = {"max_steps": 4, "save_steps": 2, "optimizer": "sgd", "learning_rate": 0.1, "progress": False}
+STEPS = {"max_steps": 5, "save_steps": 2, "optimizer": "sgd", "learning_rate": 0.1, "progress": False}
 
 
 def torchrun(work, folder):
@@ -47,7 +47,6 @@ def torchrun(work, folder):
 def _entry(work, folder):
     signal.alarm(240)  # a process that waits for another would wait for ever
     torch.set_num_threads(1)
-    os.environ["ACCELERATE_USE_CPU"] = "true"
     with open(folder / f"{work}{os.environ['RANK']}.txt", "w") as file, contextlib.redirect_stdout(file):
         globals()[work](folder)
 
@@ -89,7 +88,7 @@ def replicated(folder):
     with contextlib.suppress(SystemExit):
         _command(folder, "--resume")
     yield "no GPUs", message(lambda: tune(folder, "no", start(folder), 8, fsdp=True))
-    del os.environ["ACCELERATE_USE_FSDP"]  # accelerate's, for all that comes
+    del os.environ["ACCELERATE_USE_FSDP"]  # accelerate's, for all Trainers to come
 
 
 def sharded(folder):
@@ -97,16 +96,17 @@ def sharded(folder):
     model = start(folder)
     yield "fsdp", (tune(folder, "fsdp", model, 8, fsdp=True, gradient_checkpointing=True), trained(model))
     yield "shares", [parameter.to_local().nbytes / parameter.full_tensor().nbytes for parameter in packed(model)]
-    first_alone(lambda: shutil.rmtree(folder / "fsdp" / "checkpoint-4"))
+    first_alone(lambda: shutil.rmtree(folder / "fsdp" / "checkpoint-5"))
     model = start(folder)
     tune(folder, "fsdp", model, 8, fsdp=True, resume=True)
     yield "resumed", trained(model)
-    model, trainer = documented(folder)
-    yield "documented", losses(trainer)
-    model.save_pretrained(folder / "documented" / "together")
+    first, second = documented(folder)
+    yield "documented", losses(first)
+    yield "sharded at load", losses(second)
+    model = first.model
     yield "loaded", reloaded(model)
     round_masters(model)  # while the factors are gathered
-    yield "rounded", trained(model)
+    model.save_pretrained(folder / "documented" / "together")
     yield "gathered", gathered(model)
     yield "merge", message(qrefta.merge, model)
     model.model.layers[0].unshard()
@@ -115,18 +115,24 @@ def sharded(folder):
 
 def refused(folder):
     config = {"version": 1, "sync_module_states": False}  # without GPUs accelerate refuses to broadcast
-    arguments = TrainingArguments(folder / "no", fsdp=True, fsdp_config=config, report_to="none")
+    arguments = TrainingArguments(folder / "no", fsdp=True, fsdp_config=config, use_cpu=True, report_to="none")
     yield "fsdp1", message(Trainer, start(folder), arguments)
 
 
 def documented(folder):
-    """The page's Python, on a tiny model."""
+    """Trainers of the page's Python, on a tiny model and two CPUs."""
     first_alone(lambda: language_model().save_pretrained(folder / "documented" / "prepared-model"))
-    namespace = {"train_dataset": TEXT}
-    block = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), flags=re.DOTALL)[0]
+    text = DOCS.read_text(encoding="utf-8").replace('"out",', '"out", use_cpu=True, logging_steps=1,')
+    text = text.replace("fsdp_size=8", "fsdp_size=2")
+    namespace, trainers = {"train_dataset": TEXT}, []
     with contextlib.chdir(folder / "documented"):
-        exec(block.replace('"out",', '"out", use_cpu=True,'), namespace)
-    return namespace["model"], namespace["trainer"]
+        for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+            exec(block, namespace)
+            trainers.append(namespace["trainer"])
+            os.environ.pop("ACCELERATE_USE_FSDP", None)  # the first block's
+        trainers[1].train()
+        trainers[1].save_model("at-load")
+    return trainers
 
 
 @torch.no_grad()
