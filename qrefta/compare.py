@@ -1,17 +1,22 @@
 """Two models on the same inputs: how far the outputs of what was written are from those of what was trained."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import dispatch_model, init_empty_weights
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from qrefta.shards import Checkpoint, sources
+from qrefta.shards import Checkpoint, resolve_folder, sources
 
 _ROWS, _TOKENS = 2, 16
+_SENTENCES = (
+    "The river runs quietly past the old mill, and in the evening nobody is on the bridge any more.",
+    "Although the second half of the film is much too long, its music and its actors are very good.",
+)
 _IMAGE_SIZE = 64  # where a config leaves it open
 
 
@@ -65,7 +70,10 @@ def outputs(model: torch.nn.Module, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """A batch of two that the model takes: random tokens, images or sound features, always the same.
+    """A batch of two that the model takes, always the same.
+
+    Text, where the model came from a place with a tokenizer: random tokens are far from what a model is made for, and
+    what is left out of it counts for more. Else random tokens, images or sound features.
 
     Raises:
         ValueError: for a model whose inputs its config does not tell.
@@ -75,12 +83,16 @@ def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     vision = getattr(config, "vision_config", config)
     batch = {}
     if model.main_input_name == "input_ids":
-        batch["input_ids"] = _tokens(text, generator)
+        batch |= _sentences(model) or {"input_ids": _tokens(text, generator)}
     elif model.main_input_name == "input_features" and hasattr(config, "num_mel_bins"):
         frames = 2 * getattr(config, "max_source_positions", 1500)
         batch["input_features"] = torch.randn(_ROWS, config.num_mel_bins, frames, generator=generator)
     if model.main_input_name == "pixel_values" or (vision is not config and hasattr(model, "vision_model")):
-        size = getattr(vision, "image_size", _IMAGE_SIZE)
+        size = getattr(vision, "image_size", _SENTENCES = (
+    "The river runs quietly past the old mill, and in the evening nobody is on the bridge any more.",
+    "Although the second half of the film is much too long, its music and its actors are very good.",
+)
+_IMAGE_SIZE)
         height, width = (size, size) if isinstance(size, int) else size
         channels = getattr(vision, "num_channels", 3)
         batch["pixel_values"] = torch.randn(_ROWS, channels, height, width, generator=generator)
@@ -92,6 +104,20 @@ def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
             "give a batch of it as `inputs`."
         )
     return batch
+
+
+def _sentences(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Two sentences by the model's tokenizer; nothing where it has none that fits its vocabulary."""
+    with suppress(ValueError, OSError, ImportError, KeyError):
+        folder = resolve_folder(model.name_or_path, weights=False) if model.name_or_path else Path()
+        if any(folder.glob("tokenizer*")):
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            rows = [tokenizer(text)["input_ids"][:_TOKENS] for text in _SENTENCES]
+            width = min(map(len, rows))
+            ids = torch.tensor([row[:width] for row in rows])
+            if width > 1 and ids.max() < model.config.get_text_config().vocab_size and not torch.equal(*ids):
+                return {"input_ids": ids}
+    return {}
 
 
 def _tokens(config: Any, generator: torch.Generator) -> Tensor:

@@ -73,7 +73,7 @@ def merge(
         model: prepared.
         dtype: of the dense parameters.
         out: folder to write; new or empty.
-        inputs: a batch to compare logits on; default: random tokens, images or sound features.
+        inputs: a batch to compare logits on; default: see `qrefta.compare.example_inputs`.
         tolerance: relative difference of the logits beyond which nothing is written.
         max_shard_size: bytes of one file, or text such as "5GB".
 

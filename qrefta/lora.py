@@ -77,7 +77,7 @@ def export_lora(
             which takes as long as preparing it.
         rank: of the LoRA; default: as wide as the factors, for "original" twice that. What is left out is measured.
         dtype: of the LoRA, and of the base's dense parameters.
-        inputs: a batch to compare logits on; default: random tokens, images or sound features.
+        inputs: a batch to compare logits on; default: see `qrefta.compare.example_inputs`.
         tolerance: relative difference of the logits beyond which nothing is written; default: 0.15 where rounding is
             all that differs, else 0.5.
 

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from qrefta.compare import example_inputs, output_difference, outputs
 from tests.models import ARCHITECTURES, logits, tiny_bert, tiny_segformer
@@ -55,3 +57,20 @@ def test_the_difference_is_relative_and_infinite_for_nan():
     assert output_difference(torch.tensor([[3.0, 4.5]]), expected) == pytest.approx(0.1)
     assert output_difference(torch.tensor([[3.0, float("nan")]]), expected) == float("inf")
     assert logits(tiny_bert()).shape == (2, 3)
+
+
+def test_text_is_taken_where_the_model_came_with_a_tokenizer(tmp_path):
+    """The words of the tokenizer; a tokenizer of another vocabulary, or none, leaves random tokens."""
+    words = {word: index for index, word in enumerate(["[UNK]", "the", "old", "its", "film", "river", "and"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tiny_bert().save_pretrained(tmp_path)
+    model = type(tiny_bert()).from_pretrained(tmp_path)
+    random = example_inputs(model)["input_ids"]
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(tmp_path)
+    text = example_inputs(model)["input_ids"]
+    assert random.max() > 7 > text.max()
+    assert text.shape == (2, 16)
+    tokenizer.add_tokens([f"w{index}" for index in range(200)] + ["mill"])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(tmp_path)
+    assert torch.equal(example_inputs(model)["input_ids"], random)
