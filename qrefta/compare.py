@@ -88,11 +88,7 @@ def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
         frames = 2 * getattr(config, "max_source_positions", 1500)
         batch["input_features"] = torch.randn(_ROWS, config.num_mel_bins, frames, generator=generator)
     if model.main_input_name == "pixel_values" or (vision is not config and hasattr(model, "vision_model")):
-        size = getattr(vision, "image_size", _SENTENCES = (
-    "The river runs quietly past the old mill, and in the evening nobody is on the bridge any more.",
-    "Although the second half of the film is much too long, its music and its actors are very good.",
-)
-_IMAGE_SIZE)
+        size = getattr(vision, "image_size", _IMAGE_SIZE)
         height, width = (size, size) if isinstance(size, int) else size
         channels = getattr(vision, "num_channels", 3)
         batch["pixel_values"] = torch.randn(_ROWS, channels, height, width, generator=generator)
