@@ -235,11 +235,15 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _check_weights(model: PreTrainedModel, stacks: list[LayerStack]) -> None:
+    absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if absent:
+        raise ValueError(
+            f"{len(absent)} parameters are on the meta device ({absent[0]}, ...): the model has no weights, or "
+            "a device_map offloads them. Load it whole, without device_map, or give its folder and `out`."
+        )
     for stack in stacks:
         for path in stack.modules:
             weight = read_weight(model.get_submodule(path))
-            if weight.is_meta:
-                raise ValueError(f"{path}.weight is on the meta device; load the model with its weights in memory.")
             if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
                 raise ValueError(f"{path}.weight is {weight.dtype}; prepare takes float32, bfloat16 or float16.")
             for name, parameter in model.get_submodule(path).named_parameters():

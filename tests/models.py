@@ -8,6 +8,8 @@ import torch
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    CLIPConfig,
+    CLIPModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -22,12 +24,16 @@ from transformers import (
     RobertaForSequenceClassification,
     SegformerConfig,
     SegformerForSemanticSegmentation,
+    SiglipConfig,
+    SiglipModel,
     SwinConfig,
     SwinForImageClassification,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 VOCAB = 96
@@ -128,6 +134,48 @@ def tiny_t5(hidden=32):
     return build(T5ForConditionalGeneration, config)
 
 
+def tiny_whisper(hidden=32):
+    """Speech features in, text out; the output layer is tied to the decoder's embeddings."""
+    config = WhisperConfig(
+        vocab_size=VOCAB,
+        d_model=hidden,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=2 * hidden,
+        decoder_ffn_dim=2 * hidden,
+        num_mel_bins=8,
+        max_source_positions=8,
+        max_target_positions=16,
+        init_std=0.1,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+        decoder_start_token_id=1,
+    )
+    return build(WhisperForConditionalGeneration, config)
+
+
+def towers(hidden):
+    """A text and an image tower of different width."""
+    text = encoder_sizes(hidden, layers=2) | {"vocab_size": VOCAB, "max_position_embeddings": 16}
+    text |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    vision = encoder_sizes(2 * hidden, layers=2) | {"image_size": 16, "patch_size": 8}
+    return {"text_config": text, "vision_config": vision}
+
+
+def tiny_clip(hidden=32):
+    return build(CLIPModel, CLIPConfig(projection_dim=16, **towers(hidden)))
+
+
+def tiny_siglip(hidden=32):
+    """Both towers must project to the same width; the image tower pools with an `nn.MultiheadAttention`."""
+    sizes = towers(hidden)
+    sizes["text_config"]["projection_size"] = 2 * hidden
+    return build(SiglipModel, SiglipConfig(**sizes))
+
+
 def tiny_swin():
     """Two stages, of widths 32 and 64."""
     config = SwinConfig(
@@ -179,21 +227,40 @@ ARCHITECTURES = {
 }
 
 
+TOWERS = {"whisper": tiny_whisper, "clip": tiny_clip, "siglip": tiny_siglip}
+
+
 def inputs(model):
     """A deterministic batch of two for any of the models."""
     generator = torch.Generator().manual_seed(1)
     if model.main_input_name == "pixel_values":
-        size = model.config.image_size
-        return {"pixel_values": torch.randn(2, 3, size, size, generator=generator)}
+        return {"pixel_values": pixels(model.config, generator)}
+    if hasattr(model.config, "num_mel_bins"):
+        features = torch.randn(2, model.config.num_mel_bins, 2 * model.config.max_source_positions, generator=generator)
+        return {"input_features": features, "decoder_input_ids": torch.randint(2, VOCAB, (2, 6), generator=generator)}
     batch = {"input_ids": torch.randint(2, VOCAB, (2, 8), generator=generator)}
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     if model.config.is_encoder_decoder:
         batch["decoder_input_ids"] = torch.randint(2, VOCAB, (2, 6), generator=generator)
+    if hasattr(model.config, "vision_config"):
+        batch["pixel_values"] = pixels(model.config.vision_config, generator)
     return batch
+
+
+def pixels(config, generator):
+    return torch.randn(2, 3, config.image_size, config.image_size, generator=generator)
+
+
+def scores(model):
+    """Logits of the deterministic batch; of two towers what each makes of it, before a product of the two."""
+    batch = {name: tensor.to(model.device) for name, tensor in inputs(model).items()}
+    output = model(**batch)
+    if "logits" in output:
+        return output.logits
+    return torch.cat([output.text_model_output.pooler_output, output.vision_model_output.pooler_output], dim=1)
 
 
 @torch.no_grad()
 def logits(model):
-    """Logits of the deterministic batch, on the CPU."""
-    batch = {name: tensor.to(model.device) for name, tensor in inputs(model).items()}
-    return model(**batch).logits.cpu()
+    """`scores` without gradients, on the CPU."""
+    return scores(model).cpu()

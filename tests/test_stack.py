@@ -8,9 +8,11 @@ from transformers.pytorch_utils import Conv1D
 from qrefta.stack import Weights, ends_with, find_stacks, model_weights, read_weight, replace_module, select_stacks
 from tests.models import (
     ARCHITECTURES,
+    TOWERS,
     VOCAB,
     build,
     tiny_bert,
+    tiny_clip,
     tiny_gpt2,
     tiny_llama,
     tiny_mixtral,
@@ -27,6 +29,10 @@ OUTSIDE = {
     "vit": {"classifier"},
     "gpt2": {"lm_head"},
     "t5": {"lm_head"},
+    "whisper": {"proj_out"},
+    "clip": {"text_projection", "visual_projection"},
+    "siglip": {"text_model.head"}
+    | {f"vision_model.head.{part}" for part in ("attention.out_proj", "mlp.fc1", "mlp.fc2")},
     "llama_gqa": {"lm_head"},
     "llama_96": {"lm_head"},
     "qwen3": {"lm_head"},
@@ -34,7 +40,7 @@ OUTSIDE = {
     "swin": {"classifier"},
     "mixtral": {"lm_head"},
 }
-MODELS = ARCHITECTURES | {"swin": tiny_swin, "mixtral": tiny_mixtral}
+MODELS = ARCHITECTURES | TOWERS | {"swin": tiny_swin, "mixtral": tiny_mixtral}
 
 
 def linears(model):
@@ -96,6 +102,12 @@ def test_t5_keeps_sublayer_numbers_and_encoder_apart_from_decoder():
     assert found["encoder.block.*.layer.1.DenseReluDense.wi"] == (3, 64, 32)
     assert found["decoder.block.*.layer.1.EncDecAttention.k"] == (2, 32, 32)
     assert found["decoder.block.*.layer.2.DenseReluDense.wo"] == (2, 32, 64)
+
+
+def test_towers_are_stacks_of_their_own():
+    queries = [stack for stack in find_stacks(tiny_clip()) if stack.name.endswith("q_proj")]
+    assert [stack.shape for stack in queries] == [(2, 32, 32), (2, 64, 64)]
+    assert [stack.name.split(".")[0] for stack in queries] == ["text_model", "vision_model"]
 
 
 def test_swin_stages_of_different_width_are_different_stacks():
