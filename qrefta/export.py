@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qrefta.config import StackRow
+from qrefta.experts import expert_path, restore_fused
 from qrefta.factors import BANK
 from qrefta.linear import AdaptedLinear
 from qrefta.quantizer import prepared_config
@@ -17,7 +18,8 @@ def merge(model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16) -> PreTra
     """The same model with plain dense linears, W_l = dequant(Q_l) + Delta_l, in `dtype` throughout.
 
     Works in place and layer by layer: no second copy of the model is held. The weights are summed in float32 and
-    rounded once, so the result differs from the prepared model by the rounding of parameters to `dtype` only.
+    rounded once, so the result differs from the prepared model by the rounding of parameters to `dtype` only. Experts
+    are fused again, and computed as transformers does by default.
 
     Raises:
         ValueError: if the model is not prepared, or `dtype` is not a floating type.
@@ -25,10 +27,14 @@ def merge(model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16) -> PreTra
     config = prepared_config(model)
     if not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}; it must be a floating type such as torch.bfloat16 or torch.float32")
+    kept = _kept_in_float32(model, dtype)
     for row in config.stacks:
         for path in row.modules:
-            layer = model.get_submodule(path)
-            replace_module(model, path, _dense_linear(layer, row).train(layer.training))
+            if row.experts:
+                _restore_experts(model, path, row.experts, _wanted(path, dtype, kept))
+            else:
+                layer = model.get_submodule(path)
+                replace_module(model, path, _dense_linear(layer, row).train(layer.training))
     delattr(model, BANK)
     model._keep_in_fp32_modules_strict = set(model._keep_in_fp32_modules_strict) - {BANK}
     model.hf_quantizer.remove_quantization_config(model)
@@ -46,12 +52,26 @@ def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     Buffers keep their dtype (a rounded `inv_freq` turns positions far out by whole radians), and so do modules that
     the model wants in float32.
     """
-    kept = set(model._keep_in_fp32_modules_strict)
-    if dtype == torch.float16:
-        kept |= set(model._keep_in_fp32_modules or ())
+    kept = _kept_in_float32(model, dtype)
     for name, parameter in model.named_parameters():
-        wanted = torch.float32 if kept.intersection(name.split(".")) and dtype.itemsize < 4 else dtype
-        parameter.data = parameter.data.to(wanted)
+        parameter.data = parameter.data.to(_wanted(name, dtype, kept))
+
+
+def _kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> set[str]:
+    """Parts of names of the modules that the model wants in float32 when the rest is `dtype`."""
+    kept = set(model._keep_in_fp32_modules_strict)
+    return kept | set(model._keep_in_fp32_modules or ()) if dtype == torch.float16 else kept
+
+
+def _wanted(name: str, dtype: torch.dtype, kept: set[str]) -> torch.dtype:
+    return torch.float32 if kept.intersection(name.split(".")) and dtype.itemsize < 4 else dtype
+
+
+def _restore_experts(model: PreTrainedModel, path: str, count: int, dtype: torch.dtype) -> None:
+    """A fused parameter in the place of the linears of its experts, at its final dtype: it may be very large."""
+    owner, _, name = path.rpartition(".")
+    layers = (model.get_submodule(expert_path(path, expert)) for expert in range(count))
+    restore_fused(model.get_submodule(owner), name, (layer.dense_weight() for layer in layers), dtype)
 
 
 def _dense_linear(layer: AdaptedLinear, row: StackRow) -> nn.Module:

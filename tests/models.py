@@ -12,6 +12,8 @@ from transformers import (
     CLIPModel,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -20,6 +22,8 @@ from transformers import (
     MixtralForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
     SegformerConfig,
@@ -102,7 +106,26 @@ def tiny_mistral(hidden=32):
 
 def tiny_mixtral(hidden=32):
     """Mixture of experts: transformers 5 keeps the experts as fused 3-D parameters, which are no linears."""
-    return build(MixtralForCausalLM, MixtralConfig(num_local_experts=4, **decoder_sizes(hidden)))
+    return build(MixtralForCausalLM, MixtralConfig(num_local_experts=4, **decoder_sizes(hidden, layers=2)))
+
+
+def tiny_qwen3_moe(hidden=32):
+    """Its middle layer is dense."""
+    config = Qwen3MoeConfig(
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        norm_topk_prob=True,
+        mlp_only_layers=[1],
+        **decoder_sizes(hidden),
+    )
+    return build(Qwen3MoeForCausalLM, config)
+
+
+def tiny_gpt_oss(hidden=32):
+    """Experts with biases, a gate of their own, and weights stored as (in, out)."""
+    config = GptOssConfig(num_local_experts=4, num_experts_per_tok=2, **decoder_sizes(hidden, layers=2))
+    return build(GptOssForCausalLM, config)
 
 
 def tiny_gpt2(hidden=32):
@@ -228,6 +251,7 @@ ARCHITECTURES = {
 
 
 TOWERS = {"whisper": tiny_whisper, "clip": tiny_clip, "siglip": tiny_siglip}
+EXPERTS = {"mixtral": tiny_mixtral, "qwen3_moe": tiny_qwen3_moe, "gpt_oss": tiny_gpt_oss}
 
 
 def inputs(model):

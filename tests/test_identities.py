@@ -164,7 +164,7 @@ def test_ratio_is_at_most_1_and_falls_with_the_rank(architecture, transform, qua
 def test_rows_describe_what_is_stored(architecture, double_quant):
     model = prepared(architecture, rank=7, double_quant=double_quant)
     keys = "stack layers shape rank slice_ranks transform quant_type baseline_error residual_error ratio"
-    keys = {*keys.split(), "principal_energy", "bytes", "bits_per_weight", "output_error", "output_ratio"}
+    keys = {*keys.split(), "experts", "principal_energy", "bytes", "bits_per_weight", "output_error", "output_ratio"}
     state, metadata = model.hf_quantizer.get_state_dict_and_metadata(model)
     assert metadata == {}
     for row, report in zip(rows(model), qrefta.quant_report(model), strict=True):
