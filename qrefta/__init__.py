@@ -5,8 +5,9 @@ from qrefta.evaluate import evaluate
 from qrefta.export import merge
 from qrefta.finetune import finetune
 from qrefta.lora import export_lora
+from qrefta.plan import plan
 from qrefta.prepare import prepare
 from qrefta.quantizer import load, quant_report
 
 __version__ = "0.1.0"
-__all__ = ["QReftaConfig", "evaluate", "export_lora", "finetune", "load", "merge", "prepare", "quant_report"]
+__all__ = ["QReftaConfig", "evaluate", "export_lora", "finetune", "load", "merge", "plan", "prepare", "quant_report"]

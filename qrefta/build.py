@@ -8,10 +8,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qrefta.config import QReftaConfig, StackRow
-from qrefta.factors import BANK, FactorBank
+from qrefta.experts import add_expert
+from qrefta.factors import BANK, FactorBank, frozen
 from qrefta.linear import AdaptedLinear
 from qrefta.methods import METHODS
-from qrefta.stack import LayerStack, ends_with, read_weight, replace_module
+from qrefta.stack import LayerStack, ends_with, read_slice, replace_module
 
 
 def build(model: PreTrainedModel, config: QReftaConfig) -> None:
@@ -25,15 +26,16 @@ def build(model: PreTrainedModel, config: QReftaConfig) -> None:
     config.stacks = [_relocate(model, row) for row in config.stacks]
     for row in config.stacks:
         for path in row.modules:
-            _check_linear(model, path, row)
+            _check_weight(model, path, row)
     attach_bank(model)
     for index, row in enumerate(config.stacks):
         key = bank_key(index) if row.rank else None
         if key is not None:
             factors = METHODS[config.method](row.layers, *row.shape, row.rank, config.torch_factor_dtype)
             getattr(model, BANK)[key] = factors
-        for layer, path in enumerate(row.modules):
-            replace_linear(model, path, config, layer, key)
+        stack = row.layer_stack
+        for place in range(stack.layers):
+            adapt(model, stack, place, config, key)
 
 
 def model_class(name: str, source: str | Path) -> type[PreTrainedModel]:
@@ -62,17 +64,28 @@ def attach_bank(model: PreTrainedModel) -> None:
     model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), BANK}
 
 
-def replace_linear(
-    model: PreTrainedModel, path: str, config: QReftaConfig, layer: int, key: str | None
+def adapt(
+    model: PreTrainedModel, stack: LayerStack, index: int, config: QReftaConfig, key: str | None
 ) -> AdaptedLinear:
-    """Put an empty `AdaptedLinear` in the place of a linear, attached to the bank's factors `key` if there are any."""
-    old = model.get_submodule(path)
-    out_features, in_features = read_weight(old).shape
-    with old.weight.device:
-        new = AdaptedLinear(in_features, out_features, old.bias is not None, config.format, old.weight.dtype)
+    """Put an `AdaptedLinear` in the place of weight number `index` of a stack, attached to the bank's factors `key`.
+
+    Its weight is empty, its bias the old one. Experts must come in order: a fused parameter goes with its last.
+    """
+    weight, (path, _) = read_slice(model, stack, index), stack.place(index)
+    owner, _, name = path.rpartition(".")
+    old = model.get_submodule(owner if stack.experts else path)
+    bias = None if stack.experts else old.bias
+    with weight.device:
+        new = AdaptedLinear(stack.in_features, stack.out_features, bias is not None, config.format, weight.dtype)
+    if bias is not None:
+        new.bias = frozen(bias.detach())
     if key is not None:
-        new.attach(getattr(model, BANK), key, layer)
-    replace_module(model, path, new.train(old.training))
+        new.attach(getattr(model, BANK), key, index)
+    new.train(old.training)
+    if stack.experts:
+        add_expert(old, name, new)
+    else:
+        replace_module(model, path, new)
     return new
 
 
@@ -131,31 +144,35 @@ def trained_modules(model: PreTrainedModel, names: list[str], stacks: list[Layer
 def _relocate(model: PreTrainedModel, row: StackRow) -> StackRow:
     """A row with the paths of this class: a base model has them without the prefix that a model with a head has."""
     prefix = f"{model.base_model_prefix}."
-    if _has(model, prefix + row.modules[0]):
+    if _has(model, row, prefix + row.modules[0]):
         return replace(row, stack=prefix + row.stack, modules=[prefix + path for path in row.modules])
-    if not _has(model, row.modules[0]):
+    if not _has(model, row, row.modules[0]):
         bare = [path.removeprefix(prefix) for path in row.modules]
         return replace(row, stack=row.stack.removeprefix(prefix), modules=bare)
     return row
 
 
-def _has(model: PreTrainedModel, path: str) -> bool:
+def _has(model: PreTrainedModel, row: StackRow, path: str) -> bool:
     try:
-        model.get_submodule(path)
+        _stored_shape(model, row, path)
     except AttributeError:
         return False
     return True
 
 
-def _check_linear(model: PreTrainedModel, path: str, row: StackRow) -> None:
+def _stored_shape(model: PreTrainedModel, row: StackRow, path: str) -> list[int]:
+    """Shape of a linear's weight, or of a fused parameter, as the model has it; AttributeError if it has none."""
+    return list((model.get_parameter(path) if row.experts else model.get_submodule(path).weight).shape)
+
+
+def _check_weight(model: PreTrainedModel, path: str, row: StackRow) -> None:
     try:
-        module = model.get_submodule(path)
-        shape = list(module.weight.shape)
+        shape = _stored_shape(model, row, path)
     except AttributeError:
         raise ValueError(
             f"The checkpoint was prepared on a model that has {path}; {type(model).__name__} has no such linear. "
             "Load it with the class that saved it (qrefta.load does)."
         ) from None
-    wanted = row.shape[::-1] if row.transposed else row.shape
-    if shape != list(wanted):
-        raise ValueError(f"{path} has the shape {shape}, but the checkpoint was prepared with {list(wanted)}.")
+    wanted = [*([row.experts] if row.experts else []), *(row.shape[::-1] if row.transposed else row.shape)]
+    if shape != wanted:
+        raise ValueError(f"{path} has the shape {shape}, but the checkpoint was prepared with {wanted}.")

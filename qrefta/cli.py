@@ -1,4 +1,4 @@
-"""Command line: qrefta prepare | finetune | inspect | merge | export-lora | evaluate. One thin function a verb."""
+"""Command line: qrefta prepare | finetune | inspect | merge | export-lora | plan | evaluate, one function a verb."""
 
 import logging
 import shutil
@@ -31,6 +31,8 @@ from qrefta.lora import BASES
 from qrefta.lora import export_lora as export_lora_model
 from qrefta.methods import METHODS
 from qrefta.moments import Moments, gather_moments, load_moments
+from qrefta.plan import OPTIMIZERS, Plan
+from qrefta.plan import plan as plan_memory
 from qrefta.prepare import prepare as prepare_model
 from qrefta.quantize import BLOCK_SIZES, QUANT_TYPES
 from qrefta.quantizer import is_prepared, load, quant_report, read_config
@@ -46,6 +48,7 @@ MethodName = StrEnum("MethodName", list(METHODS))
 TransformName = StrEnum("TransformName", list(TRANSFORMS))
 QuantTypeName = StrEnum("QuantTypeName", list(QUANT_TYPES))
 TaskName = StrEnum("TaskName", list(TASKS))
+OptimizerName = StrEnum("OptimizerName", list(OPTIMIZERS))
 BaseName = StrEnum("BaseName", {name: name for name in BASES})
 DtypeName = StrEnum("DtypeName", ["bfloat16", "float16", "float32"])
 
@@ -248,6 +251,58 @@ def export_lora(
     )
     console.print(f"LoRA on the {base} in {out} ({weights_bytes(out) / 1e6:.1f} MB)")
     _print_differences(written)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Hub name or folder of a dense model; its config.json is enough.")],
+    batch: Annotated[int, typer.Option(help="Sequences, or images, of one pass.")] = 1,
+    seq: Annotated[int | None, typer.Option(help="Tokens of a sequence; none for images.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="Its memory, such as 24GB.")] = None,
+    reserve: Annotated[str, typer.Option(help="Of it, for what is not counted: CUDA itself, fragments.")] = "1GB",
+    rank: Annotated[int, typer.Option(help="R of every stack.")] = 16,
+    method: MethodOption = MethodName.refta,
+    ranks: Ranks = None,
+    trained_params: TrainedParams = None,
+    bits: Bits = 4,
+    quant_type: QuantTypeOption = QuantTypeName.nf4,
+    block_size: BlockSize = 64,
+    double_quant: DoubleQuant = False,
+    target: Targets = None,
+    modules_to_save: Saved = None,
+    dtype: Annotated[DtypeName | None, typer.Option(help="Of what stays dense; default: the model's own.")] = None,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute activations.")] = False,
+    optimizer: Annotated[OptimizerName, typer.Option(help="AdamW in 32 or 8 bits.")] = OptimizerName.adamw,
+) -> None:
+    """Count the memory of a training step from the config alone, what fits on a GPU, and what to change."""
+    found = plan_memory(
+        model, batch=batch, seq=seq, gpu=gpu, reserve=reserve, dtype=dtype, optimizer=optimizer,
+        gradient_checkpointing=gradient_checkpointing, bits=bits, rank=rank, method=method, ranks=_ranks(ranks),
+        trained_params=trained_params, quant_type=quant_type, block_size=block_size, double_quant=double_quant,
+        target_modules=target, modules_to_save=modules_to_save,
+    )  # fmt: skip
+    console.print(plan_table(found))
+    if found.available_bytes is None:
+        return
+    largest = f"largest batch {found.largest_batch:,}"
+    if found.largest_rank is not None:
+        largest += f", largest rank {found.largest_rank:,}"
+    verdict = "It fits" if found.fits else "It does not fit"
+    console.print(f"{verdict} in {found.available_bytes / 1e9:.2f} GB; all else as it is: {largest}.")
+    for saving in found.savings:
+        console.print(f"  {saving.change} would save {saving.saved_bytes / 1e9:.2f} GB")
+
+
+def plan_table(found: Plan) -> Table:
+    """The parts of a plan, in gigabytes."""
+    table = Table(title="Memory of a training step", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("part")
+    table.add_column("GB", justify="right")
+    for name in ("linears", "rest", "factors", "optimizer", "activations", "temporary"):
+        table.add_row(name, f"{getattr(found, f'{name}_bytes') / 1e9:.3f}")
+    table.add_section()
+    table.add_row("peak", f"{found.total_bytes / 1e9:.3f}")
+    return table
 
 
 @app.command()

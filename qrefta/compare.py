@@ -10,7 +10,8 @@ from accelerate import dispatch_model, init_empty_weights
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from qrefta.shards import Checkpoint, resolve_folder, sources
+from qrefta.shards import Checkpoint, resolve_folder
+from qrefta.sources import sources
 
 _ROWS, _TOKENS = 2, 16
 _SENTENCES = (
@@ -37,7 +38,9 @@ def run_from_disk(model_class: type[PreTrainedModel], folder: Path, dtype: torch
     with init_empty_weights():
         model = model_class._from_config(config, dtype=dtype)
     checkpoint = Checkpoint(folder)
-    found = sources(model, checkpoint)
+    found = {
+        name: parts[0][0] for name, parts in sources(model, checkpoint).items() if len(parts) == len(parts[0]) == 1
+    }
     model.tie_weights()
     buffers = {name for name, _ in model.named_buffers()}
     if any(name not in found for name, _ in model.named_parameters() if name not in model.all_tied_weights_keys):

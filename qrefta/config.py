@@ -11,6 +11,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qrefta.methods import METHODS
 from qrefta.quantize import QuantFormat
+from qrefta.stack import LayerStack
 from qrefta.tensor import TRANSFORMS
 
 FORMAT_VERSION = 1
@@ -23,8 +24,7 @@ class StackRow:
 
     Attributes:
         stack: module path with `*` for the layer number.
-        modules: the K module paths in layer order.
-        transposed: the modules were `Conv1D`.
+        modules, transposed, experts: as in `qrefta.stack.LayerStack`.
         layers, shape: K and (out, in).
         rank: R, or a method's several ranks; 0 for a stack that is quantized only.
         slice_ranks: ReFTA's components of each transformed slice, which sum to `rank`; empty for other methods.
@@ -36,7 +36,8 @@ class StackRow:
         principal_energy: ||principal part||_F^2 / ||W||_F^2.
         bytes: packed weights, scales, and factors with trained numbers at `factor_dtype`.
         bits_per_weight: 8 bytes / (K out in).
-        output_error: sum_l E||x (W_l - stored W_l)^T||^2 over the inputs of the calibration; None without one.
+        output_error: sum_l E||x (W_l - stored W_l)^T||^2 over the inputs of the calibration, of an expert those of all
+            experts in its block; None without one.
         output_ratio: output_error / that of quantizing the whole weight.
     """
 
@@ -57,6 +58,12 @@ class StackRow:
     bits_per_weight: float
     output_error: float | None = None
     output_ratio: float | None = None
+    experts: int = 0
+
+    @property
+    def layer_stack(self) -> LayerStack:
+        """The stack that the row is of."""
+        return LayerStack(self.stack, tuple(self.modules), *self.shape, self.transposed, self.experts)
 
     def report(self) -> dict[str, Any]:
         """The row as `quant_report` shows it: without what only loading needs."""

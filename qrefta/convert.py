@@ -30,19 +30,21 @@ from qrefta.rank import choose_ranks
 from qrefta.report import StackSplit
 from qrefta.shards import (
     Checkpoint,
+    Part,
     ShardWriter,
     copy_companions,
     copy_shard,
     replace_text,
     resolve_folder,
-    sources,
     write_index,
 )
+from qrefta.sources import weight_parts
 from qrefta.stack import BLOCK_BYTES, LayerStack, Weights, find_stacks, select_stacks
 
 JOURNAL = "qrefta_unfinished.json"
 _PART_BYTES = 128 << 20
 _BLOCKS, _LAYERS = 8, 6  # blocks and layers in float32 that exist at once, temporaries of the kernels included
+_BASIS = 50  # columns of a slice's basis in the tensor SVD, about, beside those for the rank
 _LEAST_BLOCK_BYTES = 4 << 20
 _OVERHEAD_BYTES = 256 << 20
 UNLIMITED = 1 << 62  # for `max_memory`: what it takes, six times the largest linear in float32
@@ -75,9 +77,9 @@ def convert(
     stacks = find_stacks(model)
     targets = select_stacks(stacks, config.target_modules)
     config.modules_to_save = trained_modules(model, config.modules_to_save, stacks)
-    names = _weight_names(model, checkpoint, stacks)
-    block_bytes = _block_bytes(stacks, _bytes(max_memory))
-    weights = {stack: _weights(checkpoint, stack, names, device, block_bytes) for stack in stacks}
+    parts = weight_parts(model, checkpoint, stacks)
+    block_bytes = _block_bytes(stacks, targets, _bytes(max_memory))
+    weights = {stack: _weights(checkpoint, stack, parts, device, block_bytes) for stack in stacks}
 
     journal = _Journal(out, _fingerprint(checkpoint, config))
     if journal.ranks is None:
@@ -89,11 +91,11 @@ def convert(
             bar.set_postfix_str(stack.name)
             if index >= len(journal.rows):
                 split = StackSplit(stack, weights[stack], config, journal.ranks[index], moments)
-                files = _write_stack(out, index, split, checkpoint, names)
+                files = _write_stack(out, index, split, checkpoint, parts)
                 journal.enter(split.row(), files)
             bar.update(stack.layers * stack.out_features * stack.in_features)
     config.stacks, config.base_model = journal.rows, str(source)
-    files = journal.files + _write_rest(out, checkpoint, set(names.values()))
+    files = journal.files + _write_rest(out, checkpoint, {part.name for own in parts.values() for part in own})
     _finish(folder, out, model.config, config, files)
     return out
 
@@ -154,59 +156,41 @@ def _skeleton(folder: Path, checkpoint: Checkpoint) -> PreTrainedModel:
         return model_class((config.architectures or [""])[0], folder)(config)
 
 
-def _weight_names(model: PreTrainedModel, checkpoint: Checkpoint, stacks: list[LayerStack]) -> dict[str, str]:
-    """The checkpoint's tensor of every stacked linear, by module path."""
-    found = sources(model, checkpoint)
-    paths = [path for stack in stacks for path in stack.modules]
-    missing = [path for path in paths if f"{path}.weight" not in found]
-    if missing:
-        raise ValueError(
-            f"The checkpoint has no tensor for {len(missing)} of the {len(paths)} linears, the first is {missing[0]}; "
-            "it is incomplete, or stores them merged: then load the model and prepare it in memory."
-        )
-    names = {path: found[f"{path}.weight"] for path in paths}
-    for stack in stacks:
-        shape = [stack.out_features, stack.in_features]
-        for path in stack.modules:
-            stored = list(checkpoint.shape(names[path]))
-            if stored != (shape[::-1] if stack.transposed else shape):
-                raise ValueError(
-                    f"{names[path]} has the shape {stored} in the checkpoint and {shape} by its config.json."
-                )
-    return names
-
-
 def _weights(
-    checkpoint: Checkpoint, stack: LayerStack, names: dict[str, str], device: torch.device, block_bytes: int
+    checkpoint: Checkpoint, stack: LayerStack, parts: dict[str, list[Part]], device: torch.device, block_bytes: int
 ) -> Weights:
+    adapted = stack.adapted
+
     def read(layer: int, start: int, stop: int) -> Tensor:
-        name = names[stack.modules[layer]]
-        rows = checkpoint.read(name, start, stop, columns=stack.transposed)
+        own = parts[adapted[layer]]
+        rows = checkpoint.read_parts(own, start, stop, columns=stack.transposed)
         if not rows.is_floating_point():
-            raise ValueError(f"{name} is {rows.dtype}; prepare takes float32, bfloat16 or float16.")
+            raise ValueError(f"{own[0].name} is {rows.dtype}; prepare takes float32, bfloat16 or float16.")
         if not torch.isfinite(rows).all():
-            raise ValueError(f"{name} holds NaN or infinite values; the checkpoint is damaged.")
+            raise ValueError(f"{own[0].name} holds NaN or infinite values; the checkpoint is damaged.")
         return rows
 
     return Weights(stack.shape, read, device, block_bytes, keep=False)
 
 
-def _write_stack(out: Path, index: int, split: StackSplit, checkpoint: Checkpoint, names: dict[str, str]) -> list[str]:
+def _write_stack(
+    out: Path, index: int, split: StackSplit, checkpoint: Checkpoint, parts: dict[str, list[Part]]
+) -> list[str]:
     """Write the packed layers and the factors of a stack; the names of the files."""
-    parts = ShardWriter(out, f"model-stack{index:03d}-", _PART_BYTES)
+    files = ShardWriter(out, f"model-stack{index:03d}-", _PART_BYTES)
     if split.split.factors is not None:
         for name, tensor in stored_factors(split.split.factors).items():
-            parts.add(f"{BANK}.{bank_key(index)}.{name}", tensor)
-    for path, residual in zip(split.stack.modules, split.residuals(), strict=True):
-        stem = names[path].removesuffix("weight")
+            files.add(f"{BANK}.{bank_key(index)}.{name}", tensor)
+    for path, residual in zip(split.stack.adapted, split.residuals(), strict=True):
+        source = parts[path][0].name
+        stem = f"{path}." if split.stack.experts else source.removesuffix("weight")
         if isinstance(residual, Packed):
             for field, tensor in residual._asdict().items():
                 if tensor is not None:
-                    parts.add(stem + field, tensor)
+                    files.add(stem + field, tensor)
         else:
-            dense = residual.to(checkpoint.dtype(names[path]))
-            parts.add(names[path], dense.T.contiguous() if split.stack.transposed else dense)
-    return parts.close()
+            files.add(stem + "weight", residual.to(checkpoint.dtype(source)))
+    return files.close()
 
 
 def _write_rest(out: Path, checkpoint: Checkpoint, written: set[str]) -> list[str]:
@@ -247,13 +231,15 @@ def _bytes(max_memory: int | str) -> int:
         raise ValueError(f'max_memory is {max_memory!r}; give bytes or text like "3GB"') from error
 
 
-def _block_bytes(stacks: list[LayerStack], max_memory: int) -> int:
+def _block_bytes(stacks: list[LayerStack], targets: list[LayerStack], max_memory: int) -> int:
     """Bytes of a block of rows that keep within `max_memory`."""
     layer = 4 * max(stack.out_features * stack.in_features for stack in stacks)
-    needed = _OVERHEAD_BYTES + max(_LAYERS * layer, _BLOCKS * _LEAST_BLOCK_BYTES)
+    row = 4 * max(stack.layers * stack.in_features for stack in stacks)  # of all layers: many where there are experts
+    beside = _OVERHEAD_BYTES + 4 * _BASIS * max(stack.layers * stack.in_features for stack in targets)
+    needed = beside + max(_LAYERS * layer, _BLOCKS * max(_LEAST_BLOCK_BYTES, row))
     if max_memory < needed:
         raise ValueError(
             f"max_memory is {max_memory / 1e9:.2f} GB, but this model needs {needed / 1e9:.2f} GB: its largest linear "
-            f"has {layer / 4e6:.1f} million weights"
+            f"has {layer / 4e6:.1f} million weights, its largest stack {max(stack.layers for stack in stacks)} linears"
         )
-    return min(BLOCK_BYTES, (max_memory - _OVERHEAD_BYTES) // _BLOCKS)
+    return min(BLOCK_BYTES, (max_memory - beside) // _BLOCKS)

@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qrefta.card import write_card
 from qrefta.compare import example_inputs, output_difference, outputs, run_from_disk
 from qrefta.config import StackRow
+from qrefta.experts import expert_path, restore_fused
 from qrefta.factors import BANK
 from qrefta.linear import AdaptedLinear
 from qrefta.quantizer import prepared_config
@@ -67,7 +68,8 @@ def merge(
     as it is, and the dense one is written there, tokenizer included, a tensor at a time: beside the model there is
     never more than a shard and a linear in float32. The folder is then run from disk, module by module, to compare its
     logits, and takes its name only if they agree. The weights are summed in float32 and rounded once, so the result
-    differs from the prepared model by the rounding of parameters to `dtype` only.
+    differs from the prepared model by the rounding of parameters to `dtype` only. Experts are fused again, and computed
+    as transformers does by default.
 
     Args:
         model: prepared.
@@ -92,8 +94,11 @@ def merge(
         return Export(Path(out), difference)
     for row in config.stacks:
         for path in row.modules:
-            layer = model.get_submodule(path)
-            replace_module(model, path, _dense_linear(layer, row).train(layer.training))
+            if row.experts:
+                _restore_experts(model, path, row.experts, _wanted_dtype(model, path, dtype))
+            else:
+                layer = model.get_submodule(path)
+                replace_module(model, path, _dense_linear(layer, row).train(layer.training))
     delattr(model, BANK)
     model._keep_in_fp32_modules_strict = set(model._keep_in_fp32_modules_strict) - {BANK}
     model.hf_quantizer.remove_quantization_config(model)
@@ -152,10 +157,15 @@ def write_model(
         stored: the tensors of an adapted linear but for its bias, by their names in the module.
         quantization: the config that makes transformers load what `stored` gives.
     """
-    rows = {path: row for row in prepared_config(model).stacks for path in row.modules}
+    stacks = prepared_config(model).stacks
+    rows = {path: row for row in stacks for path in row.layer_stack.adapted}
+    fused = {expert_path(path, 0): path for row in stacks if row.experts for path in row.modules}
     writer = ShardWriter(folder, "model-", convert_file_size_to_int(max_shard_size))
     for path, name, tensor in _tensors(model):
-        if path in rows and name == "weight":
+        if path in rows and rows[path].experts:
+            if path in fused and name == "weight":  # the first expert's: all of them are one parameter
+                _add(writer, model, fused[path], _fused(model, fused[path], rows[path], dtype, stored))
+        elif path in rows and name == "weight":
             for key, value in stored(model.get_submodule(path), rows[path]).items():
                 wanted = _wanted_dtype(model, f"{path}.{key}", dtype) if value.is_floating_point() else value.dtype
                 keep = quantization is not None and key != "weight"  # scales are float32, whatever the model is
@@ -173,6 +183,13 @@ def write_model(
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
     replace_text(folder / "config.json", plain_config(model, dtype, quantization).to_json_string(use_diff=True))
+
+
+def _fused(model: PreTrainedModel, path: str, row: StackRow, dtype: torch.dtype, stored: Stored) -> Tensor:
+    """The parameter of all experts of a block, in its final dtype."""
+    layers = (model.get_submodule(expert_path(path, expert)) for expert in range(row.experts))
+    wanted = _wanted_dtype(model, path, dtype)
+    return torch.stack([stored(layer, row)["weight"].to(wanted) for layer in layers])
 
 
 def dense_tensors(layer: AdaptedLinear, row: StackRow) -> dict[str, Tensor]:
@@ -249,6 +266,13 @@ def _wanted_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torc
     if dtype == torch.float16:
         kept |= set(model._keep_in_fp32_modules or ())
     return torch.float32 if kept.intersection(name.split(".")) and dtype.itemsize < 4 else dtype
+
+
+def _restore_experts(model: PreTrainedModel, path: str, count: int, dtype: torch.dtype) -> None:
+    """A fused parameter in the place of the linears of its experts, at its final dtype: it may be very large."""
+    owner, _, name = path.rpartition(".")
+    layers = (model.get_submodule(expert_path(path, expert)) for expert in range(count))
+    restore_fused(model.get_submodule(owner), name, (layer.dense_weight() for layer in layers), dtype)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -32,7 +32,7 @@ from qrefta.quantize import Packed, bnb_code, bnb_state
 from qrefta.quantizer import load, prepared_config
 from qrefta.shards import write_shard
 from qrefta.split import split_layers, split_stack
-from qrefta.stack import LayerStack, model_weights
+from qrefta.stack import model_weights
 from qrefta.tensor import Slices, t_svd
 
 Base = Literal["residual", "residual-4bit", "original"]
@@ -198,8 +198,7 @@ def _starts(
             _check_same(row, layers, [layer.packed() for layer in found])
             yield found[0].factors
             continue
-        stack = LayerStack(row.stack, tuple(row.modules), *row.shape, row.transposed)
-        weights = model_weights(bare, stack)
+        weights = model_weights(bare, row.layer_stack)
         split = split_stack(weights, config, row.rank)
         again = (layer.residual for layer in split_layers(weights, split, config))
         _check_same(row, layers, again)
@@ -257,7 +256,7 @@ def _original(model: PreTrainedModel, source: str | Path | None) -> PreTrainedMo
     lacking = {*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])}
     for row in prepared_config(model).stacks:
         for path in row.modules:
-            if f"{path}.weight" in lacking:
+            if (path if row.experts else f"{path}.weight") in lacking:
                 raise ValueError(
                     f"{source} has no {path}.weight of the prepared model's shape; give the model that was prepared as "
                     "`original`."
@@ -283,7 +282,8 @@ def _write_base(
     )
 
     def stored(layer: AdaptedLinear, row: StackRow) -> dict[str, Tensor]:
-        return _residual_tensors(layer, row) if layer in dense.values() else _bnb_tensors(layer)
+        whole = row.experts or layer in dense.values()  # bitsandbytes leaves fused experts alone
+        return _residual_tensors(layer, row) if whole else _bnb_tensors(layer)
 
     write_model(model, folder, dtype, stored, quantization)
     return type(model).from_pretrained(folder, dtype=dtype, device_map={"": model.device})
@@ -399,6 +399,10 @@ def _check_settings(config: QReftaConfig, base: str, rank: int | None, dtype: to
         raise ValueError(f"rank is {rank!r}; it must be a whole number, 1 or more")
     if not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}; it must be a floating type such as torch.bfloat16 or torch.float32")
+    if any(row.rank and row.experts for row in config.stacks):
+        raise ValueError(
+            "Experts with factors have no form as LoRA that PEFT and servers share; merge the model instead."
+        )
     if not any(row.rank for row in config.stacks):
         raise ValueError("No stack of the model has factors; there is nothing to export: merge it instead.")
 

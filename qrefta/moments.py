@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import BatchEncoding
 
+from qrefta.experts import fused_inputs
 from qrefta.stack import LayerStack, ends_with
 
 FULL_WIDTH = 4096  # wider inputs keep only the diagonal: the full matrix and its roots would cost more than they give
@@ -106,6 +107,9 @@ def gather_moments(
 ) -> Moments:
     """Second moments of the inputs of every linear of `stacks`, over the tokens that no mask leaves out. One pass.
 
+    The experts of a block share the moments of all that they receive: of each token once for their first weights, of
+    each token and expert that it chose for their second, which takes computing the first weights' products twice.
+
     Products are float32; sums are float64 up to DOUBLE_WIDTH wide, float32 beyond, and live where the inputs do: 4
     in^2 bytes for each distinct input of width 1025 .. FULL_WIDTH. A linear's diagonal alone is kept beyond that.
 
@@ -120,9 +124,8 @@ def gather_moments(
         ValueError: if there are no batches, a batch has no tensors for the model, an input holds NaN or infinity, or
             no token reached a linear.
     """
-    paths = [path for stack in stacks for path in stack.modules]
     sums, count = _Sums(), 0
-    with _hooked(model, paths, sums) as masks, torch.no_grad():
+    with _hooked(model, stacks, sums) as masks, torch.no_grad():
         for batch in tqdm(batches, desc="Calibrating", unit="batch", disable=not progress):
             inputs = _inputs(model, batch)
             masks.update({name: inputs.get(name) for name in ("attention_mask", "decoder_attention_mask")})
@@ -131,7 +134,7 @@ def gather_moments(
             count += 1
     if count == 0:
         raise ValueError("There are no batches to calibrate with; give at least one.")
-    return sums.moments(paths)
+    return sums.moments([path for stack in stacks for path in stack.modules])
 
 
 class _Sums:
@@ -193,7 +196,7 @@ class _Sums:
 
 
 @contextmanager
-def _hooked(model: nn.Module, paths: list[str], sums: _Sums) -> Iterator[dict[str, Tensor | None]]:
+def _hooked(model: nn.Module, stacks: list[LayerStack], sums: _Sums) -> Iterator[dict[str, Tensor | None]]:
     """`model` in eval mode, adding every input of the linears to `sums`; yields the masks, to be set for each batch.
 
     Inside the encoder of an encoder-decoder, and for its output (cross-attention's keys and values), attention_mask
@@ -204,9 +207,17 @@ def _hooked(model: nn.Module, paths: list[str], sums: _Sums) -> Iterator[dict[st
     masks: dict[str, Tensor | None] = {}
     encoded: list[Tensor] = []
 
+    def mask_of(inside: bool, x: Tensor) -> Tensor | None:
+        by_encoder = inside or (bool(encoded) and x is encoded[0])
+        return masks.get("attention_mask" if by_encoder else "decoder_attention_mask")
+
     def before(path: str, inside: bool, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        by_encoder = inside or (bool(encoded) and args[0] is encoded[0])
-        sums.add(path, args[0], masks.get("attention_mask" if by_encoder else "decoder_attention_mask"))
+        sums.add(path, args[0], mask_of(inside, args[0]))
+
+    def before_experts(path: str, inside: bool, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        hidden_states, top_k_index = (_tokens(tensor, mask_of(inside, args[0])) for tensor in args[:2])
+        for name, x in fused_inputs(module, hidden_states, top_k_index):
+            sums.add(f"{path}.{name}", x, None)
 
     def after_encoder(_: nn.Module, __: tuple[Tensor, ...], output: Any) -> None:
         encoded[:] = [output[0]]
@@ -217,9 +228,11 @@ def _hooked(model: nn.Module, paths: list[str], sums: _Sums) -> Iterator[dict[st
         model.eval()
         if seq2seq:
             handles.append(encoder.register_forward_hook(after_encoder))
-        for path in paths:
+        linears = {path: before for stack in stacks if not stack.experts for path in stack.modules}
+        fused = {path.rpartition(".")[0]: before_experts for stack in stacks if stack.experts for path in stack.modules}
+        for path, hook in (linears | fused).items():
             module = model.get_submodule(path)
-            handles.append(module.register_forward_pre_hook(partial(before, path, module in inner)))
+            handles.append(module.register_forward_pre_hook(partial(hook, path, module in inner)))
         yield masks
     finally:
         for handle in handles:
@@ -337,7 +350,7 @@ def shared_metric(moments: Moments, stack: LayerStack, device: torch.device | No
                 f"The moment of {path} is {moment.shape[0]} wide, its weight {stack.in_features}; gather the moments "
                 "on the model to prepare"
             )
-        total = total + _normalized(moment.to(total)) / stack.layers
+        total = total + _normalized(moment.to(total)) / len(stack.modules)
     latest.clear()
     latest[key] = Metric(*(root.float() for root in _roots(total)))
     return latest[key]

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from qrefta.build import build, freeze, trained_modules
+from qrefta.build import build, freeze, model_class, trained_modules
 from qrefta.config import QReftaConfig, StackRow
 from qrefta.factors import BANK, Rank
 from qrefta.footprint import COUNTED_BLOCKS
-from qrefta.quantizer import model_class
 from qrefta.rank import choose_ranks
 from qrefta.stack import LayerStack, ends_with, find_stacks, select_stacks
 
@@ -67,7 +66,11 @@ class Outline:
         """
         model = _without_storage(source)
         stacks = find_stacks(model)
-        weights = {id(model.get_submodule(path).weight) for stack in stacks for path in stack.modules}
+        weights = {
+            id(model.get_parameter(path if stack.experts else f"{path}.weight"))
+            for stack in stacks
+            for path in stack.modules
+        }
         rest = [tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in weights]
         numbers = sum(tensor.numel() for tensor in rest if tensor.is_floating_point())
         others = sum(tensor.nbytes for tensor in rest if not tensor.is_floating_point())
@@ -81,7 +84,7 @@ class Outline:
         model = copy.deepcopy(self.model).to(dtype)
         ranks = choose_ranks(select_stacks(self.stacks, config.target_modules), [], config, None, False)
         config.modules_to_save = trained_modules(model, config.modules_to_save, self.stacks)
-        paths = {path for path, _ in model.named_modules()}
+        paths = {path for path, _ in (*model.named_modules(), *model.named_parameters())}
         config.stacks = [_row(stack, ranks.get(stack, 0), paths) for stack in self.stacks]
         with torch.device("meta"):
             build(model, config)
@@ -189,6 +192,7 @@ def _row(stack: LayerStack, rank: Rank, paths: set[str]) -> StackRow:
         principal_energy=0.0,
         bytes=0,
         bits_per_weight=0.0,
+        experts=stack.experts,
     )
 
 

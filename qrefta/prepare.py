@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from qrefta.build import attach_bank, bank_key, freeze, replace_linear, trained_modules
+from qrefta.build import adapt, attach_bank, bank_key, freeze, trained_modules
 from qrefta.config import QReftaConfig, StackRow
 from qrefta.convert import convert
 from qrefta.factors import BANK, FactorBank, Rank
@@ -19,7 +19,7 @@ from qrefta.quantize import Packed
 from qrefta.quantizer import QReftaQuantizer, is_prepared
 from qrefta.rank import choose_ranks
 from qrefta.report import StackSplit
-from qrefta.stack import LayerStack, Weights, find_stacks, model_weights, read_weight, select_stacks
+from qrefta.stack import LayerStack, Weights, find_stacks, model_weights, read_slice, select_stacks
 
 PROGRESS_DELAY_S = 2.0
 
@@ -79,7 +79,8 @@ def prepare(
         double_quant: store the scales in 8 bits too, as QLoRA does.
         target_modules: which linears get factors. None: all in the repeated blocks; a list: module paths that end in
             one of the names ("q_proj", "self_attn.q_proj"); a string: a regular expression that matches whole paths.
-            All others in the blocks are quantized only.
+            All others in the blocks are quantized only. Fused experts go by their parameters ("experts.down_proj"); a
+            stack of them has one slice for each expert of each layer, and the transform's cost grows with its square.
         modules_to_save: names (or path ends) of further modules to train whole, such as a fresh "pooler". The task
             head that lies outside the base model trains without being named, unless it is a language-model head.
         refine: rounds of refitting the principal part and the quantized residual to each other.
@@ -178,29 +179,34 @@ def _prepare_stack(
     moments: Moments | None,
 ) -> StackRow:
     """Replace the K linears of a stack; the row says what it did."""
-    home = model.get_submodule(stack.modules[0]).weight.device
+    home = read_slice(model, stack, 0).device
     split = StackSplit(stack, weights, config, rank, moments)
     key = bank_key(len(config.stacks)) if rank else None
     if key is not None:
         getattr(model, BANK)[key] = split.split.factors
-    for layer, residual in enumerate(split.residuals()):
-        _store(model, stack.modules[layer], residual, config, layer, key)
+    for index, residual in enumerate(split.residuals()):
+        _store(model, stack, index, residual, config, key)
     if key is not None:
         split.split.factors.to(home)
     return split.row()
 
 
 def _store(
-    model: PreTrainedModel, path: str, residual: Packed | Tensor, config: QReftaConfig, layer: int, key: str | None
+    model: PreTrainedModel,
+    stack: LayerStack,
+    index: int,
+    residual: Packed | Tensor,
+    config: QReftaConfig,
+    key: str | None,
 ) -> None:
-    """Put a residual where the dense linear was."""
-    old = model.get_submodule(path)
-    new = replace_linear(model, path, config, layer, key)
+    """Put a residual where the dense weight was."""
+    dense = read_slice(model, stack, index)
+    new = adapt(model, stack, index, config, key)
     if isinstance(residual, Packed):
-        residual = Packed(*(None if part is None else part.to(old.weight.device) for part in residual))
+        residual = Packed(*(None if part is None else part.to(dense.device) for part in residual))
     else:
-        residual = residual.to(old.weight.device, old.weight.dtype)
-    new.store(residual, old.bias)
+        residual = residual.to(dense.device, dense.dtype)
+    new.store(residual, new.bias)
 
 
 def _register(model: PreTrainedModel, config: QReftaConfig) -> None:
@@ -236,13 +242,21 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _check_weights(model: PreTrainedModel, stacks: list[LayerStack]) -> None:
+    absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if absent:
+        raise ValueError(
+            f"{len(absent)} parameters are on the meta device ({absent[0]}, ...): the model has no weights, or "
+            "a device_map offloads them. Load it whole, without device_map, or give its folder and `out`."
+        )
     for stack in stacks:
         for path in stack.modules:
-            weight = read_weight(model.get_submodule(path))
-            if weight.is_meta:
-                raise ValueError(f"{path}.weight is on the meta device; load the model with its weights in memory.")
-            if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-                raise ValueError(f"{path}.weight is {weight.dtype}; prepare takes float32, bfloat16 or float16.")
-            for name, parameter in model.get_submodule(path).named_parameters():
-                if not torch.isfinite(parameter).all():
-                    raise ValueError(f"{path}.{name} holds NaN or infinite values; the checkpoint is damaged.")
+            fused = [(path, model.get_parameter(path))] if stack.experts else None
+            for name, parameter in fused or model.get_submodule(path).named_parameters(path):
+                _check_values(name, parameter)
+
+
+def _check_values(name: str, parameter: Tensor) -> None:
+    if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"{name} is {parameter.dtype}; prepare takes float32, bfloat16 or float16.")
+    if not all(torch.isfinite(part).all() for part in (parameter if parameter.dim() == 3 else [parameter])):
+        raise ValueError(f"{name} holds NaN or infinite values; the checkpoint is damaged.")

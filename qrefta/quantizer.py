@@ -25,6 +25,7 @@ from qrefta.build import build, freeze, model_class, task_head
 from qrefta.config import QReftaConfig
 from qrefta.convert import UNLIMITED, convert
 from qrefta.distributed import check_sharding, whole_state
+from qrefta.experts import is_adapted
 from qrefta.factors import BANK, Factors, frozen, stored
 from qrefta.linear import AdaptedLinear
 
@@ -257,7 +258,7 @@ def _check_filled(model: PreTrainedModel) -> None:
     missing, offloaded = [], []
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            ours = isinstance(module, AdaptedLinear | Factors)
+            ours = isinstance(module, AdaptedLinear | Factors) or is_adapted(module)
             if (ours or same_class) and not getattr(parameter, "_is_hf_initialized", False):
                 (offloaded if parameter.is_meta else missing).append(f"{path}.{name}")
     if offloaded:

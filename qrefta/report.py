@@ -47,7 +47,7 @@ class StackSplit:
         parts = layer.residual if isinstance(layer.residual, Packed) else (layer.residual,)
         self.bytes += sum(part.nbytes for part in parts if part is not None)
         if self.moments is not None and self.config.format is not None:
-            moment = self.moments.of(self.stack.modules[index])
+            moment = self.moments.of(self.stack.place(index)[0])
             self.output_error += output_error(layer.error, moment)
             self.output_baseline += output_error(layer.whole_error, moment)
 
@@ -58,6 +58,7 @@ class StackSplit:
             stack=stack.name,
             modules=list(stack.modules),
             transposed=stack.transposed,
+            experts=stack.experts,
             layers=stack.layers,
             shape=[stack.out_features, stack.in_features],
             rank=0 if factors is None else list(factors.rank) if isinstance(factors.rank, tuple) else factors.rank,

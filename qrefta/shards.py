@@ -17,9 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
-from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from torch import Tensor
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {
@@ -41,6 +39,18 @@ class _Stored(NamedTuple):
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+    def at(self, index: int) -> "_Stored":
+        """One of the tensors that it holds along its first axis."""
+        nbytes = self.nbytes // self.shape[0]
+        return self._replace(shape=self.shape[1:], offset=self.offset + index * nbytes, nbytes=nbytes)
+
+
+class Part(NamedTuple):
+    """A matrix in a checkpoint: a whole tensor, or that of one expert in a fused one."""
+
+    name: str
+    expert: int | None = None
 
 
 class Checkpoint:
@@ -81,12 +91,30 @@ class Checkpoint:
         files = sorted({stored.file for stored in self._tensors.values()})
         return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
-    def read(self, name: str, start: int = 0, stop: int | None = None, columns: bool = False) -> Tensor:
+    def matrix_shape(self, part: Part) -> tuple[int, ...]:
+        """Rows and columns as stored."""
+        return self.shape(part.name)[-2:]
+
+    def read_parts(self, parts: list[Part], start: int, stop: int, columns: bool = False) -> Tensor:
+        """Rows `start` .. `stop` of matrices that follow one another; with `columns` those of their transposes."""
+        found, first = [], 0
+        for part in parts:
+            height = self.matrix_shape(part)[columns]
+            low, high = max(start - first, 0), min(stop - first, height)
+            if low < high:
+                found.append(self.read(part.name, low, high, columns, part.expert))
+            first += height
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def read(
+        self, name: str, start: int = 0, stop: int | None = None, columns: bool = False, expert: int | None = None
+    ) -> Tensor:
         """Rows `start` .. `stop` of a tensor as stored; with `columns` those of its transpose (of a matrix).
 
-        Columns are strided in the file: they are picked from chunks of whole rows.
+        Columns are strided in the file: they are picked from chunks of whole rows. Of a fused tensor, with `expert`,
+        those of one expert's matrix.
         """
-        stored = self._tensors[name]
+        stored = self._tensors[name] if expert is None else self._tensors[name].at(expert)
         if columns:
             chunks = (rows[:, start:stop] for rows in self._chunks(stored))
             return torch.cat(list(chunks)).T.contiguous()
@@ -133,25 +161,6 @@ def resolve_folder(source: str | Path, weights: bool = True) -> Path:
         return Path(snapshot_download(str(source), allow_patterns=_FILES if weights else _COMPANIONS))
     except Exception as error:
         raise ValueError(f"{source} is neither a local folder nor a model that the hub gave ({error}).") from error
-
-
-def sources(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
-    """Parameter or buffer of a model -> the tensor of a checkpoint that transformers fills it with.
-
-    transformers renames keys as it loads: old names of an architecture, and the base model's prefix that one of the two
-    may lack. Parameters that it makes of several tensors are left out.
-    """
-    state = model.state_dict()
-    renamings, converters = _weight_mapping(model)
-    found = {}
-    for name in checkpoint.names:
-        for renames, converts in ((renamings, converters), ([], [])):
-            renamed, converted = rename_source_key(name, renames, converts, model.base_model_prefix, state)
-            if renamed in state:
-                if converted is None:
-                    found[renamed] = name
-                break
-    return found
 
 
 class ShardWriter:
@@ -300,9 +309,3 @@ def _entry(file: Path, entry: dict[str, Any], data: int, size: int) -> _Stored:
 def _view(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-
-
-def _weight_mapping(model: nn.Module) -> tuple[list[Any], list[Any]]:
-    """Transformers' own renamings and conversions for a model."""
-    mapping = get_model_conversion_mapping(model)
-    return [m for m in mapping if isinstance(m, WeightRenaming)], [m for m in mapping if isinstance(m, WeightConverter)]

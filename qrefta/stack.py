@@ -2,8 +2,8 @@
 
 A transformers model is a run of repeated blocks. The same linear of every block (its module path without the layer
 number) makes one stack; the K weights of a stack are the frontal slices of the third-order tensor that a tensor
-method decomposes. Only linears inside repeated blocks are found: embeddings, norms, lm_head, poolers and task heads
-lie outside and are left alone.
+method decomposes. A fused parameter of a block's experts is as many slices as there are experts. Only what lies inside
+repeated blocks is found: embeddings, norms, lm_head, poolers and task heads lie outside and are left alone.
 """
 
 import inspect
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from qrefta.experts import expert_path, fused_names, is_experts
+
 BLOCK_BYTES = 64 << 20
 
 
@@ -27,9 +29,10 @@ class LayerStack:
 
     Attributes:
         name: module path with `*` for the layer number, e.g. `encoder.layer.*.attention.self.query`.
-        modules: the K module paths, in layer order.
+        modules: the K module paths, in layer order; of experts the paths of their fused parameters, one a block.
         out_features, in_features: shape of every weight, always read as (out, in).
-        transposed: the modules are `Conv1D` (GPT-2), which stores its weight as (in, out).
+        transposed: weights are stored as (in, out): by `Conv1D` (GPT-2), and in some fused parameters.
+        experts: slices of every fused parameter, which follow one another among the K; 0 for linears.
     """
 
     name: str
@@ -37,10 +40,24 @@ class LayerStack:
     out_features: int
     in_features: int
     transposed: bool = False
+    experts: int = 0
 
     @property
     def layers(self) -> int:
-        return len(self.modules)
+        """K."""
+        return len(self.modules) * max(self.experts, 1)
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """Module paths of the K adapted linears, once the model is prepared."""
+        if not self.experts:
+            return self.modules
+        return tuple(expert_path(path, expert) for path in self.modules for expert in range(self.experts))
+
+    def place(self, index: int) -> tuple[str, int]:
+        """The entry of `modules` that holds weight number `index`, and the expert in it (0 for a linear)."""
+        module, expert = divmod(index, max(self.experts, 1))
+        return self.modules[module], expert
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -49,30 +66,35 @@ class LayerStack:
 
 
 def find_stacks(model: nn.Module) -> list[LayerStack]:
-    """Stacks of all linears in the repeated blocks of `model`, in the order in which the model registers them.
+    """Stacks of all linears and fused experts in the repeated blocks of `model`, in the order of its modules.
 
     A number in a module path is a layer number when it indexes repeated blocks (see `_is_repeated`); other numbers
     are part of the role: T5's `encoder.block.*.layer.0.SelfAttention.q` keeps its 0. Left out are
 
     - subclasses of `nn.Linear`, such as the output projection of `nn.MultiheadAttention`: they may compute otherwise;
     - linears whose weight their parent reads itself (Mamba's dt_proj), which a packed weight would break;
+    - experts whose code is their model's own (Llama 4), and not transformers' interface (see `is_experts`);
     - all outside the base model: task heads may hold lists of linears too (SegFormer's decode_head).
     """
     base = set(getattr(model, "base_model", model).modules())
     sources: dict[type, str] = {}
-    members: dict[tuple[str, int, int, bool], list[str]] = {}
+    members: dict[tuple[str, int, int, bool, int], list[str]] = {}
+
+    def add(role: str, path: str, stored: torch.Size, transposed: bool, experts: int = 0) -> None:
+        out_features, in_features = stored[::-1] if transposed else stored
+        members.setdefault((role, out_features, in_features, transposed, experts), []).append(path)
+
     for path, module in model.named_modules():
-        if _is_plain(module) and module in base and "*" in (role := _role(model, path)):
-            if _is_read(model, path, sources):
-                continue
-            transposed = type(module) is Conv1D
-            shape = tuple(module.weight.shape)
-            out_features, in_features = shape[::-1] if transposed else shape
-            members.setdefault((role, out_features, in_features, transposed), []).append(path)
-    return [
-        LayerStack(role, tuple(paths), out_features, in_features, transposed)
-        for (role, out_features, in_features, transposed), paths in members.items()
-    ]
+        fused = is_experts(module)
+        if not (fused or _is_plain(module)) or module not in base or "*" not in (role := _role(model, path)):
+            continue
+        if fused:
+            for name in fused_names(module):
+                experts, *shape = getattr(module, name).shape
+                add(f"{role}.{name}", f"{path}.{name}", torch.Size(shape), module.is_transposed, experts)
+        elif not _is_read(model, path, sources):
+            add(role, path, module.weight.shape, type(module) is Conv1D)
+    return [LayerStack(role, tuple(paths), *kind) for (role, *kind), paths in members.items()]
 
 
 def select_stacks(stacks: list[LayerStack], target_modules: str | list[str] | None) -> list[LayerStack]:
@@ -99,10 +121,10 @@ def _matching(stacks: list[LayerStack], target: str, matches: Callable[[str], ob
     chosen = []
     for stack in stacks:
         count = sum(bool(matches(path)) for path in stack.modules)
-        if 0 < count < stack.layers:
+        if 0 < count < len(stack.modules):
             raise ValueError(
-                f"target_modules {target!r} matches {count} of the {stack.layers} layers of {stack.name}; factors are "
-                "shared by all layers of a stack, so name all of them or none"
+                f"target_modules {target!r} matches {count} of the {len(stack.modules)} layers of {stack.name}; "
+                "factors are shared by all layers of a stack, so name all of them or none"
             )
         if count:
             chosen.append(stack)
@@ -126,6 +148,15 @@ def _compile(pattern: str) -> re.Pattern[str]:
 def read_weight(module: nn.Module) -> Tensor:
     """Weight of a linear as (out, in), without a copy."""
     return module.weight.detach().T if type(module) is Conv1D else module.weight.detach()
+
+
+def read_slice(model: nn.Module, stack: LayerStack, index: int) -> Tensor:
+    """Weight number `index` of a stack as (out, in), without a copy."""
+    path, expert = stack.place(index)
+    if not stack.experts:
+        return read_weight(model.get_submodule(path))
+    weight = model.get_parameter(path).detach()[expert]
+    return weight.T if stack.transposed else weight
 
 
 @dataclass(frozen=True)
@@ -166,12 +197,16 @@ class Weights:
 
 
 def model_weights(model: nn.Module, stack: LayerStack, device: torch.device | None = None) -> Weights:
-    """The weights of a stack of a model in memory; worked on at `device`, by default where the first layer is."""
+    """The weights of a stack of a model in memory; worked on at `device`, by default where the first layer is.
+
+    No copy is held of experts, which are most of a model: a pass over them mixes them anew.
+    """
 
     def read(layer: int, start: int, stop: int) -> Tensor:
-        return read_weight(model.get_submodule(stack.modules[layer]))[start:stop]
+        return read_slice(model, stack, layer)[start:stop]
 
-    return Weights(stack.shape, read, device or model.get_submodule(stack.modules[0]).weight.device, BLOCK_BYTES)
+    device = device or read_slice(model, stack, 0).device
+    return Weights(stack.shape, read, device, BLOCK_BYTES, keep=not stack.experts)
 
 
 def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:

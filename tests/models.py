@@ -8,8 +8,12 @@ import torch
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    CLIPConfig,
+    CLIPModel,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -18,16 +22,22 @@ from transformers import (
     MixtralForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
     SegformerConfig,
     SegformerForSemanticSegmentation,
+    SiglipConfig,
+    SiglipModel,
     SwinConfig,
     SwinForImageClassification,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 VOCAB = 96
@@ -96,7 +106,26 @@ def tiny_mistral(hidden=32):
 
 def tiny_mixtral(hidden=32):
     """Mixture of experts: transformers 5 keeps the experts as fused 3-D parameters, which are no linears."""
-    return build(MixtralForCausalLM, MixtralConfig(num_local_experts=4, **decoder_sizes(hidden)))
+    return build(MixtralForCausalLM, MixtralConfig(num_local_experts=4, **decoder_sizes(hidden, layers=2)))
+
+
+def tiny_qwen3_moe(hidden=32):
+    """Its middle layer is dense."""
+    config = Qwen3MoeConfig(
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        norm_topk_prob=True,
+        mlp_only_layers=[1],
+        **decoder_sizes(hidden),
+    )
+    return build(Qwen3MoeForCausalLM, config)
+
+
+def tiny_gpt_oss(hidden=32):
+    """Experts with biases, a gate of their own, and weights stored as (in, out)."""
+    config = GptOssConfig(num_local_experts=4, num_experts_per_tok=2, **decoder_sizes(hidden, layers=2))
+    return build(GptOssForCausalLM, config)
 
 
 def tiny_gpt2(hidden=32):
@@ -126,6 +155,48 @@ def tiny_t5(hidden=32):
         decoder_start_token_id=0,
     )
     return build(T5ForConditionalGeneration, config)
+
+
+def tiny_whisper(hidden=32):
+    """Speech features in, text out; the output layer is tied to the decoder's embeddings."""
+    config = WhisperConfig(
+        vocab_size=VOCAB,
+        d_model=hidden,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=2 * hidden,
+        decoder_ffn_dim=2 * hidden,
+        num_mel_bins=8,
+        max_source_positions=8,
+        max_target_positions=16,
+        init_std=0.1,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+        decoder_start_token_id=1,
+    )
+    return build(WhisperForConditionalGeneration, config)
+
+
+def towers(hidden):
+    """A text and an image tower of different width."""
+    text = encoder_sizes(hidden, layers=2) | {"vocab_size": VOCAB, "max_position_embeddings": 16}
+    text |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    vision = encoder_sizes(2 * hidden, layers=2) | {"image_size": 16, "patch_size": 8}
+    return {"text_config": text, "vision_config": vision}
+
+
+def tiny_clip(hidden=32):
+    return build(CLIPModel, CLIPConfig(projection_dim=16, **towers(hidden)))
+
+
+def tiny_siglip(hidden=32):
+    """Both towers must project to the same width; the image tower pools with an `nn.MultiheadAttention`."""
+    sizes = towers(hidden)
+    sizes["text_config"]["projection_size"] = 2 * hidden
+    return build(SiglipModel, SiglipConfig(**sizes))
 
 
 def tiny_swin():
@@ -179,21 +250,41 @@ ARCHITECTURES = {
 }
 
 
+TOWERS = {"whisper": tiny_whisper, "clip": tiny_clip, "siglip": tiny_siglip}
+EXPERTS = {"mixtral": tiny_mixtral, "qwen3_moe": tiny_qwen3_moe, "gpt_oss": tiny_gpt_oss}
+
+
 def inputs(model):
     """A deterministic batch of two for any of the models."""
     generator = torch.Generator().manual_seed(1)
     if model.main_input_name == "pixel_values":
-        size = model.config.image_size
-        return {"pixel_values": torch.randn(2, 3, size, size, generator=generator)}
+        return {"pixel_values": pixels(model.config, generator)}
+    if hasattr(model.config, "num_mel_bins"):
+        features = torch.randn(2, model.config.num_mel_bins, 2 * model.config.max_source_positions, generator=generator)
+        return {"input_features": features, "decoder_input_ids": torch.randint(2, VOCAB, (2, 6), generator=generator)}
     batch = {"input_ids": torch.randint(2, VOCAB, (2, 8), generator=generator)}
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     if model.config.is_encoder_decoder:
         batch["decoder_input_ids"] = torch.randint(2, VOCAB, (2, 6), generator=generator)
+    if hasattr(model.config, "vision_config"):
+        batch["pixel_values"] = pixels(model.config.vision_config, generator)
     return batch
+
+
+def pixels(config, generator):
+    return torch.randn(2, 3, config.image_size, config.image_size, generator=generator)
+
+
+def scores(model):
+    """Logits of the deterministic batch; of two towers what each makes of it, before a product of the two."""
+    batch = {name: tensor.to(model.device) for name, tensor in inputs(model).items()}
+    output = model(**batch)
+    if "logits" in output:
+        return output.logits
+    return torch.cat([output.text_model_output.pooler_output, output.vision_model_output.pooler_output], dim=1)
 
 
 @torch.no_grad()
 def logits(model):
-    """Logits of the deterministic batch, on the CPU."""
-    batch = {name: tensor.to(model.device) for name, tensor in inputs(model).items()}
-    return model(**batch).logits.cpu()
+    """`scores` without gradients, on the CPU."""
+    return scores(model).cpu()

@@ -14,7 +14,7 @@ import qrefta
 from qrefta import convert as convert_module
 from qrefta import shards
 from qrefta.build import model_class
-from tests.models import ARCHITECTURES
+from tests.models import ARCHITECTURES, EXPERTS
 
 CHOSEN = ["bert", "llama_gqa", "gpt2", "vit", "t5"]
 
@@ -22,7 +22,7 @@ CHOSEN = ["bert", "llama_gqa", "gpt2", "vit", "t5"]
 @pytest.fixture
 def saved(tmp_path):
     def save(architecture, dtype=torch.float32, **options):
-        model = ARCHITECTURES[architecture]().to(dtype)
+        model = (ARCHITECTURES | EXPERTS)[architecture]().to(dtype)
         model.save_pretrained(tmp_path / "dense", **options)
         return tmp_path / "dense"
 
@@ -62,6 +62,34 @@ def test_other_dtypes_and_formats_are_equal_too(saved, tmp_path, dtype, settings
     dense = saved("llama_gqa", dtype)
     qrefta.prepare(dense, out=tmp_path / "out", rank=4, progress=False, **settings)
     assert_equal(tmp_path / "out", in_memory(dense, rank=4, **settings))
+
+
+def test_16_bits_of_conv1d_are_equal_too(saved, tmp_path):
+    """GPT-2 stores (in, out); an adapted layer stores (out, in) whatever its bits."""
+    dense = saved("gpt2")
+    qrefta.prepare(dense, out=tmp_path / "out", rank=4, bits=16, progress=False)
+    assert_equal(tmp_path / "out", in_memory(dense, rank=4, bits=16))
+
+
+@pytest.mark.parametrize("architecture", EXPERTS)
+@pytest.mark.parametrize("options", [{}, {"save_original_format": False}], ids=["one by one", "fused"])
+def test_experts_are_read_one_by_one_or_fused(saved, tmp_path, architecture, options):
+    """transformers stores the experts of most models as matrices of their own, in shards of any size."""
+    dense = saved(architecture, max_shard_size="40KB", **options)
+    settings = {"rank": 5, "refine": 1, "bits": 16 if options else 4}
+    qrefta.prepare(dense, out=tmp_path / "out", progress=False, **settings)
+    assert_equal(tmp_path / "out", in_memory(dense, **settings))
+
+
+def test_a_missing_expert_is_told(saved, tmp_path):
+    dense = saved("mixtral")
+    tensors = load_file(dense / "model.safetensors")
+    del tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
+    save_file(tensors, dense / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"no tensor for 1 of the 12 linears, .* model\.layers\.1\.mlp\.experts\.gate_up"
+    ):
+        qrefta.prepare(dense, out=tmp_path / "out", rank=2, progress=False)
 
 
 def test_smaller_blocks_differ_by_rounding(saved, tmp_path, monkeypatch):

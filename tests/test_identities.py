@@ -21,7 +21,7 @@ from qrefta.quantize import QUANT_TYPES
 from qrefta.report import StackSplit
 from qrefta.stack import find_stacks, model_weights
 from qrefta.tensor import TRANSFORMS
-from tests.models import ARCHITECTURES, logits
+from tests.models import ARCHITECTURES, TOWERS, logits, scores
 
 all_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
 all_transforms = pytest.mark.parametrize("transform", TRANSFORMS)
@@ -42,7 +42,7 @@ REFERENCE = {
 @cache
 def original(architecture):
     """A shared model: copy it before changing anything."""
-    return ARCHITECTURES[architecture]()
+    return (ARCHITECTURES | TOWERS)[architecture]()
 
 
 @cache
@@ -164,7 +164,7 @@ def test_ratio_is_at_most_1_and_falls_with_the_rank(architecture, transform, qua
 def test_rows_describe_what_is_stored(architecture, double_quant):
     model = prepared(architecture, rank=7, double_quant=double_quant)
     keys = "stack layers shape rank slice_ranks transform quant_type baseline_error residual_error ratio"
-    keys = {*keys.split(), "principal_energy", "bytes", "bits_per_weight", "output_error", "output_ratio"}
+    keys = {*keys.split(), "experts", "principal_energy", "bytes", "bits_per_weight", "output_error", "output_ratio"}
     state, metadata = model.hf_quantizer.get_state_dict_and_metadata(model)
     assert metadata == {}
     for row, report in zip(rows(model), qrefta.quant_report(model), strict=True):
@@ -222,6 +222,32 @@ def test_refinement_lowers_the_stated_error_and_the_statement_stays_true(archite
         assert row.residual_error == pytest.approx(error, rel=1e-4)
         assert row.residual_error < before.residual_error
         assert row.baseline_error == before.baseline_error
+
+
+@pytest.mark.parametrize("architecture", TOWERS)
+def test_models_of_several_towers_keep_the_promises(architecture, tmp_path):
+    """Text and images, or speech and text: exact start, stated error, training, saving, loading and merging."""
+    assert_close(logits(prepared(architecture, bits=16, rank=5)), original_logits(architecture), rtol=1e-5, atol=1e-5)
+    model = prepared(architecture, rank=5)
+    for row in rows(model):
+        error = (dense_stack(model, row) - original_stacks(architecture)[row.stack]).double().square().sum().item()
+        assert row.residual_error == pytest.approx(error, rel=1e-4)
+    start = logits(model)
+    assert_close(start, logits(plain_model(architecture, model)), rtol=1e-5, atol=1e-5)
+    scores(model).square().mean().backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.split(".")[0] for name in trained} == {BANK}
+    with torch.no_grad():
+        for parameter in trained.values():
+            assert parameter.grad.any()
+            parameter -= 0.1 * parameter.grad
+    expected = logits(model)
+    assert (expected - start).abs().max() > 1e-3
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(qrefta.load(tmp_path)), expected)
+    assert_close(logits(qrefta.merge(model, dtype=torch.float32)), expected, rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path / "merged")), logits(model))
 
 
 @needs_minilm

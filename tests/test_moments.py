@@ -11,7 +11,7 @@ from qrefta import moments as moments_module
 from qrefta.data import read_calibration
 from qrefta.moments import Moments, gather_moments, load_moments, output_error, shared_metric
 from qrefta.stack import LayerStack, find_stacks
-from tests.models import ARCHITECTURES, VOCAB, inputs, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from tests.models import ARCHITECTURES, TOWERS, VOCAB, inputs, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from tests.tiny import color_rows, tiny_tokenizer
 
 DOUBLE = torch.float64
@@ -58,9 +58,9 @@ def padded_batch(lengths, length, generator_seed=3):
     return ids * mask, mask
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ARCHITECTURES | TOWERS)
 def test_moments_are_those_of_the_captured_inputs(name):
-    model = ARCHITECTURES[name]()
+    model = (ARCHITECTURES | TOWERS)[name]()
     batches = [inputs(model), second(inputs(model))]
     moments = gather(model, batches)
     for path, tensors in captured(model, batches).items():

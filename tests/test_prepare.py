@@ -10,6 +10,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
@@ -54,6 +55,7 @@ from tests.models import (
     tiny_gpt2,
     tiny_llama,
     tiny_t5,
+    tiny_whisper,
 )
 
 all_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -211,16 +213,35 @@ def tied_llama():
     return build(LlamaForCausalLM, LlamaConfig(**decoder_sizes(32), tie_word_embeddings=True))
 
 
-@pytest.mark.parametrize("build_model", [tiny_gpt2, tiny_t5, tied_llama])
-def test_tied_embeddings_stay_tied(build_model):
+def is_tied(model):
+    return model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+@pytest.mark.parametrize("build_model", [tiny_gpt2, tiny_t5, tied_llama, tiny_whisper])
+def test_tied_embeddings_stay_tied(build_model, tmp_path):
+    """Through preparing, saving, loading and merging; a file holds them once."""
     model = build_model()
     head = model.get_output_embeddings()
-    assert model.get_input_embeddings().weight is head.weight
-    qrefta.prepare(model, rank=3)
+    assert is_tied(model)
+    qrefta.prepare(model, rank=3, refine=0)
     assert model.get_output_embeddings() is head
-    assert model.get_input_embeddings().weight is head.weight
+    assert is_tied(model)
     assert not head.weight.requires_grad
     assert head.weight.dtype == torch.float32
+    model.save_pretrained(tmp_path / "prepared")
+    loaded = qrefta.load(tmp_path / "prepared")
+    assert is_tied(loaded)
+    assert not loaded.get_output_embeddings().weight.requires_grad
+    expected = logits(loaded)
+    merged = qrefta.merge(loaded, dtype=torch.float32)
+    assert is_tied(merged)
+    merged.save_pretrained(tmp_path / "merged")
+    plain = type(model).from_pretrained(tmp_path / "merged")
+    assert is_tied(plain)
+    assert_close(logits(plain), expected, rtol=1e-5, atol=1e-5)
+    for folder in ("prepared", "merged"):
+        stored = load_file(tmp_path / folder / "model.safetensors")
+        assert sum(tensor.shape == head.weight.shape for tensor in stored.values()) == 1
 
 
 # Refusals
@@ -272,8 +293,8 @@ REFUSALS = {
     "NaN": (spoil(VALUE, torch.nan), {}, f"{VALUE}.weight holds NaN or infinite values"),
     "infinity": (spoil(VALUE, -torch.inf), {}, f"{VALUE}.weight holds NaN or infinite values"),
     "NaN outside the targets": (spoil(VALUE, torch.nan), {"target_modules": ["query"]}, f"{VALUE}.weight holds NaN"),
-    "a meta tensor": (changed(to_meta), {}, "bert.encoder.layer.1.output.dense.weight is on the meta device"),
-    "all on meta": (lambda: tiny_bert().to("meta"), {}, "query.weight is on the meta device; load the model with"),
+    "a meta tensor": (changed(to_meta), {}, "1 parameters are on the meta device (bert.encoder.layer.1.output.dense."),
+    "all on meta": (lambda: tiny_bert().to("meta"), {}, "on the meta device .* or give its folder and `out`"),
     "float64": (lambda: tiny_bert().double(), {}, "weight is torch.float64; prepare takes float32, bfloat16 or"),
     "rank 0": (tiny_bert, {"rank": 0}, "rank is 0; it must be a whole number, 1 or more"),
     "rank -1": (tiny_bert, {"rank": -1}, "rank is -1"),
@@ -336,6 +357,29 @@ def test_a_refused_model_is_left_as_it_was(refusal):
     with pytest.raises(ValueError, match=expression(message)):
         qrefta.prepare(model, **{"rank": 3} | settings)
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("place", ["classifier", "bert.encoder", "bert.encoder.layer.1"])
+def test_an_offloaded_model_is_refused_and_left_as_it_was(place, tmp_path):
+    """Its weights on disk are on meta, and hooks that prepare would drop bring them back."""
+    tiny_bert().save_pretrained(tmp_path)
+    names = [f"bert.encoder.layer.{layer}" for layer in range(3)] if place[-1] == "1" else ["bert.encoder"]
+    device_map = dict.fromkeys(["bert.embeddings", "bert.pooler", "classifier", *names], "cpu") | {place: "disk"}
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, device_map=device_map, offload_folder=tmp_path / "disk"
+    )
+    expected, before = logits(model), fingerprint(model)
+    with pytest.raises(ValueError, match=r"meta device .* a device_map offloads them"):
+        qrefta.prepare(model, rank=3)
+    assert_unchanged(model, before)
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_model_that_a_device_map_put_on_one_device_is_prepared(tmp_path):
+    tiny_bert().save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, device_map="cpu")
+    expected = logits(qrefta.prepare(tiny_bert(), rank=3, refine=0))
+    assert torch.equal(logits(qrefta.prepare(model, rank=3, refine=0)), expected)
 
 
 def test_an_interrupted_prepare_is_not_taken_for_a_whole_model(monkeypatch):

@@ -8,9 +8,11 @@ from transformers.pytorch_utils import Conv1D
 from qrefta.stack import Weights, ends_with, find_stacks, model_weights, read_weight, replace_module, select_stacks
 from tests.models import (
     ARCHITECTURES,
+    TOWERS,
     VOCAB,
     build,
     tiny_bert,
+    tiny_clip,
     tiny_gpt2,
     tiny_llama,
     tiny_mixtral,
@@ -27,6 +29,10 @@ OUTSIDE = {
     "vit": {"classifier"},
     "gpt2": {"lm_head"},
     "t5": {"lm_head"},
+    "whisper": {"proj_out"},
+    "clip": {"text_projection", "visual_projection"},
+    "siglip": {"text_model.head"}
+    | {f"vision_model.head.{part}" for part in ("attention.out_proj", "mlp.fc1", "mlp.fc2")},
     "llama_gqa": {"lm_head"},
     "llama_96": {"lm_head"},
     "qwen3": {"lm_head"},
@@ -34,7 +40,7 @@ OUTSIDE = {
     "swin": {"classifier"},
     "mixtral": {"lm_head"},
 }
-MODELS = ARCHITECTURES | {"swin": tiny_swin, "mixtral": tiny_mixtral}
+MODELS = ARCHITECTURES | TOWERS | {"swin": tiny_swin, "mixtral": tiny_mixtral}
 
 
 def linears(model):
@@ -48,7 +54,7 @@ def shapes(model):
 @pytest.mark.parametrize("name", MODELS)
 def test_stacks_hold_every_linear_of_the_blocks_once_and_no_other(name):
     model = MODELS[name]()
-    found = [path for stack in find_stacks(model) for path in stack.modules]
+    found = [path for stack in find_stacks(model) if not stack.experts for path in stack.modules]
     assert sorted(found) == sorted(set(linears(model)) - OUTSIDE[name])
 
 
@@ -56,7 +62,7 @@ def test_stacks_hold_every_linear_of_the_blocks_once_and_no_other(name):
 def test_weights_are_read_as_out_by_in_in_layer_order(name):
     """A linear maps the unit vectors to the columns of its weight, however it stores it."""
     model = MODELS[name]()
-    for stack in find_stacks(model):
+    for stack in (stack for stack in find_stacks(model) if not stack.experts):  # those have tests of their own
         modules = [model.get_submodule(path) for path in stack.modules]
         unit, zero = torch.eye(stack.in_features), torch.zeros(1, stack.in_features)
         with torch.no_grad():
@@ -96,6 +102,12 @@ def test_t5_keeps_sublayer_numbers_and_encoder_apart_from_decoder():
     assert found["encoder.block.*.layer.1.DenseReluDense.wi"] == (3, 64, 32)
     assert found["decoder.block.*.layer.1.EncDecAttention.k"] == (2, 32, 32)
     assert found["decoder.block.*.layer.2.DenseReluDense.wo"] == (2, 32, 64)
+
+
+def test_towers_are_stacks_of_their_own():
+    queries = [stack for stack in find_stacks(tiny_clip()) if stack.name.endswith("q_proj")]
+    assert [stack.shape for stack in queries] == [(2, 32, 32), (2, 64, 64)]
+    assert [stack.name.split(".")[0] for stack in queries] == ["text_model", "vision_model"]
 
 
 def test_swin_stages_of_different_width_are_different_stacks():
