@@ -69,13 +69,16 @@ console = Console()
 
 def run(
     measured: Annotated[Path, typer.Option(help="Rows of eval.cost.")] = Path("eval/rows/cost.jsonl"),
+    only: Annotated[str, typer.Option(help="Texts in the names of the models to compare, with commas.")] = "",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     rows: Annotated[Path | None, typer.Option(help="File to add the comparison to, as JSON lines.")] = None,
 ) -> None:
     """Compare every configuration."""
     torch.set_num_threads(threads)
+    decoders = [row for row in read(measured) if any(text in row["setting"] for text in only.split(","))]
+    others = [name for name in MODELS if any(text in name for text in only.split(","))]
     found = []
-    for row in chain(_decoders(read(measured)), _others()):
+    for row in chain(_decoders(decoders), _others(others)):
         row["planned_of_measured"] = row["planned_bytes"] / row["measured_bytes"]
         console.print(
             f"{row['setting']}, {row['method']}{', checkpointing' if row['checkpointing'] else ''}: planned "
@@ -130,8 +133,9 @@ def _counted(setting: str, checkpointing: bool, lora_rank: int) -> int:
     return own + count_step(model, inputs, torch.optim.AdamW, {}).peak
 
 
-def _others() -> Iterator[dict[str, Any]]:
-    for name, (kind, config, batch, seq) in MODELS.items():
+def _others(names: list[str]) -> Iterator[dict[str, Any]]:
+    for name in names:
+        kind, config, batch, seq = MODELS[name]
         for method in METHODS if name == "bert" else ["refta"]:
             settings = {"rank": RANK, "method": method}
             dense = _dense(kind, config)
