@@ -7,6 +7,7 @@ architectures and all methods are measured here, without dropout, of which a CPU
 
 import copy
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,13 +69,16 @@ console = Console()
 
 def run(
     measured: Annotated[Path, typer.Option(help="Rows of eval.cost.")] = Path("eval/rows/cost.jsonl"),
+    only: Annotated[str, typer.Option(help="Texts in the names of the models to compare, with commas.")] = "",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     rows: Annotated[Path | None, typer.Option(help="File to add the comparison to, as JSON lines.")] = None,
 ) -> None:
     """Compare every configuration."""
     torch.set_num_threads(threads)
+    decoders = [row for row in read(measured) if any(text in row["setting"] for text in only.split(","))]
+    others = [name for name in MODELS if any(text in name for text in only.split(","))]
     found = []
-    for row in [*_decoders(read(measured)), *_others()]:
+    for row in chain(_decoders(decoders), _others(others)):
         row["planned_of_measured"] = row["planned_bytes"] / row["measured_bytes"]
         console.print(
             f"{row['setting']}, {row['method']}{', checkpointing' if row['checkpointing'] else ''}: planned "
@@ -129,18 +133,21 @@ def _counted(setting: str, checkpointing: bool, lora_rank: int) -> int:
     return own + count_step(model, inputs, torch.optim.AdamW, {}).peak
 
 
-def _others() -> Iterator[dict[str, Any]]:
-    for name, (kind, config, batch, seq) in MODELS.items():
+def _others(names: list[str]) -> Iterator[dict[str, Any]]:
+    for name in names:
+        kind, config, batch, seq = MODELS[name]
         for method in METHODS if name == "bert" else ["refta"]:
+            settings = {"rank": RANK, "method": method}
+            dense = _dense(kind, config)
+            planned = [
+                plan(dense, batch=batch, seq=seq, gradient_checkpointing=checkpointing, **settings).total_bytes
+                for checkpointing in (False, True)
+            ]
+            model = qrefta.prepare(dense, refine=0, progress=False, **settings)
             for checkpointing in (False, True):
-                options = {"rank": RANK, "method": method}
-                planned = plan(
-                    _dense(kind, config), batch=batch, seq=seq, gradient_checkpointing=checkpointing, **options
-                ).total_bytes
-                model = qrefta.prepare(_dense(kind, config), refine=0, progress=False, **options)
                 yield {
                     "setting": name, "method": f"{method} R={RANK}", "checkpointing": checkpointing, "dtype": "float32",
-                    "batch": [batch] if seq is None else [batch, seq], "planned_bytes": planned,
+                    "batch": [batch] if seq is None else [batch, seq], "planned_bytes": planned[checkpointing],
                     "measured_bytes": _measured(model, batch, seq, checkpointing),
                 }  # fmt: skip
 
@@ -163,8 +170,7 @@ def _measured(model: nn.Module, batch: int, seq: int | None, checkpointing: bool
         inputs = torch.zeros(batch, seq, dtype=torch.long)
     classes = isinstance(model, BertForSequenceClassification) or seq is None
     labels = torch.zeros(batch, dtype=torch.long) if classes else inputs
-    trained = [parameter for parameter in model.train().parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained)
+    optimizer = torch.optim.AdamW(parameter for parameter in model.train().parameters() if parameter.requires_grad)
 
     def step() -> None:
         model(**{model.main_input_name: inputs}, labels=labels).loss.backward()
