@@ -192,12 +192,17 @@ def last_checkpoint(folder: str | Path) -> Path | None:
 def fsdp2_config(model: PreTrainedModel) -> dict[str, Any]:
     """Trainer's `fsdp_config` to shard a model block by block; every process writes its own part of a checkpoint.
 
-    Blocks that hold the input embeddings (`BertEmbeddings`) are left out: accelerate 1.15 shards these by themselves.
+    A prepared model's blocks are named, since what BERT's class names itself holds its embeddings, on which accelerate
+    1.15 fails.
     """
-    embeddings = model.get_input_embeddings()
-    whole = {type(module).__name__ for module in model.modules() if embeddings in module.modules()}
-    blocks = sorted(set(model._no_split_modules or ()) - whole)
-    return {"version": 2, "transformer_layer_cls_to_wrap": blocks, "state_dict_type": "SHARDED_STATE_DICT"}
+    config = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}
+    if not is_prepared(model):
+        return config
+    blocks = set()
+    for row in prepared_config(model).stacks:
+        depth = row.stack.split(".").index("*") + 1
+        blocks |= {type(model.get_submodule(".".join(path.split(".")[:depth]))).__name__ for path in row.modules}
+    return config | {"transformer_layer_cls_to_wrap": sorted(blocks)}
 
 
 def count_trained(model: nn.Module) -> int:

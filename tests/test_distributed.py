@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import re
 from multiprocessing import forkserver
 
 import pytest
@@ -18,7 +19,20 @@ from qrefta.cli import app
 from qrefta.distributed import check_sharding
 from qrefta.factors import BANK
 from qrefta.finetune import finetune, last_checkpoint
-from tests.processes import TEXT, everything, killed, language_model, losses, packed, start, torchrun, trained, tune
+from qrefta.quantize import QuantFormat
+from tests.processes import (
+    DOCS,
+    TEXT,
+    everything,
+    killed,
+    language_model,
+    losses,
+    packed,
+    start,
+    torchrun,
+    trained,
+    tune,
+)
 from tests.tiny import color_rows, tiny_folder
 
 
@@ -186,6 +200,30 @@ def test_loading_under_zero_3_is_refused(tmp_path):
             qrefta.load(tmp_path)
     finally:
         deepspeed.unset_hf_deepspeed_config()
+
+
+def test_the_page_counts_right():
+    """Llama-3-70B on 8 GPUs, from its shapes; what a GPU receives is 7/8 of what is gathered or scattered."""
+    shapes = [(8192, 8192), (1024, 8192), (1024, 8192), (8192, 8192), (28672, 8192), (28672, 8192), (8192, 28672)]
+    block = sum(sum(QuantFormat().packed_sizes(out * into).values()) for out, into in shapes) / 1e9
+    dense, widths = sum(out * into for out, into in shapes) / 1e9, sum(map(sum, shapes)) / 1e9
+    embedding, factors, lora = 128256 * 8192 / 1e9, 64 * widths, 80 * 16 * widths
+    weights, everything, received = 80 * block + 4 * embedding, 80 * dense + 2 * embedding, 7 / 8
+    counted = {
+        "trained numbers": [1e3 * factors, 1e3 * lora, 1e3 * factors, 1e3 * lora, everything],
+        "frozen weights": [weights, weights, weights / 8, weights / 8],
+        "masters": [16 * factors, 16 * lora, 2 * factors, 2 * lora, 2 * everything],
+        "a gathered block": [block, block + 2 * lora / 80, 2 * dense],
+        "weights of the blocks": [received * 2 * 80 * gathered for gathered in (block, block, 2 * dense)],
+        "embeddings and head": [received * 2 * embedding * times for times in (2, 2, 3)],
+        "factors or LoRA": [received * 4 * factors, received * 2 * 4 * lora],
+        "gradients": [received * bytes for bytes in (8 * factors, 8 * lora, 4 * factors, 4 * lora, 2 * everything)],
+    }
+    page = DOCS.read_text(encoding="utf-8")
+    for start_of_row, values in counted.items():
+        row = next(line for line in page.splitlines() if re.match(rf"\| \(?{start_of_row}", line))
+        shown = re.findall(r"([\d.]+) [MBG]", row)
+        assert [f"{value:.{len(text.partition('.')[2])}f}" for value, text in zip(values, shown, strict=True)] == shown
 
 
 def test_a_checkpoint_in_parts_is_passed_over(tmp_path):

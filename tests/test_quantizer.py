@@ -132,6 +132,16 @@ def test_saving_leaves_the_model_as_it_was(tmp_path):
     assert_same_state(model, clone)
 
 
+def test_a_state_dict_that_is_passed_is_what_is_saved(tmp_path):
+    """As Trainer does under FSDP; it stays as it was."""
+    model = qrefta.prepare(tiny_bert(), rank=5)
+    state = model.state_dict() | {"classifier.bias": model.classifier.bias.detach() + 1}
+    passed = dict(state)
+    model.save_pretrained(tmp_path, state_dict=passed)
+    assert all(passed[name] is tensor for name, tensor in state.items())
+    assert_close(dict(qrefta.load(tmp_path).state_dict()), dict(state), rtol=0, atol=0)
+
+
 def test_a_folder_with_its_tokenizer_works_as_pushed(tmp_path):
     vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "a", "small", "test"])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
