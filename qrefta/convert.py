@@ -207,11 +207,13 @@ class _Parts:
     def __init__(self, out: Path, stem: str) -> None:
         self.out, self.stem = out, stem
         self.tensors: dict[str, Tensor] = {}
+        self.nbytes = 0
         self.files: list[str] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
         self.tensors[name] = tensor.detach().to("cpu").contiguous()
-        if sum(part.nbytes for part in self.tensors.values()) >= _PART_BYTES:
+        self.nbytes += self.tensors[name].nbytes
+        if self.nbytes >= _PART_BYTES:
             self._flush()
 
     def close(self) -> list[str]:
@@ -222,7 +224,7 @@ class _Parts:
     def _flush(self) -> None:
         self.files.append(f"{self.stem}-{len(self.files):04d}.safetensors")
         write_shard(self.out / self.files[-1], self.tensors)
-        self.tensors = {}
+        self.tensors, self.nbytes = {}, 0
 
 
 def _finish(folder: Path, out: Path, model: PreTrainedConfig, config: QReftaConfig, files: list[str]) -> None:
