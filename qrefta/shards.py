@@ -169,11 +169,13 @@ class ShardWriter:
     def __init__(self, folder: Path, stem: str, part_bytes: int) -> None:
         self.folder, self.stem, self.part_bytes = folder, stem, part_bytes
         self.tensors: dict[str, Tensor] = {}
+        self.nbytes = 0
         self.files: list[str] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
         self.tensors[name] = tensor.detach().to("cpu").contiguous()
-        if sum(part.nbytes for part in self.tensors.values()) >= self.part_bytes:
+        self.nbytes += self.tensors[name].nbytes
+        if self.nbytes >= self.part_bytes:
             self._flush()
 
     def close(self) -> list[str]:
@@ -185,7 +187,7 @@ class ShardWriter:
     def _flush(self) -> None:
         self.files.append(f"{self.stem}{len(self.files):04d}.safetensors")
         write_shard(self.folder / self.files[-1], self.tensors)
-        self.tensors = {}
+        self.tensors, self.nbytes = {}, 0
 
 
 def copy_companions(folder: Path, out: Path) -> None:

@@ -110,10 +110,10 @@ def tiny_mixtral(hidden=32):
 
 
 def tiny_qwen3_moe(hidden=32):
-    """Its middle layer is dense."""
+    """Its middle layer is dense; of twelve experts the tenth comes before the second by the alphabet."""
     config = Qwen3MoeConfig(
-        num_experts=4,
-        num_experts_per_tok=2,
+        num_experts=12,
+        num_experts_per_tok=3,
         moe_intermediate_size=24,
         norm_topk_prob=True,
         mlp_only_layers=[1],

@@ -71,12 +71,20 @@ def test_16_bits_of_conv1d_are_equal_too(saved, tmp_path):
     assert_equal(tmp_path / "out", in_memory(dense, rank=4, bits=16))
 
 
-@pytest.mark.parametrize("architecture", EXPERTS)
-@pytest.mark.parametrize("options", [{}, {"save_original_format": False}], ids=["one by one", "fused"])
-def test_experts_are_read_one_by_one_or_fused(saved, tmp_path, architecture, options):
+@pytest.mark.parametrize(
+    ("architecture", "options", "bits"),
+    [
+        ("mixtral", {}, 4),
+        ("mixtral", {"save_original_format": False}, 4),
+        ("qwen3_moe", {}, 4),
+        ("gpt_oss", {}, 16),
+    ],
+    ids=["one by one", "fused", "many", "transposed"],
+)
+def test_experts_are_read_one_by_one_or_fused(saved, tmp_path, architecture, options, bits):
     """transformers stores the experts of most models as matrices of their own, in shards of any size."""
     dense = saved(architecture, max_shard_size="40KB", **options)
-    settings = {"rank": 5, "refine": 1, "bits": 16 if options else 4}
+    settings = {"rank": 5, "refine": 0, "bits": bits}
     qrefta.prepare(dense, out=tmp_path / "out", progress=False, **settings)
     assert_equal(tmp_path / "out", in_memory(dense, **settings))
 
@@ -247,6 +255,19 @@ def test_rows_and_columns_read_as_the_library_reads_them(saved):
             if tensor.dim() == 2:
                 assert torch.equal(checkpoint.read(name, 2, 5), tensor[2:5])
                 assert torch.equal(checkpoint.read(name, 2, 5, columns=True), tensor.T[2:5])
+
+
+def test_rows_are_read_across_matrices_and_within_fused_ones(tmp_path):
+    tensors = {"gate": torch.randn(3, 4), "up": torch.randn(5, 4), "fused": torch.randn(2, 3, 4)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = shards.Checkpoint(tmp_path)
+    below = torch.cat([tensors["gate"], tensors["up"]])
+    for start, stop in ((0, 8), (0, 2), (1, 3), (2, 6), (3, 8), (4, 7)):
+        parts = [shards.Part("gate"), shards.Part("up")]
+        assert torch.equal(checkpoint.read_parts(parts, start, stop), below[start:stop])
+    second = [shards.Part("fused", 1)]
+    assert torch.equal(checkpoint.read_parts(second, 1, 3), tensors["fused"][1, 1:3])
+    assert torch.equal(checkpoint.read_parts(second, 1, 4, columns=True), tensors["fused"][1].T[1:4])
 
 
 def test_shards_are_written_as_the_library_reads_them(tmp_path):
