@@ -5,7 +5,7 @@ dequant(Q_l), dense or in bitsandbytes' own 4 bits, which are the same bits. On 
 training changed, Delta_l less Delta_l at the start, of rank 2r: for ReFTA [A' diag(u_l), -A diag(u_l)] and [B'; B]. The
 quantization error of the residual, with which the model was trained, is left out. (The nearest matrix of that rank to
 all that differs from W_l would take some of it in, but that error is by far the larger part, so it could not be cut; on
-SST-2 its logits are little nearer, 0.064 of their size from the trained model's against 0.076: eval/rows/exports.jsonl.)
+SST-2 its logits are little nearer: 0.064 of their size from those of the trained model, not 0.076.)
 
 The factors at the start are those of the prepared model before training; without it the original is split again, and
 the packed weights prove that the split is the same. A method whose Delta_l has no two thin factors (TeRA) is cut to a
