@@ -41,7 +41,12 @@ def torchrun(work, folder):
         min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="tests", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
         max_restarts=0, monitor_interval=0.05, start_method="forkserver",
     )  # fmt: skip
-    elastic_launch(config, _entry)(work.__name__, folder)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        elastic_launch(config, _entry)(work.__name__, folder)
+    finally:  # the launcher leaves its own
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _entry(work, folder):
