@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.func import functional_call
@@ -285,9 +286,16 @@ def test_a_damaged_checkpoint_is_refused(damage, tmp_path):
         qrefta.load(tmp_path)
 
 
-def drop_tensor(path, end):
-    from safetensors.torch import load_file, save_file
+def test_a_bias_that_lacks_is_told_to_other_classes_too(tmp_path):
+    """They may have fresh heads, but transformers draws nothing in a module that lost its fused parameters."""
+    model = prepared("gpt_oss")
+    model.save_pretrained(tmp_path)
+    drop_tensor(tmp_path / "model.safetensors", "1.mlp.experts.down_proj_bias")
+    with pytest.raises(ValueError, match="lacks 1 tensors"):
+        type(model.model).from_pretrained(tmp_path)
 
+
+def drop_tensor(path, end):
     tensors = load_file(path)
     del tensors[next(key for key in tensors if key.endswith(end))]
     save_file(tensors, path, {"format": "pt"})
