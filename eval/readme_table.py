@@ -48,12 +48,16 @@ def cost_table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for method, row in plain.items():
-        other = checkpointed[method]
+        other = checkpointed.get(method)
+        with_checkpointing = (
+            "| | | |"
+            if other is None
+            else f"| {other['step_s']:.2f} s | {other['peak_bytes'] / 1e6:.0f} MB | {other['peak_of_floor']:.2f} |"
+        )
         lines.append(
             f"| {method} | {row['trained_parameters']:,} | {row['step_s']:.2f} s | {row['of_floor']:.2f} "
             f"| {row['of_qlora']:.2f} | {row['peak_bytes'] / 1e6:.0f} MB | {row['peak_of_floor']:.2f} "
-            f"| {row['peak_of_qlora']:.2f} | {other['step_s']:.2f} s | {other['peak_bytes'] / 1e6:.0f} MB "
-            f"| {other['peak_of_floor']:.2f} |"
+            f"| {row['peak_of_qlora']:.2f} {with_checkpointing}"
         )
     first = next(iter(plain.values()))
     sequences, length = first["batch"]
@@ -61,6 +65,8 @@ def cost_table(rows: list[dict[str, Any]]) -> str:
         f"{sequences} x {length} tokens, {first['dtype']}, medians of {first['n']} alternated steps "
         f"({first['device']}, {first['threads']} threads)."
     )
+    if len({row["commit"] for row in plain.values()}) > 1:
+        caption += " Of several runs; the ratios are to the floor and QLoRA of each one's own."
     return "\n".join([*lines, "", caption])
 
 
