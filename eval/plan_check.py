@@ -69,25 +69,28 @@ console = Console()
 
 def run(
     measured: Annotated[Path, typer.Option(help="Rows of eval.cost.")] = Path("eval/rows/cost.jsonl"),
-    only: Annotated[str, typer.Option(help="Texts in the names of the models to compare, with commas.")] = "",
+    only: Annotated[
+        str, typer.Option(help="Texts in what is printed of model and method ('bert, tera'), with semicolons.")
+    ] = "",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     rows: Annotated[Path | None, typer.Option(help="File to add the comparison to, as JSON lines.")] = None,
 ) -> None:
     """Compare every configuration."""
     torch.set_num_threads(threads)
-    decoders = [row for row in read(measured) if any(text in row["setting"] for text in only.split(","))]
-    others = [name for name in MODELS if any(text in name for text in only.split(","))]
-    found = []
-    for row in chain(_decoders(decoders), _others(others)):
+    decoders = [row for row in read(measured) if _chosen(only, row["setting"], row["method"])]
+    for row in chain(_decoders(decoders), _others(only)):
         row["planned_of_measured"] = row["planned_bytes"] / row["measured_bytes"]
         console.print(
             f"{row['setting']}, {row['method']}{', checkpointing' if row['checkpointing'] else ''}: planned "
             f"{row['planned_bytes'] / 1e6:.1f} MB, measured {row['measured_bytes'] / 1e6:.1f} MB, "
             f"{row['planned_of_measured']:.4f}"
         )
-        found.append(row)
-    if rows is not None:
-        append(rows, [{"study": "plan"} | row for row in found], seed=0)
+        if rows is not None:
+            append(rows, [{"study": "plan"} | row], seed=0)
+
+
+def _chosen(only: str, setting: str, method: str) -> bool:
+    return any(text in f"{setting}, {method}" for text in only.split(";"))
 
 
 def _decoders(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -133,10 +136,11 @@ def _counted(setting: str, checkpointing: bool, lora_rank: int) -> int:
     return own + count_step(model, inputs, torch.optim.AdamW, {}).peak
 
 
-def _others(names: list[str]) -> Iterator[dict[str, Any]]:
-    for name in names:
-        kind, config, batch, seq = MODELS[name]
+def _others(only: str) -> Iterator[dict[str, Any]]:
+    for name, (kind, config, batch, seq) in MODELS.items():
         for method in METHODS if name == "bert" else ["refta"]:
+            if not _chosen(only, name, f"{method} R={RANK}"):
+                continue
             settings = {"rank": RANK, "method": method}
             dense = _dense(kind, config)
             planned = [

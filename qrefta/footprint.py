@@ -10,9 +10,10 @@ A model of many equal blocks is counted by three of them. Where one block ends a
 in the backward pass, a new segment of the count begins; those of the second block stand for all others between the
 first and the last. That is exact, as each of them adds and releases the same.
 
-Counted as on a GPU: attention is a fused kernel, which keeps its operands, its output and a number a row; dropout
-keeps one byte an element. Within a kernel only what is as large as a weight is counted: the matrix that bitsandbytes'
-product dequantizes, and the gradient of the queries that attention sums in float32.
+Counted as on a GPU: attention is a fused kernel, which keeps its operands, its output and a number a row, and sums the
+queries' gradient in float32; dropout keeps one byte an element. What other kernels take inside themselves is not
+counted: bitsandbytes' product dequantizes its weight there, but that is less than the peak, since the backward pass
+dequantizes it in the open, with more beside it.
 """
 
 import weakref
@@ -147,8 +148,9 @@ class _Ledger(TorchDispatchMode):
             storage = tensor.untyped_storage()
             key = storage._cdata
             if key not in self._living:
-                self._living[key] = weakref.ref(storage, partial(self._release, key, storage.nbytes()))
-                self._add(storage.nbytes())
+                nbytes = storage.nbytes()
+                self._living[key] = weakref.ref(storage, partial(self._release, key, nbytes))
+                self._add(nbytes)
 
     def level(self) -> int:
         """Bytes that live now."""
@@ -167,20 +169,16 @@ class _Ledger(TorchDispatchMode):
         del self._living[key]
         self._add(-nbytes)
 
-    def _add(self, nbytes: int, passing: int = 0) -> None:
-        """Add bytes that live on, and some that only a kernel sees."""
+    def _add(self, nbytes: int) -> None:
         segment = self._segments[-1]
         segment.change += nbytes
-        segment.highest = max(segment.highest, segment.change + passing)
+        segment.highest = max(segment.highest, segment.change)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         self.enter(filter(_is_tensor, tree_leaves(result)))
-        if func is torch.ops.bitsandbytes.gemm_4bit.default:
-            x, shape = args[0], args[2]
-            self._add(0, passing=shape[0] * shape[1] * x.dtype.itemsize)
         return result
 
 
