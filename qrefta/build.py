@@ -44,7 +44,7 @@ def model_class(name: str, source: str | Path) -> type[PreTrainedModel]:
     Raises:
         ValueError: if transformers has no such model class.
     """
-    found = getattr(transformers, name, None)
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise ValueError(f"transformers has no model class {name!r}; load {source} with the class that saved it.")
     return found

@@ -429,7 +429,7 @@ def guarded(command: Callable[[], object]) -> None:
     quiet_libraries()
     try:
         command()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False)
         raise SystemExit(2) from error
 

@@ -110,7 +110,7 @@ def _sentences(model: PreTrainedModel) -> dict[str, Tensor]:
     with suppress(ValueError, OSError, ImportError, KeyError):
         folder = resolve_folder(model.name_or_path, weights=False) if model.name_or_path else Path()
         if any(folder.glob("tokenizer*")):
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             rows = [tokenizer(text)["input_ids"][:_TOKENS] for text in _SENTENCES]
             width = min(map(len, rows))
             ids = torch.tensor([row[:width] for row in rows])

@@ -15,6 +15,8 @@ from qrefta.stack import LayerStack
 from qrefta.tensor import TRANSFORMS
 
 FORMAT_VERSION = 1
+_LARGEST = 1 << 40  # that a size or a count may be
+_MEASURED = ("baseline_error", "residual_error", "ratio", "principal_energy", "bytes", "bits_per_weight")
 FACTOR_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -124,12 +126,14 @@ class QReftaConfig(QuantizationConfigMixin):
             _one_of(f"transform (with method {method})", transform, METHODS[method].transforms)
         _one_of("bits", bits, (4, 16))
         _one_of("factor_dtype", factor_dtype, FACTOR_DTYPES)
-        QuantFormat(quant_type, block_size, double_quant)
+        QuantFormat(quant_type, block_size, _one_of("double_quant", double_quant, (False, True)))
         self.quant_method = quant_method
         self.format_version = format_version
         self.method = method
         self.transform = transform
         self.rank = rank if rank == "auto" else _at_least("rank", rank, 1)
+        if not isinstance(ranks, Sequence | None) or isinstance(ranks, str):
+            raise ValueError(f"ranks is {ranks!r}; it must be a list of whole numbers")
         self.ranks = None if ranks is None else [_at_least("each of ranks", one, 1) for one in ranks]
         self.trained_params = None if trained_params is None else _at_least("trained_params", trained_params, 1)
         if self.ranks is not None and self.trained_params is not None:
@@ -151,7 +155,11 @@ class QReftaConfig(QuantizationConfigMixin):
         self.seed = _at_least("seed", seed, 0)
         self.factor_dtype = factor_dtype
         self.target_modules = target_modules
+        if not isinstance(modules_to_save, list | tuple | None) or not _texts(list(modules_to_save or [])):
+            raise ValueError(f"modules_to_save is {modules_to_save!r}; it must be a list of module names")
         self.modules_to_save = list(modules_to_save or [])
+        if not isinstance(stacks, list | None):
+            raise ValueError(f"stacks is {stacks!r}; it must be a list. config.json is damaged: restore it.")
         self.stacks = [_row(stack) for stack in stacks or []]
 
     @property
@@ -177,12 +185,48 @@ def _row(stack: StackRow | dict[str, Any]) -> StackRow:
             f"A stack of the qrefta config is {stack!r}; needed are the keys {sorted(needed)}. "
             "config.json is damaged: restore it from the folder that save_pretrained wrote."
         )
-    return StackRow(**stack)
+    row = StackRow(**stack)
+    wrong = next((name for name, fits in _fitting(row).items() if not fits), None)
+    if wrong is not None:
+        raise ValueError(
+            f"A stack of the qrefta config has {wrong} {getattr(row, wrong)!r}, which no stack has. config.json is "
+            "damaged: restore it from the folder that save_pretrained wrote."
+        )
+    return row
 
 
-def _one_of(name: str, value: Any, allowed: Any) -> None:
+def _fitting(row: StackRow) -> dict[str, bool]:
+    """Whether what the model is built from is what `prepare` writes, by attribute."""
+    count = isinstance(row.experts, int) and 0 <= row.experts < _LARGEST
+    whole = row.rank if isinstance(row.rank, list) and row.rank else [row.rank]
+    return {
+        "stack": isinstance(row.stack, str),
+        "modules": bool(row.modules) and _texts(row.modules),
+        "transposed": isinstance(row.transposed, bool),
+        "experts": count,
+        "layers": _counts(row.layers),
+        "shape": isinstance(row.shape, list) and len(row.shape) == 2 and all(_counts(n) and n > 0 for n in row.shape),
+        "rank": all(map(_counts, whole)),
+        "slice_ranks": isinstance(row.slice_ranks, list) and all(map(_counts, row.slice_ranks)),
+    } | {name: _is_real(getattr(row, name)) for name in _MEASURED}
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+def _counts(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _LARGEST
+
+
+def _is_real(value: Any) -> bool:
+    return value is None or (isinstance(value, Real) and not isinstance(value, bool))
+
+
+def _one_of(name: str, value: Any, allowed: Any) -> Any:
     if value not in tuple(allowed):
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
+    return value
 
 
 def _at_least(name: str, value: Any, smallest: int) -> int:

@@ -23,7 +23,9 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from qrefta.build import bank_key, model_class, trained_modules
 from qrefta.card import write_card
 from qrefta.config import QReftaConfig, StackRow
+from qrefta.digests import write_digests
 from qrefta.factors import BANK, Rank, stored_factors
+from qrefta.guard import FRESH_BYTES, FRESH_SHARE, check_config
 from qrefta.moments import Moments
 from qrefta.quantize import Packed
 from qrefta.rank import choose_ranks
@@ -34,12 +36,13 @@ from qrefta.shards import (
     ShardWriter,
     copy_companions,
     copy_shard,
+    read_json,
     replace_text,
     resolve_folder,
     write_index,
 )
 from qrefta.sources import weight_parts
-from qrefta.stack import BLOCK_BYTES, LayerStack, Weights, find_stacks, select_stacks
+from qrefta.stack import BLOCK_BYTES, LayerStack, Weights, check_values, find_stacks, select_stacks
 
 JOURNAL = "qrefta_unfinished.json"
 _PART_BYTES = 128 << 20
@@ -77,6 +80,7 @@ def convert(
     stacks = find_stacks(model)
     targets = select_stacks(stacks, config.target_modules)
     config.modules_to_save = trained_modules(model, config.modules_to_save, stacks)
+    _check_bytes(folder, checkpoint, model)
     parts = weight_parts(model, checkpoint, stacks)
     block_bytes = _block_bytes(stacks, targets, _bytes(max_memory))
     weights = {stack: _weights(checkpoint, stack, parts, device, block_bytes) for stack in stacks}
@@ -114,11 +118,15 @@ class _Journal:
         self.rows: list[StackRow] = []
         self.files: list[str] = []
         if self.path.is_file():
-            self._resume(json.loads(self.path.read_text(encoding="utf-8")))
-        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+            self._resume(read_json(self.path))
+        elif out.exists() and (not out.is_dir() or any(path.name != f"{JOURNAL}.tmp" for path in out.iterdir())):
             raise ValueError(f"{out} exists and is not empty; choose another folder or remove it.")
 
-    def _resume(self, state: dict[str, Any]) -> None:
+    def _resume(self, state: Any) -> None:
+        lists = ("ranks", "files", "rows")
+        whole = isinstance(state, dict) and isinstance(state.get("fingerprint"), dict)
+        if not whole or not all(isinstance(state.get(name), list) for name in lists):
+            raise ValueError(f"{self.path} is damaged; remove the folder {self.path.parent} and prepare anew.")
         changed = [key for key, value in self.fingerprint.items() if state["fingerprint"].get(key) != value]
         if changed:
             raise ValueError(
@@ -126,7 +134,10 @@ class _Journal:
                 "settings to go on, or remove the folder."
             )
         self.ranks, self.files = state["ranks"], state["files"]
-        self.rows = [StackRow(**row) for row in state["rows"]]
+        self.rows = QReftaConfig(stacks=state["rows"]).stacks
+        strange = [file for file in self.files if not isinstance(file, str) or Path(file).name != file]
+        if strange:
+            raise ValueError(f"{self.path} names {strange[0]!r}, which is outside its folder; it is refused.")
 
     def begin(self, ranks: list[Rank]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,13 +158,48 @@ class _Journal:
 
 def _skeleton(folder: Path, checkpoint: Checkpoint) -> PreTrainedModel:
     """The model without storage, by its config.json; with the dtype that its weights have."""
-    config = AutoConfig.from_pretrained(folder)
+    config = _read_config(folder)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"{folder} is already quantized; prepare quantizes a dense checkpoint itself.")
     if config.dtype is None:
-        config.dtype = next(d for d in map(checkpoint.dtype, checkpoint.names) if d.is_floating_point)
-    with init_empty_weights(include_buffers=True):
-        return model_class((config.architectures or [""])[0], folder)(config)
+        dtypes = map(checkpoint.dtype, checkpoint.names)
+        config.dtype = next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+    kind = model_class((config.architectures or [""])[0], folder)
+    try:
+        with init_empty_weights(include_buffers=True):
+            return kind(config)
+    except Exception as error:
+        raise _no_model(folder, error) from error
+
+
+def _read_config(folder: Path) -> PreTrainedConfig:
+    """Its config.json, as transformers reads it; a number out of range would have it count for ever."""
+    found = read_json(folder / "config.json")
+    if not isinstance(found, dict):
+        raise ValueError(f"{folder / 'config.json'} is damaged: it holds no settings by name; copy it again.")
+    check_config(found)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise _no_model(folder, error) from error
+
+
+def _no_model(folder: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"The config.json of {folder} makes no model ({type(error).__name__}: {error}); it is damaged, or of another "
+        "version of transformers: copy it again."
+    )
+
+
+def _check_bytes(folder: Path, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """Refuse files that hold far more than the model: a sparse one of terabytes would be copied, zero by zero."""
+    held = sum(map(checkpoint.nbytes, checkpoint.names))
+    wanted = sum(tensor.numel() * tensor.itemsize for tensor in model.state_dict().values())
+    if held > max(FRESH_BYTES, FRESH_SHARE * wanted):
+        raise ValueError(
+            f"The files of {folder} hold {held / 1e9:.1f} GB, and its config.json's model {wanted / 1e9:.3f} GB; "
+            "they do not belong together: copy the folder again."
+        )
 
 
 def _weights(
@@ -164,10 +210,7 @@ def _weights(
     def read(layer: int, start: int, stop: int) -> Tensor:
         own = parts[adapted[layer]]
         rows = checkpoint.read_parts(own, start, stop, columns=stack.transposed)
-        if not rows.is_floating_point():
-            raise ValueError(f"{own[0].name} is {rows.dtype}; prepare takes float32, bfloat16 or float16.")
-        if not torch.isfinite(rows).all():
-            raise ValueError(f"{own[0].name} holds NaN or infinite values; the checkpoint is damaged.")
+        check_values(own[0].name, rows)
         return rows
 
     return Weights(stack.shape, read, device, block_bytes, keep=False)
@@ -202,15 +245,19 @@ def _write_rest(out: Path, checkpoint: Checkpoint, written: set[str]) -> list[st
 
 
 def _finish(folder: Path, out: Path, model: PreTrainedConfig, config: QReftaConfig, files: list[str]) -> None:
-    """Write all that makes a folder of the files: index, tokenizer, and at the very end config.json."""
+    """Write all that makes a model of the files: index, tokenizer, and at the very end config.json and the digests.
+
+    The journal stays until then: a run that is killed in here goes on like any.
+    """
     copy_companions(folder, out)
     write_index(out, files)
     for stray in _strays(out, files):
         stray.unlink()
     model.quantization_config = config
-    (out / JOURNAL).unlink()
     write_card(out, config)
     replace_text(out / "config.json", model.to_json_string(use_diff=True))
+    write_digests(out)
+    (out / JOURNAL).unlink()
 
 
 def _strays(out: Path, files: list[str]) -> Iterator[Path]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 IMPLEMENTATION = "qrefta"
+_EVEN = "qrefta_even"
 _DEFAULT = "grouped_mm"  # transformers' own
 _SUFFIX = "_adapted"
 _CONTRACT = ("config", "has_gate", "is_transposed", "_apply_gate")
@@ -53,6 +54,16 @@ def add_expert(experts: nn.Module, name: str, linear: nn.Module) -> None:
         delattr(experts, name)
         experts.config._experts_implementation = IMPLEMENTATION
         experts._is_hf_initialized = True  # or transformers, after loading, would draw the fused weights
+
+
+def route_evenly(model: nn.Module) -> None:
+    """Let every adapted experts module of `model` give all experts the same number of tokens, whatever the router says.
+
+    It is for models without values, in which nothing can be routed.
+    """
+    for module in model.modules():
+        if is_adapted(module):
+            module.config._experts_implementation = _EVEN
 
 
 def restore_fused(experts: nn.Module, name: str, weights: Iterator[Tensor], dtype: torch.dtype) -> None:
@@ -139,4 +150,12 @@ def _forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_
     return weighted[order.argsort()].view(*top_k_index.shape, -1).sum(1).to(hidden_states.dtype)
 
 
+def _forward_evenly(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The same pass, with tokens dealt out in turn."""
+    experts = len(getattr(self, fused_names(self)[0] + _SUFFIX))
+    dealt = torch.arange(top_k_index.numel()).remainder(experts).view(top_k_index.shape)
+    return _forward(self, hidden_states, dealt, top_k_weights)
+
+
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward)
+ALL_EXPERTS_FUNCTIONS.register(_EVEN, _forward_evenly)

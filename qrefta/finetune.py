@@ -1,5 +1,6 @@
 """The training recipe on transformers.Trainer, for a prepared model or any other, and any of `qrefta.tasks`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -9,11 +10,14 @@ from accelerate.utils import gather_object
 from datasets import DatasetDict
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from qrefta.card import write_card
+from qrefta.checkpoints import clear_unfinished, last_checkpoint, publish, whole_checkpoints, writing
+from qrefta.digests import DIGESTS, check_digests
 from qrefta.distributed import check_sharding, processes, whole_state
 from qrefta.factors import BANK
+from qrefta.finite import finite_steps
 from qrefta.quantizer import is_prepared, prepared_config
 from qrefta.tasks import TASKS
 
@@ -63,6 +67,7 @@ def finetune(
     fsdp: bool = False,
     seed: int = 0,
     report_to: str | list[str] = "none",
+    callbacks: Sequence[TrainerCallback] = (),
     resume: bool = False,
     progress: bool = True,
 ) -> FinetuneResult:
@@ -81,7 +86,7 @@ def finetune(
         tokenizer: the model's; for images its image processor.
         dataset: what the task's loader reads (`qrefta.data.load_classification`, `qrefta.tasks.load_text`, `load_chat`,
             `load_images`), or the `DatasetDict` that it returns.
-        output_dir: for checkpoints and the trained model.
+        output_dir: for checkpoints and the trained model; without checkpoints of another run.
         task: classify (text), lm (running text), sft (conversations, by TRL's SFTTrainer) or image (classes of images).
         learning_rate: peak, of all trained numbers.
         epochs, max_steps: length of the run; `max_steps`, if positive, wins.
@@ -89,7 +94,8 @@ def finetune(
         max_length: tokens a row is cut to; for lm the tokens of a block.
         packing: for sft, fill sequences with several conversations. Only with flash attention do they not see each
             other.
-        warmup_steps: steps, or below 1 the share of the run, in which the learning rate rises.
+        warmup_steps: steps, or below 1 the share of the run, in which the learning rate rises from 0; the first of them
+            moves nothing.
         weight_decay: AdamW's; 0 by default, since it would pull factors towards zero, away from the original weights.
         save_steps: a checkpoint every so many steps, or below 1 every such share of the run.
         optimizer: any of Trainer's, `adamw_8bit` or `paged_adamw_8bit` for instance.
@@ -100,23 +106,35 @@ def finetune(
         fsdp: shard the model over the processes, one a GPU, by FSDP2; else each holds all of it (DDP).
         seed: of batch order and dropout.
         report_to: Trainer's logging integrations ("wandb", "tensorboard", ...).
+        callbacks: Trainer's, called as training goes.
         resume: go on from the last checkpoint in `output_dir`; the model becomes that of an uninterrupted run.
         progress: show Trainer's progress bar.
 
     Raises:
-        ValueError: for an unknown task, unusable data, a model whose labels do not fit them, nothing to resume, or
-            processes that cannot share the model as is asked (see `qrefta.distributed`).
+        ValueError: for an unknown task, unusable data, a model whose labels do not fit them, nothing to resume, a
+            damaged checkpoint to resume from, checkpoints of an earlier run that is not to be resumed, or processes
+            that cannot share the model as is asked (see `qrefta.distributed`).
+        FloatingPointError: if a loss or gradients are not finite; checkpoints from before are whole.
+        OSError: if a checkpoint or the model cannot be written; what was there before is whole.
     """
     check_sharding()
     if task not in TASKS:
         raise ValueError(f"task is {task!r}; it must be one of {', '.join(TASKS)}")
     load, make_recipe, *_ = TASKS[task]
-    with processes().main_process_first():  # the others find its cache
+    together = processes()
+    with together.main_process_first():  # the others find its cache
         data = load(dataset, seed=seed) if isinstance(dataset, str | Path) else dataset
         recipe = make_recipe(model, tokenizer, data, max_length=max_length, packing=packing)
+    if together.is_main_process:
+        clear_unfinished(output_dir)
     checkpoint = last_checkpoint(output_dir)
     if resume and checkpoint is None:
         raise ValueError(f"There is no checkpoint to resume from in {output_dir}.")
+    if checkpoint is not None and not resume:
+        raise ValueError(
+            f"{output_dir} holds {checkpoint.name} of an earlier run, which could be taken for one of this run. Go on "
+            "from it with resume=True, give another output_dir, or remove it."
+        )
     arguments = recipe.arguments(
         **recipe.options,
         output_dir=str(output_dir),
@@ -146,7 +164,7 @@ def finetune(
     )
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    trainer = recipe.trainer(
+    trainer = finite_steps(whole_checkpoints(recipe.trainer))(
         model=model,
         args=arguments,
         train_dataset=recipe.train,
@@ -154,11 +172,14 @@ def finetune(
         data_collator=recipe.collate,
         compute_metrics=recipe.metrics,
         processing_class=tokenizer,
+        callbacks=list(callbacks),
     )
     if recipe.mean_loss:  # which Trainer does not know of models whose forward takes **kwargs
         trainer.model_accepts_loss_kwargs = False
     if fsdp and not trainer.is_fsdp_enabled:
         raise ValueError("fsdp shards a model over GPUs, and there are none here; leave it out.")
+    if resume and (checkpoint / DIGESTS).is_file():  # Trainer reads the weights past the plug-in
+        check_digests(checkpoint, checkpoint.glob("model*.safetensors"))
     outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
     evaluated = [row for row in trainer.state.log_history if "eval_loss" in row]  # at step 0, and where a run went on
     before = evaluated[0]
@@ -166,11 +187,13 @@ def finetune(
     after = trainer.evaluate()
     state = whole_state(model)
     if arguments.should_save:
-        model.save_pretrained(output_dir, state_dict=state)
-        tokenizer.save_pretrained(output_dir)
-        if is_prepared(model):
-            did = f"It was fine-tuned ({task}, {outcome.global_step} steps, test loss {after['eval_loss']:.4f})."
-            write_card(Path(output_dir), prepared_config(model), did)
+        with writing(Path(output_dir), "the model") as folder:
+            model.save_pretrained(folder, state_dict=state)
+            tokenizer.save_pretrained(folder)
+            if is_prepared(model):
+                did = f"It was fine-tuned ({task}, {outcome.global_step} steps, test loss {after['eval_loss']:.4f})."
+                write_card(folder, prepared_config(model), did)
+            publish(folder, Path(output_dir))
     return FinetuneResult(
         accuracy_before=before.get("eval_accuracy"),
         accuracy_after=after.get("eval_accuracy"),
@@ -181,12 +204,6 @@ def finetune(
         train_s=outcome.metrics["train_runtime"] - evaluated[-1]["eval_runtime"],
         trained_parameters=count_trained(model),
     )
-
-
-def last_checkpoint(folder: str | Path) -> Path | None:
-    """The last checkpoint in a folder that was written to its end; a run that was killed may leave one in parts."""
-    written = Path(folder).glob("checkpoint-[0-9]*/trainer_state.json")  # Trainer writes this file last
-    return max((file.parent for file in written), key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
 def fsdp2_config(model: PreTrainedModel) -> dict[str, Any]:

@@ -76,6 +76,12 @@ class AdaptedLinear(nn.Module):
             raise ValueError(
                 f"AdaptedLinear takes floating input, not {x.dtype}; was it cast to the packed weight's dtype?"
             )
+        if "_is_replica" in self.__dict__:  # set by torch in every device's copy of a module
+            raise ValueError(
+                "nn.DataParallel copies layers to other devices without the factors that they share, so it cannot run "
+                "a prepared model. Use one process a GPU (torchrun, DDP); where Trainer chose it for several "
+                "GPUs, show it one: CUDA_VISIBLE_DEVICES=0."
+            )
         kind = x.device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(kind))

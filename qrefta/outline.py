@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from qrefta.build import build, freeze, model_class, trained_modules
 from qrefta.config import QReftaConfig, StackRow
+from qrefta.experts import route_evenly
 from qrefta.factors import BANK, Rank
 from qrefta.footprint import COUNTED_BLOCKS
 from qrefta.rank import choose_ranks
@@ -88,6 +89,7 @@ class Outline:
         config.stacks = [_row(stack, ranks.get(stack, 0), paths) for stack in self.stacks]
         with torch.device("meta"):
             build(model, config)
+        route_evenly(model)
         freeze(model, config.modules_to_save)
         linears = sum(stack.layers * _linear_bytes(stack, config, dtype) for stack in self.stacks)
         factors = sum(parameter.nbytes for parameter in getattr(model, BANK).parameters())

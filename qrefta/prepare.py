@@ -19,7 +19,7 @@ from qrefta.quantize import Packed
 from qrefta.quantizer import QReftaQuantizer, is_prepared
 from qrefta.rank import choose_ranks
 from qrefta.report import StackSplit
-from qrefta.stack import LayerStack, Weights, find_stacks, model_weights, read_slice, select_stacks
+from qrefta.stack import LayerStack, Weights, check_values, find_stacks, model_weights, read_slice, select_stacks
 
 PROGRESS_DELAY_S = 2.0
 
@@ -252,11 +252,4 @@ def _check_weights(model: PreTrainedModel, stacks: list[LayerStack]) -> None:
         for path in stack.modules:
             fused = [(path, model.get_parameter(path))] if stack.experts else None
             for name, parameter in fused or model.get_submodule(path).named_parameters(path):
-                _check_values(name, parameter)
-
-
-def _check_values(name: str, parameter: Tensor) -> None:
-    if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"{name} is {parameter.dtype}; prepare takes float32, bfloat16 or float16.")
-    if not all(torch.isfinite(part).all() for part in (parameter if parameter.dim() == 3 else [parameter])):
-        raise ValueError(f"{name} holds NaN or infinite values; the checkpoint is damaged.")
+                check_values(name, parameter)

@@ -6,34 +6,75 @@ frozen again (the loader makes every float parameter require grad).
 """
 
 import copy
+import functools
 import inspect
-import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils.hub import cached_file
 
 from qrefta.build import build, freeze, model_class, task_head
 from qrefta.config import QReftaConfig
 from qrefta.convert import UNLIMITED, convert
+from qrefta.digests import DIGESTS, check_digests, save_with_digests
 from qrefta.distributed import check_sharding, whole_state
-from qrefta.experts import is_adapted
-from qrefta.factors import BANK, Factors, frozen, stored
-from qrefta.linear import AdaptedLinear
+from qrefta.factors import BANK, stored
+from qrefta.guard import (
+    check_config,
+    check_counts,
+    check_files,
+    check_filled,
+    check_form,
+    check_headers,
+    check_rows,
+    check_scales,
+    own_parameters,
+)
+from qrefta.shards import read_json
 
 OFFLOADS = ("cpu", "disk", torch.device("cpu"))  # in a device map
 
 
 def is_prepared(model: nn.Module) -> bool:
     return isinstance(getattr(model, "hf_quantizer", None), QReftaQuantizer)
+
+
+save_with_digests(is_prepared)
+
+
+def _check_configs() -> None:
+    """Let transformers make nothing of a prepared folder's config.json before it was checked.
+
+    Its numbers decide how long a model is built, and its quant_method whether this plug-in is asked at all.
+    transformers has no place for it, so the method of its base class that reads the file is wrapped, once.
+    """
+    read = PreTrainedConfig.get_config_dict.__func__
+
+    @functools.wraps(read)
+    def get_config_dict(
+        cls: type[PreTrainedConfig], pretrained_model_name_or_path: str | Path, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
+        if (folder / DIGESTS).is_file():
+            check_digests(folder, [])
+        config, rest = read(cls, pretrained_model_name_or_path, **kwargs)
+        settings = config.get("quantization_config")
+        if isinstance(settings, dict) and settings.get("quant_method") == "qrefta":
+            check_config(config)
+        return config, rest
+
+    PreTrainedConfig.get_config_dict = classmethod(get_config_dict)
+
+
+_check_configs()
 
 
 def prepared_config(model: nn.Module) -> QReftaConfig:
@@ -68,8 +109,17 @@ def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     Raises:
         ValueError: if the folder has no config.json, holds no prepared model, or is damaged.
     """
-    name = (read_config(folder).get("architectures") or [""])[0]
-    return model_class(name, folder).from_pretrained(folder, **kwargs)
+    config = read_config(folder)
+    kind = model_class((config.get("architectures") or [""])[0], folder)
+    try:
+        return kind.from_pretrained(folder, **kwargs)
+    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever transformers raises over a config that makes no model
+        raise ValueError(
+            f"{folder} cannot be loaded as {kind.__name__}: {type(error).__name__}: {error}. If no argument of yours "
+            "is behind it, config.json is damaged or of another version: copy or save the folder again."
+        ) from error
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -81,13 +131,15 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json; give the folder that model.save_pretrained wrote.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        method = (config.get("quantization_config") or {}).get("quant_method")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); restore it from where it was saved.") from error
+    config = read_json(path)
+    settings = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(config, dict) or not isinstance(settings, dict | None):
+        raise ValueError(f"{path} is damaged: it holds no settings by name; restore it from where it was saved.")
+    method = (settings or {}).get("quant_method")
     if method != "qrefta":
         raise ValueError(f"{folder} holds no qrefta model (quant_method is {method!r}); load it with transformers.")
+    if not isinstance(config.get("architectures") or [""], list):
+        raise ValueError(f"{path} is damaged: architectures is {config['architectures']!r}; restore it.")
     return config
 
 
@@ -129,6 +181,14 @@ class QReftaQuantizer(HfQuantizer):
         if isinstance(device_map, dict) and self._inferring:
             device_map |= place_bank(device_map)
 
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Refuse what `model.dequantize()` asks for: another function does it.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("A prepared model becomes dense by qrefta.merge(model), or merge(model, out=...) to a folder.")
+
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """State dict with masters that are bf16 values stored as bf16, which loses nothing."""
         passed = _passed_state()
@@ -138,17 +198,30 @@ class QReftaQuantizer(HfQuantizer):
             state |= {name: stored(tensor, factors.dtype) for name, tensor in own.items()}
         return state, {}
 
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The config as it is; the only hook that sees it before the model is built."""
+        if self.pre_quantized:
+            check_counts(config.to_dict())
+        return config
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if not self.pre_quantized:
             self._prepare(model, kwargs["checkpoint_files"], kwargs.get("device_map"))
-        for file in kwargs.get("checkpoint_files") or []:
-            _check_readable(file)
+        files = kwargs.get("checkpoint_files")
+        if files:
+            check_files(files, model.name_or_path if self._made is None else None)
+            if self._made is None:
+                _check_digests(model, files)
         build(model, self.quantization_config)
-        self._expected = {path: (tensor.shape, tensor.dtype) for path, tensor in _own_parameters(model).items()}
+        check_rows(self.quantization_config)
+        if files:
+            check_headers(model, files)
+        self._expected = {path: (tensor.shape, tensor.dtype) for path, tensor in own_parameters(model).items()}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        _check_filled(model)
-        _check_form(model, self._expected)
+        check_filled(model)
+        check_form(model, self._expected)
+        check_scales(model)
         if self._made is not None:
             self._made.cleanup()
         config = self.quantization_config
@@ -208,66 +281,16 @@ def place_bank(device_map: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _check_readable(file: str) -> None:
-    """Refuse anything but whole safetensors files, before a byte of a tensor is read."""
-    if not str(file).endswith(".safetensors"):
-        raise ValueError(f"{file} is not a safetensors file; qrefta reads no other format (pickle can run code).")
-    try:
-        with safetensors.safe_open(file, framework="pt"):
-            pass
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is damaged or truncated ({error}); copy or save it again.") from error
-
-
-def _own_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Parameters of adapted layers and factors, by path; biases are the model's."""
-    return {
-        f"{path}.{name}": parameter
-        for path, module in model.named_modules()
-        if isinstance(module, AdaptedLinear | Factors)
-        for name, parameter in module.named_parameters(recurse=False)
-        if name != "bias"
-    }
-
-
-def _check_form(model: PreTrainedModel, expected: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
-    """Raise if a tensor was loaded in another shape, and undo casts of packed bytes.
-
-    transformers 5.0 neither compares shapes in quantized models nor leaves integers alone in modules that it
-    keeps in float32 (T5's `wo`); bytes survive that cast.
-    """
-    for path, parameter in _own_parameters(model).items():
-        shape, dtype = expected[path]
-        if parameter.shape != shape:
-            raise ValueError(
-                f"{path} has the shape {list(parameter.shape)} in the checkpoint and {list(shape)} by its config; they "
-                "do not belong together: copy or save it again."
+def _check_digests(model: PreTrainedModel, files: list[str]) -> None:
+    """Refuse damaged files of a prepared folder, or of a hub's; see `qrefta.digests.check_digests`."""
+    folder, listed = Path(files[0]).parent, None
+    if not (folder / DIGESTS).is_file() and not Path(model.name_or_path).is_dir():
+        with suppress(OSError):  # the hub's answer, if it cannot be had
+            listed = cached_file(
+                model.name_or_path,
+                DIGESTS,
+                revision=getattr(model.config, "_commit_hash", None),
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
             )
-        if parameter.dtype != dtype and not dtype.is_floating_point:
-            owner, _, name = path.rpartition(".")
-            setattr(model.get_submodule(owner), name, frozen(parameter.to(dtype)))
-
-
-def _check_filled(model: PreTrainedModel) -> None:
-    """Raise if the checkpoint lacked one of our tensors; transformers only warns and leaves it random.
-
-    In the class that saved the checkpoint no other tensor may lack either; another class may have a fresh head.
-    transformers marks each tensor that it filled with `_is_hf_initialized` (the only trace left after loading).
-    """
-    same_class = type(model).__name__ in (model.config.architectures or [])
-    missing, offloaded = [], []
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            ours = isinstance(module, AdaptedLinear | Factors) or is_adapted(module)
-            if (ours or same_class) and not getattr(parameter, "_is_hf_initialized", False):
-                (offloaded if parameter.is_meta else missing).append(f"{path}.{name}")
-    if offloaded:
-        raise ValueError(
-            f"{len(offloaded)} tensors were offloaded to disk ({offloaded[0]}, ...), which a prepared model does not "
-            "support; use a device_map without disk."
-        )
-    if missing:
-        raise ValueError(
-            f"The checkpoint lacks {len(missing)} tensors that its config lists: {', '.join(missing[:5])}. "
-            "It is damaged or incomplete: copy or save it again."
-        )
+    check_digests(folder, files, None if listed is None else Path(listed))

@@ -23,6 +23,7 @@ from qrefta.quantize import rounded
 from qrefta.report import StackSplit
 from qrefta.split import tensor_values
 from qrefta.stack import LayerStack, Weights
+from qrefta.tensor import squared_norm
 
 _DEPTH = 3  # values that are computed at first, relative to sharing the budget evenly
 _FIRST_DEPTH = 64  # values of every stack that are computed at first, without a budget
@@ -257,6 +258,6 @@ def _error_and_norm(weights: Weights, config: QReftaConfig) -> tuple[float, floa
     error = norm = 0.0
     for layer in range(weights.shape[0]):
         weight = weights.layer(layer)
-        norm += weight.square().sum(dtype=torch.float64).item()
-        error += (weight - rounded(weight, config.format)).square_().sum(dtype=torch.float64).item()
+        norm += squared_norm(weight)
+        error += squared_norm(weight - rounded(weight, config.format))
     return error, norm

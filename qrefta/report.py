@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from qrefta.config import QReftaConfig, StackRow
@@ -11,6 +10,7 @@ from qrefta.moments import Moments, output_error, shared_metric
 from qrefta.quantize import Packed
 from qrefta.split import Split, SplitLayer, split_layers, split_stack
 from qrefta.stack import LayerStack, Weights
+from qrefta.tensor import squared_norm
 
 
 class StackSplit:
@@ -40,8 +40,8 @@ class StackSplit:
             yield layer.residual
 
     def _add(self, index: int, layer: SplitLayer) -> None:
-        self.residual_error += _squared_norm(layer.error)
-        self.baseline_error += _squared_norm(layer.whole_error)
+        self.residual_error += squared_norm(layer.error)
+        self.baseline_error += squared_norm(layer.whole_error)
         self.norm += layer.norm
         self.principal_norm += layer.principal_norm
         parts = layer.residual if isinstance(layer.residual, Packed) else (layer.residual,)
@@ -78,7 +78,3 @@ class StackSplit:
 
 def _ratio(error: float, baseline: float) -> float:
     return error / baseline if baseline else 1.0
-
-
-def _squared_norm(matrix: Tensor) -> float:
-    return torch.linalg.vector_norm(matrix, dim=-1).double().square().sum().item()

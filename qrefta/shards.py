@@ -26,7 +26,9 @@ _DTYPES = {
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LARGEST_HEADER = 100_000_000
+_LARGEST = (1 << 63) - 1  # that a size may be
 _COPY_BYTES = 16 << 20
+_KEPT_BACK = ("config.json", "adapter_config.json", "qrefta_sha256.json", "qrefta_unfinished.json")
 _COMPANIONS = ["*.json", "*.model", "*.txt", "*.jinja"]  # of the weights: tokenizer, generation settings
 _FILES = ["*.safetensors", *_COMPANIONS, "LICENSE*"]
 
@@ -61,7 +63,6 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
         self._tensors: dict[str, _Stored] = {}
         for file, names in _shards(folder).items():
             stored = _read_header(folder / file)
@@ -69,6 +70,13 @@ class Checkpoint:
             if missing:
                 raise ValueError(f"{folder / file} lacks {missing[0]}, which {INDEX} says it holds; copy it again.")
             self._tensors |= stored if names is None else {name: stored[name] for name in names}
+
+    @classmethod
+    def of_files(cls, files: Iterable[str | Path]) -> "Checkpoint":
+        """All tensors of some safetensors files; of two with one name the later."""
+        self = cls.__new__(cls)
+        self._tensors = {name: stored for file in files for name, stored in _read_header(Path(file)).items()}
+        return self
 
     @property
     def names(self) -> list[str]:
@@ -191,9 +199,9 @@ class ShardWriter:
 
 
 def copy_companions(folder: Path, out: Path) -> None:
-    """Copy what lies beside a model's weights, but for its config and index: tokenizer, generation settings."""
+    """Copy what lies beside a model's weights, but for its config, index and digests: the tokenizer, for one."""
     for file in sorted(path for pattern in _COMPANIONS for path in folder.glob(pattern) if path.is_file()):
-        if file.name not in ("config.json", "adapter_config.json") and ".index." not in file.name:
+        if file.name not in _KEPT_BACK and ".index." not in file.name:
             shutil.copyfile(file, out / file.name)
 
 
@@ -243,8 +251,9 @@ def _write(path: Path, entries: dict[str, tuple[str, Iterable[int], int, Iterabl
 def _replace(path: Path, start: list[bytes], chunks: Iterable[memoryview] = (), nbytes: int = 0) -> None:
     """Write to a temporary name, sync, rename, sync the folder."""
     temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)  # a link of that name would be written through
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             for chunk in chain(start, chunks):
                 file.write(chunk)
             file.flush()
@@ -253,29 +262,57 @@ def _replace(path: Path, start: list[bytes], chunks: Iterable[memoryview] = (), 
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OSError(error.errno, f"cannot write {path} ({nbytes / 1e6:.1f} MB): {error.strerror}") from error
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    sync_folder(path.parent)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: if it is no regular file, no JSON, or nested beyond what can be read.
+    """
+    _check_regular(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged or unreadable ({error}); copy it again from where it was saved."
+        ) from error
+
+
+def _check_regular(path: Path) -> None:
+    """Refuse a pipe or device, which would be read for ever; a link to a file is one (hub caches are made of them)."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} is missing, or a pipe, device or folder; copy or save it again as a file.")
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until a folder's entries, new names among them, are on the disk."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _shards(folder: Path) -> dict[str, list[str] | None]:
-    """File names, each with the tensors to take from it; None: all."""
-    if (folder / INDEX).is_file():
-        try:
-            weight_map = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
-            found: dict[str, list[str] | None] = {}
-            for name, file in weight_map.items():
-                found.setdefault(file, []).append(name)
-        except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{folder / INDEX} is damaged ({error}); copy it again.") from error
-        for file in found:
-            if not isinstance(file, str) or Path(file).name != file:
-                raise ValueError(f"{folder / INDEX} names {file!r}, which is outside its folder; it is refused.")
-            if not (folder / file).is_file():
-                raise ValueError(f"{folder / INDEX} names {file}, which is missing; copy it into {folder}.")
-        return found
+    """File names, each with the tensors to take from it; None: all. One file goes before an index, as elsewhere."""
     if (folder / SINGLE).is_file():
         return {SINGLE: None}
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX)
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise ValueError(f"{folder / INDEX} is damaged: it has no weight_map of tensors and files; copy it again.")
+        found: dict[str, list[str] | None] = {}
+        for name, file in weight_map.items():
+            found.setdefault(file, []).append(name)
+        for file in found:
+            if Path(file).name != file:
+                raise ValueError(f"{folder / INDEX} names {file!r}, which is outside its folder; it is refused.")
+            if not os.path.isfile(folder / file):
+                raise ValueError(f"{folder / INDEX} names {file}, which is missing; copy it into {folder}.")
+        return found
     others = ", ".join(sorted(path.name for path in folder.glob("*.bin"))) or "none"
     raise ValueError(
         f"{folder} has neither {SINGLE} nor {INDEX} (.bin files: {others}); save the model with save_pretrained first, "
@@ -284,28 +321,51 @@ def _shards(folder: Path) -> dict[str, list[str] | None]:
 
 
 def _read_header(file: Path) -> dict[str, _Stored]:
-    """The tensors of a shard, checked against its size."""
+    """The tensors of a shard, checked against its size: together they are all of its data, and no two overlap."""
+    _check_regular(file)
     try:
         size = file.stat().st_size
         with file.open("rb") as opened:
             length = struct.unpack("<Q", opened.read(8))[0]
             if not 2 <= length <= min(size - 8, _LARGEST_HEADER):
                 raise ValueError(f"a header of {length} bytes")
-            header = json.loads(opened.read(length))
-        header.pop("__metadata__", None)
-        stored = {name: _entry(file, entry, 8 + length, size) for name, entry in header.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+            header = json.loads(opened.read(length).decode(), object_pairs_hook=_unique)
+        if not isinstance(header, dict):
+            raise ValueError("a header that is no JSON object")
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("metadata that is no text by name")
+        stored = {name: _entry(file, name, entry, 8 + length) for name, entry in header.items()}
+        end = 8 + length
+        for tensor in sorted(stored.values(), key=lambda tensor: (tensor.offset, tensor.nbytes)):
+            if tensor.offset != end:
+                raise ValueError(f"a tensor at byte {tensor.offset}, where byte {end} is the next")
+            end += tensor.nbytes
+        if end != size:
+            raise ValueError(f"{size} bytes, where its header tells of {end}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
         raise ValueError(f"{file} is damaged, truncated or unreadable ({error}); copy it again.") from error
     return stored
 
 
-def _entry(file: Path, entry: dict[str, Any], data: int, size: int) -> _Stored:
-    start, end = entry["data_offsets"]
-    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-    fits = 0 <= start <= end <= size - data and min(shape, default=0) >= 0
-    if not fits or end - start != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"offsets {start} .. {end} of {size - data} bytes for {shape}")
-    return _Stored(file, dtype, shape, data + start, end - start)
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; two of one name would leave one of them unseen."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name that is there twice")
+    return found
+
+
+def _entry(file: Path, name: str, entry: dict[str, Any], data: int) -> _Stored:
+    (start, end), shape = entry["data_offsets"], entry["shape"]
+    if entry["dtype"] not in _DTYPES:
+        raise ValueError(f"{name} is {entry['dtype']!r}; what is read are {', '.join(_DTYPES)}")
+    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n <= _LARGEST for n in [*shape, start, end]):
+        raise ValueError(f"{name} has the shape {shape!r} at {start!r} .. {end!r}")
+    dtype = _DTYPES[entry["dtype"]]
+    if end - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{name} has {end - start} bytes for {shape} of {entry['dtype']}")
+    return _Stored(file, dtype, tuple(shape), data + start, end - start)
 
 
 def _view(tensor: Tensor) -> memoryview:

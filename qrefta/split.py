@@ -18,7 +18,7 @@ from qrefta.factors import Factors, Fit, Rank
 from qrefta.methods import METHODS
 from qrefta.quantize import Packed, QuantFormat, dequantize, quantize, rounded
 from qrefta.stack import Weights
-from qrefta.tensor import Blocks, Metric, Slices, mix, t_svd, transform_matrix
+from qrefta.tensor import Blocks, Metric, Slices, mix, squared_norm, t_svd, transform_matrix
 
 
 class Split(NamedTuple):
@@ -97,10 +97,10 @@ def split_layers(weights: Weights, split: Split, config: QReftaConfig) -> Iterat
     """The layers of a stack as stored, one after the other. Memory: about five layers in float32."""
     for index in range(weights.shape[0]):
         weight = weights.layer(index)
-        norm, principal = _squared_norm(weight), 0.0
+        norm, principal = squared_norm(weight), 0.0
         delta = None if split.factors is None else split.factors.delta(index)
         if delta is not None:
-            principal = _squared_norm(delta)
+            principal = squared_norm(delta)
         if config.format is None:
             residual = weight if delta is None else weight - delta
             yield SplitLayer(residual, torch.zeros(()), torch.zeros(()), norm, principal)
@@ -167,9 +167,9 @@ class _Target:
             for layer, weight in enumerate(block):
                 delta = self.base.delta(layer, where)
                 weight.sub_(rounded(weight - delta, self.fmt))
-                self.norm += _squared_norm(weight)
+                self.norm += squared_norm(weight)
                 if self.of_base:
-                    self.error += _squared_norm(delta.sub_(weight))
+                    self.error += squared_norm(delta.sub_(weight))
             yield where, mix(block, self.mixing)
 
 
@@ -200,8 +200,3 @@ def _rows_per_block(weights: Weights, fmt: QuantFormat | None) -> int:
     together = 1 if fmt is None else fmt.block_size // math.gcd(in_features, fmt.block_size)
     rows = weights.block_bytes // (4 * layers * in_features)
     return min(max(rows // together, 1) * together, out_features)
-
-
-def _squared_norm(matrix: Tensor) -> float:
-    """||matrix||_F^2, summed in float64 over rows of float32 sums."""
-    return torch.linalg.vector_norm(matrix, dim=1).double().square().sum().item()

@@ -7,6 +7,7 @@ repeated blocks is found: embeddings, norms, lm_head, poolers and task heads lie
 """
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -20,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qrefta.experts import expert_path, fused_names, is_experts
 
+LARGEST_WEIGHT = 1e12
 BLOCK_BYTES = 64 << 20
 
 
@@ -194,6 +196,27 @@ class Weights:
     def layer(self, index: int) -> Tensor:
         """One weight, (out, in), float32, a copy."""
         return torch.empty(self.shape[1:], device=self.device).copy_(self.read(index, 0, self.shape[1]))
+
+
+def check_values(name: str, weight: Tensor) -> None:
+    """Refuse a weight that cannot be split.
+
+    Raises:
+        ValueError: if its dtype is not float32, bfloat16 or float16, or it holds NaN, infinity or what is so large that
+            products of two overflow.
+    """
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"{name} is {weight.dtype}; prepare takes float32, bfloat16 or float16.")
+    if weight.numel() == 0:
+        return
+    low, high = (value.item() for value in weight.detach().aminmax())
+    if math.isnan(low + high) or math.inf in (-low, high):
+        raise ValueError(f"{name} holds NaN or infinite values; the checkpoint is damaged.")
+    if max(-low, high) > LARGEST_WEIGHT:
+        raise ValueError(
+            f"{name} holds numbers up to {max(-low, high):.0e}; prepare takes up to {LARGEST_WEIGHT:.0e}, as products "
+            "of larger ones overflow float32. The checkpoint is damaged, or to be scaled."
+        )
 
 
 def model_weights(model: nn.Module, stack: LayerStack, device: torch.device | None = None) -> Weights:

@@ -40,6 +40,7 @@ _FASTEST, _SLOWEST = 0.5, 0.9  # least and largest ratio of two gains that the e
 _MOST_STEPS = 60
 _EXACT_SHARE = 6  # a basis of this many blocks is no longer small next to the slice: decompose it exactly
 _DEPENDENT = 1e-3  # part of a unit vector beside the ones before it that is too small to stand for it
+_LEAST_SQUARE = 1e-28  # a sum of squares below it may lack some that float32 cannot hold
 _ROUNDING = 1e-6  # of float32 products, relative to the largest
 
 
@@ -85,6 +86,14 @@ class TSVD(NamedTuple):
     values: Tensor
     right: Tensor
     slices: Tensor
+
+
+def squared_norm(matrix: Tensor) -> float:
+    """||matrix||_F^2, summed in float64 over float32 sums of rows; where those leave float32's range all in float64."""
+    total = torch.linalg.vector_norm(matrix, dim=-1).double().square().sum().item()
+    if _LEAST_SQUARE < total < math.inf:
+        return total
+    return torch.linalg.vector_norm(matrix, dtype=torch.float64).square().item()
 
 
 def mode3_gram(blocks: Blocks, layers: int) -> Tensor:

@@ -26,12 +26,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # eval/ is not part of the i
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional package that nothing here uses
 
 import qrefta
+from eval.baselines import linears
 from eval.demo import docstring_sentences, model_folder
 from eval.rows import append
 from qrefta.cli import load_classifier, quiet_libraries, report_table, results_table, weights_bytes
 from qrefta.data import load_classification
 from qrefta.finetune import FinetuneResult, finetune
-from qrefta.stack import find_stacks
 
 LEARNING_RATE = 2e-3
 OUT = Path("runs/quickstart")
@@ -120,10 +120,9 @@ def head_only(classifier: PreTrainedModel) -> PreTrainedModel:
 
 
 def lora(classifier: PreTrainedModel) -> PreTrainedModel:
-    linears = [path for stack in find_stacks(classifier) for path in stack.modules]
+    targets, heads = linears(classifier), pooler(classifier)
     return get_peft_model(
-        classifier,
-        LoraConfig(r=8, lora_alpha=16, target_modules=linears, modules_to_save=pooler(classifier), task_type="SEQ_CLS"),
+        classifier, LoraConfig(r=8, lora_alpha=16, target_modules=targets, modules_to_save=heads, task_type="SEQ_CLS")
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import qrefta
 from qrefta.config import StackRow
 from qrefta.data import load_classification, read_calibration
+from qrefta.digests import check_digests, write_digests
 from qrefta.export import Export
 from qrefta.factors import Factors, LowRankFactors
 from qrefta.finetune import FinetuneResult
@@ -27,6 +28,7 @@ ERRORS = {"ValueError", "OSError", "ImportError", "RuntimeError", "TypeError", "
 FURTHER = [
     StackRow, Export, FinetuneResult, load_classification, read_calibration, gather_moments, load_moments,
     AdaptedLinear, Factors, LowRankFactors, QuantFormat, quantize, dequantize,
+    write_digests, check_digests,
 ]  # fmt: skip
 
 

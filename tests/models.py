@@ -1,8 +1,11 @@
 """Small random transformers models for the tests, built from configs (no downloads), seeded and in eval mode.
 
 Weights are larger than transformers' own start, and biases are not zero, so that a wrong or dropped one shows in the
-logits.
+logits. Preparing one takes most of a test's time: `prepared` does it once for all tests of a process.
 """
+
+import copy
+from functools import cache
 
 import torch
 from transformers import (
@@ -39,6 +42,8 @@ from transformers import (
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
+
+import qrefta
 
 VOCAB = 96
 LAYERS = 3
@@ -252,6 +257,16 @@ ARCHITECTURES = {
 
 TOWERS = {"whisper": tiny_whisper, "clip": tiny_clip, "siglip": tiny_siglip}
 EXPERTS = {"mixtral": tiny_mixtral, "qwen3_moe": tiny_qwen3_moe, "gpt_oss": tiny_gpt_oss}
+
+
+def prepared(make, **settings):
+    """A copy of `qrefta.prepare(make(), **settings)`, in one shot if nothing is said; for tests of what comes after."""
+    return copy.deepcopy(_prepared(make, frozenset(({"refine": 0} | settings).items())))
+
+
+@cache
+def _prepared(make, settings):
+    return qrefta.prepare(make(), progress=False, **dict(settings))
 
 
 def inputs(model):

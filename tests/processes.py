@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import functools
+import gc
+import itertools
 import os
 import re
 import runpy
@@ -31,6 +33,7 @@ from tests.models import VOCAB, tiny_llama
 
 DOCS = Path(__file__).parents[1] / "docs" / "distributed.md"
 TEXT = [{"input_ids": row, "labels": row} for row in torch.arange(64 * 8).view(64, 8) % VOCAB]
+BREAKS = "bert.encoder.layer.1.intermediate.dense"
 # SGD, since Adam blows up what rounding makes of gradients near zero
 STEPS = {"max_steps": 5, "save_steps": 2, "optimizer": "sgd", "learning_rate": 0.1, "progress": False}
 
@@ -52,6 +55,7 @@ def torchrun(work, folder):
 def _entry(work, folder):
     signal.alarm(240)  # a process that waits for another would wait for ever
     torch.set_num_threads(1)
+    gc.freeze()  # as conftest.py says
     with open(folder / f"{work}{os.environ['RANK']}.txt", "w") as file, contextlib.redirect_stdout(file):
         globals()[work](folder)
 
@@ -59,7 +63,7 @@ def _entry(work, folder):
 def killed(folder):
     """The command line, until the second process is killed after the first checkpoint."""
     if os.environ["RANK"] == "1":
-        threading.Thread(target=_die, args=(folder / "killed" / "checkpoint-10" / "trainer_state.json",)).start()
+        threading.Thread(target=_die, args=(folder / "killed" / "checkpoint-4" / "trainer_state.json",)).start()
     _command(folder)
 
 
@@ -71,7 +75,7 @@ def _die(file):
 
 def _command(folder, *options):
     words = ["finetune", *map(str, (folder / "tiny", folder / "data", folder / "killed")), *options]
-    with mock.patch.object(sys, "argv", ["qrefta", *words, "--rank=8", "--batch-size=8", "--max-steps=40"]):
+    with mock.patch.object(sys, "argv", ["qrefta", *words, "--rank=8", "--batch-size=8", "--max-steps=16"]):
         runpy.run_module("qrefta", run_name="__main__")
 
 
@@ -87,8 +91,9 @@ def replicated(folder):
     """DDP: as one process; as the command line but without a stop; and where this was killed."""
     model = start(folder)
     yield "ddp", (tune(folder, "ddp", model, 8), trained(model))
+    yield "ddp stops", stops(folder, folder / "ddp-stops", torch.inf)
     model = qrefta.prepare(load_classifier(str(folder / "tiny"), ["0", "1"], seed=0), rank=8)
-    options = {"max_steps": 40, "save_steps": 0.25, "optimizer": "adamw_torch", "learning_rate": 1e-3}
+    options = {"max_steps": 16, "save_steps": 0.25, "optimizer": "adamw_torch", "learning_rate": 1e-3}
     tune(folder, "whole", model, 8, **options)
     with contextlib.suppress(SystemExit):
         _command(folder, "--resume")
@@ -105,6 +110,8 @@ def sharded(folder):
     model = start(folder)
     tune(folder, "fsdp", model, 8, fsdp=True, resume=True)
     yield "resumed", trained(model)
+    yield "fsdp stops", stops(folder, folder / "fsdp-stops", torch.inf, fsdp=True)
+    yield "fsdp stops backwards", stops(folder, folder / "fsdp-backwards", 1.0, fsdp=True)
     first, second = documented(folder)
     yield "documented", losses(first)
     yield "sharded at load", losses(second)
@@ -138,6 +145,30 @@ def documented(folder):
         trainers[1].train()
         trainers[1].save_model("at-load")
     return trainers
+
+
+class Broken(torch.autograd.Function):
+    """The input times `by`; its gradient is NaN."""
+
+    @staticmethod
+    def forward(ctx, x, by):
+        return by * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * torch.nan, None
+
+
+def stops(folder, name, by, **options):
+    """What a run says in which one layer of the second process breaks, in its third step."""
+    model, calls = start(folder), itertools.count()
+
+    def hook(module, args, output):
+        return Broken.apply(output, by) if module.training and next(calls) >= 2 else output
+
+    if os.environ["RANK"] == "1":
+        model.get_submodule(BREAKS).register_forward_hook(hook, prepend=True)
+    return message(lambda: tune(folder, name, model, 8, **options))
 
 
 @torch.no_grad()
@@ -186,7 +217,7 @@ def first_alone(function):
 def message(function, *arguments):
     try:
         function(*arguments)
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         return str(error)
     return "nothing was raised"
 

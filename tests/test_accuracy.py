@@ -11,8 +11,10 @@ from transformers.trainer_utils import PredictionOutput
 
 from eval import accuracy
 from eval.accuracy import CORE, Cell, Study, build, calibration, measure, parse
+from eval.baselines import lora, qlora
 from eval.rows import SCHEMA, read
 from eval.task import METRICS, NAMED, Sizes, balanced, find_data, in_order, merit, text_task
+from tests.models import tiny_mixtral
 from tests.tiny import color_rows, tiny_folder
 
 SIZES = Sizes(train=64, validation=16, test=24, length=12)
@@ -360,3 +362,11 @@ def test_quantized_peers_are_refused_where_their_kernel_reads_wrongly(source, tm
     narrow = text_task("mine", str(source), str(tiny_folder(tmp_path)), None, SIZES, 0)
     with pytest.raises(ValueError, match=r"is 32 wide; .* multiples of 64 alone"):
         build("qlora r=2", narrow, 0)
+
+
+@pytest.mark.parametrize("peer", [lora, qlora])
+def test_peers_train_beside_a_mixtures_experts(peer):
+    """PEFT's layers and bitsandbytes' linears take linears alone."""
+    adapted = peer(tiny_mixtral(hidden=64), 2, alpha=4)
+    trained = {name.split(".lora_")[0].split(".")[-1] for name, p in adapted.named_parameters() if p.requires_grad}
+    assert trained == {"q_proj", "k_proj", "v_proj", "o_proj"}

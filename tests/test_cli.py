@@ -1,7 +1,7 @@
-"""The command line, as real processes and through typer's runner."""
+"""The command line, as `python -m qrefta` and through typer's runner."""
 
 import json
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -114,16 +114,21 @@ def test_existing_output_is_never_overwritten(dense, tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(ValueError, match="not empty"):
         invoke("prepare", dense, tmp_path)
+    with pytest.raises(ValueError, match="not empty"):
+        invoke("finetune", dense, tmp_path / "rows.csv", tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_expected_errors_are_one_line_and_exit_code_2(dense, tmp_path):
+def test_expected_errors_are_one_line_and_exit_code_2(dense, tmp_path, monkeypatch, capsys):
     """No traceback for what the user can mend, and brackets are not taken for markup."""
-    command = [sys.executable, "-m", "qrefta", "prepare", str(dense), str(tmp_path / "out")]
-    result = subprocess.run([*command, "--target-regex", ".*[qv]_x"], capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert ".*[qv]_x" in result.stderr
-    assert "Traceback" not in result.stderr
+    words = ["prepare", str(dense), str(tmp_path / "out"), "--target-regex", ".*[qv]_x"]
+    monkeypatch.setattr(sys, "argv", ["qrefta", *words])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_module("qrefta", run_name="__main__")
+    assert exit.value.code == 2
+    shown = capsys.readouterr()
+    assert ".*[qv]_x" in shown.err
+    assert "Traceback" not in shown.err + shown.out
     assert not (tmp_path / "out").exists()
 
 

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qrefta.compare import example_inputs, output_difference, outputs
-from tests.models import ARCHITECTURES, logits, tiny_bert, tiny_segformer
+from tests.models import ARCHITECTURES, logits, tiny_bert, tiny_segformer, tiny_whisper
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -42,11 +42,19 @@ def test_the_image_size_is_the_configs():
     assert example_inputs(model)["pixel_values"].shape[1] == 3
 
 
+def test_sound_is_as_long_as_the_encoder_takes_it():
+    model = tiny_whisper()
+    batch = example_inputs(model)
+    assert batch["input_features"].shape[2] == 2 * model.config.max_source_positions
+    assert torch.isfinite(outputs(model, batch)).all()
+
+
 def test_outputs_keep_the_mode_and_take_half_models():
     model = tiny_bert().train()
     found = outputs(model, example_inputs(model))
     assert model.training
     assert torch.equal(found, outputs(model.eval(), example_inputs(model)))
+    assert not model.training
     vit = ARCHITECTURES["vit"]().bfloat16()
     assert outputs(vit, example_inputs(vit)).dtype == torch.bfloat16
 

@@ -1,8 +1,5 @@
 import json
-import os
-import signal
-import subprocess
-import sys
+import multiprocessing
 import time
 
 import pytest
@@ -40,6 +37,8 @@ def assert_equal(folder, model):
     assert state.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(state[name], tensor), name
+    stored = [name for file in folder.glob("*.safetensors") for name in load_file(file)]
+    assert len(stored) == len(set(stored))  # no dense weight beside its packed one
     assert qrefta.quant_report(loaded) == qrefta.quant_report(model)
     return loaded
 
@@ -49,8 +48,8 @@ def assert_equal(folder, model):
 def test_the_result_is_that_of_preparing_in_memory_bit_for_bit(saved, tmp_path, architecture, options):
     dense = saved(architecture, **options)
     before = {file.name: file.read_bytes() for file in dense.iterdir()}
-    assert qrefta.prepare(dense, out=tmp_path / "out", rank=5, progress=False) == tmp_path / "out"
-    assert_equal(tmp_path / "out", in_memory(dense, rank=5))
+    assert qrefta.prepare(dense, out=tmp_path / "out", rank=5, refine=2, progress=False) == tmp_path / "out"
+    assert_equal(tmp_path / "out", in_memory(dense, rank=5, refine=2))
     assert {file.name: file.read_bytes() for file in dense.iterdir()} == before
 
 
@@ -139,16 +138,38 @@ def test_an_interrupted_run_is_no_model_and_goes_on(saved, tmp_path, monkeypatch
     assert {f.name: f.read_bytes() for f in out.iterdir()} == {f.name: f.read_bytes() for f in whole.iterdir()}
 
 
+def test_a_run_that_was_killed_before_its_journal_had_its_name_is_begun_anew(saved, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / f"{convert_module.JOURNAL}.tmp").write_text("{")
+    qrefta.prepare(saved("bert"), out=out, rank=5, refine=0, progress=False)
+    qrefta.load(out)
+    assert not list(out.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("last", ["write_card", "write_digests"])
+def test_a_run_that_was_killed_while_it_finished_goes_on(saved, tmp_path, monkeypatch, last):
+    dense, out = saved("bert"), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_module, last, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            qrefta.prepare(dense, out=out, rank=5, refine=0, progress=False)
+    qrefta.prepare(dense, out=out, rank=5, refine=0, progress=False)
+    assert (out / "qrefta_sha256.json").exists()
+    assert not (out / convert_module.JOURNAL).exists()
+    qrefta.load(out)
+
+
 def test_a_killed_run_goes_on(saved, tmp_path):
     """Signal 9 at some moment: nothing that loads is left, and the second run ends as an undisturbed one."""
     dense, out, whole = saved("bert"), tmp_path / "out", tmp_path / "whole"
-    code = f"import qrefta; qrefta.prepare({str(dense)!r}, out={str(out)!r}, rank=5, progress=False)"
-    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "1"})
-    while not (out / convert_module.JOURNAL).exists() and process.poll() is None:
+    process = multiprocessing.get_context("fork").Process(target=prepare_alone, args=(dense, out))
+    process.start()
+    while not (out / convert_module.JOURNAL).exists() and process.is_alive():
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    if process.returncode:
+    process.kill()
+    process.join()
+    if process.exitcode:
         assert not (out / "config.json").exists()
         qrefta.prepare(dense, out=out, rank=5, progress=False)
     qrefta.prepare(dense, out=whole, rank=5, progress=False)
@@ -156,6 +177,11 @@ def test_a_killed_run_goes_on(saved, tmp_path):
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert_close(tensor, second[name], rtol=1e-2, atol=1e-2)  # the killed process had one thread
+
+
+def prepare_alone(dense, out):
+    torch.set_num_threads(1)  # those of the process that it is a copy of are not there
+    qrefta.prepare(dense, out=out, rank=5, progress=False)
 
 
 def load_all(folder):
@@ -189,16 +215,25 @@ def damage_missing(folder):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
+def damage_rows(folder):
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if "layer.1.attention.self.key.weight" in name)
+    tensors[name] = tensors[name][:-1].contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
 def damage_truncate(folder):
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
 
 
 def damage_index(folder):
+    (folder / "model.safetensors").unlink()  # which goes before an index
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
 
 
 def damage_escape(folder):
+    (folder / "model.safetensors").unlink()  # which goes before an index
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}')
 
 
@@ -211,6 +246,7 @@ def damage_pickle(folder):
     [
         (damage_nan, "layer.1.attention.self.key.weight holds NaN"),
         (damage_missing, "no tensor for 1 of the 18 linears, the first is .*layer.1.attention.self.key"),
+        (damage_rows, r"layer.1.attention.self.key.weight has the shape \[31, 32\] .* and \[32, 32\] by its config"),
         (damage_truncate, "damaged, truncated or unreadable"),
         (damage_index, "names gone.safetensors, which is missing"),
         (damage_escape, "outside its folder"),

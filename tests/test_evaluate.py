@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -47,22 +49,35 @@ def folders(tmp_path_factory):
     return root, fast, rows
 
 
-def test_the_score_is_that_of_the_prepared_model(folders):
-    """Against its own probabilities, question by question."""
+@pytest.fixture(scope="module")
+def right(folders):
+    """Whether the prepared model answers right, by its own probabilities, question by question."""
     root, tokenizer, rows = folders
-    model = qrefta.load(root / "4bit").eval()
-    right = 0
+    model, found = qrefta.load(root / "4bit").eval(), []
     for row in rows:
         with torch.no_grad():
             logits = model(torch.tensor([tokenizer(row["question"])["input_ids"]])).logits[0, -1]
         red, blue = (logits[tokenizer.convert_tokens_to_ids(word)] for word in ("red", "blue"))
-        right += row["answer"] == ("red" if red > blue else "blue")
-    found = qrefta.evaluate(root / "4bit", ["colors"], include_path=root / "tasks")
-    assert math.isclose(found["results"]["colors"]["acc,none"], right / len(rows))
+        found.append(row["answer"] == ("red" if red > blue else "blue"))
+    return found
+
+
+@settings(max_examples=3, deadline=None, derandomize=True)
+@given(st.sampled_from([1, 3, 8]), st.sampled_from([None, 1, 3]))
+def test_the_score_is_that_of_the_prepared_model(folders, right, batch_size, limit):
+    root, count = folders[0], limit or len(right)
+    found = qrefta.evaluate(root / "4bit", ["colors"], include_path=root / "tasks", batch_size=batch_size, limit=limit)
+    assert math.isclose(found["results"]["colors"]["acc,none"], sum(right[:count]) / count)
+    assert found["n-samples"]["colors"] == {"original": 4, "effective": count}
+    assert found["config"]["model_dtype"] == torch.float32  # the model's own
+
+
+def test_the_command_prints_the_score(folders, right):
+    root = folders[0]
     command = ["evaluate", str(root / "4bit"), "colors", "--include-path", str(root / "tasks"), "--limit", "4"]
     shown = CliRunner().invoke(app, command, catch_exceptions=False)
     assert shown.exit_code == 0
-    assert f"{right / len(rows):.4g}" in shown.output
+    assert f"{sum(right) / len(right):.4g}" in shown.output
 
 
 def test_unknown_tasks_are_refused(folders):

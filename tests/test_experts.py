@@ -20,7 +20,8 @@ from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 import qrefta
-from qrefta.experts import add_expert, fused_names, is_experts, restore_fused
+from qrefta.digests import DIGESTS
+from qrefta.experts import add_expert, fused_names, is_experts, restore_fused, route_evenly
 from qrefta.linear import AdaptedLinear
 from qrefta.moments import gather_moments, output_error
 from qrefta.stack import find_stacks, model_weights, select_stacks
@@ -108,6 +109,22 @@ def test_the_pass_through_linears_is_the_modules_own(module_class):
         restore_fused(experts, name, slices, torch.float32)
         assert torch.equal(getattr(experts, name), weights[name])
     assert_close(experts(*batch), expected)
+
+
+def test_tokens_that_are_dealt_out_reach_all_experts_alike():
+    """Ten of them to four experts, whatever the router chose."""
+    experts, batch = experts_module(MixtralExperts)
+    linears = []
+    for name in fused_names(experts):
+        for weight in getattr(experts, name).detach():
+            linears.append(nn.Linear(*weight.T.shape, bias=False))
+            add_expert(experts, name, linears[-1])
+    route_evenly(experts)
+    counts = []
+    for linear in linears:
+        linear.register_forward_hook(lambda _, args, __: counts.append(len(args[0])))
+    experts(*batch)
+    assert sorted(counts) == [2, 2, 2, 2, 3, 3, 3, 3]
 
 
 # Stacks
@@ -274,6 +291,7 @@ def test_the_base_model_loads_from_a_checkpoint_with_a_head(tmp_path):
 @pytest.mark.parametrize("damage", ["a tensor less", "other experts"])
 def test_a_damaged_checkpoint_is_refused(damage, tmp_path):
     prepared("mixtral").save_pretrained(tmp_path)
+    (tmp_path / DIGESTS).unlink()  # which would tell of any damage: here it is for the other checks
     config = json.loads((tmp_path / "config.json").read_text())
     if damage == "other experts":
         config["num_local_experts"] = 5
@@ -290,6 +308,7 @@ def test_a_bias_that_lacks_is_told_to_other_classes_too(tmp_path):
     """They may have fresh heads, but transformers draws nothing in a module that lost its fused parameters."""
     model = prepared("gpt_oss")
     model.save_pretrained(tmp_path)
+    (tmp_path / DIGESTS).unlink()
     drop_tensor(tmp_path / "model.safetensors", "1.mlp.experts.down_proj_bias")
     with pytest.raises(ValueError, match="lacks 1 tensors"):
         type(model.model).from_pretrained(tmp_path)

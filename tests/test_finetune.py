@@ -50,7 +50,7 @@ def test_only_factors_and_head_move(folder, tmp_path):
 
 
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(folder, tmp_path, monkeypatch):
-    whole, _ = run(folder, tmp_path / "whole", max_steps=8, save_steps=4)
+    whole, uninterrupted = run(folder, tmp_path / "whole", max_steps=8, save_steps=4)
     step = Trainer.training_step
 
     def stop_after_five(trainer, *arguments, **options):
@@ -67,6 +67,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(folder, tmp_path, 
         patch.setattr(Trainer, "training_step", lambda *args, **options: counted.append(1) or step(*args, **options))
         resumed, result = run(folder, tmp_path / "cut", max_steps=8, save_steps=4, resume=True)
     assert result.steps == 8
+    assert result.test_loss_before == uninterrupted.test_loss_before
     assert len(counted) == 4  # from checkpoint-4 on
     for (name, expected), actual in zip(whole.state_dict().items(), resumed.state_dict().values()):
         assert torch.equal(actual, expected), name
@@ -89,6 +90,10 @@ def test_model_and_data_that_do_not_fit_are_refused(folder, tmp_path):
         finetune(three, tokenizer, color_data(), tmp_path)
     with pytest.raises(ValueError, match="no checkpoint to resume from"):
         finetune(prepared(folder), tokenizer, color_data(), tmp_path, resume=True)
+    (tmp_path / "before" / "checkpoint-7").mkdir(parents=True)
+    (tmp_path / "before" / "checkpoint-7" / "trainer_state.json").touch()
+    with pytest.raises(ValueError, match="before holds checkpoint-7 of an earlier run"):
+        finetune(prepared(folder), tokenizer, color_data(), tmp_path / "before")
     raw = color_data()
     raw["train"] = raw["train"].cast_column("label", raw["train"].features["text"])
     with pytest.raises(ValueError, match="no ClassLabel"):

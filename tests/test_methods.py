@@ -22,6 +22,7 @@ from qrefta.methods.tera import kronecker_product, mode_sizes
 from qrefta.moments import gather_moments
 from qrefta.stack import find_stacks, model_weights
 from qrefta.tucker import hosvd
+from tests import models
 from tests.models import ARCHITECTURES, inputs, logits
 from tests.stacks import slices_of, transform_of
 
@@ -61,7 +62,7 @@ def moved(factors, size=0.1, seed=1):
 
 
 def prepared(architecture, method, steps=False, **options):
-    model = qrefta.prepare(ARCHITECTURES[architecture](), method=method, progress=False, **RANKS[method] | options)
+    model = models.prepared(ARCHITECTURES[architecture], method=method, **RANKS[method] | options)
     if steps:
         for factors in getattr(model, BANK).values():
             moved(factors)
@@ -212,6 +213,23 @@ def test_random_numbers_are_the_seeds_alone(method):
     assert any(not torch.equal(first[name], third[name]) for name in first)
 
 
+def test_random_factors_have_the_lengths_that_their_files_state():
+    """LoTR's columns and rows are orthonormal, LoRTA's rows unit vectors."""
+    stack = stack_of(3, 24, 20, dtype=torch.float64)
+    lotr, lorta = (fitted(method, stack, 4, torch.float64) for method in ("lotr", "lorta"))
+    identity = torch.eye(4, dtype=torch.float64)
+    assert_close(lotr.L.T @ lotr.L, identity)
+    assert_close(lotr.R @ lotr.R.T, identity)
+    assert_close(lorta.B.norm(dim=1), identity.diagonal())
+
+
+def test_tera_starts_with_matrices_that_keep_lengths():
+    """||D_2||_F^2 is its rows, in the mean over seeds; one seed's share has a deviation of 0.43."""
+    matrices = (fitted("tera", stack_of(1, 24, 20), 16, torch.float64, seed).matrices(0)[1] for seed in range(200))
+    shares = [matrix.square().sum().item() / len(matrix) for matrix in matrices]
+    assert np.mean(shares) == pytest.approx(1, abs=4 * 0.43 / len(shares) ** 0.5)
+
+
 @zero_methods
 def test_the_first_step_has_a_gradient(method):
     factors = fitted(method, stack_of(3, 24, 20), 4)
@@ -358,9 +376,9 @@ def test_round_trip_and_merge(method, architecture, tmp_path):
 @new_methods
 def test_a_checkpoint_is_prepared_as_a_model_in_memory(method, tmp_path):
     ARCHITECTURES["bert"]().save_pretrained(tmp_path / "dense")
-    options = {"method": method, "progress": False} | RANKS[method]
+    options = {"method": method, "progress": False, "refine": 2} | RANKS[method]
     qrefta.prepare(tmp_path / "dense", out=tmp_path / "out", **options)
-    ours, theirs = qrefta.load(tmp_path / "out"), prepared("bert", method)
+    ours, theirs = qrefta.load(tmp_path / "out"), prepared("bert", method, refine=2)
     assert qrefta.quant_report(ours) == qrefta.quant_report(theirs)
     assert torch.equal(logits(ours), logits(theirs))
 
@@ -473,25 +491,38 @@ def test_the_iterated_basis_captures_what_the_exact_one_does():
     assert again.core.square().sum().item() >= 0.9999 * energy
 
 
+SPREAD = torch.logspace(0, -2, 30, dtype=torch.float64)  # second moments of 30 inputs
+
+
+class Diagonal:
+    """The metric diag(SPREAD)."""
+
+    def apply(self, vectors):
+        return SPREAD.sqrt().to(vectors).unsqueeze(1) * vectors
+
+    def apply_inverse(self, vectors):
+        return vectors / SPREAD.sqrt().to(vectors).unsqueeze(1)
+
+
 def test_a_metric_moves_the_decomposition_to_the_outputs():
     """Of x W^T for inputs with second moment S: less output error than without, more weight error."""
     stack = stack_of(4, 20, 30, dtype=torch.float64)
-    spread = torch.logspace(0, -2, 30, dtype=torch.float64)
-
-    class Diagonal:
-        def apply(self, vectors):
-            return spread.sqrt().to(vectors).unsqueeze(1) * vectors
-
-        def apply_inverse(self, vectors):
-            return vectors / spread.sqrt().to(vectors).unsqueeze(1)
-
     U = transform_of(stack, "lsm3")
     plain, weighted = (hosvd(slices_of(stack, U, metric=metric), (4, 8, 8), 0) for metric in (None, Diagonal()))
     errors = [stack - approximation(found, U, 4) for found in (plain, weighted)]
-    left = (stack * spread.sqrt()).square().sum() - weighted.core.square().sum()
-    assert_close((errors[1] * spread.sqrt()).square().sum(), left)
+    left = (stack * SPREAD.sqrt()).square().sum() - weighted.core.square().sum()
+    assert_close((errors[1] * SPREAD.sqrt()).square().sum(), left)
     assert errors[1].norm() > errors[0].norm()
-    assert (errors[1] * spread.sqrt()).norm() < (errors[0] * spread.sqrt()).norm()
+    assert (errors[1] * SPREAD.sqrt()).norm() < (errors[0] * SPREAD.sqrt()).norm()
+
+
+def test_under_a_metric_it_is_the_decomposition_of_the_weighted_stack():
+    """Of W S^(1/2), and back through S^(-1/2)."""
+    stack = decaying(4, 20, 30)
+    U = transform_of(stack, "lsm3")
+    found = hosvd(slices_of(stack, U, metric=Diagonal()), (4, 8, 8), 0)
+    weighted = hosvd(slices_of(stack * SPREAD.sqrt(), U), (4, 8, 8), 0)
+    assert_close(approximation(found, U, 4) * SPREAD.sqrt(), approximation(weighted, U, 4))
 
 
 # TeRA

@@ -306,6 +306,7 @@ def test_roots_are_those_of_the_definition(ranks):
     metric = shared_metric(*fixed_moments(*(tensor.float() for tensor in tensors)))
     assert metric.root.dtype == torch.float32
     assert_close(metric.root, root.float(), rtol=1e-4, atol=1e-5)
+    assert metric.root.double().square().sum().item() / 24 == pytest.approx(1, rel=1e-5)  # mean(diag S)
     V = torch.randn(24, 3, generator=torch.Generator().manual_seed(9), dtype=DOUBLE)
     assert_close(metric.apply(V), metric.root.double() @ V)
     assert_close(metric.apply_inverse(metric.apply(V)), V, rtol=1e-3, atol=1e-3)
@@ -382,6 +383,9 @@ def test_calibration_samples_by_seed_and_feeds_a_model(tmp_path):
     assert sum(len(batch["input_ids"]) for batch in one) == 10
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(one, same, strict=True))
     assert any(not torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(one, other, strict=True))
+    file.write_text("\n".join(("red ", "blue ")[words % 2] * words for words in (5, 2, 8, 1, 6, 3, 7, 4)))
+    widths = [batch["input_ids"].shape[1] for batch in read_calibration(file, tokenizer, batch_size=2)]
+    assert widths == [2, 4, 6, 8]  # texts of like length together
     model = tiny_llama()
     tokens = sum(int(batch["attention_mask"].sum()) for batch in one)
     assert set(gather(model, one).tokens.values()) == {tokens}

@@ -24,10 +24,12 @@ from transformers import (
 import qrefta
 from eval.memory import tensor_peak
 from qrefta.factors import BANK
+from qrefta.footprint import _AsOnCuda, _Ledger
 from qrefta.linear import AdaptedLinear
 from qrefta.outline import Outline
 from qrefta.plan import _Case, _largest, _plan, plan
-from tests.models import decoder_sizes, tiny_bert, tiny_llama, tiny_vit
+from qrefta.stack import find_stacks
+from tests.models import decoder_sizes, tiny_bert, tiny_llama, tiny_mixtral, tiny_vit
 
 BATCH, SEQ = 8, 64
 LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
@@ -43,14 +45,18 @@ def on_meta(model_class, config):
         return model_class(config)
 
 
+def randint(seq):
+    return torch.randint(96, (BATCH, seq), generator=torch.Generator().manual_seed(0))
+
+
 def prepared_step(model, checkpointing, **settings):
-    """A prepared model and a step on the inputs that a plan counts, with the loss that transformers computes."""
+    """A prepared model and a step on a batch, with the loss that transformers computes."""
     qrefta.prepare(model, refine=0, progress=False, **settings)
     if checkpointing:
         # the states of the CPU's generator, five KB a block, are in no GPU's memory
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     images = model.main_input_name == "pixel_values"
-    inputs = torch.zeros(BATCH, 3, 16, 16) if images else torch.zeros(BATCH, SEQ, dtype=torch.long)
+    inputs = torch.zeros(BATCH, 3, 16, 16) if images else randint(SEQ)
     labels = torch.zeros(BATCH, dtype=torch.long) if images else inputs
     trained = [parameter for parameter in model.train().parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained)
@@ -68,6 +74,7 @@ def prepared_step(model, checkpointing, **settings):
     [
         (tiny_llama, False, {"method": "refta", "rank": 40}),
         (tiny_llama, True, {"method": "tera", "rank": 4, "double_quant": True}),
+        (tiny_mixtral, False, {"method": "refta", "rank": 8}),
         (tiny_vit, False, {"method": "craft", "quant_type": "int4", "target_modules": ".*attention.*"}),
     ],
 )
@@ -103,17 +110,29 @@ def two_lists_of_blocks():
     return on_meta(BartForConditionalGeneration, BartConfig(encoder_layers=4, decoder_layers=4, **sizes, **heads))
 
 
+@pytest.mark.parametrize(("batch", "seq"), [(2, 16), (1, 1)])
 @pytest.mark.parametrize(
     ("make", "checkpointing", "target"),
     [(one_list_of_blocks, True, "intermediate.dense"), (two_lists_of_blocks, False, "fc1")],
 )
-def test_three_blocks_stand_for_all(make, checkpointing, target):
-    """Cut or whole, a model has the same plan, to the byte; factors so large that the gradients in flight matter."""
-    case = _Case(2, 16, "bfloat16", checkpointing, "adamw", {"rank": 90, "bits": 16, "target_modules": [target]})
+def test_three_blocks_stand_for_all(make, checkpointing, target, batch, seq):
+    """Cut or whole, a model has the same plan, to the byte; factors so large that the gradients in flight matter.
+
+    With one token the optimizer's step is the peak.
+    """
+    case = _Case(batch, seq, "bfloat16", checkpointing, "adamw", {"rank": 90, "bits": 16, "target_modules": [target]})
     cut, whole = Outline.of(make()), Outline.of(make(), cut=False)
     assert cut.blocks
     assert not whole.blocks
     assert _plan(cut, case) == _plan(whole, case)
+
+
+def test_what_stays_as_it_is_counts_buffers_of_integers_too():
+    model = tiny_bert()
+    stacked = sum(model.get_submodule(path).weight.nbytes for stack in find_stacks(model) for path in stack.modules)
+    assert not all(buffer.is_floating_point() for buffer in model.buffers())
+    whole = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    assert plan(model, seq=8, rank=2).rest_bytes == whole - stacked
 
 
 def test_blocks_that_differ_or_train_whole_are_not_cut():
@@ -123,6 +142,8 @@ def test_blocks_that_differ_or_train_whole_are_not_cut():
     assert Outline.of(on_meta(Qwen3MoeForCausalLM, Qwen3MoeConfig(**sizes, **experts))).blocks == {"model.layers": 6}
     dense_fourth = on_meta(Qwen3MoeForCausalLM, Qwen3MoeConfig(**sizes, **experts, mlp_only_layers=[4]))
     assert Outline.of(dense_fourth).blocks == {}
+    dense_second = on_meta(Qwen3MoeForCausalLM, Qwen3MoeConfig(**sizes, **experts, mlp_only_layers=[1]))
+    assert Outline.of(dense_second).blocks == {}
     assert Outline.of(on_meta(Qwen3ForCausalLM, Qwen3Config(**sizes, **attention))).blocks == {}
     assert Outline.of(one_list_of_blocks(), ["attention.output.LayerNorm"]).blocks == {}
     assert Outline.of(one_list_of_blocks(), ["pooler"]).blocks == {"bert.encoder.layer": 6}
@@ -156,6 +177,27 @@ def test_tied_embeddings_that_train_count_once():
     tied, apart = (plan(small(tie_word_embeddings=tie), seq=8, modules_to_save=["lm_head"]) for tie in (True, False))
     assert tied.gradients_bytes == apart.gradients_bytes
     assert apart.rest_bytes - tied.rest_bytes == 4 * 96 * 64
+
+
+def test_logits_are_kept_in_float32():
+    """Of a bf16 model, by the loss: four bytes for each further entry of the vocabulary and token."""
+    few, many = (plan(small(vocab_size=size), seq=64, dtype="bfloat16").activations_bytes for size in (1024, 2048))
+    assert many - few == 4 * 64 * 1024
+
+
+def test_attention_is_counted_as_on_a_gpu():
+    """Kept is its output and a float32 number a row; going back the queries' gradient is there in float32 too."""
+    query, key, value = (torch.zeros(2, 4, 8, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    ledger, numbers, rows = _Ledger(), query.numel(), 2 * 4 * 8
+    with _AsOnCuda(), ledger:
+        ledger.leave_out([query, key, value])
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+        assert ledger.level() == 2 * numbers + 4 * rows
+        back = torch.ones_like(out)
+        before = ledger.level()
+        ledger.begin()
+        out.backward(back)
+        assert ledger.peak() - before == 4 * numbers + 3 * 2 * numbers
 
 
 def test_dropout_is_counted_as_on_a_gpu():
@@ -245,6 +287,7 @@ def test_models_that_cannot_be_planned_say_why():
         "names no model class": (LlamaConfig(), {"seq": 8}),
         "already quantized": (qrefta.prepare(bert, rank=2, progress=False), {"seq": 8}),
     }
+    assert plan(llama, seq=2048).fits
     for message, (model, sizes) in refused.items():
         with pytest.raises(ValueError, match=message):
             plan(model, **sizes)

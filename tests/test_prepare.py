@@ -111,7 +111,7 @@ def test_every_linear_of_the_blocks_is_quantized_and_no_other(architecture):
     model = ARCHITECTURES[architecture]()
     linears = {path for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     inside = {path for stack in find_stacks(model) for path in stack.modules}
-    assert qrefta.prepare(model, rank=3) is model
+    assert qrefta.prepare(model, rank=3, refine=0) is model
     assert set(adapted(model)) == with_factors(model) == inside
     left = {path for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     assert left == linears - inside
@@ -122,8 +122,8 @@ def test_every_linear_of_the_blocks_is_quantized_and_no_other(architecture):
 def test_only_targets_get_factors_while_all_is_quantized(architecture):
     model, full = ARCHITECTURES[architecture](), ARCHITECTURES[architecture]()
     name = find_stacks(model)[1].name.split("*.")[-1]
-    qrefta.prepare(full, rank=3)
-    qrefta.prepare(model, rank=3, target_modules=[name])
+    qrefta.prepare(full, rank=3, refine=0)
+    qrefta.prepare(model, rank=3, refine=0, target_modules=[name])
     assert with_factors(model) == {path for path in adapted(full) if path.endswith("." + name)} < set(adapted(full))
     assert set(adapted(model)) == set(adapted(full))
     assert all(module.weight.dtype == torch.int8 for module in adapted(model).values())
@@ -144,13 +144,13 @@ def test_only_targets_get_factors_while_all_is_quantized(architecture):
     ids=str,
 )
 def test_targets_by_suffix_or_expression(targets, expected):
-    model = qrefta.prepare(tiny_bert(), rank=3, target_modules=targets)
+    model = qrefta.prepare(tiny_bert(), rank=3, refine=0, target_modules=targets)
     assert with_factors(model) == {path for path in adapted(model) if re.fullmatch(expected, path)}
 
 
 @all_architectures
 def test_what_trains_is_the_factors_and_the_head(architecture):
-    model = qrefta.prepare(ARCHITECTURES[architecture](), rank=3)
+    model = qrefta.prepare(ARCHITECTURES[architecture](), rank=3, refine=0)
     head = {"classifier.weight", "classifier.bias"} if hasattr(model, "classifier") else set()
     if architecture == "roberta":
         head = {f"classifier.{part}.{name}" for part in ("dense", "out_proj") for name in ("weight", "bias")}
@@ -190,7 +190,7 @@ HEADS = {
 @pytest.mark.parametrize("model_class", HEADS)
 def test_task_heads_train_and_language_model_heads_do_not(model_class):
     config, expected = HEADS[model_class]
-    model = qrefta.prepare(build(model_class, config), rank=3)
+    model = qrefta.prepare(build(model_class, config), rank=3, refine=0)
     assert {name.split(".")[0] for name in trained(model)} == expected
     assert all(p.dtype == torch.float32 for name, p in model.named_parameters() if name in trained(model))
 
@@ -205,7 +205,7 @@ def test_task_heads_train_and_language_model_heads_do_not(model_class):
     ids=str,
 )
 def test_modules_to_save_train_too(names, expected):
-    model = qrefta.prepare(tiny_bert(), rank=3, modules_to_save=names)
+    model = qrefta.prepare(tiny_bert(), rank=3, refine=0, modules_to_save=names)
     assert trained(model) == {"classifier.weight", "classifier.bias", *expected}
 
 
@@ -464,8 +464,8 @@ def test_half_models_are_split_as_their_float32_copies(architecture, dtype):
     """Computed in float32 whatever the model's dtype; the rest keeps its dtype, the masters are float32."""
     half = ARCHITECTURES[architecture]().to(dtype)
     single = copy.deepcopy(half).float()
-    qrefta.prepare(half, rank=3)
-    qrefta.prepare(single, rank=3)
+    qrefta.prepare(half, rank=3, refine=1)
+    qrefta.prepare(single, rank=3, refine=1)
     reference = single.state_dict()
     for name, tensor in half.state_dict().items():
         if name.startswith(BANK) or not tensor.is_floating_point():
@@ -594,9 +594,12 @@ def test_prepare_merge_prepare_again(architecture):
 
 
 def test_the_progress_bar_counts_stacks_of_what_takes_long(capsys, monkeypatch):
+    module = sys.modules["qrefta.prepare"]
+    assert module.PROGRESS_DELAY_S > 0
+    monkeypatch.setattr(module, "PROGRESS_DELAY_S", 600.0)  # a busy machine takes long over anything
     qrefta.prepare(tiny_bert(), rank=3)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(sys.modules["qrefta.prepare"], "PROGRESS_DELAY_S", 0.0)
+    monkeypatch.setattr(module, "PROGRESS_DELAY_S", 0.0)
     qrefta.prepare(tiny_bert(), rank=3, progress=False)
     assert capsys.readouterr().err == ""
     qrefta.prepare(tiny_bert(), rank=3)

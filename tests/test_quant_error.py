@@ -1,5 +1,8 @@
 """The quantization-error study: what its rows say, what it does not measure again, and what it refuses."""
 
+import multiprocessing
+from functools import partial
+
 import pytest
 import torch
 
@@ -97,6 +100,8 @@ def test_nothing_is_measured_twice(folder, file, monkeypatch):
     lines = before.splitlines(keepends=True)
     part = file.with_name("part.jsonl")
     part.write_text("".join(line for line in lines if '"method": "loftq"' not in line))
+    fork = partial(multiprocessing.get_context, "fork")  # spawned ones would import everything again
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork())
     study(folder, part, processes=2)
 
     def cells(path):

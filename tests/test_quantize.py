@@ -9,6 +9,7 @@ from qrefta.quantize import (
     QuantFormat,
     _load_scales,
     dequantize,
+    linear,
     quantize,
     rounded,
 )
@@ -275,3 +276,13 @@ def test_rounded_agrees_at_the_boundaries_between_levels(quant_type):
         scaled = matrix * scale
         back = dequantize(quantize(scaled, fmt), fmt, tuple(scaled.shape), torch.float32)
         assert torch.equal(rounded(scaled, fmt), back)
+
+
+@all_formats
+@pytest.mark.parametrize("width", [32, 40, 64, 96, 128])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_linear_multiplies_by_the_dequantized_matrix(fmt, width, tokens):
+    """bitsandbytes does where rows are whole blocks; others, such as 32 and 96 wide, its CPU kernel reads wrongly."""
+    W, x = (torch.randn(rows, width, generator=torch.Generator().manual_seed(rows)) for rows in (8, tokens))
+    packed = quantize(W, fmt)
+    assert_close(linear(x, packed, fmt, (8, width)), x @ dequantize(packed, fmt, (8, width), torch.float32).T)

@@ -1,9 +1,6 @@
 import copy
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -33,6 +30,7 @@ import qrefta
 from eval.memory import tensor_peak
 from qrefta.factors import BANK
 from qrefta.linear import AdaptedLinear
+from qrefta.quantizer import QReftaQuantizer
 from tests.models import (
     ARCHITECTURES,
     VOCAB,
@@ -40,6 +38,7 @@ from tests.models import (
     encoder_sizes,
     inputs,
     logits,
+    prepared,
     tiny_bert,
     tiny_gpt2,
     tiny_llama,
@@ -85,7 +84,7 @@ def nudge(model, scale=1e-4):
 @all_architectures
 @pytest.mark.parametrize("shards", ["single", "sharded"])
 def test_round_trip(architecture, shards, tmp_path):
-    model = qrefta.prepare(ARCHITECTURES[architecture](), rank=5, double_quant=shards == "sharded")
+    model = prepared(ARCHITECTURES[architecture], rank=5, double_quant=shards == "sharded")
     model.save_pretrained(tmp_path, max_shard_size="30KB" if shards == "sharded" else "1GB")
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shards == "sharded")
     loaded = type(model).from_pretrained(tmp_path)
@@ -118,7 +117,7 @@ def test_round_trip_of_every_setting(settings, tmp_path):
 
 
 def test_saving_again_writes_the_same_bytes(tmp_path):
-    model = nudge(qrefta.prepare(tiny_bert(), rank=5))
+    model = nudge(prepared(tiny_bert, rank=5))
     model.save_pretrained(tmp_path / "first")
     qrefta.load(tmp_path / "first").save_pretrained(tmp_path / "second")
     for name in ("config.json", "model.safetensors"):
@@ -126,7 +125,7 @@ def test_saving_again_writes_the_same_bytes(tmp_path):
 
 
 def test_saving_leaves_the_model_as_it_was(tmp_path):
-    model = nudge(qrefta.prepare(tiny_bert(), rank=5))
+    model = nudge(prepared(tiny_bert, rank=5))
     clone = copy.deepcopy(model)
     model.save_pretrained(tmp_path)
     assert_same_state(model, clone)
@@ -134,7 +133,7 @@ def test_saving_leaves_the_model_as_it_was(tmp_path):
 
 def test_a_state_dict_that_is_passed_is_what_is_saved(tmp_path):
     """As Trainer does under FSDP; it stays as it was."""
-    model = qrefta.prepare(tiny_bert(), rank=5)
+    model = prepared(tiny_bert, rank=5)
     state = model.state_dict() | {"classifier.bias": model.classifier.bias.detach() + 1}
     passed = dict(state)
     model.save_pretrained(tmp_path, state_dict=passed)
@@ -147,7 +146,7 @@ def test_a_folder_with_its_tokenizer_works_as_pushed(tmp_path):
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
-    model = qrefta.prepare(tiny_bert(), rank=5)
+    model = prepared(tiny_bert, rank=5)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     batch = AutoTokenizer.from_pretrained(tmp_path)(["a small test", "a x"], padding=True, return_tensors="pt")
@@ -173,7 +172,7 @@ def test_what_was_bf16_stays_bf16(settings, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_another_dtype_at_load_rounds_neither_scales_nor_factors(dtype, trained, tmp_path):
     """Factors that were stored as bf16 become float32 masters too."""
-    model = qrefta.prepare(tiny_bert(), rank=5, double_quant=True)
+    model = prepared(tiny_bert, rank=5, double_quant=True)
     if trained:
         nudge(model)
     model.save_pretrained(tmp_path)
@@ -191,7 +190,7 @@ def test_another_dtype_at_load_rounds_neither_scales_nor_factors(dtype, trained,
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_casting_the_model_rounds_neither_scales_nor_mixing_weights(dtype):
     """`model.to(dtype)`: raw bytes are no floats. The masters are cast, as any other parameter is."""
-    model = qrefta.prepare(tiny_bert(), rank=5, double_quant=True)
+    model = prepared(tiny_bert, rank=5, double_quant=True)
     before = {name: t.clone() for name, t in model.state_dict().items() if not t.is_floating_point()}
     model.to(dtype)
     assert (
@@ -218,7 +217,7 @@ def test_loading_freezes_what_was_frozen_and_trains_on(tmp_path):
 
 @pytest.mark.parametrize(("trained", "dtype"), [(False, torch.bfloat16), (True, torch.float32)])
 def test_masters_are_stored_as_bf16_only_where_that_loses_nothing(trained, dtype, tmp_path):
-    model = qrefta.prepare(tiny_bert(), rank=5)
+    model = prepared(tiny_bert, rank=5)
     if trained:
         nudge(model)
     model.save_pretrained(tmp_path)
@@ -230,14 +229,14 @@ def test_masters_are_stored_as_bf16_only_where_that_loses_nothing(trained, dtype
 
 
 def test_float32_factors_are_stored_whole(tmp_path):
-    model = qrefta.prepare(tiny_bert(), rank=5, factor_dtype="float32")
+    model = prepared(tiny_bert, rank=5, factor_dtype="float32")
     model.save_pretrained(tmp_path)
     assert load_file(tmp_path / "model.safetensors")[A].dtype == torch.float32
     assert_same_state(qrefta.load(tmp_path), model)
 
 
 def test_the_checkpoint_is_as_small_as_its_report_says(tmp_path):
-    model = qrefta.prepare(tiny_bert(), rank=5)
+    model = prepared(tiny_bert, rank=5)
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     biases = {f"{path}.bias" for path, module in model.named_modules() if isinstance(module, AdaptedLinear)}
@@ -250,36 +249,16 @@ def test_the_checkpoint_is_as_small_as_its_report_says(tmp_path):
     assert ours == sum(row["bytes"] for row in qrefta.quant_report(model))
 
 
-# Loading with the wrong class, or without qrefta
+# Loading with the wrong class
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A prepared tiny BERT on disk: copy it before damaging it."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    qrefta.prepare(tiny_bert(), rank=5).save_pretrained(folder)
+    prepared(tiny_bert, rank=5).save_pretrained(folder)
+    (folder / "qrefta_sha256.json").unlink()  # which would tell of any damage: here it is for the other checks
     return folder
-
-
-WITHOUT = """
-import sys, transformers
-try:
-    transformers.AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
-except Exception as error:
-    print("REFUSED", type(error).__name__, error)
-else:
-    print("LOADED")
-assert not any(name.startswith("qrefta") for name in sys.modules)
-"""
-
-
-def test_loading_without_qrefta_fails_loudly(checkpoint):
-    """A size error of the packed weights, and not a model with random ones."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", WITHOUT, str(checkpoint)]
-    done = subprocess.run(command, check=True, env=environment, cwd=checkpoint, capture_output=True, text=True)
-    assert "REFUSED" in done.stdout
-    assert "LOADED" not in done.stdout
 
 
 @pytest.mark.parametrize("model_class", [BertModel, AutoModel])
@@ -403,16 +382,16 @@ def test_a_class_with_a_fresh_head_is_prepared_while_loading(tmp_path):
 
 
 def test_preparing_while_loading_holds_no_dense_copy(tmp_path, monkeypatch):
-    """Of 9 MB little more than half, 4-bit model included, with blocks as small beside it as beside large models."""
-    monkeypatch.setattr("qrefta.convert.BLOCK_BYTES", 500_000)
-    sizes = encoder_sizes(128, layers=16) | {"vocab_size": 64}
+    """Of 4.5 MB little more than half, 4-bit model included, with blocks as small beside it as beside large models."""
+    monkeypatch.setattr("qrefta.convert.BLOCK_BYTES", 250_000)
+    sizes = encoder_sizes(128, layers=8) | {"vocab_size": 64}
     build(BertModel, BertConfig(**sizes)).save_pretrained(tmp_path)
     dense = (tmp_path / "model.safetensors").stat().st_size
     config = qrefta.QReftaConfig(rank=4, refine=0)
     loaded = []
     held = tensor_peak(lambda: None, "cpu")
     peak = tensor_peak(lambda: loaded.append(BertModel.from_pretrained(tmp_path, quantization_config=config)), "cpu")
-    assert dense > 8_000_000
+    assert dense > 4_000_000
     assert peak - held < 0.7 * dense
 
 
@@ -532,8 +511,32 @@ def test_mismatched_sizes_cannot_be_ignored_for_our_tensors(checkpoint, tmp_path
         AutoModelForSequenceClassification.from_pretrained(folder, ignore_mismatched_sizes=True)
 
 
+@pytest.mark.parametrize(
+    ("older", "error"),
+    [(lambda weight: weight.float(), None), (lambda weight: weight[:-1], "do not belong together")],
+    ids=["cast", "shape"],
+)
+def test_what_transformers_5_0_does_to_packed_bytes_is_undone_or_refused(checkpoint, monkeypatch, older, error):
+    """It casts them in modules that it keeps in float32 (T5's `wo`), and compares no shapes of quantized models."""
+    loaded = QReftaQuantizer._process_model_after_weight_loading
+
+    def process(self, model, **options):
+        layer = next(module for module in model.modules() if isinstance(module, AdaptedLinear))
+        layer.weight = torch.nn.Parameter(older(layer.weight), requires_grad=False)
+        layer.weight._is_hf_initialized = True
+        return loaded(self, model, **options)
+
+    expected = qrefta.load(checkpoint)
+    monkeypatch.setattr(QReftaQuantizer, "_process_model_after_weight_loading", process)
+    if error is None:
+        assert_same_state(qrefta.load(checkpoint), expected)
+    else:
+        with pytest.raises(ValueError, match=error):
+            qrefta.load(checkpoint)
+
+
 def test_a_missing_shard_is_refused(tmp_path):
-    qrefta.prepare(tiny_bert(), rank=5).save_pretrained(tmp_path, max_shard_size="20KB")
+    prepared(tiny_bert, rank=5).save_pretrained(tmp_path, max_shard_size="20KB")
     shard = sorted(tmp_path.glob("*.safetensors"))[1]
     shard.unlink()
     with pytest.raises(ValueError, match=f"{shard.name} is damaged or truncated"):
@@ -614,20 +617,20 @@ EVERY_2_STEPS = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "st
 @pytest.mark.parametrize("settings", [{}, {"double_quant": True}, {"bits": 16}, {"factor_dtype": "float32"}], ids=str)
 def test_resumed_equals_uninterrupted_bit_for_bit(settings, tmp_path):
     """All parameters, and the losses of the rest of the run; with dropout."""
-    whole = trainer(qrefta.prepare(tiny_bert(), rank=5, **settings), tmp_path / "whole", **EVERY_2_STEPS)
+    whole = trainer(prepared(tiny_bert, rank=5, **settings), tmp_path / "whole", **EVERY_2_STEPS)
     start = training_state(whole.model)
     whole.train()
     uninterrupted = training_state(whole.model)
     moved = {name for name, tensor in uninterrupted.items() if not torch.equal(tensor, start[name])}
     assert moved == {name for name, p in whole.model.named_parameters() if p.requires_grad}
-    again = trainer(qrefta.prepare(tiny_bert(), rank=5, **settings), tmp_path / "again", **EVERY_2_STEPS)
+    again = trainer(prepared(tiny_bert, rank=5, **settings), tmp_path / "again", **EVERY_2_STEPS)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     assert again.state.global_step == 6
     assert_equal_states(training_state(again.model), uninterrupted)
 
 
 def test_a_checkpoint_of_the_trainer_loads_as_a_model(tmp_path):
-    run = trainer(qrefta.prepare(tiny_bert(), rank=5), tmp_path, **EVERY_2_STEPS)
+    run = trainer(prepared(tiny_bert, rank=5), tmp_path, **EVERY_2_STEPS)
     run.train()
     assert_same_state(qrefta.load(tmp_path / "checkpoint-6"), run.model.eval())
 
@@ -637,8 +640,8 @@ def test_evaluation_between_steps_changes_nothing(tmp_path):
 
     Without dropout: an evaluation of Trainer's draws random numbers, whatever the model.
     """
-    with_evaluation = trainer(qrefta.prepare(no_dropout(), rank=5), tmp_path, eval_strategy="steps", eval_steps=1)
-    without = trainer(qrefta.prepare(no_dropout(), rank=5), tmp_path)
+    with_evaluation = trainer(prepared(no_dropout, rank=5), tmp_path, eval_strategy="steps", eval_steps=1)
+    without = trainer(prepared(no_dropout, rank=5), tmp_path)
     with_evaluation.train()
     without.train()
     assert sum("eval_loss" in entry for entry in with_evaluation.state.log_history) == 6
@@ -648,7 +651,7 @@ def test_evaluation_between_steps_changes_nothing(tmp_path):
 def test_the_best_model_is_loaded_at_the_end(tmp_path):
     """At a learning rate that makes the loss rise, the best checkpoint is not the last."""
     settings = EVERY_2_STEPS | {"load_best_model_at_end": True, "learning_rate": 0.5, "lr_scheduler_type": "constant"}
-    run = trainer(qrefta.prepare(tiny_bert(), rank=5), tmp_path, **settings)
+    run = trainer(prepared(tiny_bert, rank=5), tmp_path, **settings)
     run.train()
     losses = {entry["step"]: entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry}
     best = min(losses, key=losses.get)
@@ -664,7 +667,7 @@ def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path):
     """
     changes = []
     for rows, accumulate in ((8, 1), (2, 4)):
-        model = qrefta.prepare(tiny_llama(), rank=5)
+        model = prepared(tiny_llama, rank=5)
         start = training_state(model)
         settings = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulate, "optim": "sgd"}
         run = trainer(model, tmp_path, max_steps=1, lr_scheduler_type="constant", max_grad_norm=0.0, **settings)
@@ -677,15 +680,16 @@ def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path):
 
 
 def test_bf16_factors_really_train(tmp_path):
-    """200 steps of plain Trainer and its AdamW at 2e-4: the values of the forward pass move as float32 ones do.
+    """90 steps of plain Trainer and its AdamW at 2e-4: the values of the forward pass move as float32 ones do.
 
-    Measured: 93.6 % of the values move (93.5 % with float32), training losses 0.9580 and 0.9593, evaluation losses
-    1.0882 and 1.0875. With bf16 parameters instead of masters none moves, and the training loss is 1.017.
+    Measured: 93.0 % of the values move (92.8 % with float32), training losses 0.9873 and 0.9879, evaluation losses
+    1.1025 and 1.1017. With bf16 parameters instead of masters a third moves, and the losses are 1.023 and 1.136.
     """
     losses, moved = [], []
-    settings = {"max_steps": 200, "learning_rate": 2e-4, "per_device_train_batch_size": 8}
+    settings = {"max_steps": 90, "learning_rate": 2e-4, "per_device_train_batch_size": 8}
+    settings |= {"lr_scheduler_type": "constant"}
     for factor_dtype in ("bfloat16", "float32"):
-        model = qrefta.prepare(tiny_bert(hidden=64), rank=16, factor_dtype=factor_dtype)
+        model = qrefta.prepare(tiny_bert(hidden=64), rank=16, factor_dtype=factor_dtype, refine=0)
         start = {name: p.detach().bfloat16() for name, p in bank_parameters(model).items()}
         run = trainer(model, tmp_path, **settings)
         losses.append(run.train().training_loss)
@@ -698,7 +702,7 @@ def test_bf16_factors_really_train(tmp_path):
 
 
 def test_generation_of_a_loaded_language_model(tmp_path):
-    model = qrefta.prepare(tiny_llama(), rank=5)
+    model = prepared(tiny_llama, rank=5)
     model.save_pretrained(tmp_path)
     batch = inputs(model)
     settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}

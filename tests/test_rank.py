@@ -1,10 +1,15 @@
+from collections import Counter
+
 import pytest
 import torch
 from transformers import AutoModel
 
 import qrefta
 from eval.demo import model_folder
+from qrefta.config import QReftaConfig
 from qrefta.factors import BANK
+from qrefta.rank import _Spectra
+from qrefta.stack import find_stacks, model_weights
 from tests.models import tiny_bert
 
 
@@ -39,6 +44,21 @@ def test_a_budget_is_kept_used_and_well_spent():
     ranks = {row["stack"]: row["rank"] for row in qrefta.quant_report(model)}
     assert min(ranks.values()) >= 1
     assert len(set(ranks.values())) > 1
+
+
+def test_components_come_in_order_of_error_removed_per_byte():
+    """Of stacks whose components cost 128 and 192 bytes in bf16, and the mix."""
+    model = uneven_bert()
+    stacks = find_stacks(model)
+    spectra = _Spectra(stacks, [model_weights(model, stack) for stack in stacks], QReftaConfig())
+    spectra._deepen_all(8)
+    assert len(set(spectra.costs)) > 1
+    taken, worth = Counter(), []
+    for index in spectra._by_worth():
+        taken[index] += 1
+        worth.append(spectra._removed(index, taken[index]) / spectra.costs[index])
+    assert worth == sorted(worth, reverse=True)
+    assert set(taken.values()) == {7}  # the first is everyone's
 
 
 @pytest.mark.parametrize("asked", [0.6, 0.45])

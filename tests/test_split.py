@@ -7,11 +7,11 @@ import torch
 from torch.testing import assert_close
 
 from qrefta.config import QReftaConfig
-from qrefta.quantize import QUANT_TYPES, dequantize
-from qrefta.split import _rows_per_block, split_layers, split_stack
+from qrefta.quantize import QUANT_TYPES, dequantize, rounded
+from qrefta.split import _rows_per_block, _Target, split_layers, split_stack
 from qrefta.stack import Weights
 from qrefta.tensor import TRANSFORMS
-from tests.stacks import split_and_error
+from tests.stacks import Splitted, split_and_error, svd_of, transform_of
 
 all_transforms = pytest.mark.parametrize("transform", TRANSFORMS)
 grid = [
@@ -115,6 +115,32 @@ def test_refined_is_never_worse_than_one_shot_and_one_shot_than_no_factors(quant
     settings = {"rank": 9, "quant_type": quant_type, "double_quant": double_quant, "transform": transform}
     errors = [split_and_error(stack, QReftaConfig(**settings, refine=rounds)).error for rounds in (0, 1, 3)]
     assert errors[2] <= errors[1] < errors[0] < whole_error(stack, QReftaConfig(**settings))
+
+
+@all_transforms
+def test_the_factors_returned_are_those_nearest_to_what_the_residuals_leave(transform):
+    """The last refit's: an exact decomposition of W - dequant(Q) would win 0.0055 of the error at most, as measured.
+
+    Of residuals taken anew with the last factors it would win 0.018 and more.
+    """
+    stack = random_stack()
+    config = QReftaConfig(rank=9, transform=transform, refine=3, factor_dtype="float32")
+    split = split_and_error(stack, config)
+    left = stack - dense_residuals(split, stack, config)
+    nearest = left.square().sum() - svd_of(left, transform_of(stack, transform), 9).values.square().sum()
+    assert split.error == pytest.approx(nearest.item(), rel=0.01)
+
+
+def test_a_round_states_the_errors_before_and_of_its_target():
+    stack = random_stack()
+    config = QReftaConfig(rank=9)
+    base = split_and_error(stack, config).factors
+    target = _Target(Weights.of(stack), 16, base, transform_of(stack, "lsm3").float(), config.format, of_base=True)
+    assert sum(block.shape[1] for _, block in target.blocks()) == 48
+    rest = stack - deltas(Splitted(base, [], 0.0), stack)
+    stored = torch.stack([rounded(matrix, config.format) for matrix in rest])
+    assert target.error == pytest.approx((rest - stored).square().sum().item())
+    assert target.norm == pytest.approx((stack - stored).square().sum().item())
 
 
 @all_transforms

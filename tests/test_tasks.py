@@ -120,11 +120,13 @@ def test_text_is_cut_into_blocks_across_texts(tokenizer, suffix, tmp_path):
             file.write_text("\n".join(part))
         else:
             write_rows(file, [{"content": text} for text in part])
-    recipe = language_model(tiny_llama(), tokenizer, load_text(tmp_path, 0), 8)
     ids = [token for text in texts for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
-    found = [token for block in recipe.train["input_ids"] for token in block]
-    assert found == ids[: len(ids) // 8 * 8]
-    assert recipe.train["labels"] == recipe.train["input_ids"]
+    for length in (7, 10):
+        recipe = language_model(tiny_llama(), tokenizer, load_text(tmp_path, 0), length)
+        found = [token for block in recipe.train["input_ids"] for token in block]
+        assert found == ids[: len(ids) // length * length]
+        assert recipe.train["labels"] == recipe.train["input_ids"]
+    assert len(ids) % 10 == 0  # the last block is whole
     with pytest.raises(ValueError, match="The test split has less than 64 tokens; give more text or less max_length"):
         language_model(tiny_llama(), tokenizer, load_text(tmp_path, 0), 64)
 
@@ -142,6 +144,8 @@ def pictures(tmp_path):
 
 
 def test_pictures_come_from_folders(pictures):
+    """Grey ones too, as three equal channels."""
+    Image.new("L", (20, 24), 90).save(pictures / "train" / "blue" / "0.png")
     data = load_images(pictures, 0)
     assert {name: len(part) for name, part in data.items()} == {"train": 24, "test": 8}
     model = tiny_vit()
