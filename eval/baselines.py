@@ -17,8 +17,8 @@ from qrefta.stack import find_stacks, replace_module
 
 
 def linears(model: nn.Module) -> list[str]:
-    """Paths of the linears that qrefta adapts by default."""
-    return [path for stack in find_stacks(model) for path in stack.modules]
+    """Paths of the linears that qrefta adapts by default; of a mixture without its experts, which are no linears."""
+    return [path for stack in find_stacks(model) if not stack.experts for path in stack.modules]
 
 
 def train_head_only(model: PreTrainedModel, heads: Sequence[str]) -> PreTrainedModel:

@@ -2,7 +2,8 @@
 
 The Llama-shaped decoder is that of `eval.cost`, whose rows hold the measured peaks. The frozen floor, and PEFT's LoRA
 around it in the place of QLoRA, are no models that a plan is made of; they are counted as plans are. Other
-architectures and all methods are measured here, without dropout, of which a CPU keeps more than a GPU.
+architectures and all methods are measured here, without dropout, of which a CPU keeps more than a GPU. Experts are
+planned as if all had the same number of tokens; measured they have what an untrained router gives them.
 """
 
 import copy
@@ -22,7 +23,11 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedConfig,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     SwinConfig,
     SwinForImageClassification,
     T5Config,
@@ -61,6 +66,17 @@ MODELS: dict[str, tuple[type, PreTrainedConfig, int, int | None]] = {  # class, 
     "t5": (
         T5ForConditionalGeneration,
         T5Config(d_model=384, d_ff=1536, num_heads=6, vocab_size=8192, dropout_rate=0, decoder_start_token_id=0),
+        4, 128,
+    ),
+    "mixtral": (
+        MixtralForCausalLM,
+        MixtralConfig(**SIZES, num_key_value_heads=3, num_local_experts=8, num_experts_per_tok=2, vocab_size=8192),
+        4, 128,
+    ),
+    "qwen3_moe": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig(**SIZES, num_key_value_heads=3, head_dim=32, moe_intermediate_size=192, num_experts=32,
+                       num_experts_per_tok=4, vocab_size=8192),
         4, 128,
     ),
 }  # fmt: skip
@@ -171,7 +187,7 @@ def _measured(model: nn.Module, batch: int, seq: int | None, checkpointing: bool
         size = model.config.image_size
         inputs: Tensor = torch.zeros(batch, model.config.num_channels, size, size)
     else:
-        inputs = torch.zeros(batch, seq, dtype=torch.long)
+        inputs = torch.randint(8192, (batch, seq), generator=torch.Generator().manual_seed(0))
     classes = isinstance(model, BertForSequenceClassification) or seq is None
     labels = torch.zeros(batch, dtype=torch.long) if classes else inputs
     optimizer = torch.optim.AdamW(parameter for parameter in model.train().parameters() if parameter.requires_grad)

@@ -82,6 +82,24 @@ def accuracy_table(rows: list[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
+def coverage_table(rows: list[dict[str, Any]]) -> str:
+    """In Markdown, from the rows of one run of `eval.coverage`: a line a model."""
+    lines = [
+        "| model | weights | bitsandbytes: in 4 bits | size | qrefta: in 4 bits | size |",
+        "|---|---|---|---|---|---|",
+    ]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        theirs, ours = (
+            next(row for row in rows if (row["model"], row["tool"]) == (model, tool))
+            for tool in ("bitsandbytes", "qrefta")
+        )
+        lines.append(
+            f"| {model} | {ours['weights'] / 1e9:.1f} billion | {theirs['share']:.1%} | {theirs['bytes'] / 1e9:.1f} GB "
+            f"| {ours['share']:.1%} | {ours['bytes'] / 1e9:.1f} GB |"
+        )
+    return "\n".join(lines)
+
+
 def insert(readme: str) -> str:
     """The README with its tables made anew from the rows that they name."""
     return PLACE.sub(lambda place: _block(place[1]), readme)
@@ -110,6 +128,7 @@ TABLES = {
     "quickstart_sst2": quickstart_table,
     "cost": cost_table,
     "accuracy": accuracy_table,
+    "coverage": coverage_table,
 }
 
 
