@@ -1,8 +1,5 @@
 """The quantization-error study: what its rows say, what it does not measure again, and what it refuses."""
 
-import multiprocessing
-from functools import partial
-
 import pytest
 import torch
 
@@ -92,7 +89,7 @@ def test_a_stack_that_is_missing_makes_no_model_row(file):
     assert totals(of(rows, method="pissa", rank=3, quant_type="nf4"))["nuclear_reduction"] is not None
 
 
-def test_nothing_is_measured_twice(folder, file, monkeypatch):
+def test_nothing_is_measured_twice(folder, file):
     """A second run adds nothing; a run that was stopped adds what is missing; another rank adds its cells."""
     before = file.read_text()
     study(folder, file)
@@ -100,8 +97,6 @@ def test_nothing_is_measured_twice(folder, file, monkeypatch):
     lines = before.splitlines(keepends=True)
     part = file.with_name("part.jsonl")
     part.write_text("".join(line for line in lines if '"method": "loftq"' not in line))
-    fork = partial(multiprocessing.get_context, "fork")  # spawned ones would import everything again
-    monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork())
     study(folder, part, processes=2)
 
     def cells(path):
