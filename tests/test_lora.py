@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import qrefta
 from qrefta.compare import example_inputs, outputs
@@ -15,18 +16,23 @@ from qrefta.factors import BANK
 from qrefta.linear import AdaptedLinear
 from qrefta.lora import _notes
 from qrefta.quantizer import prepared_config
-from tests.models import ARCHITECTURES, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from tests.models import ARCHITECTURES, build, decoder_sizes, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from tests.test_export import take_steps
 
 ADAPTER = "adapter_model.safetensors"
 
 
-def trained(folder, build=tiny_bert, hidden=32, steps=3, **settings):
+def trained(folder, architecture=tiny_bert, hidden=32, steps=3, **settings):
     """A model prepared from a folder, with factors and head moved away from their start."""
-    original = build() if hidden is None else build(hidden=hidden)
+    original = architecture() if hidden is None else architecture(hidden=hidden)
     original.save_pretrained(folder)
     settings = {"rank": 5, "refine": 1} | settings
     return take_steps(qrefta.prepare(type(original).from_pretrained(folder), **settings), steps)
+
+
+def one_key_head(hidden):
+    """Keys and values of 16 features, where hidden is 64."""
+    return build(LlamaForCausalLM, LlamaConfig(**decoder_sizes(hidden) | {"num_key_value_heads": 1}))
 
 
 def through_peft(model, folder, source, **kwargs):
@@ -224,11 +230,23 @@ def test_formats_that_bitsandbytes_lacks_are_refused_in_4_bits(settings, tmp_pat
     assert qrefta.export_lora(model, tmp_path / "lora").difference < 0.04
 
 
-def test_widths_that_bitsandbytes_gets_wrong_on_a_cpu_are_found_and_refused(tmp_path):
-    """Widths of 96: its CPU kernel's fault (0.50) would be the user's."""
-    model = trained(tmp_path / "original", tiny_llama, hidden=96)
-    with pytest.raises(ValueError, match=r'nothing was kept\. Give base="residual"'):
+@pytest.mark.parametrize(
+    ("packs", "architecture", "hidden", "message"),
+    [
+        (False, tiny_llama, 96, "The logits of what was written differ"),
+        (True, tiny_llama, 96, r"bitsandbytes fails on what was written \(shape"),
+        (True, one_key_head, 64, r"bitsandbytes fails on what was written \(N must be divisible by block_n"),
+    ],
+)
+def test_sizes_that_bitsandbytes_gets_wrong_on_a_cpu_are_refused(
+    tmp_path, monkeypatch, packs, architecture, hidden, message
+):
+    """Its CPU kernel's fault (0.50 for widths of 96) would be the user's. With AVX512-BF16 it packs weights anew."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: packs)
+    model = trained(tmp_path / "original", architecture, hidden)
+    with pytest.raises(ValueError, match=rf'{message}.*; nothing was kept\. Give base="residual"'):
         qrefta.export_lora(model, tmp_path / "lora", "residual-4bit")
+    assert [path.name for path in tmp_path.iterdir()] == ["original"]
 
 
 def test_another_original_is_refused(tmp_path):
