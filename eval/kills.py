@@ -1,8 +1,9 @@
 """python -m eval.kills: training, preparing and merging that are killed at random moments, and go on.
 
 Every attempt is a process of its own, forked from this one, and ends by signal 9 at a random moment, half of them while
-files are being written, until it gets to its end. After each kill everything in the folder that would be taken for
-whole is compared with what an undisturbed run had there, byte for byte; so is what the chain of attempts ends with.
+files are being written, until one gets to the end, or they have been killed often enough. After each kill everything in
+the folder that would be taken for whole is compared with what an undisturbed run had there, byte for byte; so is what the
+chain of attempts ends with.
 """
 
 import hashlib
@@ -32,6 +33,7 @@ from qrefta.convert import JOURNAL
 from qrefta.finetune import finetune
 
 STEPS = 12
+CHAIN = 20  # kills of one job, at most, before it may get to its end
 _SAID = Path(tempfile.gettempdir()) / f"qrefta-kills-{os.getpid()}.txt"  # by the last process
 Digests = dict[str, str]  # file, within the job's folder -> sha256
 console = Console()
@@ -152,8 +154,15 @@ def kill(job: Job, place: Path, kills: int, chance: random.Random) -> Tally:
     tally = Tally()
     while tally.kills < kills:
         folder = place / str(tally.runs)
-        while not attempt(job, folder, chance, seconds, tally):
+        before, start = tally.kills, time.monotonic()
+        for _ in range(CHAIN):
+            if attempt(job, folder, chance, seconds, tally):
+                break
             check(job, folder, expected, tally)
+        else:  # what begins anew each time would never end
+            _done(_fork(lambda folder=folder: job.work(folder)))
+        if tally.kills == before:  # too late, where the undisturbed run was held up
+            seconds = min(seconds, time.monotonic() - start)
         tally.runs += 1
         final = digests(folder, job.volatile)
         tally.unequal += any(final.get(name) != digest for name, digest in expected["."].items())

@@ -65,6 +65,17 @@ def test_an_end_that_depends_on_the_kills_is_found(tmp_path):
     assert tally(differing, tmp_path).unequal > 0
 
 
+@pytest.mark.timeout(60)
+def test_a_first_run_that_is_held_up_does_not_make_all_kills_too_late(tmp_path):
+    def held_up(folder):
+        if not (tmp_path / "ran").exists():
+            (tmp_path / "ran").touch()
+            time.sleep(2)
+        renamed(folder)
+
+    assert tally(held_up, tmp_path).kills >= 6
+
+
 def test_a_job_that_fails_is_told(tmp_path):
     with pytest.raises(RuntimeError, match="nothing to do"):
         tally(lambda folder: (_ for _ in ()).throw(ValueError("nothing to do")), tmp_path)
