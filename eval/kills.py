@@ -2,8 +2,8 @@
 
 Every attempt is a process of its own, forked from this one, and ends by signal 9 at a random moment, half of them while
 files are being written, until one gets to the end, or they have been killed often enough. After each kill everything in
-the folder that would be taken for whole is compared with what an undisturbed run had there, byte for byte; so is what the
-chain of attempts ends with.
+the folder that would be taken for whole is compared with what an undisturbed run had there, byte for byte; so is what
+the chain of attempts ends with.
 """
 
 import hashlib
