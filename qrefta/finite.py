@@ -125,7 +125,10 @@ def _finite(values: Iterable[object]) -> bool:
 
 
 def _all_finite(values: Iterable[object]) -> Tensor:
-    """The same as a tensor on their device, without waiting."""
+    """The same as a tensor on the first one's device, without waiting; a model may lie on several."""
     tensors = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
     tensors = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-    return torch.stack([tensor.isfinite().all() for tensor in tensors]).all() if tensors else torch.tensor(True)
+    if not tensors:
+        return torch.tensor(True)
+    flags = [tensor.isfinite().all() for tensor in tensors]
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).all()

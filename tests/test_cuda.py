@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 import qrefta
 from eval.splits import NF4, loftq
+from qrefta.finite import _all_finite
 from qrefta.quantize import QuantFormat, dequantize, quantize, rounded
 from qrefta.tensor import t_svd, t_svd_exact
 from tests.models import ARCHITECTURES, inputs, logits
@@ -155,6 +156,12 @@ def test_loftq_is_that_of_peft(rounds):
     ours = loftq(weight, 6, rounds)
     assert_close(ours.up @ ours.down, (up @ down).cpu(), rtol=1e-3, atol=1e-3)
     assert (rounded(ours.rest, NF4) - quantized.cpu()).norm() <= 1e-3 * quantized.norm()
+
+
+def test_gradients_on_two_devices_are_judged_together():
+    good = torch.ones(3)
+    assert _all_finite([good.cuda(), good])
+    assert not _all_finite([good.cuda(), good * torch.inf])
 
 
 def split_map(first, second):

@@ -9,7 +9,7 @@ import qrefta
 from qrefta.cli import load_classifier
 from qrefta.factors import BANK
 from qrefta.finetune import finetune
-from qrefta.finite import _finite, find_origin, finite_steps
+from qrefta.finite import _all_finite, _finite, find_origin, finite_steps
 from tests.models import pixels, tiny_bert, tiny_vit
 from tests.processes import Broken
 from tests.tiny import color_data, tiny_folder
@@ -132,3 +132,8 @@ def test_one_tensor_that_is_not_finite_is_enough():
     good, bad = torch.ones(3), torch.tensor([1.0, torch.inf])
     assert _finite([good, "text", torch.ones(2, dtype=torch.long)])
     assert not _finite([good, bad])
+
+
+def test_tensors_on_several_devices_are_judged_together():
+    """With the meta device for a second one, which has no values to judge."""
+    assert _all_finite([torch.ones(3, device="meta"), torch.ones(3)]).device.type == "meta"
