@@ -594,19 +594,21 @@ def run_mutants(root: Path, reader: str, kind: str, state: str, seeds: range) ->
             os.close(receiver)
             _read_and_exit(sender, root, reader, kind, state, left)
         os.close(sender)
-        with os.fdopen(receiver, "rb", buffering=0) as lines:
-            while left:
-                ready = select.select([lines], [], [], LIMIT_S)[0]
-                line = lines.read(_LINE) if ready else b""
-                seed = left.pop(0)
-                if line:
-                    code, peak = map(int, line.split())
-                    yield seed, OUTCOMES[code], peak
-                else:
-                    yield seed, "crashed" if ready else "hung", 0
-                    break
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        try:
+            with os.fdopen(receiver, "rb", buffering=0) as lines:
+                while left:
+                    ready = select.select([lines], [], [], LIMIT_S)[0]
+                    line = lines.read(_LINE) if ready else b""
+                    seed = left.pop(0)
+                    if line:
+                        code, peak = map(int, line.split())
+                        yield seed, OUTCOMES[code], peak
+                    else:
+                        yield seed, "crashed" if ready else "hung", 0
+                        break
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 def _read_and_exit(sender: int, root: Path, reader: str, kind: str, state: str, seeds: list[int]) -> None:

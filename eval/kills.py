@@ -33,6 +33,7 @@ from qrefta.convert import JOURNAL
 from qrefta.finetune import finetune
 
 STEPS = 12
+PATIENCE_S = 600  # for any process
 CHAIN = 20  # kills of one job, at most, before it may get to its end
 _SAID = Path(tempfile.gettempdir()) / f"qrefta-kills-{os.getpid()}.txt"  # by the last process
 Digests = dict[str, str]  # file, within the job's folder -> sha256
@@ -245,6 +246,8 @@ def _fork(work: Callable[[], Any]) -> int:
     child = os.fork()
     if child == 0:
         code = 1
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(PATIENCE_S)  # so that nothing waits for ever for one that stands still
         try:
             said = os.open(_SAID, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(said, 1)

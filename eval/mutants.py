@@ -128,6 +128,8 @@ def passes(copy: Path, tests: str) -> bool:
     child = os.fork()
     if child == 0:
         code = _INTERRUPTED
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(PATIENCE_S + 60)  # should this process be gone by then
         with contextlib.suppress(BaseException):
             code = _pytest(copy, tests)
         os._exit(code)

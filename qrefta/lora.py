@@ -117,8 +117,8 @@ def export_lora(
 _MENDS = {
     "residual": "Give a higher rank, dtype=torch.float32, or a larger tolerance.",
     "residual-4bit": (
-        'Give base="residual": bitsandbytes\' CPU kernels are wrong or fail for widths that are no multiple of the '
-        "block size, and on some processors for heights that are no multiple of 32."
+        'Give base="residual": on some processors bitsandbytes\' CPU kernels are wrong or fail for widths that are no '
+        "multiple of the block size, or heights that are no multiple of 32."
     ),
     "original": 'Give a higher rank, or base="residual", which leaves nothing out.',
 }

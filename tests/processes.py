@@ -63,7 +63,9 @@ def _entry(work, folder):
 def killed(folder):
     """The command line, until the second process is killed after the first checkpoint."""
     if os.environ["RANK"] == "1":
-        threading.Thread(target=_die, args=(folder / "killed" / "checkpoint-4" / "trainer_state.json",)).start()
+        threading.Thread(
+            target=_die, args=(folder / "killed" / "checkpoint-4" / "trainer_state.json",), daemon=True
+        ).start()
     _command(folder)
 
 

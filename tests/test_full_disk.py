@@ -29,7 +29,7 @@ def disk(tmp_path):
     if made.returncode:
         pytest.skip("no file system can be mounted")
     yield place
-    subprocess.run(["umount", place], check=True)
+    subprocess.run(["umount", "--lazy", place], check=True)
 
 
 @pytest.fixture(scope="module")

@@ -82,8 +82,8 @@ def test_the_faults_are_seen(root, monkeypatch):
         "unclear": lambda folder: {}["x"],
         "differs": lambda folder: tiny_bert(),
     }
-    monkeypatch.setattr(hostile, "LIMIT_S", 3)
     for fault, reader in faults.items():
+        monkeypatch.setattr(hostile, "LIMIT_S", 3 if fault == "hung" else 60)
         monkeypatch.setattr(hostile.qrefta, "load", reader)
         found = [result for _, result, _ in hostile.run_mutants(root, "load", "adapter", "kept", range(1))]
         assert found == [fault]

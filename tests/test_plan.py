@@ -260,9 +260,9 @@ def test_savings_are_what_the_changes_bring_the_most_first():
 def test_a_model_of_70_billion_weights_is_planned_in_seconds():
     sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
     llama = small(**sizes, num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192, dtype="bfloat16")
-    start = time.perf_counter()
+    start = time.process_time()
     found = plan(llama, seq=4096, rank=64)
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
     weights = 80 * (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
     assert found.linears_bytes == weights // 2 + weights // 64 * 4
     assert found.rest_bytes == pytest.approx(2 * (2 * 128256 * 8192 + 161 * 8192), rel=1e-6)

@@ -48,7 +48,10 @@ def test_file_tree_is_the_tree_on_disk():
             named.add(f"{folder}/{match[1].rstrip('/')}")
     assert {path for path in named if not (ROOT / path).exists()} == set()
     listed = subprocess.run(
-        ["git", "-C", ROOT, "ls-files", "qrefta", "eval"], capture_output=True, text=True, check=True
+        ["git", "-c", "safe.directory=*", "-C", ROOT, "ls-files", "qrefta", "eval"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     tracked = {"/".join(path.split("/")[:2]) for path in listed.stdout.split() if path.endswith((".py", ".jsonl"))}
     unnamed = {"qrefta/__init__.py", "qrefta/__main__.py", "eval/__init__.py"}
