@@ -179,8 +179,7 @@ def undisturbed(job: Job, folder: Path) -> tuple[dict[str, Digests], float]:
     shutil.rmtree(folder)
     seen: dict[str, Digests] = {}
     child = _fork(lambda: job.work(folder))
-
-    while os.waitpid(child, os.WNOHANG) == (0, 0):
+    while not _ended(child):
         os.kill(child, signal.SIGSTOP)
         for path in job.whole(folder):
             name = str(path.relative_to(folder))

@@ -199,7 +199,7 @@ class QReftaQuantizer(HfQuantizer):
         return state, {}
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """The config as it is; the only hook that sees it before the model is built."""
+        """The config as it is; the only hook that sees one that is given as an object before the model is built."""
         if self.pre_quantized:
             check_counts(config.to_dict())
         return config

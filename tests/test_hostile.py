@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import qrefta
 from eval import hostile
@@ -123,6 +124,13 @@ def test_a_config_with_a_million_blocks_is_refused_at_once(prepared, dense):
         refused(folder, "num_hidden_layers 1,000,000, and 2,000 is the largest", read)
         edit_config(folder, num_hidden_layers=2, num_labels=10**9)
         refused(folder, "num_labels 1,000,000,000, and 100,000 is the largest", read)
+
+
+def test_a_config_that_is_given_as_an_object_is_checked_too(prepared):
+    config = AutoConfig.from_pretrained(prepared)
+    config.num_hidden_layers = 10**4
+    with pytest.raises(ValueError, match="num_hidden_layers 10,000, and 2,000 is the largest"):
+        AutoModelForSequenceClassification.from_pretrained(prepared, config=config)
 
 
 def test_a_config_with_gigabytes_of_positions_takes_no_memory(prepared, monkeypatch):
