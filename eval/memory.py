@@ -40,7 +40,9 @@ def tensor_peak(step: Callable[[], None], device: str) -> int:
     living = sum(_storages(device).values())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [
+        event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     held = most = living
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
@@ -52,8 +54,14 @@ def _storages(device: str) -> dict[int, int]:
     """Bytes of every storage that a living tensor on a device has, by its address."""
     found = {}
     for item in gc.get_objects():
-        if issubclass(type(item), torch.Tensor) and item.device.type == device and item.layout == torch.strided:
-            with suppress(RuntimeError):  # what torch.compile traced with has a storage without an address
+        if (
+            issubclass(type(item), torch.Tensor)
+            and item.device.type == device
+            and item.layout == torch.strided
+        ):
+            with suppress(
+                RuntimeError
+            ):  # what torch.compile traced with has a storage without an address
                 found[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
     return found
 

@@ -54,14 +54,20 @@ def read(path: Path) -> list[dict[str, Any]]:
     """
     rows = []
     data = path.read_bytes()
-    for number, line in enumerate(data[: _whole(data)].removesuffix(b"\n").split(b"\n") if data else [], start=1):
+    for number, line in enumerate(
+        data[: _whole(data)].removesuffix(b"\n").split(b"\n") if data else [], start=1
+    ):
         try:
             row = json.loads(line)
         except ValueError as error:  # also of bytes that are no UTF-8
-            raise ValueError(f"{path}, line {number} is no JSON ({error}); mend or delete it.") from error
+            raise ValueError(
+                f"{path}, line {number} is no JSON ({error}); mend or delete it."
+            ) from error
         if not isinstance(row, dict) or row.get("schema") != SCHEMA:
             found = row.get("schema") if isinstance(row, dict) else row
-            raise ValueError(f"{path}, line {number}: schema {found!r}; this version reads {SCHEMA}.")
+            raise ValueError(
+                f"{path}, line {number}: schema {found!r}; this version reads {SCHEMA}."
+            )
         rows.append(row)
     return rows
 
@@ -85,8 +91,12 @@ def _commit() -> str:
     """Short hash of HEAD, with + when tracked files differ from it."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        head = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        )
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.stdout.strip() + ("+" if changes.stdout.strip() else "")

@@ -16,32 +16,39 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
-from qrefta.build import model_class
+from qrefta._prepare import prepare as prepare_model
 from qrefta.config import QReftaConfig
-from qrefta.data import read_calibration
 from qrefta.distributed import check_sharding, processes
-from qrefta.evaluate import evaluate as evaluate_model
-from qrefta.export import ROUNDING_TOLERANCE, Export, check_new
-from qrefta.export import merge as merge_model
-from qrefta.finetune import FinetuneResult
-from qrefta.finetune import finetune as finetune_model
-from qrefta.lora import BASES
-from qrefta.lora import export_lora as export_lora_model
+from qrefta.export.lora import BASES
+from qrefta.export.lora import export_lora as export_lora_model
+from qrefta.export.merge import ROUNDING_TOLERANCE, Export, check_new
+from qrefta.export.merge import merge as merge_model
+from qrefta.files.safetensors import resolve_folder
+from qrefta.hf_quantizer import is_prepared, load, quant_report, read_config
+from qrefta.linalg.tsvd import TRANSFORMS
+from qrefta.memory.plan import OPTIMIZERS, Plan
+from qrefta.memory.plan import plan as plan_memory
 from qrefta.methods import METHODS
-from qrefta.moments import Moments, gather_moments, load_moments
-from qrefta.plan import OPTIMIZERS, Plan
-from qrefta.plan import plan as plan_memory
-from qrefta.prepare import prepare as prepare_model
-from qrefta.quantize import BLOCK_SIZES, QUANT_TYPES
-from qrefta.quantizer import is_prepared, load, quant_report, read_config
-from qrefta.shards import resolve_folder
-from qrefta.stack import find_stacks
-from qrefta.tasks import TASKS
-from qrefta.tensor import TRANSFORMS
+from qrefta.model.build import model_class
+from qrefta.model.stacks import find_stacks
+from qrefta.nn.quantized import BLOCK_SIZES, QUANT_TYPES
+from qrefta.split.calibrate import Moments, gather_moments, load_moments
+from qrefta.train.data import read_calibration
+from qrefta.train.evaluate import evaluate as evaluate_model
+from qrefta.train.finetune import FinetuneResult
+from qrefta.train.finetune import finetune as finetune_model
+from qrefta.train.tasks import TASKS
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app = typer.Typer(
+    help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
+)
 console = Console()
 
 MethodName = StrEnum("MethodName", list(METHODS))
@@ -55,31 +62,51 @@ DtypeName = StrEnum("DtypeName", ["bfloat16", "float16", "float32"])
 Bits = Annotated[int, typer.Option(help="4, or 16 to leave the residual unquantized (ablation).")]
 Rank = Annotated[
     str,
-    typer.Option(help="R: components kept of every stack, over all its layers; auto: see --budget-mb, --error-ratio."),
+    typer.Option(
+        help="R: components kept of every stack, over all its layers; auto: see --budget-mb, --error-ratio."
+    ),
 ]
 MethodOption = Annotated[MethodName, typer.Option("--method", help="Tensor method.")]
 Ranks = Annotated[
-    str | None, typer.Option(help="Instead of --rank, for craft: layers, outputs and inputs, such as 24,100,100.")
+    str | None,
+    typer.Option(
+        help="Instead of --rank, for craft: layers, outputs and inputs, such as 24,100,100."
+    ),
 ]
 TrainedParams = Annotated[
-    int | None, typer.Option(help="Instead of --rank: the largest that trains at most so many numbers.")
+    int | None,
+    typer.Option(help="Instead of --rank: the largest that trains at most so many numbers."),
 ]
 Budget = Annotated[float | None, typer.Option(help="With --rank auto: megabytes for all factors.")]
-ErrorRatio = Annotated[float | None, typer.Option(help="With --rank auto: squared error to reach, of whole weights'.")]
+ErrorRatio = Annotated[
+    float | None, typer.Option(help="With --rank auto: squared error to reach, of whole weights'.")
+]
 Calibration = Annotated[
     str | None,
-    typer.Option(help="File of text (txt, csv, tsv, jsonl, parquet): keep the outputs on it, not the weights."),
+    typer.Option(
+        help="File of text (txt, csv, tsv, jsonl, parquet): keep the outputs on it, not the weights."
+    ),
 ]
 TransformOption = Annotated[TransformName, typer.Option("--transform", help="Mode-3 transform.")]
 QuantTypeOption = Annotated[QuantTypeName, typer.Option("--quant-type", help="4-bit format.")]
-BlockSize = Annotated[int, typer.Option(help=f"Weights that share a scale: {', '.join(map(str, BLOCK_SIZES))}.")]
+BlockSize = Annotated[
+    int, typer.Option(help=f"Weights that share a scale: {', '.join(map(str, BLOCK_SIZES))}.")
+]
 DoubleQuant = Annotated[bool, typer.Option(help="Store the scales in 8 bits too.")]
 Targets = Annotated[
-    list[str] | None, typer.Option("--target", help="End of the path of modules that get factors; repeat for more.")
+    list[str] | None,
+    typer.Option("--target", help="End of the path of modules that get factors; repeat for more."),
 ]
-TargetRegex = Annotated[str | None, typer.Option(help="Regular expression for whole paths, instead of --target.")]
-Saved = Annotated[list[str] | None, typer.Option(help="End of the path of a module to train whole; repeat for more.")]
-Refine = Annotated[int, typer.Option(help="Rounds of refitting factors and residual to each other.")]
+TargetRegex = Annotated[
+    str | None, typer.Option(help="Regular expression for whole paths, instead of --target.")
+]
+Saved = Annotated[
+    list[str] | None,
+    typer.Option(help="End of the path of a module to train whole; repeat for more."),
+]
+Refine = Annotated[
+    int, typer.Option(help="Rounds of refitting factors and residual to each other.")
+]
 DEFAULTS = QReftaConfig()
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
 
@@ -87,7 +114,9 @@ Seed = Annotated[int, typer.Option(help="Of everything random.")]
 @app.command()
 def prepare(
     model: Annotated[str, typer.Argument(help="Hub name or local folder of a dense model.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; new, empty, or left by an interrupted run.")],
+    out: Annotated[
+        Path, typer.Argument(help="Folder to write; new, empty, or left by an interrupted run.")
+    ],
     bits: Bits = 4,
     rank: Rank = "16",
     method: MethodOption = MethodName.refta,
@@ -104,10 +133,16 @@ def prepare(
     modules_to_save: Saved = None,
     refine: Refine = DEFAULTS.refine,
     calibration: Calibration = None,
-    moments: Annotated[Path | None, typer.Option(help="Moments file: written with --calibration, else read.")] = None,
+    moments: Annotated[
+        Path | None, typer.Option(help="Moments file: written with --calibration, else read.")
+    ] = None,
     seed: Seed = 0,
-    device: Annotated[str | None, typer.Option(help="Where stacks are worked on, such as cuda.")] = None,
-    max_memory: Annotated[str, typer.Option(help="What preparing may take beside the libraries.")] = "2GB",
+    device: Annotated[
+        str | None, typer.Option(help="Where stacks are worked on, such as cuda.")
+    ] = None,
+    max_memory: Annotated[
+        str, typer.Option(help="What preparing may take beside the libraries.")
+    ] = "2GB",
 ) -> None:
     """Split a checkpoint into a 4-bit residual and trainable factors, a few rows at a time; goes on if interrupted."""
     if calibration is not None:
@@ -125,13 +160,19 @@ def prepare(
     )  # fmt: skip
     config = QReftaConfig.from_dict(read_config(out)["quantization_config"])
     console.print(report_table([row.report() for row in config.stacks]))
-    console.print(f"{weights_bytes(resolve_folder(model)) / 1e6:.1f} MB -> {weights_bytes(out) / 1e6:.1f} MB in {out}")
+    console.print(
+        f"{weights_bytes(resolve_folder(model)) / 1e6:.1f} MB -> {weights_bytes(out) / 1e6:.1f} MB in {out}"
+    )
 
 
 @app.command()
 def finetune(
-    model: Annotated[str, typer.Argument(help="Hub name or folder: dense (is prepared first), or prepared.")],
-    dataset: Annotated[str, typer.Argument(help="Hub name, folder or file (csv, tsv, json, jsonl, parquet).")],
+    model: Annotated[
+        str, typer.Argument(help="Hub name or folder: dense (is prepared first), or prepared.")
+    ],
+    dataset: Annotated[
+        str, typer.Argument(help="Hub name, folder or file (csv, tsv, json, jsonl, parquet).")
+    ],
     out: Annotated[Path, typer.Argument(help="Folder for checkpoints and the trained model.")],
     bits: Bits = 4,
     rank: Rank = "16",
@@ -150,24 +191,38 @@ def finetune(
     refine: Refine = DEFAULTS.refine,
     calibration: Calibration = None,
     seed: Seed = 0,
-    task: Annotated[TaskName, typer.Option(help="What the data are, and the model is to learn.")] = TaskName.classify,
-    text_column: Annotated[list[str] | None, typer.Option(help="Column with text; give two for pairs.")] = None,
+    task: Annotated[
+        TaskName, typer.Option(help="What the data are, and the model is to learn.")
+    ] = TaskName.classify,
+    text_column: Annotated[
+        list[str] | None, typer.Option(help="Column with text; give two for pairs.")
+    ] = None,
     label_column: Annotated[str | None, typer.Option(help="Column with classes.")] = None,
-    header: Annotated[list[str] | None, typer.Option(help="Column names, in order, of a file without header.")] = None,
+    header: Annotated[
+        list[str] | None, typer.Option(help="Column names, in order, of a file without header.")
+    ] = None,
     learning_rate: float = 1e-3,
     epochs: float = 3.0,
     max_steps: Annotated[int, typer.Option(help="Steps; if positive it wins over --epochs.")] = -1,
     batch_size: int = 32,
     max_length: Annotated[int, typer.Option(help="Tokens a row is cut to.")] = 128,
-    packing: Annotated[bool, typer.Option(help="For sft: several conversations a sequence.")] = False,
-    optimizer: Annotated[str, typer.Option(help="One of Trainer's, such as adamw_8bit.")] = "adamw_torch",
+    packing: Annotated[
+        bool, typer.Option(help="For sft: several conversations a sequence.")
+    ] = False,
+    optimizer: Annotated[
+        str, typer.Option(help="One of Trainer's, such as adamw_8bit.")
+    ] = "adamw_torch",
     gradient_accumulation: Annotated[int, typer.Option(help="Passes a step.")] = 1,
     gradient_checkpointing: Annotated[
         bool, typer.Option(help="Recompute activations: less memory, more time.")
     ] = False,
     bf16: Annotated[bool, typer.Option(help="Compute in bf16 under autocast.")] = False,
-    fsdp: Annotated[bool, typer.Option(help="Shard the model over torchrun's processes, by FSDP2.")] = False,
-    report_to: Annotated[list[str] | None, typer.Option(help="Trainer's logging integrations.")] = None,
+    fsdp: Annotated[
+        bool, typer.Option(help="Shard the model over torchrun's processes, by FSDP2.")
+    ] = False,
+    report_to: Annotated[
+        list[str] | None, typer.Option(help="Trainer's logging integrations.")
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in OUT.")] = False,
 ) -> None:
     """Train: prepare the model if it is dense, train its factors and head, save everything."""
@@ -183,8 +238,12 @@ def finetune(
         loaded = load_model(str(start) if start.is_dir() else model, task, data, seed)
         if not is_prepared(loaded):
             if not state.is_main_process:
-                raise ValueError(f"{start} is not seen here; OUT must be a folder that all nodes share.")
-            batches = None if calibration is None else read_calibration(calibration, processor, seed=seed)
+                raise ValueError(
+                    f"{start} is not seen here; OUT must be a folder that all nodes share."
+                )
+            batches = (
+                None if calibration is None else read_calibration(calibration, processor, seed=seed)
+            )
             prepare_model(
                 loaded, bits, _rank(rank), method=method, ranks=_ranks(ranks), trained_params=trained_params,
                 transform=transform, quant_type=quant_type, block_size=block_size,
@@ -228,26 +287,42 @@ def merge(
     """Write a plain dense transformers model that loads without qrefta."""
     check_new(out)
     written = merge_model(load(folder), getattr(torch, dtype), out=out, tolerance=tolerance)
-    console.print(f"{weights_bytes(folder) / 1e6:.1f} MB -> {weights_bytes(out) / 1e6:.1f} MB {dtype} in {out}")
+    console.print(
+        f"{weights_bytes(folder) / 1e6:.1f} MB -> {weights_bytes(out) / 1e6:.1f} MB {dtype} in {out}"
+    )
     _print_differences(written)
 
 
 @app.command(name="export-lora")
 def export_lora(
     folder: Annotated[Path, typer.Argument(help="Folder of a prepared model.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write, new or empty: adapter, and base for a residual one.")],
+    out: Annotated[
+        Path,
+        typer.Argument(help="Folder to write, new or empty: adapter, and base for a residual one."),
+    ],
     base: Annotated[BaseName, typer.Option(help="What the LoRA goes on.")] = BaseName.residual,
     original: Annotated[
-        str | None, typer.Option(help="With --base original: folder or hub name; default: what was prepared.")
+        str | None,
+        typer.Option(help="With --base original: folder or hub name; default: what was prepared."),
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Of the LoRA; default: the factors', twice on the original.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Of the LoRA; default: the factors', twice on the original.")
+    ] = None,
     dtype: Annotated[DtypeName, typer.Option(help="Of LoRA and base.")] = DtypeName.bfloat16,
-    tolerance: Annotated[float | None, typer.Option(help="Relative difference of logits that is allowed.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Relative difference of logits that is allowed.")
+    ] = None,
 ) -> None:
     """Write the factors as a LoRA that PEFT and servers load, with the base that it goes on."""
     check_new(out)
     written = export_lora_model(
-        load(folder), out, base, original=original, rank=rank, dtype=getattr(torch, dtype), tolerance=tolerance
+        load(folder),
+        out,
+        base,
+        original=original,
+        rank=rank,
+        dtype=getattr(torch, dtype),
+        tolerance=tolerance,
     )
     console.print(f"LoRA on the {base} in {out} ({weights_bytes(out) / 1e6:.1f} MB)")
     _print_differences(written)
@@ -255,11 +330,15 @@ def export_lora(
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="Hub name or folder of a dense model; its config.json is enough.")],
+    model: Annotated[
+        str, typer.Argument(help="Hub name or folder of a dense model; its config.json is enough.")
+    ],
     batch: Annotated[int, typer.Option(help="Sequences, or images, of one pass.")] = 1,
     seq: Annotated[int | None, typer.Option(help="Tokens of a sequence; none for images.")] = None,
     gpu: Annotated[str | None, typer.Option(help="Its memory, such as 24GB.")] = None,
-    reserve: Annotated[str, typer.Option(help="Of it, for what is not counted: CUDA itself, fragments.")] = "1GB",
+    reserve: Annotated[
+        str, typer.Option(help="Of it, for what is not counted: CUDA itself, fragments.")
+    ] = "1GB",
     rank: Annotated[int, typer.Option(help="R of every stack.")] = 16,
     method: MethodOption = MethodName.refta,
     ranks: Ranks = None,
@@ -270,9 +349,13 @@ def plan(
     double_quant: DoubleQuant = False,
     target: Targets = None,
     modules_to_save: Saved = None,
-    dtype: Annotated[DtypeName | None, typer.Option(help="Of what stays dense; default: the model's own.")] = None,
+    dtype: Annotated[
+        DtypeName | None, typer.Option(help="Of what stays dense; default: the model's own.")
+    ] = None,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute activations.")] = False,
-    optimizer: Annotated[OptimizerName, typer.Option(help="AdamW in 32 or 8 bits.")] = OptimizerName.adamw,
+    optimizer: Annotated[
+        OptimizerName, typer.Option(help="AdamW in 32 or 8 bits.")
+    ] = OptimizerName.adamw,
 ) -> None:
     """Count the memory of a training step from the config alone, what fits on a GPU, and what to change."""
     found = plan_memory(
@@ -288,7 +371,9 @@ def plan(
     if found.largest_rank is not None:
         largest += f", largest rank {found.largest_rank:,}"
     verdict = "It fits" if found.fits else "It does not fit"
-    console.print(f"{verdict} in {found.available_bytes / 1e9:.2f} GB; all else as it is: {largest}.")
+    console.print(
+        f"{verdict} in {found.available_bytes / 1e9:.2f} GB; all else as it is: {largest}."
+    )
     for saving in found.savings:
         console.print(f"  {saving.change} would save {saving.saved_bytes / 1e9:.2f} GB")
 
@@ -307,9 +392,14 @@ def plan_table(found: Plan) -> Table:
 
 @app.command()
 def evaluate(
-    folder: Annotated[str, typer.Argument(help="Folder or hub name of a language model: prepared, merged or plain.")],
+    folder: Annotated[
+        str,
+        typer.Argument(help="Folder or hub name of a language model: prepared, merged or plain."),
+    ],
     tasks: Annotated[list[str], typer.Argument(help="Tasks of lm-evaluation-harness.")],
-    include_path: Annotated[Path | None, typer.Option(help="Folder of your own task files.")] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder of your own task files.")
+    ] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question.")] = None,
     limit: Annotated[int | None, typer.Option(help="Questions of each task.")] = None,
     batch_size: Annotated[str, typer.Option(help="Rows at a time, or auto.")] = "8",
@@ -328,15 +418,21 @@ def evaluate(
             metric, _, filtered = key.partition(",")
             error = metrics.get(f"{metric}_stderr,{filtered}")
             if isinstance(value, float) and not metric.endswith("_stderr"):
-                table.add_row(task, metric, f"{value:.4g}", f"{error:.2g}" if isinstance(error, float) else "")
+                table.add_row(
+                    task, metric, f"{value:.4g}", f"{error:.2g}" if isinstance(error, float) else ""
+                )
     console.print(table)
 
 
 def _print_differences(written: Export) -> None:
     """What is left out of an export, and what to know of it."""
-    console.print(f"Logits differ from the prepared model's by {written.difference:.2g} of their size.")
+    console.print(
+        f"Logits differ from the prepared model's by {written.difference:.2g} of their size."
+    )
     if written.weight_error:
-        console.print(f"The LoRA lacks {written.weight_error:.2g} of the squared norm of what it stands for.")
+        console.print(
+            f"The LoRA lacks {written.weight_error:.2g} of the squared norm of what it stands for."
+        )
     for note in written.notes:
         console.print(f"Note: {note}.")
 
@@ -348,7 +444,16 @@ def report_table(rows: list[dict[str, Any]]) -> Table:
     title = f"Squared quantization error{where}: whole weight W, residual Wr"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     measured = rows[0]["output_ratio"] is not None
-    for name in ("stack", "shape", "R", "W-Q(W)", "Wr-Q(Wr)", "ratio", *["output"][: int(measured)], "bits"):
+    for name in (
+        "stack",
+        "shape",
+        "R",
+        "W-Q(W)",
+        "Wr-Q(Wr)",
+        "ratio",
+        *["output"][: int(measured)],
+        "bits",
+    ):
         table.add_column(name, justify="left" if name == "stack" else "right", overflow="fold")
     for row in rows:
         out_features, in_features = row["shape"]
@@ -357,7 +462,9 @@ def report_table(rows: list[dict[str, Any]]) -> Table:
             f"{row['baseline_error']:.4g}", f"{row['residual_error']:.4g}", f"{row['ratio']:.3f}",
             *([f"{row['output_ratio']:.3f}"] if measured else []), f"{row['bits_per_weight']:.2f}",
         )  # fmt: skip
-    baseline, residual = (sum(row[key] for row in rows) for key in ("baseline_error", "residual_error"))
+    baseline, residual = (
+        sum(row[key] for row in rows) for key in ("baseline_error", "residual_error")
+    )
     weights = sum(row["layers"] * row["shape"][0] * row["shape"][1] for row in rows)
     bits = 8 * sum(row["bytes"] for row in rows) / weights
     ratio = f"{residual / baseline:.3f}" if baseline else "1.000"
@@ -421,7 +528,9 @@ def quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # parts read from disk as the model runs
+    logging.getLogger("accelerate.big_modeling").setLevel(
+        logging.ERROR
+    )  # parts read from disk as the model runs
 
 
 def guarded(command: Callable[[], object]) -> None:
@@ -464,4 +573,8 @@ def _common_prefix(names: list[str]) -> str:
     """The module path that all names start with, with its dot, or nothing."""
     split = [name.split(".")[:-1] for name in names]
     shared = [parts[0] for parts in zip(*split) if len(set(parts)) == 1]
-    return ".".join(shared) + "." if shared and all(parts[: len(shared)] == shared for parts in split) else ""
+    return (
+        ".".join(shared) + "."
+        if shared and all(parts[: len(shared)] == shared for parts in split)
+        else ""
+    )

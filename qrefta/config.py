@@ -9,14 +9,21 @@ import torch
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qrefta.linalg.tsvd import TRANSFORMS
 from qrefta.methods import METHODS
-from qrefta.quantize import QuantFormat
-from qrefta.stack import LayerStack
-from qrefta.tensor import TRANSFORMS
+from qrefta.model.stacks import LayerStack
+from qrefta.nn.quantized import QuantFormat
 
 FORMAT_VERSION = 1
 _LARGEST = 1 << 40  # that a size or a count may be
-_MEASURED = ("baseline_error", "residual_error", "ratio", "principal_energy", "bytes", "bits_per_weight")
+_MEASURED = (
+    "baseline_error",
+    "residual_error",
+    "ratio",
+    "principal_energy",
+    "bytes",
+    "bits_per_weight",
+)
 FACTOR_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -26,7 +33,7 @@ class StackRow:
 
     Attributes:
         stack: module path with `*` for the layer number.
-        modules, transposed, experts: as in `qrefta.stack.LayerStack`.
+        modules, transposed, experts: as in `qrefta.model.stacks.LayerStack`.
         layers, shape: K and (out, in).
         rank: R, or a method's several ranks; 0 for a stack that is quantized only.
         slice_ranks: ReFTA's components of each transformed slice, which sum to `rank`; empty for other methods.
@@ -65,11 +72,17 @@ class StackRow:
     @property
     def layer_stack(self) -> LayerStack:
         """The stack that the row is of."""
-        return LayerStack(self.stack, tuple(self.modules), *self.shape, self.transposed, self.experts)
+        return LayerStack(
+            self.stack, tuple(self.modules), *self.shape, self.transposed, self.experts
+        )
 
     def report(self) -> dict[str, Any]:
         """The row as `quant_report` shows it: without what only loading needs."""
-        return {key: value for key, value in asdict(self).items() if key not in ("modules", "transposed")}
+        return {
+            key: value
+            for key, value in asdict(self).items()
+            if key not in ("modules", "transposed")
+        }
 
 
 @register_quantization_config("qrefta")
@@ -119,7 +132,9 @@ class QReftaConfig(QuantizationConfigMixin):
                 f"{FORMAT_VERSION}. Update it: pip install -U qrefta"
             )
         if unknown:
-            raise ValueError(f"Unknown qrefta settings {sorted(unknown)}; the config is damaged or from elsewhere.")
+            raise ValueError(
+                f"Unknown qrefta settings {sorted(unknown)}; the config is damaged or from elsewhere."
+            )
         _one_of("method", method, METHODS)
         _one_of("transform", transform, TRANSFORMS)
         if METHODS[method].fits:
@@ -134,10 +149,16 @@ class QReftaConfig(QuantizationConfigMixin):
         self.rank = rank if rank == "auto" else _at_least("rank", rank, 1)
         if not isinstance(ranks, Sequence | None) or isinstance(ranks, str):
             raise ValueError(f"ranks is {ranks!r}; it must be a list of whole numbers")
-        self.ranks = None if ranks is None else [_at_least("each of ranks", one, 1) for one in ranks]
-        self.trained_params = None if trained_params is None else _at_least("trained_params", trained_params, 1)
+        self.ranks = (
+            None if ranks is None else [_at_least("each of ranks", one, 1) for one in ranks]
+        )
+        self.trained_params = (
+            None if trained_params is None else _at_least("trained_params", trained_params, 1)
+        )
         if self.ranks is not None and self.trained_params is not None:
-            raise ValueError("ranks and trained_params are both given; trained_params chooses the ranks: give one.")
+            raise ValueError(
+                "ranks and trained_params are both given; trained_params chooses the ranks: give one."
+            )
         self.budget_mb = _positive("budget_mb", budget_mb)
         self.error_ratio = _positive("error_ratio", error_ratio)
         _check_need(self.rank, self.budget_mb, self.error_ratio, bits)
@@ -155,17 +176,27 @@ class QReftaConfig(QuantizationConfigMixin):
         self.seed = _at_least("seed", seed, 0)
         self.factor_dtype = factor_dtype
         self.target_modules = target_modules
-        if not isinstance(modules_to_save, list | tuple | None) or not _texts(list(modules_to_save or [])):
-            raise ValueError(f"modules_to_save is {modules_to_save!r}; it must be a list of module names")
+        if not isinstance(modules_to_save, list | tuple | None) or not _texts(
+            list(modules_to_save or [])
+        ):
+            raise ValueError(
+                f"modules_to_save is {modules_to_save!r}; it must be a list of module names"
+            )
         self.modules_to_save = list(modules_to_save or [])
         if not isinstance(stacks, list | None):
-            raise ValueError(f"stacks is {stacks!r}; it must be a list. config.json is damaged: restore it.")
+            raise ValueError(
+                f"stacks is {stacks!r}; it must be a list. config.json is damaged: restore it."
+            )
         self.stacks = [_row(stack) for stack in stacks or []]
 
     @property
     def format(self) -> QuantFormat | None:
         """The 4-bit format, or None with 16 bits."""
-        return QuantFormat(self.quant_type, self.block_size, self.double_quant) if self.bits == 4 else None
+        return (
+            QuantFormat(self.quant_type, self.block_size, self.double_quant)
+            if self.bits == 4
+            else None
+        )
 
     @property
     def torch_factor_dtype(self) -> torch.dtype:
@@ -205,7 +236,9 @@ def _fitting(row: StackRow) -> dict[str, bool]:
         "transposed": isinstance(row.transposed, bool),
         "experts": count,
         "layers": _counts(row.layers),
-        "shape": isinstance(row.shape, list) and len(row.shape) == 2 and all(_counts(n) and n > 0 for n in row.shape),
+        "shape": isinstance(row.shape, list)
+        and len(row.shape) == 2
+        and all(_counts(n) and n > 0 for n in row.shape),
         "rank": all(map(_counts, whole)),
         "slice_ranks": isinstance(row.slice_ranks, list) and all(map(_counts, row.slice_ranks)),
     } | {name: _is_real(getattr(row, name)) for name in _MEASURED}
@@ -243,13 +276,21 @@ def _positive(name: str, value: Any) -> float | None:
     return float(value)
 
 
-def _check_need(rank: int | str, budget_mb: float | None, error_ratio: float | None, bits: int) -> None:
+def _check_need(
+    rank: int | str, budget_mb: float | None, error_ratio: float | None, bits: int
+) -> None:
     """Raise unless `rank` is a number alone, or "auto" with one of the two needs."""
     if rank != "auto" and (budget_mb is not None or error_ratio is not None):
         raise ValueError(f'budget_mb and error_ratio go with rank="auto"; rank is {rank!r}')
     if rank == "auto" and (budget_mb is None) == (error_ratio is None):
-        raise ValueError('rank="auto" needs either budget_mb (megabytes for all factors) or error_ratio (to reach)')
+        raise ValueError(
+            'rank="auto" needs either budget_mb (megabytes for all factors) or error_ratio (to reach)'
+        )
     if error_ratio is not None and error_ratio > 1:
-        raise ValueError(f"error_ratio is {error_ratio!r}; it is a share of the error of quantizing whole weights")
+        raise ValueError(
+            f"error_ratio is {error_ratio!r}; it is a share of the error of quantizing whole weights"
+        )
     if rank == "auto" and bits == 16:
-        raise ValueError('rank="auto" weighs quantization error, and 16 bits have none; give a rank')
+        raise ValueError(
+            'rank="auto" weighs quantization error, and 16 bits have none; give a rank'
+        )

@@ -33,14 +33,23 @@ def check_sharding() -> None:
         ValueError: for FSDP1, for FSDP2 before torch 2.12, and for DeepSpeed ZeRO-3.
     """
     fsdp = os.environ.get("FSDP_VERSION") if _is_set("ACCELERATE_USE_FSDP") else None
-    zero = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") if _is_set("ACCELERATE_USE_DEEPSPEED") else None
+    zero = (
+        os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+        if _is_set("ACCELERATE_USE_DEEPSPEED")
+        else None
+    )
     state = AcceleratorState() if is_initialized() else None
     if state is not None and state.distributed_type == DistributedType.FSDP:
         fsdp = str(state.fsdp_plugin.fsdp_version)
     if state is not None and state.distributed_type == DistributedType.DEEPSPEED:
         zero = str(state.deepspeed_plugin.zero_stage)
-    if fsdp == "2" and torch.__version__ < (2, 12):  # https://github.com/pytorch/pytorch/pull/177948
-        raise ValueError(f"FSDP2 shards packed weights from torch 2.12 on, and this is {torch.__version__}; use DDP.")
+    if fsdp == "2" and torch.__version__ < (
+        2,
+        12,
+    ):  # https://github.com/pytorch/pytorch/pull/177948
+        raise ValueError(
+            f"FSDP2 shards packed weights from torch 2.12 on, and this is {torch.__version__}; use DDP."
+        )
     if fsdp == "1":
         raise ValueError(
             "accelerate is set up for FSDP1, whose flat tensors cannot hold packed 4-bit weights; use DDP, or FSDP2: "
@@ -75,7 +84,9 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
     state = model.state_dict()
     if not any(isinstance(tensor, DTensor) for tensor in state.values()):
         return state
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
 
 
 def _is_set(variable: str) -> bool:

@@ -23,12 +23,14 @@ from typing import Any
 
 import atheris
 
-with atheris.instrument_imports(include=["qrefta.shards", "qrefta.digests", "qrefta.config", "qrefta.guard"]):
+with atheris.instrument_imports(
+    include=["qrefta.shards", "qrefta.digests", "qrefta.config", "qrefta.guard"]
+):
     from qrefta.config import QReftaConfig
-    from qrefta.digests import DIGESTS, check_digests, write_digests
-    from qrefta.guard import check_config
-    from qrefta.quantizer import read_config
-    from qrefta.shards import INDEX, SINGLE, Checkpoint
+    from qrefta.files.checksums import DIGESTS, check_digests, write_digests
+    from qrefta.files.safetensors import INDEX, SINGLE, Checkpoint
+    from qrefta.hf_quantizer import read_config
+    from qrefta.model.check import check_config
 
 import safetensors.torch
 import torch
@@ -53,7 +55,9 @@ def weights(folder: Path, data: bytes) -> None:
 
 
 def index(folder: Path, data: bytes) -> None:
-    safetensors.torch.save_file({"a": torch.zeros(3), "b": torch.ones(2, 2)}, folder / "part.safetensors")
+    safetensors.torch.save_file(
+        {"a": torch.zeros(3), "b": torch.ones(2, 2)}, folder / "part.safetensors"
+    )
     (folder / INDEX).write_bytes(data)
     checkpoint = Checkpoint(folder)
     assert {checkpoint.file(name) for name in checkpoint.names} <= {folder / "part.safetensors"}
@@ -107,16 +111,24 @@ def seeds() -> list[bytes]:
         "residual_error": 0.5, "ratio": 0.5, "principal_energy": 0.5, "bytes": 100, "bits_per_weight": 5.0,
     }  # fmt: skip
     good = QReftaConfig(rank=2, stacks=[row]).to_dict()
-    file = safetensors.torch.save({"a": torch.zeros(3), "b": torch.ones(2, 2, dtype=torch.bfloat16)}, {"format": "pt"})
+    file = safetensors.torch.save(
+        {"a": torch.zeros(3), "b": torch.ones(2, 2, dtype=torch.bfloat16)}, {"format": "pt"}
+    )
     length = struct.unpack("<Q", file[:8])[0]
-    entry = {"bytes": 2, "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"}
+    entry = {
+        "bytes": 2,
+        "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",
+    }
     return [
         b"\0" + file,
         b"\0h" + file[8 : 8 + length],
         b"\1" + json.dumps({"metadata": {}, "weight_map": {"a": "part.safetensors"}}).encode(),
         b"\2" + json.dumps({"format": 1, "files": {"config.json": entry, SINGLE: entry}}).encode(),
         b"\3" + json.dumps(good).encode(),
-        b"\4" + json.dumps({"architectures": ["X"], "num_hidden_layers": 2, "quantization_config": good}).encode(),
+        b"\4"
+        + json.dumps(
+            {"architectures": ["X"], "num_hidden_layers": 2, "quantization_config": good}
+        ).encode(),
     ]
 
 
@@ -146,19 +158,28 @@ def counted(arguments: list[str]) -> dict[str, Any]:
     }
     numbers = {name: int((re.findall(pattern, said) or [0])[-1]) for name, pattern in found.items()}
     findings = len(re.findall("^SUMMARY: ", said, re.MULTILINE))
-    return {"study": "fuzz", **numbers, "seconds": round(time.monotonic() - start), "findings": findings}
+    return {
+        "study": "fuzz",
+        **numbers,
+        "seconds": round(time.monotonic() - start),
+        "findings": findings,
+    }
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     HOME = "/dev/shm" if os.path.isdir("/dev/shm") else None  # files in memory: many a second
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=Path, help="file to add a row to")
     own, further = parser.parse_known_args()
     if own.rows is None:
         fuzz(further)
     else:
-        sys.path.insert(0, str(Path(__file__).parents[1]))  # eval/ is not part of the installed package
+        sys.path.insert(
+            0, str(Path(__file__).parents[1])
+        )  # eval/ is not part of the installed package
         from eval.rows import append
 
         append(own.rows, [counted(further)], seed=0)

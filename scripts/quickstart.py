@@ -23,15 +23,17 @@ from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # eval/ is not part of the installed package
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional package that nothing here uses
+logging.getLogger("bitsandbytes").setLevel(
+    logging.ERROR
+)  # it warns of an optional package that nothing here uses
 
 import qrefta
-from eval.baselines import linears
-from eval.demo import docstring_sentences, model_folder
+from eval.peers.baselines import linears
 from eval.rows import append
+from eval.tasks.demo import docstring_sentences, model_folder
 from qrefta.cli import load_classifier, quiet_libraries, report_table, results_table, weights_bytes
-from qrefta.data import load_classification
-from qrefta.finetune import FinetuneResult, finetune
+from qrefta.train.data import load_classification
+from qrefta.train.finetune import FinetuneResult, finetune
 
 LEARNING_RATE = 2e-3
 OUT = Path("runs/quickstart")
@@ -39,17 +41,30 @@ console = Console()
 
 
 def run(
-    model: Annotated[str | None, typer.Option(help="Hub name or folder; default: the embedded MiniLM.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Hub name, folder or file; default: docstring sentences.")] = None,
-    text_column: Annotated[list[str] | None, typer.Option(help="Column with text; give two for pairs.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Hub name or folder; default: the embedded MiniLM.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Hub name, folder or file; default: docstring sentences.")
+    ] = None,
+    text_column: Annotated[
+        list[str] | None, typer.Option(help="Column with text; give two for pairs.")
+    ] = None,
     label_column: Annotated[str | None, typer.Option(help="Column with classes.")] = None,
-    header: Annotated[list[str] | None, typer.Option(help="Column names, in order, of a file without header.")] = None,
+    header: Annotated[
+        list[str] | None, typer.Option(help="Column names, in order, of a file without header.")
+    ] = None,
     rank: Annotated[int, typer.Option(help="R of every stack.")] = 48,
     steps: Annotated[int, typer.Option(help="Training steps of each of the three runs.")] = 100,
     train_rows: Annotated[int, typer.Option(help="Rows to train on, at most.")] = 2000,
     test_rows: Annotated[int, typer.Option(help="Rows to test on, at most.")] = 500,
-    out: Annotated[Path, typer.Option(help="Folder for the results; new or empty. The default one is replaced.")] = OUT,
-    rows: Annotated[Path | None, typer.Option(help="File to add the measurements to, as JSON lines.")] = None,
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder for the results; new or empty. The default one is replaced."),
+    ] = OUT,
+    rows: Annotated[
+        Path | None, typer.Option(help="File to add the measurements to, as JSON lines.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of heads, rows and batch order.")] = 0,
 ) -> None:
     """Prepare, train, save, reload and merge a model in 4 bits, beside two 16-bit baselines."""
@@ -68,7 +83,9 @@ def run(
         data = first_rows(data, {"train": train_rows, "test": test_rows}, seed)
     classes = data["train"].features["label"].names
     tokenizer = AutoTokenizer.from_pretrained(source)
-    console.rule(f"{len(data['train'])} training and {len(data['test'])} test rows, {len(classes)} classes")
+    console.rule(
+        f"{len(data['train'])} training and {len(data['test'])} test rows, {len(classes)} classes"
+    )
 
     def train(name: str, classifier: PreTrainedModel) -> FinetuneResult:
         console.print(f"\nTraining: {name}")
@@ -92,13 +109,18 @@ def run(
     files = check_files(prepared, tokenizer, data, out / "qrefta", dense_bytes)
     show_files(files, out / "qrefta")
     if rows is not None:
-        append(rows, to_rows(qrefta.quant_report(prepared), results, files, len(data["test"])), seed)
+        append(
+            rows, to_rows(qrefta.quant_report(prepared), results, files, len(data["test"])), seed
+        )
 
 
 def first_rows(data: DatasetDict, counts: dict[str, int], seed: int) -> DatasetDict:
     """At most so many rows of each split, drawn with `seed`."""
     return DatasetDict(
-        {name: part.shuffle(seed=seed).select(range(min(counts[name], len(part)))) for name, part in data.items()}
+        {
+            name: part.shuffle(seed=seed).select(range(min(counts[name], len(part))))
+            for name, part in data.items()
+        }
     )
 
 
@@ -122,18 +144,27 @@ def head_only(classifier: PreTrainedModel) -> PreTrainedModel:
 def lora(classifier: PreTrainedModel) -> PreTrainedModel:
     targets, heads = linears(classifier), pooler(classifier)
     return get_peft_model(
-        classifier, LoraConfig(r=8, lora_alpha=16, target_modules=targets, modules_to_save=heads, task_type="SEQ_CLS")
+        classifier,
+        LoraConfig(
+            r=8, lora_alpha=16, target_modules=targets, modules_to_save=heads, task_type="SEQ_CLS"
+        ),
     )
 
 
 @torch.no_grad()
 def check_files(
-    trained: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DatasetDict, folder: Path, dense_bytes: int
+    trained: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DatasetDict,
+    folder: Path,
+    dense_bytes: int,
 ) -> dict[str, float]:
     """Reload what training saved and merge it: sizes in bytes, and the largest differences in test logits."""
     sample = data["test"][:64]
     texts = [sample[name] for name in ("text", "text_pair") if name in sample]
-    batch = tokenizer(*texts, padding=True, truncation=True, max_length=128, return_tensors="pt").to(trained.device)
+    batch = tokenizer(
+        *texts, padding=True, truncation=True, max_length=128, return_tensors="pt"
+    ).to(trained.device)
     saved = trained.eval()(**batch).logits
     reloaded = qrefta.load(folder).to(trained.device).eval()
     reload_difference = (reloaded(**batch).logits - saved).abs().max().item()
@@ -141,7 +172,8 @@ def check_files(
     merged.save_pretrained(folder.parent / "merged")
     rows = qrefta.quant_report(trained)
     return {
-        "linears_16_bit_bytes": 2 * sum(row["layers"] * row["shape"][0] * row["shape"][1] for row in rows),
+        "linears_16_bit_bytes": 2
+        * sum(row["layers"] * row["shape"][0] * row["shape"][1] for row in rows),
         "linears_bytes": sum(row["bytes"] for row in rows),
         "model_bytes_before": dense_bytes,
         "model_bytes_after": weights_bytes(folder),
@@ -154,23 +186,44 @@ def check_files(
 def show_files(files: dict[str, float], folder: Path) -> None:
     """Print what `check_files` found."""
     size = {
-        name: f"{value / 1e6:.1f} MB" for name, value in files.items() if name.endswith(("bytes", "before", "after"))
+        name: f"{value / 1e6:.1f} MB"
+        for name, value in files.items()
+        if name.endswith(("bytes", "before", "after"))
     }
-    console.print(f"linears of the blocks  {size['linears_16_bit_bytes']} in 16 bits -> {size['linears_bytes']}")
-    console.print(f"whole model            {size['model_bytes_before']} -> {size['model_bytes_after']} in file")
-    console.print(f"reloaded model         logits differ by {files['reload_difference']:.1e} from the saved model's")
-    console.print(f"merged to dense bf16   by {files['merge_difference']:.1e}, of {files['largest_logit']:.1f} at most")
-    console.print(f"\nThe trained model is in {folder}, the merged one in {folder.parent / 'merged'}.")
+    console.print(
+        f"linears of the blocks  {size['linears_16_bit_bytes']} in 16 bits -> {size['linears_bytes']}"
+    )
+    console.print(
+        f"whole model            {size['model_bytes_before']} -> {size['model_bytes_after']} in file"
+    )
+    console.print(
+        f"reloaded model         logits differ by {files['reload_difference']:.1e} from the saved model's"
+    )
+    console.print(
+        f"merged to dense bf16   by {files['merge_difference']:.1e}, of {files['largest_logit']:.1f} at most"
+    )
+    console.print(
+        f"\nThe trained model is in {folder}, the merged one in {folder.parent / 'merged'}."
+    )
 
 
 def to_rows(
-    report: list[dict[str, Any]], results: dict[str, FinetuneResult], files: dict[str, float], test_rows: int
+    report: list[dict[str, Any]],
+    results: dict[str, FinetuneResult],
+    files: dict[str, float],
+    test_rows: int,
 ) -> list[dict[str, Any]]:
     """Everything that was printed, as rows for `eval.rows`."""
     rows = [{"study": "quickstart", "kind": "stack"} | row for row in report]
     for name, result in results.items():
         error = (result.accuracy_after * (1 - result.accuracy_after) / test_rows) ** 0.5
-        row = {"study": "quickstart", "kind": "training", "method": name, "n": test_rows, "standard_error": error}
+        row = {
+            "study": "quickstart",
+            "kind": "training",
+            "method": name,
+            "n": test_rows,
+            "standard_error": error,
+        }
         rows.append(row | result._asdict())
     return [*rows, {"study": "quickstart", "kind": "files"} | files]
 

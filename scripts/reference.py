@@ -11,20 +11,27 @@ from typing import Any
 
 import qrefta
 from qrefta.config import StackRow
-from qrefta.data import load_classification, read_calibration
-from qrefta.digests import check_digests, write_digests
-from qrefta.export import Export
-from qrefta.factors import Factors, LowRankFactors
-from qrefta.finetune import FinetuneResult
-from qrefta.linear import AdaptedLinear
-from qrefta.moments import gather_moments, load_moments
-from qrefta.quantize import QuantFormat, dequantize, quantize
+from qrefta.export.merge import Export
+from qrefta.files.checksums import check_digests, write_digests
+from qrefta.nn.factors import Factors, LowRankFactors
+from qrefta.nn.linear import AdaptedLinear
+from qrefta.nn.quantized import QuantFormat, dequantize, quantize
+from qrefta.split.calibrate import gather_moments, load_moments
+from qrefta.train.data import load_classification, read_calibration
+from qrefta.train.finetune import FinetuneResult
 
 ROOT = Path(__file__).parents[1]
 API = ROOT / "docs" / "api.md"
 TROUBLE = ROOT / "docs" / "troubleshooting.md"
 START, END = "<!-- errors: scripts/reference.py -->", "<!-- end of errors -->"
-ERRORS = {"ValueError", "OSError", "ImportError", "RuntimeError", "TypeError", "NotImplementedError"}
+ERRORS = {
+    "ValueError",
+    "OSError",
+    "ImportError",
+    "RuntimeError",
+    "TypeError",
+    "NotImplementedError",
+}
 FURTHER = [
     StackRow, Export, FinetuneResult, load_classification, read_calibration, gather_moments, load_moments,
     AdaptedLinear, Factors, LowRankFactors, QuantFormat, quantize, dequantize,
@@ -43,7 +50,9 @@ def api() -> str:
 
 
 def _entry(name: str, item: Any) -> str:
-    signature = str(inspect.signature(item)).replace("qrefta.", "").replace("torch.Tensor", "Tensor")
+    signature = (
+        str(inspect.signature(item)).replace("qrefta.", "").replace("torch.Tensor", "Tensor")
+    )
     shown = f"{name}{signature}" if len(signature) < 90 else f"{name}(\n    {_lines(item)}\n)"
     return f"## {name}\n\n```text\n{shown}\n```\n\n{_markdown(inspect.getdoc(item) or '')}"
 
@@ -62,7 +71,9 @@ def _markdown(text: str) -> str:
             section = True
             out += [f"**{line.rstrip(':')}**", ""]
         elif section and re.match(r"    \S", line):
-            out.append("- " + re.sub(r"^([\w, ]+):", lambda found: f"`{found[1]}`:", line.strip(), count=1))
+            out.append(
+                "- " + re.sub(r"^([\w, ]+):", lambda found: f"`{found[1]}`:", line.strip(), count=1)
+            )
         elif section and line.startswith("     "):
             out[-1] += " " + line.strip()
         else:
@@ -76,7 +87,11 @@ def errors() -> str:
     lines = ["| message | raised in |", "|---|---|"]
     for file in sorted((ROOT / "qrefta").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ERRORS
+            called = (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id in ERRORS
+            )
             message = _text(node.args[-1]) if called and node.args else ""
             if message:
                 shown = message.replace("|", "\\|").replace("<", "&lt;")
@@ -89,7 +104,9 @@ def _text(node: ast.expr) -> str:
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
-        return "".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values)
+        return "".join(
+            part.value if isinstance(part, ast.Constant) else "..." for part in node.values
+        )
     return ""
 
 

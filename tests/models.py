@@ -83,12 +83,16 @@ def decoder_sizes(hidden, layers=LAYERS):
 
 
 def tiny_bert(hidden=32, layers=LAYERS):
-    config = BertConfig(vocab_size=VOCAB, max_position_embeddings=64, num_labels=3, **encoder_sizes(hidden, layers))
+    config = BertConfig(
+        vocab_size=VOCAB, max_position_embeddings=64, num_labels=3, **encoder_sizes(hidden, layers)
+    )
     return build(BertForSequenceClassification, config)
 
 
 def tiny_roberta(hidden=32):
-    config = RobertaConfig(vocab_size=VOCAB, max_position_embeddings=64, num_labels=3, **encoder_sizes(hidden))
+    config = RobertaConfig(
+        vocab_size=VOCAB, max_position_embeddings=64, num_labels=3, **encoder_sizes(hidden)
+    )
     return build(RobertaForSequenceClassification, config)
 
 
@@ -111,7 +115,9 @@ def tiny_mistral(hidden=32):
 
 def tiny_mixtral(hidden=32):
     """Mixture of experts: transformers 5 keeps the experts as fused 3-D parameters, which are no linears."""
-    return build(MixtralForCausalLM, MixtralConfig(num_local_experts=4, **decoder_sizes(hidden, layers=2)))
+    return build(
+        MixtralForCausalLM, MixtralConfig(num_local_experts=4, **decoder_sizes(hidden, layers=2))
+    )
 
 
 def tiny_qwen3_moe(hidden=32):
@@ -129,7 +135,9 @@ def tiny_qwen3_moe(hidden=32):
 
 def tiny_gpt_oss(hidden=32):
     """Experts with biases, a gate of their own, and weights stored as (in, out)."""
-    config = GptOssConfig(num_local_experts=4, num_experts_per_tok=2, **decoder_sizes(hidden, layers=2))
+    config = GptOssConfig(
+        num_local_experts=4, num_experts_per_tok=2, **decoder_sizes(hidden, layers=2)
+    )
     return build(GptOssForCausalLM, config)
 
 
@@ -275,8 +283,13 @@ def inputs(model):
     if model.main_input_name == "pixel_values":
         return {"pixel_values": pixels(model.config, generator)}
     if hasattr(model.config, "num_mel_bins"):
-        features = torch.randn(2, model.config.num_mel_bins, 2 * model.config.max_source_positions, generator=generator)
-        return {"input_features": features, "decoder_input_ids": torch.randint(2, VOCAB, (2, 6), generator=generator)}
+        features = torch.randn(
+            2, model.config.num_mel_bins, 2 * model.config.max_source_positions, generator=generator
+        )
+        return {
+            "input_features": features,
+            "decoder_input_ids": torch.randint(2, VOCAB, (2, 6), generator=generator),
+        }
     batch = {"input_ids": torch.randint(2, VOCAB, (2, 8), generator=generator)}
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     if model.config.is_encoder_decoder:
@@ -296,7 +309,9 @@ def scores(model):
     output = model(**batch)
     if "logits" in output:
         return output.logits
-    return torch.cat([output.text_model_output.pooler_output, output.vision_model_output.pooler_output], dim=1)
+    return torch.cat(
+        [output.text_model_output.pooler_output, output.vision_model_output.pooler_output], dim=1
+    )
 
 
 @torch.no_grad()

@@ -26,16 +26,22 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 import qrefta
 from qrefta.cli import load_classifier, quiet_libraries
-from qrefta.data import load_classification
-from qrefta.finetune import finetune, round_masters
-from qrefta.linear import AdaptedLinear
+from qrefta.nn.linear import AdaptedLinear
+from qrefta.train.data import load_classification
+from qrefta.train.finetune import finetune, round_masters
 from tests.models import VOCAB, tiny_llama
 
 DOCS = Path(__file__).parents[1] / "docs" / "distributed.md"
 TEXT = [{"input_ids": row, "labels": row} for row in torch.arange(64 * 8).view(64, 8) % VOCAB]
 BREAKS = "bert.encoder.layer.1.intermediate.dense"
 # SGD, since Adam blows up what rounding makes of gradients near zero
-STEPS = {"max_steps": 5, "save_steps": 2, "optimizer": "sgd", "learning_rate": 0.1, "progress": False}
+STEPS = {
+    "max_steps": 5,
+    "save_steps": 2,
+    "optimizer": "sgd",
+    "learning_rate": 0.1,
+    "progress": False,
+}
 
 
 def torchrun(work, folder):
@@ -56,7 +62,10 @@ def _entry(work, folder):
     signal.alarm(240)  # a process that waits for another would wait for ever
     torch.set_num_threads(1)
     gc.freeze()  # as conftest.py says
-    with open(folder / f"{work}{os.environ['RANK']}.txt", "w") as file, contextlib.redirect_stdout(file):
+    with (
+        open(folder / f"{work}{os.environ['RANK']}.txt", "w") as file,
+        contextlib.redirect_stdout(file),
+    ):
         globals()[work](folder)
 
 
@@ -64,7 +73,9 @@ def killed(folder):
     """The command line, until the second process is killed after the first checkpoint."""
     if os.environ["RANK"] == "1":
         threading.Thread(
-            target=_die, args=(folder / "killed" / "checkpoint-4" / "trainer_state.json",), daemon=True
+            target=_die,
+            args=(folder / "killed" / "checkpoint-4" / "trainer_state.json",),
+            daemon=True,
         ).start()
     _command(folder)
 
@@ -77,7 +88,9 @@ def _die(file):
 
 def _command(folder, *options):
     words = ["finetune", *map(str, (folder / "tiny", folder / "data", folder / "killed")), *options]
-    with mock.patch.object(sys, "argv", ["qrefta", *words, "--rank=8", "--batch-size=8", "--max-steps=16"]):
+    with mock.patch.object(
+        sys, "argv", ["qrefta", *words, "--rank=8", "--batch-size=8", "--max-steps=16"]
+    ):
         runpy.run_module("qrefta", run_name="__main__")
 
 
@@ -95,7 +108,12 @@ def replicated(folder):
     yield "ddp", (tune(folder, "ddp", model, 8), trained(model))
     yield "ddp stops", stops(folder, folder / "ddp-stops", torch.inf)
     model = qrefta.prepare(load_classifier(str(folder / "tiny"), ["0", "1"], seed=0), rank=8)
-    options = {"max_steps": 16, "save_steps": 0.25, "optimizer": "adamw_torch", "learning_rate": 1e-3}
+    options = {
+        "max_steps": 16,
+        "save_steps": 0.25,
+        "optimizer": "adamw_torch",
+        "learning_rate": 1e-3,
+    }
     tune(folder, "whole", model, 8, **options)
     with contextlib.suppress(SystemExit):
         _command(folder, "--resume")
@@ -106,8 +124,17 @@ def replicated(folder):
 def sharded(folder):
     """FSDP2: as one process, resumed from a checkpoint, as documented, and by hand."""
     model = start(folder)
-    yield "fsdp", (tune(folder, "fsdp", model, 8, fsdp=True, gradient_checkpointing=True), trained(model))
-    yield "shares", [parameter.to_local().nbytes / parameter.full_tensor().nbytes for parameter in packed(model)]
+    yield (
+        "fsdp",
+        (tune(folder, "fsdp", model, 8, fsdp=True, gradient_checkpointing=True), trained(model)),
+    )
+    yield (
+        "shares",
+        [
+            parameter.to_local().nbytes / parameter.full_tensor().nbytes
+            for parameter in packed(model)
+        ],
+    )
     first_alone(lambda: shutil.rmtree(folder / "fsdp" / "checkpoint-5"))
     model = start(folder)
     tune(folder, "fsdp", model, 8, fsdp=True, resume=True)
@@ -128,15 +155,22 @@ def sharded(folder):
 
 
 def refused(folder):
-    config = {"version": 1, "sync_module_states": False}  # without GPUs accelerate refuses to broadcast
-    arguments = TrainingArguments(folder / "no", fsdp=True, fsdp_config=config, use_cpu=True, report_to="none")
+    config = {
+        "version": 1,
+        "sync_module_states": False,
+    }  # without GPUs accelerate refuses to broadcast
+    arguments = TrainingArguments(
+        folder / "no", fsdp=True, fsdp_config=config, use_cpu=True, report_to="none"
+    )
     yield "fsdp1", message(Trainer, start(folder), arguments)
 
 
 def documented(folder):
     """Trainers of the page's Python, on a tiny model and two CPUs."""
     first_alone(lambda: language_model().save_pretrained(folder / "documented" / "prepared-model"))
-    text = DOCS.read_text(encoding="utf-8").replace('"out",', '"out", use_cpu=True, logging_steps=1,')
+    text = DOCS.read_text(encoding="utf-8").replace(
+        '"out",', '"out", use_cpu=True, logging_steps=1,'
+    )
     text = text.replace("fsdp_size=8", "fsdp_size=2")
     namespace, trainers = {"train_dataset": TEXT}, []
     with contextlib.chdir(folder / "documented"):
@@ -179,7 +213,9 @@ def reloaded(model):
     batch = TEXT[0]["input_ids"].unsqueeze(0)
     state = {name: tensor.clone() for name, tensor in model.eval().state_dict().items()}
     before = model(batch).logits
-    model.load_state_dict({name: 2 * tensor if name.endswith(".A") else tensor for name, tensor in state.items()})
+    model.load_state_dict(
+        {name: 2 * tensor if name.endswith(".A") else tensor for name, tensor in state.items()}
+    )
     changed = model(batch).logits
     model.load_state_dict(state)
     return not torch.equal(before, changed), torch.equal(before, model(batch).logits)
@@ -203,7 +239,9 @@ def shard_on_cpu():
         begin(self, *arguments, fsdp_plugin=fsdp_plugin, **options)
         if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
             self.fsdp_plugin = fsdp_plugin
-            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.distributed_type = PartialState._shared_state["distributed_type"] = (
+                DistributedType.FSDP
+            )
             if self._mixed_precision != "no":
                 fsdp_plugin.set_mixed_precision(self._mixed_precision)
 
@@ -245,13 +283,22 @@ def language_model():
 def tune(folder, name, model, batch_size, **options):
     tokenizer = AutoTokenizer.from_pretrained(folder / "tiny")
     data = load_classification(folder / "data")
-    return finetune(model, tokenizer, data, folder / name, batch_size=batch_size, **(STEPS | options))
+    return finetune(
+        model, tokenizer, data, folder / name, batch_size=batch_size, **(STEPS | options)
+    )
 
 
 def trained(model):
     """Everything that trains, whole."""
-    found = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in found.items()}
+    found = {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    return {
+        name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        for name, tensor in found.items()
+    }
 
 
 def packed(model):

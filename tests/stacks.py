@@ -2,11 +2,11 @@
 
 from typing import NamedTuple
 
-from qrefta.factors import Factors
+from qrefta.linalg.tsvd import Slices, mix, t_svd, transform_matrix
 from qrefta.methods.refta import ReFTA
-from qrefta.split import Split, split_layers, split_stack
-from qrefta.stack import Weights
-from qrefta.tensor import Slices, mix, t_svd, transform_matrix
+from qrefta.model.stacks import Weights
+from qrefta.nn.factors import Factors
+from qrefta.split.residual import Split, split_layers, split_stack
 
 
 def blocks_of(stack):
@@ -30,7 +30,10 @@ def slices_of(stack, U, rows=None, metric=None):
     mixed, step = mix(stack, U), rows or stack.shape[1]
 
     def blocks():
-        return [(slice(at, at + step), mixed[:, at : at + step]) for at in range(0, stack.shape[1], step)]
+        return [
+            (slice(at, at + step), mixed[:, at : at + step])
+            for at in range(0, stack.shape[1], step)
+        ]
 
     return Slices(blocks, tuple(stack.shape), stack.device, metric)
 

@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 import qrefta
 from qrefta.cli import app, load_classifier
-from qrefta.data import read_calibration
-from qrefta.moments import gather_moments
-from qrefta.quantizer import quant_report
-from qrefta.stack import find_stacks
+from qrefta.hf_quantizer import quant_report
+from qrefta.model.stacks import find_stacks
+from qrefta.split.calibrate import gather_moments
+from qrefta.train.data import read_calibration
 from tests.models import logits
 from tests.tiny import color_rows, tiny_folder, tiny_tokenizer
 
@@ -32,20 +32,35 @@ def rows(tmp_path_factory):
 
 
 def invoke(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    return CliRunner().invoke(
+        app, [str(argument) for argument in arguments], catch_exceptions=False
+    )
 
 
 def test_prepare_inspect_merge_round_trip(dense, tmp_path):
     """The merged model is a plain one, near the dense original; inspect shows each stack."""
-    result = invoke("prepare", dense, tmp_path / "4bit", "--rank", 8, "--transform", "dct", "--quant-type", "int4")
+    result = invoke(
+        "prepare",
+        dense,
+        tmp_path / "4bit",
+        "--rank",
+        8,
+        "--transform",
+        "dct",
+        "--quant-type",
+        "int4",
+    )
     assert result.exit_code == 0
     shown = invoke("inspect", tmp_path / "4bit").output
     assert "attention.self.query" in shown
     assert "transform=dct" in shown
     assert "quant_type=int4" in shown
-    assert invoke("merge", tmp_path / "4bit", tmp_path / "dense", "--dtype", "float32").exit_code == 0
+    assert (
+        invoke("merge", tmp_path / "4bit", tmp_path / "dense", "--dtype", "float32").exit_code == 0
+    )
     original, merged = (
-        AutoModelForSequenceClassification.from_pretrained(path) for path in (dense, tmp_path / "dense")
+        AutoModelForSequenceClassification.from_pretrained(path)
+        for path in (dense, tmp_path / "dense")
     )
     assert not hasattr(merged.config, "quantization_config")
     assert json.loads((tmp_path / "dense" / "config.json").read_text())["dtype"] == "float32"
@@ -55,13 +70,24 @@ def test_prepare_inspect_merge_round_trip(dense, tmp_path):
 
 def test_other_methods_are_prepared_and_trained(dense, rows, tmp_path):
     """CRAFT with three ranks, from a checkpoint; TeRA with a count of numbers, trained at once."""
-    result = invoke("prepare", dense, tmp_path / "craft", "--method", "craft", "--ranks", "2,5,6", "--refine", 1)
+    result = invoke(
+        "prepare", dense, tmp_path / "craft", "--method", "craft", "--ranks", "2,5,6", "--refine", 1
+    )
     assert result.exit_code == 0
     shown = " ".join(invoke("inspect", tmp_path / "craft").output.split())
     assert "[2, 5, 6]" in shown
     assert "method=craft" in shown
     result = invoke(
-        "finetune", dense, rows, tmp_path / "tera", "--method", "tera", "--trained-params", 500, "--max-steps", 2
+        "finetune",
+        dense,
+        rows,
+        tmp_path / "tera",
+        "--method",
+        "tera",
+        "--trained-params",
+        500,
+        "--max-steps",
+        2,
     )
     assert result.exit_code == 0
     reports = quant_report(qrefta.load(tmp_path / "tera"))
@@ -75,14 +101,18 @@ def test_other_methods_are_prepared_and_trained(dense, rows, tmp_path):
 def test_calibration_moments_and_rank_by_need(dense, rows, tmp_path):
     """Text gathers moments while preparing; a folder is prepared out of core, also from moments in a file."""
     common = ["--rank", "auto", "--error-ratio", 0.8, "--refine", 1]
-    result = invoke("prepare", dense, tmp_path / "a", *common, "--calibration", rows, "--max-memory", "2GB")
+    result = invoke(
+        "prepare", dense, tmp_path / "a", *common, "--calibration", rows, "--max-memory", "2GB"
+    )
     assert result.exit_code == 0
     assert "Ranks: " in result.output
     model = AutoModelForSequenceClassification.from_pretrained(dense)
     tokenizer = AutoTokenizer.from_pretrained(dense)
     gathered = gather_moments(model, find_stacks(model), read_calibration(rows, tokenizer))
     gathered.save(tmp_path / "moments.safetensors")
-    result = invoke("prepare", dense, tmp_path / "b", *common, "--moments", tmp_path / "moments.safetensors")
+    result = invoke(
+        "prepare", dense, tmp_path / "b", *common, "--moments", tmp_path / "moments.safetensors"
+    )
     assert result.exit_code == 0
     report, again = (qrefta.quant_report(qrefta.load(tmp_path / name)) for name in "ab")
     assert report == again
@@ -91,7 +121,18 @@ def test_calibration_moments_and_rank_by_need(dense, rows, tmp_path):
 
 
 def test_finetune_prepares_trains_and_resumes(dense, rows, tmp_path):
-    options = ["--rank", 4, "--max-steps", 4, "--batch-size", 8, "--target", "query", "--target", "value"]
+    options = [
+        "--rank",
+        4,
+        "--max-steps",
+        4,
+        "--batch-size",
+        8,
+        "--target",
+        "query",
+        "--target",
+        "value",
+    ]
     result = invoke("finetune", dense, rows, tmp_path / "out", *options)
     assert result.exit_code == 0
     assert "Test accuracy" in result.output

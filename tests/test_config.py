@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qrefta.config import FORMAT_VERSION, QReftaConfig, StackRow
-from qrefta.quantize import QuantFormat
+from qrefta.nn.quantized import QuantFormat
 
 ROW = {
     "stack": "layers.*.proj",
@@ -29,7 +29,9 @@ ROW = {
 
 
 def test_json_and_back_keeps_everything():
-    config = QReftaConfig(rank=7, transform="dct", quant_type="int4", target_modules=["proj"], stacks=[ROW])
+    config = QReftaConfig(
+        rank=7, transform="dct", quant_type="int4", target_modules=["proj"], stacks=[ROW]
+    )
     again = QReftaConfig.from_dict(json.loads(config.to_json_string()))
     assert again.to_dict() == config.to_dict()
     assert again.stacks == [StackRow(**ROW)]
@@ -50,7 +52,10 @@ def test_report_leaves_out_what_only_loading_needs():
         ({"bits": 8}, "bits is 8; it must be one of 4, 16"),
         ({"quant_type": "int8"}, "quant_type is 'int8'; it must be one of nf4, fp4, int4"),
         ({"block_size": 100}, "block_size is 100; it must be one of 64, 128"),
-        ({"factor_dtype": "float16"}, "factor_dtype is 'float16'; it must be one of bfloat16, float32"),
+        (
+            {"factor_dtype": "float16"},
+            "factor_dtype is 'float16'; it must be one of bfloat16, float32",
+        ),
         ({"rank": 0}, "rank is 0; it must be a whole number, 1 or more"),
         ({"rank": 2.5}, "rank is 2.5; it must be a whole number"),
         ({"rank": True}, "rank is True; it must be a whole number"),
@@ -73,6 +78,8 @@ def test_whole_numbers_of_numpy_are_taken_and_stored_as_plain_ones():
 
 
 def test_format_and_dtype():
-    assert QReftaConfig(quant_type="fp4", block_size=128, double_quant=True).format == QuantFormat("fp4", 128, True)
+    assert QReftaConfig(quant_type="fp4", block_size=128, double_quant=True).format == QuantFormat(
+        "fp4", 128, True
+    )
     assert QReftaConfig(bits=16).format is None
     assert QReftaConfig(factor_dtype="float32").torch_factor_dtype == torch.float32

@@ -7,15 +7,18 @@ import torch
 from torch.testing import assert_close
 
 import qrefta
-from eval.splits import NF4, loftq
-from qrefta.finite import _all_finite
-from qrefta.quantize import QuantFormat, dequantize, quantize, rounded
-from qrefta.tensor import t_svd, t_svd_exact
+from eval.peers.splits import NF4, loftq
+from qrefta.linalg.tsvd import t_svd, t_svd_exact
+from qrefta.nn.quantized import QuantFormat, dequantize, quantize, rounded
+from qrefta.train.nan_guard import _all_finite
 from tests.models import ARCHITECTURES, inputs, logits
+from tests.nn.test_product import operands, packed_weight, product
 from tests.stacks import slices_of, transform_of
-from tests.test_product import operands, packed_weight, product
 
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
@@ -54,7 +57,9 @@ def test_a_stack_at_a_time_goes_to_the_gpu_and_comes_back(options):
         options = {"calibration": [inputs(model())]}
     first, second = (qrefta.prepare(model(), rank=5, device="cuda", **options) for _ in range(2))
     assert {tensor.device.type for tensor in first.state_dict().values()} == {"cpu"}
-    for (name, ours), theirs in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+    for (name, ours), theirs in zip(
+        first.state_dict().items(), second.state_dict().values(), strict=True
+    ):
         assert torch.equal(ours, theirs), name
     on_cpu = qrefta.prepare(model(), rank=5, **options)
     for ours, theirs in zip(qrefta.quant_report(first), qrefta.quant_report(on_cpu), strict=True):
@@ -73,12 +78,18 @@ def test_large_slices_are_decomposed_on_the_gpu():
 
 def test_preparing_with_a_gpu_holds_a_stack_there_and_not_the_model():
     model = ARCHITECTURES["bert"]()
-    largest = max(4 * module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
+    largest = max(
+        4 * module.weight.numel()
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear)
+    )
     layers = model.config.num_hidden_layers
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     qrefta.prepare(model, rank=5, device="cuda")
-    assert torch.cuda.max_memory_allocated() - before <= 12 * layers * largest + (32 << 20)  # cuBLAS has a workspace
+    assert torch.cuda.max_memory_allocated() - before <= 12 * layers * largest + (
+        32 << 20
+    )  # cuBLAS has a workspace
     assert torch.cuda.memory_allocated() - before < layers * largest
 
 
@@ -91,7 +102,11 @@ def test_gradients_are_those_of_the_cpu():
     for (name, ours), theirs in zip(on_gpu.named_parameters(), on_cpu.parameters(), strict=True):
         if ours.requires_grad:
             assert_close(
-                ours.grad.cpu(), theirs.grad, rtol=1e-2, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+                ours.grad.cpu(),
+                theirs.grad,
+                rtol=1e-2,
+                atol=1e-3,
+                msg=lambda text, name=name: f"{name}: {text}",
             )
 
 
@@ -99,13 +114,17 @@ def test_saving_from_the_gpu_and_loading_on_the_cpu_keeps_the_bits(tmp_path):
     model = qrefta.prepare(ARCHITECTURES["llama_gqa"]().cuda(), rank=5)
     model.save_pretrained(tmp_path)
     loaded = qrefta.load(tmp_path)
-    for (name, ours), theirs in zip(loaded.state_dict().items(), model.state_dict().values(), strict=True):
+    for (name, ours), theirs in zip(
+        loaded.state_dict().items(), model.state_dict().values(), strict=True
+    ):
         assert torch.equal(ours, theirs.cpu().to(ours.dtype)), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 8, 30, 56, 90])
-@pytest.mark.parametrize("fmt", [None, QuantFormat(), QuantFormat("fp4"), QuantFormat("int4")], ids=repr)
+@pytest.mark.parametrize(
+    "fmt", [None, QuantFormat(), QuantFormat("fp4"), QuantFormat("int4")], ids=repr
+)
 def test_an_adapted_product_is_the_same_on_both_devices(fmt, tokens, dtype):
     """Few tokens go through bitsandbytes' fused kernel, many through either form of adding the update."""
     packed, grad = packed_weight(fmt), torch.ones(tokens, 48, dtype=dtype)
@@ -124,7 +143,10 @@ def test_an_adapted_product_is_the_same_on_both_devices(fmt, tokens, dtype):
 def test_every_method_prepares_and_computes_the_same_on_both_devices(method):
     """Error of the split on the GPU; logits and gradients of one prepared model moved there."""
     options = {"method": method, "rank": 4, "progress": False}
-    on_cpu, on_gpu = (qrefta.prepare(ARCHITECTURES["llama_gqa"](), **options, device=place) for place in (None, "cuda"))
+    on_cpu, on_gpu = (
+        qrefta.prepare(ARCHITECTURES["llama_gqa"](), **options, device=place)
+        for place in (None, "cuda")
+    )
     for ours, theirs in zip(qrefta.quant_report(on_gpu), qrefta.quant_report(on_cpu), strict=True):
         assert ours["ratio"] == pytest.approx(theirs["ratio"], abs=0.02)
     moved(on_cpu)
@@ -143,7 +165,9 @@ def moved(model):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+                parameter += 0.05 * torch.randn(
+                    parameter.shape, generator=torch.Generator().manual_seed(1)
+                )
 
 
 @pytest.mark.parametrize("rounds", [1, 5])
@@ -185,6 +209,8 @@ def test_a_model_over_two_devices_computes_and_trains_the_same(second, tmp_path)
     for model in (whole, parts):
         ids = batch["input_ids"].to(model.get_input_embeddings().weight.device)
         model(input_ids=ids, labels=ids).loss.backward()
-        found.append([parameter.grad.cpu() for parameter in model.parameters() if parameter.grad is not None])
+        found.append(
+            [parameter.grad.cpu() for parameter in model.parameters() if parameter.grad is not None]
+        )
     for ours, theirs in zip(*found, strict=True):
         assert (ours - theirs).norm() <= 1e-3 * theirs.norm()

@@ -16,12 +16,12 @@ from transformers.integrations import deepspeed
 from typer.testing import CliRunner
 
 import qrefta
-from qrefta.checkpoints import last_checkpoint
 from qrefta.cli import app
 from qrefta.distributed import check_sharding
-from qrefta.factors import BANK
-from qrefta.finetune import finetune
-from qrefta.quantize import QuantFormat
+from qrefta.nn.factors import BANK
+from qrefta.nn.quantized import QuantFormat
+from qrefta.train.checkpoints import last_checkpoint
+from qrefta.train.finetune import finetune
 from tests.processes import (
     BREAKS,
     DOCS,
@@ -88,7 +88,13 @@ def test_two_processes_train_as_one_with_all_rows(way, folder, single, found):
     assert steps(way) == pytest.approx(steps("single"), rel=1e-5)
     for rank in found:
         own, moved = rank[way]
-        for field in ("accuracy_before", "accuracy_after", "test_loss_before", "test_loss", "train_loss"):
+        for field in (
+            "accuracy_before",
+            "accuracy_after",
+            "test_loss_before",
+            "test_loss",
+            "train_loss",
+        ):
             assert getattr(own, field) == pytest.approx(getattr(result, field), rel=1e-5)
         assert own.trained_parameters == result.trained_parameters
         assert moved.keys() == expected.keys()
@@ -143,17 +149,31 @@ def test_trainer_as_documented_has_the_losses_of_one_process(folder, found):
 
 def test_trainer_and_all_processes_together_save_the_same(folder):
     """The second after rounding: its masters are stored as the bf16 values that they are."""
-    first, second = (load_file(folder / "documented" / name / "model.safetensors") for name in ("out", "together"))
-    masters = {name for name, tensor in first.items() if name.startswith(BANK) and tensor.dtype == torch.float32}
+    first, second = (
+        load_file(folder / "documented" / name / "model.safetensors")
+        for name in ("out", "together")
+    )
+    masters = {
+        name
+        for name, tensor in first.items()
+        if name.startswith(BANK) and tensor.dtype == torch.float32
+    }
     assert masters == {name for name, tensor in second.items() if tensor.dtype == torch.bfloat16}
-    assert_close({n: t.bfloat16() if n in masters else t for n, t in first.items()}, second, rtol=0, atol=0)
+    assert_close(
+        {n: t.bfloat16() if n in masters else t for n, t in first.items()}, second, rtol=0, atol=0
+    )
     for name in ("out", "together", "at-load"):
         qrefta.load(folder / "documented" / name)
 
 
 def test_gathering_in_bf16_leaves_the_packed_bytes_alone(found):
     for rank in found:
-        assert_close(rank["gathered"], [parameter.data for parameter in packed(language_model())], rtol=0, atol=0)
+        assert_close(
+            rank["gathered"],
+            [parameter.data for parameter in packed(language_model())],
+            rtol=0,
+            atol=0,
+        )
 
 
 def test_a_sharded_model_in_evaluation_follows_what_is_loaded(found):
@@ -168,7 +188,9 @@ def test_a_sharded_model_in_evaluation_follows_what_is_loaded(found):
 )  # fmt: skip
 def test_all_processes_stop_where_one_of_them_breaks_and_name_the_layer(case, what, found):
     for rank in found:
-        assert rank[case].startswith(f"In step 3 {what}. The step was not taken; the last checkpoint is")
+        assert rank[case].startswith(
+            f"In step 3 {what}. The step was not taken; the last checkpoint is"
+        )
         assert "checkpoint-2" in rank[case]
 
 
@@ -187,7 +209,9 @@ ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": 
 
 
 @pytest.mark.parametrize(
-    ("variables", "reason"), [(FSDP1, "flat tensors cannot hold"), (ZERO3, "ZeRO-3 gathers")], ids=["FSDP1", "ZeRO-3"]
+    ("variables", "reason"),
+    [(FSDP1, "flat tensors cannot hold"), (ZERO3, "ZeRO-3 gathers")],
+    ids=["FSDP1", "ZeRO-3"],
 )
 def test_the_recipe_refuses_before_it_reads_anything(variables, reason, monkeypatch):
     for name, value in variables.items():
@@ -195,7 +219,11 @@ def test_the_recipe_refuses_before_it_reads_anything(variables, reason, monkeypa
     with pytest.raises(ValueError, match=reason):
         finetune(None, None, "no-such-file.csv", "nowhere")
     with pytest.raises(ValueError, match=reason):
-        CliRunner().invoke(app, ["finetune", "no-such-model", "no-such-file.csv", "nowhere"], catch_exceptions=False)
+        CliRunner().invoke(
+            app,
+            ["finetune", "no-such-model", "no-such-file.csv", "nowhere"],
+            catch_exceptions=False,
+        )
 
 
 def test_fsdp2_needs_a_torch_that_shards_bytes(monkeypatch):
@@ -225,7 +253,15 @@ def test_loading_under_zero_3_is_refused(tmp_path):
 
 def test_the_page_counts_right():
     """Llama-3-70B on 8 GPUs, from its shapes; what a GPU receives is 7/8 of what is gathered or scattered."""
-    shapes = [(8192, 8192), (1024, 8192), (1024, 8192), (8192, 8192), (28672, 8192), (28672, 8192), (8192, 28672)]
+    shapes = [
+        (8192, 8192),
+        (1024, 8192),
+        (1024, 8192),
+        (8192, 8192),
+        (28672, 8192),
+        (28672, 8192),
+        (8192, 28672),
+    ]
     block = sum(sum(QuantFormat().packed_sizes(out * into).values()) for out, into in shapes) / 1e9
     dense, widths = sum(out * into for out, into in shapes) / 1e9, sum(map(sum, shapes)) / 1e9
     embedding, factors, lora = 128256 * 8192 / 1e9, 64 * widths, 80 * 16 * widths
@@ -235,16 +271,24 @@ def test_the_page_counts_right():
         "frozen weights": [weights, weights, weights / 8, weights / 8],
         "masters": [16 * factors, 16 * lora, 2 * factors, 2 * lora, 2 * everything],
         "a gathered block": [block, block + 2 * lora / 80, 2 * dense],
-        "weights of the blocks": [received * 2 * 80 * gathered for gathered in (block, block, 2 * dense)],
+        "weights of the blocks": [
+            received * 2 * 80 * gathered for gathered in (block, block, 2 * dense)
+        ],
         "embeddings and head": [received * 2 * embedding * times for times in (2, 2, 3)],
         "factors or LoRA": [received * 4 * factors, received * 2 * 4 * lora],
-        "gradients": [received * bytes for bytes in (8 * factors, 8 * lora, 4 * factors, 4 * lora, 2 * everything)],
+        "gradients": [
+            received * bytes
+            for bytes in (8 * factors, 8 * lora, 4 * factors, 4 * lora, 2 * everything)
+        ],
     }
     page = DOCS.read_text(encoding="utf-8")
     for start_of_row, values in counted.items():
         row = next(line for line in page.splitlines() if re.match(rf"\| \(?{start_of_row}", line))
         shown = re.findall(r"([\d.]+) [MBG]", row)
-        assert [f"{value:.{len(text.partition('.')[2])}f}" for value, text in zip(values, shown, strict=True)] == shown
+        assert [
+            f"{value:.{len(text.partition('.')[2])}f}"
+            for value, text in zip(values, shown, strict=True)
+        ] == shown
 
 
 def test_a_checkpoint_in_parts_is_passed_over(tmp_path):

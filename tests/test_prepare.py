@@ -40,10 +40,10 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import qrefta
-import qrefta.tensor
-from qrefta.factors import BANK
-from qrefta.linear import AdaptedLinear
-from qrefta.stack import find_stacks
+import qrefta.linalg.tsvd
+from qrefta.model.stacks import find_stacks
+from qrefta.nn.factors import BANK
+from qrefta.nn.linear import AdaptedLinear
 from tests.models import (
     ARCHITECTURES,
     VOCAB,
@@ -62,7 +62,9 @@ all_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 
 def adapted(model):
-    return {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+    return {
+        path: module for path, module in model.named_modules() if isinstance(module, AdaptedLinear)
+    }
 
 
 def with_factors(model):
@@ -71,7 +73,11 @@ def with_factors(model):
 
 def trained(model):
     """Names of what trains outside the bank."""
-    return {name for name, p in model.named_parameters() if p.requires_grad and not name.startswith(BANK)}
+    return {
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and not name.startswith(BANK)
+    }
 
 
 def raw(tensor):
@@ -86,7 +92,9 @@ def fingerprint(model):
         "same tensors": {name: id(parameter) for name, parameter in model.named_parameters()},
         "classes": {path: type(module) for path, module in model.named_modules()},
         "training": {path: module.training for path, module in model.named_modules()},
-        "requires_grad": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        "requires_grad": {
+            name: parameter.requires_grad for name, parameter in model.named_parameters()
+        },
         "attributes": set(vars(model)),
         "fp32": getattr(model, "_keep_in_fp32_modules_strict", None),
         "quantizer": getattr(model, "hf_quantizer", None),
@@ -109,11 +117,15 @@ def assert_unchanged(model, before):
 @all_architectures
 def test_every_linear_of_the_blocks_is_quantized_and_no_other(architecture):
     model = ARCHITECTURES[architecture]()
-    linears = {path for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    linears = {
+        path for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
+    }
     inside = {path for stack in find_stacks(model) for path in stack.modules}
     assert qrefta.prepare(model, rank=3, refine=0) is model
     assert set(adapted(model)) == with_factors(model) == inside
-    left = {path for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    left = {
+        path for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
+    }
     assert left == linears - inside
     assert not any(re.search(r"\.\d+\.", path) for path in left)
 
@@ -124,7 +136,11 @@ def test_only_targets_get_factors_while_all_is_quantized(architecture):
     name = find_stacks(model)[1].name.split("*.")[-1]
     qrefta.prepare(full, rank=3, refine=0)
     qrefta.prepare(model, rank=3, refine=0, target_modules=[name])
-    assert with_factors(model) == {path for path in adapted(full) if path.endswith("." + name)} < set(adapted(full))
+    assert (
+        with_factors(model)
+        == {path for path in adapted(full) if path.endswith("." + name)}
+        < set(adapted(full))
+    )
     assert set(adapted(model)) == set(adapted(full))
     assert all(module.weight.dtype == torch.int8 for module in adapted(model).values())
 
@@ -153,10 +169,18 @@ def test_what_trains_is_the_factors_and_the_head(architecture):
     model = qrefta.prepare(ARCHITECTURES[architecture](), rank=3, refine=0)
     head = {"classifier.weight", "classifier.bias"} if hasattr(model, "classifier") else set()
     if architecture == "roberta":
-        head = {f"classifier.{part}.{name}" for part in ("dense", "out_proj") for name in ("weight", "bias")}
+        head = {
+            f"classifier.{part}.{name}"
+            for part in ("dense", "out_proj")
+            for name in ("weight", "bias")
+        }
     assert trained(model) == head
     stacks = find_stacks(ARCHITECTURES[architecture]())
-    names = {f"{BANK}.{name}" for name in getattr(model, BANK).state_dict() if name.endswith((".A", ".B"))}
+    names = {
+        f"{BANK}.{name}"
+        for name in getattr(model, BANK).state_dict()
+        if name.endswith((".A", ".B"))
+    }
     assert len(names) == 2 * len(stacks)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == head | names
     count = sum(p.numel() for name, p in model.named_parameters() if name in names)
@@ -166,7 +190,9 @@ def test_what_trains_is_the_factors_and_the_head(architecture):
 HEADS = {
     LlamaForSequenceClassification: (LlamaConfig(**decoder_sizes(32)), {"score"}),
     GPT2ForSequenceClassification: (
-        GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, bos_token_id=1, eos_token_id=1),
+        GPT2Config(
+            vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, bos_token_id=1, eos_token_id=1
+        ),
         {"score"},
     ),
     T5ForSequenceClassification: (
@@ -179,7 +205,13 @@ HEADS = {
         {"pre_classifier", "classifier"},
     ),
     AlbertForSequenceClassification: (
-        AlbertConfig(vocab_size=VOCAB, hidden_size=32, embedding_size=16, num_attention_heads=4, intermediate_size=64),
+        AlbertConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            embedding_size=16,
+            num_attention_heads=4,
+            intermediate_size=64,
+        ),
         {"classifier"},
     ),
     BertForMaskedLM: (BertConfig(vocab_size=VOCAB, **encoder_sizes(32)), set()),
@@ -192,14 +224,19 @@ def test_task_heads_train_and_language_model_heads_do_not(model_class):
     config, expected = HEADS[model_class]
     model = qrefta.prepare(build(model_class, config), rank=3, refine=0)
     assert {name.split(".")[0] for name in trained(model)} == expected
-    assert all(p.dtype == torch.float32 for name, p in model.named_parameters() if name in trained(model))
+    assert all(
+        p.dtype == torch.float32 for name, p in model.named_parameters() if name in trained(model)
+    )
 
 
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
         (["pooler"], ["bert.pooler.dense.weight", "bert.pooler.dense.bias"]),
-        (("bert.embeddings.LayerNorm",), ["bert.embeddings.LayerNorm.weight", "bert.embeddings.LayerNorm.bias"]),
+        (
+            ("bert.embeddings.LayerNorm",),
+            ["bert.embeddings.LayerNorm.weight", "bert.embeddings.LayerNorm.bias"],
+        ),
         (["classifier"], []),
     ],
     ids=str,
@@ -292,42 +329,110 @@ BLOCKS = "64, 128, 256, 512, 1024, 2048, 4096"
 REFUSALS = {
     "NaN": (spoil(VALUE, torch.nan), {}, f"{VALUE}.weight holds NaN or infinite values"),
     "infinity": (spoil(VALUE, -torch.inf), {}, f"{VALUE}.weight holds NaN or infinite values"),
-    "NaN outside the targets": (spoil(VALUE, torch.nan), {"target_modules": ["query"]}, f"{VALUE}.weight holds NaN"),
-    "a meta tensor": (changed(to_meta), {}, "1 parameters are on the meta device (bert.encoder.layer.1.output.dense."),
-    "all on meta": (lambda: tiny_bert().to("meta"), {}, "on the meta device .* or give its folder and `out`"),
-    "float64": (lambda: tiny_bert().double(), {}, "weight is torch.float64; prepare takes float32, bfloat16 or"),
+    "NaN outside the targets": (
+        spoil(VALUE, torch.nan),
+        {"target_modules": ["query"]},
+        f"{VALUE}.weight holds NaN",
+    ),
+    "a meta tensor": (
+        changed(to_meta),
+        {},
+        "1 parameters are on the meta device (bert.encoder.layer.1.output.dense.",
+    ),
+    "all on meta": (
+        lambda: tiny_bert().to("meta"),
+        {},
+        "on the meta device .* or give its folder and `out`",
+    ),
+    "float64": (
+        lambda: tiny_bert().double(),
+        {},
+        "weight is torch.float64; prepare takes float32, bfloat16 or",
+    ),
     "rank 0": (tiny_bert, {"rank": 0}, "rank is 0; it must be a whole number, 1 or more"),
     "rank -1": (tiny_bert, {"rank": -1}, "rank is -1"),
     "rank 2.5": (tiny_bert, {"rank": 2.5}, "rank is 2.5; it must be a whole number"),
     "rank True": (tiny_bert, {"rank": True}, "rank is True"),
     "rank '8'": (tiny_bert, {"rank": "8"}, "rank is '8'"),
-    "rank too large": (tiny_bert, {"rank": 97}, "query (3 layers of 32 x 32) .* largest allowed rank is 96"),
-    "rank too large for keys": (tiny_llama, {"rank": 49}, "k_proj (3 layers of 16 x 32) .* largest allowed rank is 48"),
-    "rank too large for the decoder": (tiny_t5, {"rank": 65}, "decoder.block.*.layer.0.SelfAttention.q .* rank is 64"),
-    "no target": (tiny_bert, {"target_modules": ["q_proj"]}, "'q_proj' matches no linear; the stacks are: bert.enc"),
+    "rank too large": (
+        tiny_bert,
+        {"rank": 97},
+        "query (3 layers of 32 x 32) .* largest allowed rank is 96",
+    ),
+    "rank too large for keys": (
+        tiny_llama,
+        {"rank": 49},
+        "k_proj (3 layers of 16 x 32) .* largest allowed rank is 48",
+    ),
+    "rank too large for the decoder": (
+        tiny_t5,
+        {"rank": 65},
+        "decoder.block.*.layer.0.SelfAttention.q .* rank is 64",
+    ),
+    "no target": (
+        tiny_bert,
+        {"target_modules": ["q_proj"]},
+        "'q_proj' matches no linear; the stacks are: bert.enc",
+    ),
     "one target of two": (
         tiny_bert,
         {"target_modules": ["query", "up"]},
         "'up' matches no linear; the stacks are: bert.enc",
     ),
     "part of a name": (tiny_bert, {"target_modules": ["uery"]}, "'uery' matches no linear"),
-    "empty targets": (tiny_bert, {"target_modules": []}, "[] matches no linear; the stacks are: bert.encoder.layer.*"),
-    "regex without match": (tiny_bert, {"target_modules": "query"}, "'query' matches no linear; the stacks are: bert"),
-    "one layer": (tiny_bert, {"target_modules": ["1.attention.self.query"]}, "matches 1 of the 3 layers of bert.enc"),
+    "empty targets": (
+        tiny_bert,
+        {"target_modules": []},
+        "[] matches no linear; the stacks are: bert.encoder.layer.*",
+    ),
+    "regex without match": (
+        tiny_bert,
+        {"target_modules": "query"},
+        "'query' matches no linear; the stacks are: bert",
+    ),
+    "one layer": (
+        tiny_bert,
+        {"target_modules": ["1.attention.self.query"]},
+        "matches 1 of the 3 layers of bert.enc",
+    ),
     "no regex": (tiny_bert, {"target_modules": "(query"}, "'(query' is not a regular expression"),
     "no blocks": (lambda: tiny_bert(layers=0), {}, "no linear layers in repeated blocks"),
-    "modules_to_save": (tiny_bert, {"modules_to_save": ["head"]}, "['head'] match no module; .* bert, dropout, class"),
+    "modules_to_save": (
+        tiny_bert,
+        {"modules_to_save": ["head"]},
+        "['head'] match no module; .* bert, dropout, class",
+    ),
     "packed modules_to_save": (tiny_bert, {"modules_to_save": ["query"]}, "query"),
     "blocks in modules_to_save": (tiny_bert, {"modules_to_save": ["encoder"]}, "encoder"),
-    "transform": (tiny_bert, {"transform": "fft"}, "transform is 'fft'; it must be one of lsm3, dct, identity"),
-    "type": (tiny_bert, {"quant_type": "int8"}, "quant_type is 'int8'; it must be one of nf4, fp4, int4"),
+    "transform": (
+        tiny_bert,
+        {"transform": "fft"},
+        "transform is 'fft'; it must be one of lsm3, dct, identity",
+    ),
+    "type": (
+        tiny_bert,
+        {"quant_type": "int8"},
+        "quant_type is 'int8'; it must be one of nf4, fp4, int4",
+    ),
     "type with 16 bits": (tiny_bert, {"quant_type": "int8", "bits": 16}, "quant_type is 'int8'"),
     "method": (tiny_bert, {"method": "lora"}, "method is 'lora'; it must be one of refta"),
     "bits": (tiny_bert, {"bits": 8}, "bits is 8; it must be one of 4, 16"),
     "bits as text": (tiny_bert, {"bits": "4"}, "bits is '4'; it must be one of 4, 16"),
-    "block size": (tiny_bert, {"block_size": 100}, f"block_size is 100; it must be one of {BLOCKS}"),
-    "block size as float": (tiny_bert, {"block_size": 64.0}, f"block_size is 64.0; it must be one of {BLOCKS}"),
-    "factor_dtype": (tiny_bert, {"factor_dtype": "float16"}, "factor_dtype is 'float16'; .* bfloat16, float32"),
+    "block size": (
+        tiny_bert,
+        {"block_size": 100},
+        f"block_size is 100; it must be one of {BLOCKS}",
+    ),
+    "block size as float": (
+        tiny_bert,
+        {"block_size": 64.0},
+        f"block_size is 64.0; it must be one of {BLOCKS}",
+    ),
+    "factor_dtype": (
+        tiny_bert,
+        {"factor_dtype": "float16"},
+        "factor_dtype is 'float16'; .* bfloat16, float32",
+    ),
     "refine": (tiny_bert, {"refine": -1}, "refine is -1; it must be a whole number, 0 or more"),
     "seed": (tiny_bert, {"seed": "x"}, "seed is 'x'; it must be a whole number, 0 or more"),
     "prepared": (prepared_bert, {}, "already prepared; call qrefta.merge(model) first"),
@@ -338,8 +443,16 @@ REFUSALS = {
     ),
     "adapters": (with_adapters, {}, "carries PEFT adapters; call merge_and_unload"),
     "PEFT model": (peft_model, {}, "takes a transformers PreTrainedModel, not PeftModel"),
-    "inside of a PEFT model": (lambda: peft_model().base_model.model, {}, "PEFT adapters|peft.tuners"),
-    "no transformers model": (lambda: nn.Sequential(nn.Linear(4, 4)), {}, "PreTrainedModel, not Sequential"),
+    "inside of a PEFT model": (
+        lambda: peft_model().base_model.model,
+        {},
+        "PEFT adapters|peft.tuners",
+    ),
+    "no transformers model": (
+        lambda: nn.Sequential(nn.Linear(4, 4)),
+        {},
+        "PreTrainedModel, not Sequential",
+    ),
 }
 
 
@@ -363,8 +476,14 @@ def test_a_refused_model_is_left_as_it_was(refusal):
 def test_an_offloaded_model_is_refused_and_left_as_it_was(place, tmp_path):
     """Its weights on disk are on meta, and hooks that prepare would drop bring them back."""
     tiny_bert().save_pretrained(tmp_path)
-    names = [f"bert.encoder.layer.{layer}" for layer in range(3)] if place[-1] == "1" else ["bert.encoder"]
-    device_map = dict.fromkeys(["bert.embeddings", "bert.pooler", "classifier", *names], "cpu") | {place: "disk"}
+    names = (
+        [f"bert.encoder.layer.{layer}" for layer in range(3)]
+        if place[-1] == "1"
+        else ["bert.encoder"]
+    )
+    device_map = dict.fromkeys(["bert.embeddings", "bert.pooler", "classifier", *names], "cpu") | {
+        place: "disk"
+    }
     model = AutoModelForSequenceClassification.from_pretrained(
         tmp_path, device_map=device_map, offload_folder=tmp_path / "disk"
     )
@@ -386,17 +505,19 @@ def test_an_interrupted_prepare_is_not_taken_for_a_whole_model(monkeypatch):
     """Out of memory in the third stack: the half-prepared model is refused, not finished with a second bank."""
     model = tiny_llama()
     count = iter(range(100))
-    real = qrefta.report.split_stack
+    real = qrefta.split.stack_split.split_stack
 
     def fail_third(*arguments):
         if next(count) == 2:
             raise MemoryError
         return real(*arguments)
 
-    monkeypatch.setattr(qrefta.report, "split_stack", fail_third)
+    monkeypatch.setattr(qrefta.split.stack_split, "split_stack", fail_third)
     with pytest.raises(MemoryError):
         qrefta.prepare(model, rank=3)
-    with pytest.raises(ValueError, match="an earlier prepare was interrupted; load the model again"):
+    with pytest.raises(
+        ValueError, match="an earlier prepare was interrupted; load the model again"
+    ):
         qrefta.prepare(model, rank=3)
 
 
@@ -408,7 +529,10 @@ def test_a_model_with_a_prepared_part_is_refused():
 
 
 def test_linears_that_are_read_stay_dense_and_the_function_is_kept():
-    model = build(MambaForCausalLM, MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4))
+    model = build(
+        MambaForCausalLM,
+        MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4),
+    )
     before = logits(model)
     assert_close(logits(qrefta.prepare(model, bits=16, rank=3)), before, rtol=0, atol=1e-5)
 
@@ -427,9 +551,13 @@ def test_a_head_next_to_an_unnamed_base_model_trains():
 def test_a_bitsandbytes_model_of_transformers_is_refused(tmp_path):
     tiny_bert(hidden=64).save_pretrained(tmp_path)
     config = BitsAndBytesConfig(load_in_4bit=True)
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, quantization_config=config, device_map="cpu"
+    )
     before = fingerprint(model)
-    with pytest.raises(ValueError, match=r"already quantized .*; load it without quantization_config"):
+    with pytest.raises(
+        ValueError, match=r"already quantized .*; load it without quantization_config"
+    ):
         qrefta.prepare(model, rank=3)
     assert_unchanged(model, before)
 
@@ -455,7 +583,9 @@ def test_training_mode_is_kept(mode):
         model.bert.encoder.layer[1].eval()
     before = {path: module.training for path, module in model.named_modules()}
     qrefta.prepare(model, rank=3)
-    assert {path: module.training for path, module in model.named_modules() if not path.startswith(BANK)} == before
+    assert {
+        path: module.training for path, module in model.named_modules() if not path.startswith(BANK)
+    } == before
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -489,15 +619,20 @@ def test_16_bit_residuals_are_stored_in_the_models_dtype():
 def test_dense_weights_are_released_stack_by_stack(monkeypatch):
     """At no time are the dense weights of two finished stacks alive: a second full copy is never held."""
     model = tiny_bert()
-    dense = {s.name: [weakref.ref(model.get_submodule(path).weight) for path in s.modules] for s in find_stacks(model)}
-    module = sys.modules["qrefta.prepare"]  # `qrefta.prepare` is the function
+    dense = {
+        s.name: [weakref.ref(model.get_submodule(path).weight) for path in s.modules]
+        for s in find_stacks(model)
+    }
+    module = sys.modules["qrefta._prepare"]  # `qrefta.prepare` is the function
     one_stack = module._prepare_stack
     done = []
 
     def watched(model, stack, *rest):
         row = one_stack(model, stack, *rest)
         done.append(stack.name)
-        assert all((ref() is None) == (name in done) for name, refs in dense.items() for ref in refs)
+        assert all(
+            (ref() is None) == (name in done) for name, refs in dense.items() for ref in refs
+        )
         return row
 
     monkeypatch.setattr(module, "_prepare_stack", watched)
@@ -513,14 +648,17 @@ def test_peak_memory_is_a_stack_not_the_model(settings, tmp_path, monkeypatch):
     It does not see the dense weights being released, which only makes the figure larger. Blocks of rows
     have a fixed size, which is made small here as the model is.
     """
-    monkeypatch.setattr(qrefta.stack, "BLOCK_BYTES", 256 << 10)
+    monkeypatch.setattr(qrefta.model.stacks, "BLOCK_BYTES", 256 << 10)
     model = tiny_bert(hidden=256, layers=12)
     largest = max(4 * np.prod(stack.shape) for stack in find_stacks(model))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         qrefta.prepare(model, rank=8, target_modules=["intermediate.dense"], **settings)
     profiler.export_chrome_trace(str(tmp_path / "trace.json"))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    events = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
+    events = sorted(
+        (event for event in events if event.get("name") == "[memory]"),
+        key=lambda event: event["ts"],
+    )
     allocated = np.cumsum([event["args"]["Bytes"] for event in events])
     stored = sum(p.nbytes for module in adapted(model).values() for p in module.parameters())
     stored += sum(p.nbytes for p in getattr(model, BANK).parameters())
@@ -594,9 +732,11 @@ def test_prepare_merge_prepare_again(architecture):
 
 
 def test_the_progress_bar_counts_stacks_of_what_takes_long(capsys, monkeypatch):
-    module = sys.modules["qrefta.prepare"]
+    module = sys.modules["qrefta._prepare"]
     assert module.PROGRESS_DELAY_S > 0
-    monkeypatch.setattr(module, "PROGRESS_DELAY_S", 600.0)  # a busy machine takes long over anything
+    monkeypatch.setattr(
+        module, "PROGRESS_DELAY_S", 600.0
+    )  # a busy machine takes long over anything
     qrefta.prepare(tiny_bert(), rank=3)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(module, "PROGRESS_DELAY_S", 0.0)
@@ -607,5 +747,7 @@ def test_the_progress_bar_counts_stacks_of_what_takes_long(capsys, monkeypatch):
 
 
 def test_rows_of_config_are_json():
-    model = qrefta.prepare(tiny_t5(), rank=3, target_modules=("q", "v"), modules_to_save=("final_layer_norm",))
+    model = qrefta.prepare(
+        tiny_t5(), rank=3, target_modules=("q", "v"), modules_to_save=("final_layer_norm",)
+    )
     json.loads(model.config.to_json_string())

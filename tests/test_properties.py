@@ -14,11 +14,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import qrefta
 from qrefta.cli import load_classifier
 from qrefta.config import QReftaConfig
-from qrefta.finetune import finetune
+from qrefta.linalg.tsvd import squared_norm
 from qrefta.methods import METHODS
-from qrefta.quantize import QuantFormat, dequantize, quantize
-from qrefta.stack import LARGEST_WEIGHT, check_values
-from qrefta.tensor import squared_norm
+from qrefta.model.stacks import LARGEST_WEIGHT, check_values
+from qrefta.nn.quantized import QuantFormat, dequantize, quantize
+from qrefta.train.finetune import finetune
 from tests.models import build, inputs, logits
 from tests.stacks import split_and_error
 from tests.tiny import color_data, tiny_folder, tiny_tokenizer
@@ -26,12 +26,19 @@ from tests.tiny import color_data, tiny_folder, tiny_tokenizer
 some = settings(max_examples=60, deadline=None, derandomize=True)
 few = settings(max_examples=6, deadline=None, derandomize=True)
 formats = st.builds(
-    QuantFormat, st.sampled_from(["nf4", "fp4", "int4"]), st.sampled_from([64, 128, 256]), st.booleans()
+    QuantFormat,
+    st.sampled_from(["nf4", "fp4", "int4"]),
+    st.sampled_from([64, 128, 256]),
+    st.booleans(),
 )
 sizes = st.integers(1, 70)
 scales = st.sampled_from([1e-40, 1e-30, 1e-6, 0.02, 1.0, 1e4, 1e11])
 kinds = st.sampled_from(["random", "rank one", "equal", "zero", "outlier", "rows of all scales"])
-HALF_GAP = {"nf4": 0.153, "fp4": 0.168, "int4": 0.5}  # of the widest, over the block's largest number; INT4 may clip
+HALF_GAP = {
+    "nf4": 0.153,
+    "fp4": 0.168,
+    "int4": 0.5,
+}  # of the widest, over the block's largest number; INT4 may clip
 
 
 def weights(kind, shape, scale, seed):
@@ -39,7 +46,11 @@ def weights(kind, shape, scale, seed):
     g = torch.Generator().manual_seed(seed)
     stack = torch.randn(*shape, generator=g) * scale
     if kind == "rank one":
-        stack = torch.randn(shape[0], 1, 1, generator=g) * stack[:1, :, :1] * torch.randn(1, 1, shape[2], generator=g)
+        stack = (
+            torch.randn(shape[0], 1, 1, generator=g)
+            * stack[:1, :, :1]
+            * torch.randn(1, 1, shape[2], generator=g)
+        )
     if kind in ("equal", "zero"):
         stack = torch.full(shape, scale if kind == "equal" else 0.0)
     if kind == "outlier":
@@ -54,7 +65,11 @@ def defined_error(stack, split, fmt):
     total = 0.0
     for layer, (weight, packed) in enumerate(zip(stack, split.residuals, strict=True)):
         kept = packed if fmt is None else dequantize(packed, fmt, weight.shape, torch.float32)
-        kept = kept.double() if split.factors is None else kept.double() + split.factors.delta(layer).double()
+        kept = (
+            kept.double()
+            if split.factors is None
+            else kept.double() + split.factors.delta(layer).double()
+        )
         total += np.square(weight.double().numpy() - kept.numpy()).sum()
     return total
 
@@ -63,14 +78,16 @@ def defined_error(stack, split, fmt):
 @given(sizes, sizes, kinds, scales, formats, st.integers(0, 9))
 @example(1, 1, "random", 1e-30, QuantFormat("nf4", 64, False), 0)
 @example(7, 13, "outlier", 1.0, QuantFormat("nf4", 64, True), 0)
-def test_a_number_is_off_by_half_the_widest_gap_of_its_block_at_most(rows, columns, kind, scale, fmt, seed):
+def test_a_number_is_off_by_half_the_widest_gap_of_its_block_at_most(
+    rows, columns, kind, scale, fmt, seed
+):
     matrix = weights(kind, (1, rows, columns), scale, seed)[0]
     packed = quantize(matrix, fmt)
     found = dequantize(packed, fmt, matrix.shape, torch.float32)
     assert found.isfinite().all()
-    assert {name: part.nbytes for name, part in packed._asdict().items() if part is not None} == fmt.packed_sizes(
-        matrix.numel()
-    )
+    assert {
+        name: part.nbytes for name, part in packed._asdict().items() if part is not None
+    } == fmt.packed_sizes(matrix.numel())
     flat, error = matrix.flatten(), (found - matrix).flatten().abs()
     for start in range(0, len(flat), fmt.block_size):
         largest = flat[start : start + fmt.block_size].abs().max().item()
@@ -123,7 +140,9 @@ def test_a_squared_norm_is_right_at_every_scale(rows, columns, scale, seed):
     matrix = weights("random", (1, rows, columns), scale, seed)[0]
     expected = np.square(matrix.double().numpy()).sum()
     assert squared_norm(matrix) == pytest.approx(expected, rel=1e-5, abs=0)
-    assert squared_norm(matrix * 1e25) == pytest.approx(np.square((matrix * 1e25).double().numpy()).sum(), rel=1e-5)
+    assert squared_norm(matrix * 1e25) == pytest.approx(
+        np.square((matrix * 1e25).double().numpy()).sum(), rel=1e-5
+    )
 
 
 @some
@@ -143,7 +162,9 @@ def test_weights_that_cannot_be_split_are_refused_and_others_not(value, dtype):
 
 def test_numbers_whose_products_overflow_are_refused():
     check_values("w", torch.full((2, 2), 9e11))
-    with pytest.raises(ValueError, match=r"w holds numbers up to 2e\+12; prepare takes up to 1e\+12"):
+    with pytest.raises(
+        ValueError, match=r"w holds numbers up to 2e\+12; prepare takes up to 1e\+12"
+    ):
         check_values("w", torch.full((2, 2), -2e12))
 
 
@@ -152,7 +173,9 @@ def test_numbers_whose_products_overflow_are_refused():
     st.sampled_from([1, 2, 3, 5]), st.integers(1, 3), st.sampled_from([2, 3, 7, 11]), st.sampled_from([4, 16]),
     st.sampled_from(["nf4", "fp4", "int4"]), st.integers(1, 8),
 )  # fmt: skip
-def test_prepare_save_load_and_merge_agree(tmp_path_factory, layers, heads, width, bits, quant_type, rank):
+def test_prepare_save_load_and_merge_agree(
+    tmp_path_factory, layers, heads, width, bits, quant_type, rank
+):
     """Odd and prime widths: loaded is the same to the bit, merged the same to rounding, 16 bits the original."""
     config = LlamaConfig(
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=1, hidden_size=2 * heads * width,
@@ -160,7 +183,9 @@ def test_prepare_save_load_and_merge_agree(tmp_path_factory, layers, heads, widt
     )  # fmt: skip
     dense = build(LlamaForCausalLM, config)
     expected, scale = logits(dense), logits(dense).abs().max()
-    model = qrefta.prepare(dense, bits=bits, rank=rank, quant_type=quant_type, refine=1, progress=False)
+    model = qrefta.prepare(
+        dense, bits=bits, rank=rank, quant_type=quant_type, refine=1, progress=False
+    )
     found = logits(model)
     if bits == 16:
         assert (found - expected).abs().max() <= 1e-5 * scale
@@ -174,16 +199,29 @@ def test_prepare_save_load_and_merge_agree(tmp_path_factory, layers, heads, widt
 
 
 @settings(max_examples=3, deadline=None, derandomize=True)
-@given(st.sampled_from([1, 3]), st.sampled_from([3, 7]), st.integers(1, 8), st.sampled_from(["nf4", "int4"]))
-def test_a_plan_grows_and_an_export_says_how_near_it_is(tmp_path_factory, layers, width, rank, quant_type):
+@given(
+    st.sampled_from([1, 3]),
+    st.sampled_from([3, 7]),
+    st.integers(1, 8),
+    st.sampled_from(["nf4", "int4"]),
+)
+def test_a_plan_grows_and_an_export_says_how_near_it_is(
+    tmp_path_factory, layers, width, rank, quant_type
+):
     config = LlamaConfig(
         num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1, hidden_size=4 * width,
         head_dim=2 * width, intermediate_size=2 * width + 1, vocab_size=96, architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     asked = {"seq": 8, "rank": rank, "quant_type": quant_type}
-    assert qrefta.plan(config, **asked).total_bytes < qrefta.plan(config, batch=2, **asked).total_bytes
-    model = qrefta.prepare(build(LlamaForCausalLM, config), rank=rank, quant_type=quant_type, refine=0, progress=False)
-    exported = qrefta.export_lora(model, tmp_path_factory.mktemp("export") / "lora", dtype=torch.float32)
+    assert (
+        qrefta.plan(config, **asked).total_bytes < qrefta.plan(config, batch=2, **asked).total_bytes
+    )
+    model = qrefta.prepare(
+        build(LlamaForCausalLM, config), rank=rank, quant_type=quant_type, refine=0, progress=False
+    )
+    exported = qrefta.export_lora(
+        model, tmp_path_factory.mktemp("export") / "lora", dtype=torch.float32
+    )
     assert exported.difference <= 1e-5
 
 
@@ -200,21 +238,38 @@ def tiny(tmp_path_factory):
 )  # fmt: skip
 @example("refta", 4, 40, 3, 2, True, "adamw_torch", 0)  # a batch larger than the data
 def test_a_run_moves_what_trains_alone_and_leaves_what_it_says(
-    tiny, tmp_path_factory, method, bits, batch_size, steps, accumulation, checkpointing, optimizer, seed
+    tiny,
+    tmp_path_factory,
+    method,
+    bits,
+    batch_size,
+    steps,
+    accumulation,
+    checkpointing,
+    optimizer,
+    seed,
 ):
     """Whatever the settings: frozen bits stay, the folder holds the model in memory, its loss is the stated one."""
     ranks = {"ranks": (2, 3, 3)} if method == "craft" else {"rank": 3}
     model = load_classifier(str(tiny), ["red", "blue"], seed=0)
-    model = qrefta.prepare(model, bits=bits, method=method, refine=0, seed=seed, progress=False, **ranks)
+    model = qrefta.prepare(
+        model, bits=bits, method=method, refine=0, seed=seed, progress=False, **ranks
+    )
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    out, data, tokenizer = tmp_path_factory.mktemp("run"), color_data(train=24, test=10), tiny_tokenizer()
+    out, data, tokenizer = (
+        tmp_path_factory.mktemp("run"),
+        color_data(train=24, test=10),
+        tiny_tokenizer(),
+    )
     result = finetune(
         model, tokenizer, data, out, max_steps=steps, batch_size=batch_size, gradient_accumulation=accumulation,
         gradient_checkpointing=checkpointing, optimizer=optimizer, learning_rate=0.01, warmup_steps=0, seed=seed,
         progress=False,
     )  # fmt: skip
-    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    moved = {
+        name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])
+    }
     assert moved <= trained
     assert any("classifier" in name for name in moved)
     assert result.steps == steps
@@ -232,9 +287,15 @@ def test_a_run_moves_what_trains_alone_and_leaves_what_it_says(
 def test_the_same_seed_gives_the_same_bits():
     def state():
         config = LlamaConfig(
-            hidden_size=32, intermediate_size=48, num_attention_heads=2, num_hidden_layers=2, vocab_size=96
+            hidden_size=32,
+            intermediate_size=48,
+            num_attention_heads=2,
+            num_hidden_layers=2,
+            vocab_size=96,
         )
-        return qrefta.prepare(build(LlamaForCausalLM, config), rank=4, progress=False, seed=3).state_dict()
+        return qrefta.prepare(
+            build(LlamaForCausalLM, config), rank=4, progress=False, seed=3
+        ).state_dict()
 
     for (name, first), second in zip(state().items(), state().values(), strict=True):
         assert_close(first, second, rtol=0, atol=0, msg=name)

@@ -20,7 +20,9 @@ def tiny_tokenizer():
 
 def tiny_folder(path, width=32):
     """Save a seeded tiny BERT with a head for two classes, and its tokenizer, in `path`."""
-    config = BertConfig(vocab_size=VOCAB, max_position_embeddings=64, num_labels=2, **encoder_sizes(width))
+    config = BertConfig(
+        vocab_size=VOCAB, max_position_embeddings=64, num_labels=2, **encoder_sizes(width)
+    )
     build(BertForSequenceClassification, config).save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
     return path
@@ -40,4 +42,6 @@ def color_rows(count, seed):
 def color_data(train=96, test=32):
     splits = {"train": color_rows(train, seed=1), "test": color_rows(test, seed=2)}
     label = ClassLabel(names=["red", "blue"])
-    return DatasetDict({name: Dataset.from_list(rows).cast_column("label", label) for name, rows in splits.items()})
+    return DatasetDict(
+        {name: Dataset.from_list(rows).cast_column("label", label) for name, rows in splits.items()}
+    )

@@ -1,10 +1,16 @@
 """Tensor methods by the name that `prepare(method=...)` takes: one final `Factors` class a file."""
 
-from qrefta.factors import Factors
 from qrefta.methods.craft import CRAFT
 from qrefta.methods.lorta import LoRTA
 from qrefta.methods.lotr import LoTR
 from qrefta.methods.refta import ReFTA
 from qrefta.methods.tera import TeRA
+from qrefta.nn.factors import Factors
 
-METHODS: dict[str, type[Factors]] = {"refta": ReFTA, "craft": CRAFT, "tera": TeRA, "lotr": LoTR, "lorta": LoRTA}
+METHODS: dict[str, type[Factors]] = {
+    "refta": ReFTA,
+    "craft": CRAFT,
+    "tera": TeRA,
+    "lotr": LoTR,
+    "lorta": LoRTA,
+}

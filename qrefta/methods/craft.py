@@ -10,9 +10,9 @@ weight is in 4 bits.
 import torch
 from torch import Tensor, nn
 
-from qrefta.factors import Fit, LowRankFactors, Rank, frozen
-from qrefta.tensor import Slices
-from qrefta.tucker import hosvd
+from qrefta.linalg.tsvd import Slices
+from qrefta.linalg.tucker import hosvd
+from qrefta.nn.factors import Fit, LowRankFactors, Rank, frozen
 
 
 class CRAFT(LowRankFactors):
@@ -27,7 +27,9 @@ class CRAFT(LowRankFactors):
     fits = True
     transforms = ("lsm3",)
 
-    def __init__(self, layers: int, out_features: int, in_features: int, rank: Rank, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layers: int, out_features: int, in_features: int, rank: Rank, dtype: torch.dtype
+    ) -> None:
         rank = self.rank_of(layers, out_features, in_features, rank)
         super().__init__(layers, out_features, in_features, rank, dtype)
         r_layer, r_out, r_in = rank
@@ -68,12 +70,18 @@ class CRAFT(LowRankFactors):
         return max(layers, out_features, in_features)
 
     @classmethod
-    def rank_of(cls, layers: int, out_features: int, in_features: int, rank: Rank) -> tuple[int, int, int]:
+    def rank_of(
+        cls, layers: int, out_features: int, in_features: int, rank: Rank
+    ) -> tuple[int, int, int]:
         """Three ranks, each at most its mode and the product of the two others, beyond which it adds nothing."""
         asked = [rank] * 3 if isinstance(rank, int) else list(rank)
         if len(asked) != 3 or any(type(one) is not int or one < 1 for one in asked):
-            raise ValueError(f"ranks is {rank!r}; CRAFT takes three whole numbers, 1 or more: layers, outputs, inputs")
-        r_layer, r_out, r_in = (min(pair) for pair in zip(asked, (layers, out_features, in_features), strict=True))
+            raise ValueError(
+                f"ranks is {rank!r}; CRAFT takes three whole numbers, 1 or more: layers, outputs, inputs"
+            )
+        r_layer, r_out, r_in = (
+            min(pair) for pair in zip(asked, (layers, out_features, in_features), strict=True)
+        )
         r_out, r_in = min(r_out, r_layer * r_in), min(r_in, r_layer * r_out)
         return min(r_layer, r_out * r_in), r_out, r_in
 

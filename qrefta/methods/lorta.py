@@ -8,7 +8,7 @@ outputs at 0 and layers at 1, of which the deviation is trained.
 import torch
 from torch import Tensor, nn
 
-from qrefta.factors import LowRankFactors, Rank
+from qrefta.nn.factors import LowRankFactors, Rank
 
 
 class LoRTA(LowRankFactors):
@@ -17,7 +17,9 @@ class LoRTA(LowRankFactors):
     Args: see `Factors`; `rank` is r, at most K min(in, out).
     """
 
-    def __init__(self, layers: int, out_features: int, in_features: int, rank: Rank, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layers: int, out_features: int, in_features: int, rank: Rank, dtype: torch.dtype
+    ) -> None:
         super().__init__(layers, out_features, in_features, rank, dtype)
         master = torch.promote_types(dtype, torch.float32)
         self.A = nn.Parameter(torch.zeros(out_features, rank, dtype=master))

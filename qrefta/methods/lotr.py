@@ -7,7 +7,7 @@ Ours: L and R start random with orthonormal columns and rows, and G_l at 0.
 import torch
 from torch import Tensor, nn
 
-from qrefta.factors import LowRankFactors, Rank
+from qrefta.nn.factors import LowRankFactors, Rank
 
 
 class LoTR(LowRankFactors):
@@ -16,7 +16,9 @@ class LoTR(LowRankFactors):
     Args: see `Factors`; `rank` is r, at most min(in, out).
     """
 
-    def __init__(self, layers: int, out_features: int, in_features: int, rank: Rank, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layers: int, out_features: int, in_features: int, rank: Rank, dtype: torch.dtype
+    ) -> None:
         super().__init__(layers, out_features, in_features, rank, dtype)
         master = torch.promote_types(dtype, torch.float32)
         self.L = nn.Parameter(torch.empty(out_features, rank, dtype=master))

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from qrefta.factors import Fit, LowRankFactors, frozen
-from qrefta.tensor import Slices, refit, t_svd
+from qrefta.linalg.tsvd import Slices, refit, t_svd
+from qrefta.nn.factors import Fit, LowRankFactors, frozen
 
 
 class ReFTA(LowRankFactors):
@@ -19,7 +19,9 @@ class ReFTA(LowRankFactors):
 
     fits = True
 
-    def __init__(self, layers: int, out_features: int, in_features: int, rank: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layers: int, out_features: int, in_features: int, rank: int, dtype: torch.dtype
+    ) -> None:
         super().__init__(layers, out_features, in_features, rank, dtype)
         master = torch.promote_types(dtype, torch.float32)
         self.A = nn.Parameter(torch.empty(out_features, rank, dtype=master))

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from qrefta.factors import Factors, Rank, frozen
-from qrefta.product import adapted_product
-from qrefta.quantize import Packed, QuantFormat
+from qrefta.nn.factors import Factors, Rank, frozen
+from qrefta.nn.product import adapted_product
+from qrefta.nn.quantized import Packed, QuantFormat
 
 _ALL = slice(None)
 _CHUNK = 512  # tokens whose outer products are there at once: three times as fast as one contraction over all
@@ -36,18 +36,24 @@ class TeRA(Factors):
         mode_1, mode_2: (rows of F_out,i, G_i and F_in,i, r), frozen, drawn once and saved.
     """
 
-    def __init__(self, layers: int, out_features: int, in_features: int, rank: Rank, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layers: int, out_features: int, in_features: int, rank: Rank, dtype: torch.dtype
+    ) -> None:
         super().__init__(layers, out_features, in_features, rank, dtype)
         master = torch.promote_types(dtype, torch.float32)
         self.scales = nn.Parameter(torch.zeros(layers, 4, rank, dtype=master))
         self.sizes = list(zip(mode_sizes(out_features), mode_sizes(in_features), strict=True))
         for index, (out, into) in enumerate(self.sizes, start=1):
-            self.register_parameter(f"mode_{index}", frozen(torch.empty(out + rank + into, rank, dtype=master)))
+            self.register_parameter(
+                f"mode_{index}", frozen(torch.empty(out + rank + into, rank, dtype=master))
+            )
 
     def draw(self, generator: torch.Generator) -> None:
         for mode, (_, into) in zip((self.mode_1, self.mode_2), self.sizes, strict=True):
             # D_i then keeps the length of a vector, times root (out / in), as a dense layer's start does
-            drawn = torch.randn(mode.shape, generator=generator, dtype=torch.float64) / math.sqrt(self.rank)
+            drawn = torch.randn(mode.shape, generator=generator, dtype=torch.float64) / math.sqrt(
+                self.rank
+            )
             drawn[-into:] *= math.sqrt(self.rank / into)
             mode.copy_(drawn.to(self.dtype))
 
@@ -65,7 +71,9 @@ class TeRA(Factors):
         outer, core, inner = mode.split([sizes[0], self.rank, sizes[1]])
         return (outer * a) @ (core * b) @ inner.T
 
-    def product(self, x: Tensor, layer: int, bias: Tensor | None, packed: Packed, fmt: QuantFormat | None) -> Tensor:
+    def product(
+        self, x: Tensor, layer: int, bias: Tensor | None, packed: Packed, fmt: QuantFormat | None
+    ) -> Tensor:
         shape = (self.out_features, self.in_features)
         frozen = adapted_product(x, None, None, None, bias, packed, fmt, shape, None)
         with self._own_precision():
@@ -113,7 +121,9 @@ class _KroneckerProduct(torch.autograd.Function):
     """With tokens X (i_1, i_2): Y = first X second^T."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, first: Tensor, second: Tensor, out_features: int) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, x: Tensor, first: Tensor, second: Tensor, out_features: int
+    ) -> Tensor:
         ctx.save_for_backward(x, first, second)
         grid = _folded(x, first.shape[1], second.shape[1])
         y = first @ _second_mode(grid, second.T)
@@ -132,7 +142,9 @@ class _KroneckerProduct(torch.autograd.Function):
             if need_x:
                 grad_x = _second_mode(back, second).flatten(-2)[:, : x.shape[-1]].reshape(x.shape)
             if need_first:
-                pairs = zip(grad_y.split(_CHUNK), _second_mode(grid, second.T).split(_CHUNK), strict=True)
+                pairs = zip(
+                    grad_y.split(_CHUNK), _second_mode(grid, second.T).split(_CHUNK), strict=True
+                )
                 grad_first = sum((ours @ theirs.mT).sum(0) for ours, theirs in pairs)
             if need_second:
                 grad_second = back.flatten(0, 1).T @ grid.flatten(0, 1)

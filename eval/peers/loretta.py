@@ -1,0 +1,80 @@
+"""LoRETTA as a peer: low-rank updates whose two matrices are tensor trains (arXiv 2402.11417, Yang and others, 2024).
+
+The form that the paper calls LoRETTA_rep, on unquantized weights: Delta W = up down with `down` (bottleneck x in) and
+`up` (out x bottleneck) each a train of small trained cores. Where its text leaves it open: three modes a side, as even
+as the divisors allow; cores start Gaussian, so scaled that `down` keeps lengths; the last core of `up` starts at zero.
+"""
+
+from collections.abc import Sequence
+from math import isqrt
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from eval.peers.baselines import linears, train_head_only
+from qrefta.model.stacks import replace_module
+
+BOTTLENECK = 8
+
+
+class LoRETTALinear(nn.Module):
+    """A frozen linear and its update.
+
+    Args:
+        linear: (out, in); frozen.
+        rank: between two cores of a train.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.linear = linear
+        self.down = train((BOTTLENECK, *modes(linear.in_features)), rank)
+        self.up = train((*modes(linear.out_features), BOTTLENECK), rank)
+        with torch.no_grad():
+            self.down[0].mul_(matrix(self.down).norm().reciprocal() * BOTTLENECK**0.5)
+            self.up[-1].zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        down = matrix(self.down).view(BOTTLENECK, -1)
+        up = matrix(self.up).view(-1, BOTTLENECK)
+        return self.linear(x) + (x @ down.T) @ up.T
+
+
+def loretta(model: PreTrainedModel, rank: int, *, heads: Sequence[str] = ()) -> PreTrainedModel:
+    """LoRETTA on every linear of the blocks, in place; the head trains as with every method."""
+    targets = linears(model)
+    train_head_only(model, heads)
+    for path in targets:
+        linear = model.get_submodule(path)
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(
+                f"{path} is a {type(linear).__name__}; LoRETTA is measured on nn.Linear alone."
+            )
+        replace_module(model, path, LoRETTALinear(linear, rank).to(linear.weight.device))
+    return model
+
+
+def modes(features: int) -> tuple[int, int, int]:
+    """Three divisors whose product is `features`, as even as they can be."""
+    first = max(size for size in range(1, round(features ** (1 / 3)) + 1) if features % size == 0)
+    rest = features // first
+    second = max(size for size in range(1, isqrt(rest) + 1) if rest % size == 0)
+    return tuple(sorted((first, second, rest // second)))
+
+
+def train(sizes: Sequence[int], rank: int) -> nn.ParameterList:
+    """Cores (rank before, size, rank after) of a tensor train, Gaussian; the ranks at both ends are 1."""
+    ranks = [1, *[rank] * (len(sizes) - 1), 1]
+    return nn.ParameterList(
+        torch.randn(before, size, after) / rank**0.5
+        for before, size, after in zip(ranks[:-1], sizes, ranks[1:], strict=True)
+    )
+
+
+def matrix(cores: nn.ParameterList) -> Tensor:
+    """The tensor of a train, flat."""
+    found, *rest = cores
+    for core in rest:
+        found = torch.tensordot(found, core, 1)
+    return found.flatten()

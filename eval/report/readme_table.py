@@ -1,0 +1,144 @@
+"""python -m eval.report.readme_table: put committed rows into the README's tables."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from eval.report.pages import markdown_table
+from eval.rows import read
+from eval.studies.scores import score_table, scores
+
+ROWS = Path(__file__).parents[1] / "rows"
+README = Path(__file__).parents[2] / "README.md"
+TASKS = ("sst2", "cola")
+PLACE = re.compile(r"<!-- table: (\w+)\.jsonl -->\n.*?<!-- end of table -->", flags=re.DOTALL)
+
+
+def quickstart_table(rows: list[dict[str, Any]]) -> str:
+    """In Markdown, from the rows of one quickstart."""
+    training = [row for row in rows if row["kind"] == "training"]
+    files = next(row for row in rows if row["kind"] == "files")
+    lines = [
+        "| trained | linears of the blocks | trained numbers | accuracy before | accuracy after (± standard error) |",
+        "|---|---|---|---|---|",
+    ]
+    for row in training:
+        packed = (
+            files["linears_bytes"] if row["method"] == "qrefta" else files["linears_16_bit_bytes"]
+        )
+        lines.append(
+            f"| {row['method']} | {packed / 1e6:.1f} MB | {row['trained_parameters']:,} | {row['accuracy_before']:.1%} "
+            f"| {row['accuracy_after']:.1%} ± {row['standard_error']:.1%} |"
+        )
+    return "\n".join([*lines, "", _caption(rows, training[0], files)])
+
+
+def cost_table(rows: list[dict[str, Any]]) -> str:
+    """In Markdown, from the rows of one run of `eval.studies.cost` without and one with gradient checkpointing.
+
+    Raises:
+        ValueError: if the rows are of other runs too.
+    """
+    runs = {(row["setting"], row["device"], row["threads"], tuple(row["batch"])) for row in rows}
+    methods = {(row["method"], row["checkpointing"]) for row in rows}
+    if len(runs) != 1 or len(methods) != len(rows):
+        raise ValueError(
+            f"The rows are of several settings, devices or runs: {sorted(runs)}; keep those of one."
+        )
+    plain, checkpointed = (
+        {row["method"]: row for row in rows if row["checkpointing"] == on} for on in (False, True)
+    )
+    lines = [
+        "| method | trained numbers | step | of the floor | of QLoRA r=16 | peak memory | of the floor | of QLoRA r=16 "
+        "| checkpointing: step | peak memory | of the floor |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for method, row in plain.items():
+        other = checkpointed.get(method)
+        with_checkpointing = (
+            "| | | |"
+            if other is None
+            else f"| {other['step_s']:.2f} s | {other['peak_bytes'] / 1e6:.0f} MB | {other['peak_of_floor']:.2f} |"
+        )
+        lines.append(
+            f"| {method} | {row['trained_parameters']:,} | {row['step_s']:.2f} s | {row['of_floor']:.2f} "
+            f"| {row['of_qlora']:.2f} | {row['peak_bytes'] / 1e6:.0f} MB | {row['peak_of_floor']:.2f} "
+            f"| {row['peak_of_qlora']:.2f} {with_checkpointing}"
+        )
+    first = next(iter(plain.values()))
+    sequences, length = first["batch"]
+    caption = (
+        f"{sequences} x {length} tokens, {first['dtype']}, medians of {first['n']} alternated steps "
+        f"({first['device']}, {first['threads']} threads)."
+    )
+    if len({row["commit"] for row in plain.values()}) > 1:
+        caption += " Of several runs; the ratios are to the floor and QLoRA of each one's own."
+    return "\n".join([*lines, "", caption])
+
+
+def accuracy_table(rows: list[dict[str, Any]]) -> str:
+    """In Markdown, one table a study of `eval.studies.accuracy` on one of the README's tasks; the report has all."""
+    parts = []
+    for study, methods in scores([row for row in rows if row["task"] in TASKS]).items():
+        first = next(iter(methods.values()))
+        parts += [
+            f"{study.task}: {study.model}, {study.steps} steps of {study.batch_size} rows, {first.test_rows:,} to test",
+            markdown_table(score_table(methods)),
+        ]
+    return "\n\n".join(parts)
+
+
+def coverage_table(rows: list[dict[str, Any]]) -> str:
+    """In Markdown, from the rows of one run of `eval.studies.coverage`: a line a model."""
+    lines = [
+        "| model | weights | bitsandbytes: in 4 bits | size | qrefta: in 4 bits | size |",
+        "|---|---|---|---|---|---|",
+    ]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        theirs, ours = (
+            next(row for row in rows if (row["model"], row["tool"]) == (model, tool))
+            for tool in ("bitsandbytes", "qrefta")
+        )
+        lines.append(
+            f"| {model} | {ours['weights'] / 1e9:.1f} billion | {theirs['share']:.1%} | {theirs['bytes'] / 1e9:.1f} GB "
+            f"| {ours['share']:.1%} | {ours['bytes'] / 1e9:.1f} GB |"
+        )
+    return "\n".join(lines)
+
+
+def insert(readme: str) -> str:
+    """The README with its tables made anew from the rows that they name."""
+    return PLACE.sub(lambda place: _block(place[1]), readme)
+
+
+def _block(name: str) -> str:
+    body = TABLES[name](read(ROWS / f"{name}.jsonl"))
+    return f"<!-- table: {name}.jsonl -->\n{body}\n<!-- end of table -->"
+
+
+def _caption(rows: list[dict[str, Any]], run: dict[str, Any], files: dict[str, Any]) -> str:
+    stacks = [row for row in rows if row["kind"] == "stack"]
+    baseline, residual = (
+        sum(row[key] for row in stacks) for key in ("baseline_error", "residual_error")
+    )
+    bits = 8 * files["linears_bytes"] / (files["linears_16_bit_bytes"] / 2)
+    return (
+        f"R = {stacks[0]['rank']}, {run['steps']} steps, {run['n']} test rows, one seed ({run['device']}, "
+        f"{run['threads']} threads). {bits:.2f} bits a weight, factors included; squared quantization error "
+        f"{residual / baseline:.3f} of that of quantizing whole weights. Largest difference of logits: reloaded "
+        f"{files['reload_difference']:.2g}, merged to bf16 {files['merge_difference']:.2g} (of "
+        f"{files['largest_logit']:.1f})."
+    )
+
+
+TABLES = {
+    "quickstart": quickstart_table,
+    "quickstart_sst2": quickstart_table,
+    "cost": cost_table,
+    "accuracy": accuracy_table,
+    "coverage": coverage_table,
+}
+
+
+if __name__ == "__main__":
+    README.write_text(insert(README.read_text(encoding="utf-8")), encoding="utf-8")

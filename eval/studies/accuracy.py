@@ -1,0 +1,331 @@
+"""python -m eval.studies.accuracy: does it pay? Fine-tune with any method on the same rows, order and steps, and score.
+
+Each method's learning rate comes from the same grid, by rows of the training split that are put aside, with seed 0; the
+other seeds score on the test rows. What is in the rows file already is not run again.
+
+Methods are words: a name, then options.
+
+    head-only          the task's head (in BERT-like models with the pooler) on frozen weights; all methods train it.
+                       Language models have none, and are scored as they are
+    full               everything
+    lora r=8           PEFT on unquantized weights, likewise pissa r=8, vera r=256
+    loretta r=5        tensor trains of rank r on unquantized weights
+    qlora r=8          PEFT on NF4 weights, likewise qpissa r=8, loftq r=8
+    refta R=48         qrefta.prepare with its defaults; any of its options may follow (bits=16 transform=identity
+                       quant_type=int4 refine=0), and `calibrated`
+    craft R=48         likewise every other method of qrefta.methods; in the place of R=48, ranks=6/48/48 (craft) or
+                       trained_params=41000
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+from rich.console import Console
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+import qrefta
+from eval.memory import tensor_peak
+from eval.peers.baselines import lora, qlora, train_head_only, vera
+from eval.peers.loretta import loretta
+from eval.peers.splits import loftq, pissa
+from eval.rows import append, find, read
+from eval.tasks.image import image_task
+from eval.tasks.language import choice_task, text_lm_task
+from eval.tasks.task import (
+    METRICS,
+    NAMED,
+    HeaderOption,
+    Named,
+    Sizes,
+    Task,
+    find_data,
+    in_order,
+    merit,
+    text_task,
+)
+from qrefta.cli import guarded, quiet_libraries
+from qrefta.methods import METHODS
+from qrefta.train.finetune import count_trained
+
+CORE = [
+    "head-only", "full", "lora r=1", "lora r=8", "pissa r=8", "qlora r=8", "qpissa r=8", "refta R=15 bits=16",
+    "refta R=48 bits=16", "refta R=48 bits=16 transform=identity", "refta R=48 refine=0", "refta R=48",
+    "refta R=48 calibrated",
+]  # fmt: skip
+KINDS = {"text": text_task, "image": image_task, "language": text_lm_task, "choice": choice_task}
+GRID = "0.0001,0.0003,0.001,0.003,0.01"
+SEARCH_SEED = 0
+CALIBRATION_ROWS = 256
+console = Console()
+
+
+class Cell(NamedTuple):
+    """One training run; what a row is found again by."""
+
+    kind: str
+    task: str
+    model: str
+    method: str
+    learning_rate: float
+    seed: int
+    steps: int
+    batch_size: int
+    train_rows: int
+    validation_rows: int
+    test_rows: int
+    max_length: int
+
+
+def run(
+    task: Annotated[
+        list[str], typer.Option(help=f"{', '.join(NAMED)}, or a hub name, folder or file.")
+    ],
+    methods: Annotated[str, typer.Option(help="Methods, with commas (see above).")] = ",".join(
+        CORE
+    ),
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Seeds 1 .. n that score, of head, rows and batch order.")
+    ] = 5,
+    model: Annotated[
+        str | None, typer.Option(help="Hub name or folder; default: the embedded MiniLM.")
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option(help=f"Of a task of your own: {', '.join(KINDS)}; default: text.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of data; default: $QREFTA_DATA.")
+    ] = None,
+    header: HeaderOption = None,
+    learning_rates: Annotated[str, typer.Option(help="The grid, with commas.")] = GRID,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 32,
+    train_rows: Annotated[int, typer.Option(min=1, help="Rows to train on, at most.")] = 2000,
+    validation_rows: Annotated[
+        int, typer.Option(min=1, help="Training rows that choose a learning rate.")
+    ] = 500,
+    test_rows: Annotated[int, typer.Option(min=1, help="Rows to test on, at most.")] = 2000,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens a row is cut to.")] = 64,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    again: Annotated[bool, typer.Option(help="Run cells that have a row already.")] = False,
+    rows: Annotated[Path, typer.Option(help="File of rows; new ones are added.")] = Path(
+        "accuracy.jsonl"
+    ),
+) -> None:
+    """Fine-tune and score every method."""
+    quiet_libraries()
+    torch.set_num_threads(threads)
+    grid = [float(rate) for rate in learning_rates.split(",")]
+    if kind not in (None, *KINDS):
+        raise ValueError(f"kind is {kind!r}; allowed are {', '.join(KINDS)}")
+    names = [name.strip() for name in methods.split(",")]
+    for name in names:
+        parse(name)
+    sizes = Sizes(train_rows, validation_rows, test_rows, max_length)
+    sources = {name: find_data(name, data) for name in task}
+    for name, source in sources.items():
+        load = KINDS[kind or NAMED.get(name, Named()).kind]
+        study = Study(partial(load, name, source, model, header, sizes), rows, again)
+        for method in names:
+            fixed = {"task": name, "model": model or "all-MiniLM-L6-v2", "method": method, "steps": steps,
+                     "batch_size": batch_size, "train_rows": train_rows, "validation_rows": validation_rows,
+                     "test_rows": test_rows, "max_length": max_length}  # fmt: skip
+            tried = [
+                study.row(Cell("search", learning_rate=rate, seed=SEARCH_SEED, **fixed))
+                for rate in grid
+            ]
+            best = max(tried, key=merit)
+            for seed in range(1, seeds + 1):
+                study.row(Cell("score", learning_rate=best["learning_rate"], seed=seed, **fixed))
+
+
+class Study:
+    """The rows of a file, and the training runs that add to it."""
+
+    def __init__(self, load: Callable[[int], Task], rows: Path, again: bool) -> None:
+        self.load, self.rows = cache(load), rows
+        self.known = read(rows) if rows.exists() and not again else []
+
+    def row(self, cell: Cell) -> dict[str, Any]:
+        """The row of a cell, measured and added to the file where it is not there."""
+        key = cell._asdict()
+        known = find(self.known, key)
+        if known is not None:
+            return known
+        row = {"study": "accuracy"} | key | measure(cell, self.load(cell.seed))
+        append(self.rows, [row], seed=cell.seed)
+        console.print(
+            f"{cell.task}, {cell.method}, seed {cell.seed}, learning rate {cell.learning_rate:g}: {row['split']} "
+            f"{row['metric']} {row['value']:.4f}, {row['cpu_s']:.0f} s"
+        )
+        return row
+
+
+def measure(cell: Cell, task: Task) -> dict[str, Any]:
+    """Train once and score on the validation rows (kind search) or on the test rows."""
+    start = time.perf_counter()
+    model = build(cell.method, task, cell.seed)
+    build_s = time.perf_counter() - start
+    metric = METRICS[task.metric]
+    with TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                folder, learning_rate=cell.learning_rate, max_steps=cell.steps, warmup_steps=0.1, seed=cell.seed,
+                per_device_train_batch_size=cell.batch_size, per_device_eval_batch_size=2 * cell.batch_size,
+                train_sampling_strategy="sequential", save_strategy="no", logging_steps=1.0, report_to="none",
+                disable_tqdm=True, prediction_loss_only=metric.of_loss or task.judge is not None,
+                dataloader_pin_memory=torch.cuda.is_available(),
+            ),
+            train_dataset=in_order(task.train, cell.steps, cell.batch_size, cell.seed),
+            data_collator=task.collate,
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        wall, cpu = time.perf_counter(), time.process_time()
+        train_loss = trainer.train().training_loss if count_trained(model) else None
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        peak = peak_bytes(trainer, task, cell) if count_trained(model) else None
+        split = "validation" if cell.kind == "search" else "test"
+        scored = task.validation if cell.kind == "search" else task.test
+        found = trainer.predict(scored)
+    return {
+        "split": split,
+        "n": len(scored),
+        "metric": task.metric,
+        "value": metric.score(found) if task.judge is None else task.judge(model, scored),
+        "loss": found.metrics["test_loss"],
+        "train_loss": train_loss,
+        "trained_parameters": count_trained(model),
+        "head_parameters": count_trained(build("head-only", task, cell.seed)),
+        "build_s": build_s,
+        "train_s": wall,
+        "cpu_s": cpu,
+        "peak_bytes": peak,
+    }
+
+
+def peak_bytes(trainer: Trainer, task: Task, cell: Cell) -> int:
+    """Most bytes of a training step on the longest rows, with the optimizer's state.
+
+    To be called at the end of training: the learning rate has come down to 0, so the steps change no weight.
+    """
+    longest = sorted(task.train, key=lambda row: -len(row.get("input_ids", ())))[: cell.batch_size]
+    batch = trainer._prepare_inputs(task.collate(longest))
+
+    def step() -> None:
+        trainer.training_step(trainer.model, batch)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+
+    step()
+    return tensor_peak(step, trainer.args.device.type)
+
+
+def parse(method: str) -> tuple[str, dict[str, Any]]:
+    """A method's name and options.
+
+    Raises:
+        ValueError: if there is no such method, or it lacks an option, or has one that it does not know.
+    """
+    name, *words = method.split() or [""]
+    options = {
+        key: _value(text) if sign else True
+        for key, sign, text in (word.partition("=") for word in words)
+    }
+    if name in PEERS:
+        allowed = {"r"} if PEERS[name] else set()
+        if set(options) != allowed or not all(
+            type(value) is int and value > 0 for value in options.values()
+        ):
+            raise ValueError(f"{method!r}: {name} takes {'r=8, say' if allowed else 'no options'}.")
+    elif name in METHODS:
+        unclear = [
+            key
+            for key, value in options.items()
+            if value == "" or (value is True and key not in FLAGS)
+        ]
+        sizes = [key for key in SIZES if type(options.get(key)) is SIZES[key]]
+        if len(sizes) != 1 or unclear or not set(options) <= {*sizes, *OPTIONS}:
+            raise ValueError(
+                f"{method!r}: {name} takes R=48, say, or ranks=6/48/48 or trained_params=41000, and any of "
+                f"{', '.join(sorted(OPTIONS))}, each with a value but for {' and '.join(FLAGS)}."
+            )
+    else:
+        raise ValueError(f"There is no method {name!r}; there are {', '.join([*PEERS, *METHODS])}.")
+    return name, options
+
+
+def _value(text: str) -> int | bool | str | tuple[int, ...]:
+    parts = text.split("/")
+    if all(part.isdigit() for part in parts):
+        return tuple(map(int, parts)) if len(parts) > 1 else int(text)
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+FLAGS = ("calibrated", "double_quant")
+SIZES = {"R": int, "ranks": tuple, "trained_params": int}
+OPTIONS = {
+    "bits",
+    "transform",
+    "quant_type",
+    "block_size",
+    "double_quant",
+    "refine",
+    "factor_dtype",
+    "calibrated",
+}
+PEERS = {"head-only": False, "full": False, "lora": True, "pissa": True, "vera": True, "loretta": True, "qlora": True,
+         "qpissa": True, "loftq": True}  # fmt: skip
+
+
+def build(method: str, task: Task, seed: int) -> nn.Module:
+    """The model of a method, ready to train; what it draws depends on `seed` alone."""
+    name, options = parse(method)
+    model, heads, rank = task.model(seed), task.heads, options.get("r", 0)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        match name:
+            case "head-only":
+                return train_head_only(model, heads)
+            case "full":
+                return model
+            case "lora":
+                return lora(model, rank, alpha=2 * rank, heads=heads)
+            case "pissa":
+                return lora(model, rank, alpha=rank, heads=heads, start="pissa")
+            case "vera":
+                return vera(model, rank, heads=heads)
+            case "loretta":
+                return loretta(model, rank, heads=heads)
+            case "qlora":
+                return qlora(model, rank, alpha=2 * rank, heads=heads)
+            case "qpissa":
+                return qlora(model, rank, alpha=rank, heads=heads, split=pissa)
+            case "loftq":
+                return qlora(model, rank, alpha=rank, heads=heads, split=loftq)
+        if options.pop("calibrated", False):
+            options["calibration"] = list(calibration(task))
+        if "R" in options:
+            options["rank"] = options.pop("R")
+        return qrefta.prepare(
+            model, method=name, modules_to_save=heads, seed=seed, progress=False, **options
+        )
+
+
+def calibration(task: Task) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of training rows without labels."""
+    rows = task.train.select(range(min(CALIBRATION_ROWS, len(task.train))))
+    for start in range(0, len(rows), 32):
+        batch = dict(task.collate([rows[at] for at in range(start, min(start + 32, len(rows)))]))
+        batch.pop("labels", None)
+        yield batch
+
+
+if __name__ == "__main__":
+    guarded(lambda: typer.run(run))

@@ -1,0 +1,159 @@
+"""python -m eval.studies.out_of_core: preparing a checkpoint that is larger than the memory it may take.
+
+Writes a Llama-shaped checkpoint of random bf16 weights, a layer at a time, into a temporary folder; prepares it in a
+process of its own; and measures that process's peak memory above what the imported libraries take, its time, and what
+it read. The floor of the time is the bytes read at the bandwidth measured just before on the same files. Everything is
+deleted afterwards.
+"""
+
+import multiprocessing
+import shutil
+import tempfile
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from transformers import LlamaConfig
+
+import qrefta
+from eval.memory import peak, resident, restart_peak
+from eval.rows import append
+from qrefta.cli import guarded
+from qrefta.files.safetensors import Checkpoint, write_index, write_shard
+
+SHAPES = {
+    "tiny": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 1000},
+    "1.1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+             "num_key_value_heads": 4, "vocab_size": 32000},
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+           "num_key_value_heads": 32, "vocab_size": 32000},
+}  # fmt: skip
+console = Console()
+
+
+def run(
+    shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "1.1b",
+    rank: Annotated[int, typer.Option(help="R.")] = 64,
+    refine: Annotated[int, typer.Option(help="Rounds of refinement.")] = 0,
+    transform: Annotated[str, typer.Option(help="Mode-3 transform.")] = "lsm3",
+    max_memory: Annotated[str, typer.Option(help="As in qrefta.prepare.")] = "1.5GB",
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    rows: Annotated[
+        Path | None, typer.Option(help="File to add the measurement to, as JSON lines.")
+    ] = None,
+) -> None:
+    """Measure memory and time of preparing a checkpoint of a given shape."""
+    place = Path(tempfile.mkdtemp(prefix="qrefta-out-of-core-"))
+    try:
+        write_checkpoint(place / "dense", LlamaConfig(**SHAPES[shape], dtype="bfloat16"))
+        dense_bytes = sum(file.stat().st_size for file in (place / "dense").glob("*.safetensors"))
+        bandwidth = _bandwidth(place / "dense")
+        settings = {
+            "rank": rank,
+            "refine": refine,
+            "transform": transform,
+            "max_memory": max_memory,
+        }
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            measured = pool.apply(_prepare, (place, settings, threads))
+        packed_bytes = sum(file.stat().st_size for file in (place / "out").glob("*.safetensors"))
+    finally:
+        shutil.rmtree(place)
+    row = {
+        "kind": "out_of_core", "shape": shape, "dense_bytes": dense_bytes, "packed_bytes": packed_bytes,
+        **settings, **measured, "read_bytes_per_s": bandwidth, "floor_s": measured["read_bytes"] / bandwidth,
+        "passes": measured["read_bytes"] / dense_bytes,
+    }  # fmt: skip
+    console.print(
+        f"{shape}: {dense_bytes / 1e9:.2f} GB -> {packed_bytes / 1e9:.2f} GB in {row['seconds']:.0f} s (floor of "
+        f"reading {row['passes']:.1f} times: {row['floor_s']:.0f} s), peak {row['peak_bytes'] / 1e9:.2f} GB above "
+        f"the libraries (allowed: {max_memory}), error ratio {row['error_ratio']:.4f}"
+    )
+    if rows is not None:
+        append(rows, [{"study": "out_of_core"} | row], seed=0)
+
+
+def write_checkpoint(folder: Path, config: LlamaConfig) -> None:
+    """A checkpoint of random weights, one shard a layer; never more than a tensor and a layer in memory."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+
+    def matrix(out_features: int, in_features: int) -> torch.Tensor:
+        return torch.randn(out_features, in_features, generator=generator).mul_(0.02).bfloat16()
+
+    hidden, inner = config.hidden_size, config.intermediate_size
+    kv = config.num_key_value_heads * (hidden // config.num_attention_heads)
+    files = []
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}"
+        tensors = {f"{prefix}.{norm}.weight": torch.ones(hidden).bfloat16() for norm in
+                   ("input_layernorm", "post_attention_layernorm")}  # fmt: skip
+        shapes = {
+            "q": (hidden, hidden),
+            "k": (kv, hidden),
+            "v": (kv, hidden),
+            "o": (hidden, hidden),
+        }
+        tensors |= {
+            f"{prefix}.self_attn.{name}_proj.weight": matrix(*shape)
+            for name, shape in shapes.items()
+        }
+        shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+        tensors |= {
+            f"{prefix}.mlp.{name}_proj.weight": matrix(*shape) for name, shape in shapes.items()
+        }
+        files.append(f"model-{layer:05d}.safetensors")
+        write_shard(folder / files[-1], tensors)
+    ends = {"model.norm.weight": torch.ones(hidden).bfloat16()}
+    ends |= {
+        name: matrix(config.vocab_size, hidden)
+        for name in ("model.embed_tokens.weight", "lm_head.weight")
+    }
+    files.append("model-ends.safetensors")
+    write_shard(folder / files[-1], ends)
+    write_index(folder, files)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+
+
+def _bandwidth(folder: Path) -> float:
+    """Bytes a second that rows are read with, one pass over the files."""
+    checkpoint = Checkpoint(folder)
+    start, total = perf_counter(), 0
+    for name in checkpoint.names:
+        for chunk in checkpoint.bytes_of(name):
+            total += len(chunk)
+    return total / (perf_counter() - start)
+
+
+def _prepare(place: Path, settings: dict[str, Any], threads: int) -> dict[str, float]:
+    torch.set_num_threads(threads)
+    before, read = resident(), _read_bytes()
+    restart_peak()
+    start = perf_counter()
+    qrefta.prepare(place / "dense", out=place / "out", progress=False, **settings)
+    seconds = perf_counter() - start
+    config = qrefta.QReftaConfig.from_dict(
+        qrefta.hf_quantizer.read_config(place / "out")["quantization_config"]
+    )
+    baseline = sum(row.baseline_error for row in config.stacks)
+    return {
+        "seconds": seconds,
+        "peak_bytes": peak() - before,
+        "libraries_bytes": before,
+        "read_bytes": _read_bytes() - read,
+        "error_ratio": sum(row.residual_error for row in config.stacks) / baseline,
+    }
+
+
+def _read_bytes() -> int:
+    lines = Path("/proc/self/io").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("rchar"))
+
+
+if __name__ == "__main__":
+    guarded(lambda: typer.run(run))

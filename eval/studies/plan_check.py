@@ -1,0 +1,235 @@
+"""python -m eval.studies.plan_check: planned beside measured peak memory of a training step, in float32 on the CPU.
+
+The Llama-shaped decoder is that of `eval.studies.cost`, whose rows hold the measured peaks. The frozen floor, and PEFT's LoRA
+around it in the place of QLoRA, are no models that a plan is made of; they are counted as plans are. Other
+architectures and all methods are measured here, without dropout, of which a CPU keeps more than a GPU. Experts are
+planned as if all had the same number of tokens; measured they have what an untrained router gives them.
+"""
+
+import copy
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedConfig,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    SwinConfig,
+    SwinForImageClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+import qrefta
+from eval.memory import tensor_peak
+from eval.peers.baselines import lora
+from eval.rows import append, read
+from eval.studies.cost import SETTINGS
+from qrefta.cli import guarded
+from qrefta.memory.footprint import CHECKPOINTING, count_step, fake
+from qrefta.memory.plan import plan
+from qrefta.methods import METHODS
+from qrefta.model.stacks import find_stacks, replace_module
+from qrefta.nn.linear import AdaptedLinear
+from qrefta.nn.quantized import QuantFormat
+
+RANK = 16
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+SIZES = {
+    "hidden_size": 384,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "intermediate_size": 1536,
+}
+MODELS: dict[str, tuple[type, PreTrainedConfig, int, int | None]] = {  # class, config, batch, tokens
+    "bert": (BertForSequenceClassification, BertConfig(**SIZES, **NO_DROPOUT), 8, 128),
+    "vit": (ViTForImageClassification, ViTConfig(**SIZES, **NO_DROPOUT), 4, None),
+    "swin": (SwinForImageClassification, SwinConfig(drop_path_rate=0, **NO_DROPOUT), 2, None),
+    "gpt2": (
+        GPT2LMHeadModel,
+        GPT2Config(n_embd=384, n_layer=6, n_head=12, vocab_size=8192, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+                   bos_token_id=0, eos_token_id=0),
+        4, 128,
+    ),
+    "llama, 4 queries a key": (LlamaForCausalLM, LlamaConfig(**SIZES, num_key_value_heads=3, vocab_size=8192), 4, 128),
+    "t5": (
+        T5ForConditionalGeneration,
+        T5Config(d_model=384, d_ff=1536, num_heads=6, vocab_size=8192, dropout_rate=0, decoder_start_token_id=0),
+        4, 128,
+    ),
+    "mixtral": (
+        MixtralForCausalLM,
+        MixtralConfig(**SIZES, num_key_value_heads=3, num_local_experts=8, num_experts_per_tok=2, vocab_size=8192),
+        4, 128,
+    ),
+    "qwen3_moe": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig(**SIZES, num_key_value_heads=3, head_dim=32, moe_intermediate_size=192, num_experts=32,
+                       num_experts_per_tok=4, vocab_size=8192),
+        4, 128,
+    ),
+}  # fmt: skip
+console = Console()
+
+
+def run(
+    measured: Annotated[Path, typer.Option(help="Rows of eval.cost.")] = Path(
+        "eval/rows/cost.jsonl"
+    ),
+    only: Annotated[
+        str,
+        typer.Option(
+            help="Texts in what is printed of model and method ('bert, tera'), with semicolons."
+        ),
+    ] = "",
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    rows: Annotated[
+        Path | None, typer.Option(help="File to add the comparison to, as JSON lines.")
+    ] = None,
+) -> None:
+    """Compare every configuration."""
+    torch.set_num_threads(threads)
+    decoders = [row for row in read(measured) if _chosen(only, row["setting"], row["method"])]
+    for row in chain(_decoders(decoders), _others(only)):
+        row["planned_of_measured"] = row["planned_bytes"] / row["measured_bytes"]
+        console.print(
+            f"{row['setting']}, {row['method']}{', checkpointing' if row['checkpointing'] else ''}: planned "
+            f"{row['planned_bytes'] / 1e6:.1f} MB, measured {row['measured_bytes'] / 1e6:.1f} MB, "
+            f"{row['planned_of_measured']:.4f}"
+        )
+        if rows is not None:
+            append(rows, [{"study": "plan"} | row], seed=0)
+
+
+def _chosen(only: str, setting: str, method: str) -> bool:
+    return any(text in f"{setting}, {method}" for text in only.split(";"))
+
+
+def _decoders(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Rows of the cost study whose methods can be counted, with what was counted."""
+    for row in rows:
+        kind, *options = row["method"].split()
+        if row["dtype"] != "float32" or "peak_bytes" not in row or len(options) > 1:
+            continue
+        if kind in ("floor", "qlora") and options != ["bitsandbytes"]:
+            planned = _counted(
+                row["setting"], row["checkpointing"], int(options[0][2:]) if options else 0
+            )
+        elif kind in ("qrefta", *METHODS):
+            batch, seq = row["batch"]
+            planned = plan(
+                LlamaConfig(**SETTINGS[row["setting"]].config, architectures=["LlamaForCausalLM"]),
+                batch=batch, seq=seq, gradient_checkpointing=row["checkpointing"], rank=int(options[0][2:]),
+                method="refta" if kind == "qrefta" else kind, double_quant=True,
+            ).total_bytes  # fmt: skip
+        else:
+            continue
+        kept = {key: row[key] for key in ("setting", "method", "checkpointing", "dtype", "batch")}
+        yield kept | {
+            "measured_commit": row["commit"],
+            "planned_bytes": planned,
+            "measured_bytes": row["peak_bytes"],
+        }
+
+
+def _counted(setting: str, checkpointing: bool, lora_rank: int) -> int:
+    """Bytes of a step of the frozen 4-bit model, with PEFT's LoRA in every linear if a rank is given."""
+    batch, seq = SETTINGS[setting].batch
+    with torch.device("meta"):
+        model: nn.Module = LlamaForCausalLM(LlamaConfig(**SETTINGS[setting].config)).requires_grad_(
+            False
+        )
+        if checkpointing:
+            model.gradient_checkpointing_enable(CHECKPOINTING)
+        linears = [path for stack in find_stacks(model) for path in stack.modules]
+        if lora_rank:
+            lora(model, lora_rank, alpha=lora_rank)
+        for path in linears:
+            inner = f"{path}.base_layer" if lora_rank else path
+            old = model.get_submodule(inner)
+            fmt = QuantFormat(double_quant=True)
+            replace_module(
+                model,
+                inner,
+                AdaptedLinear(old.in_features, old.out_features, False, fmt, old.weight.dtype),
+            )
+    fake(model.train())
+    embeddings = model.get_input_embeddings().weight
+    inputs = {
+        "inputs_embeds": embeddings.new_empty(batch, seq, embeddings.shape[1]).requires_grad_()
+    }
+    own = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return own + count_step(model, inputs, torch.optim.AdamW, {}).peak
+
+
+def _others(only: str) -> Iterator[dict[str, Any]]:
+    for name, (kind, config, batch, seq) in MODELS.items():
+        for method in METHODS if name == "bert" else ["refta"]:
+            if not _chosen(only, name, f"{method} R={RANK}"):
+                continue
+            settings = {"rank": RANK, "method": method}
+            dense = _dense(kind, config)
+            planned = [
+                plan(
+                    dense, batch=batch, seq=seq, gradient_checkpointing=checkpointing, **settings
+                ).total_bytes
+                for checkpointing in (False, True)
+            ]
+            model = qrefta.prepare(dense, refine=0, progress=False, **settings)
+            for checkpointing in (False, True):
+                yield {
+                    "setting": name, "method": f"{method} R={RANK}", "checkpointing": checkpointing, "dtype": "float32",
+                    "batch": [batch] if seq is None else [batch, seq], "planned_bytes": planned[checkpointing],
+                    "measured_bytes": _measured(model, batch, seq, checkpointing),
+                }  # fmt: skip
+
+
+def _dense(kind: type, config: PreTrainedConfig) -> nn.Module:
+    torch.manual_seed(0)
+    config = copy.deepcopy(config)
+    config.use_cache = False
+    return kind(config)
+
+
+def _measured(model: nn.Module, batch: int, seq: int | None, checkpointing: bool) -> int:
+    """Bytes of the second step, as torch's tensors take them."""
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if seq is None:
+        size = model.config.image_size
+        inputs: Tensor = torch.zeros(batch, model.config.num_channels, size, size)
+    else:
+        inputs = torch.randint(8192, (batch, seq), generator=torch.Generator().manual_seed(0))
+    classes = isinstance(model, BertForSequenceClassification) or seq is None
+    labels = torch.zeros(batch, dtype=torch.long) if classes else inputs
+    optimizer = torch.optim.AdamW(
+        parameter for parameter in model.train().parameters() if parameter.requires_grad
+    )
+
+    def step() -> None:
+        model(**{model.main_input_name: inputs}, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    return tensor_peak(step, "cpu")
+
+
+if __name__ == "__main__":
+    guarded(lambda: typer.run(run))

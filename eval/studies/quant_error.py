@@ -1,0 +1,519 @@
+"""python -m eval.studies.quant_error: how much quantization error the split removes, at which rank, against what else.
+
+For every stack of a model and the model as a whole: ||W - What||_F^2 relative to the Gaussian-zero baseline
+||W - Q(W)||_F^2 (a LoRA start: the whole weight is quantized), and E||x (W - What)^T||^2 over text, relative likewise.
+
+- refta: one shot (the paper's), refined, and calibrated on other texts than those that measure;
+- pissa, loftq: layer by layer, with as many high-precision parameters;
+- qera: likewise, W quantized whole and its error corrected under the inputs' metric;
+- craft, with --craft: its frozen Tucker part, in no more bytes than refta's factors; one shot and refined;
+- smaller block: NF4 with nothing trained, and blocks so small that it takes the same bits; scales of 32 or 8 bits.
+
+Also ||W - What||_* (the nuclear norm, which the PiSSA paper reports), the stacks' tensor singular values, and each
+format's error on Gaussian weights. Stacks are measured in as many processes as there are threads; what is in the rows
+file already is not measured again.
+"""
+
+import multiprocessing
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache, cached_property, partial
+from itertools import groupby, pairwise, product
+from math import ceil
+from pathlib import Path
+from statistics import mean, stdev
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+
+from eval.peers.splits import loftq, pissa, qera, small_block, small_block_bits
+from eval.rows import append, find, read
+from eval.tasks.demo import docstring_sentences, model_folder
+from qrefta.cli import guarded, quiet_libraries
+from qrefta.config import QReftaConfig
+from qrefta.linalg.tsvd import TRANSFORMS
+from qrefta.methods import METHODS
+from qrefta.methods.craft import CRAFT
+from qrefta.methods.refta import ReFTA
+from qrefta.model.stacks import LayerStack, Weights, find_stacks, model_weights
+from qrefta.nn.factors import Factors, Fit
+from qrefta.nn.quantized import QUANT_TYPES, QuantFormat, rounded
+from qrefta.split.calibrate import (
+    Metric,
+    Moments,
+    gather_moments,
+    load_moments,
+    output_error,
+    shared_metric,
+)
+from qrefta.split.residual import one_shot, split_stack, tensor_values
+from qrefta.train.data import read_calibration
+
+SEEDS = 20  # Gaussian matrices a format
+SPECTRUM = 192  # tensor singular values a row
+STARTS = {
+    "one shot": 0,
+    "refined": QReftaConfig().refine,
+    "calibrated": QReftaConfig().refine,
+}  # rounds of each
+PAPER = "lsm3"  # the transform that calibration and the nuclear norm are shown with
+SMALL_BLOCKS = {"smaller block": 32, "smaller block, 8-bit scales": 8}  # bits of a scale
+LOFTQ_ROUNDS = 5
+BATCH = 32  # texts at a time
+MOMENTS = ("calibration", "test")
+SUMMED = (
+    "baseline_error",
+    "residual_error",
+    "nuclear_baseline",
+    "nuclear_error",
+    "output_baseline",
+    "output_error",
+)
+console = Console()
+
+
+class Cell(NamedTuple):
+    """What a row is found again by. `start` and `transform` are None but for refta, `start` but for craft too; `rank`
+    counts refta's parts of a stack: the others get as many numbers or bytes.
+    """
+
+    text: str
+    samples: int
+    max_length: int
+    model: str
+    stack: str
+    quant_type: str
+    method: str
+    start: str | None
+    transform: str | None
+    rank: int
+
+
+def run(
+    model: Annotated[
+        str | None, typer.Option(help="Hub name or folder; default: the embedded MiniLM.")
+    ] = None,
+    ranks: Annotated[str, typer.Option(help="Values of R, with commas.")] = "0,5,15,48,96,192",
+    transforms: Annotated[str, typer.Option(help="Mode-3 transforms, with commas.")] = ",".join(
+        TRANSFORMS
+    ),
+    types: Annotated[str, typer.Option(help="4-bit formats, with commas.")] = ",".join(QUANT_TYPES),
+    peers: Annotated[
+        str, typer.Option(help="Formats that peers and calibration are measured in.")
+    ] = "nf4",
+    craft: Annotated[bool, typer.Option(help="Measure CRAFT's split too.")] = False,
+    text: Annotated[
+        Path | None, typer.Option(help="File of text; default: docstring sentences.")
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(help="Texts that calibrate, and texts that measure.")
+    ] = 600,
+    max_length: Annotated[int, typer.Option(help="Tokens a text is cut to.")] = 48,
+    processes: Annotated[
+        int, typer.Option(help="Processes; several have one CPU thread each.")
+    ] = os.cpu_count() or 1,
+    again: Annotated[bool, typer.Option(help="Measure cells that have a row already.")] = False,
+    rows: Annotated[Path, typer.Option(help="File of rows; new ones are added.")] = Path(
+        "quant_error.jsonl"
+    ),
+) -> None:
+    """Measure the quantization error of every stack of a model."""
+    quiet_libraries()
+    start = perf_counter()
+    known = read(rows) if rows.exists() and not again else []
+    name, source = model or "all-MiniLM-L6-v2", model or str(model_folder())
+    dense = AutoModel.from_pretrained(source, dtype=torch.float32)
+    stacks = find_stacks(dense)
+    numbers = [int(rank) for rank in ranks.split(",")]
+    check(stacks, numbers, transforms.split(","), types.split(","), peers.split(","))
+    for format_row in map(gaussian_row, map(QuantFormat, types.split(","))):
+        if (
+            find(known, {key: format_row[key] for key in ("kind", "quant_type", "block_size")})
+            is None
+        ):
+            append(rows, [{"study": "quant_error"} | format_row], seed=0)
+    first = Cell(
+        str(text or "docstring sentences"), samples, max_length, name, "", "", "", None, None, 0
+    )
+    every = cells_of(
+        first, stacks, numbers, transforms.split(","), types.split(","), peers.split(","), craft
+    )
+    cells = [cell for cell in every if find(known, {"kind": "stack"} | cell._asdict()) is None]
+    jobs = [list(job) for _, job in groupby(cells, lambda cell: cell.stack)]
+    missing = []
+    for stack, transform in product(stacks, transforms.split(",")):
+        key = {"kind": "spectrum", "model": name, "stack": stack.name, "transform": transform}
+        missing += [(stack.name, transform)] if find(known, key) is None else []
+    with TemporaryDirectory() as folder, mapping(processes) as apply:
+        spectra = apply(partial(spectrum, name, source), missing)
+        if jobs:
+            for file, moments in zip(
+                MOMENTS, gather(dense, source, stacks, text, samples, max_length), strict=True
+            ):
+                moments.save(Path(folder) / file)
+        for found in track(
+            apply(partial(measure, source, folder), jobs), "Splitting", len(jobs), console=console
+        ):
+            append(rows, [{"study": "quant_error"} | row for row in found], seed=0)
+        append(rows, [{"study": "quant_error"} | row for row in spectra], seed=0)
+    for row in whole_model(read(rows)):
+        if find(known, {key: row[key] for key in ("kind", *Cell._fields)}) is None:
+            append(rows, [{"study": "quant_error"} | row], seed=0)
+            console.print(
+                f"{row['quant_type']} {row['method']} {row['start'] or ''} {row['transform'] or ''} R={row['rank']}: "
+                f"weights {row['ratio']:.3f}, outputs {row['output_ratio']:.3f}, {row['bits_per_weight']:.2f} bits"
+            )
+    if cells:
+        seconds = perf_counter() - start
+        append(rows, [{"study": "quant_error", "kind": "run", "cells": len(cells), "processes": processes,
+                       "seconds": seconds}], seed=0)  # fmt: skip
+        console.print(f"{len(cells)} cells in {seconds:.0f} s")
+    for series in rising(read(rows)):
+        console.print(f"[bold]Rises with R:[/] {series}")
+
+
+@contextmanager
+def mapping(processes: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """A `map` over so many processes of one thread each, which begins at once; over this one where it is alone."""
+    if processes == 1:
+        yield map
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        processes, context, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        yield pool.map
+
+
+def check(
+    stacks: list[LayerStack],
+    ranks: list[int],
+    transforms: list[str],
+    types: list[str],
+    peers: list[str],
+) -> None:
+    """Refuse what cannot be measured before anything is.
+
+    Raises:
+        ValueError: if a rank is negative or beyond a stack, or there is no such transform or format.
+    """
+    smallest = min(
+        stacks, key=lambda stack: stack.layers * min(stack.out_features, stack.in_features)
+    )
+    limit = smallest.layers * min(smallest.out_features, smallest.in_features)
+    if not all(0 <= rank <= limit for rank in ranks):
+        raise ValueError(f"ranks are {ranks}; {smallest.name} allows 0 to {limit}")
+    for given, allowed in ((transforms, TRANSFORMS), (types, QUANT_TYPES), (peers, QUANT_TYPES)):
+        if not set(given) <= set(allowed):
+            raise ValueError(f"{', '.join(given)}: allowed are {', '.join(allowed)}")
+
+
+def gather(
+    model: PreTrainedModel,
+    source: str,
+    stacks: list[LayerStack],
+    text: Path | None,
+    samples: int,
+    max_length: int,
+) -> tuple[Moments, Moments]:
+    """Second moments of the inputs, over every other batch of text and over the rest."""
+    with TemporaryDirectory() as folder:
+        if text is None:
+            text = Path(folder) / "sentences.txt"
+            text.write_text(
+                "\n".join(docstring_sentences(train_size=2 * samples)["train"]["text"]),
+                encoding="utf-8",
+            )
+        batches = read_calibration(
+            text,
+            AutoTokenizer.from_pretrained(source),
+            samples=2 * samples,
+            max_length=max_length,
+            batch_size=BATCH,
+        )
+    first, second = (
+        gather_moments(model, stacks, batches[start::2], progress=False) for start in (0, 1)
+    )
+    return first, second
+
+
+def cells_of(
+    first: Cell, stacks: list[LayerStack], ranks: list[int], transforms: list[str], types: list[str],
+    peers: list[str], craft: bool,
+) -> Iterator[Cell]:  # fmt: skip
+    """Every cell of the study, a stack and format after the other, the largest stacks first; else as `first`."""
+    largest_first = sorted(
+        stacks, key=lambda stack: -stack.layers * stack.in_features * stack.out_features
+    )
+    for stack, quant_type in product(largest_first, types):
+        cell = partial(first._replace, stack=stack.name, quant_type=quant_type)
+        for rank in ranks:
+            for transform, start in product(
+                transforms if rank else transforms[:1], STARTS if rank else ["one shot"]
+            ):
+                if start != "calibrated" or (transform == PAPER and quant_type in peers):
+                    yield cell(method="refta", start=start, transform=transform, rank=rank)
+            if rank and quant_type in peers:
+                others = ["pissa", "loftq", "qera", *(SMALL_BLOCKS if quant_type == "nf4" else [])]
+                yield from (cell(method=method, rank=rank) for method in others)
+                starts = ("one shot", "refined") if craft else ()
+                yield from (cell(method="craft", start=start, rank=rank) for start in starts)
+
+
+@cache
+def open_model(source: str) -> tuple[PreTrainedModel, dict[str, LayerStack]]:
+    """A process's model, and its stacks by name."""
+    quiet_libraries()
+    model = AutoModel.from_pretrained(source, dtype=torch.float32)
+    return model, {stack.name: stack for stack in find_stacks(model)}
+
+
+def measure(source: str, folder: str, cells: list[Cell]) -> list[dict[str, Any]]:
+    """The rows of one stack."""
+    model, stacks = open_model(source)
+    calibration, test = (load_moments(Path(folder) / file) for file in MOMENTS)
+    stack, fits, rows = stacks[cells[0].stack], {}, []
+    for quant_type, group in groupby(cells, lambda cell: cell.quant_type):
+        job, weights = list(group), model_weights(model, stack)
+        study = StackErrors(stack, weights, QuantFormat(quant_type), calibration, test, fits)
+        rows += [{"kind": "stack"} | cell._asdict() | study.row(cell) for cell in job]
+    return rows
+
+
+class Sums(NamedTuple):
+    """Of a stack: ||E_l||_F^2 of each layer, and the sums over layers of it, of ||E_l||_* and of E||x E_l^T||^2."""
+
+    layers: list[float]
+    error: float
+    nuclear: float
+    output: float
+
+
+class StackErrors:
+    """One stack in one format: what every method leaves of its weights.
+
+    Args:
+        stack, weights, fmt: what is quantized, and how.
+        calibration, test: second moments of the inputs.
+        fits: of whole weights, which all formats of the stack start from.
+    """
+
+    def __init__(
+        self, stack: LayerStack, weights: Weights, fmt: QuantFormat, calibration: Moments, test: Moments,
+        fits: dict[tuple[Any, ...], Fit],
+    ) -> None:  # fmt: skip
+        self.weights, self.fmt = weights, fmt
+        self.layers = [weights.layer(index) for index in range(weights.shape[0])]
+        self.moments = [test.of(path) for path in stack.modules]
+        self.metric = shared_metric(calibration, stack)
+        self.whole = torch.stack([weight - rounded(weight, fmt) for weight in self.layers])
+        self.baseline = self.sums(self.whole)
+        self.stack, self.calibration, self.fits = stack, calibration, fits
+
+    @cached_property
+    def metrics(self) -> list[Metric]:
+        """Of every layer's own inputs."""
+        alone = [replace(self.stack, modules=(path,)) for path in self.stack.modules]
+        return [shared_metric(self.calibration, layer) for layer in alone]
+
+    def row(self, cell: Cell) -> dict[str, Any]:
+        """What a method leaves, relative to quantizing whole weights, and what it takes."""
+        errors, factor_bytes, refine = self.errors(cell)
+        nuclear = cell.method in ("pissa", "loftq") or (
+            cell.transform == PAPER and cell.quant_type == "nf4"
+        )
+        found, baseline = self.sums(errors, nuclear), self.baseline
+        numel = self.whole.numel()
+        bits = 4 + 32 / self.fmt.block_size + 8 * factor_bytes / numel
+        if cell.method in SMALL_BLOCKS:
+            bits = small_block_bits(self.small_block(cell), SMALL_BLOCKS[cell.method])
+        return {
+            "shape": list(self.weights.shape),
+            "block_size": self.small_block(cell)
+            if cell.method in SMALL_BLOCKS
+            else self.fmt.block_size,
+            "refine": refine,
+            "baseline_error": baseline.error,
+            "residual_error": found.error,
+            "ratio": found.error / baseline.error,
+            "layer_ratios": [
+                own / whole for own, whole in zip(found.layers, baseline.layers, strict=True)
+            ],
+            "nuclear_baseline": baseline.nuclear,
+            "nuclear_error": found.nuclear if nuclear else None,
+            "nuclear_reduction": 1 - found.nuclear / baseline.nuclear if nuclear else None,
+            "output_baseline": baseline.output,
+            "output_error": found.output,
+            "output_ratio": found.output / baseline.output,
+            "bits_per_weight": bits,
+        }
+
+    def errors(self, cell: Cell) -> tuple[Tensor, int, int]:
+        """W_l - What_l of all layers, (layers, out, in); bytes of what is kept in high precision; rounds."""
+        layers, out_features, in_features = self.weights.shape
+        pair_bytes = 2 * cell.rank * (out_features + in_features)
+        if cell.rank == 0:
+            return self.whole, 0, 0
+        if cell.method in METHODS:
+            return self.split(cell)
+        if cell.method in SMALL_BLOCKS:
+            block, scale_bits = self.small_block(cell), SMALL_BLOCKS[cell.method]
+            return torch.stack([w - small_block(w, block, scale_bits) for w in self.layers]), 0, 0
+        ranks = [cell.rank // layers + (index < cell.rank % layers) for index in range(layers)]
+        if cell.method == "qera":
+            return torch.stack(list(map(qera, self.whole, ranks, self.metrics))), pair_bytes, 0
+        split = (
+            partial(loftq, rounds=LOFTQ_ROUNDS, fmt=self.fmt) if cell.method == "loftq" else pissa
+        )
+        errors = []
+        for weight, rank in zip(self.layers, ranks, strict=True):
+            up, down, rest = split(weight, rank)
+            errors.append(weight - rounded(rest, self.fmt) - up @ down)
+        return torch.stack(errors), pair_bytes, LOFTQ_ROUNDS if cell.method == "loftq" else 0
+
+    def split(self, cell: Cell) -> tuple[Tensor, int, int]:
+        rank = cell.rank if cell.method == "refta" else self.craft_rank(cell)
+        config = QReftaConfig(cell.method, cell.transform or PAPER, quant_type=cell.quant_type,
+                              refine=STARTS[cell.start])  # fmt: skip
+        metric = self.metric if cell.start == "calibrated" else None
+        key = (cell.method, cell.transform, rank, metric is None)
+        if key not in self.fits:
+            self.fits[key] = one_shot(self.weights, config, rank, metric)
+        split = split_stack(self.weights, config, rank, metric, self.fits[key])
+        errors = [
+            weight
+            - rounded(weight - split.base.delta(index), self.fmt)
+            - split.factors.delta(index)
+            for index, weight in enumerate(self.layers)
+        ]
+        return torch.stack(errors), split.factors.stored_bytes, config.refine
+
+    def craft_rank(self, cell: Cell) -> int:
+        """The largest rank of outputs and inputs, with all layers, whose factors take no more bytes than refta's."""
+        layers, out_features, in_features = self.weights.shape
+
+        def stored_bytes(method: type[Factors], rank: int) -> int:
+            with torch.device("meta"):
+                return method(layers, out_features, in_features, rank, torch.bfloat16).stored_bytes
+
+        allowed = stored_bytes(ReFTA, cell.rank)
+        ranks = range(1, CRAFT.largest_rank(layers, out_features, in_features) + 1)
+        return max(bisect_right(ranks, allowed, key=partial(stored_bytes, CRAFT)), 1)
+
+    def small_block(self, cell: Cell) -> int:
+        """The smallest block whose scales take no more bits than refta's factors and scales."""
+        layers, out_features, in_features = self.weights.shape
+        factors = (
+            16 * cell.rank * (out_features + in_features) / (layers * out_features * in_features)
+        )
+        return ceil(
+            (small_block_bits(1, SMALL_BLOCKS[cell.method]) - 4)
+            / (32 / self.fmt.block_size + factors)
+        )
+
+    def sums(self, errors: Tensor, nuclear: bool = True) -> Sums:
+        outputs = [
+            output_error(error, moment) for error, moment in zip(errors, self.moments, strict=True)
+        ]
+        norms = sum(map(nuclear_norm, errors)) if nuclear else 0.0
+        layers = torch.linalg.vector_norm(errors, dim=2).double().square().sum(1).tolist()
+        return Sums(layers, sum(layers), norms, sum(outputs))
+
+
+def nuclear_norm(matrix: Tensor) -> float:
+    """Sum of the singular values, from the smaller Gram matrix in float64: a sum needs no more."""
+    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
+    return torch.linalg.eigvalsh((tall.mT @ tall).double()).clamp(min=0).sqrt().sum().item()
+
+
+def spectrum(name: str, source: str, which: tuple[str, str]) -> dict[str, Any]:
+    """The largest tensor singular values of a stack under a transform."""
+    (model, stacks), (stack, transform) = open_model(source), which
+    weights = model_weights(model, stacks[stack])
+    rank = min(SPECTRUM, weights.shape[0] * min(weights.shape[1:]))
+    values = tensor_values(weights, QReftaConfig(transform=transform), rank)
+    return {
+        "kind": "spectrum", "model": name, "stack": stack, "transform": transform, "shape": list(weights.shape),
+        "values": [float(f"{value:.6g}") for value in values.tolist()],
+    }  # fmt: skip
+
+
+def whole_model(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Rows of a model as a whole: the sums over its stacks, by everything else that a cell says.
+
+    At R = 0 there is one row for each format, the baseline.
+    """
+    found: dict[Cell, dict[str, dict[str, Any]]] = {}
+    names: dict[str, set[str]] = {}
+    for row in rows:
+        if row["kind"] == "stack":
+            cell = Cell(*(row[field] for field in Cell._fields))
+            found.setdefault(cell._replace(stack="all"), {})[cell.stack] = row
+            names.setdefault(cell.model, set()).add(cell.stack)
+    for cell, stacks in found.items():
+        if set(stacks) == names[cell.model]:
+            yield {"kind": "model"} | cell._asdict() | totals(list(stacks.values()))
+
+
+def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sums of errors over rows of stacks, and their ratios."""
+    nuclear = all(row["nuclear_error"] is not None for row in rows)
+    total = {
+        name: sum(row[name] for row in rows)
+        for name in SUMMED
+        if nuclear or name != "nuclear_error"
+    }
+    numel = [torch.Size(row["shape"]).numel() for row in rows]
+    bits = sum(row["bits_per_weight"] * size for row, size in zip(rows, numel, strict=True))
+    return total | {
+        "ratio": total["residual_error"] / total["baseline_error"],
+        "nuclear_reduction": 1 - total["nuclear_error"] / total["nuclear_baseline"]
+        if nuclear
+        else None,
+        "output_ratio": total["output_error"] / total["output_baseline"],
+        "bits_per_weight": bits / sum(numel),
+    }
+
+
+def rising(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """The series of refta, of stacks and models, whose squared weight error rises anywhere as R grows."""
+    series: dict[tuple[str, ...], dict[int, float]] = {}
+    for row in rows:
+        if row["kind"] in ("stack", "model") and row["method"] == "refta":
+            names = ("model", "stack", "quant_type", "transform", "start")
+            series.setdefault(tuple(row[name] for name in names), {})[row["rank"]] = row["ratio"]
+    for name, errors in series.items():
+        ordered = [error for _, error in sorted(errors.items())]
+        if any(later > earlier for earlier, later in pairwise(ordered)):
+            yield f"{' '.join(name)}: {', '.join(f'{error:.4f}' for error in ordered)}"
+
+
+def gaussian_row(fmt: QuantFormat) -> dict[str, Any]:
+    """||W - Q(W)||_F / ||W||_F of 256 x 256 Gaussian weights, mean over `SEEDS` draws."""
+    errors = []
+    for seed in range(SEEDS):
+        weights = torch.randn(256, 256, generator=torch.Generator().manual_seed(seed))
+        errors.append(((weights - rounded(weights, fmt)).norm() / weights.norm()).item())
+    return {
+        "kind": "gaussian",
+        "quant_type": fmt.quant_type,
+        "block_size": fmt.block_size,
+        "n": SEEDS,
+        "relative_root_error": mean(errors),
+        "standard_error": stdev(errors) / SEEDS**0.5,
+    }
+
+
+if __name__ == "__main__":
+    guarded(lambda: typer.run(run))

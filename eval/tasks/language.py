@@ -1,0 +1,214 @@
+"""What a causal language model trains on: running text, scored by perplexity, or questions with a choice of answers.
+
+Choices are scored by lm-evaluation-harness on the model in memory, from a task file (multiple_choice.yaml) and the rows
+at hand, so that nothing is asked of a hub.
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import yaml
+from datasets import Dataset
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from eval.tasks.task import Sizes, Task, by_length
+
+TASK_FILE = Path(__file__).parent / "multiple_choice.yaml"
+TEST_SHARE = 0.1  # of a single text file, from its end
+IGNORED = -100  # a label that no loss counts
+
+
+def text_lm_task(
+    name: str, source: str, model: str | None, header: list[str] | None, sizes: Sizes, seed: int
+) -> Task:
+    """Running text in blocks of `sizes.length` tokens; the metric is perplexity.
+
+    A folder has train.txt and test.txt, or one .txt file, whose last tenth tests; so does a file.
+
+    Raises:
+        ValueError: if there is no model or no such file, or too little text.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(_named(model, name))
+    train, test = (_blocks(text, tokenizer, sizes.length) for text in _texts(Path(source)))
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
+    if len(train) <= sizes.validation or len(test) == 0:
+        raise ValueError(
+            f"{source} holds {len(train)} training and {len(test)} test blocks of {sizes.length} tokens, and "
+            f"{sizes.validation} are put aside to choose a learning rate; give more text or smaller numbers."
+        )
+    train = train.select(order[: sizes.train + sizes.validation])
+    return Task(
+        train=train.select(range(sizes.validation, len(train))),
+        validation=train.select(range(sizes.validation)),
+        test=test.select(range(min(sizes.test, len(test)))),
+        collate=_stack,
+        model=lambda seed: causal_model(model),
+        heads=[],
+        metric="perplexity",
+    )
+
+
+def choice_task(
+    name: str, source: str, model: str | None, header: list[str] | None, sizes: Sizes, seed: int
+) -> Task:
+    """Questions with a choice of answers, from train.json and test.json: lists of {instruction, output, answer}.
+
+    Trains on what follows the instruction; the metric is the accuracy that lm-evaluation-harness finds.
+
+    Raises:
+        ValueError: if there is no model, or the files or their columns are not there.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(_named(model, name))
+    parts = {split: _questions(Path(source) / f"{split}.json") for split in ("train", "test")}
+    wanted = sizes.train + sizes.validation
+    train = parts["train"].shuffle(seed).select(range(min(wanted, len(parts["train"]))))
+    if len(train) <= sizes.validation:
+        raise ValueError(
+            f"{source} has {len(train)} training rows and {sizes.validation} are put aside to choose a learning rate; "
+            "give more rows or a smaller --validation-rows."
+        )
+    encode = partial(_encode, tokenizer=tokenizer, length=sizes.length)
+    train, test = (
+        train.map(encode),
+        parts["test"].select(range(min(sizes.test, len(parts["test"])))).map(encode),
+    )
+    padding = (
+        tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    )
+    return Task(
+        train=train.select(range(sizes.validation, len(train))),
+        validation=by_length(train.select(range(sizes.validation))),
+        test=by_length(test),
+        collate=partial(_pad, padding=padding),
+        model=lambda seed: causal_model(model),
+        heads=[],
+        metric="accuracy",
+        judge=partial(choice_accuracy, tokenizer=tokenizer),
+    )
+
+
+def causal_model(model: str) -> PreTrainedModel:
+    """A causal language model in float32."""
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=True)
+
+
+def choice_accuracy(
+    model: nn.Module, rows: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int = 16
+) -> float:
+    """Share of questions whose right answer the model finds likeliest, by lm-evaluation-harness.
+
+    Args:
+        model: a causal language model, with adapters or without.
+        rows: columns instruction (ending with "Answer format: a/b/c") and answer.
+    """
+    from lm_eval import simple_evaluate  # heavy, and needed here alone
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    task = yaml.safe_load(TASK_FILE.read_text(encoding="utf-8"))
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "test.json"
+        columns = rows.select_columns(["instruction", "answer"])
+        file.write_text(json.dumps(columns.to_list()), encoding="utf-8")
+        task["dataset_kwargs"] = {"data_files": {"test": str(file)}}
+        judge = HFLM(pretrained=base.eval(), tokenizer=tokenizer, batch_size=batch_size)
+        manager = TaskManager(
+            include_defaults=False
+        )  # its own 13,000 task files take seconds to list
+        found = simple_evaluate(
+            judge, tasks=[task], task_manager=manager, bootstrap_iters=0, verbosity="ERROR"
+        )
+    return found["results"][task["task"]]["acc,none"]
+
+
+def _named(model: str | None, name: str) -> str:
+    if model is None:
+        raise ValueError(
+            f"{name} needs a causal language model; name its folder or hub name as --model."
+        )
+    return model
+
+
+def _texts(source: Path) -> tuple[str, str]:
+    """Text to train and to test on."""
+    files = (
+        sorted(source.glob("*.txt")) if source.is_dir() else [source] if source.is_file() else []
+    )
+    files = [file for file in files if file.name != "SOURCE.txt"]
+    named = {file.stem: file for file in files}
+    if {"train", "test"} <= named.keys():
+        return named["train"].read_text(encoding="utf-8"), named["test"].read_text(encoding="utf-8")
+    if len(files) != 1:
+        raise ValueError(
+            f"{source} is no text file and no folder with train.txt and test.txt or one .txt file."
+        )
+    text = files[0].read_text(encoding="utf-8")
+    cut = int(len(text) * (1 - TEST_SHARE))
+    return text[:cut], text[cut:]
+
+
+def _blocks(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return Dataset.from_dict(
+        {"input_ids": [ids[at : at + length] for at in range(0, len(ids) - length + 1, length)]}
+    )
+
+
+def _stack(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    ids = torch.tensor([row["input_ids"] for row in rows])
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def _questions(file: Path) -> Dataset:
+    if not file.is_file():
+        raise ValueError(
+            f"There is no file {file}: a JSON list of {{instruction, output, answer}}."
+        )
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{file} is no JSON list of {{instruction, output, answer}} with rows.")
+    for number, row in enumerate(rows):
+        missing = {"instruction", "output", "answer"} - row.keys()
+        if missing or "Answer format: " not in row["instruction"]:
+            raise ValueError(
+                f"{file}, row {number}: needed are instruction (ending with 'Answer format: a/b/c'), output and "
+                f"answer; missing: {', '.join(sorted(missing)) or 'Answer format'}."
+            )
+    return Dataset.from_list(
+        [{key: row[key] for key in ("instruction", "output", "answer")} for row in rows]
+    )
+
+
+def _encode(
+    row: dict[str, str], tokenizer: PreTrainedTokenizerBase, length: int
+) -> dict[str, list[int]]:
+    """Tokens of instruction and output, the last `length` of them; labels on the output alone."""
+    question = tokenizer(row["instruction"] + "\n\n")["input_ids"]
+    answer = tokenizer(row["output"], add_special_tokens=False)["input_ids"]
+    ids, labels = question + answer, [IGNORED] * len(question) + answer
+    return {"input_ids": ids[-length:], "labels": labels[-length:]}
+
+
+def _pad(rows: list[dict[str, Any]], padding: int) -> dict[str, torch.Tensor]:
+    """Batch padded on the right."""
+    width = max(len(row["input_ids"]) for row in rows)
+
+    def padded(values: list[list[int]], fill: int) -> torch.Tensor:
+        return torch.tensor([value + [fill] * (width - len(value)) for value in values])
+
+    return {
+        "input_ids": padded([row["input_ids"] for row in rows], padding),
+        "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),
+        "labels": padded([row["labels"] for row in rows], IGNORED),
+    }

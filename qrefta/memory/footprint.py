@@ -1,0 +1,282 @@
+"""What a training step holds in memory, counted without running it.
+
+The model is made of fake tensors: they have shape, dtype and device, but no values, and every operation on them does
+the bookkeeping of a real one, autograd's included. A storage counts from the operation that makes it until the last
+tensor on it is gone, which Python and autograd decide as they do in a real step. So the count follows the code that
+will run, whatever the architecture; there is no formula of a model's activations. Real are integers such as token
+numbers: code may look at their values.
+
+A model of many equal blocks is counted by three of them. Where one block ends and the next begins, in the forward and
+in the backward pass, a new segment of the count begins; those of the second block stand for all others between the
+first and the last. That is exact, as each of them adds and releases the same.
+
+Counted as on a GPU: attention is a fused kernel, which keeps its operands, its output and a number a row, and sums the
+queries' gradient in float32; dropout keeps one byte an element. What other kernels take inside themselves is not
+counted: bitsandbytes' product dequantizes its weight there, but that is less than the peak, since the backward pass
+dequantizes it in the open, with more beside it.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+COUNTED_BLOCKS = 3  # the first, one for all between, the last
+
+# what a model that is counted takes as gradient_checkpointing_kwargs: torch leaves a mode for the time of `backward`
+CHECKPOINTING = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), _AsOnCuda())}
+
+
+class Footprint(NamedTuple):
+    """Bytes of a training step, without the model's own parameters and buffers.
+
+    Attributes:
+        kept: what the forward pass leaves for the backward pass, inputs included.
+        optimizer: its state.
+        peak: the most that there is at a time, optimizer state included.
+    """
+
+    kept: int
+    optimizer: int
+    peak: int
+
+
+def fake(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with fake CPU tensors in the place of its (meta) parameters and buffers."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+    model.tie_weights()  # one new tensor was made for each name
+    return model
+
+
+def count_step(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    make_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+    repeated: Mapping[str, int],
+) -> Footprint:
+    """Footprint of a training step after the first, on the mean cross-entropy of the model's first output, in float32.
+
+    Args:
+        model: in training mode, of fake tensors.
+        inputs: of its forward pass; integers are real.
+        make_optimizer: of the parameters that train, if there are any.
+        repeated: paths of the lists of blocks that were cut to `COUNTED_BLOCKS`; how many blocks they had.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(trained) if trained else None
+    if optimizer is not None:  # its first step makes its state
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+    states = (
+        []
+        if optimizer is None
+        else list(filter(_is_tensor, tree_leaves(list(optimizer.state.values()))))
+    )
+    state_bytes = sum(
+        {tensor.untyped_storage()._cdata: tensor.nbytes for tensor in states}.values()
+    )
+
+    ledger = _Ledger()
+    with _AsOnCuda(), ledger, _blocks_followed(model, repeated, ledger):
+        ledger.leave_out([*model.parameters(), *model.buffers(), *states])
+        ledger.enter(inputs.values())
+        loss = _loss(model, inputs)
+        kept = ledger.level()
+        ledger.turned = True
+        ledger.begin()
+        loss.backward()
+        del loss
+        if optimizer is not None:
+            optimizer.step()
+    return Footprint(kept, state_bytes, state_bytes + ledger.peak())
+
+
+def _loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Mean cross-entropy of the first output, in float32 as transformers computes it."""
+    logits = model(**inputs)[0]
+    rows = logits.float().flatten(0, -2)
+    return nn.functional.cross_entropy(rows, torch.zeros(len(rows), dtype=torch.long))
+
+
+@dataclass
+class _Segment:
+    """A stretch of the step.
+
+    Attributes:
+        times: how many such follow each other.
+        change: bytes at its end above its start.
+        highest: most bytes above its start.
+    """
+
+    times: int
+    change: int = 0
+    highest: int = 0
+
+
+class _Ledger(TorchDispatchMode):
+    """Counts the storages that operations make while it is active.
+
+    Attributes:
+        turned: the backward pass has begun; blocks entered from then on are recomputed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turned = False
+        self._segments = [_Segment(times=1)]
+        self._living: dict[int, weakref.ref[torch.UntypedStorage] | None] = {}
+
+    def begin(self, times: int = 1) -> None:
+        """A new segment, which stands for so many."""
+        self._segments.append(_Segment(times))
+
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """Not to count the storages of these, which live on."""
+        self._living.update((tensor.untyped_storage()._cdata, None) for tensor in tensors)
+
+    def enter(self, tensors: Iterable[Tensor]) -> None:
+        """Count the storages of these until they are gone, if they are not counted yet."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self._living:
+                nbytes = storage.nbytes()
+                self._living[key] = weakref.ref(storage, partial(self._release, key, nbytes))
+                self._add(nbytes)
+
+    def level(self) -> int:
+        """Bytes that live now."""
+        return sum(segment.times * segment.change for segment in self._segments)
+
+    def peak(self) -> int:
+        """The most bytes that lived at a time."""
+        level = most = 0
+        for segment in self._segments:
+            last = level + (segment.times - 1) * max(segment.change, 0)
+            most = max(most, last + segment.highest)
+            level += segment.times * segment.change
+        return most
+
+    def _release(self, key: int, nbytes: int, _: object) -> None:
+        del self._living[key]
+        self._add(-nbytes)
+
+    def _add(self, nbytes: int) -> None:
+        segment = self._segments[-1]
+        segment.change += nbytes
+        segment.highest = max(segment.highest, segment.change)
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.enter(filter(_is_tensor, tree_leaves(result)))
+        return result
+
+
+@contextmanager
+def _blocks_followed(
+    model: nn.Module, repeated: Mapping[str, int], ledger: _Ledger
+) -> Iterator[None]:
+    """Let a segment begin wherever one of these lists' blocks begins, in both passes."""
+    handles = []
+    for path, layers in repeated.items():
+        for index, block in enumerate(model.get_submodule(path)):
+            hook = partial(_enter_block, ledger, index, layers - COUNTED_BLOCKS + 1)
+            handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _enter_block(
+    ledger: _Ledger,
+    index: int,
+    times: int,
+    block: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """A block begins; the backward pass of the one before it begins when the gradient of its input is complete."""
+    if ledger.turned:
+        return
+    ledger.begin(times if index == 1 else 1)
+    hidden = next(value for value in (*args, *kwargs.values()) if _is_tensor(value))
+    if hidden.requires_grad and index:
+        hidden.register_hook(lambda _: ledger.begin(times if index == 2 else 1))
+
+
+class _AsOnCuda(TorchFunctionMode):
+    """Computes attention and dropout, which keep more on a CPU, as CUDA's kernels do."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        stands_in = {
+            nn.functional.scaled_dot_product_attention: _attention,
+            nn.functional.dropout: _dropout,
+        }
+        return stands_in.get(func, func)(*args, **(kwargs or {}))
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
+) -> Tensor:
+    return _FusedAttention.apply(query, key, value, attn_mask)
+
+
+def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    return torch.native_dropout(x, p, True)[0] if training and p > 0 else x
+
+
+class _FusedAttention(torch.autograd.Function):
+    """What a fused attention kernel takes and keeps; a mask of truth values becomes one that is added."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        *others, heads, tokens, _ = query.shape
+        out = query.new_empty(*others, tokens, heads, value.shape[-1]).transpose(
+            -2, -3
+        )  # as the kernels lay it out
+        rows = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(
+            query, key, value, out, rows, None if mask is None else mask.to(query.dtype)
+        )
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, *_ = ctx.saved_tensors
+        summed = torch.empty_like(query, dtype=torch.float32)
+        return summed.to(query.dtype), torch.empty_like(key), torch.empty_like(value), None
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)

@@ -1,0 +1,445 @@
+"""Calibration text -> second moments E[x^T x] of the inputs of stacked linears, and the metric that a role shares.
+
+A user feels E||x W^T - x What^T||^2 = tr(E S E^T) with E = W - What and S = E[x^T x], not ||E||_F^2. One pass over a
+few hundred sentences gives S for every linear; a stack's layers share one (`shared_metric`), so that its factors stay
+shared as well.
+"""
+
+import inspect
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import BatchEncoding
+
+from qrefta.model.stacks import LayerStack, ends_with
+from qrefta.nn.experts import fused_inputs
+
+FULL_WIDTH = 4096  # wider inputs keep only the diagonal: the full matrix and its roots would cost more than they give
+DOUBLE_WIDTH = 1024  # sums up to this width are float64; beyond, float32 halves the memory
+RIDGE = 1e-4
+ROWS = 1024  # of an error matrix, at a time
+FORMAT = "qrefta-moments-1"
+
+Batch = Mapping[str, Any] | BatchEncoding | Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """E[x^T x] of the inputs of linears, by module path; linears that receive the same tensors share one.
+
+    Attributes:
+        owners: module path -> the path that its moment is stored under.
+        tokens: stored path -> tokens that the mean was taken over.
+        read: stored path -> (in, in), or its diagonal (in,); float32, on the CPU. From a file, one at a time.
+    """
+
+    owners: dict[str, str]
+    tokens: dict[str, int]
+    read: Callable[[str], Tensor]
+    _latest: dict[tuple[object, ...], "Metric"] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def of(self, path: str) -> Tensor:
+        """Moment of one linear, (in, in) or (in,).
+
+        Raises:
+            ValueError: if no linear, or more than one, has that path.
+        """
+        return self.read(self.owner(path))
+
+    def owner(self, path: str) -> str:
+        """What a linear's moment is stored under; a base model's prefix may be missing on either side."""
+        matches = (
+            [path]
+            if path in self.owners
+            else [known for known in self.owners if _same_module(known, path)]
+        )
+        if len(matches) != 1:
+            known = ", ".join(matches or [*list(self.owners)[:4], "..."])
+            problem = "fits several" if matches else "has none"
+            raise ValueError(
+                f"{path} {problem} of the gathered moments ({known}); gather them on the model to prepare"
+            )
+        return self.owners[matches[0]]
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file: the whole file appears or none."""
+        path = Path(path)
+        metadata = {
+            "format": FORMAT,
+            "owners": json.dumps(self.owners),
+            "tokens": json.dumps(self.tokens),
+        }
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            save_file(
+                {key: self.read(key).contiguous() for key in self.tokens}, temporary, metadata
+            )
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def load_moments(path: str | Path) -> Moments:
+    """Moments that `Moments.save` wrote; each is read when it is asked for.
+
+    Raises:
+        ValueError: if there is no such file, it is damaged, or it holds something else.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"There is no file {path}; write one with Moments.save.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata, keys = file.metadata() or {}, set(file.keys())
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is damaged or no safetensors file ({error}); gather the moments again."
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} has the format {metadata.get('format')!r}, needed is {FORMAT!r}: a file of Moments.save"
+        )
+    owners, tokens = json.loads(metadata["owners"]), json.loads(metadata["tokens"])
+    if not keys == set(tokens) == set(owners.values()):
+        raise ValueError(f"{path} lacks moments that it lists, or holds others; gather them again.")
+    return Moments(owners, tokens, partial(_read_tensor, path))
+
+
+def gather_moments(
+    model: nn.Module, stacks: list[LayerStack], batches: Iterable[Batch], *, progress: bool = True
+) -> Moments:
+    """Second moments of the inputs of every linear of `stacks`, over the tokens that no mask leaves out. One pass.
+
+    The experts of a block share the moments of all that they receive: of each token once for their first weights, of
+    each token and expert that it chose for their second, which takes computing the first weights' products twice.
+
+    Products are float32; sums are float64 up to DOUBLE_WIDTH wide, float32 beyond, and live where the inputs do: 4
+    in^2 bytes for each distinct input of width 1025 .. FULL_WIDTH. A linear's diagonal alone is kept beyond that.
+
+    Args:
+        model: any model; left in the mode it is in.
+        stacks: of `find_stacks`.
+        batches: what the model's forward takes (names that it does not take are dropped), tensors of its main input,
+            or the rows of a tokenized data set. An encoder-decoder without decoder inputs gets those of its encoder.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: if there are no batches, a batch has no tensors for the model, an input holds NaN or infinity, or
+            no token reached a linear.
+    """
+    sums, count = _Sums(), 0
+    with _hooked(model, stacks, sums) as masks, torch.no_grad():
+        for batch in tqdm(batches, desc="Calibrating", unit="batch", disable=not progress):
+            inputs = _inputs(model, batch)
+            masks.update(
+                {name: inputs.get(name) for name in ("attention_mask", "decoder_attention_mask")}
+            )
+            model(**_accepted(model, inputs))
+            sums.flush()
+            count += 1
+    if count == 0:
+        raise ValueError("There are no batches to calibrate with; give at least one.")
+    return sums.moments([path for stack in stacks for path in stack.modules])
+
+
+class _Sums:
+    """Sums of x^T x, one for each group of linears that received the very same tensors."""
+
+    def __init__(self) -> None:
+        self.sums: dict[tuple[str, ...], Tensor] = {}
+        self.tokens: Counter[tuple[str, ...]] = Counter()
+        self._group: list[
+            str
+        ] = []  # that received the last input; the product waits for the group to be complete
+        self._last: Tensor | None = (
+            None  # held, so that no other tensor can take its place in memory
+        )
+        self._version: int | None = None
+        self._product: Tensor | None = None
+        self._rows = 0
+
+    def add(self, path: str, x: Tensor, mask: Tensor | None) -> None:
+        version = (
+            None if x.is_inference() else x._version
+        )  # the same tensor, written to, is another input
+        if x is not self._last or version != self._version or path in self._group:
+            self.flush()
+            rows = _tokens(x, mask).float()
+            self._product = (
+                rows.T @ rows if rows.shape[1] <= FULL_WIDTH else rows.double().square().sum(0)
+            )
+            self._last, self._version, self._rows = x, version, len(rows)
+            diagonal = self._product.diagonal() if self._product.dim() == 2 else self._product
+            if not diagonal.isfinite().all():
+                raise ValueError(
+                    f"The input of {path} holds NaN or infinity; try the model in float32 or bfloat16."
+                )
+        self._group.append(path)
+
+    def flush(self) -> None:
+        """Book the last product for the group that received it."""
+        if self._product is not None:
+            group = tuple(self._group)
+            dtype = (
+                torch.float32 if DOUBLE_WIDTH < len(self._product) <= FULL_WIDTH else torch.float64
+            )
+            product = self._product.to(dtype)
+            self.sums[group] = self.sums[group].add_(product) if group in self.sums else product
+            self.tokens[group] += self._rows
+        self._group, self._last, self._product = [], None, None
+
+    def moments(self, paths: list[str]) -> Moments:
+        """Means on the CPU; empties the sums. A linear's sum is that of all groups that it is in, mostly one."""
+        groups = {path: tuple(group for group in self.sums if path in group) for path in paths}
+        idle = [path for path in paths if sum(self.tokens[group] for group in groups[path]) == 0]
+        if idle:
+            raise ValueError(
+                f"No token reached {len(idle)} linears ({', '.join(idle[:3])}); leave their stacks out, or calibrate "
+                "with more text"
+            )
+        first: dict[tuple[tuple[str, ...], ...], str] = {}
+        for path, key in groups.items():
+            first.setdefault(key, path)
+        uses = Counter(group for key in first for group in key)
+        tokens, tensors = {}, {}
+        for key, owner in first.items():
+            tokens[owner] = sum(self.tokens[group] for group in key)
+            tensors[owner] = (sum(self.sums[group] for group in key) / tokens[owner]).float().cpu()
+            uses.subtract(key)
+            for group in key:
+                if uses[group] == 0:
+                    del self.sums[group]
+        return Moments(
+            {path: first[key] for path, key in groups.items()}, tokens, tensors.__getitem__
+        )
+
+
+@contextmanager
+def _hooked(
+    model: nn.Module, stacks: list[LayerStack], sums: _Sums
+) -> Iterator[dict[str, Tensor | None]]:
+    """`model` in eval mode, adding every input of the linears to `sums`; yields the masks, to be set for each batch.
+
+    Inside the encoder of an encoder-decoder, and for its output (cross-attention's keys and values), attention_mask
+    holds; elsewhere in it, decoder_attention_mask.
+    """
+    seq2seq = _is_seq2seq(model)
+    encoder = model.get_encoder() if seq2seq else model
+    masks: dict[str, Tensor | None] = {}
+    encoded: list[Tensor] = []
+
+    def mask_of(inside: bool, x: Tensor) -> Tensor | None:
+        by_encoder = inside or (bool(encoded) and x is encoded[0])
+        return masks.get("attention_mask" if by_encoder else "decoder_attention_mask")
+
+    def before(path: str, inside: bool, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        sums.add(path, args[0], mask_of(inside, args[0]))
+
+    def before_experts(
+        path: str, inside: bool, module: nn.Module, args: tuple[Tensor, ...]
+    ) -> None:
+        hidden_states, top_k_index = (
+            _tokens(tensor, mask_of(inside, args[0])) for tensor in args[:2]
+        )
+        for name, x in fused_inputs(module, hidden_states, top_k_index):
+            sums.add(f"{path}.{name}", x, None)
+
+    def after_encoder(_: nn.Module, __: tuple[Tensor, ...], output: Any) -> None:
+        encoded[:] = [output[0]]
+
+    modes = {module: module.training for module in model.modules()}
+    inner, handles = set(encoder.modules()), []
+    try:
+        model.eval()
+        if seq2seq:
+            handles.append(encoder.register_forward_hook(after_encoder))
+        linears = {path: before for stack in stacks if not stack.experts for path in stack.modules}
+        fused = {
+            path.rpartition(".")[0]: before_experts
+            for stack in stacks
+            if stack.experts
+            for path in stack.modules
+        }
+        for path, hook in (linears | fused).items():
+            module = model.get_submodule(path)
+            handles.append(module.register_forward_pre_hook(partial(hook, path, module in inner)))
+        yield masks
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes.items():
+            module.training = training
+
+
+def _inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """The tensors of a batch by name, on the model's device, with inputs for the decoder where there is one."""
+    if isinstance(batch, Tensor):
+        batch = {getattr(model, "main_input_name", "input_ids"): batch}
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"A batch is a {type(batch).__name__}; give a dict of tensors or a tensor (see read_calibration)"
+        )
+    device = next(model.parameters()).device
+    inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+    for name, value in batch.items():  # a row of a tokenized data set
+        if isinstance(value, list) and value and isinstance(value[0], int):
+            inputs[name] = torch.tensor([value], device=device)
+    if (
+        _is_seq2seq(model)
+        and "input_ids" in inputs
+        and not any("decoder_input" in name for name in inputs)
+    ):
+        if "labels" in inputs:
+            inputs.setdefault("decoder_attention_mask", (inputs["labels"] != -100).long())
+        else:
+            inputs["decoder_input_ids"] = inputs["input_ids"]
+            if "attention_mask" in inputs:
+                inputs["decoder_attention_mask"] = inputs["attention_mask"]
+    return inputs
+
+
+def _accepted(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """What the model's forward takes of `inputs`; labels only where decoder inputs are made of them."""
+    names = inspect.signature(model.forward).parameters
+    wrapped = (
+        getattr(model, "main_input_name", "input_ids") not in names and "kwargs" in names
+    )  # forward(**kwargs)
+    wants_labels = _is_seq2seq(model) and "decoder_input_ids" not in inputs
+    accepted: dict[str, Any] = {
+        name: value
+        for name, value in inputs.items()
+        if (wrapped or name in names) and (name != "labels" or wants_labels)
+    }
+    if not accepted:
+        raise ValueError(
+            f"A batch holds no tensors for the model: it has {list(inputs)}, needed is {list(names)[:3]} ..."
+        )
+    if "logits_to_keep" in names:
+        accepted["logits_to_keep"] = 1  # logits over the whole vocabulary would outweigh all else
+    return accepted
+
+
+def _is_seq2seq(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(batch, length, in), or flat (batch * length, in), -> (tokens that `mask` keeps, in). Other shapes: all rows."""
+    rows = x.detach().reshape(-1, x.shape[-1])
+    if mask is None or mask.dim() != 2:
+        return rows
+    fits = x.shape[:-1] == mask.shape or (x.dim() == 2 and len(rows) == mask.numel())
+    return rows[mask.reshape(-1).bool().to(x.device)] if fits else rows
+
+
+def _same_module(known: str, path: str) -> bool:
+    return ends_with(known, path) or ends_with(path, known)
+
+
+def _read_tensor(file_path: str | Path, key: str) -> Tensor:
+    with safe_open(file_path, framework="pt") as file:
+        return file.get_tensor(key)
+
+
+class Metric(NamedTuple):
+    """A symmetric positive definite S on the input space, by its roots.
+
+    Attributes:
+        root, inverse_root: S^(1/2) and S^(-1/2), each (in, in), or (in,) for a diagonal S; float32.
+    """
+
+    root: Tensor
+    inverse_root: Tensor
+
+    def apply(self, vectors: Tensor) -> Tensor:
+        """S^(1/2) vectors, (in, columns)."""
+        return _times(self.root.to(vectors), vectors)
+
+    def apply_inverse(self, vectors: Tensor) -> Tensor:
+        """S^(-1/2) vectors, (in, columns)."""
+        return _times(self.inverse_root.to(vectors), vectors)
+
+
+def shared_metric(
+    moments: Moments, stack: LayerStack, device: torch.device | None = None
+) -> Metric:
+    """The metric of a stack's inputs: S = mean over its layers of S_l / mean(diag S_l).
+
+    S_l = E[x^T x] + RIDGE mean(diag) I, in float64; a layer whose inputs are all zero counts as the identity. Every
+    eigenvalue is RIDGE / (1 + RIDGE) or more, so that S^(-1/2), about 100 at most, amplifies no rounding. The latest
+    metric is kept with the moments: neighbouring stacks (query, key, value) have the same inputs.
+
+    Args:
+        moments: of every layer of `stack`.
+        stack: whose layers share the metric.
+        device: where the eigenvectors are found and the metric lies; None: the CPU.
+
+    Raises:
+        ValueError: if a layer has no moment, or one of another width.
+    """
+    latest, key = moments._latest, (device, stack.in_features, *map(moments.owner, stack.modules))
+    if key in latest:
+        return latest[key]
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for path in stack.modules:
+        moment = moments.of(path)
+        if moment.shape[0] != stack.in_features:
+            raise ValueError(
+                f"The moment of {path} is {moment.shape[0]} wide, its weight {stack.in_features}; gather the moments "
+                "on the model to prepare"
+            )
+        total = total + _normalized(moment.to(total)) / len(stack.modules)
+    latest.clear()
+    latest[key] = Metric(*(root.float() for root in _roots(total)))
+    return latest[key]
+
+
+def output_error(errors: Tensor, moment: Tensor) -> float:
+    """E||x E^T||^2 = tr(E S E^T) of a layer: products in float32, the sum in float64.
+
+    Args:
+        errors: E, the weight less what is stored, (out, in).
+        moment: S = E[x^T x], (in, in) or its diagonal (in,).
+    """
+    moment = moment.to(errors.device, torch.float32)
+    total = torch.zeros((), dtype=torch.float64, device=errors.device)
+    for rows in errors.float().split(ROWS):
+        total += (_times(moment, rows.T) * rows.T).sum(dtype=torch.float64)
+    return total.item()
+
+
+def _normalized(moment: Tensor) -> Tensor:
+    """(S + RIDGE mean(diag S) I) / its own mean(diag); the identity for a zero S."""
+    diagonal = moment.diagonal() if moment.dim() == 2 else moment
+    identity = torch.ones_like(diagonal).diag() if moment.dim() == 2 else torch.ones_like(diagonal)
+    mean = diagonal.mean()
+    return identity if mean <= 0 else (moment / mean + RIDGE * identity) / (1 + RIDGE)
+
+
+def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """S^(1/2) and S^(-1/2) of a mean of `_normalized`; rounding may have put eigenvalues under their floor."""
+    floor = RIDGE / (1 + RIDGE)
+    if matrix.dim() == 1:
+        root = matrix.clamp(min=floor).sqrt()
+        return root, 1 / root
+    values, vectors = torch.linalg.eigh(matrix)
+    root = values.clamp(min=floor).sqrt()
+    return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
+
+
+def _times(operator: Tensor, vectors: Tensor) -> Tensor:
+    """A full (in, in) or diagonal (in,) operator times (in, columns)."""
+    return operator @ vectors if operator.dim() == 2 else operator[:, None] * vectors

@@ -1,0 +1,414 @@
+"""The accuracy study: equal terms for every method, what is not run again, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from torch.testing import assert_close
+from transformers.trainer_utils import PredictionOutput
+
+from eval.peers.baselines import lora, qlora
+from eval.rows import SCHEMA, read
+from eval.studies import accuracy
+from eval.studies.accuracy import CORE, Cell, Study, build, calibration, measure, parse
+from eval.tasks.task import METRICS, NAMED, Sizes, balanced, find_data, in_order, merit, text_task
+from tests.models import tiny_mixtral
+from tests.tiny import color_rows, tiny_folder
+
+SIZES = Sizes(train=64, validation=16, test=24, length=12)
+EVERY = [
+    *CORE, "vera r=4", "loretta r=2", "loftq r=2", "refta R=3 quant_type=int4 transform=dct", "craft ranks=2/5/6",
+    "tera trained_params=300", "lotr R=2", "lorta R=2 bits=16",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for name, count in (("train", 80), ("dev", 24)):
+        rows = color_rows(count, seed=len(name))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(tiny_folder(tmp_path_factory.mktemp("model"), width=64))
+
+
+@pytest.fixture
+def task(source, model):
+    return text_task(str(source), str(source), model, None, SIZES, 0)
+
+
+@pytest.fixture(autouse=True)
+def without_profiler(request, monkeypatch):
+    """The peak is measured where a test is about it: it takes longer than these runs."""
+    if "peak" not in request.node.name:
+        monkeypatch.setattr(accuracy, "peak_bytes", lambda trainer, task, cell: 1)
+
+
+def cell(method, kind="score", rate=1e-3, seed=0):
+    return Cell(
+        kind,
+        "colors",
+        "tiny",
+        method,
+        rate,
+        seed,
+        steps=3,
+        batch_size=8,
+        train_rows=64,
+        validation_rows=16,
+        test_rows=24,
+        max_length=12,
+    )
+
+
+def run(source, model, rows, **options):
+    settings = {
+        "task": [str(source)], "kind": None, "methods": "head-only,lora r=2", "seeds": 2, "model": model, "data": None,
+        "header": None, "learning_rates": "0.001,0.01", "steps": 2, "batch_size": 8, "train_rows": 64,
+        "validation_rows": 16, "test_rows": 24, "max_length": 12, "threads": 1, "again": False, "rows": rows,
+    }  # fmt: skip
+    accuracy.run(**settings | options)
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_every_method_trains_and_is_scored(task, method):
+    row = measure(cell(method.replace("48", "4").replace("15", "2")), task)
+    assert row["split"] == "test"
+    assert row["n"] == 24
+    assert 0 <= row["value"] <= 1
+    assert row["head_parameters"] <= row["trained_parameters"]
+    assert (row["head_parameters"] == row["trained_parameters"]) == (method == "head-only")
+
+
+def test_a_search_is_scored_on_rows_put_aside(task):
+    row = measure(cell("head-only", kind="search"), task)
+    assert (row["split"], row["n"]) == ("validation", 16)
+    rows = {
+        split: {tuple(ids) for ids in getattr(task, split)["input_ids"]}
+        for split in ("train", "validation")
+    }
+    assert not rows["train"] & rows["validation"]
+
+
+def test_equal_counts_train_equally_many_numbers(task):
+    """K R' = R: a stack's factors are as many as LoRA's pairs in its layers."""
+    layers = len(task.model(0).base_model.encoder.layer)
+    lora, refta = (
+        measure(cell(method), task) for method in ("lora r=3", f"refta R={3 * layers} bits=16")
+    )
+    assert lora["trained_parameters"] == refta["trained_parameters"]
+
+
+@pytest.mark.parametrize(
+    "method", ["full", "lora r=2", "qlora r=2", "vera r=4", "refta R=4", "refta R=4 calibrated"]
+)
+def test_all_methods_see_the_same_batches(task, method):
+    """Whatever a method draws from the global generator, batches come in the order that the seed says."""
+    seen = []
+
+    def collate(rows):
+        seen.append([tuple(row["input_ids"]) for row in rows])
+        return task.collate(rows)
+
+    measure(cell(method), task._replace(collate=collate))
+    order = in_order(task.train, 3, 8, 0)["input_ids"]
+    batches = [[tuple(ids) for ids in order[start : start + 8]] for start in range(0, 24, 8)]
+    at = seen.index(batches[0])
+    assert seen[at : at + 3] == batches
+
+
+def test_the_head_starts_alike_in_all_methods(task):
+    heads = []
+    for method in ("head-only", "lora r=2", "qlora r=2", "refta R=4"):
+        found = dict(build(method, task, seed=3).named_parameters())
+        heads.append(
+            next(
+                value
+                for name, value in found.items()
+                if "classifier" in name and value.requires_grad
+            )
+        )
+    for head in heads[1:]:
+        assert_close(head, heads[0])
+
+
+def test_measuring_the_peak_changes_no_weight(task, monkeypatch):
+    """Its steps come at the end of the decay, with a learning rate of 0."""
+    found = {}
+
+    def peak(trainer, *arguments, original=accuracy.peak_bytes):
+        before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+        found["bytes"] = original(trainer, *arguments)
+        found["same"] = all(
+            torch.equal(before[name], value) for name, value in trainer.model.named_parameters()
+        )
+        return found["bytes"]
+
+    monkeypatch.setattr(accuracy, "peak_bytes", peak)
+    measure(cell("full"), task)
+    assert found["same"]
+    parameters = sum(parameter.numel() for parameter in task.model(0).parameters())
+    assert found["bytes"] > 4 * 4 * parameters  # weights, gradients and two moments, float32
+
+
+def test_the_starts_of_quantized_peers_are_near_the_model(task):
+    """QPiSSA and LoftQ: what is quantized plus the pair is nearer to the weights than QLoRA's start."""
+    batch = next(calibration(task))
+    dense = task.model(0).eval()
+
+    def distance(method):
+        with torch.no_grad():
+            hidden = (
+                build(method, task, 0).eval().get_base_model().base_model(**batch).last_hidden_state
+            )
+            wanted = dense.base_model(**batch).last_hidden_state
+        return (hidden - wanted).norm() / wanted.norm()
+
+    plain = distance("qlora r=8")
+    assert 0.02 < plain < 0.5
+    assert distance("pissa r=8") < 1e-4
+    assert distance("loftq r=8") < plain
+    assert distance("qpissa r=8") < 1.1 * plain
+
+
+def test_calibration_has_no_labels(task):
+    batches = list(calibration(task))
+    assert all("labels" not in batch and "input_ids" in batch for batch in batches)
+    assert sum(len(batch["input_ids"]) for batch in batches) == 64
+
+
+def test_rates_are_chosen_on_one_seed_and_run_on_others(source, model, tmp_path, monkeypatch):
+    """The better of the validation rows on seed 0, method by method; the test rows have no say."""
+    best = {"head-only": 0.01, "lora r=2": 0.001}
+
+    def scored(cell, task):
+        good = (cell.learning_rate == best[cell.method]) == (cell.kind == "search")
+        return {
+            "split": "",
+            "metric": "accuracy",
+            "value": 0.9 if good else 0.1,
+            "loss": 1.0,
+            "cpu_s": 0.0,
+        }
+
+    monkeypatch.setattr(accuracy, "measure", scored)
+    file = tmp_path / "rows.jsonl"
+    run(source, model, file)
+    for method, rate in best.items():
+        rows = [row for row in read(file) if row["method"] == method]
+        assert [(row["kind"], row["learning_rate"], row["seed"]) for row in rows] == [
+            ("search", 0.001, 0), ("search", 0.01, 0), ("score", rate, 1), ("score", rate, 2)]  # fmt: skip
+
+
+def test_a_study_that_was_stopped_goes_on(source, model, tmp_path, monkeypatch):
+    """What has a row is not run again unless asked; what lacks one is."""
+    file, ran = tmp_path / "rows.jsonl", []
+    monkeypatch.setattr(accuracy, "measure", lambda cell, task: ran.append(cell) or {
+        "split": "test", "metric": "accuracy", "value": 0.5, "loss": 1.0, "cpu_s": 0.0})  # fmt: skip
+    run(source, model, file)
+    assert len(ran) == 2 * (2 + 2)
+    run(source, model, file)
+    assert len(ran) == 8
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:5] + lines[6:]))
+    run(source, model, file)
+    assert ran[8:] == [ran[5]]
+    run(source, model, file, seeds=3)
+    assert len(ran) == 11
+    run(source, model, file, again=True)
+    assert len(ran) == 19
+
+
+def test_of_equal_scores_the_lower_loss_wins_and_divergence_never():
+    def row(value, loss, metric="accuracy"):
+        return {"value": value, "loss": loss, "metric": metric}
+
+    assert (
+        merit(row(0.5, 1.0))
+        > merit(row(0.5, 2.0))
+        > merit(row(0.4, 0.1))
+        > merit(row(0.9, float("nan")))
+    )
+    assert merit(row(3.0, 1.0, "perplexity")) > merit(row(4.0, 1.0, "perplexity"))
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("dora r=8", r"no method 'dora'; there are head-only, .*refta"),
+        ("lora", r"'lora': lora takes r=8"),
+        ("lora r=0", "lora takes r=8"),
+        ("lora r=8 alpha=2", "lora takes r=8"),
+        ("full r=8", "full takes no options"),
+        ("refta", "refta takes R=48"),
+        ("refta R=48 nonsense=1", "refta takes R=48, say, .*any of bits"),
+        ("craft", "craft takes R=48, say, or ranks=6/48/48"),
+        ("craft R=4 ranks=2/3/4", "craft takes R=48"),
+        ("craft ranks=4", "craft takes R=48"),
+        ("tera trained_params=many", "tera takes R=48"),
+        ("refta R", "refta takes R=48"),
+        ("refta R=auto", "refta takes R=48"),
+        ("refta R=48 seed=5", "refta takes R=48"),
+        ("refta R=48 refine", "each with a value but for calibrated and double_quant"),
+        ("refta R=48 bits=", "each with a value"),
+        ("lora r", "lora takes r=8"),
+        ("", "no method ''"),
+    ],
+)
+def test_methods_that_do_not_exist_are_refused_before_anything_runs(
+    source, model, tmp_path, method, message
+):
+    with pytest.raises(ValueError, match=message):
+        run(source, model, tmp_path / "rows.jsonl", methods=f"head-only,{method}")
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_options_of_methods_are_read():
+    assert parse("refta R=48 bits=16 transform=identity calibrated") == (
+        "refta", {"R": 48, "bits": 16, "transform": "identity", "calibrated": True})  # fmt: skip
+    assert parse("lora r=8") == ("lora", {"r": 8})
+    assert parse("refta R=48 double_quant=False")[1]["double_quant"] is False
+    assert parse("refta R=48 double_quant")[1]["double_quant"] is True
+
+
+def test_finished_rows_are_kept_when_a_cell_fails(source, model, tmp_path):
+    """A rank beyond a stack."""
+    file = tmp_path / "rows.jsonl"
+    with pytest.raises(ValueError, match="rank"):
+        run(source, model, file, methods="head-only,refta R=100000", learning_rates="0.001")
+    assert [row["method"] for row in read(file)] == ["head-only"] * 3
+
+
+def test_rows_of_another_schema_are_refused_and_kept(source, model, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"schema": SCHEMA + 1}) + "\n")
+    with pytest.raises(ValueError, match=f"schema {SCHEMA + 1}"):
+        run(source, model, file)
+    assert file.read_text() == json.dumps({"schema": SCHEMA + 1}) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ("text,label\nred,1\nblue,0\n", "2 training rows and 16 are put aside"),
+        ("text,colour\nred,1\nblue,0\n", "No label column"),
+        ("words,label\n1,1\n2,0\n", "text"),
+    ],
+)
+def test_data_that_cannot_be_trained_on_are_refused(model, tmp_path, train, message):
+    (tmp_path / "train.csv").write_text(train)
+    (tmp_path / "dev.csv").write_text(train)
+    with pytest.raises(ValueError, match=message):
+        text_task("mine", str(tmp_path), model, None, SIZES, 0)
+
+
+def test_named_data_are_found_or_asked_for(tmp_path, monkeypatch):
+    (tmp_path / "sst2").mkdir()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert find_data("sst2", tmp_path) == str(tmp_path / "sst2")
+    monkeypatch.setenv("QREFTA_DATA", str(tmp_path))
+    assert find_data("sst2", None) == str(tmp_path / "sst2")
+    assert find_data("mine.csv", None) == "mine.csv"
+    with pytest.raises(
+        ValueError, match=r"no data for cola: .* cola holds train.tsv and dev.tsv.*glue:cola"
+    ):
+        find_data("cola", None)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert find_data("cola", None) == NAMED["cola"].hub
+
+
+def test_batches_in_order_are_whole_epochs_of_like_lengths():
+    """Each epoch holds every row once, but for what is left of its last batch; another seed, another order."""
+    lengths = np.random.default_rng(0).integers(3, 40, 100)
+    rows = Dataset.from_dict(
+        {"input_ids": [[index] * int(length) for index, length in enumerate(lengths)]}
+    )
+    order = [ids[0] for ids in in_order(rows, 24, 8, 0)["input_ids"]]
+    assert len(order) == 24 * 8
+    assert len(set(order[:96])) == len(set(order[96:])) == 96
+    spreads = [
+        np.ptp([lengths[row] for row in order[start : start + 8]]) for start in range(0, 192, 8)
+    ]
+    assert np.mean(spreads) < 8  # of 37
+    assert order != [ids[0] for ids in in_order(rows, 24, 8, 1)["input_ids"]]
+    assert order == [ids[0] for ids in in_order(rows, 24, 8, 0)["input_ids"]]
+
+
+def test_balanced_rows_have_equal_classes():
+    rows = Dataset.from_dict({"label": [0] * 70 + [1] * 20 + [0] * 10, "place": range(100)})
+    chosen = balanced(rows, 30)
+    assert sorted(chosen["label"]) == [0] * 15 + [1] * 15
+    assert chosen["place"] == sorted(chosen["place"])
+    assert sorted(balanced(rows, 1000)["label"]) == [0] * 20 + [1] * 20
+
+
+def output(found, labels):
+    return PredictionOutput(
+        np.eye(int(max(found)) + 2)[found], np.array(labels), {"test_loss": 1.5}
+    )
+
+
+def test_metrics_against_their_definitions():
+    rng = np.random.default_rng(0)
+    labels, found = rng.integers(0, 2, 300), rng.integers(0, 2, 300)
+    given = output(found, labels)
+    assert METRICS["accuracy"].score(given) == pytest.approx((found == labels).mean())
+    assert METRICS["matthews"].score(given) == pytest.approx(np.corrcoef(found, labels)[0, 1])
+    assert METRICS["matthews"].score(output(labels, labels)) == pytest.approx(1)
+    assert METRICS["matthews"].score(output(np.zeros(300, int), labels)) == 0
+    assert METRICS["perplexity"].score(given) == pytest.approx(np.exp(1.5))
+
+
+def test_matthews_of_several_classes_is_gorodkins():
+    """(c s - sum p_k t_k) / sqrt((s^2 - sum p_k^2)(s^2 - sum t_k^2)), from counts."""
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 4, 500)
+    found = np.where(rng.random(500) < 0.6, labels, rng.integers(0, 4, 500))
+    told, true = np.bincount(found), np.bincount(labels)
+    expected = (labels == found).sum() * 500 - (told * true).sum()
+    expected /= np.sqrt((500**2 - (told**2).sum()) * (500**2 - (true**2).sum()))
+    assert METRICS["matthews"].score(output(found, labels)) == pytest.approx(expected)
+
+
+def test_a_study_loads_a_seeds_task_once(task, tmp_path):
+    loaded = []
+    study = Study(lambda seed: loaded.append(seed) or task, tmp_path / "rows.jsonl", False)
+    for rate in (1e-3, 1e-2):
+        study.row(cell("head-only", rate=rate))
+    assert loaded == [0]
+
+
+def test_what_tests_never_trains_whatever_the_seed(model, tmp_path):
+    """One file is split alike for every seed: a learning rate chosen on one seed has not seen another's test rows."""
+    file = tmp_path / "all.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in color_rows(120, seed=1)))
+    tests = []
+    for seed in (0, 1):
+        found = text_task("mine", str(file), model, None, SIZES, seed)
+        tests.append(sorted(map(tuple, found.test["input_ids"])))
+    assert tests[0] == tests[1]
+
+
+def test_quantized_peers_are_refused_where_their_kernel_reads_wrongly(source, tmp_path):
+    """bitsandbytes' Linear4bit on a CPU, rows that end within a block."""
+    narrow = text_task("mine", str(source), str(tiny_folder(tmp_path)), None, SIZES, 0)
+    with pytest.raises(ValueError, match=r"is 32 wide; .* multiples of 64 alone"):
+        build("qlora r=2", narrow, 0)
+
+
+@pytest.mark.parametrize("peer", [lora, qlora])
+def test_peers_train_beside_a_mixtures_experts(peer):
+    """PEFT's layers and bitsandbytes' linears take linears alone."""
+    adapted = peer(tiny_mixtral(hidden=64), 2, alpha=4)
+    trained = {
+        name.split(".lora_")[0].split(".")[-1]
+        for name, p in adapted.named_parameters()
+        if p.requires_grad
+    }
+    assert trained == {"q_proj", "k_proj", "v_proj", "o_proj"}

@@ -1,0 +1,30 @@
+"""Share of a model's weights in 4 bits, by tool: against models that the tools made."""
+
+import bitsandbytes
+import pytest
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import qrefta
+from eval.studies.coverage import coverage
+from qrefta.nn.linear import AdaptedLinear
+from tests.models import tiny_llama, tiny_mixtral
+
+
+def packed(model, kind):
+    """Numbers in 4 bits, two a byte, of all layers of a kind."""
+    return sum(2 * layer.weight.numel() for layer in model.modules() if isinstance(layer, kind))
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_mixtral])
+def test_counted_is_what_the_tools_quantize(make, tmp_path):
+    dense = make()
+    counted = coverage(dense.config)
+    dense.save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True)
+    )
+    ours = qrefta.prepare(dense, rank=2, refine=0, progress=False)
+    assert counted["bitsandbytes"]["quantized"] == packed(theirs, bitsandbytes.nn.Linear4bit)
+    assert counted["qrefta"]["quantized"] == packed(ours, AdaptedLinear)
+    assert counted["qrefta"]["weights"] == make().num_parameters()
+    assert (counted["qrefta"] == counted["bitsandbytes"]) == (make is tiny_llama)

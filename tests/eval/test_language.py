@@ -1,0 +1,182 @@
+"""Language-model tasks: blocks of text by perplexity, questions by lm-evaluation-harness on the model in memory."""
+
+import json
+import math
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from eval.studies.accuracy import Cell, measure
+from eval.tasks import language
+from eval.tasks.language import choice_accuracy, choice_task, text_lm_task
+from eval.tasks.task import Sizes
+
+WORDS = [
+    "the",
+    "sky",
+    "is",
+    "blue",
+    "grass",
+    "green",
+    "Answer",
+    "format",
+    ":",
+    "/",
+    "correct",
+    "answer",
+    "?",
+    "red",
+]
+SIZES = Sizes(train=40, validation=10, test=12, length=16)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Llama with a tokenizer of whole words."""
+    folder = tmp_path_factory.mktemp("lm")
+    vocabulary = {word: index for index, word in enumerate(["[UNK]", "[EOS]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="[EOS]"
+    ).save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "input.txt").write_text("the sky is blue the grass is green " * 200)
+    return tmp_path
+
+
+@pytest.fixture
+def questions(tmp_path):
+    for split, count in (("train", 60), ("test", 20)):
+        rows = [
+            {"instruction": f"the {thing} is ?\n\nAnswer format: blue/green", "input": "", "answer": color,
+             "output": f"the correct answer is {color}"}
+            for thing, color in [("sky", "blue"), ("grass", "green")] * (count // 2)
+        ]  # fmt: skip
+        (tmp_path / f"{split}.json").write_text(json.dumps(rows))
+    return tmp_path
+
+
+def cell(method, rate=3e-2, steps=30):
+    return Cell(
+        "score",
+        "own",
+        "tiny",
+        method,
+        rate,
+        0,
+        steps=steps,
+        batch_size=8,
+        train_rows=40,
+        validation_rows=16,
+        test_rows=24,
+        max_length=16,
+    )
+
+
+def test_perplexity_is_the_exponential_of_the_mean_loss(folder, text):
+    """Against the model's own loss, block by block."""
+    task = text_lm_task("own", str(text), folder, None, SIZES, 0)
+    row = measure(cell("head-only"), task)
+    model = task.model(0).eval()
+    with torch.no_grad():
+        losses = [model(**task.collate([block])).loss.item() for block in task.test]
+    assert row["metric"] == "perplexity"
+    assert row["value"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+    assert row["train_loss"] is row["peak_bytes"] is None
+    assert row["trained_parameters"] == 0
+
+
+@pytest.mark.parametrize("method", ["lora r=2", "refta R=8", "full"])
+def test_training_lowers_perplexity(folder, text, method):
+    task = text_lm_task("own", str(text / "input.txt"), folder, None, SIZES, 0)
+    assert measure(cell(method), task)["value"] < 0.9 * measure(cell("head-only"), task)["value"]
+
+
+def test_text_is_cut_into_whole_blocks_that_do_not_overlap(folder, text):
+    task = text_lm_task("own", str(text), folder, None, SIZES, 0)
+    assert [len(rows) for rows in (task.train, task.validation, task.test)] == [40, 10, 10]
+    assert all(len(ids) == 16 for rows in (task.train, task.test) for ids in rows["input_ids"])
+
+
+def test_questions_are_learned_and_judged_by_the_harness(folder, questions):
+    pytest.importorskip("lm_eval")
+    task = choice_task("own", str(questions), folder, None, SIZES, 0)
+    row = measure(cell("full", steps=40), task)
+    assert row["metric"] == "accuracy"
+    assert row["value"] == 1
+    row = measure(cell("refta R=16", steps=60), task)
+    assert row["value"] > 0.5
+
+
+def test_the_harness_scores_what_the_model_finds_likeliest(folder, questions):
+    """Against the sums of log probabilities, written out."""
+    pytest.importorskip("lm_eval")
+    task = choice_task("own", str(questions), folder, None, SIZES, 0)
+    model, tokenizer = task.model(0).eval(), language.AutoTokenizer.from_pretrained(folder)
+    right = 0
+    for row in task.test:
+        scores = []
+        for choice in ("blue", "green"):
+            prompt = tokenizer(row["instruction"] + "\n\nthe correct answer is")["input_ids"]
+            ids = torch.tensor([prompt + tokenizer(choice)["input_ids"]])
+            with torch.no_grad():
+                scores.append(model(ids).logits[0, -2].log_softmax(-1)[ids[0, -1]].item())
+        right += ("blue", "green")[scores[1] > scores[0]] == row["answer"]
+    assert choice_accuracy(model, task.test, tokenizer) == pytest.approx(right / len(task.test))
+
+
+def test_labels_are_on_the_answer_alone(folder, questions):
+    task = choice_task("own", str(questions), folder, None, SIZES, 0)
+    batch = task.collate([task.train[0], task.train[1]])
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        counted = labels[labels != language.IGNORED]
+        assert len(counted) == 5  # the correct answer is blue
+        assert torch.equal(counted, ids[labels != language.IGNORED])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"instruction": "a"}, r"no JSON list of \{instruction, output, answer\} with rows"),
+        ([], "no JSON list"),
+        ([{"instruction": "Answer format: a/b", "output": "a"}], "row 0: .*missing: answer"),
+        (
+            [{"instruction": "what?", "output": "a", "answer": "a"}],
+            "row 0: .*missing: Answer format",
+        ),
+        (
+            [{"instruction": "Answer format: a/b", "output": "a", "answer": "a"}],
+            "1 training rows and 10 are put aside",
+        ),
+    ],
+)
+def test_questions_that_cannot_be_used_are_refused(folder, tmp_path, content, message):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        choice_task("own", str(tmp_path), folder, None, SIZES, 0)
+
+
+def test_what_is_missing_is_named(folder, tmp_path, text):
+    with pytest.raises(ValueError, match=r"no file .*train\.json"):
+        choice_task("own", str(tmp_path / "none"), folder, None, SIZES, 0)
+    with pytest.raises(ValueError, match="no text file and no folder"):
+        text_lm_task("own", str(tmp_path / "none"), folder, None, SIZES, 0)
+    with pytest.raises(ValueError, match=r"own needs a causal language model.*--model"):
+        text_lm_task("own", str(text), None, None, SIZES, 0)
+    (tmp_path / "input.txt").write_text("the sky")
+    with pytest.raises(ValueError, match="0 training and 0 test blocks of 16 tokens"):
+        text_lm_task("own", str(tmp_path), folder, None, SIZES, 0)

@@ -1,0 +1,327 @@
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+import qrefta
+from eval.memory import tensor_peak
+from qrefta.hf_quantizer import is_prepared
+from qrefta.nn.factors import BANK
+from qrefta.nn.linear import AdaptedLinear
+from tests import models
+from tests.models import (
+    ARCHITECTURES,
+    VOCAB,
+    build,
+    decoder_sizes,
+    inputs,
+    logits,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_segformer,
+)
+from tests.tiny import tiny_folder
+
+all_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+
+def prepared(architecture, **settings):
+    return models.prepared(ARCHITECTURES[architecture], rank=5, **settings)
+
+
+def classes(model):
+    return {path: type(module) for path, module in model.named_modules()}
+
+
+def take_steps(model, steps=3):
+    """Plain SGD on the sum of squared logits: moves every factor and the head."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(**inputs(model)).logits.square().mean().backward()
+        optimizer.step()
+    return model
+
+
+@all_architectures
+@pytest.mark.parametrize("bits", [4, 16])
+def test_merged_float32_logits_equal_the_prepared_ones(architecture, bits):
+    model = prepared(architecture, bits=bits)
+    expected = logits(model)
+    merged = qrefta.merge(model, dtype=torch.float32)
+    assert merged is model
+    assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
+
+
+@all_architectures
+def test_merged_logits_equal_the_trained_models(architecture):
+    start = prepared(architecture)
+    model = take_steps(copy.deepcopy(start))
+    expected = logits(model)
+    assert (expected - logits(start)).abs().max() > 1e-3  # training did something
+    assert_close(logits(qrefta.merge(model, dtype=torch.float32)), expected, rtol=1e-5, atol=1e-5)
+
+
+@all_architectures
+def test_merged_weights_are_the_layers_own(architecture):
+    """Every merged weight and bias, against the layer that it replaces, bit for bit in float32."""
+    model = prepared(architecture)
+    expected = {
+        path: m for path, m in copy.deepcopy(model).named_modules() if isinstance(m, AdaptedLinear)
+    }
+    qrefta.merge(model, dtype=torch.float32)
+    for path, layer in expected.items():
+        linear = model.get_submodule(path)
+        weight = linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+        assert torch.equal(weight, layer.dense_weight())
+        assert weight.data_ptr() != layer.weight.data_ptr()
+        assert (linear.bias is None) == (layer.bias is None)
+        assert linear.bias is None or torch.equal(linear.bias, layer.bias)
+        assert linear.weight.is_contiguous()
+
+
+@all_architectures
+def test_module_classes_and_names_are_those_of_the_original(architecture):
+    original = ARCHITECTURES[architecture]()
+    merged = qrefta.merge(prepared(architecture))
+    assert classes(merged) == classes(original)
+    assert list(merged.state_dict()) == list(original.state_dict())
+    for path, module in original.named_modules():
+        if isinstance(module, nn.Linear):
+            assert repr(merged.get_submodule(path)) == repr(module)
+    for name, tensor in original.state_dict().items():
+        assert merged.state_dict()[name].shape == tensor.shape
+
+
+@all_architectures
+def test_no_trace_of_qrefta_is_left(architecture):
+    original = ARCHITECTURES[architecture]()
+    merged = qrefta.merge(prepared(architecture))
+    assert not hasattr(merged, BANK)
+    assert not hasattr(merged.config, "quantization_config")
+    assert getattr(merged, "hf_quantizer", None) is None
+    assert not getattr(merged, "is_quantized", False)
+    assert not getattr(merged, "quantization_method", None)
+    assert set(merged._keep_in_fp32_modules_strict or ()) == set(
+        original._keep_in_fp32_modules_strict or ()
+    )
+    assert "qrefta" not in json.dumps(merged.config.to_dict())
+    assert not any("qrefta" in type(module).__module__ for module in merged.modules())
+    assert all(parameter.requires_grad for parameter in merged.parameters())
+
+
+@all_architectures
+def test_everything_is_bf16_by_default_and_near(architecture):
+    model = prepared(architecture)
+    expected = logits(model)
+    merged = qrefta.merge(model)
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert merged.dtype == torch.bfloat16
+    # As from_pretrained has it: rotary frequencies rounded to bf16 would turn far positions by the wrong angle.
+    buffers = dict(ARCHITECTURES[architecture]().named_buffers())
+    for name, buffer in merged.named_buffers():
+        assert buffer.dtype == buffers[name].dtype
+        assert torch.equal(buffer, buffers[name])
+    # Rounding of the weights and all activations: relative root difference measured over the ten up to 0.012.
+    assert (logits(merged).float() - expected).norm() < 0.03 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_weights_are_summed_in_float32_and_rounded_once(dtype):
+    single = qrefta.merge(prepared("gpt2"), dtype=torch.float32).state_dict()
+    merged = qrefta.merge(prepared("gpt2"), dtype=dtype).state_dict()
+    for name, tensor in merged.items():
+        assert tensor.dtype == dtype
+        assert torch.equal(tensor, single[name].to(dtype))
+
+
+def test_a_bf16_model_merges_from_float32_sums():
+    """The rest of a bf16 model is bf16 already; its linears must not pass through bf16 before they are summed."""
+    half = tiny_bert().bfloat16()
+    single = copy.deepcopy(half).float()
+    merged = qrefta.merge(qrefta.prepare(half, rank=5), dtype=torch.float32).state_dict()
+    for name, tensor in (
+        qrefta.merge(qrefta.prepare(single, rank=5), dtype=torch.float32).state_dict().items()
+    ):
+        assert torch.equal(merged[name], tensor)
+
+
+@pytest.mark.parametrize("build_model", [tiny_gpt2, tiny_llama])
+def test_language_models_stay_tied_and_generate(build_model):
+    merged = qrefta.merge(models.prepared(build_model, rank=5), dtype=torch.float32)
+    tied = merged.config.tie_word_embeddings
+    assert (merged.get_input_embeddings().weight is merged.get_output_embeddings().weight) == tied
+    batch = inputs(merged)
+    generated = merged.generate(**batch, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert generated.shape[1] > batch["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_training_mode_is_kept(training):
+    model = prepared("bert").train(training)
+    assert all(module.training == training for module in qrefta.merge(model).modules())
+
+
+def test_a_loaded_model_merges_to_the_same_weights(tmp_path):
+    model = take_steps(prepared("bert", double_quant=True))
+    model.save_pretrained(tmp_path)
+    loaded = qrefta.merge(qrefta.load(tmp_path)).state_dict()
+    for name, tensor in qrefta.merge(model).state_dict().items():
+        assert torch.equal(loaded[name], tensor)
+
+
+def test_merged_weights_take_gradients_and_memory_of_their_own():
+    merged = qrefta.merge(prepared("bert", bits=16), dtype=torch.float32)
+    merged(**inputs(merged)).logits.square().mean().backward()
+    assert all(
+        p.grad is not None for name, p in merged.named_parameters() if "embeddings" not in name
+    )
+
+
+# Errors
+
+
+def test_a_model_that_is_not_prepared_is_refused():
+    with pytest.raises(
+        ValueError, match=r"BertForSequenceClassification is not prepared; call qrefta.prepare"
+    ):
+        qrefta.merge(tiny_bert())
+    with pytest.raises(ValueError, match=r"Linear is not prepared"):
+        qrefta.merge(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"is not prepared"):
+        qrefta.quant_report(tiny_bert())
+
+
+def test_a_merged_model_is_not_merged_again():
+    merged = qrefta.merge(prepared("bert"))
+    with pytest.raises(ValueError, match="is not prepared"):
+        qrefta.merge(merged)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+def test_a_dtype_that_is_no_float_is_refused_and_the_model_left(dtype):
+    model = prepared("bert")
+    expected = logits(model)
+    with pytest.raises(ValueError, match=f"dtype is {dtype}; it must be a floating type"):
+        qrefta.merge(model, dtype=dtype)
+    assert torch.equal(logits(model), expected)
+    assert qrefta.quant_report(model)
+
+
+def test_merging_keeps_long_positions_right(tmp_path):
+    """bf16 leaves RoPE's inv_freq alone: merged in memory equals saved and loaded, at position 1,500 too."""
+    model = build(
+        LlamaForCausalLM, LlamaConfig(**decoder_sizes(32) | {"max_position_embeddings": 2048})
+    )
+    merged = qrefta.merge(qrefta.prepare(model, rank=5))
+    merged.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    tokens = torch.randint(2, VOCAB, (1, 1500), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert_close(merged(tokens).logits, loaded(tokens).logits, rtol=0, atol=0)
+
+
+def test_a_merged_loaded_model_says_nothing_of_quantization(tmp_path):
+    prepared("bert").save_pretrained(tmp_path)
+    merged = qrefta.merge(qrefta.load(tmp_path), torch.float32)
+    assert not getattr(merged.config, "_is_quantized", False)
+    assert merged.config.dtype == torch.float32
+
+
+def test_what_the_model_wants_in_float32_stays_so(tmp_path):
+    """T5's wo overflows in fp16; from_pretrained(dtype=float16) keeps it in float32 too."""
+    merged = qrefta.merge(prepared("t5"), torch.float16)
+    merged.save_pretrained(tmp_path)
+    loaded = type(merged).from_pretrained(tmp_path, dtype=torch.float16)
+    assert {p.dtype for p in merged.parameters()} == {torch.float16, torch.float32}
+    for (name, ours), theirs in zip(merged.named_parameters(), loaded.parameters(), strict=True):
+        assert ours.dtype == theirs.dtype, name
+
+
+# Written to a folder
+
+
+@all_architectures
+def test_a_written_folder_holds_what_merging_in_place_gives(architecture, tmp_path):
+    """Tensor by tensor and bit for bit, in as many files as it takes; the model stays prepared."""
+    model = take_steps(prepared(architecture))
+    expected = logits(model)
+    for dtype in (torch.bfloat16, torch.float32):
+        written = qrefta.merge(model, dtype, out=tmp_path / str(dtype), max_shard_size=30_000)
+        assert written.difference < (0.02 if dtype == torch.bfloat16 else 1e-5)
+        assert len(list(written.folder.glob("*.safetensors"))) > 1
+    assert torch.equal(logits(model), expected)
+    written = type(model).from_pretrained(tmp_path / "torch.bfloat16").state_dict()
+    for name, tensor in qrefta.merge(model).state_dict().items():
+        assert torch.equal(written[name], tensor), name
+
+
+def test_statistics_of_norms_are_written_and_compared(tmp_path):
+    """BatchNorm's are buffers, which a checkpoint holds as it does weights."""
+    model = qrefta.prepare(tiny_segformer(), rank=2)
+    model.decode_head.batch_norm.running_mean.fill_(0.5)
+    assert qrefta.merge(model, torch.float32, out=tmp_path / "out").difference < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ["vit", "gpt2"])
+def test_published_names_and_one_file(architecture, tmp_path):
+    """ViT's checkpoints have other names than its modules, GPT-2's hold a tied head once; so does what is written."""
+    model = prepared(architecture)
+    written = qrefta.merge(model, out=tmp_path / "written")
+    qrefta.merge(model).save_pretrained(tmp_path / "saved")
+    files = [folder / "model.safetensors" for folder in (written.folder, tmp_path / "saved")]
+    ours, theirs = map(load_file, files)
+    assert ours.keys() == theirs.keys()
+    configs = [json.loads(file.with_name("config.json").read_text()) for file in files]
+    assert configs[0] == configs[1]
+    assert written.folder.stat().st_mode & 0o777 == 0o755  # others may read it
+
+
+def test_writing_holds_a_shard_and_a_linear_at_a_time(tmp_path):
+    """Not a second copy: of 4.7 MB dense beside the model, about a tenth; the comparison included."""
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 128,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 4,
+    }
+    sizes |= {"intermediate_size": 256, "num_key_value_heads": 2}
+    model = qrefta.prepare(build(LlamaForCausalLM, LlamaConfig(**sizes)), rank=4, refine=0)
+    held = tensor_peak(lambda: None, "cpu")
+    peak = tensor_peak(
+        lambda: qrefta.merge(model, torch.float32, out=tmp_path / "out", max_shard_size="100KB"),
+        "cpu",
+    )
+    dense = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    assert dense > 4_700_000
+    assert peak - held < 0.2 * dense
+
+
+def test_what_lies_beside_the_weights_is_copied(tmp_path):
+    tiny_folder(tmp_path / "dense")
+    qrefta.prepare(tmp_path / "dense", out=tmp_path / "4bit", rank=4, progress=False)
+    written = qrefta.merge(qrefta.load(tmp_path / "4bit"), out=tmp_path / "merged").folder
+    names = {path.name for path in (tmp_path / "dense").iterdir()}
+    assert {path.name for path in written.iterdir()} == names | {"README.md"}
+    assert (written / "tokenizer.json").read_text() == (
+        tmp_path / "dense" / "tokenizer.json"
+    ).read_text()
+
+
+def test_logits_that_differ_too_much_leave_nothing(tmp_path):
+    model = prepared("bert")
+    with pytest.raises(
+        ValueError, match=r"differ from the prepared model's by 0\.0.* and 1e-06 are allowed"
+    ):
+        qrefta.merge(model, out=tmp_path / "out", tolerance=1e-6)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        qrefta.merge(model, out=tmp_path.parent)
+    assert is_prepared(model)

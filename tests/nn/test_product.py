@@ -1,0 +1,288 @@
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from qrefta.nn.product import Cost, adapted_product, residual, step_cost
+from qrefta.nn.quantized import QUANT_TYPES, Packed, QuantFormat, quantize
+
+OUT, IN, RANK = 48, 64, 5
+TOKENS = {"fewer than outputs": 30, "between outputs and inputs": 56, "more than inputs": 90}
+token_counts = pytest.mark.parametrize("tokens", TOKENS.values(), ids=list(TOKENS))
+FORMATS = [
+    None,
+    *(QuantFormat(kind) for kind in QUANT_TYPES),
+    QuantFormat("nf4", double_quant=True),
+]
+all_formats = pytest.mark.parametrize(
+    "fmt", FORMATS, ids=lambda fmt: repr(fmt and (fmt.quant_type, fmt.double_quant))
+)
+biased = pytest.mark.parametrize("bias", [True, False])
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def operands(tokens, bias=True, dtype=torch.float32, shape=(OUT, IN), rank=RANK):
+    """x, up, core, down, bias."""
+    out, width = shape
+    sizes = [(tokens, width), (out, rank), (rank,), (rank, width)]
+    made = [randn(*size, seed=seed, dtype=dtype) for seed, size in enumerate(sizes)]
+    return [*made, randn(out, seed=9, dtype=dtype) if bias else None]
+
+
+def packed_weight(fmt, dtype=torch.float32, shape=(OUT, IN)):
+    weight = randn(*shape, seed=7, dtype=dtype)
+    return Packed(weight, None, None) if fmt is None else quantize(weight, fmt)
+
+
+def product(operands, packed, fmt, rounding=torch.float32, shape=(OUT, IN)):
+    return adapted_product(*operands, packed, fmt, shape, rounding)
+
+
+def definition(operands, packed, fmt, shape=(OUT, IN)):
+    """Through a dense differentiable weight."""
+    x, up, core, down, bias = operands
+    weight = residual(packed, fmt, shape, x.dtype)
+    return nn.functional.linear(x, weight + up @ torch.diag(core) @ down, bias)
+
+
+@biased
+@token_counts
+@pytest.mark.parametrize(
+    "needed", [(1, 1, 1, 1), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
+)
+def test_gradcheck(bias, tokens, needed):
+    """Numerical derivatives in float64 for x, up, core and down, all at once and each alone, in both forms."""
+    scale, shape = 8, (OUT // 8, IN // 8)
+    *made, offset = operands(tokens // scale, bias, torch.float64, shape, rank=2)
+    packed = packed_weight(None, torch.float64, shape)
+    made = [tensor.requires_grad_(bool(need)) for tensor, need in zip(made, needed, strict=True)]
+    assert torch.autograd.gradcheck(
+        lambda *t: product([*t, offset], packed, None, torch.float64, shape), made
+    )
+
+
+@all_formats
+@biased
+@token_counts
+def test_both_forms_are_the_dense_definition(fmt, bias, tokens):
+    """Output and every gradient. Float32, relative root difference over 5 formats and 20 seeds: at most 1.8e-6."""
+    packed = packed_weight(fmt)
+    ours, theirs = (
+        [t if t is None else t.requires_grad_() for t in operands(tokens, bias)] for _ in range(2)
+    )
+    y, expected = product(ours, packed, fmt), definition(theirs, packed, fmt)
+    grad = randn(tokens, OUT, seed=3)
+    y.backward(grad)
+    expected.backward(grad)
+    for found, wanted in [
+        (y, expected),
+        *((a.grad, b.grad) for a, b in zip(ours, theirs, strict=True) if a is not None),
+    ]:
+        assert found.shape == wanted.shape
+        assert (found - wanted).norm() <= 5e-6 * wanted.norm()
+
+
+@all_formats
+@token_counts
+def test_a_batch_of_any_size_gives_the_same_rows(fmt, tokens):
+    """The form is chosen by the number of tokens; a token's result may not depend on it."""
+    packed = packed_weight(fmt)
+    x, up, core, down, bias = operands(tokens)
+    alone = torch.cat([product([row, up, core, down, bias], packed, fmt) for row in x.split(7)])
+    assert_close(product([x, up, core, down, bias], packed, fmt), alone, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mean", "sigma"),
+    [(torch.bfloat16, 0.00415, 0.00033), (torch.float16, 0.00052, 0.00003)],
+)
+def test_both_forms_are_equally_exact_in_half_precision(dtype, mean, sigma):
+    """The merged form rounds residual + update once, the other rounds the product twice.
+
+    Relative root difference to float32, 20 seeds, means of the worse form.
+    """
+    fmt = QuantFormat()
+    packed = packed_weight(fmt)
+    made = operands(90)
+    expected = product(made, packed, fmt)
+    x, *rest = (t.to(dtype) for t in made)
+    for found in (
+        product([x, *rest], packed, fmt),
+        torch.cat([product([row, *rest], packed, fmt) for row in x.split(30)]),
+    ):
+        assert found.dtype == dtype
+        assert (found.float() - expected).norm() < (mean + 5 * sigma) * expected.norm()
+
+
+def _operations_of_addmm_(result, left, right, **_):
+    """Torch counts addmm and leaves out its in-place form."""
+    return 2 * left[0] * left[1] * right[1]
+
+
+@token_counts
+@pytest.mark.parametrize("shape", [(48, 64), (64, 48), (64, 64)], ids=str)
+@pytest.mark.parametrize("rank", [0, 5])
+def test_step_cost_counts_the_operations_that_run(tokens, shape, rank):
+    """Beside torch's own count of every matrix product of a step; so the cheaper form is also the one that runs."""
+    made, packed = (
+        operands(tokens, shape=shape, rank=max(rank, 1)),
+        packed_weight(None, shape=shape),
+    )
+    made = [made[0], *(made[1:] if rank else [None] * 4)]
+    leaves = [t.requires_grad_() for t in made[:4] if t is not None]
+    with FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten.addmm_: _operations_of_addmm_}
+    ) as counter:
+        y = product(made, packed, None, shape=shape)
+        torch.autograd.grad(y, leaves, torch.ones_like(y))
+    assert counter.get_total_flops() == step_cost(tokens, shape[1], shape[0], rank).operations
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (64, 48), (64, 64)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 47, 48, 49, 63, 64, 65, 200])
+def test_the_form_that_runs_costs_least(shape, tokens, monkeypatch):
+    """In operations and in bytes, beside both forms forced on both passes."""
+    chosen = step_cost(tokens, shape[1], shape[0], 4)
+    forced = []
+    for forward, backward in itertools.product([False, True], repeat=2):
+        answers = iter([forward, backward])
+        monkeypatch.setattr(
+            "qrefta.nn.product._merges", lambda *_, answers=answers, **__: next(answers)
+        )
+        forced.append(step_cost(tokens, shape[1], shape[0], 4))
+    assert chosen.operations == min(cost.operations for cost in forced)
+    assert chosen.moved_bytes == min(cost.moved_bytes for cost in forced)
+
+
+@pytest.mark.parametrize("tokens", [24, 27, 28, 60])
+def test_without_gradients_the_update_is_merged_from_fewer_tokens_on(tokens):
+    """48 x 64: from 48 * 64 / (48 + 64) = 27.4 tokens on; the result is the same."""
+    made, packed = operands(tokens), packed_weight(QuantFormat())
+    counter = FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten.addmm_: _operations_of_addmm_}
+    )
+    with counter, torch.no_grad():
+        found = product(made, packed, QuantFormat())
+    merged = 2 * tokens * OUT * IN + 2 * RANK * OUT * IN
+    thin = (
+        2 * tokens * RANK * (OUT + IN)
+    )  # the product with the weight is inside bitsandbytes, which is not counted
+    assert counter.get_total_flops() == (merged if tokens > 27 else thin)
+    assert_close(found, product(made, packed, QuantFormat()), rtol=1e-5, atol=1e-4)
+
+
+def test_step_cost_by_hand():
+    """T = 2, in = 3, out = 4, R = 1: 2 bytes a value, 4 bits a weight."""
+    frozen = step_cost(2, 3, 4, 0, value_bytes=2, weight_bits=4)
+    assert frozen == Cost(2 * 24 * 2, 2 * (6 + 24) + 2 * (6 + 12 + 8) * 2)
+    adapted = step_cost(2, 3, 4, 1, value_bytes=2, weight_bits=4)
+    narrow = 2 * ((6 + 3 + 2) + (8 + 4 + 2) + (8 + 2 + 4) + (6 + 2 + 3))
+    spread = 2 * ((2 + 4 + 16) + (2 + 3 + 12))
+    assert adapted == frozen + Cost(4 * 2 * 7 + 2 * (8 + 6), narrow + spread)
+
+
+class Allocations(TorchDispatchMode):
+    """Elements of every floating tensor that an operation makes; views and results written in place are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {
+            t.untyped_storage().data_ptr()
+            for t in tree_leaves((args, kwargs or {}))
+            if isinstance(t, torch.Tensor)
+        }
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in given:
+                self.sizes.append(tensor.numel())
+        return result
+
+
+@token_counts
+@pytest.mark.parametrize("fmt", [QuantFormat(), QuantFormat("int4")], ids=repr)
+def test_a_step_makes_one_dense_buffer_and_one_result_a_pass(fmt, tokens):
+    """No dense update, no gradient of a dense weight, no second copy of x, y or their gradients."""
+    packed = packed_weight(fmt)
+    made = [tensor.requires_grad_() for tensor in operands(tokens, bias=False)[:4]]
+    with Allocations() as forward:
+        y = product([*made, None], packed, fmt)
+    grad = torch.ones_like(y)
+    with Allocations() as backward:
+        torch.autograd.grad(y, made, grad)
+    wide = (max(tokens, OUT, IN) + 1) * RANK
+    merged = (
+        tokens > IN or fmt.quant_type == "int4"
+    )  # else bitsandbytes makes the dense buffer inside its product
+    expected = sorted([tokens * OUT, *([OUT * IN] if merged else [])])
+    assert sorted(size for size in forward.sizes if size > wide) == expected
+    assert sorted(size for size in backward.sizes if size > wide) == sorted([tokens * IN, OUT * IN])
+
+
+def kept(tensors, function):
+    """Shapes of what autograd keeps beside the operands, and what it keeps of those."""
+    own = {
+        tensor.untyped_storage().data_ptr(): tuple(tensor.shape)
+        for tensor in tensors
+        if tensor is not None
+    }
+    made, operands = [], set()
+
+    def pack(tensor):
+        pointer = tensor.untyped_storage().data_ptr()
+        operands.add(own[pointer]) if pointer in own else made.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return made, operands
+
+
+@pytest.mark.parametrize("trained", ["all", "x", "up", "core", "down", "nothing"])
+@token_counts
+def test_a_step_keeps_no_more_than_its_gradients_need(trained, tokens):
+    """x for the gradient of down; h for those of up and core, unless the form makes it anew from x."""
+    fmt = QuantFormat()
+    packed, made = packed_weight(fmt), operands(tokens)
+    leaves = dict(zip(("x", "up", "core", "down"), made, strict=False))
+    for name, tensor in leaves.items():
+        tensor.requires_grad_(trained in ("all", name))
+    kept_new, kept_operands = kept([*made, *packed], lambda: product(made, packed, fmt))
+    needs_narrow = trained in ("up", "core") or (trained == "all" and tokens <= IN)
+    assert kept_new == ([(tokens, RANK)] if needs_narrow else [])
+    assert ((tokens, IN) in kept_operands) == (trained in ("all", "down"))
+
+
+def test_backward_inside_autocast_is_that_outside():
+    """The function computes in the dtype of its gradient, whatever is switched on around it."""
+    fmt = QuantFormat()
+    packed, found = packed_weight(fmt), []
+    for enabled in (False, True):
+        made = [tensor.requires_grad_() for tensor in operands(30)]
+        y = product(made, packed, fmt)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(torch.autograd.grad(y, made, torch.ones_like(y)))
+    for inside, outside in zip(*found, strict=True):
+        assert torch.equal(inside, outside)
+
+
+def test_gradient_of_the_core_does_not_overflow_in_half_precision():
+    """Loss-scaled gradients times activations: 300 * 300 is more than float16 holds."""
+    made = [tensor.to(torch.float16) for tensor in operands(30)]
+    made[2] = made[2].float().requires_grad_()
+    packed = packed_weight(QuantFormat())
+    y = product(made, packed, QuantFormat())
+    (found,) = torch.autograd.grad(y, made[2], torch.full_like(y, 300.0))
+    assert found.dtype == torch.float32
+    assert torch.isfinite(found).all()
+    assert found.abs().max() > torch.finfo(torch.float16).max

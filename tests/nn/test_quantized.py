@@ -1,0 +1,319 @@
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from torch.testing import assert_close
+
+from qrefta.nn.quantized import (
+    BLOCK_SIZES,
+    QUANT_TYPES,
+    QuantFormat,
+    _load_scales,
+    dequantize,
+    linear,
+    quantize,
+    rounded,
+)
+
+FORMATS = [QuantFormat(kind, 64, double) for kind in QUANT_TYPES for double in (False, True)]
+all_formats = pytest.mark.parametrize(
+    "fmt", FORMATS, ids=lambda fmt: fmt.quant_type + "-double" * fmt.double_quant
+)
+all_types = pytest.mark.parametrize("kind", QUANT_TYPES)
+bnb_types = pytest.mark.parametrize("kind", ["nf4", "fp4"])
+# 160 % 64 == 32 is where bitsandbytes' CPU kernel is wrong; then odd, ragged, smaller than a block, one value.
+AWKWARD = [(8, 160), (100, 100), (37, 41), (5, 3), (1, 1), (3, 64), (64, 65)]
+awkward = pytest.mark.parametrize("shape", AWKWARD, ids=str)
+
+
+def gaussian(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def round_trip(matrix, fmt, dtype=torch.float32):
+    return dequantize(quantize(matrix, fmt), fmt, tuple(matrix.shape), dtype)
+
+
+def levels(kind):
+    return torch.arange(-8, 8) / 8 if kind == "int4" else bnb.get_4bit_type(kind, device="cpu")
+
+
+def look_up(packed, fmt, shape):
+    """Dequantization in plain torch: high nibble first, level times scale, padding dropped."""
+    codes = packed.weight.view(torch.uint8).int()
+    values = levels(fmt.quant_type)[torch.stack([codes >> 4, codes & 15], dim=1).flatten()]
+    scales = packed.absmax.view(torch.float32).repeat_interleave(fmt.block_size)
+    return (values * scales)[: torch.Size(shape).numel()].view(shape)
+
+
+def nearest(matrix, kind, block):
+    """Quantization in plain torch: every value of a block to the nearest level times the largest magnitude."""
+    flat = torch.nn.functional.pad(matrix.flatten(), (0, -matrix.numel() % block)).view(-1, block)
+    absmax = flat.abs().amax(1, keepdim=True)
+    table = levels(kind)
+    index = (flat.unsqueeze(2) / absmax.unsqueeze(2) - table).abs().argmin(2)
+    return (table[index] * absmax).flatten()[: matrix.numel()].view(matrix.shape)
+
+
+def relative_error(matrix, approximation):
+    return ((matrix.double() - approximation.double()).norm() / matrix.double().norm()).item()
+
+
+@bnb_types
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("block", [64, 256])
+@pytest.mark.parametrize("shape", [(128, 64), (64, 256), (3, 1024)], ids=str)
+def test_equals_bitsandbytes_where_rows_are_whole_blocks(kind, double, block, shape):
+    matrix = gaussian(*shape)
+    codes, state = bnb.quantize_4bit(
+        matrix, blocksize=block, compress_statistics=double, quant_type=kind
+    )
+    fmt = QuantFormat(kind, block, double)
+    assert torch.equal(quantize(matrix, fmt).weight.view(torch.uint8), codes.flatten())
+    if shape[1] % block == 0:
+        assert_close(round_trip(matrix, fmt), bnb.dequantize_4bit(codes, state), rtol=0, atol=0)
+
+
+@bnb_types
+@awkward
+def test_awkward_shapes_equal_the_nearest_level(kind, shape):
+    matrix = gaussian(*shape)
+    assert_close(round_trip(matrix, QuantFormat(kind)), nearest(matrix, kind, 64))
+
+
+@all_types
+@awkward
+@pytest.mark.parametrize("block", [64, 2048])
+def test_dequantize_equals_a_look_up(kind, shape, block):
+    """2048: bitsandbytes takes another path from there on."""
+    fmt = QuantFormat(kind, block)
+    packed = quantize(gaussian(*shape), fmt)
+    assert_close(dequantize(packed, fmt, shape, torch.float32), look_up(packed, fmt, shape))
+
+
+@all_formats
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_dequantize_gives_every_dtype(fmt, dtype):
+    """The half types are the float32 values rounded: one unit in the last place, as the kernel may round twice."""
+    matrix = gaussian(37, 41)
+    found = round_trip(matrix, fmt, dtype)
+    assert found.dtype == dtype
+    assert found.shape == matrix.shape
+    expected = round_trip(matrix, fmt).to(dtype)
+    assert_close(found, expected, rtol=0 if dtype.itemsize > 2 else torch.finfo(dtype).eps, atol=0)
+
+
+@all_formats
+@awkward
+@pytest.mark.parametrize("block", BLOCK_SIZES)
+def test_packed_sizes_are_those_that_quantize_makes(fmt, shape, block):
+    fmt = QuantFormat(fmt.quant_type, block, fmt.double_quant)
+    packed = quantize(gaussian(*shape), fmt)._asdict()
+    assert {k: v.nbytes for k, v in packed.items() if v is not None} == fmt.packed_sizes(
+        torch.Size(shape).numel()
+    )
+    assert all(v.dim() == 1 for v in packed.values() if v is not None)
+
+
+@all_formats
+def test_more_than_256_blocks_have_more_than_one_second_level_scale(fmt):
+    packed = quantize(gaussian(300, 64), fmt)
+    assert {k: v.nbytes for k, v in packed._asdict().items() if v is not None} == fmt.packed_sizes(
+        300 * 64
+    )
+
+
+@pytest.mark.parametrize(("double", "bits"), [(False, 4.5), (True, 4 + 8 / 64 + 32 / (64 * 256))])
+def test_bits_per_weight(double, bits):
+    """4 and a float32 scale for 64 values; doubled (QLoRA, section 3): 4.127 and one offset for the matrix."""
+    values = 64 * 256 * 16
+    stored = sum(QuantFormat("nf4", 64, double).packed_sizes(values).values())
+    assert 8 * stored == bits * values + 32 * double
+
+
+@all_formats
+def test_bytes_survive_a_dtype_conversion_of_the_model(fmt):
+    matrix = gaussian(20, 30)
+    packed = quantize(matrix, fmt)
+    parameters = {
+        k: torch.nn.Parameter(v, requires_grad=False)
+        for k, v in packed._asdict().items()
+        if v is not None
+    }
+    module = torch.nn.ParameterDict(parameters).to(torch.bfloat16).half().float()
+    again = type(packed)(**dict(module.items()))
+    assert torch.equal(dequantize(again, fmt, (20, 30), torch.float32), round_trip(matrix, fmt))
+
+
+# Relative root error on Gaussian weights, 256 x 256, block 64, measured over 20 seeds: mean and standard deviation.
+@pytest.mark.parametrize(
+    ("kind", "double", "mean", "sigma"),
+    [
+        ("nf4", False, 0.09191, 0.00034),
+        ("nf4", True, 0.09194, 0.00034),
+        ("fp4", False, 0.12185, 0.00033),
+        ("fp4", True, 0.12186, 0.00033),
+        ("int4", False, 0.08999, 0.00043),
+        ("int4", True, 0.09011, 0.00043),
+    ],
+)
+def test_error_on_gaussian_weights(kind, double, mean, sigma):
+    matrix = gaussian(256, 256, seed=100)
+    assert relative_error(
+        matrix, round_trip(matrix, QuantFormat(kind, 64, double))
+    ) == pytest.approx(mean, abs=5 * sigma)
+
+
+def test_int4_beats_scaling_by_the_largest_magnitude():
+    """That gives 0.108, 15 levels around zero; the bound of 0.095 is what a clip search is known to reach."""
+    matrix = gaussian(128, 256)
+    steps = matrix.view(-1, 64).abs().amax(1, keepdim=True) / 7
+    plain = (matrix.view(-1, 64) / steps).round() * steps
+    error = relative_error(matrix, round_trip(matrix, QuantFormat("int4")))
+    assert error <= 0.095 < relative_error(matrix.view(-1, 64), plain)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_int4_takes_the_nearest_of_16_levels(double):
+    """For the scales as stored (rounded to 8 bits with double quantization), no other level would be nearer."""
+    fmt = QuantFormat("int4", 64, double)
+    matrix = gaussian(16, 64)
+    packed = quantize(matrix, fmt)
+    grid = levels("int4") * _load_scales(packed.absmax, packed.absmax_state, fmt).view(-1, 1)
+    best = (matrix.unsqueeze(2) - grid.unsqueeze(1)).abs().amin(2)
+    assert_close((matrix - round_trip(matrix, fmt)).abs(), best)
+
+
+def test_int4_searches_its_scales():
+    """Of scales 0.79, 0.82 .. 1.12 times the largest entry, each block has one with the smallest squared error."""
+    matrix = gaussian(32, 64)
+    peak = matrix.gather(1, matrix.abs().argmax(1, keepdim=True))
+    errors = []
+    for clip in torch.linspace(0.79, 1.12, 12):
+        step = -peak * clip / 8
+        errors.append((matrix - (matrix / step).round().clamp(-8, 7) * step).square().sum(1))
+    found = (matrix - round_trip(matrix, QuantFormat("int4"))).square().sum(1)
+    assert_close(found, torch.stack(errors).amin(0))
+
+
+def test_int4_keeps_a_lone_outlier_and_a_constant_block_exactly():
+    matrix = torch.zeros(3, 64)
+    matrix[0, 5], matrix[1], matrix[2, 7] = 1000.0, 0.5, -0.01
+    assert_close(round_trip(matrix, QuantFormat("int4")), matrix, rtol=1e-6, atol=0)
+
+
+@all_types
+def test_all_zero_blocks_stay_zero_and_harm_no_other(kind):
+    matrix = gaussian(4, 64)
+    expected = round_trip(matrix, QuantFormat(kind))
+    matrix[2] = 0
+    expected[2] = 0
+    if (
+        kind == "int4"
+    ):  # level 0 is code 8; a scale of 0 must not end in a NaN that is cast to an integer
+        assert (
+            quantize(matrix, QuantFormat(kind)).weight.view(torch.uint8).view(4, 32)[2] == 0x88
+        ).all()
+    assert_close(round_trip(matrix, QuantFormat(kind)), expected, rtol=0, atol=0)
+
+
+@all_formats
+def test_zero_matrix_stays_zero(fmt):
+    assert not round_trip(torch.zeros(5, 64), fmt).any()
+
+
+@all_types
+def test_an_outlier_is_kept_and_harms_its_own_block_only(kind):
+    """INT4's nearest clip is 1.01: the outlier is kept to 1 %; the others keep the largest magnitude exactly."""
+    matrix = gaussian(4, 64)
+    expected = round_trip(matrix, QuantFormat(kind))
+    matrix[1, 5] = 1000.0
+    found = round_trip(matrix, QuantFormat(kind))
+    assert found[1, 5].item() == pytest.approx(1000, rel=0.011 if kind == "int4" else 0)
+    assert torch.equal(found[[0, 2, 3]], expected[[0, 2, 3]])
+
+
+@bnb_types
+@awkward
+def test_quantizing_a_dequantized_matrix_changes_nothing(kind, shape):
+    once = round_trip(gaussian(*shape), QuantFormat(kind))
+    assert_close(round_trip(once, QuantFormat(kind)), once, rtol=0, atol=0)
+
+
+@all_types
+def test_scaling_by_a_power_of_two_scales_the_result(kind):
+    matrix = gaussian(10, 30)
+    assert torch.equal(
+        round_trip(matrix * 0.25, QuantFormat(kind)), round_trip(matrix, QuantFormat(kind)) * 0.25
+    )
+
+
+@all_formats
+def test_layout_and_dtype_of_the_matrix_do_not_matter(fmt):
+    """A Conv1D weight is read as a transposed view; models come in bf16."""
+    matrix = gaussian(48, 36).bfloat16()
+    expected = quantize(matrix.float().T.contiguous(), fmt)
+    for a, b in zip(quantize(matrix.T, fmt), expected, strict=True):
+        assert a is b is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quant_type": "nf3"}, "quant_type is 'nf3'; it must be one of nf4, fp4, int4"),
+        ({"block_size": 32}, "block_size is 32; it must be one of 64, 128"),
+        ({"block_size": 100}, "block_size is 100"),
+    ],
+)
+def test_formats_that_do_not_exist_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        QuantFormat(**settings)
+
+
+@pytest.mark.parametrize("block_size", [64, 4096])
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_rounded_is_quantized_and_back_to_the_bit(quant_type, double_quant, block_size):
+    fmt = QuantFormat(quant_type, block_size, double_quant)
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((1,), (63,), (7, 64), (33, 129), (300, 1000)):
+        matrix = torch.randn(shape, generator=generator) * torch.rand(
+            shape, generator=generator
+        ).pow(4)
+        assert torch.equal(
+            rounded(matrix, fmt), dequantize(quantize(matrix, fmt), fmt, shape, torch.float32)
+        )
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_rounded_agrees_at_the_boundaries_between_levels(quant_type):
+    """Midpoints of levels, their neighbours among floats, and the edges of the look-up cells; extreme scales too."""
+    fmt = QuantFormat(quant_type)
+    levels = bnb.get_4bit_type(quant_type, device="cpu").float().sort().values
+    middles = (levels[1:] + levels[:-1]) / 2
+    away = [torch.nextafter(middles, torch.tensor(side)) for side in (-2.0, 2.0)]
+    values = torch.cat(
+        [middles, *away, levels, torch.linspace(-1, 1, 1025), torch.tensor([1e-38, -1e-45, 0.0])]
+    )
+    values = torch.nn.functional.pad(values, (0, -len(values) % 63)).view(-1, 63)
+    matrix = torch.cat(
+        [torch.ones(len(values), 1), values], dim=1
+    )  # the largest entry of every block is 1
+    for scale in (1.0, 1e30, 1e-30, 0.0):
+        scaled = matrix * scale
+        back = dequantize(quantize(scaled, fmt), fmt, tuple(scaled.shape), torch.float32)
+        assert torch.equal(rounded(scaled, fmt), back)
+
+
+@all_formats
+@pytest.mark.parametrize("width", [32, 40, 64, 96, 128])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_linear_multiplies_by_the_dequantized_matrix(fmt, width, tokens):
+    """bitsandbytes does where rows are whole blocks; others, such as 32 and 96 wide, its CPU kernel reads wrongly."""
+    W, x = (
+        torch.randn(rows, width, generator=torch.Generator().manual_seed(rows))
+        for rows in (8, tokens)
+    )
+    packed = quantize(W, fmt)
+    assert_close(
+        linear(x, packed, fmt, (8, width)), x @ dequantize(packed, fmt, (8, width), torch.float32).T
+    )

@@ -1,0 +1,98 @@
+from collections import Counter
+
+import pytest
+import torch
+from transformers import AutoModel
+
+import qrefta
+from eval.tasks.demo import model_folder
+from qrefta.config import QReftaConfig
+from qrefta.model.stacks import find_stacks, model_weights
+from qrefta.nn.factors import BANK
+from qrefta.split.allocate import _Spectra
+from tests.models import tiny_bert
+
+
+def factor_bytes(model):
+    return sum(factors.stored_bytes for factors in getattr(model, BANK).values())
+
+
+def ratio(model):
+    report = qrefta.quant_report(model)
+    return sum(row["residual_error"] for row in report) / sum(
+        row["baseline_error"] for row in report
+    )
+
+
+def uneven_bert():
+    """Queries with a few strong components, everything else flat."""
+    model = tiny_bert()
+    for layer in model.bert.encoder.layer:
+        weight = layer.attention.self.query.weight.data
+        weight[:, :2] *= 8
+    return model
+
+
+def minilm():
+    return AutoModel.from_pretrained(model_folder(), dtype=torch.float32)
+
+
+def test_a_budget_is_kept_used_and_well_spent():
+    uniform = qrefta.prepare(minilm(), rank=24, refine=0)
+    budget = factor_bytes(uniform) / 1e6
+    model = qrefta.prepare(minilm(), rank="auto", budget_mb=budget, refine=0)
+    assert 0.95 * budget <= factor_bytes(model) / 1e6 <= budget
+    assert ratio(model) < ratio(uniform)
+    ranks = {row["stack"]: row["rank"] for row in qrefta.quant_report(model)}
+    assert min(ranks.values()) >= 1
+    assert len(set(ranks.values())) > 1
+
+
+def test_components_come_in_order_of_error_removed_per_byte():
+    """Of stacks whose components cost 128 and 192 bytes in bf16, and the mix."""
+    model = uneven_bert()
+    stacks = find_stacks(model)
+    spectra = _Spectra(stacks, [model_weights(model, stack) for stack in stacks], QReftaConfig())
+    spectra._deepen_all(8)
+    assert len(set(spectra.costs)) > 1
+    taken, worth = Counter(), []
+    for index in spectra._by_worth():
+        taken[index] += 1
+        worth.append(spectra._removed(index, taken[index]) / spectra.costs[index])
+    assert worth == sorted(worth, reverse=True)
+    assert set(taken.values()) == {7}  # the first is everyone's
+
+
+@pytest.mark.parametrize("asked", [0.6, 0.45])
+def test_an_error_ratio_is_reached_and_not_overspent(asked):
+    model = qrefta.prepare(uneven_bert(), rank="auto", error_ratio=asked, refine=1)
+    assert 0.9 * asked <= ratio(model) <= asked
+
+
+def test_the_choice_is_printed_stored_and_loaded(tmp_path, capsys):
+    model = qrefta.prepare(uneven_bert(), rank="auto", budget_mb=0.02)
+    ranks = [row["rank"] for row in qrefta.quant_report(model)]
+    assert f"attention.self.query {ranks[0]}" in capsys.readouterr().out
+    model.save_pretrained(tmp_path)
+    loaded = qrefta.load(tmp_path)
+    assert [row["rank"] for row in qrefta.quant_report(loaded)] == ranks
+    assert loaded.config.quantization_config.rank == "auto"
+    assert loaded.config.quantization_config.budget_mb == 0.02
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": "auto"}, "needs either budget_mb"),
+        ({"rank": "auto", "budget_mb": 1, "error_ratio": 0.5}, "needs either budget_mb"),
+        ({"rank": 4, "budget_mb": 1}, 'go with rank="auto"'),
+        ({"rank": "auto", "budget_mb": -1}, "must be a positive number"),
+        ({"rank": "auto", "error_ratio": 1.5}, "error_ratio is 1.5"),
+        ({"rank": "auto", "budget_mb": 1, "bits": 16}, "16 bits have none"),
+        ({"rank": "auto", "budget_mb": 1e-5}, "one component of each of the 6 stacks takes"),
+        ({"rank": "auto", "error_ratio": 1e-9, "refine": 0}, "the largest ranks reach only"),
+    ],
+)
+def test_needs_that_cannot_be_met_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        qrefta.prepare(tiny_bert(), **settings)

@@ -1,0 +1,481 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.testing import assert_close
+from transformers import AutoModel
+
+from qrefta.model.stacks import LayerStack, find_stacks
+from qrefta.split import calibrate as moments_module
+from qrefta.split.calibrate import (
+    Moments,
+    gather_moments,
+    load_moments,
+    output_error,
+    shared_metric,
+)
+from qrefta.train.data import read_calibration
+from tests.models import (
+    ARCHITECTURES,
+    TOWERS,
+    VOCAB,
+    inputs,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_t5,
+)
+from tests.tiny import color_rows, tiny_tokenizer
+
+DOUBLE = torch.float64
+
+
+def gather(model, batches, **options):
+    return gather_moments(model, find_stacks(model), batches, progress=False, **options)
+
+
+def paths_of(model):
+    return [path for stack in find_stacks(model) for path in stack.modules]
+
+
+def captured(model, batches):
+    """Every input of every stacked linear, one list a linear."""
+    found = {path: [] for path in paths_of(model)}
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(
+            lambda _, args, path=path: found[path].append(args[0])
+        )
+        for path in found
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def explicit(tensors):
+    """(E[x^T x], tokens) in float64 of inputs (..., in)."""
+    rows = torch.cat([x.double().reshape(-1, x.shape[-1]) for x in tensors])
+    return (rows.T @ rows / len(rows)), len(rows)
+
+
+def second(batch):
+    """Another batch like it."""
+    return {
+        name: (x.flip(0, 1) + 3) % VOCAB if "ids" in name else x.flip(-1) * 1
+        for name, x in batch.items()
+    }
+
+
+def padded_batch(lengths, length, generator_seed=3):
+    generator = torch.Generator().manual_seed(generator_seed)
+    mask = (torch.arange(length)[None] < torch.tensor(lengths)[:, None]).long()
+    ids = torch.randint(2, VOCAB, (len(lengths), length), generator=generator)
+    return ids * mask, mask
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES | TOWERS)
+def test_moments_are_those_of_the_captured_inputs(name):
+    model = (ARCHITECTURES | TOWERS)[name]()
+    batches = [inputs(model), second(inputs(model))]
+    moments = gather(model, batches)
+    for path, tensors in captured(model, batches).items():
+        expected, tokens = explicit(tensors)
+        assert_close(
+            moments.of(path), expected.float(), rtol=1e-5, atol=1e-5 * expected.abs().max().item()
+        )
+        assert moments.tokens[moments.owners[path]] == tokens
+
+
+@pytest.mark.parametrize("build", [tiny_bert, tiny_llama, tiny_gpt2])
+def test_padding_is_left_out(build):
+    model = build()
+    ids, mask = padded_batch([5, 9], 9)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    moments = gather(model, [batch])
+    for path, (x,) in captured(model, [batch]).items():
+        expected, tokens = explicit([x[mask.bool()]])
+        assert_close(
+            moments.of(path), expected.float(), rtol=1e-5, atol=1e-5 * expected.abs().max().item()
+        )
+        assert moments.tokens[moments.owners[path]] == tokens == 14
+
+
+@pytest.mark.parametrize("decoder_length", [7, 9])
+def test_t5_counts_encoder_and_decoder_tokens_by_their_own_masks(decoder_length):
+    """Also where both are of one length: cross-attention's keys and values read the encoder's output."""
+    model = tiny_t5()
+    ids, mask = padded_batch([5, 9], 9)
+    decoder_ids, decoder_mask = padded_batch([decoder_length, 2], decoder_length, 4)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    batch |= {"decoder_input_ids": decoder_ids, "decoder_attention_mask": decoder_mask}
+    moments = gather(model, [batch])
+    for path, (x,) in captured(model, [batch]).items():
+        by_encoder = path.startswith("encoder") or path.endswith(
+            ("EncDecAttention.k", "EncDecAttention.v")
+        )
+        expected, _ = explicit([x[(mask if by_encoder else decoder_mask).bool()]])
+        assert_close(
+            moments.of(path), expected.float(), rtol=1e-5, atol=1e-5 * expected.abs().max().item()
+        )
+
+
+def test_t5_gets_decoder_inputs_from_labels_or_from_its_encoder():
+    model = tiny_t5()
+    ids, mask = padded_batch([5, 9], 9)
+    labels = torch.tensor([[5, 6, 7, 8], [9, 1, -100, -100]])
+    path = "decoder.block.0.layer.0.SelfAttention.q"
+    for extra, expected in ({"labels": labels}, 6), ({}, 14):
+        moments = gather(model, [{"input_ids": ids, "attention_mask": mask} | extra])
+        assert moments.tokens[moments.owners[path]] == expected
+
+
+def test_linears_with_the_same_input_share_one_moment():
+    moments = gather(tiny_llama(), [inputs(tiny_llama())])
+    layer = "model.layers.1."
+    owners = [moments.owners[f"{layer}self_attn.{name}_proj"] for name in "qkv"]
+    assert len(set(owners)) == 1
+    assert moments.owners[layer + "mlp.gate_proj"] == moments.owners[layer + "mlp.up_proj"]
+    assert moments.owners[layer + "mlp.down_proj"] not in owners
+    assert len(moments.tokens) == 4 * 3  # q k v, o, gate up, down
+
+
+class Fickle(nn.Module):
+    """Two linears that share their input in some calls only, once written to in between."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, input_ids):
+        x = input_ids
+        if x[0, 0] > 0:
+            self.left(x), self.right(x)
+        elif x[0, 0] > -1:
+            self.left(x), self.right(x.clone() * 2), self.left(x), self.left(x)
+        else:
+            self.left(x), self.right(x.mul_(2))
+
+
+def test_sharing_that_ends_changes_no_moment():
+    model = Fickle()
+    stacks = [LayerStack("*", ("left", "right"), 4, 4)]
+    generator = torch.Generator().manual_seed(0)
+    xs = [torch.randn(5, 4, generator=generator) for _ in range(3)]
+    for x, value in zip(xs, (1.0, -0.5, -2.0)):
+        x[0, 0] = value
+    moments = gather_moments(model, stacks, [x.clone() for x in xs], progress=False)
+    assert moments.tokens == {"left": 25, "right": 15}
+    assert_close(moments.of("left"), explicit([xs[0], xs[1], xs[1], xs[1], xs[2]])[0].float())
+    assert_close(moments.of("right"), explicit([xs[0], xs[1] * 2, xs[2] * 2])[0].float())
+
+
+def test_inputs_beyond_full_width_keep_their_diagonal(monkeypatch):
+    model = tiny_bert()
+    full = gather(model, [inputs(model)])
+    monkeypatch.setattr(moments_module, "FULL_WIDTH", 32)
+    moments = gather(model, [inputs(model)])
+    for path in paths_of(model):
+        if "output.dense" in path and "attention" not in path:
+            assert_close(moments.of(path), full.of(path).diagonal())
+        else:
+            assert torch.equal(moments.of(path), full.of(path))
+
+
+def test_sums_are_the_same_in_single_precision(monkeypatch):
+    model = tiny_bert()
+    batches = [inputs(model), second(inputs(model))]
+    full = gather(model, batches)
+    monkeypatch.setattr(moments_module, "DOUBLE_WIDTH", 0)
+    for path in paths_of(model):
+        assert_close(gather(model, batches).of(path), full.of(path))
+
+
+def test_batches_may_be_tensors_and_hold_what_the_model_does_not_take():
+    model = tiny_llama()
+    batch = inputs(model)
+    expected = gather(model, [batch])
+    for other in (
+        batch["input_ids"],
+        batch | {"labels": batch["input_ids"], "token_type_ids": batch["input_ids"], "n": 3},
+    ):
+        moments = gather(model, [other])
+        assert all(torch.equal(moments.of(path), expected.of(path)) for path in paths_of(model))
+
+
+def test_saved_moments_come_back_bit_equal_and_one_at_a_time(tmp_path):
+    model = tiny_gpt2()
+    moments = gather(model, [inputs(model)])
+    moments.save(tmp_path / "m.safetensors")
+    loaded = load_moments(tmp_path / "m.safetensors")
+    assert (loaded.owners, loaded.tokens) == (moments.owners, moments.tokens)
+    assert all(torch.equal(loaded.of(path), moments.of(path)) for path in paths_of(model))
+    loaded.save(tmp_path / "m.safetensors")  # over the file that it reads
+    assert torch.equal(
+        load_moments(tmp_path / "m.safetensors").of("transformer.h.0.attn.c_attn"),
+        moments.of("h.0.attn.c_attn"),
+    )
+    assert [file.name for file in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    file = tmp_path / "m.safetensors"
+    model = tiny_bert()
+    moments = gather(model, [inputs(model)])
+    moments.save(file)
+    before = file.read_bytes()
+
+    def fail(*_):
+        raise OSError("no space")
+
+    monkeypatch.setattr(moments_module.os, "replace", fail)
+    with pytest.raises(OSError, match="no space"):
+        moments.save(file)
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_missing_damaged_and_foreign_files_are_refused(tmp_path):
+    file = tmp_path / "m.safetensors"
+    with pytest.raises(ValueError, match="no file"):
+        load_moments(file)
+    model = tiny_bert()
+    gather(model, [inputs(model)]).save(file)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="damaged"):
+        load_moments(file)
+    save_file({"weight": torch.ones(2)}, file)
+    with pytest.raises(ValueError, match="format None"):
+        load_moments(file)
+    metadata = {
+        "format": moments_module.FORMAT,
+        "owners": json.dumps({"a": "b"}),
+        "tokens": json.dumps({"b": 1}),
+    }
+    save_file({"c": torch.ones(2)}, file, metadata)
+    with pytest.raises(ValueError, match="lacks moments"):
+        load_moments(file)
+
+
+def test_a_base_models_prefix_may_be_missing_on_either_side(tmp_path):
+    model = tiny_bert()
+    model.save_pretrained(tmp_path)
+    base = AutoModel.from_pretrained(tmp_path)
+    from_head, from_base = gather(model, [inputs(model)]), gather(base, [inputs(model)])
+    for path in paths_of(base):
+        assert torch.equal(from_head.of(path), from_base.of("bert." + path))
+    with pytest.raises(ValueError, match="has none"):
+        from_head.of("encoder.layer.9.attention.self.query")
+    with pytest.raises(ValueError, match="several"):
+        from_head.of("dense")
+
+
+def test_errors_leave_no_hooks_and_the_mode_as_it_was():
+    model = tiny_bert().train()
+    model.bert.embeddings.eval()
+    model.bert.encoder.layer[1].intermediate.dense.weight.data[0, 0] = float("nan")
+    modes = [module.training for module in model.modules()]
+    with pytest.raises(ValueError, match=r"layer\.1\.output\.dense holds NaN"):
+        gather(model, [inputs(model)])
+    with pytest.raises(ValueError, match="no batches"):
+        gather(model, [])
+    with pytest.raises(ValueError, match="no tensors"):
+        gather(model, [{"text": ["a"], "labels": torch.ones(1)}])
+    with pytest.raises(ValueError, match="A batch is a list"):
+        gather(model, [["a"]])
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_eval_mode_is_used_and_the_mode_restored():
+    model = tiny_bert()
+    expected = gather(model, [inputs(model)])
+    model.train()
+    moments = gather(model, [inputs(model)])
+    assert all(torch.equal(moments.of(path), expected.of(path)) for path in paths_of(model))
+    assert all(module.training for module in model.modules())
+
+
+def test_a_linear_that_no_token_reached_is_named():
+    stacks = [LayerStack("*", ("left", "right"), 4, 4)]
+    model = Fickle()
+    model.forward = lambda input_ids: model.left(input_ids)
+    with pytest.raises(ValueError, match=r"No token reached 1 linears \(right\)"):
+        gather_moments(model, stacks, [torch.randn(3, 4)], progress=False)
+
+
+def fixed_moments(*tensors):
+    names = [f"layers.{index}.q" for index in range(len(tensors))]
+    found = dict(zip(names, tensors, strict=True))
+    stack = LayerStack("layers.*.q", tuple(names), 8, tensors[0].shape[0])
+    return Moments(
+        {name: name for name in names}, dict.fromkeys(names, 1), found.__getitem__
+    ), stack
+
+
+def random_moment(width, rank, seed):
+    x = torch.randn(rank, width, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
+    return x.T @ x
+
+
+def explicit_shared(*tensors):
+    """The definition, matrix by matrix."""
+    parts = []
+    for moment in tensors:
+        ridged = moment.double() + 1e-4 * moment.diagonal().mean() * torch.eye(
+            len(moment), dtype=DOUBLE
+        )
+        parts.append(ridged / ridged.diagonal().mean())
+    return torch.stack(parts).mean(0)
+
+
+@pytest.mark.parametrize("ranks", [(40, 40), (3, 5), (1, 1)])
+def test_roots_are_those_of_the_definition(ranks):
+    tensors = [random_moment(24, rank, seed) * 10.0**seed for seed, rank in enumerate(ranks)]
+    expected = explicit_shared(*tensors)
+    root, inverse = moments_module._roots(expected)
+    assert_close(root @ root, expected)
+    assert_close(root @ inverse, torch.eye(24, dtype=DOUBLE))
+    metric = shared_metric(*fixed_moments(*(tensor.float() for tensor in tensors)))
+    assert metric.root.dtype == torch.float32
+    assert_close(metric.root, root.float(), rtol=1e-4, atol=1e-5)
+    assert metric.root.double().square().sum().item() / 24 == pytest.approx(
+        1, rel=1e-5
+    )  # mean(diag S)
+    V = torch.randn(24, 3, generator=torch.Generator().manual_seed(9), dtype=DOUBLE)
+    assert_close(metric.apply(V), metric.root.double() @ V)
+    assert_close(metric.apply_inverse(metric.apply(V)), V, rtol=1e-3, atol=1e-3)
+
+
+def test_a_diagonal_metric_is_the_full_one_of_a_diagonal_matrix():
+    diagonals = [random_moment(24, 40, seed).diagonal().float() for seed in range(2)]
+    diagonals[0][:4] = 0
+    V = torch.randn(24, 3, generator=torch.Generator().manual_seed(9))
+    thin, full = (
+        shared_metric(*fixed_moments(*x)) for x in (diagonals, [d.diag() for d in diagonals])
+    )
+    assert thin.root.shape == (24,)
+    assert_close(thin.apply(V), full.apply(V))
+    assert_close(thin.apply_inverse(V), full.apply_inverse(V))
+
+
+def test_stacks_with_the_same_inputs_share_a_metric():
+    model = tiny_bert()
+    moments = gather(model, [inputs(model)])
+    query, key, _, output, *_ = find_stacks(model)
+    assert shared_metric(moments, key) is shared_metric(moments, query)
+    assert not torch.equal(shared_metric(moments, output).root, shared_metric(moments, query).root)
+
+
+@pytest.mark.parametrize("shape", [(24,), (24, 24)])
+def test_dead_inputs_count_as_the_identity(shape):
+    metric = shared_metric(*fixed_moments(torch.zeros(shape), torch.zeros(shape)))
+    V = torch.randn(24, 3, generator=torch.Generator().manual_seed(9))
+    assert_close(metric.apply(V), V)
+    assert_close(metric.apply_inverse(V), V)
+    alive = random_moment(24, 40, 0).float()
+    mixed = shared_metric(
+        *fixed_moments(torch.zeros(shape), alive if len(shape) == 2 else alive.diagonal())
+    )
+    assert all(part.isfinite().all() for part in mixed)
+
+
+def test_a_metric_needs_moments_of_the_stacks_width():
+    moments, stack = fixed_moments(random_moment(24, 40, 0))
+    wider = LayerStack(stack.name, stack.modules, 8, 32)
+    with pytest.raises(ValueError, match="24 wide, its weight 32"):
+        shared_metric(moments, wider)
+
+
+@pytest.mark.parametrize("rows", [3, 1000])
+def test_output_error_is_the_error_of_the_outputs(rows, monkeypatch):
+    monkeypatch.setattr(moments_module, "ROWS", rows)
+    generator = torch.Generator().manual_seed(0)
+    x, errors = torch.randn(50, 24, generator=generator), torch.randn(10, 24, generator=generator)
+    expected = (x.double() @ errors.double().T).square().sum().item() / 50
+    moment = explicit([x])[0].float()
+    assert output_error(errors, moment) == pytest.approx(expected, rel=1e-5)
+    diagonal = (errors.double().square() * moment.double().diagonal()).sum().item()
+    assert output_error(errors, moment.diagonal()) == pytest.approx(diagonal, rel=1e-5)
+
+
+def test_calibration_reads_text_and_tables(tmp_path):
+    texts = [row["text"] for row in color_rows(12, seed=5)]
+    (tmp_path / "a.txt").write_text("\n\n".join(texts) + "\n   \n")
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join(json.dumps({"id": i, "note": t}) for i, t in enumerate(texts))
+    )
+    (tmp_path / "a.csv").write_text(
+        "title,sentence\n" + "\n".join(f"blue,{text}" for text in texts)
+    )
+    (tmp_path / "a.tsv").write_text("title\ttext\n" + "\n".join(f"blue\t{text}" for text in texts))
+    tokenizer = tiny_tokenizer()
+    first = read_calibration(tmp_path / "a.txt", tokenizer, batch_size=5, max_length=5)
+    assert [tuple(batch["input_ids"].shape) for batch in first] == [(5, 5), (5, 5), (2, 5)]
+    for name in "a.jsonl", "a.csv", "a.tsv":
+        batches = read_calibration(tmp_path / name, tokenizer, batch_size=5, max_length=5)
+        for batch, other in zip(batches, first, strict=True):
+            assert torch.equal(batch["input_ids"], other["input_ids"])
+
+
+def test_calibration_samples_by_seed_and_feeds_a_model(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text(
+        "\n".join(row["text"][: 20 + i] for i, row in enumerate(color_rows(30, seed=5)))
+    )
+    tokenizer = tiny_tokenizer()
+    one, same, other = (
+        read_calibration(file, tokenizer, samples=10, seed=seed) for seed in (0, 0, 1)
+    )
+    assert sum(len(batch["input_ids"]) for batch in one) == 10
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(one, same, strict=True))
+    assert any(
+        not torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(one, other, strict=True)
+    )
+    file.write_text(
+        "\n".join(("red ", "blue ")[words % 2] * words for words in (5, 2, 8, 1, 6, 3, 7, 4))
+    )
+    widths = [
+        batch["input_ids"].shape[1] for batch in read_calibration(file, tokenizer, batch_size=2)
+    ]
+    assert widths == [2, 4, 6, 8]  # texts of like length together
+    model = tiny_llama()
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in one)
+    assert set(gather(model, one).tokens.values()) == {tokens}
+
+
+@pytest.mark.parametrize(("eos", "shapes"), [("[UNK]", [(2, 3)]), (None, [(1, 1), (1, 3)])])
+def test_a_tokenizer_without_pad_token_stays_without(tmp_path, eos, shapes):
+    (tmp_path / "a.txt").write_text("red\nred blue red")
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token, tokenizer.eos_token = None, eos
+    batches = read_calibration(tmp_path / "a.txt", tokenizer)
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == shapes
+    assert sum(int(batch["attention_mask"].sum()) for batch in batches) == 4
+    assert tokenizer.pad_token is None
+
+
+def test_files_without_text_are_refused(tmp_path):
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(ValueError, match="no file"):
+        read_calibration(tmp_path / "none.txt", tokenizer)
+    for name, content in ("a.txt", "\n \n"), ("a.csv", ""), ("a.jsonl", '{"text": ""}\n'):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match="holds no text"):
+            read_calibration(tmp_path / name, tokenizer)
+    for name, content in ("b.csv", "text\n"), ("b.jsonl", '{"text": '):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match="cannot be read as a table"):
+            read_calibration(tmp_path / name, tokenizer)
+    (tmp_path / "n.csv").write_text("n\n1\n")
+    with pytest.raises(ValueError, match="no column of text"):
+        read_calibration(tmp_path / "n.csv", tokenizer)
+    (tmp_path / "a.pdf").write_text("x")
+    with pytest.raises(ValueError, match="ends in"):
+        read_calibration(tmp_path / "a.pdf", tokenizer)
+    with pytest.raises(ValueError, match="must be >= 1"):
+        read_calibration(tmp_path / "a.txt", tokenizer, samples=0)

@@ -1,0 +1,351 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+import qrefta
+from qrefta.files import safetensors as shards
+from qrefta.model.build import model_class
+from qrefta.split import checkpoint as convert_module
+from tests.models import ARCHITECTURES, EXPERTS
+
+CHOSEN = ["bert", "llama_gqa", "gpt2", "vit", "t5"]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def save(architecture, dtype=torch.float32, **options):
+        model = (ARCHITECTURES | EXPERTS)[architecture]().to(dtype)
+        model.save_pretrained(tmp_path / "dense", **options)
+        return tmp_path / "dense"
+
+    return save
+
+
+def in_memory(folder, **settings):
+    model = model_class(
+        json.loads((folder / "config.json").read_text())["architectures"][0], folder
+    )
+    return qrefta.prepare(model.from_pretrained(folder, dtype="auto"), progress=False, **settings)
+
+
+def assert_equal(folder, model):
+    loaded = qrefta.load(folder, dtype="auto")
+    expected, state = model.state_dict(), loaded.state_dict()
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(state[name], tensor), name
+    stored = [name for file in folder.glob("*.safetensors") for name in load_file(file)]
+    assert len(stored) == len(set(stored))  # no dense weight beside its packed one
+    assert qrefta.quant_report(loaded) == qrefta.quant_report(model)
+    return loaded
+
+
+@pytest.mark.parametrize("architecture", CHOSEN)
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "20KB"}], ids=["one file", "shards"])
+def test_the_result_is_that_of_preparing_in_memory_bit_for_bit(
+    saved, tmp_path, architecture, options
+):
+    dense = saved(architecture, **options)
+    before = {file.name: file.read_bytes() for file in dense.iterdir()}
+    assert (
+        qrefta.prepare(dense, out=tmp_path / "out", rank=5, refine=2, progress=False)
+        == tmp_path / "out"
+    )
+    assert_equal(tmp_path / "out", in_memory(dense, rank=5, refine=2))
+    assert {file.name: file.read_bytes() for file in dense.iterdir()} == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "settings",
+    [{"bits": 16}, {"quant_type": "int4", "double_quant": True, "refine": 1}],
+    ids=["16 bits", "int4"],
+)
+def test_other_dtypes_and_formats_are_equal_too(saved, tmp_path, dtype, settings):
+    dense = saved("llama_gqa", dtype)
+    qrefta.prepare(dense, out=tmp_path / "out", rank=4, progress=False, **settings)
+    assert_equal(tmp_path / "out", in_memory(dense, rank=4, **settings))
+
+
+def test_16_bits_of_conv1d_are_equal_too(saved, tmp_path):
+    """GPT-2 stores (in, out); an adapted layer stores (out, in) whatever its bits."""
+    dense = saved("gpt2")
+    qrefta.prepare(dense, out=tmp_path / "out", rank=4, bits=16, progress=False)
+    assert_equal(tmp_path / "out", in_memory(dense, rank=4, bits=16))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "bits"),
+    [
+        ("mixtral", {}, 4),
+        ("mixtral", {"save_original_format": False}, 4),
+        ("qwen3_moe", {}, 4),
+        ("gpt_oss", {}, 16),
+    ],
+    ids=["one by one", "fused", "many", "transposed"],
+)
+def test_experts_are_read_one_by_one_or_fused(saved, tmp_path, architecture, options, bits):
+    """transformers stores the experts of most models as matrices of their own, in shards of any size."""
+    dense = saved(architecture, max_shard_size="40KB", **options)
+    settings = {"rank": 5, "refine": 0, "bits": bits}
+    qrefta.prepare(dense, out=tmp_path / "out", progress=False, **settings)
+    assert_equal(tmp_path / "out", in_memory(dense, **settings))
+
+
+def test_a_missing_expert_is_told(saved, tmp_path):
+    dense = saved("mixtral")
+    tensors = load_file(dense / "model.safetensors")
+    del tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
+    save_file(tensors, dense / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ValueError,
+        match=r"no tensor for 1 of the 12 linears, .* model\.layers\.1\.mlp\.experts\.gate_up",
+    ):
+        qrefta.prepare(dense, out=tmp_path / "out", rank=2, progress=False)
+
+
+def test_smaller_blocks_differ_by_rounding(saved, tmp_path, monkeypatch):
+    """Sums of float32 products in another order; a factor may then round to the next bf16 value."""
+    dense = saved("bert")
+    monkeypatch.setattr(convert_module, "BLOCK_BYTES", 1 << 12)
+    qrefta.prepare(dense, out=tmp_path / "out", rank=5, refine=0, progress=False)
+    report, expected = (
+        qrefta.quant_report(model)
+        for model in (qrefta.load(tmp_path / "out"), in_memory(dense, rank=5, refine=0))
+    )
+    for row, other in zip(report, expected, strict=True):
+        assert row["residual_error"] == pytest.approx(other["residual_error"], rel=1e-2)
+
+
+def test_an_interrupted_run_is_no_model_and_goes_on(saved, tmp_path, monkeypatch):
+    dense, out = saved("bert"), tmp_path / "out"
+    whole = tmp_path / "whole"
+    qrefta.prepare(dense, out=whole, rank=5, progress=False)
+    real, count = shards.write_shard, iter(range(100))
+
+    def fail(path, tensors):
+        if next(count) == 3:
+            raise OSError(28, "No space left on device")
+        real(path, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "write_shard", fail)
+        with pytest.raises(OSError, match="No space left"):
+            qrefta.prepare(dense, out=out, rank=5, progress=False)
+    assert not (out / "config.json").exists()
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        qrefta.load(out)
+    with pytest.raises(ValueError, match="unfinished run with another settings"):
+        qrefta.prepare(dense, out=out, rank=6, progress=False)
+    written = []
+    monkeypatch.setattr(
+        shards, "write_shard", lambda path, tensors: (written.append(path), real(path, tensors))
+    )
+    qrefta.prepare(dense, out=out, rank=5, progress=False)
+    assert len(written) == 3  # of six stacks three were there
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == {
+        f.name: f.read_bytes() for f in whole.iterdir()
+    }
+
+
+def test_a_run_that_was_killed_before_its_journal_had_its_name_is_begun_anew(saved, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / f"{convert_module.JOURNAL}.tmp").write_text("{")
+    qrefta.prepare(saved("bert"), out=out, rank=5, refine=0, progress=False)
+    qrefta.load(out)
+    assert not list(out.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("last", ["write_card", "write_digests"])
+def test_a_run_that_was_killed_while_it_finished_goes_on(saved, tmp_path, monkeypatch, last):
+    dense, out = saved("bert"), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_module, last, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            qrefta.prepare(dense, out=out, rank=5, refine=0, progress=False)
+    qrefta.prepare(dense, out=out, rank=5, refine=0, progress=False)
+    assert (out / "qrefta_sha256.json").exists()
+    assert not (out / convert_module.JOURNAL).exists()
+    qrefta.load(out)
+
+
+def test_a_killed_run_goes_on(saved, tmp_path):
+    """Signal 9 at some moment: nothing that loads is left, and the second run ends as an undisturbed one."""
+    dense, out, whole = saved("bert"), tmp_path / "out", tmp_path / "whole"
+    # not a fork, which has locks of other threads but not the threads
+    process = subprocess.Popen([sys.executable, "-m", "qrefta", "prepare", dense, out, "--rank=5"])
+    while not (out / convert_module.JOURNAL).exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    if process.wait():
+        assert process.returncode == -signal.SIGKILL
+        assert not (out / "config.json").exists()
+        qrefta.prepare(dense, out=out, rank=5, progress=False)
+    qrefta.prepare(dense, out=whole, rank=5, progress=False)
+    first, second = (load_all(folder) for folder in (out, whole))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert_close(tensor, second[name], rtol=1e-2, atol=1e-2)  # it may have had more threads
+
+
+def load_all(folder):
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= {
+            n: t.float()
+            for n, t in load_file(file).items()
+            if n.startswith("qrefta_factors") and t.is_floating_point()
+        }
+    return tensors
+
+
+def test_a_folder_in_use_is_refused(saved, tmp_path):
+    dense, out = saved("bert"), tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        qrefta.prepare(dense, out=out, rank=2)
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+
+
+def damage_nan(folder):
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if "layer.1.attention.self.key.weight" in name)
+    tensors[name][3, 4] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def damage_missing(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop(next(name for name in tensors if "layer.1.attention.self.key.weight" in name))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def damage_rows(folder):
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if "layer.1.attention.self.key.weight" in name)
+    tensors[name] = tensors[name][:-1].contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def damage_truncate(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def damage_index(folder):
+    (folder / "model.safetensors").unlink()  # which goes before an index
+    (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "gone.safetensors"}}'
+    )
+
+
+def damage_escape(folder):
+    (folder / "model.safetensors").unlink()  # which goes before an index
+    (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "../x.safetensors"}}'
+    )
+
+
+def damage_pickle(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_nan, "layer.1.attention.self.key.weight holds NaN"),
+        (
+            damage_missing,
+            "no tensor for 1 of the 18 linears, the first is .*layer.1.attention.self.key",
+        ),
+        (
+            damage_rows,
+            r"layer.1.attention.self.key.weight has the shape \[31, 32\] .* and \[32, 32\] by its config",
+        ),
+        (damage_truncate, "damaged, truncated or unreadable"),
+        (damage_index, "names gone.safetensors, which is missing"),
+        (damage_escape, "outside its folder"),
+        (damage_pickle, "bin files: pytorch_model.bin"),
+    ],
+)
+def test_damaged_sources_are_refused_and_named(saved, tmp_path, damage, message):
+    dense = saved("bert")
+    damage(dense)
+    with pytest.raises(ValueError, match=message):
+        qrefta.prepare(dense, out=tmp_path / "out", rank=2, progress=False)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("max_memory", "message"),
+    [("10MB", "this model needs 0.30 GB"), ("plenty", "give bytes or text like")],
+)
+def test_too_little_memory_is_refused_with_what_is_needed(saved, tmp_path, max_memory, message):
+    with pytest.raises(ValueError, match=message):
+        qrefta.prepare(saved("bert"), out=tmp_path / "out", rank=2, max_memory=max_memory)
+
+
+def test_arguments_that_do_not_go_together_are_refused(saved, tmp_path):
+    dense = saved("bert")
+    with pytest.raises(ValueError, match="needs `out`"):
+        qrefta.prepare(dense)
+    with pytest.raises(ValueError, match="takes `moments`"):
+        qrefta.prepare(
+            dense, out=tmp_path / "out", calibration=[torch.zeros(1, 4, dtype=torch.long)]
+        )
+    with pytest.raises(ValueError, match="save_pretrained"):
+        qrefta.prepare(ARCHITECTURES["bert"](), out=tmp_path / "out")
+    with pytest.raises(ValueError, match="neither a local folder nor a model"):
+        qrefta.prepare(tmp_path / "nothing", out=tmp_path / "out")
+
+
+def test_rows_and_columns_read_as_the_library_reads_them(saved):
+    dense = saved("gpt2", max_shard_size="20KB")
+    checkpoint = shards.Checkpoint(dense)
+    for file in dense.glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            assert checkpoint.shape(name) == tuple(tensor.shape)
+            assert torch.equal(checkpoint.read(name), tensor)
+            if tensor.dim() == 2:
+                assert torch.equal(checkpoint.read(name, 2, 5), tensor[2:5])
+                assert torch.equal(checkpoint.read(name, 2, 5, columns=True), tensor.T[2:5])
+
+
+def test_rows_are_read_across_matrices_and_within_fused_ones(tmp_path):
+    tensors = {"gate": torch.randn(3, 4), "up": torch.randn(5, 4), "fused": torch.randn(2, 3, 4)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = shards.Checkpoint(tmp_path)
+    below = torch.cat([tensors["gate"], tensors["up"]])
+    for start, stop in ((0, 8), (0, 2), (1, 3), (2, 6), (3, 8), (4, 7)):
+        parts = [shards.Part("gate"), shards.Part("up")]
+        assert torch.equal(checkpoint.read_parts(parts, start, stop), below[start:stop])
+    second = [shards.Part("fused", 1)]
+    assert torch.equal(checkpoint.read_parts(second, 1, 3), tensors["fused"][1, 1:3])
+    assert torch.equal(
+        checkpoint.read_parts(second, 1, 4, columns=True), tensors["fused"][1].T[1:4]
+    )
+
+
+def test_shards_are_written_as_the_library_reads_them(tmp_path):
+    tensors = {
+        "a": torch.randn(3, 5).bfloat16(),
+        "b": torch.arange(4),
+        "c": torch.tensor(2.0),
+        "d": torch.zeros(0, 3),
+    }
+    shards.write_shard(tmp_path / "x.safetensors", tensors)
+    (tmp_path / "x.safetensors").rename(tmp_path / "model.safetensors")
+    shards.copy_shard(tmp_path / "copy.safetensors", shards.Checkpoint(tmp_path), list(tensors))
+    for file in ("model", "copy"):
+        found = load_file(tmp_path / f"{file}.safetensors")
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())

@@ -1,0 +1,92 @@
+"""The model card names the base, its licence, what was done and the errors."""
+
+from huggingface_hub import ModelCard
+
+import qrefta
+from qrefta import model_card as card
+from qrefta.hf_quantizer import prepared_config
+from qrefta.model_card import base_license, model_card, write_card
+from tests.models import tiny_bert
+from tests.tiny import tiny_folder
+
+LICENSED = "---\nlicense: mit\n---\n# Base\n"
+
+
+def prepared(folder, **settings):
+    tiny_folder(folder)
+    (folder / "README.md").write_text(LICENSED)
+    return prepared_config(
+        qrefta.prepare(type(tiny_bert()).from_pretrained(folder), rank=5, **settings)
+    )
+
+
+def test_the_header_is_what_hubs_read(tmp_path):
+    config = prepared(tmp_path, double_quant=True)
+    page = ModelCard(model_card(config, "It was trained."))
+    assert page.data.base_model == str(tmp_path)
+    assert page.data.license == "mit"
+    assert page.data.library_name == "transformers"
+    assert {"qrefta", "refta", "nf4"} <= set(page.data.tags)
+    assert "NF4 in blocks of 64, scales in 8 bits" in page.text
+    assert "It was trained." in page.text
+
+
+def test_every_stack_has_its_errors(tmp_path):
+    config = prepared(tmp_path)
+    assert "NF4 in blocks of 64, less" in model_card(config)
+    lines = [line for line in model_card(config).splitlines() if line.startswith("| bert.")]
+    assert len(lines) == len(config.stacks)
+    for line, row in zip(lines, config.stacks, strict=True):
+        assert line.startswith(
+            f"| {row.stack.replace('*', '&#42;')} |"
+        )  # two stars in a row of a table make it bold
+        assert f"{row.baseline_error:.4g} | {row.residual_error:.4g} | {row.ratio:.3f}" in line
+
+
+def test_a_model_without_a_name_has_a_card_too():
+    page = ModelCard(model_card(prepared_config(qrefta.prepare(tiny_bert(), rank=5, bits=16))))
+    assert page.data.base_model is None
+    assert "a model that was not named" in page.text
+    assert "16 bits" in page.text
+    assert "Licence of the base model: see its own page" in page.text
+
+
+def test_a_card_that_is_there_is_kept(tmp_path):
+    config = prepared(tmp_path)
+    write_card(tmp_path, config)
+    assert (tmp_path / "README.md").read_text() == LICENSED
+    (tmp_path / "README.md").unlink()
+    write_card(tmp_path, config)
+    assert "qrefta.load(" in (tmp_path / "README.md").read_text()
+
+
+def test_a_licence_is_looked_for_where_the_base_is(tmp_path, monkeypatch):
+    assert base_license(None) is None
+    assert base_license(str(tmp_path)) is None
+    assert base_license("no/such-model") is None
+    (tmp_path / "cached.md").write_text(LICENSED)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            card, "try_to_load_from_cache", lambda source, name: str(tmp_path / "cached.md")
+        )
+        assert base_license("some/model") == "mit"
+    (tmp_path / "README.md").write_text("# no header\n")
+    assert base_license(str(tmp_path)) is None
+
+
+def test_preparing_a_folder_merging_and_exporting_write_cards(tmp_path):
+    tiny_folder(tmp_path / "dense")
+    (tmp_path / "dense" / "README.md").write_text(LICENSED)
+    qrefta.prepare(tmp_path / "dense", out=tmp_path / "4bit", rank=4, progress=False)
+    model = qrefta.load(tmp_path / "4bit")
+    qrefta.merge(model, out=tmp_path / "merged")
+    qrefta.export_lora(model, tmp_path / "lora")
+    for folder, words in (
+        ("4bit", "qrefta.load"),
+        ("merged", "merged"),
+        ("lora", "PeftModel.from_pretrained"),
+    ):
+        page = ModelCard.load(tmp_path / folder / "README.md")
+        assert page.data.license == "mit"
+        assert page.data.base_model == str(tmp_path / "dense")
+        assert words in page.text

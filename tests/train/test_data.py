@@ -1,0 +1,117 @@
+"""load_classification: every format, found columns, and what is refused."""
+
+import json
+
+import pytest
+from datasets import Dataset
+
+from qrefta.train.data import load_classification
+
+ROWS = [{"sentence": f'"quoted sentence number {i}', "label": i % 3} for i in range(30)]
+
+
+def write(path, rows):
+    names = list(rows[0])
+    if path.suffix == ".parquet":
+        Dataset.from_list(rows).to_parquet(path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".tsv":  # as GLUE writes it: tabs and no quoting
+        path.write_text(
+            "\n".join("\t".join(map(str, row)) for row in [names, *(r.values() for r in rows)])
+            + "\n"
+        )
+    else:
+        Dataset.from_list(rows).to_csv(path)
+    return path
+
+
+def texts_and_labels(data):
+    return sorted(zip(data["text"], data["label"]))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl", ".parquet"])
+def test_every_format_gives_the_same_rows(tmp_path, suffix):
+    data = load_classification(write(tmp_path / f"rows{suffix}", ROWS))
+    found = texts_and_labels(data["train"]) + texts_and_labels(data["test"])
+    assert sorted(found) == sorted((row["sentence"], row["label"]) for row in ROWS)
+    assert data["train"].features["label"].names == ["0", "1", "2"]
+    assert len(data["test"]) == 3
+
+
+def test_single_split_is_divided_by_the_seed_and_never_overlaps(tmp_path):
+    file = write(tmp_path / "rows.csv", ROWS)
+    first, same, other = (load_classification(file, seed=seed) for seed in (0, 0, 1))
+    assert (
+        texts_and_labels(first["test"])
+        == texts_and_labels(same["test"])
+        != texts_and_labels(other["test"])
+    )
+    assert not set(first["train"]["text"]) & set(first["test"]["text"])
+
+
+def test_folder_reads_one_file_a_split_and_prefers_the_development_set(tmp_path):
+    for name, rows in {"train": ROWS[:20], "dev": ROWS[20:25], "test": ROWS[25:]}.items():
+        write(tmp_path / f"{name}.tsv", rows)
+    data = load_classification(tmp_path)
+    assert len(data["train"]) == 20
+    assert texts_and_labels(data["test"]) == [
+        (row["sentence"], row["label"]) for row in ROWS[20:25]
+    ]
+
+
+def test_sentence_pairs_and_named_labels(tmp_path):
+    rows = [
+        {"sentence1": "a", "sentence2": "b", "label": "yes"},
+        {"sentence1": "c", "sentence2": "d", "label": "no"},
+    ]
+    data = load_classification(write(tmp_path / "rows.jsonl", rows * 5))
+    assert data["train"].features["label"].names == ["no", "yes"]
+    assert set(zip(data["train"]["text"], data["train"]["text_pair"])) <= {("a", "b"), ("c", "d")}
+
+
+def test_file_without_header_takes_its_names_from_the_caller(tmp_path):
+    file = tmp_path / "cola.tsv"
+    file.write_text("".join(f"src\t{i % 2}\t\tSentence {i}.\n" for i in range(20)))
+    data = load_classification(file, header=["source", "label", "mark", "sentence"])
+    assert len(data["train"]) + len(data["test"]) == 20
+    assert data["train"][0]["text"].startswith("Sentence")
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([{"text": "a", "kind": 1}], {}, "No label column among"),
+        ([{"first": "a", "second": "b", "label": 1}], {}, "Which of the columns"),
+        ([{"text": "a", "label": 1}] * 9, {}, "2 to 1000 classes"),
+        ([{"text": "a", "label": 0.5}, {"text": "b", "label": 1.5}], {}, "2 to 1000 classes"),
+        ([{"text": "a", "label": None}, {"text": "b", "label": 1}], {}, "2 to 1000 classes"),
+        ([{"text": None, "label": 0}, {"text": "b", "label": 1}], {}, "rows without text"),
+        ([{"text": 3, "label": 0}, {"text": 4, "label": 1}], {}, "not text"),
+        (ROWS, {"label_column": "nosuch"}, "There are no columns"),
+        (ROWS, {"text_columns": ["sentence"] * 3}, "one column, or two"),
+    ],
+)
+def test_unusable_columns_are_refused_with_what_is_there(tmp_path, rows, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_classification(write(tmp_path / "rows.jsonl", rows), **options)
+
+
+def test_test_labels_must_be_classes_of_training(tmp_path):
+    write(tmp_path / "train.jsonl", ROWS)
+    write(tmp_path / "test.jsonl", [{"sentence": "x", "label": -1}])
+    with pytest.raises(ValueError, match=r"labels \[-1\] that are no class of training"):
+        load_classification(tmp_path)
+
+
+def test_missing_and_foreign_files_are_refused(tmp_path):
+    (tmp_path / "rows.xlsx").write_text("x")
+    for source, message in [
+        (tmp_path / "nosuch.csv", "no file or folder"),
+        (tmp_path / "rows.xlsx", "must be one of"),
+        (tmp_path, "no train file"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_classification(source)
