@@ -1,296 +1,569 @@
-"""What was done to a model: the settings of `prepare` and a row for every stack, as saved in config.json."""
+"""The settings of `prepare`, the stacks of a model, and the report of what preparing did to each.
 
-from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+Nothing here imports torch: the command line, the model card and the plug-in read the same settings.
+
+To add a setting, add a field to `Settings`. `prepare`, `prepare_checkpoint`, `plan`, the command line, the
+saved config and the model card take it from there.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Self, TypeVar
 
-import torch
-from transformers.quantizers.auto import register_quantization_config
-from transformers.utils.quantization_config import QuantizationConfigMixin
-
-from qrefta.linalg.tsvd import TRANSFORMS
-from qrefta.methods import METHODS
-from qrefta.model.stacks import LayerStack
-from qrefta.nn.quantized import QuantFormat
-
-FORMAT_VERSION = 1
-_LARGEST = 1 << 40  # that a size or a count may be
-_MEASURED = (
-    "baseline_error",
-    "residual_error",
-    "ratio",
-    "principal_energy",
-    "bytes",
-    "bits_per_weight",
+from qrefta.choices import (
+    BITS,
+    BLOCK_SIZES,
+    FACTOR_DTYPES,
+    METHOD_NAMES,
+    QUANT_TYPES,
+    TRANSFORMS,
+    Bits,
+    FactorDtype,
+    Method,
+    QuantType,
+    Transform,
 )
-FACTOR_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+FORMAT_VERSION = 2
+EXPERTS_SUFFIX = "_adapted"  # of the list of linear layers that replaces a fused parameter
+OLD_RANK_SETTINGS = ("ranks", "trained_params", "budget_mb", "error_ratio")  # of qrefta 0.1, with rank="auto"
+_LARGEST_COUNT = 1 << 40  # the largest size or count that a config may state
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_RESTORE = "config.json is damaged: restore it from the folder that save_pretrained wrote."
 
 
 @dataclass(frozen=True)
-class StackRow:
-    """One stack of a prepared model, and what preparing it did; the rows of `quant_report`.
+class RankBudget:
+    """A rule that chooses the ranks of all stacks; give exactly one of the three.
 
     Attributes:
-        stack: module path with `*` for the layer number.
-        modules, transposed, experts: as in `qrefta.model.stacks.LayerStack`.
-        layers, shape: K and (out, in).
-        rank: R, or a method's several ranks; 0 for a stack that is quantized only.
-        slice_ranks: ReFTA's components of each transformed slice, which sum to `rank`; empty for other methods.
-        transform, quant_type: as given to `prepare`; transform is None where the factors are not fitted to the weights,
-            quant_type with 16 bits.
-        baseline_error: ||W - Q(W)||_F^2 over the stack: the whole weight is quantized (a Gaussian-zero start).
-        residual_error: ||W_res - Q(W_res)||_F^2 over the stack, as stored; 0 with 16 bits.
-        ratio: residual_error / baseline_error; 1 where there is no error to remove.
-        principal_energy: ||principal part||_F^2 / ||W||_F^2.
-        bytes: packed weights, scales, and factors with trained numbers at `factor_dtype`.
-        bits_per_weight: 8 bytes / (K out in).
-        output_error: sum_l E||x (W_l - stored W_l)^T||^2 over the inputs of the calibration, of an expert those of all
-            experts in its block; None without one.
-        output_ratio: output_error / that of quantizing the whole weight.
-    """
-
-    stack: str
-    modules: list[str]
-    transposed: bool
-    layers: int
-    shape: list[int]
-    rank: int | list[int]
-    slice_ranks: list[int]
-    transform: str | None
-    quant_type: str | None
-    baseline_error: float
-    residual_error: float
-    ratio: float
-    principal_energy: float
-    bytes: int
-    bits_per_weight: float
-    output_error: float | None = None
-    output_ratio: float | None = None
-    experts: int = 0
-
-    @property
-    def layer_stack(self) -> LayerStack:
-        """The stack that the row is of."""
-        return LayerStack(
-            self.stack, tuple(self.modules), *self.shape, self.transposed, self.experts
-        )
-
-    def report(self) -> dict[str, Any]:
-        """The row as `quant_report` shows it: without what only loading needs."""
-        return {
-            key: value
-            for key, value in asdict(self).items()
-            if key not in ("modules", "transposed")
-        }
-
-
-@register_quantization_config("qrefta")
-class QReftaConfig(QuantizationConfigMixin):
-    """Settings and rows of a prepared model; the `quantization_config` of its config.json.
-
-    Args:
-        method, transform, rank, ranks, trained_params, bits, quant_type, block_size, double_quant, refine, seed,
-            factor_dtype, target_modules, modules_to_save, budget_mb, error_ratio: as in `qrefta.prepare`.
-        calibrated: whether second moments of the inputs weighted the split.
-        base_model: folder or hub name of the dense model that was prepared; None where it had none.
-        stacks: a `StackRow` (or its dict) for every stack; empty before the model is prepared.
-        format_version: of the checkpoint; a newer one than this package writes is refused.
+        bytes: the ranks whose factors take at most this many bytes in all and remove the most quantization
+            error. An int, or text such as "8MB" (10^6 bytes) or "8MiB".
+        error_ratio: the smallest ranks with at most this squared error, relative to quantizing unsplit
+            weights; of the outputs, if the split is calibrated.
+        trainable_parameters: the largest rank, equal for all stacks, with at most this many trainable
+            parameters in all factors.
 
     Raises:
-        ValueError: for a value that is not allowed, an unknown setting, or a newer or damaged format.
+        ValueError: if none or several are given, or a value is not allowed.
     """
 
-    def __init__(
-        self,
-        method: str = "refta",
-        transform: str = "lsm3",
-        rank: int | str = 16,
-        ranks: Sequence[int] | None = None,
-        trained_params: int | None = None,
-        bits: int = 4,
-        quant_type: str = "nf4",
-        block_size: int = 64,
-        double_quant: bool = False,
-        refine: int = 5,
-        seed: int = 0,
-        factor_dtype: str = "bfloat16",
-        target_modules: str | list[str] | None = None,
-        modules_to_save: list[str] | None = None,
-        budget_mb: float | None = None,
-        error_ratio: float | None = None,
-        calibrated: bool = False,
-        base_model: str | None = None,
-        stacks: list[StackRow] | list[dict[str, Any]] | None = None,
-        format_version: int = FORMAT_VERSION,
-        quant_method: str = "qrefta",
-        **unknown: Any,
-    ) -> None:
-        if not isinstance(format_version, int) or not 1 <= format_version <= FORMAT_VERSION:
-            raise ValueError(
-                f"The checkpoint has qrefta format version {format_version!r}; this package reads 1 to "
-                f"{FORMAT_VERSION}. Update it: pip install -U qrefta"
-            )
-        if unknown:
-            raise ValueError(
-                f"Unknown qrefta settings {sorted(unknown)}; the config is damaged or from elsewhere."
-            )
-        _one_of("method", method, METHODS)
-        _one_of("transform", transform, TRANSFORMS)
-        if METHODS[method].fits:
-            _one_of(f"transform (with method {method})", transform, METHODS[method].transforms)
-        _one_of("bits", bits, (4, 16))
-        _one_of("factor_dtype", factor_dtype, FACTOR_DTYPES)
-        QuantFormat(quant_type, block_size, _one_of("double_quant", double_quant, (False, True)))
-        self.quant_method = quant_method
-        self.format_version = format_version
-        self.method = method
-        self.transform = transform
-        self.rank = rank if rank == "auto" else _at_least("rank", rank, 1)
-        if not isinstance(ranks, Sequence | None) or isinstance(ranks, str):
-            raise ValueError(f"ranks is {ranks!r}; it must be a list of whole numbers")
-        self.ranks = (
-            None if ranks is None else [_at_least("each of ranks", one, 1) for one in ranks]
-        )
-        self.trained_params = (
-            None if trained_params is None else _at_least("trained_params", trained_params, 1)
-        )
-        if self.ranks is not None and self.trained_params is not None:
-            raise ValueError(
-                "ranks and trained_params are both given; trained_params chooses the ranks: give one."
-            )
-        self.budget_mb = _positive("budget_mb", budget_mb)
-        self.error_ratio = _positive("error_ratio", error_ratio)
-        _check_need(self.rank, self.budget_mb, self.error_ratio, bits)
-        if self.rank == "auto" and (method != "refta" or self.ranks or self.trained_params):
-            raise ValueError(
-                'rank="auto" weighs ReFTA\'s components; with another method, ranks or trained_params it does not go.'
-            )
-        self.calibrated = calibrated
-        self.base_model = base_model
-        self.bits = bits
-        self.quant_type = quant_type
-        self.block_size = block_size
-        self.double_quant = double_quant
-        self.refine = _at_least("refine", refine, 0)
-        self.seed = _at_least("seed", seed, 0)
-        self.factor_dtype = factor_dtype
-        self.target_modules = target_modules
-        if not isinstance(modules_to_save, list | tuple | None) or not _texts(
-            list(modules_to_save or [])
-        ):
-            raise ValueError(
-                f"modules_to_save is {modules_to_save!r}; it must be a list of module names"
-            )
-        self.modules_to_save = list(modules_to_save or [])
-        if not isinstance(stacks, list | None):
-            raise ValueError(
-                f"stacks is {stacks!r}; it must be a list. config.json is damaged: restore it."
-            )
-        self.stacks = [_row(stack) for stack in stacks or []]
+    bytes: int | str | None = None
+    error_ratio: float | None = None
+    trainable_parameters: int | None = None
 
-    @property
-    def format(self) -> QuantFormat | None:
-        """The 4-bit format, or None with 16 bits."""
-        return (
-            QuantFormat(self.quant_type, self.block_size, self.double_quant)
-            if self.bits == 4
-            else None
-        )
-
-    @property
-    def torch_factor_dtype(self) -> torch.dtype:
-        return FACTOR_DTYPES[self.factor_dtype]
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) != 1:
+            raise ValueError(
+                f"RankBudget got {given or 'nothing'}; give exactly one of bytes, error_ratio and "
+                "trainable_parameters"
+            )
+        if self.bytes is not None:
+            object.__setattr__(self, "bytes", parse_bytes("RankBudget bytes", self.bytes))
+        if self.error_ratio is not None:
+            ratio = _positive("RankBudget error_ratio", self.error_ratio)
+            if ratio > 1:
+                raise ValueError(
+                    f"RankBudget error_ratio is {ratio!r}; it is a share of the error of quantizing "
+                    "unsplit weights and must be at most 1"
+                )
+            object.__setattr__(self, "error_ratio", ratio)
+        if self.trainable_parameters is not None:
+            count = _whole("RankBudget trainable_parameters", self.trainable_parameters, 1)
+            object.__setattr__(self, "trainable_parameters", count)
 
     def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {"stacks": [asdict(row) for row in self.stacks]}
+        """The one value that is given, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
-def _row(stack: StackRow | dict[str, Any]) -> StackRow:
-    if isinstance(stack, StackRow):
-        return stack
-    names = {field.name for field in fields(StackRow)}
-    needed = {field.name for field in fields(StackRow) if field.default is MISSING}
-    if not isinstance(stack, dict) or not needed <= set(stack) <= names:
+Rank = int | Sequence[int] | RankBudget
+
+
+def parse_rank(text: str) -> Rank:
+    """A rank from the command line: `16`, `24,100,100`, `bytes=8MB`, `error=0.5` or `parameters=300000`.
+
+    Raises:
+        ValueError: for any other text.
+    """
+    name, equals, value = text.partition("=")
+    try:
+        if not equals:
+            numbers = tuple(int(part) for part in text.split(","))
+            return numbers[0] if len(numbers) == 1 else numbers
+        if name == "bytes":
+            return RankBudget(bytes=value)
+        if name == "error":
+            return RankBudget(error_ratio=float(value))
+        if name == "parameters":
+            return RankBudget(trainable_parameters=int(value))
+    except ValueError as error:
+        if "RankBudget" in str(error):
+            raise
+    raise ValueError(
+        f"rank is {text!r}; it must be a whole number (16), three for craft (24,100,100), or a budget: "
+        "bytes=8MB, error=0.5 or parameters=300000"
+    )
+
+
+def parse_bytes(name: str, size: int | str) -> int:
+    """Bytes from a whole number or from text such as "8MB" (10^6) or "8MiB" (2^20).
+
+    Raises:
+        ValueError: for any other value, naming the setting.
+    """
+    if isinstance(size, str):
+        text = size.strip().upper()
+        unit = next((unit for unit in sorted(_UNITS, key=len, reverse=True) if text.endswith(unit)), None)
+        number = text.removesuffix(unit or "").strip()
+        try:
+            size = int(float(number) * _UNITS[unit]) if unit else int(number)
+        except (ValueError, OverflowError):
+            size = 0
+    if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
+        raise ValueError(f'{name} is {size!r}; give a positive number of bytes, or text like "8MB"')
+    return int(size)
+
+
+def with_new_rank(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Keywords with one `rank` for the five settings that chose it in qrefta 0.1.
+
+    Raises:
+        ValueError: if the old settings contradict each other.
+    """
+    kept = {name: value for name, value in keywords.items() if name not in OLD_RANK_SETTINGS}
+    old = {name: keywords.get(name) for name in OLD_RANK_SETTINGS}
+    rank = kept.get("rank", 16)
+    given = {name: value for name, value in old.items() if value is not None}
+    if not given and rank != "auto":
+        return kept
+    if len(given) != 1:
         raise ValueError(
-            f"A stack of the qrefta config is {stack!r}; needed are the keys {sorted(needed)}. "
-            "config.json is damaged: restore it from the folder that save_pretrained wrote."
+            f"rank is {rank!r} with {given or 'no budget'}; rank=\"auto\" needs either budget_mb or error_ratio, "
+            "and of ranks, trained_params, budget_mb and error_ratio only one can be given. A RankBudget as rank "
+            "replaces all of them."
         )
-    row = StackRow(**stack)
-    wrong = next((name for name, fits in _fitting(row).items() if not fits), None)
-    if wrong is not None:
-        raise ValueError(
-            f"A stack of the qrefta config has {wrong} {getattr(row, wrong)!r}, which no stack has. config.json is "
-            "damaged: restore it from the folder that save_pretrained wrote."
-        )
-    return row
+    ((name, value),) = given.items()
+    if (name in ("budget_mb", "error_ratio")) != (rank == "auto"):
+        raise ValueError(f'budget_mb and error_ratio go with rank="auto"; rank is {rank!r} with {name}={value!r}')
+    return kept | {"rank": _rank_from_old(name, value)}
 
 
-def _fitting(row: StackRow) -> dict[str, bool]:
-    """Whether what the model is built from is what `prepare` writes, by attribute."""
-    count = isinstance(row.experts, int) and 0 <= row.experts < _LARGEST
-    whole = row.rank if isinstance(row.rank, list) and row.rank else [row.rank]
-    return {
-        "stack": isinstance(row.stack, str),
-        "modules": bool(row.modules) and _texts(row.modules),
-        "transposed": isinstance(row.transposed, bool),
-        "experts": count,
-        "layers": _counts(row.layers),
-        "shape": isinstance(row.shape, list)
-        and len(row.shape) == 2
-        and all(_counts(n) and n > 0 for n in row.shape),
-        "rank": all(map(_counts, whole)),
-        "slice_ranks": isinstance(row.slice_ranks, list) and all(map(_counts, row.slice_ranks)),
-    } | {name: _is_real(getattr(row, name)) for name in _MEASURED}
+def _rank_from_old(name: str, value: Any) -> Rank:
+    if name == "ranks":
+        return tuple(value)
+    if name == "trained_params":
+        return RankBudget(trainable_parameters=value)
+    if name == "error_ratio":
+        return RankBudget(error_ratio=value)
+    return RankBudget(bytes=max(round(_positive(name, value) * 1e6), 1))
 
 
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+def _choice(default: Any, allowed: Sequence[Any], text: str) -> Any:
+    """A field that takes one of some values."""
+
+    def check(name: str, value: Any) -> Any:
+        if value not in allowed or type(value) is not type(default):
+            listed = ", ".join(map(str, allowed))
+            raise ValueError(f"{name} is {value!r}; it must be one of {listed}")
+        return value
+
+    return field(default=default, metadata={"help": text, "check": check, "allowed": tuple(allowed)})
 
 
-def _counts(value: Any) -> bool:
-    return type(value) is int and 0 <= value < _LARGEST
+def _count(default: int, smallest: int, text: str) -> Any:
+    """A field that takes a whole number."""
+    metadata = {"help": text, "check": lambda name, value: _whole(name, value, smallest)}
+    return field(default=default, metadata=metadata)
 
 
-def _is_real(value: Any) -> bool:
-    return value is None or (isinstance(value, Real) and not isinstance(value, bool))
+def _checked(default: Any, check: Callable[[str, Any], Any], text: str) -> Any:
+    """A field with a check of its value, which returns the value to keep."""
+    return field(default=default, metadata={"help": text, "check": check})
 
 
-def _one_of(name: str, value: Any, allowed: Any) -> Any:
-    if value not in tuple(allowed):
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
-    return value
+def _check_rank(name: str, value: Any) -> Rank:
+    if isinstance(value, RankBudget):
+        return value
+    if isinstance(value, dict) and value.keys() <= vars(RankBudget(bytes=1)).keys():  # from a saved config
+        return RankBudget(**value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(_whole(f"each number of {name}", number, 1) for number in value)
+    return _whole(name, value, 1)
 
 
-def _at_least(name: str, value: Any, smallest: int) -> int:
+def _check_targets(name: str, value: Any) -> str | tuple[str, ...] | None:
+    if value is None or isinstance(value, str):
+        return value
+    return _names(name, value)
+
+
+def _check_modules(name: str, value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else _names(name, value)
+
+
+def _names(name: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, Iterable):
+        raise ValueError(f"{name} is {value!r}; it must be a list of module names")
+    names = tuple(value)
+    if not all(isinstance(text, str) for text in names):
+        raise ValueError(f"{name} is {value!r}; it must be a list of module names")
+    return names
+
+
+def _whole(name: str, value: Any, smallest: int) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < smallest:
         raise ValueError(f"{name} is {value!r}; it must be a whole number, {smallest} or more")
     return int(value)
 
 
-def _positive(name: str, value: Any) -> float | None:
-    if value is None:
-        return None
+def _positive(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < float("inf"):
         raise ValueError(f"{name} is {value!r}; it must be a positive number")
     return float(value)
 
 
-def _check_need(
-    rank: int | str, budget_mb: float | None, error_ratio: float | None, bits: int
-) -> None:
-    """Raise unless `rank` is a number alone, or "auto" with one of the two needs."""
-    if rank != "auto" and (budget_mb is not None or error_ratio is not None):
-        raise ValueError(f'budget_mb and error_ratio go with rank="auto"; rank is {rank!r}')
-    if rank == "auto" and (budget_mb is None) == (error_ratio is None):
-        raise ValueError(
-            'rank="auto" needs either budget_mb (megabytes for all factors) or error_ratio (to reach)'
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides how a model is prepared.
+
+    Attributes:
+        bits: 4, or 16 to keep the residual in 16 bits (an ablation without quantization error).
+        rank: R, the number of components that every target stack keeps over all its layers together; a stack
+            has R (in + out) trainable parameters. A tuple (layers, outputs, inputs) for method craft, each
+            capped at the stack's size. A `RankBudget` chooses the ranks.
+        method: refta; craft, which trains three small square matrices a stack; or tera, lotr and lorta, which
+            start from a zero update and quantize unsplit weights.
+        transform: mode-3 transform: lsm3 (from the data), dct, or identity (each layer by itself). craft
+            takes lsm3; methods that start from zero take none.
+        quant_type: 4-bit format.
+        block_size: weights that share a scale.
+        double_quant: store the scales in 8 bits, as QLoRA does.
+        target_modules: linear layers that get factors. None: all in the repeated blocks. A list: module paths
+            that end in one of the names ("q_proj", "self_attn.q_proj"). A string: a regular expression that
+            matches whole paths. All other linear layers of the blocks are only quantized. Fused experts are
+            named by their parameters ("experts.down_proj"); such a stack has one slice for each expert of each
+            layer, and the cost of the transform grows with the square of that number.
+        modules_to_save: path ends of further modules to train in full, such as a new "pooler". A task head
+            outside the base model trains without being named, unless it is a language-model head.
+        refine: rounds that refit the factors and the quantized residual to each other.
+        seed: seed of random starts.
+        factor_dtype: dtype that the factors are rounded to; float32 does not round.
+
+    Raises:
+        ValueError: for a value that is not allowed, or a combination that has no meaning.
+    """
+
+    bits: Bits = _choice(4, BITS, "4, or 16 to leave the residual unquantized (ablation).")
+    rank: Rank = _checked(
+        16,
+        _check_rank,
+        "Components of every stack over all its layers; or 24,100,100 for craft; or a budget: bytes=8MB, "
+        "error=0.5, parameters=300000.",
+    )
+    method: Method = _choice("refta", METHOD_NAMES, "Tensor method.")
+    transform: Transform = _choice("lsm3", TRANSFORMS, "Mode-3 transform.")
+    quant_type: QuantType = _choice("nf4", QUANT_TYPES, "4-bit format.")
+    block_size: int = _choice(64, BLOCK_SIZES, "Weights that share a scale.")
+    double_quant: bool = _choice(False, (False, True), "Store the scales in 8 bits.")
+    target_modules: str | tuple[str, ...] | None = _checked(
+        None, _check_targets, "Path end of linear layers that get factors; repeat for more."
+    )
+    modules_to_save: tuple[str, ...] = _checked(
+        (), _check_modules, "Path end of a module to train in full; repeat for more."
+    )
+    refine: int = _count(5, 0, "Rounds that refit factors and residual to each other.")
+    seed: int = _count(0, 0, "Seed of everything random.")
+    factor_dtype: FactorDtype = _choice("bfloat16", FACTOR_DTYPES, "Dtype of the factors.")
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            value = setting.metadata["check"](setting.name, getattr(self, setting.name))
+            object.__setattr__(self, setting.name, value)
+        weighs_error = isinstance(self.rank, RankBudget) and self.rank.trainable_parameters is None
+        if weighs_error and self.bits == 16:
+            raise ValueError(
+                "A RankBudget of bytes or error_ratio weighs quantization error, and 16 bits have none; give a "
+                "number as rank"
+            )
+        if weighs_error and self.method != "refta":
+            raise ValueError(
+                f"A RankBudget of bytes or error_ratio weighs the components of method refta, and method is "
+                f"{self.method!r}; give a number or RankBudget(trainable_parameters=...)"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON takes them."""
+        found = {setting.name: getattr(self, setting.name) for setting in fields(self)}
+        if isinstance(self.rank, RankBudget):
+            found["rank"] = self.rank.to_dict()
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+
+
+SETTING_NAMES = frozenset(setting.name for setting in fields(Settings))
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def shows_settings(function: _Function) -> _Function:
+    """Show the settings that a function takes as `**settings` in its signature, with types and defaults."""
+    signature = inspect.signature(function, eval_str=True)
+    listed = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    known = {parameter.name for parameter in listed}
+    types = inspect.get_annotations(Settings, eval_str=True)
+    listed += [
+        inspect.Parameter(
+            setting.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=setting.default,
+            annotation=types[setting.name],
         )
-    if error_ratio is not None and error_ratio > 1:
-        raise ValueError(
-            f"error_ratio is {error_ratio!r}; it is a share of the error of quantizing whole weights"
+        for setting in fields(Settings)
+        if setting.name not in known
+    ]
+    function.__signature__ = signature.replace(parameters=listed)  # type: ignore[attr-defined]
+    return function
+
+
+def check_keywords(function: str, keywords: Iterable[str]) -> None:
+    """Refuse keywords that are no settings.
+
+    Raises:
+        TypeError: naming the first one and the settings.
+    """
+    unknown = sorted(set(keywords) - SETTING_NAMES)
+    if unknown:
+        listed = ", ".join(sorted(SETTING_NAMES))
+        raise TypeError(f"{function}() got an unexpected keyword {unknown[0]!r}; the settings are {listed}")
+
+
+@dataclass(frozen=True)
+class LayerStack:
+    """The K linear layers of one role and one shape.
+
+    Attributes:
+        name: module path with `*` for the layer number, e.g. `encoder.layer.*.attention.self.query`.
+        modules: module paths in layer order; of experts the paths of their fused parameters, one a block.
+        out_features, in_features: shape of every weight, always read as (out, in).
+        transposed: weights are stored as (in, out): by `Conv1D` (GPT-2), and in some fused parameters.
+        experts: slices of every fused parameter, which follow one another among the K; 0 for linear layers.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    out_features: int
+    in_features: int
+    transposed: bool = False
+    experts: int = 0
+
+    @property
+    def layers(self) -> int:
+        """K."""
+        return len(self.modules) * max(self.experts, 1)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(layers, out, in)."""
+        return self.layers, self.out_features, self.in_features
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """Module paths of the K adapted linear layers, once the model is prepared."""
+        if not self.experts:
+            return self.modules
+        return tuple(
+            expert_path(path, expert) for path in self.modules for expert in range(self.experts)
         )
-    if rank == "auto" and bits == 16:
-        raise ValueError(
-            'rank="auto" weighs quantization error, and 16 bits have none; give a rank'
+
+    def place(self, index: int) -> tuple[str, int]:
+        """The entry of `modules` that holds weight number `index`, and its expert (0 for a linear layer)."""
+        module, expert = divmod(index, max(self.experts, 1))
+        return self.modules[module], expert
+
+
+def expert_path(path: str, expert: int) -> str:
+    """Module path of one expert's adapted linear layer, by the path of the fused parameter."""
+    return f"{path}{EXPERTS_SUFFIX}.{expert}"
+
+
+@dataclass(frozen=True)
+class StackReport:
+    """What preparing did to one stack; the rows of `quant_report`.
+
+    Errors are squared Frobenius norms over all layers of the stack.
+
+    Attributes:
+        stack: the linear layers.
+        rank: R, or the several ranks of a method; 0 for a stack that is only quantized.
+        slice_ranks: components of each transformed slice, which sum to `rank`; empty for methods without.
+        transform: mode-3 transform; None if the factors are not fitted to the weights.
+        quant_type: 4-bit format; None with 16 bits.
+        baseline_error: ||W - Q(W)||_F^2, the error of quantizing unsplit weights (a Gaussian-zero start).
+        residual_error: ||W_res - Q(W_res)||_F^2, as stored; 0 with 16 bits.
+        principal_energy: ||principal part||_F^2 / ||W||_F^2.
+        bytes: bytes of packed weights, scales, and factors stored at `factor_dtype`.
+        output_error: sum over layers of E||x (W_l - stored W_l)^T||^2 on the calibration inputs; None without
+            calibration. Experts of a block share the inputs of the block.
+        output_baseline: the same for quantized unsplit weights.
+    """
+
+    stack: LayerStack
+    rank: int | tuple[int, ...]
+    slice_ranks: tuple[int, ...]
+    transform: Transform | None
+    quant_type: QuantType | None
+    baseline_error: float
+    residual_error: float
+    principal_energy: float
+    bytes: int
+    output_error: float | None = None
+    output_baseline: float | None = None
+
+    @property
+    def ratio(self) -> float:
+        """residual_error / baseline_error; 1 if there is no error to remove."""
+        return self.residual_error / self.baseline_error if self.baseline_error else 1.0
+
+    @property
+    def output_ratio(self) -> float | None:
+        """output_error / output_baseline; 1 if there is no error to remove, None without calibration."""
+        if self.output_error is None or self.output_baseline is None:
+            return None
+        return self.output_error / self.output_baseline if self.output_baseline else 1.0
+
+    @property
+    def weights(self) -> int:
+        """Weights of the stack."""
+        layers, out_features, in_features = self.stack.shape
+        return layers * out_features * in_features
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 bytes / (K out in)."""
+        return 8 * self.bytes / self.weights
+
+    def report(self) -> dict[str, Any]:
+        """The row of `quant_report`, for JSON or a data frame."""
+        return {
+            "stack": self.stack.name,
+            "layers": self.stack.layers,
+            "shape": [self.stack.out_features, self.stack.in_features],
+            "experts": self.stack.experts,
+            "rank": list(self.rank) if isinstance(self.rank, tuple) else self.rank,
+            "slice_ranks": list(self.slice_ranks),
+            "transform": self.transform,
+            "quant_type": self.quant_type,
+            "baseline_error": self.baseline_error,
+            "residual_error": self.residual_error,
+            "ratio": self.ratio,
+            "principal_energy": self.principal_energy,
+            "bytes": self.bytes,
+            "bits_per_weight": self.bits_per_weight,
+            "output_error": self.output_error,
+            "output_ratio": self.output_ratio,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as config.json holds it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: Any) -> Self:
+        """The report that config.json holds, of format 2 or 1.
+
+        Raises:
+            ValueError: if it holds values that no stack has.
+        """
+        if isinstance(saved, dict) and not isinstance(saved.get("stack"), dict):
+            saved = _from_format_1(saved)
+        _check_keys(cls, saved)
+        _check_keys(LayerStack, saved["stack"])
+        stack = LayerStack(**{**saved["stack"], "modules": _tuple(saved["stack"]["modules"])})
+        report = cls(
+            **{
+                **saved,
+                "stack": stack,
+                "rank": _tuple(saved["rank"]),
+                "slice_ranks": _tuple(saved["slice_ranks"]),
+            }
         )
+        wrong = next((name for name, fits in _fitting(report).items() if not fits), None)
+        if wrong is not None:
+            value = getattr(report, wrong, getattr(stack, wrong, None))
+            raise ValueError(f"A stack of the qrefta config has {wrong} {value!r}, which no stack has. {_RESTORE}")
+        return report
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _from_format_1(row: dict[str, Any]) -> dict[str, Any]:
+    """A flat row of format 1, with structure and measurement apart."""
+    needed = {"stack", "modules", "transposed", "layers", "shape", "rank", "slice_ranks"}
+    shape = row.get("shape")
+    if not needed <= row.keys() or not isinstance(shape, list) or len(shape) != 2:
+        raise ValueError(f"A stack of the qrefta config is {row!r}; needed are the keys {sorted(needed)}. {_RESTORE}")
+    structure = {
+        "name": row["stack"],
+        "modules": row["modules"],
+        "out_features": shape[0],
+        "in_features": shape[1],
+        "transposed": row["transposed"],
+        "experts": row.get("experts", 0),
+    }
+    names = {entry.name for entry in fields(StackReport)} & row.keys()
+    report = {name: row[name] for name in names} | {"stack": structure}
+    count = len(row["modules"]) * max(structure["experts"], 1) if _is_count(structure["experts"]) else None
+    if row["layers"] != count:
+        raise ValueError(
+            f"A stack of the qrefta config has {row['layers']!r} layers for its {count} weights. {_RESTORE}"
+        )
+    error, ratio = row.get("output_error"), row.get("output_ratio")
+    if error is not None:
+        report["output_baseline"] = error / ratio if ratio else error
+    return report
+
+
+def _check_keys(kind: type, saved: Any) -> None:
+    names = {entry.name for entry in fields(kind)}
+    needed = {entry.name for entry in fields(kind) if entry.default is MISSING}
+    if not isinstance(saved, dict) or not needed <= saved.keys() <= names:
+        raise ValueError(
+            f"A stack of the qrefta config is {saved!r}; needed are the keys {sorted(needed)}. {_RESTORE}"
+        )
+
+
+def _fitting(report: StackReport) -> dict[str, bool]:
+    """Whether the values that a model is built from are ones that `prepare` writes, by attribute."""
+    stack = report.stack
+    ranks = report.rank if isinstance(report.rank, tuple) and report.rank else (report.rank,)
+    measured = ("baseline_error", "residual_error", "principal_energy", "bytes", "output_error", "output_baseline")
+    return {
+        "name": isinstance(stack.name, str),
+        "modules": _are_names(stack.modules),
+        "transposed": isinstance(stack.transposed, bool),
+        "experts": _is_count(stack.experts),
+        "out_features": _is_count(stack.out_features) and stack.out_features > 0,
+        "in_features": _is_count(stack.in_features) and stack.in_features > 0,
+        "rank": all(map(_is_count, ranks)),
+        "slice_ranks": isinstance(report.slice_ranks, tuple) and all(map(_is_count, report.slice_ranks)),
+        **{name: _is_real(getattr(report, name)) for name in measured},
+    }
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, tuple) and bool(value) and all(isinstance(text, str) for text in value)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _LARGEST_COUNT
+
+
+def _is_real(value: Any) -> bool:
+    return value is None or (isinstance(value, Real) and not isinstance(value, bool))

@@ -1,45 +1,65 @@
-"""The modules of a prepared model: adapted layers in the place of linears, a factor bank at the root, what trains."""
+"""The modules of a prepared model: adapted linear layers, a factor bank at the root, and what trains."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from qrefta.config import QReftaConfig, StackRow
+from qrefta.config import LayerStack, Rank, Settings
 from qrefta.methods import METHODS
-from qrefta.model.stacks import LayerStack, ends_with, read_slice, replace_module
+from qrefta.model.stacks import ends_with, read_slice, replace_module
 from qrefta.nn.experts import add_expert
-from qrefta.nn.factors import BANK, FactorBank, frozen
+from qrefta.nn.factors import BANK, FactorBank, factor_dtype, frozen
 from qrefta.nn.linear import AdaptedLinear
+from qrefta.nn.quantized import QuantFormat
 
 
-def build(model: PreTrainedModel, config: QReftaConfig) -> None:
-    """Replace the linears that `config` lists by empty `AdaptedLinear`s and add an empty factor bank.
+class Placement(NamedTuple):
+    """A stack to build.
+
+    Attributes:
+        stack: linear layers that the model has.
+        rank: of its factors; 0 for none.
+        layers: K of its factors. A model that was cut to its first blocks has fewer layers than its factors.
+    """
+
+    stack: LayerStack
+    rank: Rank
+    layers: int
+
+    @classmethod
+    def of(cls, stack: LayerStack, rank: Rank) -> "Placement":
+        """A stack with factors for its layers."""
+        return cls(stack, rank, stack.layers)
+
+
+def build(model: PreTrainedModel, settings: Settings, placements: Sequence[Placement]) -> None:
+    """Replace the linear layers of some stacks by empty `AdaptedLinear`s and add an empty factor bank.
 
     Raises:
-        ValueError: if the config lists no stacks, or the model lacks one of the linears or has it in another shape.
+        ValueError: if there are no stacks, or a linear layer is missing in the model or has another shape.
     """
-    if not config.stacks:
+    if not placements:
         raise ValueError(
             "The checkpoint's quantization_config lists no stacks: config.json is damaged; restore it."
         )
-    config.stacks = [_relocate(model, row) for row in config.stacks]
-    for row in config.stacks:
-        for path in row.modules:
-            _check_weight(model, path, row)
+    for placement in placements:
+        for path in placement.stack.modules:
+            _check_weight(model, path, placement.stack)
     attach_bank(model)
-    for index, row in enumerate(config.stacks):
-        key = bank_key(index) if row.rank else None
+    method = METHODS[settings.method]
+    fmt = QuantFormat.of(settings)
+    for index, (stack, rank, layers) in enumerate(placements):
+        key = bank_key(index) if rank else None
         if key is not None:
-            factors = METHODS[config.method](
-                row.layers, *row.shape, row.rank, config.torch_factor_dtype
-            )
+            factors = method(layers, stack.out_features, stack.in_features, rank, factor_dtype(settings))
             getattr(model, BANK)[key] = factors
-        stack = row.layer_stack
         for place in range(stack.layers):
-            adapt(model, stack, place, config, key)
+            adapt(model, stack, place, fmt, key)
 
 
 def model_class(name: str, source: str | Path) -> type[PreTrainedModel]:
@@ -48,12 +68,12 @@ def model_class(name: str, source: str | Path) -> type[PreTrainedModel]:
     Raises:
         ValueError: if transformers has no such model class.
     """
-    found = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         raise ValueError(
             f"transformers has no model class {name!r}; load {source} with the class that saved it."
         )
-    return found
+    return kind
 
 
 def bank_key(index: int) -> str:
@@ -71,34 +91,35 @@ def attach_bank(model: PreTrainedModel) -> None:
 
 
 def adapt(
-    model: PreTrainedModel, stack: LayerStack, index: int, config: QReftaConfig, key: str | None
+    model: PreTrainedModel, stack: LayerStack, index: int, fmt: QuantFormat | None, key: str | None
 ) -> AdaptedLinear:
-    """Put an `AdaptedLinear` in the place of weight number `index` of a stack, attached to the bank's factors `key`.
+    """Replace weight number `index` of a stack by an `AdaptedLinear` that uses the factors `key` of the bank.
 
-    Its weight is empty, its bias the old one. Experts must come in order: a fused parameter goes with its last.
+    Its weight is empty and its bias is the old one. Experts must come in order: a fused parameter goes with the last.
     """
-    weight, (path, _) = read_slice(model, stack, index), stack.place(index)
+    weight = read_slice(model, stack, index)
+    path, _ = stack.place(index)
     owner, _, name = path.rpartition(".")
     old = model.get_submodule(owner if stack.experts else path)
     bias = None if stack.experts else old.bias
     with weight.device:
-        new = AdaptedLinear(
-            stack.in_features, stack.out_features, bias is not None, config.format, weight.dtype
+        layer = AdaptedLinear(
+            stack.in_features, stack.out_features, bias is not None, fmt, weight.dtype
         )
     if bias is not None:
-        new.bias = frozen(bias.detach())
+        layer.bias = frozen(bias.detach())
     if key is not None:
-        new.attach(getattr(model, BANK), key, index)
-    new.train(old.training)
+        layer.attach(getattr(model, BANK), key, index)
+    layer.train(old.training)
     if stack.experts:
-        add_expert(old, name, new)
+        add_expert(old, name, layer)
     else:
-        replace_module(model, path, new)
-    return new
+        replace_module(model, path, layer)
+    return layer
 
 
-def freeze(model: PreTrainedModel, modules_to_save: list[str]) -> None:
-    """Freeze everything but the factors' trained numbers and the modules in `modules_to_save` that the model has."""
+def freeze(model: PreTrainedModel, modules_to_save: Sequence[str]) -> None:
+    """Freeze everything but the trainable factors and the modules in `modules_to_save` that the model has."""
     model.requires_grad_(False)
     for factors in getattr(model, BANK).values():
         for parameter in factors.trained():
@@ -110,94 +131,101 @@ def freeze(model: PreTrainedModel, modules_to_save: list[str]) -> None:
 
 
 def task_head(model: PreTrainedModel) -> list[str]:
-    """Top-level modules that make a task head: they lie outside the base model and are no language model's output.
+    """Top-level modules of a task head: they lie outside the base model and are not the output of a language model.
 
-    Where a class does not name its base model (`WhisperForAudioClassification`), a head is what holds parameters, but
-    neither repeated blocks nor embeddings.
+    If a class does not name its base model (`WhisperForAudioClassification`), every child that holds parameters, but
+    neither repeated blocks nor embeddings, counts as a head.
     """
     output = model.get_output_embeddings()
-    if model.base_model is model:
-        if output is not None or "For" not in type(model).__name__:
-            return []
-        body = (nn.ModuleList, nn.Embedding)
-        heads = {
-            name
-            for name, child in model.named_children()
-            if not any(isinstance(m, body) for m in child.modules())
-        }
+    children = dict(model.named_children())
+    if model.base_model is not model:
+        heads = {name for name, child in children.items() if child is not model.base_model}
+    elif output is not None or "For" not in type(model).__name__:
+        return []
     else:
-        heads = {name for name, child in model.named_children() if child is not model.base_model}
+        heads = {name for name, child in children.items() if not _holds_body(child)}
+    heads.discard(BANK)
     return [
         name
-        for name, child in model.named_children()
-        if name in heads
-        and name != BANK
-        and output not in list(child.modules())
-        and list(child.parameters())
+        for name, child in children.items()
+        if name in heads and output not in list(child.modules()) and list(child.parameters())
     ]
 
 
-def trained_modules(
-    model: PreTrainedModel, names: list[str], stacks: list[LayerStack]
-) -> list[str]:
-    """Paths of the modules that train whole: the task head, and those that `names` gives."""
+def _holds_body(module: nn.Module) -> bool:
+    """Whether a module holds repeated blocks or embeddings."""
+    return any(isinstance(child, nn.ModuleList | nn.Embedding) for child in module.modules())
+
+
+def with_trained_modules(
+    model: PreTrainedModel, settings: Settings, stacks: Sequence[LayerStack]
+) -> Settings:
+    """The settings with the paths of all modules that train in full: the task head and `modules_to_save`.
+
+    Raises:
+        ValueError: if a name matches no module, or a module that is quantized.
+    """
     paths = [path for path, _ in model.named_modules() if path]
+    names = settings.modules_to_save
     unmatched = [name for name in names if not any(ends_with(path, name) for path in paths)]
     if unmatched:
         children = ", ".join(name for name, _ in model.named_children())
         raise ValueError(
-            f"modules_to_save {unmatched} match no module; at the top there are: {children}"
+            f"modules_to_save {unmatched} match no module; the top-level modules are: {children}"
         )
     named = [path for path in paths if any(ends_with(path, name) for name in names)]
+    quantized = [f"{path}." for stack in stacks for path in stack.modules]
     for path in named:
-        if any(f"{packed}.".startswith(f"{path}.") for stack in stacks for packed in stack.modules):
+        if any(inner.startswith(f"{path}.") for inner in quantized):
             raise ValueError(
-                f"modules_to_save names {path}, which is or holds linears that are quantized; they cannot train whole. "
-                "Give them factors with target_modules instead."
+                f"modules_to_save names {path}, which is or holds linear layers that are quantized; they cannot train "
+                "in full. Give them factors with target_modules instead."
             )
-    return list(dict.fromkeys(task_head(model) + named))
+    return replace(settings, modules_to_save=tuple(dict.fromkeys(task_head(model) + named)))
 
 
-def _relocate(model: PreTrainedModel, row: StackRow) -> StackRow:
-    """A row with the paths of this class: a base model has them without the prefix that a model with a head has."""
+def located(model: PreTrainedModel, stack: LayerStack) -> LayerStack:
+    """A stack with the paths of this class.
+
+    A base model has paths without the prefix that a model with a head has.
+    """
     prefix = f"{model.base_model_prefix}."
-    if _has(model, row, prefix + row.modules[0]):
-        return replace(
-            row, stack=prefix + row.stack, modules=[prefix + path for path in row.modules]
-        )
-    if not _has(model, row, row.modules[0]):
-        bare = [path.removeprefix(prefix) for path in row.modules]
-        return replace(row, stack=row.stack.removeprefix(prefix), modules=bare)
-    return row
+    first = stack.modules[0]
+    if _has(model, stack, prefix + first):
+        longer = tuple(prefix + path for path in stack.modules)
+        return replace(stack, name=prefix + stack.name, modules=longer)
+    if not _has(model, stack, first):
+        shorter = tuple(path.removeprefix(prefix) for path in stack.modules)
+        return replace(stack, name=stack.name.removeprefix(prefix), modules=shorter)
+    return stack
 
 
-def _has(model: PreTrainedModel, row: StackRow, path: str) -> bool:
+def _has(model: PreTrainedModel, stack: LayerStack, path: str) -> bool:
     try:
-        _stored_shape(model, row, path)
+        _stored_shape(model, stack, path)
     except AttributeError:
         return False
     return True
 
 
-def _stored_shape(model: PreTrainedModel, row: StackRow, path: str) -> list[int]:
-    """Shape of a linear's weight, or of a fused parameter, as the model has it; AttributeError if it has none."""
-    return list(
-        (model.get_parameter(path) if row.experts else model.get_submodule(path).weight).shape
-    )
+def _stored_shape(model: PreTrainedModel, stack: LayerStack, path: str) -> list[int]:
+    """Shape of the weight of a linear layer, or of a fused parameter; AttributeError if the model has none."""
+    stored = model.get_parameter(path) if stack.experts else model.get_submodule(path).weight
+    return list(stored.shape)
 
 
-def _check_weight(model: PreTrainedModel, path: str, row: StackRow) -> None:
+def _check_weight(model: PreTrainedModel, path: str, stack: LayerStack) -> None:
     try:
-        shape = _stored_shape(model, row, path)
+        shape = _stored_shape(model, stack, path)
     except AttributeError:
         raise ValueError(
-            f"The checkpoint was prepared on a model that has {path}; {type(model).__name__} has no such linear. "
+            f"The checkpoint was prepared on a model that has {path}; {type(model).__name__} has no such linear layer. "
             "Load it with the class that saved it (qrefta.load does)."
         ) from None
-    wanted = [
-        *([row.experts] if row.experts else []),
-        *(row.shape[::-1] if row.transposed else row.shape),
-    ]
+    matrix = [stack.out_features, stack.in_features]
+    if stack.transposed:
+        matrix.reverse()
+    wanted = [stack.experts, *matrix] if stack.experts else matrix
     if shape != wanted:
         raise ValueError(
             f"{path} has the shape {shape}, but the checkpoint was prepared with {wanted}."

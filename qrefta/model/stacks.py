@@ -19,54 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qrefta.nn.experts import expert_path, fused_names, is_experts
+from qrefta.config import LayerStack
+from qrefta.nn.experts import fused_names, is_experts
 
 LARGEST_WEIGHT = 1e12
 BLOCK_BYTES = 64 << 20
-
-
-@dataclass(frozen=True)
-class LayerStack:
-    """The K linears of one role and one shape.
-
-    Attributes:
-        name: module path with `*` for the layer number, e.g. `encoder.layer.*.attention.self.query`.
-        modules: the K module paths, in layer order; of experts the paths of their fused parameters, one a block.
-        out_features, in_features: shape of every weight, always read as (out, in).
-        transposed: weights are stored as (in, out): by `Conv1D` (GPT-2), and in some fused parameters.
-        experts: slices of every fused parameter, which follow one another among the K; 0 for linears.
-    """
-
-    name: str
-    modules: tuple[str, ...]
-    out_features: int
-    in_features: int
-    transposed: bool = False
-    experts: int = 0
-
-    @property
-    def layers(self) -> int:
-        """K."""
-        return len(self.modules) * max(self.experts, 1)
-
-    @property
-    def adapted(self) -> tuple[str, ...]:
-        """Module paths of the K adapted linears, once the model is prepared."""
-        if not self.experts:
-            return self.modules
-        return tuple(
-            expert_path(path, expert) for path in self.modules for expert in range(self.experts)
-        )
-
-    def place(self, index: int) -> tuple[str, int]:
-        """The entry of `modules` that holds weight number `index`, and the expert in it (0 for a linear)."""
-        module, expert = divmod(index, max(self.experts, 1))
-        return self.modules[module], expert
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(layers, out, in)."""
-        return self.layers, self.out_features, self.in_features
 
 
 def find_stacks(model: nn.Module) -> list[LayerStack]:

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import BatchEncoding
 
-from qrefta.model.stacks import LayerStack, ends_with
+from qrefta.config import LayerStack
+from qrefta.model.stacks import ends_with
 from qrefta.nn.experts import fused_inputs
 
 FULL_WIDTH = 4096  # wider inputs keep only the diagonal: the full matrix and its roots would cost more than they give

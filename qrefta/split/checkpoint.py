@@ -1,26 +1,22 @@
-"""A checkpoint folder -> a prepared checkpoint folder, through a small window: no model and no whole stack in memory.
+"""A checkpoint folder -> a prepared checkpoint folder, with little memory: no model and no whole stack is held.
 
-The linears are found on a copy of the model without storage (the meta device); their weights are read from the
-safetensors files a few rows at a time, in every pass anew. Each stack's packed layers and factors are written, about
-`_PART_BYTES` at a time, and entered in a journal once the stack is complete. An interrupted run, whatever stopped it,
-goes on from the stacks in the journal. config.json is written last: until then no loader takes the folder
-for a model. The source is only read.
+The linear layers are found on a copy of the model without storage (the meta device). Their weights are read from the
+safetensors files a few rows at a time, again in every pass. The packed layers and factors of each stack are written,
+about `_PART_BYTES` at a time, and entered in a journal once the stack is complete. An interrupted run resumes from the
+stacks in the journal. config.json is written last: until then no loader takes the folder for a model. The source is
+only read.
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from accelerate.utils.modeling import convert_file_size_to_int
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from qrefta.config import QReftaConfig, StackRow
+from qrefta.config import LayerStack, Rank, Settings, StackReport, parse_bytes
 from qrefta.files.checksums import write_digests
 from qrefta.files.safetensors import (
     Checkpoint,
@@ -33,157 +29,226 @@ from qrefta.files.safetensors import (
     resolve_folder,
     write_index,
 )
-from qrefta.model.build import bank_key, model_class, trained_modules
+from qrefta.hf_config import QReftaConfig
+from qrefta.model.build import bank_key, model_class, with_trained_modules
 from qrefta.model.check import FRESH_BYTES, FRESH_SHARE, check_config
 from qrefta.model.names import weight_parts
-from qrefta.model.stacks import (
-    BLOCK_BYTES,
-    LayerStack,
-    Weights,
-    check_values,
-    find_stacks,
-    select_stacks,
-)
+from qrefta.model.stacks import BLOCK_BYTES, Weights, check_values, find_stacks, select_stacks
 from qrefta.model_card import write_card
-from qrefta.nn.factors import BANK, Rank, stored_factors
-from qrefta.nn.quantized import Packed
-from qrefta.split.allocate import choose_ranks
+from qrefta.nn.factors import BANK, stored_factors
 from qrefta.split.calibrate import Moments
+from qrefta.split.loop import split_stacks
 from qrefta.split.stack_split import StackSplit
 
 JOURNAL = "qrefta_unfinished.json"
+UNLIMITED = 1 << 62  # for `max_memory`: as much as it needs, six times the largest linear layer in float32
 _PART_BYTES = 128 << 20
-_BLOCKS, _LAYERS = (
-    8,
-    6,
-)  # blocks and layers in float32 that exist at once, temporaries of the kernels included
-_BASIS = 50  # columns of a slice's basis in the tensor SVD, about, beside those for the rank
+_BLOCKS = 8  # blocks in float32 that exist at once, temporaries of the kernels included
+_LAYERS = 6  # layers in float32 that exist at once
+_BASIS = 50  # columns of the basis of a slice in the tensor SVD, about, besides those for the rank
 _LEAST_BLOCK_BYTES = 4 << 20
 _OVERHEAD_BYTES = 256 << 20
-UNLIMITED = 1 << 62  # for `max_memory`: what it takes, six times the largest linear in float32
 
 
 def convert(
     source: str | Path,
     out: Path,
-    config: QReftaConfig,
+    settings: Settings,
     moments: Moments | None,
     device: torch.device,
     max_memory: int | str,
     progress: bool,
+    base_model: str | None = None,
 ) -> Path:
-    """Prepare the model in `source` (folder or hub name) into `out`; the arguments of `qrefta.prepare`.
+    """Prepare the model in `source` (folder or hub name) into `out`; the arguments of `qrefta.prepare_checkpoint`.
 
-    The result equals preparing in memory: bit for bit on the same device, unless `max_memory` makes blocks smaller than
+    The result equals preparing in memory bit for bit on the same device, unless `max_memory` makes blocks smaller than
     `BLOCK_BYTES`, or the checkpoint holds tensors of another dtype than the model is loaded in.
+
+    Args:
+        base_model: name of the source to keep in the config; default: `source`.
 
     Returns:
         `out`.
 
     Raises:
-        ValueError: as `qrefta.prepare`; and if `out` holds something else, the checkpoint is damaged or lacks a weight,
-            or `max_memory` is too small.
+        ValueError: as `qrefta.prepare_checkpoint`.
     """
-    folder = resolve_folder(source)
-    checkpoint = Checkpoint(folder)
-    model = _skeleton(folder, checkpoint)
-    stacks = find_stacks(model)
-    targets = select_stacks(stacks, config.target_modules)
-    config.modules_to_save = trained_modules(model, config.modules_to_save, stacks)
-    _check_bytes(folder, checkpoint, model)
-    parts = weight_parts(model, checkpoint, stacks)
-    block_bytes = _block_bytes(stacks, targets, _bytes(max_memory))
-    weights = {stack: _weights(checkpoint, stack, parts, device, block_bytes) for stack in stacks}
-
-    journal = _Journal(out, _fingerprint(checkpoint, config))
-    if journal.ranks is None:
-        ranks = choose_ranks(
-            targets, [weights[stack] for stack in targets], config, moments, progress
-        )
-        journal.begin([ranks.get(stack, 0) for stack in stacks])
-    total = sum(stack.layers * stack.out_features * stack.in_features for stack in stacks)
-    with tqdm(
-        total=total, desc="Preparing", unit="weights", unit_scale=True, disable=not progress
-    ) as bar:
-        for index, stack in enumerate(stacks):
-            bar.set_postfix_str(stack.name)
-            if index >= len(journal.rows):
-                split = StackSplit(stack, weights[stack], config, journal.ranks[index], moments)
-                files = _write_stack(out, index, split, checkpoint, parts)
-                journal.enter(split.row(), files)
-            bar.update(stack.layers * stack.out_features * stack.in_features)
-    config.stacks, config.base_model = journal.rows, str(source)
-    files = journal.files + _write_rest(
-        out, checkpoint, {part.name for own in parts.values() for part in own}
+    checkpoint = CheckpointSource(resolve_folder(source), settings, device, max_memory)
+    settings = checkpoint.settings
+    calibrated = moments is not None
+    folder = FolderSink(out, checkpoint, calibrated)
+    split_stacks(checkpoint, folder, settings, moments, progress)
+    config = QReftaConfig(
+        settings,
+        calibrated=calibrated,
+        base_model=base_model or str(source),
+        stacks=folder.reports,
     )
-    _finish(folder, out, model.config, config, files)
+    folder.finish(config)
     return out
 
 
-class _Journal:
-    """What an unfinished folder holds so far, kept in the folder itself.
+class CheckpointSource:
+    """The stacks of a dense checkpoint folder, read a few rows at a time.
+
+    Args:
+        folder: with config.json and safetensors files.
+        settings: what to prepare.
+        device: where a stack is worked on.
+        max_memory: bytes that preparing may take.
 
     Attributes:
-        ranks: of every stack, in order; None before they are chosen.
-        rows, files: of the stacks that are complete.
+        settings: with the paths of all modules that train in full.
+
+    Raises:
+        ValueError: if the folder holds no dense model, a weight is missing, or `max_memory` is too small.
     """
 
-    def __init__(self, out: Path, fingerprint: dict[str, Any]) -> None:
-        self.path, self.fingerprint = out / JOURNAL, fingerprint
+    def __init__(
+        self, folder: Path, settings: Settings, device: torch.device, max_memory: int | str
+    ) -> None:
+        self.folder = folder
+        self.device = device
+        self.checkpoint = Checkpoint(folder)
+        model = _model_without_storage(folder, self.checkpoint)
+        self.model_config = model.config
+        self.stacks = find_stacks(model)
+        targets = select_stacks(self.stacks, settings.target_modules)
+        self.settings = with_trained_modules(model, settings, self.stacks)
+        _check_bytes(folder, self.checkpoint, model)
+        self.parts = weight_parts(model, self.checkpoint, self.stacks)
+        limit = parse_bytes("max_memory", max_memory)
+        self._block_bytes = _block_bytes(self.stacks, targets, limit)
+
+    def weights(self, stack: LayerStack) -> Weights:
+        adapted = stack.adapted
+
+        def read(layer: int, start: int, stop: int) -> Tensor:
+            parts = self.parts[adapted[layer]]
+            rows = self.checkpoint.read_parts(parts, start, stop, columns=stack.transposed)
+            check_values(parts[0].name, rows)
+            return rows
+
+        return Weights(stack.shape, read, self.device, self._block_bytes, keep=False)
+
+
+class FolderSink:
+    """A folder that a prepared checkpoint is written to, with a journal of the stacks that are complete.
+
+    Attributes:
+        ranks, reports: see `qrefta.split.loop.Sink`.
+
+    Raises:
+        ValueError: if the folder holds something else, or an unfinished run with other settings.
+    """
+
+    def __init__(self, out: Path, source: CheckpointSource, calibrated: bool) -> None:
+        self.out = out
+        self.source = source
         self.ranks: list[Rank] | None = None
-        self.rows: list[StackRow] = []
-        self.files: list[str] = []
-        if self.path.is_file():
-            self._resume(read_json(self.path))
-        elif out.exists() and (
-            not out.is_dir() or any(path.name != f"{JOURNAL}.tmp" for path in out.iterdir())
-        ):
+        self.reports: list[StackReport] = []
+        self._files: list[str] = []
+        self._path = out / JOURNAL
+        self._fingerprint = _fingerprint(source.checkpoint, source.settings, calibrated)
+        if self._path.is_file():
+            self._resume(read_json(self._path))
+        elif out.exists() and not _is_empty(out):
             raise ValueError(f"{out} exists and is not empty; choose another folder or remove it.")
 
+    def begin(self, ranks: list[Rank]) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.ranks = ranks
+        self._write_journal()
+
+    def write(self, split: StackSplit) -> None:
+        index = len(self.reports)
+        writer = ShardWriter(self.out, f"model-stack{index:03d}-", _PART_BYTES)
+        if split.split.factors is not None:
+            for name, tensor in stored_factors(split.split.factors).items():
+                writer.add(f"{BANK}.{bank_key(index)}.{name}", tensor)
+        for path, residual in zip(split.stack.adapted, split.residuals(), strict=True):
+            source = self.source.parts[path][0].name
+            stem = f"{path}." if split.stack.experts else source.removesuffix("weight")
+            stored = residual.to("cpu", self.source.checkpoint.dtype(source))
+            for name, tensor in stored.tensors().items():
+                writer.add(stem + name, tensor)
+        self._files += writer.close()
+        self.reports.append(split.report())
+        self._write_journal()
+
+    def finish(self, config: QReftaConfig) -> None:
+        """Write the other tensors, the index, the tokenizer, and at the very end config.json and the digests.
+
+        The journal stays until then: a run that is killed in here resumes like any other.
+        """
+        files = self._files + self._write_rest()
+        copy_companions(self.source.folder, self.out)
+        write_index(self.out, files)
+        for path in self.out.glob("model-*.safetensors"):
+            if path.name not in files:  # an interrupted run left it
+                path.unlink()
+        write_card(self.out, config)
+        model_config = self.source.model_config
+        model_config.quantization_config = config
+        replace_text(self.out / "config.json", model_config.to_json_string(use_diff=True))
+        write_digests(self.out)
+        self._path.unlink()
+
+    def _write_rest(self) -> list[str]:
+        """Copy all other tensors unchanged: embeddings, norms, biases, heads."""
+        split = {part.name for parts in self.source.parts.values() for part in parts}
+        names = [name for name in self.source.checkpoint.names if name not in split]
+        if not names:
+            return []
+        copy_shard(self.out / "model-rest.safetensors", self.source.checkpoint, names)
+        return ["model-rest.safetensors"]
+
+    def _write_journal(self) -> None:
+        state = {
+            "fingerprint": self._fingerprint,
+            "ranks": self.ranks,
+            "files": self._files,
+            "reports": [report.to_dict() for report in self.reports],
+        }
+        replace_text(self._path, json.dumps(state))
+
     def _resume(self, state: Any) -> None:
-        lists = ("ranks", "files", "rows")
+        lists = ("ranks", "files", "reports")
         whole = isinstance(state, dict) and isinstance(state.get("fingerprint"), dict)
         if not whole or not all(isinstance(state.get(name), list) for name in lists):
             raise ValueError(
-                f"{self.path} is damaged; remove the folder {self.path.parent} and prepare anew."
+                f"{self._path} is damaged; remove the folder {self.out} and prepare again."
             )
         changed = [
-            key for key, value in self.fingerprint.items() if state["fingerprint"].get(key) != value
+            key
+            for key, value in self._fingerprint.items()
+            if state["fingerprint"].get(key) != value
         ]
         if changed:
             raise ValueError(
-                f"{self.path.parent} holds an unfinished run with another {', '.join(changed)}; give the same "
-                "settings to go on, or remove the folder."
+                f"{self.out} holds an unfinished run with another {', '.join(changed)}; give the same settings to "
+                "resume it, or remove the folder."
             )
-        self.ranks, self.files = state["ranks"], state["files"]
-        self.rows = QReftaConfig(stacks=state["rows"]).stacks
         strange = [
-            file for file in self.files if not isinstance(file, str) or Path(file).name != file
+            file for file in state["files"] if not isinstance(file, str) or Path(file).name != file
         ]
         if strange:
             raise ValueError(
-                f"{self.path} names {strange[0]!r}, which is outside its folder; it is refused."
+                f"{self._path} names {strange[0]!r}, which is outside its folder; it is refused."
             )
-
-    def begin(self, ranks: list[Rank]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.ranks = ranks
-        self._write()
-
-    def enter(self, row: StackRow, files: list[str]) -> None:
-        """One more stack is complete."""
-        self.rows.append(row)
-        self.files += files
-        self._write()
-
-    def _write(self) -> None:
-        state = {"fingerprint": self.fingerprint, "ranks": self.ranks, "files": self.files}
-        state["rows"] = [asdict(row) for row in self.rows]
-        replace_text(self.path, json.dumps(state))
+        self.ranks = [tuple(rank) if isinstance(rank, list) else rank for rank in state["ranks"]]
+        self._files = state["files"]
+        self.reports = [StackReport.from_dict(report) for report in state["reports"]]
 
 
-def _skeleton(folder: Path, checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model without storage, by its config.json; with the dtype that its weights have."""
+def _is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but a journal that was not complete when its run was killed."""
+    return folder.is_dir() and all(path.name == f"{JOURNAL}.tmp" for path in folder.iterdir())
+
+
+def _model_without_storage(folder: Path, checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model that config.json describes, without storage, in the dtype of its weights."""
     config = _read_config(folder)
     if getattr(config, "quantization_config", None):
         raise ValueError(
@@ -201,13 +266,13 @@ def _skeleton(folder: Path, checkpoint: Checkpoint) -> PreTrainedModel:
 
 
 def _read_config(folder: Path) -> PreTrainedConfig:
-    """Its config.json, as transformers reads it; a number out of range would have it count for ever."""
-    found = read_json(folder / "config.json")
-    if not isinstance(found, dict):
+    """config.json as transformers reads it; a number out of range is refused first, since building would not end."""
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
         raise ValueError(
             f"{folder / 'config.json'} is damaged: it holds no settings by name; copy it again."
         )
-    check_config(found)
+    check_config(config)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
@@ -222,111 +287,36 @@ def _no_model(folder: Path, error: Exception) -> ValueError:
 
 
 def _check_bytes(folder: Path, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
-    """Refuse files that hold far more than the model: a sparse one of terabytes would be copied, zero by zero."""
+    """Refuse files that hold far more than the model: a sparse file of terabytes would be copied, zero by zero."""
     held = sum(map(checkpoint.nbytes, checkpoint.names))
     wanted = sum(tensor.numel() * tensor.itemsize for tensor in model.state_dict().values())
     if held > max(FRESH_BYTES, FRESH_SHARE * wanted):
         raise ValueError(
-            f"The files of {folder} hold {held / 1e9:.1f} GB, and its config.json's model {wanted / 1e9:.3f} GB; "
+            f"The files of {folder} hold {held / 1e9:.1f} GB, and the model of its config.json {wanted / 1e9:.3f} GB; "
             "they do not belong together: copy the folder again."
         )
 
 
-def _weights(
-    checkpoint: Checkpoint,
-    stack: LayerStack,
-    parts: dict[str, list[Part]],
-    device: torch.device,
-    block_bytes: int,
-) -> Weights:
-    adapted = stack.adapted
-
-    def read(layer: int, start: int, stop: int) -> Tensor:
-        own = parts[adapted[layer]]
-        rows = checkpoint.read_parts(own, start, stop, columns=stack.transposed)
-        check_values(own[0].name, rows)
-        return rows
-
-    return Weights(stack.shape, read, device, block_bytes, keep=False)
-
-
-def _write_stack(
-    out: Path, index: int, split: StackSplit, checkpoint: Checkpoint, parts: dict[str, list[Part]]
-) -> list[str]:
-    """Write the packed layers and the factors of a stack; the names of the files."""
-    files = ShardWriter(out, f"model-stack{index:03d}-", _PART_BYTES)
-    if split.split.factors is not None:
-        for name, tensor in stored_factors(split.split.factors).items():
-            files.add(f"{BANK}.{bank_key(index)}.{name}", tensor)
-    for path, residual in zip(split.stack.adapted, split.residuals(), strict=True):
-        source = parts[path][0].name
-        stem = f"{path}." if split.stack.experts else source.removesuffix("weight")
-        if isinstance(residual, Packed):
-            for field, tensor in residual._asdict().items():
-                if tensor is not None:
-                    files.add(stem + field, tensor)
-        else:
-            files.add(stem + "weight", residual.to(checkpoint.dtype(source)))
-    return files.close()
-
-
-def _write_rest(out: Path, checkpoint: Checkpoint, written: set[str]) -> list[str]:
-    """Copy every other tensor as it is: embeddings, norms, biases, heads."""
-    names = [name for name in checkpoint.names if name not in written]
-    if names:
-        copy_shard(out / "model-rest.safetensors", checkpoint, names)
-    return ["model-rest.safetensors"] if names else []
-
-
-def _finish(
-    folder: Path, out: Path, model: PreTrainedConfig, config: QReftaConfig, files: list[str]
-) -> None:
-    """Write all that makes a model of the files: index, tokenizer, and at the very end config.json and the digests.
-
-    The journal stays until then: a run that is killed in here goes on like any.
-    """
-    copy_companions(folder, out)
-    write_index(out, files)
-    for stray in _strays(out, files):
-        stray.unlink()
-    model.quantization_config = config
-    write_card(out, config)
-    replace_text(out / "config.json", model.to_json_string(use_diff=True))
-    write_digests(out)
-    (out / JOURNAL).unlink()
-
-
-def _strays(out: Path, files: list[str]) -> Iterator[Path]:
-    """Parts that an interrupted run left and this one did not write again."""
-    return (path for path in out.glob("model-*.safetensors") if path.name not in files)
-
-
-def _fingerprint(checkpoint: Checkpoint, config: QReftaConfig) -> dict[str, Any]:
-    """What an unfinished run must agree with: the settings, and the source's tensors and file times."""
-    settings = {key: value for key, value in config.to_dict().items() if key != "stacks"}
-    return json.loads(json.dumps({"settings": settings, "source": checkpoint.fingerprint()}))
-
-
-def _bytes(max_memory: int | str) -> int:
-    try:
-        return convert_file_size_to_int(max_memory)
-    except ValueError as error:
-        raise ValueError(f'max_memory is {max_memory!r}; give bytes or text like "3GB"') from error
+def _fingerprint(checkpoint: Checkpoint, settings: Settings, calibrated: bool) -> dict[str, Any]:
+    """Facts that an unfinished run must agree with: the settings, and the tensors and file times of the source."""
+    facts = {
+        "settings": settings.to_dict() | {"calibrated": calibrated},
+        "source": checkpoint.fingerprint(),
+    }
+    return json.loads(json.dumps(facts))
 
 
 def _block_bytes(stacks: list[LayerStack], targets: list[LayerStack], max_memory: int) -> int:
     """Bytes of a block of rows that keep within `max_memory`."""
     layer = 4 * max(stack.out_features * stack.in_features for stack in stacks)
-    row = 4 * max(
-        stack.layers * stack.in_features for stack in stacks
-    )  # of all layers: many where there are experts
-    beside = _OVERHEAD_BYTES + 4 * _BASIS * max(
-        stack.layers * stack.in_features for stack in targets
-    )
-    needed = beside + max(_LAYERS * layer, _BLOCKS * max(_LEAST_BLOCK_BYTES, row))
+    row = 4 * max(stack.layers * stack.in_features for stack in stacks)  # large with many experts
+    basis = 4 * _BASIS * max(stack.layers * stack.in_features for stack in targets)
+    fixed = _OVERHEAD_BYTES + basis
+    needed = fixed + max(_LAYERS * layer, _BLOCKS * max(_LEAST_BLOCK_BYTES, row))
     if max_memory < needed:
+        most_layers = max(stack.layers for stack in stacks)
         raise ValueError(
             f"max_memory is {max_memory / 1e9:.2f} GB, but this model needs {needed / 1e9:.2f} GB: its largest linear "
-            f"has {layer / 4e6:.1f} million weights, its largest stack {max(stack.layers for stack in stacks)} linears"
+            f"layer has {layer / 4e6:.1f} million weights, its largest stack {most_layers} linear layers"
         )
-    return min(BLOCK_BYTES, (max_memory - beside) // _BLOCKS)
+    return min(BLOCK_BYTES, (max_memory - fixed) // _BLOCKS)

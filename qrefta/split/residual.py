@@ -1,9 +1,9 @@
-"""A stack of weights -> trained factors and what the 4-bit residual is taken of: W_l ~ dequant(Q_l) + Delta_l.
+"""A stack of weights -> factors and a frozen residual for each layer: W_l ~ dequant(Q_l) + Delta_l.
 
-A stack is read in blocks of rows of all its layers and never needed as a whole. What a split keeps of the quantized
-side is the factors that were subtracted before quantizing: Q_l = quantize(W_l - Delta_l) can be made again from them, a
-layer or a few rows at a time. So refinement stores nothing but factors between its passes, and the same code serves
-weights in memory and in files, on a CPU and on a GPU.
+A stack is read in blocks of rows of all its layers and is never needed as a whole. A split keeps the factors that were
+subtracted before quantizing: Q_l = quantize(W_l - Delta_l) can be computed again from them, a layer or a few rows at a
+time. So refinement stores only factors between its passes, and the same code serves weights in memory and in files, on
+a CPU and on a GPU.
 """
 
 import math
@@ -13,20 +13,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qrefta.config import QReftaConfig
-from qrefta.linalg.tsvd import Blocks, Metric, Slices, mix, squared_norm, t_svd, transform_matrix
+from qrefta.config import Rank, Settings
+from qrefta.linalg.tsvd import (
+    Blocks,
+    Metric,
+    Slices,
+    mix,
+    squared_norm,
+    t_svd,
+    transform_matrix,
+)
 from qrefta.methods import METHODS
 from qrefta.model.stacks import Weights
-from qrefta.nn.factors import Factors, Fit, Rank
-from qrefta.nn.quantized import Packed, QuantFormat, dequantize, quantize, rounded
+from qrefta.nn.factors import Factors, Fit, factor_dtype
+from qrefta.nn.quantized import DenseWeight, FrozenWeight, QuantFormat, quantize, rounded
 
 
 class Split(NamedTuple):
-    """One stack, split: Q_l = quantize(W_l - base.delta(l)), and W_l ~ dequant(Q_l) + factors.delta(l).
+    """A split stack: Q_l = quantize(W_l - base.delta(l)), and W_l ~ dequant(Q_l) + factors.delta(l).
 
     Attributes:
-        factors: None where the stack is quantized only.
-        base: `factors` themselves, or after a last refit the factors of the round before; None: whole weights.
+        factors: None if the stack is only quantized.
+        base: `factors`, or after a last refit the factors of the round before; None: unsplit weights.
     """
 
     factors: Factors | None = None
@@ -34,139 +42,162 @@ class Split(NamedTuple):
 
 
 class SplitLayer(NamedTuple):
-    """One layer as stored: the residual in 4 bits (dense float32 with 16), and the matrices that errors are taken of.
+    """One layer as stored, and the matrices that its errors are computed from.
 
     Attributes:
-        residual: Q_l.
+        residual: Q_l in 4 bits; dense float32 with 16 bits.
         error: W_l - dequant(Q_l) - Delta_l, (out, in), float32; zero with 16 bits.
-        whole_error: W_l - dequant(quantize(W_l)): what quantizing the whole weight would leave.
-        norm, principal_norm: ||W_l||_F^2 and ||Delta_l||_F^2, of the start.
+        whole_error: W_l - dequant(quantize(W_l)), the error of quantizing the unsplit weight.
+        norm, principal_norm: ||W_l||_F^2 and ||Delta_l||_F^2 at the start.
     """
 
-    residual: Packed | Tensor
+    residual: FrozenWeight
     error: Tensor
     whole_error: Tensor
     norm: float
     principal_norm: float
 
 
-def one_shot(
-    weights: Weights, config: QReftaConfig, rank: Rank, metric: Metric | None = None
-) -> Fit:
-    """The factors nearest to whole weights, whatever the format: the paper's split, and where refinement starts."""
-    return _Whole(weights, config).fit(rank, metric)
+def one_shot(weights: Weights, settings: Settings, rank: Rank, metric: Metric | None = None) -> Fit:
+    """The factors nearest to unsplit weights, whatever the format: the paper's split, and the start of refinement."""
+    return _Whole(weights, settings).fit(rank, metric)
 
 
 def split_stack(
     weights: Weights,
-    config: QReftaConfig,
+    settings: Settings,
     rank: Rank,
     metric: Metric | None = None,
     first: Fit | None = None,
 ) -> Split:
-    """Factors of a stack, and the factors that its residuals are taken with.
+    """Factors of a stack, and the factors that its residuals are computed with.
 
-    The principal part of W comes first. Each of the `config.refine` rounds then refits the factors to W - dequant(Q)
-    and takes Q of W - Delta anew, under the transform of W throughout: with it fixed, a refit cannot raise the error
-    (up to the factors' rounding). A last refit follows. A refit starts from the subspaces of the one before and makes
-    one pass. Without a metric the best of all states is returned, by squared error; with one, the last.
+    The principal part of W comes first. Each of the `settings.refine` rounds then refits the factors to W - dequant(Q)
+    and quantizes W - Delta again, under the transform of W throughout: with a fixed transform, a refit cannot raise the
+    error (up to the rounding of the factors). A last refit follows. A refit starts from the subspaces of the refit
+    before and makes one pass. Without a metric the state with the lowest squared error is returned; with a metric, the
+    last state.
 
     Args:
         weights: finite.
-        config: method, transform, format, rounds and seed.
+        settings: method, transform, format, rounds and seed.
         rank: as the method takes it.
         metric: of the inputs, for an activation-aware split.
-        first: what `one_shot` gives for the same arguments, where it was made already.
+        first: the result of `one_shot` for the same arguments, if it was computed before.
     """
-    whole = _Whole(weights, config)
-    found = first or whole.fit(rank, metric)
-    best, best_error = Split(found.factors, found.factors), None
-    refits = config.refine and config.format is not None and found.factors.fits
-    for _ in range(config.refine + 1 if refits else 0):
-        base = found.factors
-        target = _Target(
-            weights, whole.rows, base, whole.mixing, config.format, of_base=best_error is None
-        )
-        found = _fit(weights, config, rank, whole.transform, metric, target.blocks, found.starts)
-        best_error = target.error if best_error is None else best_error
-        error = target.norm - found.energy
+    fmt = QuantFormat.of(settings)
+    whole = _Whole(weights, settings)
+    fit = first or whole.fit(rank, metric)
+    best = Split(fit.factors, fit.factors)
+    if fmt is None or not settings.refine or not fit.factors.fits:
+        return best
+    best_error: float | None = None
+    for _ in range(settings.refine + 1):
+        base = fit.factors
+        target = _Target(weights, whole.rows, base, whole.mixing, fmt, of_base=best_error is None)
+        fit = _fit(weights, settings, rank, whole.transform, metric, target.blocks, fit.starts)
+        if best_error is None:
+            best_error = target.error
+        error = target.norm - fit.energy
         if metric is not None or error < best_error:
-            best, best_error = Split(found.factors, base), error
+            best = Split(fit.factors, base)
+            best_error = error
     return best
 
 
-def tensor_values(weights: Weights, config: QReftaConfig, rank: int) -> Tensor:
+def tensor_values(weights: Weights, settings: Settings, rank: int) -> Tensor:
     """The `rank` largest tensor singular values of a stack, (rank,), largest first."""
-    slices = Slices(_Whole(weights, config).blocks(), weights.shape, weights.device)
-    return t_svd(slices, rank, config.seed)[0].values
+    slices = Slices(_Whole(weights, settings).blocks(), weights.shape, weights.device)
+    svd, _ = t_svd(slices, rank, settings.seed)
+    return svd.values
 
 
-def split_layers(weights: Weights, split: Split, config: QReftaConfig) -> Iterator[SplitLayer]:
-    """The layers of a stack as stored, one after the other. Memory: about five layers in float32."""
+def split_layers(weights: Weights, split: Split, settings: Settings) -> Iterator[SplitLayer]:
+    """The layers of a stack as stored, in order. Memory: about five layers in float32."""
+    fmt = QuantFormat.of(settings)
     for index in range(weights.shape[0]):
         weight = weights.layer(index)
-        norm, principal = squared_norm(weight), 0.0
-        delta = None if split.factors is None else split.factors.delta(index)
-        if delta is not None:
-            principal = squared_norm(delta)
-        if config.format is None:
-            residual = weight if delta is None else weight - delta
-            yield SplitLayer(residual, torch.zeros(()), torch.zeros(()), norm, principal)
-            continue
-        if delta is None:
-            residual = quantize(weight, config.format)
-            error = weight.sub_(
-                dequantize(residual, config.format, tuple(weight.shape), torch.float32)
-            )
-            yield SplitLayer(residual, error, error, norm, principal)
-            continue
-        whole_error = weight - rounded(weight, config.format)
-        residual = quantize(weight - split.base.delta(index), config.format)
-        error = weight.sub_(
-            dequantize(residual, config.format, tuple(weight.shape), torch.float32)
-        ).sub_(delta)
-        yield SplitLayer(residual, error, whole_error, norm, principal)
+        if fmt is None:
+            yield _dense_layer(weight, split.factors, index)
+        elif split.factors is None or split.base is None:
+            yield _quantized_layer(weight, fmt)
+        else:
+            yield _residual_layer(weight, split.factors, split.base, index, fmt)
+
+
+def _dense_layer(weight: Tensor, factors: Factors | None, index: int) -> SplitLayer:
+    norm = squared_norm(weight)
+    principal_norm = 0.0
+    if factors is not None:
+        delta = factors.delta(index)
+        principal_norm = squared_norm(delta)
+        weight = weight - delta
+    zero = torch.zeros(())
+    return SplitLayer(DenseWeight(weight), zero, zero, norm, principal_norm)
+
+
+def _quantized_layer(weight: Tensor, fmt: QuantFormat) -> SplitLayer:
+    norm = squared_norm(weight)
+    residual = quantize(weight, fmt)
+    error = weight.sub_(residual.dequantize(torch.float32))
+    return SplitLayer(residual, error, error, norm, 0.0)
+
+
+def _residual_layer(
+    weight: Tensor, factors: Factors, base: Factors, index: int, fmt: QuantFormat
+) -> SplitLayer:
+    norm = squared_norm(weight)
+    delta = factors.delta(index)
+    principal_norm = squared_norm(delta)
+    whole_error = weight - rounded(weight, fmt)
+    residual = quantize(weight - base.delta(index), fmt)
+    error = weight.sub_(residual.dequantize(torch.float32)).sub_(delta)
+    return SplitLayer(residual, error, whole_error, norm, principal_norm)
 
 
 class _Whole:
-    """A stack as it is, under its transform.
+    """An unsplit stack under its transform.
 
     Attributes:
         rows: rows of every layer in a block.
         transform: U, (layers, slices), float64.
-        mixing: the same in float32, where the work is done.
+        mixing: U in float32, the dtype of the work.
     """
 
-    def __init__(self, weights: Weights, config: QReftaConfig) -> None:
-        self.weights, self.config = weights, config
-        self.rows = _rows_per_block(weights, config.format)
-        transform = config.transform if METHODS[config.method].fits else "identity"  # costs no pass
+    def __init__(self, weights: Weights, settings: Settings) -> None:
+        self.weights = weights
+        self.settings = settings
+        self.rows = _rows_per_block(weights, QuantFormat.of(settings))
+        # A method that does not fit its stack needs no transform; the identity costs no pass.
+        transform = settings.transform if METHODS[settings.method].fits else "identity"
         self.transform = transform_matrix(
             lambda: _read(weights, self.rows), weights.shape[0], transform
         )
         self.mixing = self.transform.to(weights.device, torch.float32)
 
     def fit(self, rank: Rank, metric: Metric | None) -> Fit:
-        """The factors nearest to it."""
-        return _fit(self.weights, self.config, rank, self.transform, metric, self.blocks(), None)
+        """The nearest factors."""
+        return _fit(
+            self.weights, self.settings, rank, self.transform, metric, self.blocks(), None
+        )
 
     def blocks(self) -> Blocks:
-        """Passes over the transformed slices: kept in memory if that is allowed, or made anew in each."""
+        """Passes over the transformed slices: kept in memory if that is allowed, else computed in each pass."""
         if not self.weights.keep:
             return self._mixed
         blocks = list(self._mixed())
         return lambda: blocks
 
     def _mixed(self) -> Iterator[tuple[slice, Tensor]]:
-        return ((where, mix(block, self.mixing)) for where, block in _read(self.weights, self.rows))
+        return ((rows, mix(block, self.mixing)) for rows, block in _read(self.weights, self.rows))
 
 
 class _Target:
-    """W - dequant(quantize(W - Delta)), the stack that a refit is made to, and its errors once a pass is over.
+    """W - dequant(quantize(W - Delta)), the stack that a refit approximates, with its errors after a pass.
 
     Attributes:
         norm: its squared norm.
-        error: sum_l ||W_l - Delta_l - dequant(Q_l)||_F^2, before the refit, if `of_base`.
+        error: sum_l ||W_l - Delta_l - dequant(Q_l)||_F^2 before the refit, if `of_base`.
     """
 
     def __init__(
@@ -178,24 +209,31 @@ class _Target:
         fmt: QuantFormat,
         of_base: bool,
     ) -> None:
-        self.weights, self.rows, self.base, self.mixing, self.fmt = weights, rows, base, mixing, fmt
+        self.weights = weights
+        self.rows = rows
+        self.base = base
+        self.mixing = mixing
+        self.fmt = fmt
         self.of_base = of_base
+        self.norm = 0.0
+        self.error = 0.0
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        self.norm = self.error = 0.0
-        for where, block in _read(self.weights, self.rows):
+        self.norm = 0.0
+        self.error = 0.0
+        for rows, block in _read(self.weights, self.rows):
             for layer, weight in enumerate(block):
-                delta = self.base.delta(layer, where)
+                delta = self.base.delta(layer, rows)
                 weight.sub_(rounded(weight - delta, self.fmt))
                 self.norm += squared_norm(weight)
                 if self.of_base:
                     self.error += squared_norm(delta.sub_(weight))
-            yield where, mix(block, self.mixing)
+            yield rows, mix(block, self.mixing)
 
 
 def _fit(
     weights: Weights,
-    config: QReftaConfig,
+    settings: Settings,
     rank: Rank,
     transform: Tensor,
     metric: Metric | None,
@@ -203,9 +241,8 @@ def _fit(
     starts: list[Tensor] | None,
 ) -> Fit:
     slices = Slices(blocks, weights.shape, weights.device, metric)
-    return METHODS[config.method].fit(
-        slices, rank, transform, config.torch_factor_dtype, config.seed, starts
-    )
+    method = METHODS[settings.method]
+    return method.fit(slices, rank, transform, factor_dtype(settings), settings.seed, starts)
 
 
 def _read(weights: Weights, rows: int) -> Iterator[tuple[slice, Tensor]]:
@@ -217,7 +254,7 @@ def _read(weights: Weights, rows: int) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _rows_per_block(weights: Weights, fmt: QuantFormat | None) -> int:
-    """Rows of every layer in a block: quantized alone they give what they give in the whole matrix."""
+    """Rows of every layer in a block, so many that quantizing a block gives the bits of quantizing the matrix."""
     layers, out_features, in_features = weights.shape
     together = 1 if fmt is None else fmt.block_size // math.gcd(in_features, fmt.block_size)
     rows = weights.block_bytes // (4 * layers * in_features)

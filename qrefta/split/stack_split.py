@@ -1,93 +1,98 @@
-"""One stack: split, handed out layer by layer as it is to be stored, and its row in the report."""
+"""One stack: split, handed out layer by layer as it is to be stored, and measured on the way."""
 
 from collections.abc import Iterator
 
-from torch import Tensor
-
-from qrefta.config import QReftaConfig, StackRow
+from qrefta.config import LayerStack, Rank, Settings, StackReport
 from qrefta.linalg.tsvd import squared_norm
-from qrefta.model.stacks import LayerStack, Weights
-from qrefta.nn.factors import Rank
-from qrefta.nn.quantized import Packed
+from qrefta.model.stacks import Weights
+from qrefta.nn.quantized import FrozenWeight, QuantFormat
 from qrefta.split.calibrate import Moments, output_error, shared_metric
 from qrefta.split.residual import Split, SplitLayer, split_layers, split_stack
 
 
 class StackSplit:
-    """A stack split, and the sums over its layers as they are handed out.
+    """A stack split, with sums over its layers as they are handed out.
 
     Args:
-        stack, weights: what to split.
-        config: how.
+        stack, weights: the stack to split.
+        settings: of the split.
         rank: as the method takes it; 0 quantizes only.
-        moments: of the layers' inputs, which then weight the split and measure the output error.
+        moments: second moments of the layers' inputs; they weight the split and measure the output error.
+        split: the result of `split_stack` for the same arguments, if it was made before.
     """
 
     def __init__(
         self,
         stack: LayerStack,
         weights: Weights,
-        config: QReftaConfig,
+        settings: Settings,
         rank: Rank,
         moments: Moments | None,
+        split: Split | None = None,
     ) -> None:
-        self.stack, self.weights, self.config, self.moments = stack, weights, config, moments
-        metric = (
-            None if moments is None or not rank else shared_metric(moments, stack, weights.device)
-        )
-        self.split = split_stack(weights, config, rank, metric) if rank else Split()
-        self.residual_error = self.baseline_error = self.norm = self.principal_norm = 0.0
-        self.output_error = self.output_baseline = 0.0
-        self.bytes = 0 if self.split.factors is None else self.split.factors.stored_bytes
+        self.stack = stack
+        self.weights = weights
+        self.settings = settings
+        self.moments = moments
+        self.split = split or self._make(rank)
+        self._clear()
 
-    def residuals(self) -> Iterator[Packed | Tensor]:
-        """What to store of each layer, in order: packed, or dense float32 with 16 bits."""
-        for index, layer in enumerate(split_layers(self.weights, self.split, self.config)):
+    def residuals(self) -> Iterator[FrozenWeight]:
+        """The frozen weight of each layer, in order; dense float32 with 16 bits."""
+        self._clear()
+        for index, layer in enumerate(split_layers(self.weights, self.split, self.settings)):
             self._add(index, layer)
             yield layer.residual
+
+    def report(self) -> StackReport:
+        """The report of the stack, once all residuals were handed out."""
+        factors = self.split.factors
+        fitted = factors is not None and factors.fits
+        measured = self.moments is not None
+        return StackReport(
+            stack=self.stack,
+            rank=0 if factors is None else _plain(factors.rank),
+            slice_ranks=(0,) * self.stack.layers if factors is None else tuple(factors.slice_ranks),
+            transform=self.settings.transform if fitted else None,
+            quant_type=self.settings.quant_type if self.settings.bits == 4 else None,
+            baseline_error=self.baseline_error,
+            residual_error=self.residual_error,
+            principal_energy=self.principal_norm / self.norm if self.norm else 0.0,
+            bytes=self.bytes,
+            output_error=self.output_error if measured else None,
+            output_baseline=self.output_baseline if measured else None,
+        )
+
+    def _make(self, rank: Rank) -> Split:
+        if not rank:
+            return Split()
+        metric = None
+        if self.moments is not None:
+            metric = shared_metric(self.moments, self.stack, self.weights.device)
+        return split_stack(self.weights, self.settings, rank, metric)
+
+    def _clear(self) -> None:
+        self.residual_error = 0.0
+        self.baseline_error = 0.0
+        self.norm = 0.0
+        self.principal_norm = 0.0
+        self.output_error = 0.0
+        self.output_baseline = 0.0
+        self.bytes = 0 if self.split.factors is None else self.split.factors.stored_bytes
 
     def _add(self, index: int, layer: SplitLayer) -> None:
         self.residual_error += squared_norm(layer.error)
         self.baseline_error += squared_norm(layer.whole_error)
         self.norm += layer.norm
         self.principal_norm += layer.principal_norm
-        parts = layer.residual if isinstance(layer.residual, Packed) else (layer.residual,)
-        self.bytes += sum(part.nbytes for part in parts if part is not None)
-        if self.moments is not None and self.config.format is not None:
-            moment = self.moments.of(self.stack.place(index)[0])
+        self.bytes += layer.residual.nbytes
+        if self.moments is not None and QuantFormat.of(self.settings) is not None:
+            path, _ = self.stack.place(index)
+            moment = self.moments.of(path)
             self.output_error += output_error(layer.error, moment)
             self.output_baseline += output_error(layer.whole_error, moment)
 
-    def row(self) -> StackRow:
-        """The stack's row, once all residuals were handed out."""
-        stack, factors, measured = self.stack, self.split.factors, self.moments is not None
-        return StackRow(
-            stack=stack.name,
-            modules=list(stack.modules),
-            transposed=stack.transposed,
-            experts=stack.experts,
-            layers=stack.layers,
-            shape=[stack.out_features, stack.in_features],
-            rank=0
-            if factors is None
-            else list(factors.rank)
-            if isinstance(factors.rank, tuple)
-            else factors.rank,
-            slice_ranks=[0] * stack.layers if factors is None else factors.slice_ranks,
-            transform=self.config.transform if factors is not None and factors.fits else None,
-            quant_type=self.config.quant_type if self.config.format else None,
-            baseline_error=self.baseline_error,
-            residual_error=self.residual_error,
-            ratio=_ratio(self.residual_error, self.baseline_error),
-            principal_energy=self.principal_norm / self.norm if self.norm else 0.0,
-            bytes=self.bytes,
-            bits_per_weight=8
-            * self.bytes
-            / (stack.layers * stack.out_features * stack.in_features),
-            output_error=self.output_error if measured else None,
-            output_ratio=_ratio(self.output_error, self.output_baseline) if measured else None,
-        )
 
-
-def _ratio(error: float, baseline: float) -> float:
-    return error / baseline if baseline else 1.0
+def _plain(rank: Rank) -> int | tuple[int, ...]:
+    assert isinstance(rank, int | tuple), "factors have ranks, and no budget"
+    return rank

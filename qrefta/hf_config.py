@@ -1,0 +1,87 @@
+"""transformers' quantization config of a prepared model: the settings, and a report for every stack."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers.quantizers.auto import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qrefta.config import (
+    FORMAT_VERSION,
+    OLD_RANK_SETTINGS,
+    SETTING_NAMES,
+    Settings,
+    StackReport,
+    with_new_rank,
+)
+
+
+@register_quantization_config("qrefta")
+class QReftaConfig(QuantizationConfigMixin):
+    """Settings and reports of a prepared model; the `quantization_config` of its config.json.
+
+    Args:
+        settings: the settings, or give them as keywords (see `qrefta.config.Settings`).
+        calibrated: whether second moments of the inputs weighted the split.
+        base_model: folder or hub name of the dense model that was prepared, if it is known.
+        stacks: a `StackReport` (or its dict) for every stack; empty before the model is prepared.
+        format_version: of the checkpoint. Version 1 is migrated; a newer version than this package writes is refused.
+        keywords: settings, if `settings` is not given.
+
+    Raises:
+        ValueError: for a value that is not allowed, an unknown setting, or a newer or damaged format.
+    """
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        calibrated: bool = False,
+        base_model: str | None = None,
+        stacks: Sequence[StackReport | dict[str, Any]] | None = None,
+        format_version: int = FORMAT_VERSION,
+        quant_method: str = "qrefta",
+        **keywords: Any,
+    ) -> None:
+        from qrefta.methods import check_method  # imports torch and bitsandbytes: not before it is needed
+
+        if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
+            raise ValueError(
+                f"The checkpoint has qrefta format version {format_version!r}; this package reads 1 to "
+                f"{FORMAT_VERSION}. Update it: pip install -U qrefta"
+            )
+        if stacks is not None and not isinstance(stacks, list | tuple):
+            raise ValueError(
+                f"stacks is {stacks!r}; it must be a list. config.json is damaged: restore it."
+            )
+        self.quant_method = quant_method
+        self.format_version = format_version
+        self.settings = settings or _settings(keywords)
+        check_method(self.settings)
+        self.calibrated = calibrated
+        self.base_model = base_model
+        self.stacks = [
+            stack if isinstance(stack, StackReport) else StackReport.from_dict(stack)
+            for stack in stacks or []
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as config.json holds it."""
+        return {
+            "quant_method": self.quant_method,
+            "format_version": FORMAT_VERSION,
+            **self.settings.to_dict(),
+            "calibrated": self.calibrated,
+            "base_model": self.base_model,
+            "stacks": [stack.to_dict() for stack in self.stacks],
+        }
+
+
+def _settings(keywords: dict[str, Any]) -> Settings:
+    """Settings from the keywords of a saved config, of format 1 or 2, or of a call."""
+    unknown = sorted(set(keywords) - SETTING_NAMES - set(OLD_RANK_SETTINGS))
+    if unknown:
+        raise ValueError(
+            f"Unknown qrefta settings {unknown}; the config is damaged or from another version."
+        )
+    return Settings(**with_new_rank(keywords))

@@ -1,0 +1,86 @@
+"""The way from dense weights to a prepared model: one loop over stacks, from a source to a sink.
+
+A source is a model in memory or a checkpoint on disk; a sink is a model in memory or a folder. Both preparing in memory
+and preparing out of core run this loop, so they give the same bits.
+"""
+
+from typing import Protocol
+
+from tqdm.auto import tqdm
+
+from qrefta.config import LayerStack, Rank, Settings, StackReport
+from qrefta.model.stacks import Weights, select_stacks
+from qrefta.split.allocate import choose_ranks
+from qrefta.split.calibrate import Moments
+from qrefta.split.stack_split import StackSplit
+
+PROGRESS_DELAY_S = 2.0
+
+
+class Source(Protocol):
+    """Dense weights.
+
+    Attributes:
+        stacks: all stacks, in the order of the model's modules.
+    """
+
+    stacks: list[LayerStack]
+
+    def weights(self, stack: LayerStack) -> Weights:
+        """The weights of a stack, read a few rows at a time."""
+        ...
+
+
+class Sink(Protocol):
+    """Where prepared stacks go.
+
+    Attributes:
+        ranks: rank of every stack, from an interrupted run; None before the ranks are chosen.
+        reports: of the stacks that are complete, in order.
+    """
+
+    ranks: list[Rank] | None
+    reports: list[StackReport]
+
+    def begin(self, ranks: list[Rank]) -> None:
+        """Take the rank of every stack; nothing is refused after this."""
+        ...
+
+    def write(self, split: StackSplit) -> None:
+        """Store the factors and residuals of the next stack, and add its report."""
+        ...
+
+
+def split_stacks(
+    source: Source, sink: Sink, settings: Settings, moments: Moments | None, progress: bool
+) -> None:
+    """Split every stack of a source that the sink does not hold yet.
+
+    Raises:
+        ValueError: if `target_modules` matches no stack, or a rank or budget cannot be met.
+    """
+    targets = select_stacks(source.stacks, settings.target_modules)
+    splits = {}
+    if sink.ranks is None:
+        weights = [source.weights(stack) for stack in targets]
+        allocation = choose_ranks(targets, weights, settings, moments, progress)
+        splits = allocation.splits
+        sink.begin([allocation.ranks.get(stack, 0) for stack in source.stacks])
+    ranks = sink.ranks
+    assert ranks is not None, "a sink keeps the ranks that it was given"
+    done = len(sink.reports)
+    bar = tqdm(
+        total=len(source.stacks),
+        initial=done,
+        desc="Preparing",
+        unit="stack",
+        disable=not progress,
+        delay=PROGRESS_DELAY_S,
+    )
+    with bar:
+        for stack, rank in zip(source.stacks[done:], ranks[done:], strict=True):
+            bar.set_postfix_str(stack.name, refresh=False)
+            sink.write(
+                StackSplit(stack, source.weights(stack), settings, rank, moments, splits.pop(stack, None))
+            )
+            bar.update()
