@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -23,7 +23,7 @@ from qrefta.model.stacks import (
 )
 from qrefta.nn.factors import BANK, FactorBank, Rank
 from qrefta.nn.linear import AdaptedLinear
-from qrefta.nn.quantized import Packed
+from qrefta.nn.quantized import FrozenWeight
 from qrefta.split.allocate import choose_ranks
 from qrefta.split.calibrate import Moments, gather_moments, load_moments
 from qrefta.split.checkpoint import convert
@@ -215,18 +215,14 @@ def _store(
     model: PreTrainedModel,
     stack: LayerStack,
     index: int,
-    residual: Packed | Tensor,
+    residual: FrozenWeight,
     config: QReftaConfig,
     key: str | None,
 ) -> None:
     """Put a residual where the dense weight was."""
     dense = read_slice(model, stack, index)
     new = adapt(model, stack, index, config, key)
-    if isinstance(residual, Packed):
-        residual = Packed(*(None if part is None else part.to(dense.device) for part in residual))
-    else:
-        residual = residual.to(dense.device, dense.dtype)
-    new.store(residual, new.bias)
+    new.store(residual.to(dense.device, dense.dtype), new.bias)
 
 
 def _register(model: PreTrainedModel, config: QReftaConfig) -> None:

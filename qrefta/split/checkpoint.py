@@ -46,7 +46,6 @@ from qrefta.model.stacks import (
 )
 from qrefta.model_card import write_card
 from qrefta.nn.factors import BANK, Rank, stored_factors
-from qrefta.nn.quantized import Packed
 from qrefta.split.allocate import choose_ranks
 from qrefta.split.calibrate import Moments
 from qrefta.split.stack_split import StackSplit
@@ -261,12 +260,10 @@ def _write_stack(
     for path, residual in zip(split.stack.adapted, split.residuals(), strict=True):
         source = parts[path][0].name
         stem = f"{path}." if split.stack.experts else source.removesuffix("weight")
-        if isinstance(residual, Packed):
-            for field, tensor in residual._asdict().items():
-                if tensor is not None:
-                    files.add(stem + field, tensor)
-        else:
-            files.add(stem + "weight", residual.to(checkpoint.dtype(source)))
+        for name, tensor in (
+            residual.to(split.weights.device, checkpoint.dtype(source)).tensors().items()
+        ):
+            files.add(stem + name, tensor)
     return files.close()
 
 

@@ -18,7 +18,7 @@ from qrefta.linalg.tsvd import Blocks, Metric, Slices, mix, squared_norm, t_svd,
 from qrefta.methods import METHODS
 from qrefta.model.stacks import Weights
 from qrefta.nn.factors import Factors, Fit, Rank
-from qrefta.nn.quantized import Packed, QuantFormat, dequantize, quantize, rounded
+from qrefta.nn.quantized import DenseWeight, FrozenWeight, QuantFormat, quantize, rounded
 
 
 class Split(NamedTuple):
@@ -43,7 +43,7 @@ class SplitLayer(NamedTuple):
         norm, principal_norm: ||W_l||_F^2 and ||Delta_l||_F^2, of the start.
     """
 
-    residual: Packed | Tensor
+    residual: FrozenWeight
     error: Tensor
     whole_error: Tensor
     norm: float
@@ -111,20 +111,18 @@ def split_layers(weights: Weights, split: Split, config: QReftaConfig) -> Iterat
             principal = squared_norm(delta)
         if config.format is None:
             residual = weight if delta is None else weight - delta
-            yield SplitLayer(residual, torch.zeros(()), torch.zeros(()), norm, principal)
+            yield SplitLayer(
+                DenseWeight(residual), torch.zeros(()), torch.zeros(()), norm, principal
+            )
             continue
         if delta is None:
             residual = quantize(weight, config.format)
-            error = weight.sub_(
-                dequantize(residual, config.format, tuple(weight.shape), torch.float32)
-            )
+            error = weight.sub_(residual.dequantize(torch.float32))
             yield SplitLayer(residual, error, error, norm, principal)
             continue
         whole_error = weight - rounded(weight, config.format)
         residual = quantize(weight - split.base.delta(index), config.format)
-        error = weight.sub_(
-            dequantize(residual, config.format, tuple(weight.shape), torch.float32)
-        ).sub_(delta)
+        error = weight.sub_(residual.dequantize(torch.float32)).sub_(delta)
         yield SplitLayer(residual, error, whole_error, norm, principal)
 
 

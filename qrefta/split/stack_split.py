@@ -2,13 +2,11 @@
 
 from collections.abc import Iterator
 
-from torch import Tensor
-
 from qrefta.config import QReftaConfig, StackRow
 from qrefta.linalg.tsvd import squared_norm
 from qrefta.model.stacks import LayerStack, Weights
 from qrefta.nn.factors import Rank
-from qrefta.nn.quantized import Packed
+from qrefta.nn.quantized import FrozenWeight
 from qrefta.split.calibrate import Moments, output_error, shared_metric
 from qrefta.split.residual import Split, SplitLayer, split_layers, split_stack
 
@@ -40,8 +38,8 @@ class StackSplit:
         self.output_error = self.output_baseline = 0.0
         self.bytes = 0 if self.split.factors is None else self.split.factors.stored_bytes
 
-    def residuals(self) -> Iterator[Packed | Tensor]:
-        """What to store of each layer, in order: packed, or dense float32 with 16 bits."""
+    def residuals(self) -> Iterator[FrozenWeight]:
+        """What to store of each layer, in order: in 4 bits, or dense float32 with 16."""
         for index, layer in enumerate(split_layers(self.weights, self.split, self.config)):
             self._add(index, layer)
             yield layer.residual
@@ -51,8 +49,7 @@ class StackSplit:
         self.baseline_error += squared_norm(layer.whole_error)
         self.norm += layer.norm
         self.principal_norm += layer.principal_norm
-        parts = layer.residual if isinstance(layer.residual, Packed) else (layer.residual,)
-        self.bytes += sum(part.nbytes for part in parts if part is not None)
+        self.bytes += layer.residual.nbytes
         if self.moments is not None and self.config.format is not None:
             moment = self.moments.of(self.stack.place(index)[0])
             self.output_error += output_error(layer.error, moment)
