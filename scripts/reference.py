@@ -15,7 +15,7 @@ from qrefta.export.merge import Export
 from qrefta.files.checksums import check_digests, write_digests
 from qrefta.nn.factors import Factors, LowRankFactors
 from qrefta.nn.linear import AdaptedLinear
-from qrefta.nn.quantized import QuantFormat, dequantize, quantize
+from qrefta.nn.quantized import DenseWeight, QuantFormat, QuantizedWeight, quantize
 from qrefta.split.calibrate import gather_moments, load_moments
 from qrefta.train.data import load_classification, read_calibration
 from qrefta.train.finetune import FinetuneResult
@@ -34,7 +34,7 @@ ERRORS = {
 }
 FURTHER = [
     StackRow, Export, FinetuneResult, load_classification, read_calibration, gather_moments, load_moments,
-    AdaptedLinear, Factors, LowRankFactors, QuantFormat, quantize, dequantize,
+    AdaptedLinear, Factors, LowRankFactors, QuantFormat, QuantizedWeight, DenseWeight, quantize,
     write_digests, check_digests,
 ]  # fmt: skip
 

@@ -6,6 +6,7 @@ from qrefta.linalg.tsvd import Slices, mix, t_svd, transform_matrix
 from qrefta.methods.refta import ReFTA
 from qrefta.model.stacks import Weights
 from qrefta.nn.factors import Factors
+from qrefta.nn.quantized import DenseWeight, quantize
 from qrefta.split.residual import Split, split_layers, split_stack
 
 
@@ -41,6 +42,11 @@ def slices_of(stack, U, rows=None, metric=None):
 def svd_of(stack, U, rank):
     """The leading components of a stack in memory."""
     return t_svd(slices_of(stack, U), rank, seed=0)[0]
+
+
+def stored_in(matrix, fmt):
+    """A matrix as a frozen weight: in 4 bits, or dense if there is no format."""
+    return DenseWeight(matrix) if fmt is None else quantize(matrix, fmt)
 
 
 def split_and_error(stack, config):

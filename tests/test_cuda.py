@@ -9,7 +9,7 @@ from torch.testing import assert_close
 import qrefta
 from eval.peers.splits import NF4, loftq
 from qrefta.linalg.tsvd import t_svd, t_svd_exact
-from qrefta.nn.quantized import QuantFormat, dequantize, quantize, rounded
+from qrefta.nn.quantized import QuantFormat, quantize, rounded
 from qrefta.train.nan_guard import _all_finite
 from tests.models import ARCHITECTURES, inputs, logits
 from tests.nn.test_product import operands, packed_weight, product
@@ -27,9 +27,9 @@ def test_a_matrix_packed_on_the_cpu_reads_the_same_on_the_gpu(quant_type, double
     fmt = QuantFormat(quant_type, 64, double_quant)
     matrix = torch.randn(100, 96, generator=torch.Generator().manual_seed(0))
     packed = quantize(matrix, fmt)
-    on_gpu = type(packed)(*(None if part is None else part.cuda() for part in packed))
-    expected = dequantize(packed, fmt, (100, 96), torch.float32)
-    assert_close(dequantize(on_gpu, fmt, (100, 96), torch.float32).cpu(), expected)
+    on_gpu = packed.to("cuda", torch.float32)
+    expected = packed.dequantize(torch.float32)
+    assert_close(on_gpu.dequantize(torch.float32).cpu(), expected)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -131,8 +131,7 @@ def test_an_adapted_product_is_the_same_on_both_devices(fmt, tokens, dtype):
     found = []
     for device in ("cpu", "cuda"):
         made = [tensor.to(device, dtype).requires_grad_() for tensor in operands(tokens)]
-        here = type(packed)(*(None if part is None else part.to(device) for part in packed))
-        y = product(made, here, fmt)
+        y = product(made, packed.to(device, torch.float32))
         found.append([y, *torch.autograd.grad(y, made, grad.to(device))])
     limit = 1e-3 if dtype == torch.float32 else 0.02  # TF32 may be on
     for on_cpu, on_gpu in zip(*found, strict=True):

@@ -17,7 +17,7 @@ from qrefta.config import QReftaConfig
 from qrefta.linalg.tsvd import squared_norm
 from qrefta.methods import METHODS
 from qrefta.model.stacks import LARGEST_WEIGHT, check_values
-from qrefta.nn.quantized import QuantFormat, dequantize, quantize
+from qrefta.nn.quantized import QuantFormat, quantize
 from qrefta.train.finetune import finetune
 from tests.models import build, inputs, logits
 from tests.stacks import split_and_error
@@ -64,12 +64,9 @@ def defined_error(stack, split, fmt):
     """sum_l ||W_l - dequant(Q_l) - Delta_l||_F^2, in float64."""
     total = 0.0
     for layer, (weight, packed) in enumerate(zip(stack, split.residuals, strict=True)):
-        kept = packed if fmt is None else dequantize(packed, fmt, weight.shape, torch.float32)
-        kept = (
-            kept.double()
-            if split.factors is None
-            else kept.double() + split.factors.delta(layer).double()
-        )
+        kept = packed.dequantize(torch.float32).double()
+        if split.factors is not None:
+            kept += split.factors.delta(layer).double()
         total += np.square(weight.double().numpy() - kept.numpy()).sum()
     return total
 
@@ -83,11 +80,10 @@ def test_a_number_is_off_by_half_the_widest_gap_of_its_block_at_most(
 ):
     matrix = weights(kind, (1, rows, columns), scale, seed)[0]
     packed = quantize(matrix, fmt)
-    found = dequantize(packed, fmt, matrix.shape, torch.float32)
+    found = packed.dequantize(torch.float32)
     assert found.isfinite().all()
-    assert {
-        name: part.nbytes for name, part in packed._asdict().items() if part is not None
-    } == fmt.packed_sizes(matrix.numel())
+    sizes = {name: tensor.nbytes for name, tensor in packed.tensors().items()}
+    assert sizes == fmt.packed_sizes(matrix.numel())
     flat, error = matrix.flatten(), (found - matrix).flatten().abs()
     for start in range(0, len(flat), fmt.block_size):
         largest = flat[start : start + fmt.block_size].abs().max().item()

@@ -121,11 +121,15 @@ def measure(
         ]
 
     def step() -> None:
-        backward(product.adapted_product(x, *factors, None, packed, fmt, shape, torch.bfloat16))
+        if rank:
+            y = product.adapted_product(x, *factors, None, packed, torch.bfloat16)
+        else:
+            y = product.frozen_product(x, None, packed)
+        backward(y)
 
     def rebuild() -> None:
         up, core, down = (factor.to(dtype) for factor in factors)
-        weight = product.residual(packed, fmt, shape, dtype) + (up * core) @ down
+        weight = packed.dequantize(dtype) + (up * core) @ down
         backward(torch.nn.functional.linear(x, weight))
 
     def backward(y: torch.Tensor) -> None:

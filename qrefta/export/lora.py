@@ -41,7 +41,7 @@ from qrefta.model.stacks import model_weights
 from qrefta.model_card import write_card
 from qrefta.nn.factors import Factors, LowRankFactors
 from qrefta.nn.linear import AdaptedLinear
-from qrefta.nn.quantized import Packed, bnb_code, bnb_state
+from qrefta.nn.quantized import FrozenWeight, QuantizedWeight, bnb_code
 from qrefta.split.residual import split_layers, split_stack
 
 Base = Literal["residual", "residual-4bit", "original"]
@@ -215,7 +215,7 @@ def _starts(
         layers = [model.get_submodule(path) for path in row.modules]
         if start is not None:
             found = [start.get_submodule(path) for path in row.modules]
-            _check_same(row, layers, [layer.packed() for layer in found])
+            _check_same(row, layers, [layer.frozen_weight() for layer in found])
             yield found[0].factors
             continue
         weights = model_weights(bare, row.layer_stack)
@@ -225,13 +225,11 @@ def _starts(
         yield split.factors
 
 
-def _check_same(
-    row: StackRow, layers: list[AdaptedLinear], found: Iterable[Packed | Tensor]
-) -> None:
+def _check_same(row: StackRow, layers: list[AdaptedLinear], found: Iterable[FrozenWeight]) -> None:
     for path, layer, residual in zip(row.modules, layers, found, strict=True):
-        parts = residual if isinstance(residual, Packed) else (residual.to(layer.weight.dtype),)
-        for own, other in zip(layer.packed(), parts, strict=False):
-            if own is not None and not torch.equal(own, other.to(own.device)):
+        wanted = residual.to(layer.weight.device, layer.weight.dtype).tensors()
+        for name, tensor in layer.frozen_weight().tensors().items():
+            if not torch.equal(tensor, wanted[name]):
                 raise ValueError(
                     f"The packed weights of {path} are not those of the start: it was prepared from another model, or "
                     "on another machine or from another dtype, where splitting again rounds differently. Give the "
@@ -343,10 +341,12 @@ def _kept_dense(model: PreTrainedModel, config: QReftaConfig) -> dict[str, nn.Mo
 
 def _bnb_tensors(layer: AdaptedLinear) -> dict[str, Tensor]:
     """What bitsandbytes' Linear4bit saves; codes and scales are those of the residual as they are."""
-    packed, shape = layer.packed(), (layer.out_features, layer.in_features)
-    state = bnb_state(packed, layer.fmt, shape, torch.bfloat16)
-    state.code = bnb_code(layer.fmt).to(packed.weight.device)
-    codes = packed.weight.view(torch.uint8)[: -(-shape[0] * shape[1] // 2)].unsqueeze(1)
+    weight = layer.frozen_weight()
+    assert isinstance(weight, QuantizedWeight)
+    state = weight.bnb_state(torch.bfloat16)
+    state.code = bnb_code(weight.format).to(weight.codes.device)
+    values = layer.out_features * layer.in_features
+    codes = weight.codes.view(torch.uint8)[: -(-values // 2)].unsqueeze(1)
     return {"weight": codes} | {
         f"weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()
     }

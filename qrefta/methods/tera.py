@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from qrefta.nn.factors import Factors, Rank, frozen
-from qrefta.nn.product import adapted_product
-from qrefta.nn.quantized import Packed, QuantFormat
+from qrefta.nn.product import frozen_product
+from qrefta.nn.quantized import FrozenWeight
 
 _ALL = slice(None)
 _CHUNK = 512  # tokens whose outer products are there at once: three times as fast as one contraction over all
@@ -71,14 +71,11 @@ class TeRA(Factors):
         outer, core, inner = mode.split([sizes[0], self.rank, sizes[1]])
         return (outer * a) @ (core * b) @ inner.T
 
-    def product(
-        self, x: Tensor, layer: int, bias: Tensor | None, packed: Packed, fmt: QuantFormat | None
-    ) -> Tensor:
-        shape = (self.out_features, self.in_features)
-        frozen = adapted_product(x, None, None, None, bias, packed, fmt, shape, None)
+    def product(self, x: Tensor, layer: int, bias: Tensor | None, weight: FrozenWeight) -> Tensor:
+        product = frozen_product(x, bias, weight)
         with self._own_precision():
             first, second = self.matrices(layer)
-        return frozen + kronecker_product(x, first.to(x), second.to(x), self.out_features)
+        return product + kronecker_product(x, first.to(x), second.to(x), self.out_features)
 
     @torch.no_grad()
     def delta(self, layer: int, rows: slice = _ALL) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from qrefta.linalg.tsvd import TRANSFORMS, Slices
 from qrefta.nn.product import adapted_product, rounded_factor
-from qrefta.nn.quantized import Packed, QuantFormat
+from qrefta.nn.quantized import FrozenWeight
 
 Rank = int | Sequence[int]
 
@@ -121,16 +121,14 @@ class Factors(nn.Module, ABC):
         return rank
 
     @abstractmethod
-    def product(
-        self, x: Tensor, layer: int, bias: Tensor | None, packed: Packed, fmt: QuantFormat | None
-    ) -> Tensor:
+    def product(self, x: Tensor, layer: int, bias: Tensor | None, weight: FrozenWeight) -> Tensor:
         """The product x (Q_l + Delta_l)^T + bias, (..., out), without making Delta_l, in x's dtype and on its device.
 
         Args:
             x: (..., in).
             layer: l.
             bias: (out,) or None.
-            packed, fmt: Q_l and its format; None: 16 bits.
+            weight: Q_l.
         """
 
     @abstractmethod
@@ -203,12 +201,9 @@ class LowRankFactors(Factors):
     def up(self) -> Tensor:
         """(out, r), differentiable in the trained numbers, not yet rounded."""
 
-    def product(
-        self, x: Tensor, layer: int, bias: Tensor | None, packed: Packed, fmt: QuantFormat | None
-    ) -> Tensor:
+    def product(self, x: Tensor, layer: int, bias: Tensor | None, weight: FrozenWeight) -> Tensor:
         up, core, down, rounding = self.operands(layer, x.device, x.dtype)
-        shape = (self.out_features, self.in_features)
-        return adapted_product(x, up, core, down, bias, packed, fmt, shape, rounding)
+        return adapted_product(x, up, core, down, bias, weight, rounding)
 
     def operands(
         self, layer: int, device: torch.device, dtype: torch.dtype

@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from qrefta.distributed import check_gathered
 from qrefta.nn.factors import FactorBank, Factors, frozen
-from qrefta.nn.product import adapted_product, residual
-from qrefta.nn.quantized import Packed, QuantFormat
+from qrefta.nn.product import frozen_product
+from qrefta.nn.quantized import FrozenWeight, QuantFormat, frozen_weight
 
 
 class AdaptedLinear(nn.Module):
@@ -53,24 +53,24 @@ class AdaptedLinear(nn.Module):
     def factors(self) -> Factors | None:
         return None if self._adapter is None else self._adapter[0][self._adapter[1]]
 
-    def store(self, weight: Tensor | Packed, bias: Tensor | None) -> None:
-        """Fill the layer with a packed (or, with 16 bits, dense) weight and a bias."""
-        if isinstance(weight, Packed):
-            for name, tensor in zip(Packed._fields, weight, strict=True):
-                if tensor is not None:
-                    setattr(self, name, frozen(tensor))
-        else:
-            self.weight = frozen(weight)
+    def store(self, weight: FrozenWeight, bias: Tensor | None) -> None:
+        """Fill the layer with a frozen weight of its format and a bias."""
+        for name, tensor in weight.tensors().items():
+            setattr(self, name, frozen(tensor))
         self.bias = None if bias is None else frozen(bias.detach())
 
     def residual(self, dtype: torch.dtype) -> Tensor:
         """The frozen weight, dequantized, (out, in)."""
-        return residual(self.packed(), self.fmt, (self.out_features, self.in_features), dtype)
+        return self.frozen_weight().dequantize(dtype)
 
-    def packed(self) -> Packed:
+    def frozen_weight(self) -> FrozenWeight:
+        """The frozen weight as it is stored."""
         own = self._parameters  # a module's own look-up is slow enough to be seen in decoding
         check_gathered(own["weight"], "packed weights of a block")
-        return Packed(own["weight"], own.get("absmax"), own.get("absmax_state"))
+        shape = (self.out_features, self.in_features)
+        return frozen_weight(
+            self.fmt, shape, own["weight"], own.get("absmax"), own.get("absmax_state")
+        )
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
@@ -101,14 +101,11 @@ class AdaptedLinear(nn.Module):
         ):
             x = x.to(torch.get_autocast_dtype(kind))
         if self._adapter is None:
-            shape = (self.out_features, self.in_features)
-            return adapted_product(
-                x, None, None, None, self.bias, self.packed(), self.fmt, shape, None
-            )
+            return frozen_product(x, self.bias, self.frozen_weight())
         bank, key, layer = self._adapter
         factors = bank[key]
         check_gathered(next(iter(factors._parameters.values())), "shared factors")
-        return factors.product(x, layer, self.bias, self.packed(), self.fmt)
+        return factors.product(x, layer, self.bias, self.frozen_weight())
 
     def extra_repr(self) -> str:
         stored = (

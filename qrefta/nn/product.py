@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from qrefta.nn.quantized import Packed, QuantFormat, dequantize, linear
+from qrefta.nn.quantized import FrozenWeight, frozen_weight
 
 
 class Cost(NamedTuple):
@@ -106,31 +106,50 @@ def _merges(tokens: int, contracted: int, produced: int, gradients: bool) -> boo
     return tokens * (produced + (0 if gradients else contracted)) > contracted * produced
 
 
+class _Frozen(NamedTuple):
+    """The arguments of `_AdaptedProduct` that take no gradient."""
+
+    weight: FrozenWeight
+    rounding: torch.dtype
+
+
 def adapted_product(
     x: Tensor,
-    up: Tensor | None,
-    core: Tensor | None,
-    down: Tensor | None,
+    up: Tensor,
+    core: Tensor,
+    down: Tensor,
     bias: Tensor | None,
-    packed: Packed,
-    fmt: QuantFormat | None,
-    shape: tuple[int, int],
-    rounding: torch.dtype | None,
+    weight: FrozenWeight,
+    rounding: torch.dtype,
 ) -> Tensor:
     """The product x W^T + ((x down^T) core^T) up^T + bias, differentiable in x, up, core, down and bias.
 
     Args:
         x: (..., in).
-        up, core, down: (out, R), (R, S) or the diagonal (R,), and (S, in), or three None for a frozen linear. They may
-            be on another device than x: they are moved after they are rounded, and no copy of them is kept.
+        up, core, down: (out, R), (R, S) or the diagonal (R,), and (S, in). They may be on another device than x: they
+            are moved after they are rounded, and no copy of them is kept.
         bias: (out,) or None.
-        packed, fmt, shape: the frozen weight, its format (None: 16 bits) and its shape (out, in).
+        weight: W, (out, in).
         rounding: dtype that up and down are rounded to.
     """
+    frozen = _Frozen(weight, rounding)
     if torch.is_grad_enabled():
-        return _AdaptedProduct.apply(x, up, core, down, bias, *packed, fmt, shape, rounding)
-    y, _ = _forward(x, up, core, down, bias, packed, fmt, shape, rounding, gradients=False)
-    return y.view(*x.shape[:-1], shape[0])
+        return _AdaptedProduct.apply(x, up, core, down, bias, frozen)
+    y, _ = _forward(x, up, core, down, bias, frozen, gradients=False)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def frozen_product(x: Tensor, bias: Tensor | None, weight: FrozenWeight) -> Tensor:
+    """The product x W^T + bias, (..., out), differentiable in x and bias.
+
+    Args:
+        x: (..., in).
+        bias: (out,) or None.
+        weight: W, (out, in).
+    """
+    if torch.is_grad_enabled():
+        return _FrozenProduct.apply(x, bias, weight)
+    return _frozen_forward(x, bias, weight)
 
 
 class _AdaptedProduct(torch.autograd.Function):
@@ -145,31 +164,26 @@ class _AdaptedProduct(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx,
         x: Tensor,
-        up: Tensor | None,
-        core: Tensor | None,
-        down: Tensor | None,
+        up: Tensor,
+        core: Tensor,
+        down: Tensor,
         bias: Tensor | None,
-        weight: Tensor,
-        absmax: Tensor | None,
-        absmax_state: Tensor | None,
-        fmt: QuantFormat | None,
-        shape: tuple[int, int],
-        rounding: torch.dtype | None,
+        frozen: _Frozen,
     ) -> Tensor:
         _, need_up, need_core, need_down, _ = ctx.needs_input_grad[:5]
-        packed = Packed(weight, absmax, absmax_state)
+        weight, rounding = frozen
+        out_features, in_features = weight.shape
         gradients = need_up or need_core or need_down
-        y, narrow = _forward(x, up, core, down, bias, packed, fmt, shape, rounding, gradients)
+        y, narrow = _forward(x, up, core, down, bias, frozen, gradients)
         if narrow is None and gradients and not need_down:  # then x need not be kept for it
-            narrow = x.reshape(-1, shape[1]) @ rounded_factor(down, rounding, x).T
-        ctx.fmt, ctx.shape, ctx.rounding, ctx.x_shape = fmt, shape, rounding, x.shape
+            narrow = x.reshape(-1, in_features) @ rounded_factor(down, rounding, x).T
+        ctx.rounding = rounding
+        ctx.x_shape = x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
-        kept = (
-            x.reshape(-1, shape[1]) if need_down else None,
-            narrow if need_up or need_core else None,
-        )
-        ctx.save_for_backward(*kept, up, core, down, weight, absmax, absmax_state)
-        return y.view(*x.shape[:-1], shape[0])
+        kept_x = x.reshape(-1, in_features) if need_down else None
+        kept_narrow = narrow if need_up or need_core else None
+        _save(ctx, weight, kept_x, kept_narrow, up, core, down)
+        return y.view(*x.shape[:-1], out_features)
 
     @staticmethod
     @once_differentiable
@@ -178,96 +192,113 @@ class _AdaptedProduct(torch.autograd.Function):
             return _gradients(ctx, grad)
 
 
+class _FrozenProduct(torch.autograd.Function):
+    """`frozen_product` and its gradients, dx = g W and dbias = the sum of g."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, bias: Tensor | None, weight: FrozenWeight) -> Tensor:
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        _save(ctx, weight)
+        return _frozen_forward(x, bias, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _, weight = _saved(ctx)
+        need_x, need_bias, _ = ctx.needs_input_grad
+        rows = grad.reshape(-1, weight.shape[0])
+        grad_x = None
+        grad_bias = None
+        with torch.autocast(grad.device.type, enabled=False):
+            if need_x:
+                product = rows @ weight.dequantize(grad.dtype)
+                grad_x = product.view(*grad.shape[:-1], weight.shape[1])
+            if need_bias:
+                grad_bias = rows.sum(0, dtype=ctx.bias_dtype)
+        return grad_x, grad_bias, None
+
+
+def _save(ctx: Any, weight: FrozenWeight, *tensors: Tensor | None) -> None:
+    """Keep tensors and a frozen weight for the backward pass.
+
+    The weight's tensors are saved as autograd's, not as attributes of `ctx`: then gradient checkpointing drops them,
+    which matters where a weight is a copy on its way through a device (offloading, FSDP).
+    """
+    ctx.format = weight.format
+    ctx.shape = weight.shape
+    ctx.save_for_backward(*tensors, *weight.tensors().values())
+    ctx.count = len(tensors)
+
+
+def _saved(ctx: Any) -> tuple[tuple[Tensor | None, ...], FrozenWeight]:
+    """The tensors and the weight that `_save` kept."""
+    saved = ctx.saved_tensors
+    weight = frozen_weight(ctx.format, ctx.shape, *saved[ctx.count :])
+    return saved[: ctx.count], weight
+
+
+def _frozen_forward(x: Tensor, bias: Tensor | None, weight: FrozenWeight) -> Tensor:
+    tokens = x.reshape(-1, weight.shape[1])
+    y = weight.matmul(tokens, None if bias is None else bias.to(x.dtype))
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
 def _forward(
     x: Tensor,
-    up: Tensor | None,
-    core: Tensor | None,
-    down: Tensor | None,
+    up: Tensor,
+    core: Tensor,
+    down: Tensor,
     bias: Tensor | None,
-    packed: Packed,
-    fmt: QuantFormat | None,
-    shape: tuple[int, int],
-    rounding: torch.dtype | None,
+    frozen: _Frozen,
     gradients: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The product, (tokens, out), and x down^T if it was made."""
-    tokens, offset = x.reshape(-1, shape[1]), None if bias is None else bias.to(x.dtype)
-    if up is None:
-        return _frozen_product(tokens, packed, fmt, shape, offset), None
-    wide_up, wide_down, core = (
-        rounded_factor(up, rounding, x),
-        rounded_factor(down, rounding, x),
-        core.to(x),
-    )
-    if _merges(len(tokens), shape[1], shape[0], gradients):
-        merged = _merged(packed, fmt, shape, _times(wide_up, core), wide_down)
+    weight, rounding = frozen
+    out_features, in_features = weight.shape
+    tokens = x.reshape(-1, in_features)
+    offset = None if bias is None else bias.to(x.dtype)
+    wide_up = rounded_factor(up, rounding, x)
+    wide_down = rounded_factor(down, rounding, x)
+    core = core.to(x)
+    if _merges(len(tokens), in_features, out_features, gradients):
+        merged = weight.plus_product(_times(wide_up, core), wide_down)
         return nn.functional.linear(tokens, merged, offset), None
     narrow = tokens @ wide_down.T
-    y = _frozen_product(tokens, packed, fmt, shape, offset)
+    y = weight.matmul(tokens, offset)
     return y.addmm_(_times(narrow, core, transposed=True), wide_up.T), narrow
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    tokens, narrow, up, core, down, weight, absmax, absmax_state = ctx.saved_tensors
+    (tokens, narrow, up, core, down), weight = _saved(ctx)
     need_x, need_up, need_core, need_down, need_bias = ctx.needs_input_grad[:5]
-    packed = Packed(weight, absmax, absmax_state)
-    grad = grad.reshape(-1, ctx.shape[0])
-    grad_x = grad_up = grad_core = grad_down = None
-    if up is None:
-        if need_x:
-            grad_x = grad @ residual(packed, ctx.fmt, ctx.shape, grad.dtype)
-    else:
-        wide_up, wide_down = (rounded_factor(factor, ctx.rounding, grad) for factor in (up, down))
-        wide_core = core.to(grad)
-        merges = _merges(len(grad), *ctx.shape, need_core or need_down)
-        if need_x and merges:
-            grad_x = grad @ _merged(
-                packed, ctx.fmt, ctx.shape, _times(wide_up, wide_core), wide_down
-            )
-        elif need_x:
-            grad_x = grad @ residual(packed, ctx.fmt, ctx.shape, grad.dtype)
-        if narrow is None and (need_up or need_core):
-            narrow = tokens @ wide_down.T
-        if need_up:  # transposed: a product is faster when its short side is the rows
-            grad_up = (_times(narrow, wide_core, transposed=True).T @ grad).T.to(up)
-        if need_core or need_down or (need_x and not merges):
-            back = grad @ wide_up
-            if need_core:  # in half precision the products of two scaled factors would overflow
-                grad_core = _core_gradient(back.to(core.dtype), narrow.to(core.dtype), core)
-            back = _times(back, wide_core)
-            if need_down:
-                grad_down = (back.T @ tokens).to(down)
-            if need_x and not merges:
-                grad_x.addmm_(back, wide_down)
-    grad_x = None if grad_x is None else grad_x.view(ctx.x_shape)
-    grad_bias = grad.sum(0, dtype=ctx.bias_dtype) if need_bias else None
-    return grad_x, grad_up, grad_core, grad_down, grad_bias, *(None,) * 6
-
-
-def residual(
-    packed: Packed, fmt: QuantFormat | None, shape: tuple[int, int], dtype: torch.dtype
-) -> Tensor:
-    """The frozen weight, (out, in); with 4 bits a new tensor."""
-    return packed.weight.to(dtype) if fmt is None else dequantize(packed, fmt, shape, dtype)
-
-
-def _merged(
-    packed: Packed, fmt: QuantFormat | None, shape: tuple[int, int], scaled_up: Tensor, down: Tensor
-) -> Tensor:
-    dense = residual(packed, fmt, shape, down.dtype)
-    return torch.addmm(dense, scaled_up, down) if fmt is None else dense.addmm_(scaled_up, down)
-
-
-def _frozen_product(
-    tokens: Tensor,
-    packed: Packed,
-    fmt: QuantFormat | None,
-    shape: tuple[int, int],
-    bias: Tensor | None,
-) -> Tensor:
-    if fmt is None:
-        return nn.functional.linear(tokens, packed.weight.to(tokens.dtype), bias)
-    return linear(tokens, packed, fmt, shape, bias)
+    grad = grad.reshape(-1, weight.shape[0])
+    grad_x = grad_up = grad_core = grad_down = grad_bias = None
+    wide_up = rounded_factor(up, ctx.rounding, grad)
+    wide_down = rounded_factor(down, ctx.rounding, grad)
+    wide_core = core.to(grad)
+    merges = _merges(len(grad), *weight.shape, need_core or need_down)
+    if need_x and merges:
+        grad_x = grad @ weight.plus_product(_times(wide_up, wide_core), wide_down)
+    elif need_x:
+        grad_x = grad @ weight.dequantize(grad.dtype)
+    if narrow is None and (need_up or need_core):
+        narrow = tokens @ wide_down.T
+    if need_up:  # transposed: a product is faster when its short side is the rows
+        grad_up = (_times(narrow, wide_core, transposed=True).T @ grad).T.to(up)
+    if need_core or need_down or (need_x and not merges):
+        back = grad @ wide_up
+        if need_core:  # in half precision the products of two scaled factors would overflow
+            grad_core = _core_gradient(back.to(core.dtype), narrow.to(core.dtype), core)
+        back = _times(back, wide_core)
+        if need_down:
+            grad_down = (back.T @ tokens).to(down)
+        if need_x and not merges:
+            grad_x.addmm_(back, wide_down)
+    if need_x:
+        grad_x = grad_x.view(ctx.x_shape)
+    if need_bias:
+        grad_bias = grad.sum(0, dtype=ctx.bias_dtype)
+    return grad_x, grad_up, grad_core, grad_down, grad_bias, None
 
 
 def _times(rows: Tensor, core: Tensor, transposed: bool = False) -> Tensor:

@@ -18,7 +18,7 @@ bitsandbytes traps that this file works around:
 
 import functools
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, get_args
 
 import bitsandbytes
 import bitsandbytes.functional as bnb
@@ -65,7 +65,7 @@ class QuantFormat:
             )
 
     def packed_sizes(self, values: int) -> dict[str, int]:
-        """Bytes of every tensor that `quantize` makes for a matrix of `values` entries, by field of `Packed`."""
+        """Bytes of every tensor that `quantize` makes for a matrix of `values` entries, by saved name."""
         blocks = -(-values // self.block_size)
         sizes = {"weight": blocks * self.block_size // 2}
         if not self.double_quant:
@@ -76,108 +76,195 @@ class QuantFormat:
         }
 
 
-class Packed(NamedTuple):
-    """A matrix in 4 bits, as raw bytes that no dtype conversion of a model can round.
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """A matrix in 4 bits. Codes and scales are raw bytes, which no dtype conversion of a model can round.
 
     Attributes:
-        weight: int8, two codes a byte. Not uint8: T5's feed-forward casts its input to any other dtype.
-        absmax: uint8, one float32 (viewed as bytes) a block, or its 8-bit code with double quantization, padded to a
-            multiple of 4 so that what follows it in a file stays aligned.
-        absmax_state: uint8 or None; double quantization's offset and second-level scales, float32 viewed as bytes.
+        codes: int8, two codes a byte. Not uint8: T5's feed-forward casts its input to any other dtype.
+        scales: uint8, one float32 (viewed as bytes) a block, or its 8-bit code with double quantization, padded to a
+            multiple of 4 bytes so that the next tensor in a file stays aligned.
+        scale_state: uint8 or None; double quantization's offset and second-level scales, float32 viewed as bytes.
+        format: how the matrix is stored.
+        shape: of the matrix.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    scale_state: Tensor | None
+    format: QuantFormat
+    shape: tuple[int, ...]
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The matrix as a new tensor of a floating dtype.
+
+        Peak memory: the padded matrix in `dtype` (INT4: plus one byte a value).
+        """
+        fmt = self.format
+        kernel_dtype = torch.float32 if dtype == torch.float64 else dtype
+        codes = self.codes.view(torch.uint8)
+        blocks = 2 * codes.numel() // fmt.block_size
+        scales = self.block_scales()
+        if fmt.quant_type == "int4":
+            nibbles = torch.stack([codes >> 4, codes & 15], dim=-1).view(-1)
+            table = _int4_table(codes.device)
+            state = bnb.QuantState(scales, code=table, blocksize=fmt.block_size, dtype=kernel_dtype)
+            flat = bnb.dequantize_blockwise(nibbles, state)
+        else:
+            # One block a row: the CPU kernel is right for it, and divides rows among threads.
+            state = _state(scales, fmt, (blocks, fmt.block_size), kernel_dtype)
+            flat = bnb.dequantize_4bit(codes.view(-1, 1), state)
+        values = torch.Size(self.shape).numel()
+        return flat.view(-1)[:values].view(self.shape).to(dtype)
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The product x W^T + bias, without a gradient.
+
+        bitsandbytes multiplies: on CUDA its kernels for few tokens read the 4 bits themselves, and no dense W is made.
+        INT4, float64 and rows that are not a whole number of blocks are dequantized first.
+
+        Args:
+            x: (tokens, in), contiguous or not.
+            bias: (out,), in the dtype of `x`.
+        """
+        whole_blocks = self.shape[1] % self.format.block_size == 0
+        if self.format.quant_type == "int4" or x.dtype == torch.float64 or not whole_blocks:
+            return torch.nn.functional.linear(x, self.dequantize(x.dtype), bias)
+        codes = self.codes.view(torch.uint8).view(1, -1)
+        return bitsandbytes.matmul_4bit(x, codes, self.bnb_state(x.dtype), bias=bias)
+
+    def plus_product(self, left: Tensor, right: Tensor) -> Tensor:
+        """W + left @ right, (out, in), in the dtype of the two, with one dense buffer."""
+        return self.dequantize(left.dtype).addmm_(left, right)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Codes and scales by the names under which a checkpoint holds them."""
+        tensors = {"weight": self.codes, "absmax": self.scales}
+        if self.scale_state is not None:
+            tensors["absmax_state"] = self.scale_state
+        return tensors
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> "QuantizedWeight":
+        """The same weight on a device. Raw bytes have no dtype to convert."""
+        tensors = [tensor.to(device) for tensor in self.tensors().values()]
+        return frozen_weight(self.format, self.shape, *tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def block_scales(self) -> Tensor:
+        """Scale of every block, (blocks,), float32."""
+        blocks = 2 * self.codes.numel() // self.format.block_size
+        # The 8-bit codes of scales are padded.
+        return _load_scales(self.scales, self.scale_state)[:blocks]
+
+    def bnb_state(self, dtype: torch.dtype) -> bnb.QuantState:
+        """The quantization state that bitsandbytes takes for an NF4 or FP4 weight.
+
+        Args:
+            dtype: that bitsandbytes dequantizes to.
+        """
+        fmt = self.format
+        if self.scale_state is None:
+            return _state(self.scales.view(torch.float32), fmt, self.shape, dtype)
+        blocks = -(-torch.Size(self.shape).numel() // fmt.block_size)
+        offset, second = _second_level(self.scale_state)
+        state = _state(self.scales[:blocks], fmt, self.shape, dtype)
+        state.offset = offset.squeeze(0)
+        state.nested = True
+        code = _scale_table(self.scales.device)
+        state.state2 = bnb.QuantState(
+            second, code=code, blocksize=_SCALE_BLOCK, dtype=torch.float32
+        )
+        return state
+
+
+@dataclass(frozen=True, eq=False)
+class DenseWeight:
+    """A matrix in a floating dtype, with the methods of `QuantizedWeight`.
+
+    Attributes:
+        weight: (out, in).
+        format: None.
     """
 
     weight: Tensor
-    absmax: Tensor
-    absmax_state: Tensor | None = None
+    format: ClassVar[None] = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The matrix in a floating dtype; the stored tensor itself if it has that dtype."""
+        return self.weight.to(dtype)
+
+    def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The product x W^T + bias, for x (tokens, in) and a bias (out,) in the dtype of `x`."""
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype), bias)
+
+    def plus_product(self, left: Tensor, right: Tensor) -> Tensor:
+        """W + left @ right, (out, in), in the dtype of the two."""
+        return torch.addmm(self.weight.to(left.dtype), left, right)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The matrix by the name under which a checkpoint holds it."""
+        return {"weight": self.weight}
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> "DenseWeight":
+        """The same weight on a device and in a dtype."""
+        return DenseWeight(self.weight.to(device, dtype))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrix."""
+        return self.weight.nbytes
 
 
-def quantize(matrix: Tensor, fmt: QuantFormat) -> Packed:
+FrozenWeight = QuantizedWeight | DenseWeight
+
+
+def frozen_weight(
+    fmt: QuantFormat | None,
+    shape: tuple[int, ...],
+    weight: Tensor,
+    absmax: Tensor | None = None,
+    absmax_state: Tensor | None = None,
+) -> FrozenWeight:
+    """The weight that `tensors()` gave the tensors of.
+
+    Args:
+        fmt: None for a dense weight.
+        shape: of the matrix.
+        weight, absmax, absmax_state: by the names of `tensors()`.
+    """
+    if fmt is None:
+        return DenseWeight(weight)
+    assert absmax is not None, "a 4-bit weight has scales"
+    return QuantizedWeight(weight, absmax, absmax_state, fmt, shape)
+
+
+def quantize(matrix: Tensor, fmt: QuantFormat) -> QuantizedWeight:
     """A matrix in 4 bits.
 
     Args:
         matrix: any shape, finite. Computed in float32.
         fmt: the format.
     """
-    flat = matrix.detach().to(torch.float32).reshape(1, -1)
-    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % fmt.block_size))
+    blocks = _blocks(matrix, fmt.block_size)
     if fmt.quant_type == "int4":
-        scales = _int4_scales(flat.view(-1, fmt.block_size))
+        absmax, absmax_state = _store_scales(_int4_scales(blocks), fmt)
+        # Codes are chosen for the scales as stored.
+        stored = _load_scales(absmax, absmax_state)[: len(blocks)]
+        codes = _int4_codes(blocks, stored)
     else:
+        flat = blocks.view(1, -1)
         codes, state = bnb.quantize_4bit(flat, blocksize=fmt.block_size, quant_type=fmt.quant_type)
-        scales = state.absmax
-    absmax, absmax_state = _store_scales(scales, fmt)
-    if fmt.quant_type == "int4":  # codes are chosen for the scales as stored
-        blocks = flat.view(-1, fmt.block_size)
-        codes = _int4_codes(blocks, _load_scales(absmax, absmax_state, fmt)[: len(blocks)])
-    return Packed(codes.view(-1).view(torch.int8), absmax, absmax_state)
-
-
-def dequantize(
-    packed: Packed, fmt: QuantFormat, shape: tuple[int, ...], dtype: torch.dtype
-) -> Tensor:
-    """The matrix that `packed` stands for, of the given shape and floating dtype.
-
-    Peak memory: the padded matrix in `dtype` (INT4: plus one byte a value).
-    """
-    values = torch.Size(shape).numel()
-    kernel_dtype = torch.float32 if dtype == torch.float64 else dtype
-    codes = packed.weight.view(torch.uint8)
-    blocks = 2 * codes.numel() // fmt.block_size
-    scales = _load_scales(packed.absmax, packed.absmax_state, fmt)[
-        :blocks
-    ]  # without those that pad the bytes
-    if fmt.quant_type == "int4":
-        nibbles = torch.stack([codes >> 4, codes & 15], dim=-1).view(-1)
-        state = bnb.QuantState(
-            scales, code=_int4_table(codes.device), blocksize=fmt.block_size, dtype=kernel_dtype
-        )
-        flat = bnb.dequantize_blockwise(nibbles, state)
-    else:
-        state = _state(
-            scales, fmt, (blocks, fmt.block_size), kernel_dtype
-        )  # the CPU kernel gives threads rows
-        flat = bnb.dequantize_4bit(codes.view(-1, 1), state)
-    return flat.view(-1)[:values].view(shape).to(dtype)
-
-
-def linear(
-    x: Tensor, packed: Packed, fmt: QuantFormat, shape: tuple[int, int], bias: Tensor | None = None
-) -> Tensor:
-    """The product x W^T + bias, for the matrix W of the given shape that `packed` stands for.
-
-    bitsandbytes multiplies: on CUDA its kernels for few tokens read the 4 bits themselves, and no dense W is made.
-    What they do not take (INT4, float64, rows that are no whole number of blocks) is dequantized first.
-
-    Args:
-        x: (tokens, in), contiguous or not.
-        bias: (out,), in the dtype of `x`.
-    """
-    if fmt.quant_type == "int4" or x.dtype == torch.float64 or shape[1] % fmt.block_size:
-        return torch.nn.functional.linear(x, dequantize(packed, fmt, shape, x.dtype), bias)
-    state = bnb_state(packed, fmt, shape, x.dtype)
-    return bitsandbytes.matmul_4bit(
-        x, packed.weight.view(torch.uint8).view(1, -1), state, bias=bias
-    )
-
-
-def bnb_state(
-    packed: Packed, fmt: QuantFormat, shape: tuple[int, int], dtype: torch.dtype
-) -> bnb.QuantState:
-    """What bitsandbytes calls the quantization state of a matrix in NF4 or FP4, whose codes are `packed.weight`.
-
-    Args:
-        shape: of the matrix.
-        dtype: that bitsandbytes dequantizes to.
-    """
-    blocks = -(-shape[0] * shape[1] // fmt.block_size)
-    if not fmt.double_quant:
-        return _state(packed.absmax.view(torch.float32), fmt, shape, dtype)
-    offset, second = _second_level(packed.absmax_state)
-    state = _state(packed.absmax[:blocks], fmt, shape, dtype)
-    state.offset, state.nested = offset.squeeze(0), True
-    code = _scale_table(packed.absmax.device)
-    state.state2 = bnb.QuantState(second, code=code, blocksize=_SCALE_BLOCK, dtype=torch.float32)
-    return state
+        absmax, absmax_state = _store_scales(state.absmax, fmt)
+    codes = codes.view(-1).view(torch.int8)
+    return QuantizedWeight(codes, absmax, absmax_state, fmt, tuple(matrix.shape))
 
 
 def bnb_code(fmt: QuantFormat) -> Tensor:
@@ -193,11 +280,8 @@ def rounded(matrix: Tensor, fmt: QuantFormat) -> Tensor:
     all levels. The result is the same to the bit, which a test holds.
     """
     if fmt.double_quant or matrix.device.type != "cpu":
-        return dequantize(quantize(matrix, fmt), fmt, tuple(matrix.shape), torch.float32)
-    flat = matrix.detach().to(torch.float32).reshape(-1)
-    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % fmt.block_size)).view(
-        -1, fmt.block_size
-    )
+        return quantize(matrix, fmt).dequantize(torch.float32)
+    flat = _blocks(matrix, fmt.block_size)
     values = torch.empty_like(flat)
     chunk, middle = max(_LOOKUP_CHUNK // fmt.block_size, 1), torch.tensor(_CELLS / 2)
     boundary, level = (
@@ -220,6 +304,12 @@ def rounded(matrix: Tensor, fmt: QuantFormat) -> Tensor:
     return values.view(-1)[: matrix.numel()].view(matrix.shape)
 
 
+def _blocks(matrix: Tensor, block_size: int) -> Tensor:
+    """The values of a matrix row by row, padded with zeros to whole blocks: (blocks, block_size), float32."""
+    flat = matrix.detach().to(torch.float32).reshape(-1)
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % block_size)).view(-1, block_size)
+
+
 def _store_scales(scales: Tensor, fmt: QuantFormat) -> tuple[Tensor, Tensor | None]:
     if not fmt.double_quant:
         return scales.contiguous().view(torch.uint8), None
@@ -230,7 +320,7 @@ def _store_scales(scales: Tensor, fmt: QuantFormat) -> tuple[Tensor, Tensor | No
 
 
 def _state(
-    scales: Tensor, fmt: QuantFormat, shape: tuple[int, int], dtype: torch.dtype
+    scales: Tensor, fmt: QuantFormat, shape: tuple[int, ...], dtype: torch.dtype
 ) -> bnb.QuantState:
     return bnb.QuantState(
         scales,
@@ -241,8 +331,8 @@ def _state(
     )
 
 
-def _load_scales(absmax: Tensor, absmax_state: Tensor | None, fmt: QuantFormat) -> Tensor:
-    if not fmt.double_quant:
+def _load_scales(absmax: Tensor, absmax_state: Tensor | None) -> Tensor:
+    if absmax_state is None:
         return absmax.view(torch.float32)
     offset, second = _second_level(absmax_state)
     table = _scale_table(absmax.device)

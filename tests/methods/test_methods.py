@@ -21,6 +21,7 @@ from qrefta.methods.tera import kronecker_product, mode_sizes
 from qrefta.model.stacks import find_stacks, model_weights
 from qrefta.nn.factors import BANK, FactorBank, stored_factors
 from qrefta.nn.linear import AdaptedLinear
+from qrefta.nn.quantized import DenseWeight
 from qrefta.split.calibrate import gather_moments
 from tests import models
 from tests.models import ARCHITECTURES, inputs, logits
@@ -130,7 +131,7 @@ def test_output_and_gradients_are_the_dense_definitions(method, tokens, shape):
     stack = stack_of(*shape, dtype=torch.float64)
     factors = moved(fitted(method, stack, rank_of(method), torch.float64))
     layer = AdaptedLinear(shape[2], shape[1], bias=True, fmt=None, dtype=torch.float64)
-    layer.store(stack[0], stack_of(shape[1], seed=4, dtype=torch.float64))
+    layer.store(DenseWeight(stack[0]), stack_of(shape[1], seed=4, dtype=torch.float64))
     layer.attach(FactorBank({"stack": factors}), "stack", shape[0] - 1)
     x, grad = (
         stack_of(tokens, shape[2], seed=2, dtype=torch.float64),
@@ -167,7 +168,7 @@ def test_rounding_masters_changes_no_bit_of_the_function(method):
     stack = stack_of(3, 24, 20)
     factors = moved(fitted(method, stack, rank_of(method)))
     layer = AdaptedLinear(20, 24, bias=False, fmt=None, dtype=torch.float32)
-    layer.store(stack[0], None)
+    layer.store(DenseWeight(stack[0]), None)
     layer.attach(FactorBank({"stack": factors}), "stack", 1)
     x = stack_of(6, 20, seed=2)
     y = layer(x)
@@ -184,7 +185,7 @@ def test_rounding_masters_changes_no_bit_of_the_function(method):
 def test_a_layer_under_autocast_trains_in_half_precision(method, monkeypatch):
     factors = moved(fitted(method, stack_of(3, 24, 20), rank_of(method)))
     layer = AdaptedLinear(20, 24, bias=False, fmt=None, dtype=torch.float32)
-    layer.store(stack_of(3, 24, 20)[0], None)
+    layer.store(DenseWeight(stack_of(3, 24, 20)[0]), None)
     layer.attach(FactorBank({"stack": factors}), "stack", 1)
     x = stack_of(6, 20, seed=2).requires_grad_()
     expected = layer(x)
@@ -478,7 +479,7 @@ def test_a_compiled_layer_has_no_graph_break_and_the_same_gradients(method):
     torch.compiler.reset()
     factors = moved(fitted(method, stack_of(3, 24, 20), rank_of(method)))
     layer = AdaptedLinear(20, 24, bias=False, fmt=None, dtype=torch.float32)
-    layer.store(stack_of(3, 24, 20)[0], None)
+    layer.store(DenseWeight(stack_of(3, 24, 20)[0]), None)
     layer.attach(FactorBank({"stack": factors}), "stack", 1)
     leaves = [stack_of(6, 20, seed=2).requires_grad_(), *factors.trained()]
     expected = torch.autograd.grad(layer(leaves[0]).square().sum(), leaves)

@@ -7,6 +7,7 @@ from qrefta.methods import METHODS
 from qrefta.methods.refta import ReFTA
 from qrefta.nn.factors import FactorBank, Factors
 from qrefta.nn.linear import AdaptedLinear
+from qrefta.nn.quantized import DenseWeight
 from tests.stacks import fit_refta, svd_of, transform_of
 
 all_transforms = pytest.mark.parametrize("transform", TRANSFORMS)
@@ -126,7 +127,7 @@ def test_delta_sees_rounded_masters():
 def test_rounding_masters_changes_neither_delta_nor_output():
     factors = perturbed()
     layer = AdaptedLinear(10, 6, bias=False, fmt=None, dtype=torch.float32)
-    layer.store(random_stack()[0], None)
+    layer.store(DenseWeight(random_stack()[0]), None)
     layer.attach(FactorBank({"stack": factors}), "stack", 0)
     x = random_stack(seed=2)[0]
     delta, y, masters = factors.delta(0), layer(x), factors.A.detach().clone()

@@ -7,8 +7,8 @@ from torch.testing import assert_close
 
 from qrefta.nn.factors import FactorBank
 from qrefta.nn.linear import AdaptedLinear
-from qrefta.nn.quantized import QUANT_TYPES, QuantFormat, dequantize, quantize
-from tests.stacks import fit_refta
+from qrefta.nn.quantized import QUANT_TYPES, QuantFormat, quantize
+from tests.stacks import fit_refta, stored_in
 
 LAYERS, OUT, IN, RANK = 3, 24, 40, 5
 FORMATS = [
@@ -38,7 +38,7 @@ class Adapted(nn.Module):
             linear = AdaptedLinear(IN, OUT, bias, fmt, dtype)
             residual = stack[layer] - factors.delta(layer)
             offset = randn(OUT, seed=layer, dtype=dtype) if bias else None
-            linear.store(residual if fmt is None else quantize(residual, fmt), offset)
+            linear.store(stored_in(residual, fmt), offset)
             linear.attach(self.bank, "stack", layer)
             self.layers.append(linear)
 
@@ -57,7 +57,7 @@ def plain_layer(fmt, bias=True):
     """Quantized only."""
     layer = AdaptedLinear(IN, OUT, bias, fmt, torch.float32)
     weight = randn(OUT, IN)
-    layer.store(weight if fmt is None else quantize(weight, fmt), randn(OUT) if bias else None)
+    layer.store(stored_in(weight, fmt), randn(OUT) if bias else None)
     return layer
 
 
@@ -156,9 +156,7 @@ def test_layout_of_the_gradient_does_not_matter():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_residual_is_dequantized_straight_to_the_dtype(fmt, dtype):
     weight = randn(OUT, IN)
-    assert torch.equal(
-        plain_layer(fmt).residual(dtype), dequantize(quantize(weight, fmt), fmt, (OUT, IN), dtype)
-    )
+    assert torch.equal(plain_layer(fmt).residual(dtype), quantize(weight, fmt).dequantize(dtype))
 
 
 @all_formats

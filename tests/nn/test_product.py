@@ -8,8 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from qrefta.nn.product import Cost, adapted_product, residual, step_cost
-from qrefta.nn.quantized import QUANT_TYPES, Packed, QuantFormat, quantize
+from qrefta.nn.product import Cost, adapted_product, frozen_product, step_cost
+from qrefta.nn.quantized import QUANT_TYPES, QuantFormat
+from tests.stacks import stored_in
 
 OUT, IN, RANK = 48, 64, 5
 TOKENS = {"fewer than outputs": 30, "between outputs and inputs": 56, "more than inputs": 90}
@@ -38,18 +39,17 @@ def operands(tokens, bias=True, dtype=torch.float32, shape=(OUT, IN), rank=RANK)
 
 
 def packed_weight(fmt, dtype=torch.float32, shape=(OUT, IN)):
-    weight = randn(*shape, seed=7, dtype=dtype)
-    return Packed(weight, None, None) if fmt is None else quantize(weight, fmt)
+    return stored_in(randn(*shape, seed=7, dtype=dtype), fmt)
 
 
-def product(operands, packed, fmt, rounding=torch.float32, shape=(OUT, IN)):
-    return adapted_product(*operands, packed, fmt, shape, rounding)
+def product(operands, packed, rounding=torch.float32):
+    return adapted_product(*operands, packed, rounding)
 
 
-def definition(operands, packed, fmt, shape=(OUT, IN)):
+def definition(operands, packed):
     """Through a dense differentiable weight."""
     x, up, core, down, bias = operands
-    weight = residual(packed, fmt, shape, x.dtype)
+    weight = packed.dequantize(x.dtype)
     return nn.functional.linear(x, weight + up @ torch.diag(core) @ down, bias)
 
 
@@ -64,9 +64,7 @@ def test_gradcheck(bias, tokens, needed):
     *made, offset = operands(tokens // scale, bias, torch.float64, shape, rank=2)
     packed = packed_weight(None, torch.float64, shape)
     made = [tensor.requires_grad_(bool(need)) for tensor, need in zip(made, needed, strict=True)]
-    assert torch.autograd.gradcheck(
-        lambda *t: product([*t, offset], packed, None, torch.float64, shape), made
-    )
+    assert torch.autograd.gradcheck(lambda *t: product([*t, offset], packed, torch.float64), made)
 
 
 @all_formats
@@ -78,7 +76,7 @@ def test_both_forms_are_the_dense_definition(fmt, bias, tokens):
     ours, theirs = (
         [t if t is None else t.requires_grad_() for t in operands(tokens, bias)] for _ in range(2)
     )
-    y, expected = product(ours, packed, fmt), definition(theirs, packed, fmt)
+    y, expected = product(ours, packed), definition(theirs, packed)
     grad = randn(tokens, OUT, seed=3)
     y.backward(grad)
     expected.backward(grad)
@@ -91,13 +89,34 @@ def test_both_forms_are_the_dense_definition(fmt, bias, tokens):
 
 
 @all_formats
+@biased
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3), (0,)], ids=str)
+def test_frozen_product_is_the_dense_definition(fmt, bias, leading):
+    """Output and gradients of x and bias, for any number of leading dimensions."""
+    weight = packed_weight(fmt)
+    found, expected = [], []
+    for results in (found, expected):
+        x = randn(*leading, IN).requires_grad_()
+        leaves = [x, randn(OUT, seed=9).requires_grad_()] if bias else [x]
+        offset = leaves[1] if bias else None
+        if results is found:
+            y = frozen_product(x, offset, weight)
+        else:
+            y = nn.functional.linear(x, weight.dequantize(torch.float32), offset)
+        results += [y, *torch.autograd.grad(y, leaves, randn(*leading, OUT, seed=3))]
+    assert_close(found, expected)
+    with torch.no_grad():
+        assert_close(frozen_product(x, offset, weight), y)
+
+
+@all_formats
 @token_counts
 def test_a_batch_of_any_size_gives_the_same_rows(fmt, tokens):
     """The form is chosen by the number of tokens; a token's result may not depend on it."""
     packed = packed_weight(fmt)
     x, up, core, down, bias = operands(tokens)
-    alone = torch.cat([product([row, up, core, down, bias], packed, fmt) for row in x.split(7)])
-    assert_close(product([x, up, core, down, bias], packed, fmt), alone, rtol=1e-5, atol=1e-4)
+    alone = torch.cat([product([row, up, core, down, bias], packed) for row in x.split(7)])
+    assert_close(product([x, up, core, down, bias], packed), alone, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -112,11 +131,11 @@ def test_both_forms_are_equally_exact_in_half_precision(dtype, mean, sigma):
     fmt = QuantFormat()
     packed = packed_weight(fmt)
     made = operands(90)
-    expected = product(made, packed, fmt)
+    expected = product(made, packed)
     x, *rest = (t.to(dtype) for t in made)
     for found in (
-        product([x, *rest], packed, fmt),
-        torch.cat([product([row, *rest], packed, fmt) for row in x.split(30)]),
+        product([x, *rest], packed),
+        torch.cat([product([row, *rest], packed) for row in x.split(30)]),
     ):
         assert found.dtype == dtype
         assert (found.float() - expected).norm() < (mean + 5 * sigma) * expected.norm()
@@ -132,16 +151,13 @@ def _operations_of_addmm_(result, left, right, **_):
 @pytest.mark.parametrize("rank", [0, 5])
 def test_step_cost_counts_the_operations_that_run(tokens, shape, rank):
     """Beside torch's own count of every matrix product of a step; so the cheaper form is also the one that runs."""
-    made, packed = (
-        operands(tokens, shape=shape, rank=max(rank, 1)),
-        packed_weight(None, shape=shape),
-    )
-    made = [made[0], *(made[1:] if rank else [None] * 4)]
-    leaves = [t.requires_grad_() for t in made[:4] if t is not None]
+    made = operands(tokens, shape=shape, rank=max(rank, 1))
+    packed = packed_weight(None, shape=shape)
+    leaves = [t.requires_grad_() for t in (made[:4] if rank else made[:1])]
     with FlopCounterMode(
         display=False, custom_mapping={torch.ops.aten.addmm_: _operations_of_addmm_}
     ) as counter:
-        y = product(made, packed, None, shape=shape)
+        y = product(made, packed) if rank else frozen_product(made[0], None, packed)
         torch.autograd.grad(y, leaves, torch.ones_like(y))
     assert counter.get_total_flops() == step_cost(tokens, shape[1], shape[0], rank).operations
 
@@ -170,13 +186,13 @@ def test_without_gradients_the_update_is_merged_from_fewer_tokens_on(tokens):
         display=False, custom_mapping={torch.ops.aten.addmm_: _operations_of_addmm_}
     )
     with counter, torch.no_grad():
-        found = product(made, packed, QuantFormat())
+        found = product(made, packed)
     merged = 2 * tokens * OUT * IN + 2 * RANK * OUT * IN
     thin = (
         2 * tokens * RANK * (OUT + IN)
     )  # the product with the weight is inside bitsandbytes, which is not counted
     assert counter.get_total_flops() == (merged if tokens > 27 else thin)
-    assert_close(found, product(made, packed, QuantFormat()), rtol=1e-5, atol=1e-4)
+    assert_close(found, product(made, packed), rtol=1e-5, atol=1e-4)
 
 
 def test_step_cost_by_hand():
@@ -216,7 +232,7 @@ def test_a_step_makes_one_dense_buffer_and_one_result_a_pass(fmt, tokens):
     packed = packed_weight(fmt)
     made = [tensor.requires_grad_() for tensor in operands(tokens, bias=False)[:4]]
     with Allocations() as forward:
-        y = product([*made, None], packed, fmt)
+        y = product([*made, None], packed)
     grad = torch.ones_like(y)
     with Allocations() as backward:
         torch.autograd.grad(y, made, grad)
@@ -257,7 +273,9 @@ def test_a_step_keeps_no_more_than_its_gradients_need(trained, tokens):
     leaves = dict(zip(("x", "up", "core", "down"), made, strict=False))
     for name, tensor in leaves.items():
         tensor.requires_grad_(trained in ("all", name))
-    kept_new, kept_operands = kept([*made, *packed], lambda: product(made, packed, fmt))
+    kept_new, kept_operands = kept(
+        [*made, *packed.tensors().values()], lambda: product(made, packed)
+    )
     needs_narrow = trained in ("up", "core") or (trained == "all" and tokens <= IN)
     assert kept_new == ([(tokens, RANK)] if needs_narrow else [])
     assert ((tokens, IN) in kept_operands) == (trained in ("all", "down"))
@@ -269,7 +287,7 @@ def test_backward_inside_autocast_is_that_outside():
     packed, found = packed_weight(fmt), []
     for enabled in (False, True):
         made = [tensor.requires_grad_() for tensor in operands(30)]
-        y = product(made, packed, fmt)
+        y = product(made, packed)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             found.append(torch.autograd.grad(y, made, torch.ones_like(y)))
     for inside, outside in zip(*found, strict=True):
@@ -281,7 +299,7 @@ def test_gradient_of_the_core_does_not_overflow_in_half_precision():
     made = [tensor.to(torch.float16) for tensor in operands(30)]
     made[2] = made[2].float().requires_grad_()
     packed = packed_weight(QuantFormat())
-    y = product(made, packed, QuantFormat())
+    y = product(made, packed)
     (found,) = torch.autograd.grad(y, made[2], torch.full_like(y, 300.0))
     assert found.dtype == torch.float32
     assert torch.isfinite(found).all()

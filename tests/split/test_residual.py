@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from qrefta.config import QReftaConfig
 from qrefta.linalg.tsvd import TRANSFORMS
 from qrefta.model.stacks import Weights
-from qrefta.nn.quantized import QUANT_TYPES, dequantize, rounded
+from qrefta.nn.quantized import QUANT_TYPES, rounded
 from qrefta.split.residual import _rows_per_block, _Target, split_layers, split_stack
 from tests.stacks import Splitted, split_and_error, svd_of, transform_of
 
@@ -37,13 +37,8 @@ def random_stack(layers=4, out=48, inner=64, seed=0):
     return (common + own) * torch.logspace(0, -1, inner)
 
 
-def dense_residuals(split, stack, config):
-    if config.format is None:
-        return torch.stack(split.residuals)
-    shape = tuple(stack.shape[1:])
-    return torch.stack(
-        [dequantize(packed, config.format, shape, torch.float32) for packed in split.residuals]
-    )
+def dense_residuals(split):
+    return torch.stack([residual.dequantize(torch.float32) for residual in split.residuals])
 
 
 def whole_error(stack, config):
@@ -60,11 +55,7 @@ def deltas(split, stack):
 def error(split, stack, config):
     """sum_l ||W_l - Delta_l - dequant(Q_l)||_F^2 from what the split holds."""
     return (
-        (
-            stack.double()
-            - deltas(split, stack).double()
-            - dense_residuals(split, stack, config).double()
-        )
+        (stack.double() - deltas(split, stack).double() - dense_residuals(split).double())
         .square()
         .sum()
     )
@@ -77,7 +68,7 @@ def test_16_bits_sum_back_to_the_stack(transform, factor_dtype):
     stack = random_stack()
     config = QReftaConfig(rank=9, bits=16, transform=transform, factor_dtype=factor_dtype)
     split = split_and_error(stack, config)
-    assert_close(deltas(split, stack) + dense_residuals(split, stack, config), stack)
+    assert_close(deltas(split, stack) + dense_residuals(split), stack)
     assert split.error == 0
     assert split.factors.delta(0).any()
 
@@ -162,7 +153,7 @@ def test_the_factors_returned_are_those_nearest_to_what_the_residuals_leave(tran
     stack = random_stack()
     config = QReftaConfig(rank=9, transform=transform, refine=3, factor_dtype="float32")
     split = split_and_error(stack, config)
-    left = stack - dense_residuals(split, stack, config)
+    left = stack - dense_residuals(split)
     nearest = (
         left.square().sum() - svd_of(left, transform_of(stack, transform), 9).values.square().sum()
     )

@@ -4,7 +4,6 @@ from torch.testing import assert_close
 
 from qrefta.config import QReftaConfig
 from qrefta.model.stacks import LayerStack, Weights
-from qrefta.nn.quantized import dequantize
 from qrefta.split.calibrate import Moments
 from qrefta.split.stack_split import StackSplit
 
@@ -22,9 +21,8 @@ def split(weights, rank, moments=None, **options):
     done = StackSplit(STACK, weights, config, rank, moments)
     restored = []
     for index, residual in enumerate(done.residuals()):
-        if config.format is not None:
-            residual = dequantize(residual, config.format, (24, 64), torch.float32)
-        restored.append(residual + (done.split.factors.delta(index) if rank else 0))
+        dense = residual.dequantize(torch.float32)
+        restored.append(dense + (done.split.factors.delta(index) if rank else 0))
     return done.row(), torch.stack(restored)
 
 
