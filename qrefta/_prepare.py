@@ -10,16 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qrefta.choices import Bits
-from qrefta.config import (
-    OLD_RANK_SETTINGS,
-    LayerStack,
-    Rank,
-    Settings,
-    StackReport,
-    check_keywords,
-    shows_settings,
-    with_new_rank,
-)
+from qrefta.config import LayerStack, Rank, StackReport, settings_of_call, shows_settings
 from qrefta.hf_config import QReftaConfig
 from qrefta.hf_quantizer import is_prepared, register
 from qrefta.methods import check_method
@@ -77,9 +68,21 @@ def prepare(
     """
     if isinstance(model, str | Path):
         return _old_call_with_folder(
-            model, bits, rank, calibration, moments=moments, device=device, progress=progress, **settings
+            model,
+            bits,
+            rank,
+            calibration,
+            moments=moments,
+            device=device,
+            progress=progress,
+            **settings,
         )
-    chosen = _settings("prepare", bits, rank, settings)
+    if "out" in settings:
+        raise ValueError(
+            "`out` goes with prepare_checkpoint and a folder or hub name; save this model with save_pretrained."
+        )
+    chosen = settings_of_call("prepare", {"bits": bits, "rank": rank, **settings})
+    check_method(chosen)
     if calibration is not None and moments is not None:
         raise ValueError(
             "calibration and moments are both given; moments are gathered from calibration: give one of the two."
@@ -136,11 +139,10 @@ def prepare_checkpoint(
             or `max_memory` is too small.
         TypeError: for an unknown keyword.
     """
-    chosen = _settings("prepare_checkpoint", bits, rank, settings)
+    chosen = settings_of_call("prepare_checkpoint", {"bits": bits, "rank": rank, **settings})
+    check_method(chosen)
     loaded = _moments(moments)
-    return convert(
-        source, Path(out), chosen, loaded, torch.device(device), max_memory, progress
-    )
+    return convert(source, Path(out), chosen, loaded, torch.device(device), max_memory, progress)
 
 
 def _old_call_with_folder(
@@ -166,27 +168,6 @@ def _old_call_with_folder(
     if keywords["device"] is None:
         del keywords["device"]
     return prepare_checkpoint(source, out, bits, rank, **keywords)
-
-
-def _settings(function: str, bits: Bits, rank: Rank, keywords: dict[str, Any]) -> Settings:
-    """Checked settings; the rank settings of qrefta 0.1 are taken with a warning."""
-    if "out" in keywords:
-        raise ValueError(
-            "`out` goes with prepare_checkpoint and a folder or hub name; save this model with save_pretrained."
-        )
-    check_keywords(function, keywords.keys() - set(OLD_RANK_SETTINGS))
-    given = with_new_rank({"bits": bits, "rank": rank, **keywords})
-    old = sorted(keywords.keys() & set(OLD_RANK_SETTINGS))
-    if rank == "auto" or old:
-        named = ", ".join(old) or 'rank="auto"'
-        warnings.warn(
-            f"{named} is deprecated; give a tuple or a qrefta.RankBudget as rank.",
-            DeprecationWarning,
-            stacklevel=4,
-        )
-    settings = Settings(**given)
-    check_method(settings)
-    return settings
 
 
 def _moments(moments: Moments | str | Path | None) -> Moments | None:

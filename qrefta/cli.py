@@ -24,21 +24,21 @@ from transformers import (
 )
 
 from qrefta._prepare import prepare as prepare_model
-from qrefta.config import QReftaConfig
+from qrefta.choices import BLOCK_SIZES, QUANT_TYPES, TRANSFORMS
+from qrefta.config import Settings
 from qrefta.distributed import check_sharding, processes
 from qrefta.export.lora import BASES
 from qrefta.export.lora import export_lora as export_lora_model
 from qrefta.export.merge import ROUNDING_TOLERANCE, Export, check_new
 from qrefta.export.merge import merge as merge_model
 from qrefta.files.safetensors import resolve_folder
+from qrefta.hf_config import QReftaConfig
 from qrefta.hf_quantizer import is_prepared, load, quant_report, read_config
-from qrefta.linalg.tsvd import TRANSFORMS
 from qrefta.memory.plan import OPTIMIZERS, Plan
 from qrefta.memory.plan import plan as plan_memory
 from qrefta.methods import METHODS
 from qrefta.model.build import model_class
 from qrefta.model.stacks import find_stacks
-from qrefta.nn.quantized import BLOCK_SIZES, QUANT_TYPES
 from qrefta.split.calibrate import Moments, gather_moments, load_moments
 from qrefta.train.data import read_calibration
 from qrefta.train.evaluate import evaluate as evaluate_model
@@ -107,7 +107,7 @@ Saved = Annotated[
 Refine = Annotated[
     int, typer.Option(help="Rounds of refitting factors and residual to each other.")
 ]
-DEFAULTS = QReftaConfig()
+DEFAULTS = Settings()
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
 
 

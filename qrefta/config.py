@@ -7,6 +7,8 @@ saved config and the model card take it from there.
 """
 
 import inspect
+import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from numbers import Integral, Real
@@ -28,9 +30,14 @@ from qrefta.choices import (
 
 FORMAT_VERSION = 2
 EXPERTS_SUFFIX = "_adapted"  # of the list of linear layers that replaces a fused parameter
-OLD_RANK_SETTINGS = ("ranks", "trained_params", "budget_mb", "error_ratio")  # of qrefta 0.1, with rank="auto"
+OLD_RANK_SETTINGS = (
+    "ranks",
+    "trained_params",
+    "budget_mb",
+    "error_ratio",
+)  # of qrefta 0.1, with rank="auto"
 _LARGEST_COUNT = 1 << 40  # the largest size or count that a config may state
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _RESTORE = "config.json is damaged: restore it from the folder that save_pretrained wrote."
 
 
@@ -115,17 +122,21 @@ def parse_bytes(name: str, size: int | str) -> int:
     Raises:
         ValueError: for any other value, naming the setting.
     """
-    if isinstance(size, str):
-        text = size.strip().upper()
-        unit = next((unit for unit in sorted(_UNITS, key=len, reverse=True) if text.endswith(unit)), None)
-        number = text.removesuffix(unit or "").strip()
-        try:
-            size = int(float(number) * _UNITS[unit]) if unit else int(number)
-        except (ValueError, OverflowError):
-            size = 0
-    if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
-        raise ValueError(f'{name} is {size!r}; give a positive number of bytes, or text like "8MB"')
-    return int(size)
+    count = _bytes_of_text(size) if isinstance(size, str) else size
+    if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
+        raise ValueError(
+            f'{name} is {size!r}; give a positive number of bytes, or text like "8MB" or "8MiB"'
+        )
+    return int(count)
+
+
+def _bytes_of_text(text: str) -> int | None:
+    """Bytes of a number with or without a unit; None for other text."""
+    match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([KMG]I?B)?\s*", text, flags=re.IGNORECASE)
+    try:
+        return None if match is None else int(float(match[1]) * _UNITS[(match[2] or "").upper()])
+    except ValueError:  # "1.2.3"
+        return None
 
 
 def with_new_rank(keywords: dict[str, Any]) -> dict[str, Any]:
@@ -142,13 +153,15 @@ def with_new_rank(keywords: dict[str, Any]) -> dict[str, Any]:
         return kept
     if len(given) != 1:
         raise ValueError(
-            f"rank is {rank!r} with {given or 'no budget'}; rank=\"auto\" needs either budget_mb or error_ratio, "
+            f'rank is {rank!r} with {given or "no budget"}; rank="auto" needs either budget_mb or error_ratio, '
             "and of ranks, trained_params, budget_mb and error_ratio only one can be given. A RankBudget as rank "
             "replaces all of them."
         )
     ((name, value),) = given.items()
     if (name in ("budget_mb", "error_ratio")) != (rank == "auto"):
-        raise ValueError(f'budget_mb and error_ratio go with rank="auto"; rank is {rank!r} with {name}={value!r}')
+        raise ValueError(
+            f'budget_mb and error_ratio go with rank="auto"; rank is {rank!r} with {name}={value!r}'
+        )
     return kept | {"rank": _rank_from_old(name, value)}
 
 
@@ -162,33 +175,34 @@ def _rank_from_old(name: str, value: Any) -> Rank:
     return RankBudget(bytes=max(round(_positive(name, value) * 1e6), 1))
 
 
-def _choice(default: Any, allowed: Sequence[Any], text: str) -> Any:
-    """A field that takes one of some values."""
+def _one_of(allowed: Sequence[Any], text: str) -> dict[str, Any]:
+    """Metadata of a field that takes one of some values of one type."""
 
     def check(name: str, value: Any) -> Any:
-        if value not in allowed or type(value) is not type(default):
+        if value not in allowed or type(value) is not type(allowed[0]):
             listed = ", ".join(map(str, allowed))
             raise ValueError(f"{name} is {value!r}; it must be one of {listed}")
         return value
 
-    return field(default=default, metadata={"help": text, "check": check, "allowed": tuple(allowed)})
+    return {"help": text, "check": check, "allowed": tuple(allowed)}
 
 
-def _count(default: int, smallest: int, text: str) -> Any:
-    """A field that takes a whole number."""
-    metadata = {"help": text, "check": lambda name, value: _whole(name, value, smallest)}
-    return field(default=default, metadata=metadata)
+def _at_least(smallest: int, text: str) -> dict[str, Any]:
+    """Metadata of a field that takes a whole number."""
+    return {"help": text, "check": lambda name, value: _whole(name, value, smallest)}
 
 
-def _checked(default: Any, check: Callable[[str, Any], Any], text: str) -> Any:
-    """A field with a check of its value, which returns the value to keep."""
-    return field(default=default, metadata={"help": text, "check": check})
+def _checked(check: Callable[[str, Any], Any], text: str) -> dict[str, Any]:
+    """Metadata of a field with a check, which returns the value to keep."""
+    return {"help": text, "check": check}
 
 
 def _check_rank(name: str, value: Any) -> Rank:
     if isinstance(value, RankBudget):
         return value
-    if isinstance(value, dict) and value.keys() <= vars(RankBudget(bytes=1)).keys():  # from a saved config
+    if (
+        isinstance(value, dict) and value.keys() <= vars(RankBudget(bytes=1)).keys()
+    ):  # from a saved config
         return RankBudget(**value)
     if isinstance(value, Sequence) and not isinstance(value, str):
         return tuple(_whole(f"each number of {name}", number, 1) for number in value)
@@ -259,27 +273,45 @@ class Settings:
         ValueError: for a value that is not allowed, or a combination that has no meaning.
     """
 
-    bits: Bits = _choice(4, BITS, "4, or 16 to leave the residual unquantized (ablation).")
-    rank: Rank = _checked(
-        16,
-        _check_rank,
-        "Components of every stack over all its layers; or 24,100,100 for craft; or a budget: bytes=8MB, "
-        "error=0.5, parameters=300000.",
+    bits: Bits = field(
+        default=4, metadata=_one_of(BITS, "4, or 16 to leave the residual unquantized (ablation).")
     )
-    method: Method = _choice("refta", METHOD_NAMES, "Tensor method.")
-    transform: Transform = _choice("lsm3", TRANSFORMS, "Mode-3 transform.")
-    quant_type: QuantType = _choice("nf4", QUANT_TYPES, "4-bit format.")
-    block_size: int = _choice(64, BLOCK_SIZES, "Weights that share a scale.")
-    double_quant: bool = _choice(False, (False, True), "Store the scales in 8 bits.")
-    target_modules: str | tuple[str, ...] | None = _checked(
-        None, _check_targets, "Path end of linear layers that get factors; repeat for more."
+    rank: Rank = field(
+        default=16,
+        metadata=_checked(
+            _check_rank,
+            "Components of every stack over all its layers; or 24,100,100 for craft; or a budget: "
+            "bytes=8MB, error=0.5, parameters=300000.",
+        ),
     )
-    modules_to_save: tuple[str, ...] = _checked(
-        (), _check_modules, "Path end of a module to train in full; repeat for more."
+    method: Method = field(default="refta", metadata=_one_of(METHOD_NAMES, "Tensor method."))
+    transform: Transform = field(default="lsm3", metadata=_one_of(TRANSFORMS, "Mode-3 transform."))
+    quant_type: QuantType = field(default="nf4", metadata=_one_of(QUANT_TYPES, "4-bit format."))
+    block_size: int = field(
+        default=64, metadata=_one_of(BLOCK_SIZES, "Weights that share a scale.")
     )
-    refine: int = _count(5, 0, "Rounds that refit factors and residual to each other.")
-    seed: int = _count(0, 0, "Seed of everything random.")
-    factor_dtype: FactorDtype = _choice("bfloat16", FACTOR_DTYPES, "Dtype of the factors.")
+    double_quant: bool = field(
+        default=False, metadata=_one_of((False, True), "Store the scales in 8 bits.")
+    )
+    target_modules: str | Sequence[str] | None = field(
+        default=None,
+        metadata=_checked(
+            _check_targets, "Path end of linear layers that get factors; repeat for more."
+        ),
+    )
+    modules_to_save: Sequence[str] = field(
+        default=(),
+        metadata=_checked(
+            _check_modules, "Path end of a module to train in full; repeat for more."
+        ),
+    )
+    refine: int = field(
+        default=5, metadata=_at_least(0, "Rounds that refit factors and residual to each other.")
+    )
+    seed: int = field(default=0, metadata=_at_least(0, "Seed of everything random."))
+    factor_dtype: FactorDtype = field(
+        default="bfloat16", metadata=_one_of(FACTOR_DTYPES, "Dtype of the factors.")
+    )
 
     def __post_init__(self) -> None:
         for setting in fields(self):
@@ -302,7 +334,10 @@ class Settings:
         found = {setting.name: getattr(self, setting.name) for setting in fields(self)}
         if isinstance(self.rank, RankBudget):
             found["rank"] = self.rank.to_dict()
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in found.items()
+        }
 
 
 SETTING_NAMES = frozenset(setting.name for setting in fields(Settings))
@@ -330,16 +365,32 @@ def shows_settings(function: _Function) -> _Function:
     return function
 
 
-def check_keywords(function: str, keywords: Iterable[str]) -> None:
-    """Refuse keywords that are no settings.
+def settings_of_call(function: str, keywords: dict[str, Any]) -> Settings:
+    """Checked settings from the keywords of a call; the rank settings of qrefta 0.1 are taken with a warning.
+
+    Args:
+        function: name of the public function, which calls this directly.
+        keywords: its keywords.
 
     Raises:
-        TypeError: naming the first one and the settings.
+        TypeError: for an unknown keyword.
+        ValueError: for a value that is not allowed.
     """
-    unknown = sorted(set(keywords) - SETTING_NAMES)
+    unknown = sorted(keywords.keys() - SETTING_NAMES - set(OLD_RANK_SETTINGS))
     if unknown:
         listed = ", ".join(sorted(SETTING_NAMES))
-        raise TypeError(f"{function}() got an unexpected keyword {unknown[0]!r}; the settings are {listed}")
+        raise TypeError(
+            f"{function}() got an unexpected keyword {unknown[0]!r}; the settings are {listed}"
+        )
+    old = sorted(keywords.keys() & set(OLD_RANK_SETTINGS))
+    if old or keywords.get("rank") == "auto":
+        named = ", ".join(old) or 'rank="auto"'
+        warnings.warn(
+            f"{named} is deprecated; give a tuple or a qrefta.RankBudget as rank.",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+    return Settings(**with_new_rank(keywords))
 
 
 @dataclass(frozen=True)
@@ -495,7 +546,9 @@ class StackReport:
         wrong = next((name for name, fits in _fitting(report).items() if not fits), None)
         if wrong is not None:
             value = getattr(report, wrong, getattr(stack, wrong, None))
-            raise ValueError(f"A stack of the qrefta config has {wrong} {value!r}, which no stack has. {_RESTORE}")
+            raise ValueError(
+                f"A stack of the qrefta config has {wrong} {value!r}, which no stack has. {_RESTORE}"
+            )
         return report
 
 
@@ -508,7 +561,9 @@ def _from_format_1(row: dict[str, Any]) -> dict[str, Any]:
     needed = {"stack", "modules", "transposed", "layers", "shape", "rank", "slice_ranks"}
     shape = row.get("shape")
     if not needed <= row.keys() or not isinstance(shape, list) or len(shape) != 2:
-        raise ValueError(f"A stack of the qrefta config is {row!r}; needed are the keys {sorted(needed)}. {_RESTORE}")
+        raise ValueError(
+            f"A stack of the qrefta config is {row!r}; needed are the keys {sorted(needed)}. {_RESTORE}"
+        )
     structure = {
         "name": row["stack"],
         "modules": row["modules"],
@@ -519,7 +574,11 @@ def _from_format_1(row: dict[str, Any]) -> dict[str, Any]:
     }
     names = {entry.name for entry in fields(StackReport)} & row.keys()
     report = {name: row[name] for name in names} | {"stack": structure}
-    count = len(row["modules"]) * max(structure["experts"], 1) if _is_count(structure["experts"]) else None
+    count = (
+        len(row["modules"]) * max(structure["experts"], 1)
+        if _is_count(structure["experts"])
+        else None
+    )
     if row["layers"] != count:
         raise ValueError(
             f"A stack of the qrefta config has {row['layers']!r} layers for its {count} weights. {_RESTORE}"
@@ -543,7 +602,14 @@ def _fitting(report: StackReport) -> dict[str, bool]:
     """Whether the values that a model is built from are ones that `prepare` writes, by attribute."""
     stack = report.stack
     ranks = report.rank if isinstance(report.rank, tuple) and report.rank else (report.rank,)
-    measured = ("baseline_error", "residual_error", "principal_energy", "bytes", "output_error", "output_baseline")
+    measured = (
+        "baseline_error",
+        "residual_error",
+        "principal_energy",
+        "bytes",
+        "output_error",
+        "output_baseline",
+    )
     return {
         "name": isinstance(stack.name, str),
         "modules": _are_names(stack.modules),
@@ -552,7 +618,8 @@ def _fitting(report: StackReport) -> dict[str, bool]:
         "out_features": _is_count(stack.out_features) and stack.out_features > 0,
         "in_features": _is_count(stack.in_features) and stack.in_features > 0,
         "rank": all(map(_is_count, ranks)),
-        "slice_ranks": isinstance(report.slice_ranks, tuple) and all(map(_is_count, report.slice_ranks)),
+        "slice_ranks": isinstance(report.slice_ranks, tuple)
+        and all(map(_is_count, report.slice_ranks)),
         **{name: _is_real(getattr(report, name)) for name in measured},
     }
 

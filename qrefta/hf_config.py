@@ -43,7 +43,9 @@ class QReftaConfig(QuantizationConfigMixin):
         quant_method: str = "qrefta",
         **keywords: Any,
     ) -> None:
-        from qrefta.methods import check_method  # imports torch and bitsandbytes: not before it is needed
+        from qrefta.methods import (
+            check_method,  # imports torch and bitsandbytes: not before it is needed
+        )
 
         if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
             raise ValueError(

@@ -5,12 +5,12 @@ and the factor bank is put at the root, before transformers fills in the weights
 frozen again (the loader makes every float parameter require grad).
 """
 
-import copy
 import functools
 import inspect
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.hub import cached_file
 
-from qrefta.config import QReftaConfig
 from qrefta.distributed import check_sharding, whole_state
 from qrefta.files.checksums import DIGESTS, check_digests, save_with_digests
 from qrefta.files.safetensors import read_json
-from qrefta.model.build import build, freeze, model_class, task_head
+from qrefta.hf_config import QReftaConfig
+from qrefta.model.build import Placement, build, freeze, located, model_class, task_head
 from qrefta.model.check import (
     check_config,
     check_counts,
@@ -33,7 +33,6 @@ from qrefta.model.check import (
     check_filled,
     check_form,
     check_headers,
-    check_rows,
     check_scales,
     own_parameters,
 )
@@ -90,10 +89,18 @@ def prepared_config(model: nn.Module) -> QReftaConfig:
     return model.hf_quantizer.quantization_config
 
 
+def register(model: PreTrainedModel, config: QReftaConfig) -> None:
+    """Mark a model that was prepared in memory as quantized, as transformers does for a model that it loads."""
+    model.hf_quantizer = QReftaQuantizer(config)
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+    model.config.quantization_config = config
+
+
 def quant_report(model: nn.Module) -> list[dict[str, Any]]:
     """One row a stack: what preparing removed of the quantization error, and what it costs in bytes.
 
-    Keys: see `qrefta.config.StackRow`. Errors are squared Frobenius norms over all layers of the stack.
+    Keys: see `qrefta.config.StackReport`. Errors are squared Frobenius norms over all layers of the stack.
 
     Raises:
         ValueError: if the model is not prepared.
@@ -234,8 +241,12 @@ class QReftaQuantizer(HfQuantizer):
             check_files(files, model.name_or_path if self._made is None else None)
             if self._made is None:
                 _check_digests(model, files)
-        build(model, self.quantization_config)
-        check_rows(self.quantization_config)
+        config = self.quantization_config
+        config.stacks = [
+            replace(report, stack=located(model, report.stack)) for report in config.stacks
+        ]
+        placements = [Placement.of(report.stack, report.rank) for report in config.stacks]
+        build(model, config.settings, placements)
         if files:
             check_headers(model, files)
         self._expected = {
@@ -251,8 +262,9 @@ class QReftaQuantizer(HfQuantizer):
         if self._made is not None:
             self._made.cleanup()
         config = self.quantization_config
-        config.modules_to_save = list(dict.fromkeys(config.modules_to_save + task_head(model)))
-        freeze(model, config.modules_to_save)
+        trained = dict.fromkeys([*config.settings.modules_to_save, *task_head(model)])
+        config.settings = replace(config.settings, modules_to_save=tuple(trained))
+        freeze(model, config.settings.modules_to_save)
         return model
 
     def _prepare(
@@ -263,7 +275,6 @@ class QReftaQuantizer(HfQuantizer):
             raise ValueError(
                 "There is no checkpoint to prepare; with a state_dict load the model and call prepare."
             )
-        config = copy.deepcopy(self.quantization_config)
         self._made = tempfile.TemporaryDirectory(prefix="qrefta-")
         accelerators = [
             torch.device(place) for place in (device_map or {}).values() if place not in OFFLOADS
@@ -271,10 +282,20 @@ class QReftaQuantizer(HfQuantizer):
         device = accelerators[0] if accelerators else torch.device("cpu")
         out = Path(self._made.name) / "prepared"
         with _plain_tensors():
-            convert(Path(files[0]).parent, out, config, None, device, UNLIMITED, progress=False)
+            convert(
+                Path(files[0]).parent,
+                out,
+                self.quantization_config.settings,
+                None,
+                device,
+                UNLIMITED,
+                progress=False,
+                base_model=model.name_or_path,
+            )
         files[:] = [str(file) for file in sorted(out.glob("*.safetensors"))]
-        config.base_model = model.name_or_path
-        self.quantization_config = model.config.quantization_config = config
+        config = QReftaConfig.from_dict(read_config(out)["quantization_config"])
+        self.quantization_config = config
+        model.config.quantization_config = config
         self.pre_quantized = True  # from here on it is a prepared checkpoint like any
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
-from qrefta.config import QReftaConfig
 from qrefta.files.safetensors import replace_text
+from qrefta.hf_config import QReftaConfig
 
 NAME = "README.md"
 
@@ -34,26 +34,27 @@ def write_card(folder: Path, config: QReftaConfig, did: str = "", use: str = _US
 
 def model_card(config: QReftaConfig, did: str = "", use: str = _USE) -> str:
     """The card as Markdown with a header that model hubs read: base model, its licence, what was done, error table."""
+    settings = config.settings
     data = ModelCardData(
         base_model=config.base_model,
         license=base_license(config.base_model),
         library_name="transformers",
-        tags=["qrefta", config.method, *([config.quant_type] if config.bits == 4 else [])],
+        tags=["qrefta", settings.method, *([settings.quant_type] if settings.bits == 4 else [])],
     )
     source = config.base_model or "a model that was not named"
     stored = (
-        f"{config.quant_type.upper()} in blocks of {config.block_size}"
-        if config.bits == 4
+        f"{settings.quant_type.upper()} in blocks of {settings.block_size}"
+        if settings.bits == 4
         else "16 bits"
     )
-    if config.bits == 4 and config.double_quant:
+    if settings.bits == 4 and settings.double_quant:
         stored += ", scales in 8 bits"
     licence = data.license or "see its own page; it holds for these weights too"
     return "\n\n".join(
         [
             f"---\n{data.to_yaml()}\n---",
             f"# {Path(source).name}, prepared with qrefta",
-            f"The linears of the blocks of {source} are stored as {stored}, less what {config.method} keeps in "
+            f"The linears of the blocks of {source} are stored as {stored}, less what {settings.method} keeps in "
             f"trainable factors shared by all layers of a role. {did}".rstrip(),
             f"Licence of the base model: {licence}.",
             "Squared quantization error, of the residual and of whole weights:",
@@ -72,9 +73,9 @@ def error_table(config: QReftaConfig) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in config.stacks:
-        shape = "x".join(map(str, [row.layers, *row.shape]))
+        shape = "x".join(map(str, [row.stack.layers, *row.stack.shape[1:]]))
         lines.append(
-            f"| {row.stack.replace('*', '&#42;')} | {shape} | {row.rank} | {row.baseline_error:.4g} | "
+            f"| {row.stack.name.replace('*', '&#42;')} | {shape} | {row.rank} | {row.baseline_error:.4g} | "
             f"{row.residual_error:.4g} | {row.ratio:.3f} | {row.bits_per_weight:.2f} |"
         )
     return "\n".join(lines)

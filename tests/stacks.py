@@ -49,10 +49,11 @@ def stored_in(matrix, fmt):
     return DenseWeight(matrix) if fmt is None else quantize(matrix, fmt)
 
 
-def split_and_error(stack, config):
+def split_and_error(stack, config, rank=None):
     """A stack in memory split: factors, residuals, and the error that its layers state."""
     weights = Weights.of(stack)
-    split = split_stack(weights, config, config.rank) if config.rank else Split()
+    rank = config.rank if rank is None else rank
+    split = split_stack(weights, config, rank) if rank else Split()
     layers = list(split_layers(weights, split, config))
     error = sum(layer.error.double().square().sum().item() for layer in layers)
     return Splitted(split.factors, [layer.residual for layer in layers], error)

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import qrefta
 from eval.tasks.demo import model_folder
-from qrefta.config import QReftaConfig
+from qrefta.config import Settings
 from qrefta.linalg.tsvd import TRANSFORMS
 from qrefta.methods.refta import ReFTA
 from qrefta.model.stacks import find_stacks, model_weights
@@ -85,10 +85,10 @@ def minilm_stack(name):
 
 def minilm_ratio(name, rank, **settings):
     stack = next(stack for stack in find_stacks(minilm()) if stack.name == name)
-    split = StackSplit(stack, model_weights(minilm(), stack), QReftaConfig(**settings), rank, None)
+    split = StackSplit(stack, model_weights(minilm(), stack), Settings(**settings), rank, None)
     for _ in split.residuals():
         pass
-    return split.row().ratio
+    return split.report().ratio
 
 
 def prepared(architecture, refine=0, **settings):
@@ -101,7 +101,7 @@ def largest_rank(architecture):
 
 
 def dense_stack(model, row):
-    return torch.stack([model.get_submodule(path).dense_weight() for path in row.modules])
+    return torch.stack([model.get_submodule(path).dense_weight() for path in row.stack.modules])
 
 
 def plain_model(architecture, model):
@@ -258,7 +258,7 @@ def test_principal_energy_and_residual_energy_add_up_to_1(architecture, transfor
     for row in rows(model):
         weights = original_stacks(architecture)[row.stack]
         residual = torch.stack(
-            [model.get_submodule(path).residual(torch.float32) for path in row.modules]
+            [model.get_submodule(path).residual(torch.float32) for path in row.stack.modules]
         )
         share = residual.double().square().sum().item() / weights.double().square().sum().item()
         assert row.principal_energy + share == pytest.approx(1, abs=1e-5)

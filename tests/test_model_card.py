@@ -38,7 +38,7 @@ def test_every_stack_has_its_errors(tmp_path):
     assert len(lines) == len(config.stacks)
     for line, row in zip(lines, config.stacks, strict=True):
         assert line.startswith(
-            f"| {row.stack.replace('*', '&#42;')} |"
+            f"| {row.stack.name.replace('*', '&#42;')} |"
         )  # two stars in a row of a table make it bold
         assert f"{row.baseline_error:.4g} | {row.residual_error:.4g} | {row.ratio:.3f}" in line
 

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import qrefta
 from qrefta.cli import load_classifier
-from qrefta.config import QReftaConfig
+from qrefta.config import Settings
 from qrefta.linalg.tsvd import squared_norm
 from qrefta.methods import METHODS
 from qrefta.model.stacks import LARGEST_WEIGHT, check_values
@@ -112,17 +112,16 @@ def test_a_stack_is_what_is_stored_and_the_stated_error(
         rank = tuple(min(rank, size) for size in shape)
     if method != "refta" and not rank:
         method = "refta"
-    config = QReftaConfig(
+    config = Settings(
         bits=bits, rank=1, method=method, refine=refine, quant_type=fmt.quant_type, block_size=fmt.block_size,
         double_quant=fmt.double_quant, **({"transform": transform} if method == "refta" else {}),
     )  # fmt: skip
-    config.rank = rank
     stack = weights(kind, shape, scale, seed=rank if isinstance(rank, int) else sum(rank))
-    split = split_and_error(stack, config)
+    split = split_and_error(stack, config, rank)
     norm = squared_norm(stack.flatten(0, 1))
-    error = defined_error(stack, split, config.format)
+    error = defined_error(stack, split, QuantFormat.of(config))
     assert math.isfinite(split.error)
-    if config.format is None:
+    if QuantFormat.of(config) is None:
         assert error <= 1e-9 * norm
     else:
         assert split.error == pytest.approx(error, rel=1e-3, abs=1e-9 * norm)

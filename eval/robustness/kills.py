@@ -114,7 +114,7 @@ def jobs(place: Path) -> dict[str, Job]:
     )  # not here: what torch has set up for threads survives no fork
     text = numbers()
     settings = {"rank": 8, "refine": 1, "progress": False}
-    _done(_fork(lambda: qrefta.prepare(dense, out=prepared, **settings)))
+    _done(_fork(lambda: qrefta.prepare_checkpoint(dense, prepared, **settings)))
 
     def train(folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(prepared, dtype=torch.float32)
@@ -129,7 +129,7 @@ def jobs(place: Path) -> dict[str, Job]:
         if (
             not model_in(folder) or (folder / JOURNAL).exists()
         ):  # else it was killed when all was done
-            qrefta.prepare(dense, out=folder, **settings)
+            qrefta.prepare_checkpoint(dense, folder, **settings)
 
     def merge(folder: Path) -> None:
         if not model_in(folder):

@@ -29,7 +29,7 @@ from transformers import AutoModel
 from eval.memory import peak, resident, restart_peak
 from eval.rows import append
 from qrefta.cli import guarded
-from qrefta.config import QReftaConfig
+from qrefta.config import Settings
 from qrefta.linalg.tsvd import Slices, mix, t_svd, transform_matrix
 from qrefta.model.stacks import Weights, find_stacks, model_weights
 from qrefta.nn.quantized import rounded
@@ -147,7 +147,7 @@ def pissa(initialization: str, stack: Tensor, rank: int) -> Measured:
 
 def qrefta(refine: int, stack: Tensor, rank: int) -> Measured:
     """Ours; the decomposition is timed on its own, without the rounds."""
-    config, weights = QReftaConfig(refine=refine, rank=rank), Weights.of(stack)
+    config, weights = Settings(refine=refine, rank=rank), Weights.of(stack)
     slices, _ = _transformed(stack)
     blocks = [(slice(0, stack.shape[1]), slices)]
     start = perf_counter()
@@ -189,7 +189,7 @@ def _transformed(stack: Tensor) -> tuple[Tensor, Tensor]:
 
 def _error(stack: Tensor) -> float:
     """||W - Q(W)||_F^2, NF4."""
-    fmt = QReftaConfig().format
+    fmt = Settings().format
     return sum((weight - rounded(weight, fmt)).double().square().sum().item() for weight in stack)
 
 

@@ -135,7 +135,7 @@ def _prepare(place: Path, settings: dict[str, Any], threads: int) -> dict[str, f
     before, read = resident(), _read_bytes()
     restart_peak()
     start = perf_counter()
-    qrefta.prepare(place / "dense", out=place / "out", progress=False, **settings)
+    qrefta.prepare_checkpoint(place / "dense", place / "out", progress=False, **settings)
     seconds = perf_counter() - start
     config = qrefta.QReftaConfig.from_dict(
         qrefta.hf_quantizer.read_config(place / "out")["quantization_config"]

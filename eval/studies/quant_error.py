@@ -41,12 +41,12 @@ from eval.peers.splits import loftq, pissa, qera, small_block, small_block_bits
 from eval.rows import append, find, read
 from eval.tasks.demo import docstring_sentences, model_folder
 from qrefta.cli import guarded, quiet_libraries
-from qrefta.config import QReftaConfig
+from qrefta.config import LayerStack, Settings
 from qrefta.linalg.tsvd import TRANSFORMS
 from qrefta.methods import METHODS
 from qrefta.methods.craft import CRAFT
 from qrefta.methods.refta import ReFTA
-from qrefta.model.stacks import LayerStack, Weights, find_stacks, model_weights
+from qrefta.model.stacks import Weights, find_stacks, model_weights
 from qrefta.nn.factors import Factors, Fit
 from qrefta.nn.quantized import QUANT_TYPES, QuantFormat, rounded
 from qrefta.split.calibrate import (
@@ -64,8 +64,8 @@ SEEDS = 20  # Gaussian matrices a format
 SPECTRUM = 192  # tensor singular values a row
 STARTS = {
     "one shot": 0,
-    "refined": QReftaConfig().refine,
-    "calibrated": QReftaConfig().refine,
+    "refined": Settings().refine,
+    "calibrated": Settings().refine,
 }  # rounds of each
 PAPER = "lsm3"  # the transform that calibration and the nuclear norm are shown with
 SMALL_BLOCKS = {"smaller block": 32, "smaller block, 8-bit scales": 8}  # bits of a scale
@@ -384,7 +384,7 @@ class StackErrors:
 
     def split(self, cell: Cell) -> tuple[Tensor, int, int]:
         rank = cell.rank if cell.method == "refta" else self.craft_rank(cell)
-        config = QReftaConfig(cell.method, cell.transform or PAPER, quant_type=cell.quant_type,
+        config = Settings(cell.method, cell.transform or PAPER, quant_type=cell.quant_type,
                               refine=STARTS[cell.start])  # fmt: skip
         metric = self.metric if cell.start == "calibrated" else None
         key = (cell.method, cell.transform, rank, metric is None)
@@ -442,7 +442,7 @@ def spectrum(name: str, source: str, which: tuple[str, str]) -> dict[str, Any]:
     (model, stacks), (stack, transform) = open_model(source), which
     weights = model_weights(model, stacks[stack])
     rank = min(SPECTRUM, weights.shape[0] * min(weights.shape[1:]))
-    values = tensor_values(weights, QReftaConfig(transform=transform), rank)
+    values = tensor_values(weights, Settings(transform=transform), rank)
     return {
         "kind": "spectrum", "model": name, "stack": stack, "transform": transform, "shape": list(weights.shape),
         "values": [float(f"{value:.6g}") for value in values.tolist()],

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qrefta.config import QReftaConfig, StackRow
+from qrefta.config import StackReport
 from qrefta.export.compare import example_inputs, output_difference, outputs
 from qrefta.export.merge import (
     ROUNDING_TOLERANCE,
@@ -34,6 +34,7 @@ from qrefta.export.merge import (
     write_model,
 )
 from qrefta.files.safetensors import write_shard
+from qrefta.hf_config import QReftaConfig
 from qrefta.hf_quantizer import load, prepared_config
 from qrefta.linalg.tsvd import Slices, t_svd
 from qrefta.methods import METHODS
@@ -100,7 +101,7 @@ def export_lora(
     starts: Iterator[Factors | None] = repeat(None)
     if base == "original":
         bare = _original(model, original or config.base_model)
-        if METHODS[config.method].fits:
+        if METHODS[config.settings.method].fits:
             starts = _starts(
                 model, config, bare, load(start) if isinstance(start, str | Path) else start
             )
@@ -177,7 +178,7 @@ def _updates(
 ) -> Iterator[tuple[str, _Update]]:
     """Delta_l of every target, less that of the start where there is one, cut to a rank if need be."""
     for row, start in zip((row for row in config.stacks if row.rank), starts, strict=False):
-        for index, path in enumerate(row.modules):
+        for index, path in enumerate(row.stack.modules):
             factors = model.get_submodule(path).factors
             if not isinstance(factors, LowRankFactors):
                 yield path, _nearest(factors.delta(index), rank or factors.rank)
@@ -212,21 +213,23 @@ def _starts(
     for row in config.stacks:
         if not row.rank:
             continue
-        layers = [model.get_submodule(path) for path in row.modules]
+        layers = [model.get_submodule(path) for path in row.stack.modules]
         if start is not None:
-            found = [start.get_submodule(path) for path in row.modules]
+            found = [start.get_submodule(path) for path in row.stack.modules]
             _check_same(row, layers, [layer.frozen_weight() for layer in found])
             yield found[0].factors
             continue
-        weights = model_weights(bare, row.layer_stack)
-        split = split_stack(weights, config, row.rank)
-        again = (layer.residual for layer in split_layers(weights, split, config))
+        weights = model_weights(bare, row.stack)
+        split = split_stack(weights, config.settings, row.rank)
+        again = (layer.residual for layer in split_layers(weights, split, config.settings))
         _check_same(row, layers, again)
         yield split.factors
 
 
-def _check_same(row: StackRow, layers: list[AdaptedLinear], found: Iterable[FrozenWeight]) -> None:
-    for path, layer, residual in zip(row.modules, layers, found, strict=True):
+def _check_same(
+    row: StackReport, layers: list[AdaptedLinear], found: Iterable[FrozenWeight]
+) -> None:
+    for path, layer, residual in zip(row.stack.modules, layers, found, strict=True):
         wanted = residual.to(layer.weight.device, layer.weight.dtype).tensors()
         for name, tensor in layer.frozen_weight().tensors().items():
             if not torch.equal(tensor, wanted[name]):
@@ -288,8 +291,8 @@ def _original(model: PreTrainedModel, source: str | Path | None) -> PreTrainedMo
     )
     lacking = {*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])}
     for row in prepared_config(model).stacks:
-        for path in row.modules:
-            if (path if row.experts else f"{path}.weight") in lacking:
+        for path in row.stack.modules:
+            if (path if row.stack.experts else f"{path}.weight") in lacking:
                 raise ValueError(
                     f"{source} has no {path}.weight of the prepared model's shape; give the model that was prepared as "
                     "`original`."
@@ -308,28 +311,30 @@ def _write_base(
     dense = _kept_dense(model, config)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=config.quant_type,
-        bnb_4bit_use_double_quant=config.double_quant,
+        bnb_4bit_quant_type=config.settings.quant_type,
+        bnb_4bit_use_double_quant=config.settings.double_quant,
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=sorted(dense),
     )
 
-    def stored(layer: AdaptedLinear, row: StackRow) -> dict[str, Tensor]:
-        whole = row.experts or layer in dense.values()  # bitsandbytes leaves fused experts alone
+    def stored(layer: AdaptedLinear, row: StackReport) -> dict[str, Tensor]:
+        whole = (
+            row.stack.experts or layer in dense.values()
+        )  # bitsandbytes leaves fused experts alone
         return _residual_tensors(layer, row) if whole else _bnb_tensors(layer)
 
     write_model(model, folder, dtype, stored, quantization)
     return type(model).from_pretrained(folder, dtype=dtype, device_map={"": model.device})
 
 
-def _residual_tensors(layer: AdaptedLinear, row: StackRow) -> dict[str, Tensor]:
+def _residual_tensors(layer: AdaptedLinear, row: StackReport) -> dict[str, Tensor]:
     residual = layer.residual(torch.float32)
-    return {"weight": residual.T if row.transposed else residual}
+    return {"weight": residual.T if row.stack.transposed else residual}
 
 
 def _kept_dense(model: PreTrainedModel, config: QReftaConfig) -> dict[str, nn.Module]:
     """Linears that the bitsandbytes plug-in is to leave alone: not in 4 bits here, or wanted in float32 (T5's `wo`)."""
-    adapted = {path for row in config.stacks for path in row.modules}
+    adapted = {path for row in config.stacks for path in row.stack.modules}
     kept = set(model._keep_in_fp32_modules or ())
     return {
         path: module
@@ -374,7 +379,7 @@ def _write_adapter(
     modules = dict(model.named_modules())
     saved = [
         path
-        for path in config.modules_to_save
+        for path in config.settings.modules_to_save
         if path in modules and list(modules[path].parameters())
     ]
     for path in saved:
@@ -407,7 +412,7 @@ def _lora_config(
         alpha_pattern=others,
         target_modules=_names(model, set(ranks)),
         modules_to_save=saved or None,
-        fan_in_fan_out=any(row.transposed for row in config.stacks),
+        fan_in_fan_out=any(row.stack.transposed for row in config.stacks),
         base_model_name_or_path=source,
         inference_mode=True,
     )
@@ -437,7 +442,7 @@ def _theirs(written: nn.Module, inputs: Mapping[str, Any], base: str) -> Tensor:
 
 def _notes(config: QReftaConfig, ranks: list[int], base: str) -> list[str]:
     notes = []
-    if base == "original" and config.format is not None:
+    if base == "original" and config.settings.bits == 4:
         error, whole = (
             sum(getattr(row, key) for row in config.stacks)
             for key in ("residual_error", "baseline_error")
@@ -454,9 +459,9 @@ def _notes(config: QReftaConfig, ranks: list[int], base: str) -> list[str]:
         notes.append(
             f"linears have different ranks ({ranks[0]} to {ranks[-1]}); a server must read rank_pattern"
         )
-    if config.modules_to_save:
+    if config.settings.modules_to_save:
         notes.append(
-            f"{', '.join(config.modules_to_save)} trained whole, in the adapter: PEFT takes it, vLLM does not"
+            f"{', '.join(config.settings.modules_to_save)} trained whole, in the adapter: PEFT takes it, vLLM does not"
         )
     return notes
 
@@ -465,8 +470,10 @@ def _check_settings(config: QReftaConfig, base: str, rank: int | None, dtype: to
     _peft()
     if base not in BASES:
         raise ValueError(f"base is {base!r}; it must be one of {', '.join(BASES)}")
-    if base == "residual-4bit" and (config.format is None or config.quant_type == "int4"):
-        stored = "16 bits" if config.format is None else "INT4"
+    if base == "residual-4bit" and (
+        config.settings.bits == 16 or config.settings.quant_type == "int4"
+    ):
+        stored = "16 bits" if config.settings.bits == 16 else "INT4"
         raise ValueError(
             f'bitsandbytes has no format for residuals in {stored}; give base="residual"'
         )
@@ -476,7 +483,7 @@ def _check_settings(config: QReftaConfig, base: str, rank: int | None, dtype: to
         raise ValueError(
             f"dtype is {dtype}; it must be a floating type such as torch.bfloat16 or torch.float32"
         )
-    if any(row.rank and row.experts for row in config.stacks):
+    if any(row.rank and row.stack.experts for row in config.stacks):
         raise ValueError(
             "Experts with factors have no form as LoRA that PEFT and servers share; merge the model instead."
         )

@@ -17,7 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qrefta.config import StackRow
+from qrefta.config import StackReport
 from qrefta.export.compare import example_inputs, output_difference, outputs, run_from_disk
 from qrefta.files.safetensors import (
     SINGLE,
@@ -40,7 +40,7 @@ ROUNDING_TOLERANCE = 0.15
 
 _USE = "Load it as any transformers model; it needs no qrefta."
 
-Stored = Callable[[AdaptedLinear, StackRow], Mapping[str, Tensor]]
+Stored = Callable[[AdaptedLinear, StackReport], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,9 @@ def merge(
             write_card(folder, config, f"It was merged to dense {_name(dtype)} weights.", _USE)
         return Export(Path(out), difference)
     for row in config.stacks:
-        for path in row.modules:
-            if row.experts:
-                _restore_experts(model, path, row.experts, _wanted_dtype(model, path, dtype))
+        for path in row.stack.modules:
+            if row.stack.experts:
+                _restore_experts(model, path, row.stack.experts, _wanted_dtype(model, path, dtype))
             else:
                 layer = model.get_submodule(path)
                 replace_module(model, path, _dense_linear(layer, row).train(layer.training))
@@ -167,8 +167,13 @@ def write_model(
         quantization: the config that makes transformers load what `stored` gives.
     """
     stacks = prepared_config(model).stacks
-    rows = {path: row for row in stacks for path in row.layer_stack.adapted}
-    fused = {expert_path(path, 0): path for row in stacks if row.experts for path in row.modules}
+    rows = {path: row for row in stacks for path in row.stack.adapted}
+    fused = {
+        expert_path(path, 0): path
+        for row in stacks
+        if row.stack.experts
+        for path in row.stack.modules
+    }
     writer = ShardWriter(folder, "model-", convert_file_size_to_int(max_shard_size))
     for path, name, tensor in _tensors(model):
         if path in rows and rows[path].experts:
@@ -215,18 +220,18 @@ def write_model(
 
 
 def _fused(
-    model: PreTrainedModel, path: str, row: StackRow, dtype: torch.dtype, stored: Stored
+    model: PreTrainedModel, path: str, row: StackReport, dtype: torch.dtype, stored: Stored
 ) -> Tensor:
     """The parameter of all experts of a block, in its final dtype."""
-    layers = (model.get_submodule(expert_path(path, expert)) for expert in range(row.experts))
+    layers = (model.get_submodule(expert_path(path, expert)) for expert in range(row.stack.experts))
     wanted = _wanted_dtype(model, path, dtype)
     return torch.stack([stored(layer, row)["weight"].to(wanted) for layer in layers])
 
 
-def dense_tensors(layer: AdaptedLinear, row: StackRow) -> dict[str, Tensor]:
+def dense_tensors(layer: AdaptedLinear, row: StackReport) -> dict[str, Tensor]:
     """The merged weight as the linear that was replaced stores it."""
     weight = layer.dense_weight()
-    return {"weight": weight.T if row.transposed else weight}
+    return {"weight": weight.T if row.stack.transposed else weight}
 
 
 def plain_config(
@@ -320,12 +325,12 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _dense_linear(layer: AdaptedLinear, row: StackRow) -> nn.Module:
+def _dense_linear(layer: AdaptedLinear, row: StackReport) -> nn.Module:
     """A `Linear` (or `Conv1D`, which stores its weight transposed) with the layer's merged float32 weight and bias."""
     with torch.device("meta"):
         dense = (
             Conv1D(layer.out_features, layer.in_features)
-            if row.transposed
+            if row.stack.transposed
             else nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
         )
     dense.weight = nn.Parameter(dense_tensors(layer, row)["weight"].contiguous())

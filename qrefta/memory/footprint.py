@@ -1,19 +1,19 @@
-"""What a training step holds in memory, counted without running it.
+"""The memory of a training step, counted without running it.
 
-The model is made of fake tensors: they have shape, dtype and device, but no values, and every operation on them does
-the bookkeeping of a real one, autograd's included. A storage counts from the operation that makes it until the last
-tensor on it is gone, which Python and autograd decide as they do in a real step. So the count follows the code that
-will run, whatever the architecture; there is no formula of a model's activations. Real are integers such as token
-numbers: code may look at their values.
+The model is made of fake tensors: they have shape, dtype and device but no values, and every operation on them does the
+bookkeeping of a real operation, autograd included. A storage counts from the operation that makes it until the last
+tensor on it is gone, which Python and autograd decide as in a real step. So the count follows the code that will run,
+whatever the architecture; there is no formula for the activations of a model. Integers such as token ids are real:
+code may look at their values.
 
-A model of many equal blocks is counted by three of them. Where one block ends and the next begins, in the forward and
-in the backward pass, a new segment of the count begins; those of the second block stand for all others between the
-first and the last. That is exact, as each of them adds and releases the same.
+A model of many equal blocks is counted with three of them. At the border between two blocks, in the forward and in the
+backward pass, a new segment of the count begins; the segments of the second block stand for all blocks between the
+first and the last. This is exact, since each of those blocks adds and releases the same bytes.
 
-Counted as on a GPU: attention is a fused kernel, which keeps its operands, its output and a number a row, and sums the
-queries' gradient in float32; dropout keeps one byte an element. What other kernels take inside themselves is not
-counted: bitsandbytes' product dequantizes its weight there, but that is less than the peak, since the backward pass
-dequantizes it in the open, with more beside it.
+The count is for a GPU: attention is a fused kernel, which keeps its operands, its output and a number a row, and sums
+the gradient of the queries in float32; dropout keeps one byte an element. Memory inside other kernels is not counted:
+bitsandbytes' product dequantizes its weight there, but this is below the peak, since the backward pass dequantizes it
+outside the kernel, together with more tensors.
 """
 
 import weakref
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -34,17 +34,17 @@ from transformers import PreTrainedModel
 
 COUNTED_BLOCKS = 3  # the first, one for all between, the last
 
-# what a model that is counted takes as gradient_checkpointing_kwargs: torch leaves a mode for the time of `backward`
+# gradient_checkpointing_kwargs of a counted model: torch leaves a mode while `backward` runs.
 CHECKPOINTING = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), _AsOnCuda())}
 
 
 class Footprint(NamedTuple):
-    """Bytes of a training step, without the model's own parameters and buffers.
+    """Bytes of a training step, without the parameters and buffers of the model.
 
     Attributes:
-        kept: what the forward pass leaves for the backward pass, inputs included.
-        optimizer: its state.
-        peak: the most that there is at a time, optimizer state included.
+        kept: tensors that the forward pass leaves for the backward pass, inputs included.
+        optimizer: state of the optimizer.
+        peak: the most bytes at a time, optimizer state included.
     """
 
     kept: int
@@ -53,10 +53,10 @@ class Footprint(NamedTuple):
 
 
 def fake(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with fake CPU tensors in the place of its (meta) parameters and buffers."""
+    """The model with fake CPU tensors instead of its (meta) parameters and buffers."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-    model.tie_weights()  # one new tensor was made for each name
+    model.tie_weights()  # every name got a new tensor
     return model
 
 
@@ -66,29 +66,19 @@ def count_step(
     make_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
     repeated: Mapping[str, int],
 ) -> Footprint:
-    """Footprint of a training step after the first, on the mean cross-entropy of the model's first output, in float32.
+    """Footprint of a training step after the first, on the mean cross-entropy of the first output, in float32.
 
     Args:
         model: in training mode, of fake tensors.
         inputs: of its forward pass; integers are real.
-        make_optimizer: of the parameters that train, if there are any.
-        repeated: paths of the lists of blocks that were cut to `COUNTED_BLOCKS`; how many blocks they had.
+        make_optimizer: makes an optimizer of the trainable parameters, if there are any.
+        repeated: paths of the lists of blocks that were cut to `COUNTED_BLOCKS`, with their number of blocks.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(trained) if trained else None
-    if optimizer is not None:  # its first step makes its state
-        for parameter in trained:
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        optimizer.zero_grad()
-    states = (
-        []
-        if optimizer is None
-        else list(filter(_is_tensor, tree_leaves(list(optimizer.state.values()))))
-    )
-    state_bytes = sum(
-        {tensor.untyped_storage()._cdata: tensor.nbytes for tensor in states}.values()
-    )
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(trainable) if trainable else None
+    states = [] if optimizer is None else _states(optimizer, trainable)
+    storages = {tensor.untyped_storage()._cdata: tensor.nbytes for tensor in states}
+    state_bytes = sum(storages.values())
 
     ledger = _Ledger()
     with _AsOnCuda(), ledger, _blocks_followed(model, repeated, ledger):
@@ -105,6 +95,15 @@ def count_step(
     return Footprint(kept, state_bytes, state_bytes + ledger.peak())
 
 
+def _states(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> list[Tensor]:
+    """The tensors of an optimizer's state, which its first step makes."""
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    return list(filter(_is_tensor, tree_leaves(list(optimizer.state.values()))))
+
+
 def _loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     """Mean cross-entropy of the first output, in float32 as transformers computes it."""
     logits = model(**inputs)[0]
@@ -114,10 +113,10 @@ def _loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 
 @dataclass
 class _Segment:
-    """A stretch of the step.
+    """A part of the step.
 
     Attributes:
-        times: how many such follow each other.
+        times: number of such parts that follow each other.
         change: bytes at its end above its start.
         highest: most bytes above its start.
     """
@@ -131,7 +130,7 @@ class _Ledger(TorchDispatchMode):
     """Counts the storages that operations make while it is active.
 
     Attributes:
-        turned: the backward pass has begun; blocks entered from then on are recomputed.
+        turned: whether the backward pass has begun; blocks that run from then on are recomputed.
     """
 
     def __init__(self) -> None:
@@ -141,15 +140,15 @@ class _Ledger(TorchDispatchMode):
         self._living: dict[int, weakref.ref[torch.UntypedStorage] | None] = {}
 
     def begin(self, times: int = 1) -> None:
-        """A new segment, which stands for so many."""
+        """Begin a segment that stands for `times` equal segments."""
         self._segments.append(_Segment(times))
 
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
-        """Not to count the storages of these, which live on."""
+        """Do not count the storages of these tensors, which live on."""
         self._living.update((tensor.untyped_storage()._cdata, None) for tensor in tensors)
 
     def enter(self, tensors: Iterable[Tensor]) -> None:
-        """Count the storages of these until they are gone, if they are not counted yet."""
+        """Count the storages of these tensors until they are gone, if they are not counted yet."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             key = storage._cdata
@@ -164,7 +163,8 @@ class _Ledger(TorchDispatchMode):
 
     def peak(self) -> int:
         """The most bytes that lived at a time."""
-        level = most = 0
+        level = 0
+        most = 0
         for segment in self._segments:
             last = level + (segment.times - 1) * max(segment.change, 0)
             most = max(most, last + segment.highest)
@@ -196,11 +196,13 @@ class _Ledger(TorchDispatchMode):
 def _blocks_followed(
     model: nn.Module, repeated: Mapping[str, int], ledger: _Ledger
 ) -> Iterator[None]:
-    """Let a segment begin wherever one of these lists' blocks begins, in both passes."""
+    """Begin a segment wherever a block of these lists begins, in both passes."""
     handles = []
     for path, layers in repeated.items():
-        for index, block in enumerate(model.get_submodule(path)):
-            hook = partial(_enter_block, ledger, index, layers - COUNTED_BLOCKS + 1)
+        between = layers - COUNTED_BLOCKS + 1
+        blocks = model.get_submodule(path)
+        for index, block in enumerate(blocks.children()):
+            hook = partial(_enter_block, ledger, index, between)
             handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         yield
@@ -212,22 +214,22 @@ def _blocks_followed(
 def _enter_block(
     ledger: _Ledger,
     index: int,
-    times: int,
+    between: int,
     block: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
-    """A block begins; the backward pass of the one before it begins when the gradient of its input is complete."""
+    """A block begins; the backward pass of the block before begins when the gradient of this input is complete."""
     if ledger.turned:
         return
-    ledger.begin(times if index == 1 else 1)
+    ledger.begin(between if index == 1 else 1)
     hidden = next(value for value in (*args, *kwargs.values()) if _is_tensor(value))
     if hidden.requires_grad and index:
-        hidden.register_hook(lambda _: ledger.begin(times if index == 2 else 1))
+        hidden.register_hook(lambda _: ledger.begin(between if index == 2 else 1))
 
 
 class _AsOnCuda(TorchFunctionMode):
-    """Computes attention and dropout, which keep more on a CPU, as CUDA's kernels do."""
+    """Computes attention and dropout as CUDA kernels do, which keep less than the CPU kernels."""
 
     def __torch_function__(
         self,
@@ -236,11 +238,11 @@ class _AsOnCuda(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        stands_in = {
+        replacements = {
             nn.functional.scaled_dot_product_attention: _attention,
             nn.functional.dropout: _dropout,
         }
-        return stands_in.get(func, func)(*args, **(kwargs or {}))
+        return replacements.get(func, func)(*args, **(kwargs or {}))
 
 
 def _attention(
@@ -254,20 +256,18 @@ def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = F
 
 
 class _FusedAttention(torch.autograd.Function):
-    """What a fused attention kernel takes and keeps; a mask of truth values becomes one that is added."""
+    """The tensors that a fused attention kernel takes and keeps; a boolean mask becomes an additive one."""
 
     @staticmethod
     def forward(
         ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> Tensor:
         *others, heads, tokens, _ = query.shape
-        out = query.new_empty(*others, tokens, heads, value.shape[-1]).transpose(
-            -2, -3
-        )  # as the kernels lay it out
+        # The kernels lay out their output as (..., tokens, heads, width).
+        out = query.new_empty(*others, tokens, heads, value.shape[-1]).transpose(-2, -3)
         rows = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(
-            query, key, value, out, rows, None if mask is None else mask.to(query.dtype)
-        )
+        added = None if mask is None else mask.to(query.dtype)
+        ctx.save_for_backward(query, key, value, out, rows, added)
         return out
 
     @staticmethod
@@ -278,5 +278,5 @@ class _FusedAttention(torch.autograd.Function):
         return summed.to(query.dtype), torch.empty_like(key), torch.empty_like(value), None
 
 
-def _is_tensor(value: object) -> bool:
+def _is_tensor(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor)

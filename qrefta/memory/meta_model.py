@@ -1,12 +1,12 @@
 """A config -> the model that `prepare` would make of it, without storage: its sizes, and a part of it to count.
 
-Sizes are those of the whole model. Of a list of blocks that are all alike only the first three are kept to be run,
-with the factors of all (see `qrefta.memory.footprint`); a list whose blocks differ is kept whole.
+Sizes are counted for the whole model. Of a list of equal blocks only the first three are kept to run, with the factors
+of all blocks (see `qrefta.memory.footprint`); a list of different blocks is kept whole.
 """
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -14,17 +14,20 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from qrefta.config import QReftaConfig, StackRow
+from qrefta.config import LayerStack, Settings
 from qrefta.memory.footprint import COUNTED_BLOCKS
-from qrefta.model.build import build, freeze, model_class, trained_modules
-from qrefta.model.stacks import LayerStack, ends_with, find_stacks, select_stacks
+from qrefta.model.build import Placement, build, freeze, model_class, with_trained_modules
+from qrefta.model.stacks import ends_with, find_stacks, select_stacks
 from qrefta.nn.experts import route_evenly
-from qrefta.nn.factors import BANK, Rank
-from qrefta.split.allocate import choose_ranks
+from qrefta.nn.factors import BANK
+from qrefta.nn.quantized import QuantFormat
+from qrefta.split.allocate import given_ranks
+
+ModelSource = PreTrainedModel | PreTrainedConfig | str | Path
 
 
 class Sizes(NamedTuple):
-    """Bytes of a prepared model: linears of the blocks (packed weights and scales), all else that is dense, factors."""
+    """Bytes of a prepared model: packed weights and scales of the blocks, everything that stays dense, factors."""
 
     linears: int
     rest: int
@@ -37,9 +40,10 @@ class Outline:
 
     Attributes:
         model: cut to the first blocks of every list in `blocks`.
-        blocks: path of each list that was cut -> how many blocks it had.
+        blocks: path of each list that was cut -> its number of blocks.
         stacks: of the whole model.
-        rest_numbers, rest_bytes: outside the stacks' weights: floating numbers, and bytes of what is not floating.
+        rest_numbers: floating-point numbers outside the weights of the stacks.
+        rest_bytes: bytes of other numbers outside the weights of the stacks.
     """
 
     model: PreTrainedModel
@@ -49,18 +53,13 @@ class Outline:
     rest_bytes: int
 
     @classmethod
-    def of(
-        cls,
-        source: PreTrainedModel | PreTrainedConfig | str | Path,
-        modules_to_save: Sequence[str] = (),
-        cut: bool = True,
-    ) -> Self:
+    def of(cls, source: ModelSource, modules_to_save: Sequence[str] = (), cut: bool = True) -> Self:
         """The outline of a hub name, a folder, a config or a model.
 
         Args:
             source: see `qrefta.plan`.
-            modules_to_save: names of modules that train whole; lists that hold one are not cut.
-            cut: whether to cut at all.
+            modules_to_save: names of modules that train in full; lists that hold one are not cut.
+            cut: whether to cut lists of blocks.
 
         Raises:
             ValueError: if the source is something else, is quantized, or names no model class of transformers.
@@ -72,69 +71,77 @@ class Outline:
             for stack in stacks
             for path in stack.modules
         }
-        rest = [
-            tensor
-            for tensor in (*model.parameters(), *model.buffers())
-            if id(tensor) not in weights
-        ]
+        tensors = [*model.parameters(), *model.buffers()]
+        rest = [tensor for tensor in tensors if id(tensor) not in weights]
         numbers = sum(tensor.numel() for tensor in rest if tensor.is_floating_point())
         others = sum(tensor.nbytes for tensor in rest if not tensor.is_floating_point())
         blocks = _alike_blocks(model, stacks, modules_to_save) if cut else {}
         for path in blocks:
-            del model.get_submodule(path)[COUNTED_BLOCKS:]
+            del _block_list(model, path)[COUNTED_BLOCKS:]
         return cls(model, blocks, stacks, numbers, others)
 
-    def prepared(self, config: QReftaConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, Sizes]:
-        """The cut model as `config` prepares it, on the meta device, and the sizes of the whole."""
+    def prepared(self, settings: Settings, dtype: torch.dtype) -> tuple[PreTrainedModel, Sizes]:
+        """The cut model as `prepare` would make it, on the meta device, and the sizes of the whole model."""
         model = copy.deepcopy(self.model).to(dtype)
-        ranks = choose_ranks(
-            select_stacks(self.stacks, config.target_modules), [], config, None, False
-        )
-        config.modules_to_save = trained_modules(model, config.modules_to_save, self.stacks)
+        targets = select_stacks(self.stacks, settings.target_modules)
+        ranks = given_ranks(targets, settings)
+        settings = with_trained_modules(model, settings, self.stacks)
         paths = {path for path, _ in (*model.named_modules(), *model.named_parameters())}
-        config.stacks = [_row(stack, ranks.get(stack, 0), paths) for stack in self.stacks]
+        placements = [
+            Placement(_cut(stack, paths), ranks.get(stack, 0), stack.layers)
+            for stack in self.stacks
+        ]
         with torch.device("meta"):
-            build(model, config)
+            build(model, settings, placements)
         route_evenly(model)
-        freeze(model, config.modules_to_save)
-        linears = sum(stack.layers * _linear_bytes(stack, config, dtype) for stack in self.stacks)
+        freeze(model, settings.modules_to_save)
+        fmt = QuantFormat.of(settings)
+        linears = sum(stack.layers * _weight_bytes(stack, fmt, dtype) for stack in self.stacks)
         factors = sum(parameter.nbytes for parameter in getattr(model, BANK).parameters())
-        return model, Sizes(linears, self.rest_numbers * dtype.itemsize + self.rest_bytes, factors)
+        rest = self.rest_numbers * dtype.itemsize + self.rest_bytes
+        return model, Sizes(linears, rest, factors)
 
     def inputs(self, batch: int, seq: int | None, dtype: torch.dtype) -> dict[str, Tensor]:
         """A batch of the model's inputs, all zero.
 
         Raises:
-            ValueError: if the model takes neither text nor images, or the sizes do not go with it.
+            ValueError: if the model takes neither text nor images, or the sizes do not fit it.
         """
-        config, kind, name = (
-            self.model.config,
-            self.model.main_input_name,
-            type(self.model).__name__,
-        )
+        kind = self.model.main_input_name
+        name = type(self.model).__name__
         _check_whole("batch", batch)
         if kind == "pixel_values":
-            size = getattr(config, "image_size", None)
-            if seq is not None:
-                raise ValueError(
-                    f"seq is {seq!r}, but {name} takes images, of the size that its config says: give none"
-                )
-            if size is None:
-                raise ValueError(
-                    f"{name} takes images of any size; plan needs an image_size in the config."
-                )
-            height, width = (size, size) if isinstance(size, int) else size
-            return {kind: torch.zeros(batch, config.num_channels, height, width, dtype=dtype)}
+            return {kind: self._images(batch, seq, dtype)}
         if kind != "input_ids":
-            raise ValueError(f"{name} takes {kind}; plan knows models of text and of images.")
+            raise ValueError(f"{name} takes {kind}; plan supports models of text and of images.")
         if seq is None:
             raise ValueError(f"{name} takes text: give seq, the tokens of a sequence.")
         _check_whole("seq", seq)
+        config = self.model.config
         positions = getattr(config.get_text_config(), "max_position_embeddings", None) or seq
         if seq > positions:
-            raise ValueError(f"seq is {seq}, but {name} has {positions} positions; give no more")
+            raise ValueError(
+                f"seq is {seq}, but {name} has {positions} positions; give at most {positions}"
+            )
         ids = torch.zeros(batch, seq, dtype=torch.long)
-        return {kind: ids, "decoder_input_ids": ids} if config.is_encoder_decoder else {kind: ids}
+        if config.is_encoder_decoder:
+            return {kind: ids, "decoder_input_ids": ids}
+        return {kind: ids}
+
+    def _images(self, batch: int, seq: int | None, dtype: torch.dtype) -> Tensor:
+        config = self.model.config
+        name = type(self.model).__name__
+        size = getattr(config, "image_size", None)
+        if seq is not None:
+            raise ValueError(
+                f"seq is {seq!r}, but {name} takes images, whose size its config states: leave seq out"
+            )
+        if size is None:
+            raise ValueError(
+                f"{name} takes images of any size; plan needs an image_size in the config."
+            )
+        height, width = (size, size) if isinstance(size, int) else size
+        return torch.zeros(batch, config.num_channels, height, width, dtype=dtype)
 
 
 def _check_whole(name: str, value: object) -> None:
@@ -142,19 +149,21 @@ def _check_whole(name: str, value: object) -> None:
         raise ValueError(f"{name} is {value!r}; it must be a whole number, 1 or more")
 
 
-def _without_storage(source: PreTrainedModel | PreTrainedConfig | str | Path) -> PreTrainedModel:
+def _without_storage(source: ModelSource) -> PreTrainedModel:
+    kind: type[PreTrainedModel] | None = None
     if isinstance(source, str | Path):
-        config, kind = AutoConfig.from_pretrained(source), None
+        config = AutoConfig.from_pretrained(source)
     elif isinstance(source, PreTrainedModel):
-        config, kind = copy.deepcopy(source.config), type(source)
+        config = copy.deepcopy(source.config)
+        kind = type(source)
     elif isinstance(source, PreTrainedConfig):
-        config, kind = copy.deepcopy(source), None
+        config = copy.deepcopy(source)
     else:
         raise ValueError(
             f"plan takes a transformers model, its config, or a hub name or folder, not a {type(source).__name__}."
         )
     if getattr(config, "quantization_config", None):
-        raise ValueError("The model is already quantized; plan from the dense one's config.")
+        raise ValueError("The model is already quantized; plan from the config of the dense model.")
     if kind is None:
         if not config.architectures:
             raise ValueError(
@@ -169,60 +178,48 @@ def _without_storage(source: PreTrainedModel | PreTrainedConfig | str | Path) ->
 
 
 def _alike_blocks(
-    model: nn.Module, stacks: list[LayerStack], modules_to_save: Sequence[str]
+    model: PreTrainedModel, stacks: list[LayerStack], modules_to_save: Sequence[str]
 ) -> dict[str, int]:
     """Paths of the lists of blocks that are alike from the second on, with their lengths."""
-    if len(set(getattr(model.config.get_text_config(), "layer_types", None) or [""])) > 1:
+    layer_types = getattr(model.config.get_text_config(), "layer_types", None) or [""]
+    if len(set(layer_types)) > 1:
         return {}
-    found = {}
-    for path in dict.fromkeys(
+    lists = dict.fromkeys(
         stack.name.split(".*.")[0] for stack in stacks if stack.name.count("*") == 1
-    ):
-        blocks = model.get_submodule(path)
+    )
+    lengths = {}
+    for path in lists:
+        blocks = _block_list(model, path)
         inside = [name for name, _ in blocks.named_modules(prefix=path)]
-        whole = any(ends_with(name, saved) for name in inside for saved in modules_to_save)
-        if (
-            len(blocks) > COUNTED_BLOCKS
-            and len({_form(block) for block in list(blocks)[1:]}) == 1
-            and not whole
-        ):
-            found[path] = len(blocks)
-    return found
+        trains = any(ends_with(name, saved) for name in inside for saved in modules_to_save)
+        alike = len({_form(block) for block in list(blocks)[1:]}) == 1
+        if len(blocks) > COUNTED_BLOCKS and alike and not trains:
+            lengths[path] = len(blocks)
+    return lengths
+
+
+def _block_list(model: nn.Module, path: str) -> nn.ModuleList | nn.Sequential:
+    """The list of blocks at a path."""
+    blocks = model.get_submodule(path)
+    assert isinstance(blocks, nn.ModuleList | nn.Sequential), "stacks lie in lists of blocks"
+    return blocks
 
 
 def _form(block: nn.Module) -> tuple[Any, ...]:
-    """What two blocks have in common if they compute alike."""
+    """Facts that are equal for two blocks that compute alike."""
     modules = tuple((path, type(module)) for path, module in block.named_modules())
-    return modules, tuple((path, parameter.shape) for path, parameter in block.named_parameters())
+    shapes = tuple((path, parameter.shape) for path, parameter in block.named_parameters())
+    return modules, shapes
 
 
-def _row(stack: LayerStack, rank: Rank, paths: set[str]) -> StackRow:
-    """A row as `build` needs it: of the layers that were kept, with factors of all."""
-    return StackRow(
-        stack=stack.name,
-        modules=[path for path in stack.modules if path in paths],
-        transposed=stack.transposed,
-        layers=stack.layers,
-        shape=[stack.out_features, stack.in_features],
-        rank=rank,
-        slice_ranks=[],
-        transform=None,
-        quant_type=None,
-        baseline_error=0.0,
-        residual_error=0.0,
-        ratio=1.0,
-        principal_energy=0.0,
-        bytes=0,
-        bits_per_weight=0.0,
-        experts=stack.experts,
-    )
+def _cut(stack: LayerStack, paths: set[str]) -> LayerStack:
+    """A stack without the layers that were cut."""
+    return replace(stack, modules=tuple(path for path in stack.modules if path in paths))
 
 
-def _linear_bytes(stack: LayerStack, config: QReftaConfig, dtype: torch.dtype) -> int:
-    """Of one weight as stored."""
+def _weight_bytes(stack: LayerStack, fmt: QuantFormat | None, dtype: torch.dtype) -> int:
+    """Bytes of one weight as stored."""
     numbers = stack.out_features * stack.in_features
-    return (
-        numbers * dtype.itemsize
-        if config.format is None
-        else sum(config.format.packed_sizes(numbers).values())
-    )
+    if fmt is None:
+        return numbers * dtype.itemsize
+    return sum(fmt.packed_sizes(numbers).values())

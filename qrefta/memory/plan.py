@@ -1,38 +1,41 @@
-"""plan(): what fine-tuning a model takes of a GPU's memory, what fits on it, and what to change if it does not.
+"""plan(): the memory that fine-tuning a model takes on a GPU, whether it fits, and changes that make it fit.
 
-All comes from the config: the model is made without storage, with adapted layers as `prepare` makes them
+Everything comes from the config: the model is made without storage, with adapted layers as `prepare` makes them
 (`qrefta.memory.meta_model`), and a training step is counted (`qrefta.memory.footprint`). No weight is read.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import bitsandbytes
 import torch
-from accelerate.utils.modeling import convert_file_size_to_int
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch.optim import AdamW
 
-from qrefta.config import QReftaConfig
+from qrefta.choices import DTYPES, OPTIMIZER_NAMES, Bits, Dtype, Optimizer
+from qrefta.config import Rank, Settings, parse_bytes, settings_of_call, shows_settings
 from qrefta.memory.footprint import CHECKPOINTING, count_step, fake
-from qrefta.memory.meta_model import Outline
-from qrefta.methods import METHODS
+from qrefta.memory.meta_model import ModelSource, Outline
+from qrefta.methods import METHODS, check_method
 from qrefta.model.stacks import select_stacks
 
-OPTIMIZERS = {
-    # as on CUDA, where it updates all parameters at once, with one more copy of them on the way
-    "adamw": partial(torch.optim.AdamW, foreach=True),
+OPTIMIZERS: dict[Optimizer, Callable[..., torch.optim.Optimizer]] = {
+    # As on CUDA, where one call updates all parameters, with one more copy of them on the way.
+    "adamw": partial(AdamW, foreach=True),
     "adamw_8bit": bitsandbytes.optim.AdamW8bit,
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TORCH_DTYPES: dict[Dtype, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 _MOST_BATCH = 1 << 20
 
 
 class Saving(NamedTuple):
-    """A change of the settings, and the bytes of the total that it would save."""
+    """A change of the settings, and the bytes of the total that it saves."""
 
     change: str
     saved_bytes: int
@@ -43,17 +46,17 @@ class Plan:
     """Memory of a training step at its peak; `total_bytes` is the sum of the first six.
 
     Attributes:
-        linears_bytes: linears of the blocks: packed weights and scales.
-        rest_bytes: what stays as it is: embeddings, norms, biases, heads, buffers.
-        factors_bytes: of all stacks, trained numbers as float32 masters.
-        optimizer_bytes: the optimizer's state.
-        activations_bytes: what the forward pass keeps for the backward pass, inputs included.
-        temporary_bytes: what comes on top at the peak: gradients, dequantized weights, logits in float32 and the like.
-        gradients_bytes: of all that trains, when the backward pass is over.
-        available_bytes: the GPU's, less the reserve; None without a GPU.
-        largest_batch, largest_rank: that fit, all else as it is; 0 if not even 1 does. None without a GPU, the rank
-            also where it is not one number.
-        savings: changes that would take less, the most first; empty if it fits.
+        linears_bytes: linear layers of the blocks: packed weights and scales.
+        rest_bytes: everything that stays dense: embeddings, norms, biases, heads, buffers.
+        factors_bytes: factors of all stacks, trainable parameters as float32 masters.
+        optimizer_bytes: state of the optimizer.
+        activations_bytes: activations that the forward pass keeps for the backward pass, inputs included.
+        temporary_bytes: temporary tensors at the peak: gradients, dequantized weights, logits in float32 and others.
+        gradients_bytes: gradients of all trainable parameters after the backward pass.
+        available_bytes: memory of the GPU minus the reserve; None without a GPU.
+        largest_batch, largest_rank: the largest that fits with all other settings unchanged; 0 if not even 1 fits.
+            None without a GPU; the rank is also None if it is not one number.
+        savings: changes that take less memory, the largest saving first; empty if it fits.
     """
 
     linears_bytes: int
@@ -79,117 +82,117 @@ class Plan:
         return self.available_bytes is None or self.total_bytes <= self.available_bytes
 
 
+@shows_settings
 def plan(
-    model: PreTrainedModel | PreTrainedConfig | str | Path,
+    model: ModelSource,
     *,
     batch: int = 1,
     seq: int | None = None,
     gpu: int | str | None = None,
     reserve: int | str = "1GB",
-    dtype: str | None = None,
+    dtype: Dtype | None = None,
     gradient_checkpointing: bool = False,
-    optimizer: str = "adamw",
-    bits: int = 4,
-    rank: int = 16,
-    method: str = "refta",
-    ranks: Sequence[int] | None = None,
-    trained_params: int | None = None,
-    quant_type: str = "nf4",
-    block_size: int = 64,
-    double_quant: bool = False,
-    target_modules: str | list[str] | None = None,
-    modules_to_save: str | list[str] | None = None,
-    factor_dtype: str = "bfloat16",
+    optimizer: Optimizer = "adamw",
+    bits: Bits = 4,
+    rank: Rank = 16,
+    **settings: Any,
 ) -> Plan:
-    """Memory of a training step of the model that `prepare` would make, and what fits on a GPU.
+    """Memory of a training step of the model that `prepare` would make, and whether it fits on a GPU.
 
-    Counted is what torch's allocator holds in a step after the first, without padding masks and without gradient
-    accumulation (which adds `gradients_bytes` at most). Not counted is what lies outside: CUDA's context and libraries
-    (about half a GB), their workspaces, and what the allocator loses to fragments. `reserve` is for that.
+    It counts the tensors that torch's allocator holds in a step after the first, without padding masks and without
+    gradient accumulation (which adds `gradients_bytes` at most). It does not count memory outside the allocator (the
+    context and libraries of CUDA, about half a GB), workspaces, and fragmentation. `reserve` is for those.
 
     Args:
-        model: hub name or folder of a dense model, of which only config.json is read; its config; or the model, whose
+        model: hub name or folder of a dense model, whose config.json alone is read; its config; or the model, whose
             weights may be on the meta device.
         batch: sequences, or images, of one pass.
-        seq: tokens of a sequence, in an encoder-decoder on both sides. None for images, whose size the config says.
-        gpu: its memory, in bytes or as text: "24GB" (10^9 bytes), "24GiB".
-        reserve: what of it is left to all that is not counted.
-        dtype: bfloat16, float16 or float32, of what stays dense and of computing; None: the model's own.
-        gradient_checkpointing: recompute the blocks' activations in the backward pass and do not keep them.
+        seq: tokens of a sequence; in an encoder-decoder on both sides. None for images, whose size the config states.
+        gpu: memory of the GPU, in bytes or as text: "24GB" (10^9 bytes), "24GiB".
+        reserve: memory left to everything that is not counted.
+        dtype: bfloat16, float16 or float32 for dense parameters and computation; None: the dtype of the model.
+        gradient_checkpointing: recompute the activations of the blocks in the backward pass instead of keeping them.
         optimizer: adamw or adamw_8bit.
-        bits, rank, method, ranks, trained_params, quant_type, block_size, double_quant, target_modules,
-            modules_to_save, factor_dtype: as in `qrefta.prepare`; rank="auto" needs weights and is refused.
+        bits, rank, settings: see `qrefta.config.Settings`; a `RankBudget` must be of trainable parameters.
 
     Raises:
         ValueError: for a setting that is not allowed, or a model that takes neither text nor images, is quantized
             already, or cannot be counted since its code depends on values.
+        TypeError: for an unknown keyword.
     """
-    if rank == "auto":
-        raise ValueError(
-            'rank is "auto", which depends on the weights; plan reads none: give a number'
-        )
-    available = None if gpu is None else _bytes("gpu", gpu) - _bytes("reserve", reserve)
-    if available is not None and available <= 0:
+    chosen = settings_of_call("plan", {"bits": bits, "rank": rank, **settings})
+    check_method(chosen)
+    available = None if gpu is None else _available(gpu, reserve)
+    outline = Outline.of(model, chosen.modules_to_save)
+    case = _Case(
+        batch,
+        seq,
+        dtype or _dtype_name(outline.model.dtype),
+        gradient_checkpointing,
+        optimizer,
+        chosen,
+    )
+    planned = _plan(outline, case)
+    if available is None:
+        return planned
+    planned = replace(
+        planned,
+        available_bytes=available,
+        largest_batch=_largest_batch(outline, case, planned, available),
+        largest_rank=_largest_rank(outline, case, planned, available),
+    )
+    if planned.fits:
+        return planned
+    return replace(planned, savings=_savings(outline, case, planned.total_bytes))
+
+
+def _available(gpu: int | str, reserve: int | str) -> int:
+    available = parse_bytes("gpu", gpu) - parse_bytes("reserve", reserve)
+    if available <= 0:
         raise ValueError(
             f"gpu is {gpu!r} and reserve {reserve!r}: nothing is left; give a smaller reserve"
         )
-    saved = [modules_to_save] if isinstance(modules_to_save, str) else list(modules_to_save or [])
-    settings = {
-        "bits": bits, "rank": rank, "method": method, "ranks": ranks, "trained_params": trained_params,
-        "quant_type": quant_type, "block_size": block_size, "double_quant": double_quant,
-        "target_modules": target_modules, "modules_to_save": saved, "factor_dtype": factor_dtype,
-    }  # fmt: skip
-    outline = Outline.of(model, saved)
-    dtype = dtype or str(outline.model.dtype).removeprefix("torch.")
-    case = _Case(batch, seq, dtype, gradient_checkpointing, optimizer, settings)
-    found = _plan(outline, case)
-    if available is None:
-        return found
-    found = replace(
-        found,
-        available_bytes=available,
-        largest_batch=_largest_batch(outline, case, found, available),
-        largest_rank=_largest_rank(outline, case, found, available),
-    )
-    return (
-        found if found.fits else replace(found, savings=_savings(outline, case, found.total_bytes))
-    )
+    return available
+
+
+def _dtype_name(dtype: torch.dtype) -> Dtype:
+    return next(name for name, known in _TORCH_DTYPES.items() if known == dtype)
 
 
 @dataclass(frozen=True)
 class _Case:
-    """Arguments of `plan`: those of the step, and the settings that go to `QReftaConfig`."""
+    """A training step: the arguments of `plan`."""
 
     batch: int
     seq: int | None
-    dtype: str
+    dtype: Dtype
     gradient_checkpointing: bool
-    optimizer: str
-    settings: Mapping[str, Any]
+    optimizer: Optimizer
+    settings: Settings
 
-    def having(self, **settings: Any) -> "_Case":
+    def with_settings(self, **changes: Any) -> "_Case":
         """The case with other settings."""
-        return replace(self, settings={**self.settings, **settings})
+        return replace(self, settings=replace(self.settings, **changes))
 
 
 def _plan(outline: Outline, case: _Case) -> Plan:
     """The plan of one case, without a GPU."""
-    for name, allowed in (("dtype", DTYPES), ("optimizer", OPTIMIZERS)):
-        if getattr(case, name) not in allowed:
-            raise ValueError(
-                f"{name} is {getattr(case, name)!r}; it must be one of {', '.join(allowed)}"
-            )
-    dtype = DTYPES[case.dtype]
+    _check_choice("dtype", case.dtype, DTYPES)
+    _check_choice("optimizer", case.optimizer, OPTIMIZER_NAMES)
+    dtype = _TORCH_DTYPES[case.dtype]
     inputs = outline.inputs(case.batch, case.seq, dtype)
-    model, sizes = outline.prepared(QReftaConfig(**case.settings), dtype)
+    model, sizes = outline.prepared(case.settings, dtype)
     if case.gradient_checkpointing:
         model.gradient_checkpointing_enable(CHECKPOINTING)
     fake(model.train())
     try:
         step = count_step(model, inputs, OPTIMIZERS[case.optimizer], outline.blocks)
-    except (RuntimeError, TypeError, AttributeError) as error:  # of the model's own code
-        what = f"{type(model).__name__} cannot be counted on zeros for {', '.join(inputs)}"
-        raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
+    except (RuntimeError, TypeError, AttributeError) as error:  # from the code of the model
+        raise ValueError(
+            f"{type(model).__name__} cannot be counted on zeros for {', '.join(inputs)}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return Plan(
         linears_bytes=sizes.linears,
         rest_bytes=sizes.rest,
@@ -197,34 +200,36 @@ def _plan(outline: Outline, case: _Case) -> Plan:
         optimizer_bytes=step.optimizer,
         activations_bytes=step.kept,
         temporary_bytes=step.peak - step.kept - step.optimizer,
-        gradients_bytes=sum(
-            parameter.nbytes for parameter in model.parameters() if parameter.requires_grad
-        ),
+        gradients_bytes=sum(parameter.nbytes for parameter in trainable),
     )
 
 
-def _largest_batch(outline: Outline, case: _Case, found: Plan, available: int) -> int:
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+
+
+def _largest_batch(outline: Outline, case: _Case, planned: Plan, available: int) -> int:
     def total(batch: int) -> int:
         return _plan(outline, replace(case, batch=batch)).total_bytes
 
-    without = found.total_bytes - found.activations_bytes - found.temporary_bytes
-    return _largest(total, available, without, (case.batch, found.total_bytes), _MOST_BATCH)
+    without = planned.total_bytes - planned.activations_bytes - planned.temporary_bytes
+    return _largest(total, available, without, (case.batch, planned.total_bytes), _MOST_BATCH)
 
 
-def _largest_rank(outline: Outline, case: _Case, found: Plan, available: int) -> int | None:
-    def total(rank: int) -> int:
-        return _plan(outline, case.having(rank=rank)).total_bytes
-
-    settings = case.settings
-    if settings["ranks"] is not None or settings["trained_params"] is not None:
+def _largest_rank(outline: Outline, case: _Case, planned: Plan, available: int) -> int | None:
+    rank = case.settings.rank
+    if not isinstance(rank, int):
         return None
-    method, targets = (
-        METHODS[settings["method"]],
-        select_stacks(outline.stacks, settings["target_modules"]),
-    )
+
+    def total(rank: int) -> int:
+        return _plan(outline, case.with_settings(rank=rank)).total_bytes
+
+    method = METHODS[case.settings.method]
+    targets = select_stacks(outline.stacks, case.settings.target_modules)
     most = min(method.largest_rank(*stack.shape) for stack in targets)
-    without = found.total_bytes - found.factors_bytes - found.optimizer_bytes
-    return _largest(total, available, without, (settings["rank"], found.total_bytes), most)
+    without = planned.total_bytes - planned.factors_bytes - planned.optimizer_bytes
+    return _largest(total, available, without, (rank, planned.total_bytes), most)
 
 
 def _largest(
@@ -233,55 +238,61 @@ def _largest(
     """The largest number whose total is available, or 0.
 
     Args:
-        total: bytes by number; they grow with it, about linearly, and the line through the last two says what to try.
+        total: bytes by number. They grow about linearly, and the line through the last two says which number to try.
         available: bytes.
         without: about the total of 0.
         asked: a number and its total.
         most: larger numbers are not tried.
     """
-    before, last = (0, without), asked
-    fits, too_large = (last[0], most + 1) if last[1] <= available else (0, last[0])
+    before = (0, without)
+    last = asked
+    fits = 0
+    too_large = last[0]
+    if last[1] <= available:
+        fits = last[0]
+        too_large = most + 1
     while too_large - fits > 1:
         slope = (last[1] - before[1]) / (last[0] - before[0])
         guess = last[0] + math.floor((available - last[1]) / slope) if slope > 0 else most
         tried = min(max(guess, fits + 1), too_large - 1)
-        before, last = last, (tried, total(tried))
-        fits, too_large = (tried, too_large) if last[1] <= available else (fits, tried)
+        before = last
+        last = (tried, total(tried))
+        if last[1] <= available:
+            fits = tried
+        else:
+            too_large = tried
     return fits
 
 
 def _savings(outline: Outline, case: _Case, total: int) -> tuple[Saving, ...]:
-    """Single changes that lower the total, the most first."""
-    settings, changes = case.settings, {}
+    """Single changes that lower the total, the largest saving first."""
+    savings = [
+        Saving(change, total - _plan(outline, changed).total_bytes)
+        for change, changed in _changes(outline, case).items()
+    ]
+    helpful = [saving for saving in savings if saving.saved_bytes > 0]
+    return tuple(sorted(helpful, key=lambda saving: -saving.saved_bytes))
+
+
+def _changes(outline: Outline, case: _Case) -> dict[str, _Case]:
+    """Changes of one setting that may save memory, by their words."""
+    settings = case.settings
+    changes = {}
     if not case.gradient_checkpointing and outline.model.supports_gradient_checkpointing:
         changes["gradient checkpointing"] = replace(case, gradient_checkpointing=True)
     if case.batch > 1:
         changes[f"batch {case.batch // 2}"] = replace(case, batch=case.batch // 2)
     if case.seq is not None and case.seq > 1:
         changes[f"seq {case.seq // 2}"] = replace(case, seq=case.seq // 2)
-    if settings["ranks"] is None and settings["trained_params"] is None and settings["rank"] > 1:
-        changes[f"rank {settings['rank'] // 2}"] = case.having(rank=settings["rank"] // 2)
+    if isinstance(settings.rank, int) and settings.rank > 1:
+        half = settings.rank // 2
+        changes[f"rank {half}"] = case.with_settings(rank=half)
     if case.optimizer == "adamw":
         changes["optimizer adamw_8bit"] = replace(case, optimizer="adamw_8bit")
-    if settings["bits"] == 16:
-        changes["bits 4"] = case.having(bits=4)
-    elif not settings["double_quant"]:
-        changes["double_quant"] = case.having(double_quant=True)
+    if settings.bits == 16:
+        changes["bits 4"] = case.with_settings(bits=4)
+    elif not settings.double_quant:
+        changes["double_quant"] = case.with_settings(double_quant=True)
     if case.dtype == "float32":
         changes["dtype bfloat16"] = replace(case, dtype="bfloat16")
-    savings = [
-        Saving(change, total - _plan(outline, changed).total_bytes)
-        for change, changed in changes.items()
-    ]
-    return tuple(
-        sorted(
-            (saving for saving in savings if saving.saved_bytes > 0), key=lambda saving: -saving[1]
-        )
-    )
-
-
-def _bytes(name: str, size: int | str) -> int:
-    try:
-        return convert_file_size_to_int(size)
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f'{name} is {size!r}; give bytes or text like "24GB"') from error
+    return changes

@@ -56,7 +56,9 @@ def build(model: PreTrainedModel, settings: Settings, placements: Sequence[Place
     for index, (stack, rank, layers) in enumerate(placements):
         key = bank_key(index) if rank else None
         if key is not None:
-            factors = method(layers, stack.out_features, stack.in_features, rank, factor_dtype(settings))
+            factors = method(
+                layers, stack.out_features, stack.in_features, rank, factor_dtype(settings)
+            )
             getattr(model, BANK)[key] = factors
         for place in range(stack.layers):
             adapt(model, stack, place, fmt, key)

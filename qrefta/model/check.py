@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qrefta.config import QReftaConfig
 from qrefta.files.safetensors import Checkpoint
 from qrefta.model.names import sources
 from qrefta.nn.experts import is_adapted
@@ -86,20 +85,6 @@ def _settings(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from _settings(value)
         else:
             yield str(name), value
-
-
-def check_rows(config: QReftaConfig) -> None:
-    """Refuse rows whose factors are of another number of layers than they name.
-
-    Raises:
-        ValueError: naming the stack.
-    """
-    for row in config.stacks:
-        if row.layers != row.layer_stack.layers:
-            raise ValueError(
-                f"config.json has {row.layers} layers for the {row.layer_stack.layers} weights of {row.stack}; it is "
-                "damaged: restore it from the folder that save_pretrained wrote."
-            )
 
 
 def check_files(files: list[str], source: str | Path | None) -> None:

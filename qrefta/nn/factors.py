@@ -15,18 +15,18 @@ for most entries and plain AdamW would lose it; the masters make every optimizer
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from qrefta.linalg.tsvd import TRANSFORMS, Slices
+from qrefta.choices import TRANSFORMS
+from qrefta.config import Rank, Settings
+from qrefta.linalg.tsvd import Slices
 from qrefta.nn.product import adapted_product, rounded_factor
 from qrefta.nn.quantized import FrozenWeight
-
-Rank = int | Sequence[int]
 
 _ALL = slice(None)
 
@@ -266,6 +266,11 @@ class LowRankFactors(Factors):
     def delta(self, layer: int, rows: slice = _ALL) -> Tensor:
         left, right = self.pair(layer, rows)
         return left @ right
+
+
+def factor_dtype(settings: Settings) -> torch.dtype:
+    """The dtype that factors are rounded to."""
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[settings.factor_dtype]
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:

@@ -18,16 +18,15 @@ bitsandbytes traps that this file works around:
 
 import functools
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
 import bitsandbytes
 import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
-QuantType = Literal["nf4", "fp4", "int4"]
-QUANT_TYPES: tuple[QuantType, ...] = get_args(QuantType)
-BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+from qrefta.choices import BLOCK_SIZES, QUANT_TYPES, QuantType
+from qrefta.config import Settings
 
 _CELLS = 1024  # of the look-up table that `rounded` finds a level with; finer than the levels' least distance
 _LOOKUP_CHUNK = 1 << 17  # values whose temporaries stay in a core's cache
@@ -63,6 +62,13 @@ class QuantFormat:
             raise ValueError(
                 f"block_size is {self.block_size!r}; it must be one of {', '.join(map(str, BLOCK_SIZES))}"
             )
+
+    @classmethod
+    def of(cls, settings: Settings) -> "QuantFormat | None":
+        """The 4-bit format of some settings; None with 16 bits."""
+        if settings.bits == 16:
+            return None
+        return cls(settings.quant_type, settings.block_size, settings.double_quant)
 
     def packed_sizes(self, values: int) -> dict[str, int]:
         """Bytes of every tensor that `quantize` makes for a matrix of `values` entries, by saved name."""

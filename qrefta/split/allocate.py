@@ -163,7 +163,11 @@ class _Trials:
     def splits(self, ranks: list[int]) -> dict[LayerStack, Split]:
         """Splits of the stacks that were last split with these ranks."""
         chosen = zip(self.targets, ranks, strict=True)
-        return {stack: self._latest[stack][1] for stack, rank in chosen if self._latest[stack][0] == rank}
+        return {
+            stack: self._latest[stack][1]
+            for stack, rank in chosen
+            if self._latest[stack][0] == rank
+        }
 
     def _measure(self, stack: LayerStack, weights: Weights, rank: int) -> None:
         split = StackSplit(stack, weights, self.settings, rank, self.moments)

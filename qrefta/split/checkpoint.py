@@ -20,7 +20,6 @@ from qrefta.config import LayerStack, Rank, Settings, StackReport, parse_bytes
 from qrefta.files.checksums import write_digests
 from qrefta.files.safetensors import (
     Checkpoint,
-    Part,
     ShardWriter,
     copy_companions,
     copy_shard,
@@ -41,7 +40,9 @@ from qrefta.split.loop import split_stacks
 from qrefta.split.stack_split import StackSplit
 
 JOURNAL = "qrefta_unfinished.json"
-UNLIMITED = 1 << 62  # for `max_memory`: as much as it needs, six times the largest linear layer in float32
+UNLIMITED = (
+    1 << 62
+)  # for `max_memory`: as much as it needs, six times the largest linear layer in float32
 _PART_BYTES = 128 << 20
 _BLOCKS = 8  # blocks in float32 that exist at once, temporaries of the kernels included
 _LAYERS = 6  # layers in float32 that exist at once

@@ -81,6 +81,8 @@ def split_stacks(
         for stack, rank in zip(source.stacks[done:], ranks[done:], strict=True):
             bar.set_postfix_str(stack.name, refresh=False)
             sink.write(
-                StackSplit(stack, source.weights(stack), settings, rank, moments, splits.pop(stack, None))
+                StackSplit(
+                    stack, source.weights(stack), settings, rank, moments, splits.pop(stack, None)
+                )
             )
             bar.update()

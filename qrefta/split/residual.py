@@ -177,9 +177,7 @@ class _Whole:
 
     def fit(self, rank: Rank, metric: Metric | None) -> Fit:
         """The nearest factors."""
-        return _fit(
-            self.weights, self.settings, rank, self.transform, metric, self.blocks(), None
-        )
+        return _fit(self.weights, self.settings, rank, self.transform, metric, self.blocks(), None)
 
     def blocks(self) -> Blocks:
         """Passes over the transformed slices: kept in memory if that is allowed, else computed in each pass."""

@@ -232,10 +232,10 @@ def fsdp2_config(model: PreTrainedModel) -> dict[str, Any]:
         return config
     blocks = set()
     for row in prepared_config(model).stacks:
-        depth = row.stack.split(".").index("*") + 1
+        depth = row.stack.name.split(".").index("*") + 1
         blocks |= {
             type(model.get_submodule(".".join(path.split(".")[:depth]))).__name__
-            for path in row.modules
+            for path in row.stack.modules
         }
     return config | {"transformer_layer_cls_to_wrap": sorted(blocks)}
 

@@ -306,7 +306,7 @@ def test_writing_holds_a_shard_and_a_linear_at_a_time(tmp_path):
 
 def test_what_lies_beside_the_weights_is_copied(tmp_path):
     tiny_folder(tmp_path / "dense")
-    qrefta.prepare(tmp_path / "dense", out=tmp_path / "4bit", rank=4, progress=False)
+    qrefta.prepare_checkpoint(tmp_path / "dense", tmp_path / "4bit", rank=4, progress=False)
     written = qrefta.merge(qrefta.load(tmp_path / "4bit"), out=tmp_path / "merged").folder
     names = {path.name for path in (tmp_path / "dense").iterdir()}
     assert {path.name for path in written.iterdir()} == names | {"README.md"}

@@ -88,7 +88,7 @@ def test_shards_and_their_index_are_listed(tmp_path):
 def test_a_checkpoint_prepared_out_of_core_has_the_list(tmp_path):
     tiny_bert().save_pretrained(tmp_path / "dense")
     write_digests(tmp_path / "dense")  # it must not be copied
-    out = qrefta.prepare(tmp_path / "dense", out=tmp_path / "out", rank=5, progress=False)
+    out = qrefta.prepare_checkpoint(tmp_path / "dense", tmp_path / "out", rank=5, progress=False)
     shards = {path.name for path in out.glob("*.safetensors")}
     assert len(shards) > 1
     assert_whole(out, shards | {"config.json", "model.safetensors.index.json"})

@@ -87,8 +87,8 @@ def test_what_is_written_to_a_new_folder_is_there_whole_or_not_at_all(disk, dens
     writes = {
         "merged": lambda out: qrefta.merge(model, out=out),
         "lora": lambda out: qrefta.export_lora(model, out),
-        "prepared": lambda out: qrefta.prepare(
-            tmp_path / "dense", out=out, rank=8, refine=0, progress=False
+        "prepared": lambda out: qrefta.prepare_checkpoint(
+            tmp_path / "dense", out, rank=8, refine=0, progress=False
         ),
     }
     for name, write in writes.items():
@@ -103,12 +103,12 @@ def test_preparing_goes_on_once_there_is_room(disk, tmp_path):
     """What was written before the disk was full is not computed again, and the result is the same."""
     tiny_bert(hidden=256).save_pretrained(tmp_path / "dense")
     settings = {"rank": 8, "refine": 0, "progress": False}
-    qrefta.prepare(tmp_path / "dense", out=tmp_path / "whole", **settings)
+    qrefta.prepare_checkpoint(tmp_path / "dense", tmp_path / "whole", **settings)
     fill(disk)
     with pytest.raises(OSError, match="No space left"):
-        qrefta.prepare(tmp_path / "dense", out=disk / "out", **settings)
+        qrefta.prepare_checkpoint(tmp_path / "dense", disk / "out", **settings)
     (disk / "filler").unlink()
-    qrefta.prepare(tmp_path / "dense", out=disk / "out", **settings)
+    qrefta.prepare_checkpoint(tmp_path / "dense", disk / "out", **settings)
     whole, again = files(tmp_path / "whole"), files(disk / "out")
     assert {name: again[name] for name in whole if name != "README.md"} == {
         name: digest for name, digest in whole.items() if name != "README.md"

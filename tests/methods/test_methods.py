@@ -434,7 +434,7 @@ def test_round_trip_and_merge(method, architecture, tmp_path):
 def test_a_checkpoint_is_prepared_as_a_model_in_memory(method, tmp_path):
     ARCHITECTURES["bert"]().save_pretrained(tmp_path / "dense")
     options = {"method": method, "progress": False, "refine": 2} | RANKS[method]
-    qrefta.prepare(tmp_path / "dense", out=tmp_path / "out", **options)
+    qrefta.prepare_checkpoint(tmp_path / "dense", tmp_path / "out", **options)
     ours, theirs = qrefta.load(tmp_path / "out"), prepared("bert", method, refine=2)
     assert qrefta.quant_report(ours) == qrefta.quant_report(theirs)
     assert torch.equal(logits(ours), logits(theirs))

@@ -55,7 +55,7 @@ def dense_weights(model):
     """The definition: every weight that was replaced, by its name in the original, differentiable in the factors."""
     found = {}
     for row in rows(model):
-        layers = [model.get_submodule(path) for path in row.layer_stack.adapted]
+        layers = [model.get_submodule(path) for path in row.stack.adapted]
         weights = []
         for layer in layers:
             weights.append(layer.residual(torch.float32))
@@ -184,7 +184,7 @@ def test_bits_16_keep_the_function(name):
     original = EXPERTS[name]()
     model = prepared(name, bits=16)
     assert_close(logits(model), logits(original), rtol=1e-5, atol=1e-5)
-    adapted = next(row for row in rows(model) if row.experts).layer_stack.adapted
+    adapted = next(row for row in rows(model) if row.stack.experts).stack.adapted
     assert model.get_submodule(adapted[5]).factors.delta(5).any()
 
 

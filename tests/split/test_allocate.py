@@ -6,9 +6,10 @@ from transformers import AutoModel
 
 import qrefta
 from eval.tasks.demo import model_folder
-from qrefta.config import QReftaConfig
+from qrefta.config import RankBudget, Settings
 from qrefta.model.stacks import find_stacks, model_weights
 from qrefta.nn.factors import BANK
+from qrefta.split import stack_split
 from qrefta.split.allocate import _Spectra
 from tests.models import tiny_bert
 
@@ -40,7 +41,7 @@ def minilm():
 def test_a_budget_is_kept_used_and_well_spent():
     uniform = qrefta.prepare(minilm(), rank=24, refine=0)
     budget = factor_bytes(uniform) / 1e6
-    model = qrefta.prepare(minilm(), rank="auto", budget_mb=budget, refine=0)
+    model = qrefta.prepare(minilm(), rank=RankBudget(bytes=int(budget * 1e6)), refine=0)
     assert 0.95 * budget <= factor_bytes(model) / 1e6 <= budget
     assert ratio(model) < ratio(uniform)
     ranks = {row["stack"]: row["rank"] for row in qrefta.quant_report(model)}
@@ -52,7 +53,7 @@ def test_components_come_in_order_of_error_removed_per_byte():
     """Of stacks whose components cost 128 and 192 bytes in bf16, and the mix."""
     model = uneven_bert()
     stacks = find_stacks(model)
-    spectra = _Spectra(stacks, [model_weights(model, stack) for stack in stacks], QReftaConfig())
+    spectra = _Spectra(stacks, [model_weights(model, stack) for stack in stacks], Settings())
     spectra._deepen_all(8)
     assert len(set(spectra.costs)) > 1
     taken, worth = Counter(), []
@@ -65,19 +66,39 @@ def test_components_come_in_order_of_error_removed_per_byte():
 
 @pytest.mark.parametrize("asked", [0.6, 0.45])
 def test_an_error_ratio_is_reached_and_not_overspent(asked):
-    model = qrefta.prepare(uneven_bert(), rank="auto", error_ratio=asked, refine=1)
+    model = qrefta.prepare(uneven_bert(), rank=RankBudget(error_ratio=asked), refine=1)
     assert 0.9 * asked <= ratio(model) <= asked
 
 
+def test_the_splits_that_were_measured_are_the_splits_that_are_stored(monkeypatch):
+    """A stack is split once for each rank that was tried, and not again for the model."""
+    calls = Counter()
+    real = stack_split.split_stack
+
+    def counted(weights, settings, rank, metric):
+        calls[weights.shape, rank] += 1
+        return real(weights, settings, rank, metric)
+
+    monkeypatch.setattr(stack_split, "split_stack", counted)
+    model = tiny_bert()
+    stacks = find_stacks(model)
+    qrefta.prepare(model, rank=RankBudget(error_ratio=0.5), refine=1)
+    chosen = [
+        (stack.shape, report["rank"])
+        for stack, report in zip(stacks, qrefta.quant_report(model), strict=True)
+    ]
+    alike = Counter(stack.shape for stack in stacks)
+    assert all(calls[choice] <= alike[choice[0]] for choice in chosen)
+
+
 def test_the_choice_is_printed_stored_and_loaded(tmp_path, capsys):
-    model = qrefta.prepare(uneven_bert(), rank="auto", budget_mb=0.02)
+    model = qrefta.prepare(uneven_bert(), rank=RankBudget(bytes="20KB"))
     ranks = [row["rank"] for row in qrefta.quant_report(model)]
     assert f"attention.self.query {ranks[0]}" in capsys.readouterr().out
     model.save_pretrained(tmp_path)
     loaded = qrefta.load(tmp_path)
     assert [row["rank"] for row in qrefta.quant_report(loaded)] == ranks
-    assert loaded.config.quantization_config.rank == "auto"
-    assert loaded.config.quantization_config.budget_mb == 0.02
+    assert loaded.config.quantization_config.settings.rank == RankBudget(bytes=20_000)
 
 
 @pytest.mark.parametrize(

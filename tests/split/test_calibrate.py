@@ -7,7 +7,8 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModel
 
-from qrefta.model.stacks import LayerStack, find_stacks
+from qrefta.config import LayerStack
+from qrefta.model.stacks import find_stacks
 from qrefta.split import calibrate as moments_module
 from qrefta.split.calibrate import (
     Moments,

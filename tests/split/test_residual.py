@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from qrefta.config import QReftaConfig
+from qrefta.config import Settings
 from qrefta.linalg.tsvd import TRANSFORMS
 from qrefta.model.stacks import Weights
-from qrefta.nn.quantized import QUANT_TYPES, rounded
+from qrefta.nn.quantized import QUANT_TYPES, QuantFormat, rounded
 from qrefta.split.residual import _rows_per_block, _Target, split_layers, split_stack
 from tests.stacks import Splitted, split_and_error, svd_of, transform_of
 
@@ -66,7 +66,7 @@ def error(split, stack, config):
 def test_16_bits_sum_back_to_the_stack(transform, factor_dtype):
     """The rounding of the factors is in the residual: the exact start."""
     stack = random_stack()
-    config = QReftaConfig(rank=9, bits=16, transform=transform, factor_dtype=factor_dtype)
+    config = Settings(rank=9, bits=16, transform=transform, factor_dtype=factor_dtype)
     split = split_and_error(stack, config)
     assert_close(deltas(split, stack) + dense_residuals(split), stack)
     assert split.error == 0
@@ -79,7 +79,7 @@ def test_error_is_that_of_the_factors_and_residuals_returned(
     quant_type, double_quant, transform, refine
 ):
     stack = random_stack()
-    config = QReftaConfig(
+    config = Settings(
         rank=9, quant_type=quant_type, double_quant=double_quant, transform=transform, refine=refine
     )
     split = split_and_error(stack, config)
@@ -121,7 +121,7 @@ def test_one_shot_error_equals_an_independent_loop(quant_type):
         codes, state = bnb.quantize_4bit(rest, blocksize=64, quant_type=quant_type)
         expected += (rest - bnb.dequantize_4bit(codes, state)).square().sum().item()
     split = split_and_error(
-        stack, QReftaConfig(rank=9, quant_type=quant_type, transform="dct", refine=0)
+        stack, Settings(rank=9, quant_type=quant_type, transform="dct", refine=0)
     )
     assert split.error == pytest.approx(expected, rel=2e-3)
 
@@ -138,10 +138,9 @@ def test_refined_is_never_worse_than_one_shot_and_one_shot_than_no_factors(
         "transform": transform,
     }
     errors = [
-        split_and_error(stack, QReftaConfig(**settings, refine=rounds)).error
-        for rounds in (0, 1, 3)
+        split_and_error(stack, Settings(**settings, refine=rounds)).error for rounds in (0, 1, 3)
     ]
-    assert errors[2] <= errors[1] < errors[0] < whole_error(stack, QReftaConfig(**settings))
+    assert errors[2] <= errors[1] < errors[0] < whole_error(stack, Settings(**settings))
 
 
 @all_transforms
@@ -151,7 +150,7 @@ def test_the_factors_returned_are_those_nearest_to_what_the_residuals_leave(tran
     Of residuals taken anew with the last factors it would win 0.018 and more.
     """
     stack = random_stack()
-    config = QReftaConfig(rank=9, transform=transform, refine=3, factor_dtype="float32")
+    config = Settings(rank=9, transform=transform, refine=3, factor_dtype="float32")
     split = split_and_error(stack, config)
     left = stack - dense_residuals(split)
     nearest = (
@@ -162,19 +161,19 @@ def test_the_factors_returned_are_those_nearest_to_what_the_residuals_leave(tran
 
 def test_a_round_states_the_errors_before_and_of_its_target():
     stack = random_stack()
-    config = QReftaConfig(rank=9)
+    config = Settings(rank=9)
     base = split_and_error(stack, config).factors
     target = _Target(
         Weights.of(stack),
         16,
         base,
         transform_of(stack, "lsm3").float(),
-        config.format,
+        QuantFormat.of(config),
         of_base=True,
     )
     assert sum(block.shape[1] for _, block in target.blocks()) == 48
     rest = stack - deltas(Splitted(base, [], 0.0), stack)
-    stored = torch.stack([rounded(matrix, config.format) for matrix in rest])
+    stored = torch.stack([rounded(matrix, QuantFormat.of(config)) for matrix in rest])
     assert target.error == pytest.approx((rest - stored).square().sum().item())
     assert target.norm == pytest.approx((stack - stored).square().sum().item())
 
@@ -183,7 +182,7 @@ def test_a_round_states_the_errors_before_and_of_its_target():
 def test_more_rank_leaves_less_error(transform):
     stack = random_stack()
     errors = [
-        split_and_error(stack, QReftaConfig(rank=rank, transform=transform, refine=0)).error
+        split_and_error(stack, Settings(rank=rank, transform=transform, refine=0)).error
         for rank in (1, 10, 40, 120)
     ]
     assert errors == sorted(errors, reverse=True)
@@ -192,7 +191,7 @@ def test_more_rank_leaves_less_error(transform):
 
 def test_a_zero_stack_splits_without_nan():
     stack = torch.zeros(3, 8, 64)
-    split = split_and_error(stack, QReftaConfig(rank=2, refine=1))
+    split = split_and_error(stack, Settings(rank=2, refine=1))
     assert split.error == 0
     assert not deltas(split, stack).any()
 
@@ -200,7 +199,7 @@ def test_a_zero_stack_splits_without_nan():
 def test_the_stack_is_left_as_it_was():
     stack = random_stack()
     before = stack.clone()
-    for config in (QReftaConfig(rank=4, refine=1), QReftaConfig(rank=4, bits=16)):
+    for config in (Settings(rank=4, refine=1), Settings(rank=4, bits=16)):
         split_and_error(stack, config)
     assert torch.equal(stack, before)
 
@@ -210,12 +209,12 @@ def test_the_stack_is_left_as_it_was():
 def test_blocks_of_rows_give_what_one_block_gives(quant_type, double_quant, transform, keep):
     """Rows of 50 numbers, so that a block of 64 spans them: rows are read in groups that hold whole blocks."""
     stack = random_stack(out=96, inner=50)
-    config = QReftaConfig(
+    config = Settings(
         rank=9, quant_type=quant_type, double_quant=double_quant, transform=transform, refine=2
     )
     whole = split_stack(Weights.of(stack), config, 9)
     weights = replace(Weights.of(stack), block_bytes=4 * len(stack) * 50 * 40, keep=keep)
-    assert _rows_per_block(weights, config.format) == 32
+    assert _rows_per_block(weights, QuantFormat.of(config)) == 32
     blocked = split_stack(weights, config, 9)
     errors = [
         sum(
@@ -229,7 +228,7 @@ def test_blocks_of_rows_give_what_one_block_gives(quant_type, double_quant, tran
 
 def test_keeping_the_stack_changes_no_bit():
     stack = random_stack()
-    config = QReftaConfig(rank=9, refine=2)
+    config = Settings(rank=9, refine=2)
     kept, made = (
         split_stack(replace(Weights.of(stack), keep=keep), config, 9) for keep in (True, False)
     )
@@ -250,7 +249,7 @@ class Diagonal:
 
 def test_a_metric_lowers_the_error_of_the_outputs():
     """A few inputs are much larger than the others: the metric spends the rank on them."""
-    stack, config = random_stack().flip(2), QReftaConfig(rank=24, refine=3)
+    stack, config = random_stack().flip(2), Settings(rank=24, refine=3)
     root = torch.cat([torch.full((8,), 10.0), torch.ones(stack.shape[2] - 8)])
 
     def output(metric):

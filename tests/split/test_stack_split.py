@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from qrefta.config import QReftaConfig
-from qrefta.model.stacks import LayerStack, Weights
+from qrefta.config import LayerStack, Settings
+from qrefta.model.stacks import Weights
 from qrefta.split.calibrate import Moments
 from qrefta.split.stack_split import StackSplit
 
@@ -17,13 +17,13 @@ def weights():
 
 def split(weights, rank, moments=None, **options):
     """The row of a stack, and the layers that its residuals and factors give back."""
-    config = QReftaConfig(rank=max(rank, 1), **options)
+    config = Settings(rank=max(rank, 1), **options)
     done = StackSplit(STACK, weights, config, rank, moments)
     restored = []
     for index, residual in enumerate(done.residuals()):
         dense = residual.dequantize(torch.float32)
         restored.append(dense + (done.split.factors.delta(index) if rank else 0))
-    return done.row(), torch.stack(restored)
+    return done.report(), torch.stack(restored)
 
 
 @pytest.mark.parametrize("rank", [0, 6])
@@ -42,7 +42,7 @@ def test_the_row_states_the_error_of_what_is_stored(weights, rank, options):
     )
     assert row.ratio == pytest.approx(row.residual_error / whole.residual_error)
     assert (row.ratio < 1) == (rank > 0)
-    assert (row.rank, row.layers, row.shape, sum(row.slice_ranks)) == (rank, 3, [24, 64], rank)
+    assert (row.rank, row.stack.shape, sum(row.slice_ranks)) == (rank, (3, 24, 64), rank)
     assert row.output_error is row.output_ratio is None
 
 

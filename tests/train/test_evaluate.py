@@ -43,7 +43,7 @@ def folders(tmp_path_factory):
     model.save_pretrained(root / "dense")
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="[EOS]")
     fast.save_pretrained(root / "dense")
-    qrefta.prepare(root / "dense", out=root / "4bit", rank=4, progress=False)
+    qrefta.prepare_checkpoint(root / "dense", root / "4bit", rank=4, progress=False)
     rows = [
         {"question": f"{start} is", "answer": word}
         for start in ("the sky", "sky the")
