@@ -50,7 +50,8 @@ def comparison_table(accuracy: list[Row], quant_error: list[Row]) -> tuple[Table
         f"{study.model} on SST-2: {study.train_rows:,} training rows, {study.steps} steps of "
         f"{study.batch_size} rows, {baseline.test_rows:,} test rows, {len(baseline.values)} seeds, "
         "mean ± standard error. Every method has the same search for its learning rate. "
-        "Trainable parameters exclude the head. Errors are squared and relative to quantizing the whole weight to NF4."
+        "Trainable parameters exclude the head. Errors are squared and relative to quantizing the "
+        "whole weight to NF4."
     )
     return Table(HEADER, lines), caption
 
