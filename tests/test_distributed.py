@@ -267,7 +267,7 @@ def test_the_page_counts_right():
     embedding, factors, lora = 128256 * 8192 / 1e9, 64 * widths, 80 * 16 * widths
     weights, everything, received = 80 * block + 4 * embedding, 80 * dense + 2 * embedding, 7 / 8
     counted = {
-        "trained numbers": [1e3 * factors, 1e3 * lora, 1e3 * factors, 1e3 * lora, everything],
+        "trainable parameters": [1e3 * factors, 1e3 * lora, 1e3 * factors, 1e3 * lora, everything],
         "frozen weights": [weights, weights, weights / 8, weights / 8],
         "masters": [16 * factors, 16 * lora, 2 * factors, 2 * lora, 2 * everything],
         "a gathered block": [block, block + 2 * lora / 80, 2 * dense],

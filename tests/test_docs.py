@@ -1,57 +1,66 @@
-"""The pages under docs are true: their code runs, in order, and what is generated is current."""
+"""The pages under docs are true: code runs, tables come from rows, links lead somewhere."""
 
-import json
+import inspect
 import re
-from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+import yaml
 
-from tests.models import VOCAB, tiny_llama
-from tests.tiny import tiny_folder
+import qrefta
+from eval.report.readme_table import insert
+from tests.pages import PYTHON_BLOCK, ROOT, run_blocks, small_models, write_data
 
-ROOT = Path(__file__).parents[1]
-CLASSIFIER, LANGUAGE_MODEL = "sentence-transformers/all-MiniLM-L6-v2", "meta-llama/Llama-3.2-1B"
+DOCS = ROOT / "docs"
+PAGES = {page.relative_to(DOCS).as_posix(): page for page in sorted(DOCS.rglob("*.md"))}
 ELSEWHERE = {"add-a-method.md", "distributed.md"}  # run by test_methods.py and test_distributed.py
-PAGES = sorted(
-    {page.name for page in (ROOT / "docs").glob("*.md") if "```python" in page.read_text()}
-    - ELSEWHERE
-)
+WITH_CODE = [name for name, page in PAGES.items() if PYTHON_BLOCK.search(page.read_text("utf-8"))]
+LINK = re.compile(r"\]\(([\w./-]+)(?:#[\w-]+)?\)")
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Small models under the names that the pages use."""
-    root = tmp_path_factory.mktemp("models")
-    tiny_folder(root / "classifier", width=64)
-    tiny_llama(hidden=64).save_pretrained(root / "language")
-    vocabulary = {f"w{index}": index for index in range(VOCAB)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="w0", pad_token="w1", eos_token="w2"
-    )
-    fast.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-    fast.save_pretrained(root / "language")
-    return {CLASSIFIER: str(root / "classifier"), LANGUAGE_MODEL: str(root / "language")}
+    return small_models(tmp_path_factory.mktemp("models"))
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_python_blocks_run_in_order(page, folders, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", [name for name in WITH_CODE if name not in ELSEWHERE])
+def test_python_blocks_run_in_order(name, folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    turns = [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w7 w8"}]
-    Path("chat.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 20)
-    namespace = {}
-    for block in re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.DOTALL
-    ):
-        for name, folder in folders.items():
-            block = block.replace(name, folder)
-        exec(block, namespace)
+    write_data(tmp_path)
+    run_blocks(PAGES[name].read_text("utf-8"), folders)
 
 
-def test_links_between_pages_lead_somewhere():
-    for page in [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"]:
-        for target in re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", page.read_text()):
+@pytest.mark.parametrize("name", PAGES)
+def test_tables_are_made_from_the_committed_rows(name):
+    page = PAGES[name].read_text("utf-8")
+    assert insert(page) == page
+
+
+def test_links_lead_somewhere():
+    pages = [*PAGES.values(), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+    for page in pages:
+        for target in LINK.findall(page.read_text("utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_page_is_in_the_navigation():
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))
+    assert sorted(_page_names(settings["nav"])) == sorted(PAGES)
+
+
+def test_documented_settings_are_those_of_prepare():
+    table = PAGES["settings.md"].read_text("utf-8")
+    table = table.split("| argument | default | meaning |")[1].split("\n\n")[0]
+    documented = re.findall(r"^\| `(\w+)` \| `?([^`|]+)`? \|", table, flags=re.MULTILINE)
+    parameters = inspect.signature(qrefta.prepare).parameters
+    assert len(documented) >= 16
+    for name, default in documented:
+        assert repr(parameters[name].default).replace("'", '"') == default.strip(), name
+
+
+def _page_names(entry):
+    """All file names in an entry of mkdocs' nav."""
+    if isinstance(entry, str):
+        return [entry]
+    children = entry.values() if isinstance(entry, dict) else entry
+    return [name for child in children for name in _page_names(child)]

@@ -1,17 +1,20 @@
-"""python -m eval.report.readme_table: put committed rows into the README's tables."""
+"""python -m eval.report.readme_table: fill the tables of the README and of docs/ from committed rows."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from eval.report.comparison import comparison_table
 from eval.report.pages import markdown_table
 from eval.rows import read
 from eval.studies.scores import score_table, scores
 
 ROWS = Path(__file__).parents[1] / "rows"
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TASKS = ("sst2", "cola")
-PLACE = re.compile(r"<!-- table: (\w+)\.jsonl -->\n.*?<!-- end of table -->", flags=re.DOTALL)
+PLACE = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end of table -->", flags=re.DOTALL)
 
 
 def quickstart_table(rows: list[dict[str, Any]]) -> str:
@@ -19,7 +22,7 @@ def quickstart_table(rows: list[dict[str, Any]]) -> str:
     training = [row for row in rows if row["kind"] == "training"]
     files = next(row for row in rows if row["kind"] == "files")
     lines = [
-        "| trained | linears of the blocks | trained numbers | accuracy before | accuracy after (± standard error) |",
+        "| method | linear layers of the blocks | trainable parameters | accuracy before | accuracy after (± standard error) |",
         "|---|---|---|---|---|",
     ]
     for row in training:
@@ -49,7 +52,7 @@ def cost_table(rows: list[dict[str, Any]]) -> str:
         {row["method"]: row for row in rows if row["checkpointing"] == on} for on in (False, True)
     )
     lines = [
-        "| method | trained numbers | step | of the floor | of QLoRA r=16 | peak memory | of the floor | of QLoRA r=16 "
+        "| method | trainable parameters | step | of the floor | of QLoRA r=16 | peak memory | of the floor | of QLoRA r=16 "
         "| checkpointing: step | peak memory | of the floor |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -72,7 +75,7 @@ def cost_table(rows: list[dict[str, Any]]) -> str:
         f"({first['device']}, {first['threads']} threads)."
     )
     if len({row["commit"] for row in plain.values()}) > 1:
-        caption += " Of several runs; the ratios are to the floor and QLoRA of each one's own."
+        caption += " From several runs; each ratio is to the floor and QLoRA of the same run."
     return "\n".join([*lines, "", caption])
 
 
@@ -106,14 +109,21 @@ def coverage_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def insert(readme: str) -> str:
-    """The README with its tables made anew from the rows that they name."""
-    return PLACE.sub(lambda place: _block(place[1]), readme)
+def comparison(accuracy: list[dict[str, Any]], quant_error: list[dict[str, Any]]) -> str:
+    """In Markdown: qrefta, QLoRA and PiSSA, with the caption."""
+    table, caption = comparison_table(accuracy, quant_error)
+    return f"{markdown_table(table)}\n\n{caption}"
+
+
+def insert(page: str) -> str:
+    """A page with its tables filled from the committed rows."""
+    return PLACE.sub(lambda place: _block(place[1]), page)
 
 
 def _block(name: str) -> str:
-    body = TABLES[name](read(ROWS / f"{name}.jsonl"))
-    return f"<!-- table: {name}.jsonl -->\n{body}\n<!-- end of table -->"
+    make, files = TABLES[name]
+    body = make(*(read(ROWS / f"{file}.jsonl") for file in files))
+    return f"<!-- table: {name} -->\n{body}\n<!-- end of table -->"
 
 
 def _caption(rows: list[dict[str, Any]], run: dict[str, Any], files: dict[str, Any]) -> str:
@@ -125,20 +135,28 @@ def _caption(rows: list[dict[str, Any]], run: dict[str, Any], files: dict[str, A
     return (
         f"R = {stacks[0]['rank']}, {run['steps']} steps, {run['n']} test rows, one seed ({run['device']}, "
         f"{run['threads']} threads). {bits:.2f} bits a weight, factors included; squared quantization error "
-        f"{residual / baseline:.3f} of that of quantizing whole weights. Largest difference of logits: reloaded "
+        f"{residual / baseline:.3f} times the error of quantizing whole weights. Largest difference of logits: reloaded "
         f"{files['reload_difference']:.2g}, merged to bf16 {files['merge_difference']:.2g} (of "
         f"{files['largest_logit']:.1f})."
     )
 
 
-TABLES = {
-    "quickstart": quickstart_table,
-    "quickstart_sst2": quickstart_table,
-    "cost": cost_table,
-    "accuracy": accuracy_table,
-    "coverage": coverage_table,
+# By the name in a page's mark: the function, and the rows files that it reads.
+TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
+    "comparison": (comparison, ("accuracy", "quant_error")),
+    "quickstart": (quickstart_table, ("quickstart",)),
+    "quickstart_sst2": (quickstart_table, ("quickstart_sst2",)),
+    "cost": (cost_table, ("cost",)),
+    "accuracy": (accuracy_table, ("accuracy",)),
+    "coverage": (coverage_table, ("coverage",)),
 }
 
 
+def run() -> None:
+    """Fill the tables of all pages."""
+    for file in PAGES:
+        file.write_text(insert(file.read_text(encoding="utf-8")), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    README.write_text(insert(README.read_text(encoding="utf-8")), encoding="utf-8")
+    run()
