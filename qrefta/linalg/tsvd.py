@@ -20,11 +20,13 @@ formed on the thin side only, and the right vectors come back through S^(-1/2).
 import math
 from collections.abc import Callable, Iterable
 from copy import copy
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import Literal, NamedTuple, get_args
 
 import scipy.fft
 import torch
 from torch import Tensor
+
+from qrefta.linalg.metric import Metric
 
 Transform = Literal["lsm3", "dct", "identity"]
 TRANSFORMS: tuple[Transform, ...] = get_args(Transform)
@@ -50,18 +52,6 @@ _DEPENDENT = (
 )
 _LEAST_SQUARE = 1e-28  # a sum of squares below it may lack some that float32 cannot hold
 _ROUNDING = 1e-6  # of float32 products, relative to the largest
-
-
-class Metric(Protocol):
-    """A symmetric positive definite S on the input space, by its roots applied to (in, columns)."""
-
-    def apply(self, vectors: Tensor) -> Tensor:
-        """S^(1/2) vectors."""
-        ...
-
-    def apply_inverse(self, vectors: Tensor) -> Tensor:
-        """S^(-1/2) vectors."""
-        ...
 
 
 class Slices(NamedTuple):

@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 
 from qrefta.config import QReftaConfig, StackRow
+from qrefta.linalg.metric import output_error
 from qrefta.linalg.tsvd import squared_norm
 from qrefta.model.stacks import LayerStack, Weights
 from qrefta.nn.factors import Rank
 from qrefta.nn.quantized import FrozenWeight
-from qrefta.split.calibrate import Moments, output_error, shared_metric
+from qrefta.split.calibrate import Moments, shared_metric
 from qrefta.split.residual import Split, SplitLayer, split_layers, split_stack
 
 
