@@ -1,7 +1,8 @@
 """The metric of a linear layer's inputs, from their second moment: tensors in, tensors out.
 
-The error of a layer's outputs is E||x W^T - x V^T||^2 = tr(E S E^T), for E = W - V and the second moment of the inputs
-S = E[x^T x]. So a decomposition that is to keep the outputs is made of W S^(1/2), and comes back through S^(-1/2).
+The error of a layer's outputs is E||x W^T - x V^T||^2 = tr(E S E^T), for E = W - V and the second
+moment of the inputs S = E[x^T x]. So a decomposition that is to keep the outputs is made of W
+S^(1/2), and comes back through S^(-1/2).
 
 S is a full matrix (in, in), or a diagonal one that is kept as a vector (in,).
 """
@@ -35,9 +36,12 @@ class Metric(NamedTuple):
 
 
 def normalized(moment: Tensor) -> Tensor:
-    """(S + RIDGE m I) / ((1 + RIDGE) m) for m = mean(diag S), so its diagonal has the mean 1; the identity for S = 0.
+    """A moment with a ridge and the mean 1 on its diagonal; the identity for S = 0.
 
-    Every eigenvalue is RIDGE / (1 + RIDGE) or more, so S^(-1/2) is at most about 100 and does not amplify rounding.
+        (S + RIDGE m I) / ((1 + RIDGE) m)        m = mean(diag S)
+
+    Every eigenvalue is RIDGE / (1 + RIDGE) or more, so S^(-1/2) is at most about 100 and does not
+    amplify rounding.
 
     Args:
         moment: S, (in, in) or (in,).

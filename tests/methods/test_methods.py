@@ -379,9 +379,9 @@ def test_trained_params_gives_crafts_ranks():
 
 def test_bad_settings_are_refused():
     for settings, message in [
-        ({"method": "refta", "ranks": (2, 3, 4)}, "ReFTA has one rank; give it as rank"),
-        ({"method": "tera", "ranks": (2, 3, 4)}, "TeRA has one rank; give it as rank"),
-        ({"method": "craft", "ranks": (2, 3)}, "CRAFT takes three whole numbers"),
+        ({"method": "refta", "ranks": (2, 3, 4)}, "ReFTA has one rank; give one whole number"),
+        ({"method": "tera", "ranks": (2, 3, 4)}, "TeRA has one rank; give one whole number"),
+        ({"method": "craft", "ranks": (2, 3)}, "CRAFT takes one whole number, or three"),
         ({"method": "craft", "ranks": (2, 3, 0)}, "each of ranks is 0"),
         (
             {"method": "craft", "transform": "dct"},
