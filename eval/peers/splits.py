@@ -6,8 +6,8 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
+from qrefta.linalg.metric import Metric
 from qrefta.nn.quantized import QuantFormat, rounded
-from qrefta.split.calibrate import Metric
 
 NF4 = QuantFormat("nf4")
 SCALE_BLOCK = 256  # scales that share a second-level scale, as in QLoRA

@@ -4,7 +4,7 @@ Forward and backward passes of single layers over a grid of tokens, widths and r
 
     operations / speed + moved bytes / bandwidth + a constant a step,
 
-with the counts of `qrefta.nn.product.step_cost` and three constants fitted to all measurements (relative least squares).
+with the counts of `qrefta.nn.cost.step_cost` and three constants fitted to all measurements (relative least squares).
 One row for each cell with its measured and its predicted time; and for each, both forms of adding the update, forced,
 so that the choice between them can be seen to fall where the times cross; and the form that rebuilds the dense weight
 under autograd, so that it can be seen from which size on it loses.
@@ -25,11 +25,11 @@ from scipy.optimize import nnls
 from eval.rows import append
 from eval.studies.cost import timed
 from qrefta.cli import guarded
-from qrefta.nn import product
+from qrefta.nn import cost, product
 from qrefta.nn.quantized import QuantFormat, quantize
 
 FORMS: dict[str, Callable[..., bool]] = {
-    "counted": product._merges,
+    "counted": product.merging_is_cheaper,
     "thin": lambda *_, **__: False,
     "merged": lambda *_, **__: True,
 }
@@ -141,7 +141,9 @@ def measure(
     times: dict[str, list[float]] = {form: [] for form in (*forms, *["rebuilding"][: bool(rank)])}
     for repetition in range(repetitions + 1):
         for form in times:
-            with patch.object(product, "_merges", forms.get(form, product._merges)):
+            with patch.object(
+                product, "merging_is_cheaper", forms.get(form, product.merging_is_cheaper)
+            ):
                 seconds = timed(step if form in forms else rebuild, cuda)
             times[form] += [seconds] if repetition else []
     return {form: median(values) for form, values in times.items()}
@@ -158,9 +160,9 @@ def fit(cells: list[dict[str, float]]) -> tuple[list[float], list[float]]:
     return (counts @ found).tolist(), [*speeds, constant]
 
 
-def _cost(cell: dict[str, float]) -> product.Cost:
+def _cost(cell: dict[str, float]) -> cost.Cost:
     sizes = (int(cell[name]) for name in ("tokens", "in_features", "out_features", "rank"))
-    return product.step_cost(*sizes, value_bytes=2 if torch.cuda.is_available() else 4)
+    return cost.step_cost(*sizes, value_bytes=2 if torch.cuda.is_available() else 4)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from eval.rows import append, find, read
 from eval.tasks.demo import docstring_sentences, model_folder
 from qrefta.cli import guarded, quiet_libraries
 from qrefta.config import LayerStack, Settings
+from qrefta.linalg.metric import Metric, output_error
 from qrefta.linalg.tsvd import TRANSFORMS
 from qrefta.methods import METHODS
 from qrefta.methods.craft import CRAFT
@@ -50,11 +51,9 @@ from qrefta.model.stacks import Weights, find_stacks, model_weights
 from qrefta.nn.factors import Factors, Fit
 from qrefta.nn.quantized import QUANT_TYPES, QuantFormat, rounded
 from qrefta.split.calibrate import (
-    Metric,
     Moments,
     gather_moments,
     load_moments,
-    output_error,
     shared_metric,
 )
 from qrefta.split.residual import one_shot, split_stack, tensor_values

@@ -20,13 +20,14 @@ formed on the thin side only, and the right vectors come back through S^(-1/2).
 import math
 from collections.abc import Callable, Iterable
 from copy import copy
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import scipy.fft
 import torch
 from torch import Tensor
 
 from qrefta.choices import TRANSFORMS, Transform
+from qrefta.linalg.metric import Metric
 
 Blocks = Callable[
     [], Iterable[tuple[slice, Tensor]]
@@ -49,18 +50,6 @@ _DEPENDENT = (
 )
 _LEAST_SQUARE = 1e-28  # a sum of squares below it may lack some that float32 cannot hold
 _ROUNDING = 1e-6  # of float32 products, relative to the largest
-
-
-class Metric(Protocol):
-    """A symmetric positive definite S on the input space, by its roots applied to (in, columns)."""
-
-    def apply(self, vectors: Tensor) -> Tensor:
-        """S^(1/2) vectors."""
-        ...
-
-    def apply_inverse(self, vectors: Tensor) -> Tensor:
-        """S^(-1/2) vectors."""
-        ...
 
 
 class Slices(NamedTuple):

@@ -1,24 +1,25 @@
 """LoRTA: a zero update in CP form over the layers (arXiv 2410.04060, Hounie and others).
 
-From the paper: the update of all layers is one CP tensor. Ours: one tensor a stack, with modes layers, outputs and
-inputs (the paper adds a mode of heads and one of the attention's four matrices); inputs start random with unit rows,
-outputs at 0 and layers at 1, of which the deviation is trained.
+From the paper: the update of all layers is one CP tensor. Ours: one tensor a stack, with modes
+layers, outputs and inputs (the paper adds a mode for heads and a mode for the four matrices of
+attention). Inputs start random with unit rows, outputs at 0 and layers at 1; the parameters of the
+layer mode are deviations from 1.
 """
 
 import torch
 from torch import Tensor, nn
 
-from qrefta.nn.factors import LowRankFactors, Rank
+from qrefta.nn.factors import LowRankFactors
 
 
 class LoRTA(LowRankFactors):
-    """Delta_l = A diag(1 + c_l) B. A stack trains r (in + out + K) numbers.
+    """Delta_l = A diag(1 + c_l) B. A stack trains r (in + out + K) parameters.
 
     Args: see `Factors`; `rank` is r, at most K min(in, out).
     """
 
     def __init__(
-        self, layers: int, out_features: int, in_features: int, rank: Rank, dtype: torch.dtype
+        self, layers: int, out_features: int, in_features: int, rank: int, dtype: torch.dtype
     ) -> None:
         super().__init__(layers, out_features, in_features, rank, dtype)
         master = torch.promote_types(dtype, torch.float32)
@@ -28,7 +29,8 @@ class LoRTA(LowRankFactors):
 
     def draw(self, generator: torch.Generator) -> None:
         drawn = torch.randn(self.B.shape, generator=generator, dtype=torch.float64)
-        self.B.copy_(nn.functional.normalize(drawn, dim=1).to(self.dtype))
+        unit_rows = nn.functional.normalize(drawn, dim=1)
+        self.B.copy_(unit_rows.to(self.dtype))
 
     @classmethod
     def largest_rank(cls, layers: int, out_features: int, in_features: int) -> int:
@@ -38,7 +40,7 @@ class LoRTA(LowRankFactors):
         return self.B
 
     def core(self, layer: int) -> Tensor:
-        return 1 + self._seen(self.C[layer])
+        return 1 + self.rounded(self.C[layer])
 
     def up(self) -> Tensor:
         return self.A

@@ -1,18 +1,21 @@
-"""ReFTA: tensor singular vectors as trained factors (CVPR 2026, Zheng, Tang, Mao, Lin, Cao, pp. 26369-26378)."""
+"""ReFTA: tensor singular vectors as trainable factors.
+
+CVPR 2026, Zheng, Tang, Mao, Lin, Cao, pp. 26369-26378.
+"""
 
 import torch
 from torch import Tensor, nn
 
-from qrefta.linalg.tsvd import Slices, refit, t_svd
+from qrefta.linalg.tsvd import TSVD, Slices, refit, t_svd
 from qrefta.nn.factors import Fit, LowRankFactors, frozen
 
 
 class ReFTA(LowRankFactors):
-    """Delta_l = A diag(u_l) B, with A (out x R) and B (R x in) shared by all layers and trained, u_l frozen.
+    """Delta_l = A diag(u_l) B. A and B are shared by all layers and train, u_l is frozen.
 
-    Component c is the c-th largest tensor singular value of the stack, of transformed slice k(c): A[:, c] and B[c] are
-    its left and right singular vectors, each times the root of the value, and u_l[c] = U[l, k(c)]. One stack trains
-    R (in + out) numbers, whatever its depth.
+    Component c is the c-th largest tensor singular value of the stack, from transformed slice k(c).
+    A[:, c] and B[c] are its left and right singular vectors, each times the root of the value, and
+    u_l[c] = U[l, k(c)]. One stack trains R (in + out) parameters, whatever its depth.
 
     Args: see `Factors`; `rank` is R, at most K min(in, out).
     """
@@ -39,17 +42,29 @@ class ReFTA(LowRankFactors):
         seed: int,
         starts: list[Tensor] | None = None,
     ) -> Fit:
-        found, starts = t_svd(slices, rank, seed) if starts is None else refit(slices, rank, starts)
+        if starts is None:
+            components, starts = t_svd(slices, rank, seed)
+        else:
+            components, starts = refit(slices, rank, starts)
         with slices.device:
             factors = cls(*slices.shape, rank, dtype)
-        roots = found.values.sqrt()
-        with torch.no_grad():
-            factors.A.copy_((found.left * roots).to(dtype))
-            factors.B.copy_((found.right * roots.unsqueeze(1)).to(dtype))
-            mix = transform.to(slices.device)[:, found.slices].to(torch.float32)
-            factors.mix.copy_(mix.contiguous().view(torch.uint8))
-        factors.slice_ranks = torch.bincount(found.slices, minlength=len(transform)).tolist()
-        return Fit(factors, found.values.square().sum().item(), starts)
+        factors._fill(components, transform)
+        energy = components.values.square().sum().item()
+        return Fit(factors, energy, starts)
+
+    @torch.no_grad()
+    def _fill(self, components: TSVD, transform: Tensor) -> None:
+        """Take over the components of a decomposition under a transform, (layers, slices)."""
+        roots = components.values.sqrt()
+        up = components.left * roots
+        down = components.right * roots.unsqueeze(1)
+        self.A.copy_(up.to(self.dtype))
+        self.B.copy_(down.to(self.dtype))
+        mix = transform.to(self.mix.device)[:, components.slices]
+        mix = mix.to(torch.float32).contiguous()
+        self.mix.copy_(mix.view(torch.uint8))
+        counts = torch.bincount(components.slices, minlength=transform.shape[1])
+        self.slice_ranks = counts.tolist()
 
     @classmethod
     def largest_rank(cls, layers: int, out_features: int, in_features: int) -> int:

@@ -1,15 +1,19 @@
-"""Experts of mixture-of-experts models: where transformers keeps their weights, and their pass with adapted linears.
+"""Experts of mixture-of-experts models: their fused weights, and the forward pass after adapting.
 
-transformers 5 keeps all experts of a block in one module with two fused parameters, (experts, out, in), or (experts,
-in, out) where the module says that it is transposed: `gate_up_proj` (`up_proj` without a gate) and `down_proj`. It
-chooses the module's forward pass by a name in the config (`transformers.integrations.moe`), from functions that know
-nothing of the model: gate, activation, biases and norm are the module's own. Ours is one more of them, "qrefta". The
-module stays, without its fused parameters: in the place of each is a list of linears, one an expert, under the
-parameter's name with `_adapted` after it. (Under its own name transformers would take their packed bytes for the fused
-weights that it splits and merges on saving and loading.)
+transformers 5 keeps all experts of a block in one module with two fused parameters, (experts, out,
+in), or (experts, in, out) if the module says that it is transposed: `gate_up_proj` (`up_proj`
+without a gate) and `down_proj`. It chooses the forward pass of the module by a name in the config
+(`transformers.integrations.moe`). These functions know nothing of the model: gate, activation,
+biases and norm belong to the module.
+
+Here is one more of these functions, "qrefta". The module stays, without its fused parameters. Each
+is replaced by a list of linear layers, one an expert, under the name of the parameter with
+`_adapted` after it. (Under the parameter's name itself, transformers would take their packed bytes
+for the fused weights that it splits and merges on saving and loading.)
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,81 +21,96 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 IMPLEMENTATION = "qrefta"
 _EVEN = "qrefta_even"
-_DEFAULT = "grouped_mm"  # transformers' own
+_DEFAULT = "grouped_mm"  # of transformers
 _SUFFIX = "_adapted"
+# An nn.Module with the attributes in `_CONTRACT`; transformers has no class for it.
+Experts = Any
+
 _CONTRACT = ("config", "has_gate", "is_transposed", "_apply_gate")
 
 
-def is_experts(module: nn.Module) -> bool:
-    """Whether a module keeps fused experts and leaves its forward pass to transformers' interface."""
-    return all(hasattr(module, name) for name in _CONTRACT) and all(
-        getattr(module, name, torch.empty(0)).dim() == 3 for name in fused_names(module)
-    )
+def is_experts(module: Experts) -> bool:
+    """Whether a module has fused experts and a forward pass that transformers chooses by name."""
+    if not all(hasattr(module, name) for name in _CONTRACT):
+        return False
+    weights = [getattr(module, name, None) for name in fused_names(module)]
+    return all(weight is not None and weight.dim() == 3 for weight in weights)
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Whether a module keeps experts that were given linears of their own."""
+    """Whether the experts of a module are adapted linear layers."""
     return hasattr(module, f"down_proj{_SUFFIX}")
 
 
-def fused_names(experts: nn.Module) -> tuple[str, str]:
+def fused_names(experts: Experts) -> tuple[str, str]:
     """Names of the two fused parameters, in the order in which tokens pass them."""
-    return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
+    first = "gate_up_proj" if experts.has_gate else "up_proj"
+    return first, "down_proj"
 
 
 def expert_path(path: str, expert: int) -> str:
-    """Module path of one expert's adapted linear, by the path of the fused parameter."""
+    """Module path of the adapted linear layer of an expert, by the path of the fused parameter."""
     return f"{path}{_SUFFIX}.{expert}"
 
 
-def add_expert(experts: nn.Module, name: str, linear: nn.Module) -> None:
-    """Let `linear` compute the next expert's part of a fused parameter, which goes when the last expert has one."""
+def add_expert(experts: Experts, name: str, linear: nn.Module) -> None:
+    """Let `linear` compute a fused parameter's part of the next expert.
+
+    The fused parameter is removed when the last expert has its linear layer.
+    """
     count = len(getattr(experts, name))
     if not hasattr(experts, name + _SUFFIX):
         setattr(experts, name + _SUFFIX, nn.ModuleList())
-    linears = getattr(experts, name + _SUFFIX).append(linear)
+    linears = _adapted(experts, name)
+    linears.append(linear)
     if len(linears) == count:
         delattr(experts, name)
-        experts.config._experts_implementation = IMPLEMENTATION
-        experts._is_hf_initialized = (
-            True  # or transformers, after loading, would draw the fused weights
-        )
+        _use(experts, IMPLEMENTATION)
+        # Or transformers would initialize the fused weights after loading.
+        experts._is_hf_initialized = True
 
 
 def route_evenly(model: nn.Module) -> None:
-    """Let every adapted experts module of `model` give all experts the same number of tokens, whatever the router says.
+    """Let every adapted experts module of `model` give all experts the same number of tokens.
 
-    It is for models without values, in which nothing can be routed.
+    The router is ignored. This is for models without values, which cannot route.
     """
     for module in model.modules():
         if is_adapted(module):
-            module.config._experts_implementation = _EVEN
+            _use(module, _EVEN)
 
 
 def restore_fused(
-    experts: nn.Module, name: str, weights: Iterator[Tensor], dtype: torch.dtype
+    experts: Experts, name: str, weights: Iterator[Tensor], dtype: torch.dtype
 ) -> None:
-    """Put a fused parameter back in the place of its linears, made of their `weights`, (out, in), one after the other.
+    """Replace the linear layers of a fused parameter by the parameter.
 
     The forward pass is transformers' default again.
+
+    Args:
+        experts: an adapted experts module.
+        name: of the fused parameter.
+        weights: of all experts, (out, in), one after the other.
+        dtype: of the parameter.
     """
-    linears = getattr(experts, name + _SUFFIX)
+    count = len(_adapted(experts, name))
     fused: Tensor | None = None
     for expert, weight in enumerate(weights):
-        weight = weight.T if experts.is_transposed else weight
-        fused = (
-            weight.new_empty(len(linears), *weight.shape, dtype=dtype) if fused is None else fused
-        )
+        if experts.is_transposed:
+            weight = weight.T
+        if fused is None:
+            fused = weight.new_empty(count, *weight.shape, dtype=dtype)
         fused[expert] = weight
+    assert fused is not None, "an experts module has experts"
     delattr(experts, name + _SUFFIX)
     experts.register_parameter(name, nn.Parameter(fused))
-    experts.config._experts_implementation = _DEFAULT
+    _use(experts, _DEFAULT)
 
 
 def fused_inputs(
-    experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor
+    experts: Experts, hidden_states: Tensor, top_k_index: Tensor
 ) -> Iterator[tuple[str, Tensor]]:
-    """What a dense module multiplies with its two fused parameters: pairs of a name and inputs, (tokens, in).
+    """The inputs of the two fused parameters of a dense module: pairs of a name and (tokens, in).
 
     The first parameter's are all tokens, once; the second's come expert by expert.
 
@@ -102,15 +121,23 @@ def fused_inputs(
     first, second = fused_names(experts)
     yield first, hidden_states
     fused = getattr(experts, first)
-    for expert, tokens in enumerate(_by_expert(hidden_states, top_k_index, len(fused))[1]):
-        if len(tokens):
-            weight = fused[expert].T if experts.is_transposed else fused[expert]
-            yield (
-                second,
-                _activated(
-                    experts, _biased(experts, first, expert, nn.functional.linear(tokens, weight))
-                ),
-            )
+    _, groups = _by_expert(hidden_states, top_k_index, len(fused))
+    for expert, tokens in enumerate(groups):
+        if len(tokens) == 0:
+            continue
+        weight = fused[expert].T if experts.is_transposed else fused[expert]
+        product = nn.functional.linear(tokens, weight)
+        yield second, _activated(experts, _biased(experts, first, expert, product))
+
+
+def _use(experts: Experts, implementation: str) -> None:
+    """Choose the forward pass of an experts module."""
+    experts.config._experts_implementation = implementation
+
+
+def _adapted(experts: Experts, name: str) -> nn.ModuleList:
+    """The adapted linear layers that stand for a fused parameter."""
+    return getattr(experts, name + _SUFFIX)
 
 
 def _by_expert(
@@ -119,60 +146,71 @@ def _by_expert(
     """Tokens sorted by their experts.
 
     Returns:
-        The order of the (token, choice) pairs, flat, and in it the tokens of every expert, (its tokens, in).
+        The order of the (token, choice) pairs, flat; and for every expert its tokens, (tokens, in).
     """
     chosen = top_k_index.reshape(-1)
     order = chosen.argsort(stable=True)
     tokens = hidden_states[order // top_k_index.shape[1]]
-    return order, tokens.split(torch.bincount(chosen, minlength=count).tolist())
+    counts = torch.bincount(chosen, minlength=count)
+    return order, tokens.split(counts.tolist())
 
 
-def _biased(experts: nn.Module, name: str, expert: int, product: Tensor) -> Tensor:
+def _biased(experts: Experts, name: str, expert: int, product: Tensor) -> Tensor:
     bias = getattr(experts, f"{name}_bias", None)
     return product if bias is None else product + bias[expert].to(product.dtype)
 
 
-def _activated(experts: nn.Module, product: Tensor) -> Tensor:
-    return experts._apply_gate(product) if experts.has_gate else experts.act_fn(product)
+def _activated(experts: Experts, product: Tensor) -> Tensor:
+    if experts.has_gate:
+        return experts._apply_gate(product)
+    return experts.act_fn(product)
 
 
 @torch.compiler.disable
 def _forward(
-    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    self: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """The pass of an experts module through its adapted linears; experts without tokens are left out.
+    """The forward pass of an experts module through its adapted linear layers.
 
-    It is not compiled: how many tokens an expert has differs in every step, and each number would be compiled anew.
+    Experts without tokens are left out. It is not compiled: the number of tokens of an expert
+    differs in every step, and torch would compile for every number.
 
     Args:
         self: the experts module.
         hidden_states: (tokens, in).
-        top_k_index, top_k_weights: (tokens, choices), the experts of each token and what their outputs count.
+        top_k_index: (tokens, choices), the experts of each token.
+        top_k_weights: (tokens, choices), the weights of their outputs.
     """
     first, second = fused_names(self)
-    if not is_adapted(self):  # a dense model made from this one's config
+    if not is_adapted(self):  # a dense model made with the config of an adapted one
         return ALL_EXPERTS_FUNCTIONS[_DEFAULT](self, hidden_states, top_k_index, top_k_weights)
-    inner, outer = getattr(self, first + _SUFFIX), getattr(self, second + _SUFFIX)
+    inner = _adapted(self, first)
+    outer = _adapted(self, second)
     order, groups = _by_expert(hidden_states, top_k_index, len(inner))
     products = []
     for expert, tokens in enumerate(groups):
-        if len(tokens):
-            active = _activated(self, _biased(self, first, expert, inner[expert](tokens)))
-            products.append(_biased(self, second, expert, outer[expert](active)))
+        if len(tokens) == 0:
+            continue
+        hidden = _biased(self, first, expert, inner[expert](tokens))
+        active = _activated(self, hidden)
+        products.append(_biased(self, second, expert, outer[expert](active)))
     outputs = torch.cat(products)
     if getattr(self, "has_post_expert_norm", False):
         outputs = self.post_expert_norm(outputs)
     weighted = outputs * top_k_weights.reshape(-1)[order].unsqueeze(1)
-    # Back in the tokens' order, and summed over their choices: index_add would add in any order on CUDA.
-    return weighted[order.argsort()].view(*top_k_index.shape, -1).sum(1).to(hidden_states.dtype)
+    # Back in the order of tokens, and summed over choices. index_add would be simpler, but on CUDA
+    # it adds in an order that changes from run to run.
+    by_token = weighted[order.argsort()].view(*top_k_index.shape, -1)
+    return by_token.sum(1).to(hidden_states.dtype)
 
 
 def _forward_evenly(
-    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    self: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """The same pass, with tokens dealt out in turn."""
-    experts = len(getattr(self, fused_names(self)[0] + _SUFFIX))
-    dealt = torch.arange(top_k_index.numel()).remainder(experts).view(top_k_index.shape)
+    """The same forward pass, with tokens dealt out in turn."""
+    first, _ = fused_names(self)
+    choices = torch.arange(top_k_index.numel())
+    dealt = choices.remainder(len(_adapted(self, first))).view(top_k_index.shape)
     return _forward(self, hidden_states, dealt, top_k_weights)
 
 

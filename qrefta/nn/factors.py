@@ -1,17 +1,19 @@
-"""The one equation that every tensor method shares, and the bank that owns its trained numbers.
+"""The equation that all tensor methods share, and the bank that holds the factors of a model.
 
 For the K layers of a stack:
 
     W_l ~ dequant(Q_l) + Delta_l        Delta_l = up . core_l . down
 
-`down` (s x in) and `up` (out x r) are shared by all K layers; `core_l` (r x s, or diagonal) belongs to its layer. A
-method is one final subclass: of `LowRankFactors`, which says what these three are and which numbers in them train, or
-of `Factors` itself where Delta_l has another form and its own product with the tokens.
+`down` (s x in) and `up` (out x r) are shared by all K layers; `core_l` (r x s, or diagonal) belongs
+to its layer. A method is one final subclass: of `LowRankFactors`, where it says what these three
+are and which parameters in them train, or of `Factors` itself if Delta_l has another form, with a
+product of its own.
 
-Trained numbers are bf16 values: the forward pass, `delta`, merging and export see them rounded to `dtype`. Their
-Parameters hold float32 masters, because at a learning rate of 2e-4 an optimizer step is smaller than half a bf16 step
-for most entries and plain AdamW would lose it; the masters make every optimizer right, at two bytes more an entry
-(10 MB for Llama-3-8B at R = 64). Masters that are bf16 values are stored as bf16.
+Trainable parameters are bf16 values: the forward pass, `delta`, merging and export see them rounded
+to `dtype`. They are stored as float32 masters, because at a learning rate of 2e-4 an optimizer step
+is smaller than half a bf16 step for most entries, and plain AdamW would lose it. With masters every
+optimizer is right, for two bytes more an entry (10 MB for Llama-3-8B at R = 64). Masters that are
+bf16 values are saved as bf16.
 """
 
 from abc import ABC, abstractmethod
@@ -28,32 +30,26 @@ from qrefta.linalg.tsvd import Slices
 from qrefta.nn.product import adapted_product, rounded_factor
 from qrefta.nn.quantized import FrozenWeight
 
-_ALL = slice(None)
-
-
-class _Rounded(NamedTuple):
-    """Rounded factors and the cores used so far, and which state of the Parameters they were made from."""
-
-    state: tuple[tuple[int, int], ...]
-    up: Tensor
-    down: Tensor
-    cores: dict[int, Tensor]
+_ALL_ROWS = slice(None)
 
 
 class Factors(nn.Module, ABC):
-    """Trained and frozen tensors of one stack.
+    """Trainable and frozen tensors of one stack.
 
     Args:
-        layers: K, linears in the stack.
+        layers: K, linear layers in the stack.
         out_features, in_features: shape of each weight.
-        rank: r, width of the factors; its meaning is the method's.
-        dtype: what the trained values are rounded to wherever they are used; float32 or wider: not rounded.
+        rank: r, width of the factors; its meaning depends on the method.
+        dtype: that trainable parameters are rounded to wherever they are used; float32 or wider:
+            they are not rounded.
 
     Attributes:
-        fits: whether `fit` takes a principal part out of the weights. If not, Delta is 0 at the start, the weights are
-            quantized whole, and there is nothing to refine; `draw` makes what is random.
+        fits: whether `fit` takes a principal part out of the weights. If not, Delta is 0 at the
+            start, the weights are quantized whole, there is nothing to refine, and `draw` fills the
+            random parameters.
         transforms: mode-3 transforms that `fit` takes, the default first.
-        slice_ranks: components of each transformed slice, summing to the rank; set by `fit`, not stored.
+        slice_ranks: components of each transformed slice, summing to the rank; set by `fit`, not
+            saved.
     """
 
     fits: ClassVar[bool] = False
@@ -80,15 +76,16 @@ class Factors(nn.Module, ABC):
         seed: int,
         starts: list[Tensor] | None = None,
     ) -> "Fit":
-        """The factors nearest to a stack, given by its transformed slices; without `fits`, factors whose Delta is 0.
+        """The factors nearest to a stack; if the method does not fit, factors whose Delta is 0.
 
         Args:
             slices: of the stack under `transform`.
             rank: r.
             transform: mode-3 transform, (layers, slices), float64.
             dtype: see the class.
-            seed: of what is random.
-            starts: the subspaces of an earlier fit to nearly the same stack; then one pass is enough.
+            seed: of random numbers.
+            starts: the subspaces of an earlier fit to nearly the same stack. With them one pass is
+                enough.
         """
         with slices.device:
             factors = cls(*slices.shape, rank, dtype)
@@ -97,10 +94,12 @@ class Factors(nn.Module, ABC):
         return Fit(factors, energy=0.0, starts=[])
 
     def draw(self, generator: torch.Generator) -> None:
-        """Fill the random Parameters with values of `dtype`; the generator is the CPU's, whatever the device."""
-        raise NotImplementedError(
-            f"{type(self).__name__} neither fits its stack nor says how it starts."
-        )
+        """Fill the random parameters with values of `dtype`.
+
+        Args:
+            generator: on the CPU, so that the values do not depend on the device.
+        """
+        raise NotImplementedError(f"{type(self).__name__} implements neither fit nor draw.")
 
     @classmethod
     @abstractmethod
@@ -109,20 +108,22 @@ class Factors(nn.Module, ABC):
 
     @classmethod
     def rank_of(cls, layers: int, out_features: int, in_features: int, rank: Rank) -> Rank:
-        """What a stack of this shape gets where `rank` was asked for.
+        """The rank that a stack of this shape gets if `rank` was asked for.
 
         Raises:
             ValueError: if the method has another number of ranks.
         """
         if not isinstance(rank, int):
             raise ValueError(
-                f"ranks is {list(rank)}, but {cls.__name__} has one rank; give it as rank"
+                f"rank is {tuple(rank)}, but {cls.__name__} has one rank; give one whole number"
             )
         return rank
 
     @abstractmethod
     def product(self, x: Tensor, layer: int, bias: Tensor | None, weight: FrozenWeight) -> Tensor:
-        """The product x (Q_l + Delta_l)^T + bias, (..., out), without making Delta_l, in x's dtype and on its device.
+        """The product x (Q_l + Delta_l)^T + bias, (..., out), in the dtype and on the device of x.
+
+        Delta_l is not made.
 
         Args:
             x: (..., in).
@@ -132,51 +133,77 @@ class Factors(nn.Module, ABC):
         """
 
     @abstractmethod
-    def delta(self, layer: int, rows: slice = _ALL) -> Tensor:
-        """Delta_l, (out, in) or some rows of it, float32, no gradients: for splitting and merging only."""
+    def delta(self, layer: int, rows: slice = _ALL_ROWS) -> Tensor:
+        """Delta_l, (out, in) or some of its rows, float32, without gradients.
+
+        It is for splitting and merging only.
+        """
 
     @abstractmethod
     def trained(self) -> list[nn.Parameter]:
         """Parameters that train; everything else in the module is frozen."""
 
-    def _own_precision(self) -> AbstractContextManager[Any]:
-        """What small products among the Parameters are made in: their dtype, whatever autocast says."""
-        kind = next(self.parameters()).device.type
-        active = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        return torch.autocast(kind, enabled=False) if active else nullcontext()
-
-    def _seen(self, trained: Tensor) -> Tensor:
-        """Trained numbers as they are seen: rounded, with the gradient passing through."""
-        return rounded_factor(trained, self.dtype, trained)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Follow the model to another device, or to a wider dtype; a narrower one would round the masters for good."""
-
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return (
-                moved if moved.dtype.itemsize >= tensor.dtype.itemsize else tensor.to(moved.device)
-            )
-
-        return super()._apply(move, recurse)
-
     @property
     def trained_count(self) -> int:
+        """Number of trainable parameters."""
         return sum(parameter.numel() for parameter in self.trained())
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of the factors with all but raw bytes stored as `dtype`."""
-        return sum(
-            p.numel() * self.dtype.itemsize if p.is_floating_point() else p.nbytes
-            for p in self.parameters()
-        )
+        """Bytes of the factors if floating-point parameters are saved as `dtype`."""
+        total = 0
+        for parameter in self.parameters():
+            if parameter.is_floating_point():
+                total += parameter.numel() * self.dtype.itemsize
+            else:
+                total += parameter.nbytes
+        return total
 
     @torch.no_grad()
     def round_masters(self) -> None:
-        """Round the float32 masters to `dtype`; the function that the model computes does not change."""
+        """Round the float32 masters to `dtype`; the function of the model does not change."""
         for parameter in self.trained():
             parameter.copy_(parameter.to(self.dtype))
+
+    def _without_autocast(self) -> AbstractContextManager[Any]:
+        """Small products among the parameters are made in their dtype, whatever autocast says."""
+        device = next(self.parameters()).device.type
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return nullcontext()
+        return torch.autocast(device, enabled=False)
+
+    def rounded(self, parameter: Tensor) -> Tensor:
+        """A trainable parameter rounded to `dtype`; the gradient passes through."""
+        return rounded_factor(parameter, self.dtype, parameter)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow the model to another device or a wider dtype.
+
+        A narrower dtype is not followed: it would round the masters for good.
+        """
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.dtype.itemsize < tensor.dtype.itemsize:
+                return tensor.to(moved.device)
+            return moved
+
+        return super()._apply(move, recurse)
+
+
+class _Kept(NamedTuple):
+    """Rounded factors, kept between the forward passes of an evaluation.
+
+    Attributes:
+        state: identity and version of the parameters that they were made from.
+        up, down: rounded.
+        cores: of the layers so far.
+    """
+
+    state: tuple[tuple[int, int], ...]
+    up: Tensor
+    down: Tensor
+    cores: dict[int, Tensor]
 
 
 class LowRankFactors(Factors):
@@ -187,19 +214,22 @@ class LowRankFactors(Factors):
     ) -> None:
         super().__init__(layers, out_features, in_features, rank, dtype)
         self._settled = False  # between eval() and the next forward pass that records gradients
-        self._rounded: dict[tuple[torch.device, torch.dtype], _Rounded] = {}
+        self._kept: dict[tuple[torch.device, torch.dtype], _Kept] = {}
 
     @abstractmethod
     def down(self) -> Tensor:
-        """(s, in), differentiable in the trained numbers, not yet rounded."""
+        """(s, in), differentiable in the trainable parameters, not yet rounded."""
 
     @abstractmethod
     def core(self, layer: int) -> Tensor:
-        """core_l, (r, s), or its diagonal (r,); differentiable in the trained numbers, which are rounded in it."""
+        """core_l, (r, s), or its diagonal (r,).
+
+        It is differentiable in the trainable parameters, which are rounded in it.
+        """
 
     @abstractmethod
     def up(self) -> Tensor:
-        """(out, r), differentiable in the trained numbers, not yet rounded."""
+        """(out, r), differentiable in the trainable parameters, not yet rounded."""
 
     def product(self, x: Tensor, layer: int, bias: Tensor | None, weight: FrozenWeight) -> Tensor:
         up, core, down, rounding = self.operands(layer, x.device, x.dtype)
@@ -208,34 +238,39 @@ class LowRankFactors(Factors):
     def operands(
         self, layer: int, device: torch.device, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
-        """`up`, `core`, `down` and the dtype to round `up` and `down` to, to compute with a device and a dtype.
+        """`up`, `core`, `down`, and the dtype that `up` and `down` are yet to be rounded to.
 
-        After `eval()` and without gradients they come rounded, in that dtype and on that device, and are kept for the
-        other layers and the next tokens: in decoding, rounding them in every layer takes as long as their products.
-        They are made anew when a Parameter has changed. An optimizer that writes past autograd's version counter does
-        not show there; so what is kept is dropped by `train()`, `eval()` and every pass that records gradients.
+        After `eval()` and without gradients they come rounded, in the given dtype and on the given
+        device, and are kept for the other layers and the next tokens: in decoding, rounding them in
+        every layer takes as long as their products. They are made again when a parameter has
+        changed. An optimizer that writes past autograd's version counter is not seen, so `train()`,
+        `eval()` and every pass that records gradients drop the kept factors.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._settled:
-            if self._settled and not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if torch.is_grad_enabled() or compiling or not self._settled:
+            if self._settled and not compiling:
                 self._forget(settled=False)
-            return self.up(), self._core(layer), self.down(), self.dtype
-        state = tuple(
-            (id(parameter), parameter._version) for parameter in self._parameters.values()
-        )
-        kept = self._rounded.get((device, dtype))
-        if kept is None or kept.state != state:
-            up, down = (
-                factor.detach().to(self.dtype).to(device, dtype)
-                for factor in (self.up(), self.down())
-            )
-            up = up.T.contiguous().T  # the layout that is faster to read for few tokens
-            kept = self._rounded[device, dtype] = _Rounded(state, up, down, {})
+            return self.up(), self._core_without_autocast(layer), self.down(), self.dtype
+        kept = self._kept_factors(device, dtype)
         if layer not in kept.cores:
-            kept.cores[layer] = self._core(layer).detach().to(device, dtype)
+            kept.cores[layer] = self._core_without_autocast(layer).detach().to(device, dtype)
         return kept.up, kept.cores[layer], kept.down, dtype
 
-    def _core(self, layer: int) -> Tensor:
-        with self._own_precision():
+    def _kept_factors(self, device: torch.device, dtype: torch.dtype) -> _Kept:
+        parameters = [p for p in self._parameters.values() if p is not None]
+        state = tuple((id(parameter), parameter._version) for parameter in parameters)
+        kept = self._kept.get((device, dtype))
+        if kept is None or kept.state != state:
+            up = self.up().detach().to(self.dtype).to(device, dtype)
+            down = self.down().detach().to(self.dtype).to(device, dtype)
+            # Column-major: this layout is faster to read for few tokens.
+            up = up.T.contiguous().T
+            kept = _Kept(state, up, down, {})
+            self._kept[device, dtype] = kept
+        return kept
+
+    def _core_without_autocast(self, layer: int) -> Tensor:
+        with self._without_autocast():
             return self.core(layer)
 
     def train(self, mode: bool = True) -> Self:
@@ -244,26 +279,26 @@ class LowRankFactors(Factors):
 
     def _forget(self, settled: bool) -> None:
         self._settled = settled
-        self._rounded.clear()
+        self._kept.clear()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._rounded.clear()
+        self._kept.clear()
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self._rounded.clear()  # FSDP2 gathers what was loaded past the version counter
+        self._kept.clear()  # FSDP2 gathers loaded values past the version counter
         super()._load_from_state_dict(*args)
 
     @torch.no_grad()
-    def pair(self, layer: int, rows: slice = _ALL) -> tuple[Tensor, Tensor]:
-        """Two float32 factors of Delta_l: up . core_l, (out, s) or some rows of it, and down, (s, in)."""
-        up, down = (
-            factor.to(self.dtype).to(torch.float32) for factor in (self.up()[rows], self.down())
-        )
+    def pair(self, layer: int, rows: slice = _ALL_ROWS) -> tuple[Tensor, Tensor]:
+        """Two float32 factors of Delta_l: up . core_l, (out, s) or some of its rows, and down."""
+        up = self.up()[rows].to(self.dtype).to(torch.float32)
+        down = self.down().to(self.dtype).to(torch.float32)
         core = self.core(layer).to(torch.float32)
-        return up * core if core.dim() == 1 else up @ core, down
+        left = up * core if core.dim() == 1 else up @ core
+        return left, down
 
-    def delta(self, layer: int, rows: slice = _ALL) -> Tensor:
+    def delta(self, layer: int, rows: slice = _ALL_ROWS) -> Tensor:
         left, right = self.pair(layer, rows)
         return left @ right
 
@@ -273,33 +308,13 @@ def factor_dtype(settings: Settings) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[settings.factor_dtype]
 
 
-def frozen(tensor: Tensor) -> nn.Parameter:
-    """A Parameter that does not train."""
-    return nn.Parameter(tensor, requires_grad=False)
-
-
-def stored_factors(factors: Factors) -> dict[str, Tensor]:
-    """The parameters as a checkpoint holds them: those that are values of `dtype` as `dtype`, which loses nothing."""
-    return {
-        name: stored(parameter.detach(), factors.dtype)
-        for name, parameter in factors.named_parameters()
-    }
-
-
-def stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A floating tensor as `dtype` if that loses nothing, else as it is."""
-    if not tensor.is_floating_point():
-        return tensor
-    rounded = tensor.to(dtype)
-    return rounded if torch.equal(rounded.to(tensor.dtype), tensor) else tensor
-
-
 class Fit(NamedTuple):
     """Factors fitted to a stack.
 
     Attributes:
-        factors: with the method's class.
-        energy: how much of the stack's squared norm (under the metric, if there is one) they take away.
+        factors: of the method's class.
+        energy: how much of the stack's squared norm they take away, under the metric if there is
+            one.
         starts: subspaces that a fit to nearly the same stack may start from.
     """
 
@@ -308,11 +323,32 @@ class Fit(NamedTuple):
     starts: list[Tensor]
 
 
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """A parameter that does not train."""
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def stored_factors(factors: Factors) -> dict[str, Tensor]:
+    """The parameters as a checkpoint holds them: as `dtype` if that loses nothing."""
+    return {
+        name: stored(parameter.detach(), factors.dtype)
+        for name, parameter in factors.named_parameters()
+    }
+
+
+def stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A floating-point tensor as `dtype` if that loses nothing, else as it is."""
+    if not tensor.is_floating_point():
+        return tensor
+    rounded = tensor.to(dtype)
+    return rounded if torch.equal(rounded.to(tensor.dtype), tensor) else tensor
+
+
 class FactorBank(nn.ModuleDict):
     """All factors of a model, by stack key; registered once, at the model's root, as `BANK`.
 
-    Layers look their factors up in the bank and do not register them: shared parameters under K names would be
-    refused by save_pretrained and sharded K times by FSDP2.
+    Layers look their factors up in the bank and do not register them: save_pretrained would refuse
+    shared parameters with K names, and FSDP2 would shard them K times.
     """
 
     # transformers hands its checkpointing function to every module that has this attribute
@@ -324,14 +360,15 @@ class FactorBank(nn.ModuleDict):
 
     @_gradient_checkpointing_func.setter
     def _gradient_checkpointing_func(self, function: Callable[..., Any]) -> None:
-        options = getattr(function, "keywords", None)  # none where checkpointing is switched off
-        if (
-            options is not None and options.get("use_reentrant") is not False
-        ):  # torch's own default is True
-            raise ValueError(
-                "Gradient checkpointing with use_reentrant=True silently gives the shared factors wrong gradients when "
-                'several processes train. Use the default, or gradient_checkpointing_kwargs={"use_reentrant": False}.'
-            )
+        options = getattr(function, "keywords", None)  # None when checkpointing is switched off
+        if options is None or options.get("use_reentrant") is False:
+            return
+        # torch's default is True.
+        raise ValueError(
+            "Gradient checkpointing with use_reentrant=True silently gives the shared factors "
+            "wrong gradients when several processes train. Use the default, or "
+            'gradient_checkpointing_kwargs={"use_reentrant": False}.'
+        )
 
 
 BANK = "qrefta_factors"

@@ -1,4 +1,6 @@
-"""The one adapted layer: a frozen linear in 4 (or 16) bits that uses its stack's factors."""
+"""The adapted linear layer: a frozen weight in 4 (or 16) bits, with the factors of its stack."""
+
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +12,13 @@ from qrefta.nn.quantized import FrozenWeight, QuantFormat, frozen_weight
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen linear in 4 (or 16) bits, with or without factors.
+    """A frozen linear layer in 4 (or 16) bits, with or without factors.
 
     Args:
         in_features, out_features: shape of the weight.
-        bias: whether there is a bias; frozen unless it is made to require grad.
+        bias: whether there is a bias; frozen unless it is made to require a gradient.
         fmt: the 4-bit format; None keeps the weight as a plain (out, in) matrix.
-        dtype: of the bias, and of the weight where `fmt` is None.
+        dtype: of the bias, and of the weight if `fmt` is None.
 
     Shapes: input (..., in), output (..., out), in the input's dtype; under autocast in autocast's.
     """
@@ -41,9 +43,8 @@ class AdaptedLinear(nn.Module):
             for name, size in sizes.items():
                 self.register_parameter(name, frozen(torch.empty(size, dtype=torch.uint8)))
         self.bias = frozen(torch.empty(out_features, dtype=dtype)) if bias else None
-        self._adapter: tuple[FactorBank, str, int] | None = (
-            None  # a tuple: not registered as a submodule
-        )
+        # In a tuple, so that the bank is not registered as a submodule.
+        self._adapter: tuple[FactorBank, str, int] | None = None
 
     def attach(self, bank: FactorBank, key: str, layer: int) -> None:
         """Use the factors `bank[key]` as layer number `layer` of their stack."""
@@ -51,10 +52,14 @@ class AdaptedLinear(nn.Module):
 
     @property
     def factors(self) -> Factors | None:
-        return None if self._adapter is None else self._adapter[0][self._adapter[1]]
+        """The factors of the layer's stack, if it has any."""
+        if self._adapter is None:
+            return None
+        bank, key, _ = self._adapter
+        return cast(Factors, bank[key])
 
     def store(self, weight: FrozenWeight, bias: Tensor | None) -> None:
-        """Fill the layer with a frozen weight of its format and a bias."""
+        """Fill the layer with a weight of its format, and a bias."""
         for name, tensor in weight.tensors().items():
             setattr(self, name, frozen(tensor))
         self.bias = None if bias is None else frozen(bias.detach())
@@ -65,51 +70,59 @@ class AdaptedLinear(nn.Module):
 
     def frozen_weight(self) -> FrozenWeight:
         """The frozen weight as it is stored."""
-        own = self._parameters  # a module's own look-up is slow enough to be seen in decoding
-        check_gathered(own["weight"], "packed weights of a block")
+        # A module's attribute look-up is slow enough to be seen in decoding.
+        parameters = self._parameters
+        weight = cast(Tensor, parameters["weight"])
+        check_gathered(weight, "packed weights of a block")
         shape = (self.out_features, self.in_features)
-        return frozen_weight(
-            self.fmt, shape, own["weight"], own.get("absmax"), own.get("absmax_state")
-        )
+        scales = parameters.get("absmax")
+        return frozen_weight(self.fmt, shape, weight, scales, parameters.get("absmax_state"))
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
         """dequant(Q_l) + Delta_l, (out, in), float32."""
         weight = self.residual(torch.float32)
-        return (
-            weight
-            if self.factors is None
-            else weight + self.factors.delta(self._adapter[2]).to(weight.device)
-        )
+        if self._adapter is None or self.factors is None:
+            return weight
+        layer = self._adapter[2]
+        return weight + self.factors.delta(layer).to(weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_floating_point():
             raise ValueError(
-                f"AdaptedLinear takes floating input, not {x.dtype}; was it cast to the packed weight's dtype?"
+                f"AdaptedLinear takes floating-point input, not {x.dtype}. Was the input cast to "
+                "the dtype of the packed weight?"
             )
         if "_is_replica" in self.__dict__:  # set by torch in every device's copy of a module
             raise ValueError(
-                "nn.DataParallel copies layers to other devices without the factors that they share, so it cannot run "
-                "a prepared model. Use one process a GPU (torchrun, DDP); where Trainer chose it for several "
-                "GPUs, show it one: CUDA_VISIBLE_DEVICES=0."
+                "nn.DataParallel copies layers to other devices without the factors that they "
+                "share, so it cannot run a prepared model. Use one process a GPU (torchrun, DDP). "
+                "If Trainer chose DataParallel because it sees several GPUs, show it one: "
+                "CUDA_VISIBLE_DEVICES=0."
             )
-        kind = x.device.type
-        if (
-            torch.amp.is_autocast_available(kind)
-            and torch.is_autocast_enabled(kind)
-            and x.dtype != torch.float64
-        ):
-            x = x.to(torch.get_autocast_dtype(kind))
+        x = _autocast(x)
         if self._adapter is None:
             return frozen_product(x, self.bias, self.frozen_weight())
         bank, key, layer = self._adapter
-        factors = bank[key]
-        check_gathered(next(iter(factors._parameters.values())), "shared factors")
+        factors = cast(Factors, bank[key])
+        first_parameter = cast(Tensor, next(iter(factors._parameters.values())))
+        check_gathered(first_parameter, "shared factors")
         return factors.product(x, layer, self.bias, self.frozen_weight())
 
     def extra_repr(self) -> str:
-        stored = (
-            "16 bits" if self.fmt is None else f"{self.fmt.quant_type}, block {self.fmt.block_size}"
-        )
+        stored = "16 bits"
+        if self.fmt is not None:
+            stored = f"{self.fmt.quant_type}, block {self.fmt.block_size}"
         rank = 0 if self.factors is None else self.factors.rank
-        return f"in_features={self.in_features}, out_features={self.out_features}, {stored}, rank={rank}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, {stored}, rank={rank}"
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """The input in autocast's dtype, if autocast is on; float64 stays as it is."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return x
+    if not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,13 +24,12 @@ from tqdm.auto import tqdm
 from transformers import BatchEncoding
 
 from qrefta.config import LayerStack
+from qrefta.linalg.metric import Metric, normalized, roots
 from qrefta.model.stacks import ends_with
 from qrefta.nn.experts import fused_inputs
 
 FULL_WIDTH = 4096  # wider inputs keep only the diagonal: the full matrix and its roots would cost more than they give
 DOUBLE_WIDTH = 1024  # sums up to this width are float64; beyond, float32 halves the memory
-RIDGE = 1e-4
-ROWS = 1024  # of an error matrix, at a time
 FORMAT = "qrefta-moments-1"
 
 Batch = Mapping[str, Any] | BatchEncoding | Tensor
@@ -49,7 +48,7 @@ class Moments:
     owners: dict[str, str]
     tokens: dict[str, int]
     read: Callable[[str], Tensor]
-    _latest: dict[tuple[object, ...], "Metric"] = field(
+    _latest: dict[tuple[object, ...], Metric] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -355,25 +354,6 @@ def _read_tensor(file_path: str | Path, key: str) -> Tensor:
         return file.get_tensor(key)
 
 
-class Metric(NamedTuple):
-    """A symmetric positive definite S on the input space, by its roots.
-
-    Attributes:
-        root, inverse_root: S^(1/2) and S^(-1/2), each (in, in), or (in,) for a diagonal S; float32.
-    """
-
-    root: Tensor
-    inverse_root: Tensor
-
-    def apply(self, vectors: Tensor) -> Tensor:
-        """S^(1/2) vectors, (in, columns)."""
-        return _times(self.root.to(vectors), vectors)
-
-    def apply_inverse(self, vectors: Tensor) -> Tensor:
-        """S^(-1/2) vectors, (in, columns)."""
-        return _times(self.inverse_root.to(vectors), vectors)
-
-
 def shared_metric(
     moments: Moments, stack: LayerStack, device: torch.device | None = None
 ) -> Metric:
@@ -402,45 +382,7 @@ def shared_metric(
                 f"The moment of {path} is {moment.shape[0]} wide, its weight {stack.in_features}; gather the moments "
                 "on the model to prepare"
             )
-        total = total + _normalized(moment.to(total)) / len(stack.modules)
+        total = total + normalized(moment.to(total)) / len(stack.modules)
     latest.clear()
-    latest[key] = Metric(*(root.float() for root in _roots(total)))
+    latest[key] = Metric(*(root.float() for root in roots(total)))
     return latest[key]
-
-
-def output_error(errors: Tensor, moment: Tensor) -> float:
-    """E||x E^T||^2 = tr(E S E^T) of a layer: products in float32, the sum in float64.
-
-    Args:
-        errors: E, the weight less what is stored, (out, in).
-        moment: S = E[x^T x], (in, in) or its diagonal (in,).
-    """
-    moment = moment.to(errors.device, torch.float32)
-    total = torch.zeros((), dtype=torch.float64, device=errors.device)
-    for rows in errors.float().split(ROWS):
-        total += (_times(moment, rows.T) * rows.T).sum(dtype=torch.float64)
-    return total.item()
-
-
-def _normalized(moment: Tensor) -> Tensor:
-    """(S + RIDGE mean(diag S) I) / its own mean(diag); the identity for a zero S."""
-    diagonal = moment.diagonal() if moment.dim() == 2 else moment
-    identity = torch.ones_like(diagonal).diag() if moment.dim() == 2 else torch.ones_like(diagonal)
-    mean = diagonal.mean()
-    return identity if mean <= 0 else (moment / mean + RIDGE * identity) / (1 + RIDGE)
-
-
-def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """S^(1/2) and S^(-1/2) of a mean of `_normalized`; rounding may have put eigenvalues under their floor."""
-    floor = RIDGE / (1 + RIDGE)
-    if matrix.dim() == 1:
-        root = matrix.clamp(min=floor).sqrt()
-        return root, 1 / root
-    values, vectors = torch.linalg.eigh(matrix)
-    root = values.clamp(min=floor).sqrt()
-    return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
-
-
-def _times(operator: Tensor, vectors: Tensor) -> Tensor:
-    """A full (in, in) or diagonal (in,) operator times (in, columns)."""
-    return operator @ vectors if operator.dim() == 2 else operator[:, None] * vectors

@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 
 from qrefta.config import LayerStack, Rank, Settings, StackReport
+from qrefta.linalg.metric import output_error
 from qrefta.linalg.tsvd import squared_norm
 from qrefta.model.stacks import Weights
 from qrefta.nn.quantized import FrozenWeight, QuantFormat
-from qrefta.split.calibrate import Moments, output_error, shared_metric
+from qrefta.split.calibrate import Moments, shared_metric
 from qrefta.split.residual import Split, SplitLayer, split_layers, split_stack
 
 

@@ -116,7 +116,7 @@ def test_cost_model_recovers_the_constants_of_times_that_follow_it():
     cells = []
     for tokens in (16, 64, 256, 1024):
         for rank in (0, 8, 64):
-            count = cost_model.product.step_cost(tokens, 128, 256, rank, value_bytes=4)
+            count = cost_model.cost.step_cost(tokens, 128, 256, rank, value_bytes=4)
             seconds = count.operations / 2e11 + count.moved_bytes / 3e10 + 4e-5
             cells.append(
                 {

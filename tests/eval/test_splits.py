@@ -5,8 +5,8 @@ import torch
 from torch.testing import assert_close
 
 from eval.peers.splits import SCALE_BLOCK, loftq, pissa, qera, small_block, small_block_bits, top
+from qrefta.linalg.metric import Metric
 from qrefta.nn.quantized import QuantFormat, rounded
-from qrefta.split.calibrate import Metric
 
 NF4 = QuantFormat("nf4")
 

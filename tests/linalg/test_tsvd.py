@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from qrefta.linalg import tsvd as tensor_module
+from qrefta.linalg.metric import Metric
 from qrefta.linalg.tsvd import TRANSFORMS, mix, mode3_gram, refit, t_svd, t_svd_exact
 from tests.stacks import blocks_of, slices_of, svd_of, transform_of
 
@@ -447,25 +448,12 @@ def test_work_does_not_grow_with_layers_times_rank(monkeypatch):
     assert many < 4 * few
 
 
-class Diagonal:
-    """S = diag(d)^2."""
-
-    def __init__(self, root):
-        self.root = root
-
-    def apply(self, vectors):
-        return self.root[:, None] * vectors
-
-    def apply_inverse(self, vectors):
-        return vectors / self.root[:, None]
-
-
 @pytest.mark.parametrize("size", [20, 200])
 def test_a_metric_weights_the_right_side(size):
     """The principal part times S^(1/2) is that of What S^(1/2)."""
     stack, root = falling(2, size, size, 0.8), torch.linspace(0.5, 3, size, dtype=torch.float64)
     U = transform_of(stack, "identity")
-    found, _ = t_svd(slices_of(stack, U, metric=Diagonal(root)), 12, seed=0)
+    found, _ = t_svd(slices_of(stack, U, metric=Metric(root, 1 / root)), 12, seed=0)
     weighted = t_svd_exact(slices_of(stack * root, U), 12)
     assert (found.values.square().sum() / weighted.values.square().sum()).item() == pytest.approx(
         1, abs=1e-3

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qrefta
+from qrefta.linalg.metric import Metric
 from qrefta.linalg.tucker import hosvd
 from qrefta.methods import METHODS
 from qrefta.methods.craft import CRAFT
@@ -378,9 +379,9 @@ def test_trained_params_gives_crafts_ranks():
 
 def test_bad_settings_are_refused():
     for settings, message in [
-        ({"method": "refta", "ranks": (2, 3, 4)}, "ReFTA has one rank; give it as rank"),
-        ({"method": "tera", "ranks": (2, 3, 4)}, "TeRA has one rank; give it as rank"),
-        ({"method": "craft", "ranks": (2, 3)}, "CRAFT takes three whole numbers"),
+        ({"method": "refta", "ranks": (2, 3, 4)}, "ReFTA has one rank; give one whole number"),
+        ({"method": "tera", "ranks": (2, 3, 4)}, "TeRA has one rank; give one whole number"),
+        ({"method": "craft", "ranks": (2, 3)}, "CRAFT takes one whole number, or three"),
         ({"method": "craft", "ranks": (2, 3, 0)}, "each of ranks is 0"),
         (
             {"method": "craft", "transform": "dct"},
@@ -558,16 +559,7 @@ def test_the_iterated_basis_captures_what_the_exact_one_does():
 
 
 SPREAD = torch.logspace(0, -2, 30, dtype=torch.float64)  # second moments of 30 inputs
-
-
-class Diagonal:
-    """The metric diag(SPREAD)."""
-
-    def apply(self, vectors):
-        return SPREAD.sqrt().to(vectors).unsqueeze(1) * vectors
-
-    def apply_inverse(self, vectors):
-        return vectors / SPREAD.sqrt().to(vectors).unsqueeze(1)
+WEIGHTED = Metric(SPREAD.sqrt(), 1 / SPREAD.sqrt())
 
 
 def test_a_metric_moves_the_decomposition_to_the_outputs():
@@ -575,7 +567,7 @@ def test_a_metric_moves_the_decomposition_to_the_outputs():
     stack = stack_of(4, 20, 30, dtype=torch.float64)
     U = transform_of(stack, "lsm3")
     plain, weighted = (
-        hosvd(slices_of(stack, U, metric=metric), (4, 8, 8), 0) for metric in (None, Diagonal())
+        hosvd(slices_of(stack, U, metric=metric), (4, 8, 8), 0) for metric in (None, WEIGHTED)
     )
     errors = [stack - approximation(found, U, 4) for found in (plain, weighted)]
     left = (stack * SPREAD.sqrt()).square().sum() - weighted.core.square().sum()
@@ -588,7 +580,7 @@ def test_under_a_metric_it_is_the_decomposition_of_the_weighted_stack():
     """Of W S^(1/2), and back through S^(-1/2)."""
     stack = decaying(4, 20, 30)
     U = transform_of(stack, "lsm3")
-    found = hosvd(slices_of(stack, U, metric=Diagonal()), (4, 8, 8), 0)
+    found = hosvd(slices_of(stack, U, metric=WEIGHTED), (4, 8, 8), 0)
     weighted = hosvd(slices_of(stack * SPREAD.sqrt(), U), (4, 8, 8), 0)
     assert_close(approximation(found, U, 4) * SPREAD.sqrt(), approximation(weighted, U, 4))
 

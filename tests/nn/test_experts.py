@@ -21,10 +21,11 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 import qrefta
 from qrefta.files.checksums import DIGESTS
+from qrefta.linalg.metric import output_error
 from qrefta.model.stacks import find_stacks, model_weights, select_stacks
 from qrefta.nn.experts import add_expert, fused_names, is_experts, restore_fused, route_evenly
 from qrefta.nn.linear import AdaptedLinear
-from qrefta.split.calibrate import gather_moments, output_error
+from qrefta.split.calibrate import gather_moments
 from tests.models import EXPERTS, VOCAB, inputs, logits, tiny_mixtral
 
 all_models = pytest.mark.parametrize("name", EXPERTS)

@@ -405,8 +405,7 @@ def test_kept_factors_move_and_copy_with_the_model():
         clone.bank["stack"].A.zero_()
         assert not torch.allclose(clone(x), model(x))
     model.to(torch.bfloat16)
-    assert not model.bank[
-        "stack"
-    ]._rounded  # what was kept for the old device or dtype is given back
+    # Factors kept for the old device or dtype are dropped.
+    assert not model.bank["stack"]._kept
     assert evaluated(model, x.bfloat16()).dtype == torch.bfloat16
-    assert "_rounded" not in str(model.state_dict().keys())
+    assert "_kept" not in str(model.state_dict().keys())

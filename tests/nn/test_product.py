@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from qrefta.nn.product import Cost, adapted_product, frozen_product, step_cost
+from qrefta.nn.cost import Cost, step_cost
+from qrefta.nn.product import adapted_product, frozen_product
 from qrefta.nn.quantized import QUANT_TYPES, QuantFormat
 from tests.stacks import stored_in
 
@@ -171,7 +172,7 @@ def test_the_form_that_runs_costs_least(shape, tokens, monkeypatch):
     for forward, backward in itertools.product([False, True], repeat=2):
         answers = iter([forward, backward])
         monkeypatch.setattr(
-            "qrefta.nn.product._merges", lambda *_, answers=answers, **__: next(answers)
+            "qrefta.nn.cost.merging_is_cheaper", lambda *_, answers=answers, **__: next(answers)
         )
         forced.append(step_cost(tokens, shape[1], shape[0], 4))
     assert chosen.operations == min(cost.operations for cost in forced)

@@ -8,13 +8,13 @@ from torch.testing import assert_close
 from transformers import AutoModel
 
 from qrefta.config import LayerStack
+from qrefta.linalg.metric import roots
 from qrefta.model.stacks import find_stacks
 from qrefta.split import calibrate as moments_module
 from qrefta.split.calibrate import (
     Moments,
     gather_moments,
     load_moments,
-    output_error,
     shared_metric,
 )
 from qrefta.train.data import read_calibration
@@ -338,7 +338,7 @@ def explicit_shared(*tensors):
 def test_roots_are_those_of_the_definition(ranks):
     tensors = [random_moment(24, rank, seed) * 10.0**seed for seed, rank in enumerate(ranks)]
     expected = explicit_shared(*tensors)
-    root, inverse = moments_module._roots(expected)
+    root, inverse = roots(expected)
     assert_close(root @ root, expected)
     assert_close(root @ inverse, torch.eye(24, dtype=DOUBLE))
     metric = shared_metric(*fixed_moments(*(tensor.float() for tensor in tensors)))
@@ -390,18 +390,6 @@ def test_a_metric_needs_moments_of_the_stacks_width():
     wider = LayerStack(stack.name, stack.modules, 8, 32)
     with pytest.raises(ValueError, match="24 wide, its weight 32"):
         shared_metric(moments, wider)
-
-
-@pytest.mark.parametrize("rows", [3, 1000])
-def test_output_error_is_the_error_of_the_outputs(rows, monkeypatch):
-    monkeypatch.setattr(moments_module, "ROWS", rows)
-    generator = torch.Generator().manual_seed(0)
-    x, errors = torch.randn(50, 24, generator=generator), torch.randn(10, 24, generator=generator)
-    expected = (x.double() @ errors.double().T).square().sum().item() / 50
-    moment = explicit([x])[0].float()
-    assert output_error(errors, moment) == pytest.approx(expected, rel=1e-5)
-    diagonal = (errors.double().square() * moment.double().diagonal()).sum().item()
-    assert output_error(errors, moment.diagonal()) == pytest.approx(diagonal, rel=1e-5)
 
 
 def test_calibration_reads_text_and_tables(tmp_path):
