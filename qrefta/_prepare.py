@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from qrefta.config import QReftaConfig, StackRow
+from qrefta.config import StackRow
+from qrefta.hf_config import QReftaConfig
 from qrefta.hf_quantizer import QReftaQuantizer, is_prepared
 from qrefta.model.build import adapt, attach_bank, bank_key, freeze, trained_modules
 from qrefta.model.stacks import (

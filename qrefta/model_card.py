@@ -5,8 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
-from qrefta.config import QReftaConfig
 from qrefta.files.safetensors import replace_text
+from qrefta.hf_config import QReftaConfig
 
 NAME = "README.md"
 

@@ -26,9 +26,9 @@ import atheris
 with atheris.instrument_imports(
     include=["qrefta.shards", "qrefta.digests", "qrefta.config", "qrefta.guard"]
 ):
-    from qrefta.config import QReftaConfig
     from qrefta.files.checksums import DIGESTS, check_digests, write_digests
     from qrefta.files.safetensors import INDEX, SINGLE, Checkpoint
+    from qrefta.hf_config import QReftaConfig
     from qrefta.hf_quantizer import read_config
     from qrefta.model.check import check_config
 

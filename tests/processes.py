@@ -25,10 +25,11 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 import qrefta
-from qrefta.cli import load_classifier, quiet_libraries
+from qrefta.cli import quiet_libraries
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.train.data import load_classification
 from qrefta.train.finetune import finetune, round_masters
+from qrefta.train.models import load_classifier
 from tests.models import VOCAB, tiny_llama
 
 DOCS = Path(__file__).parents[1] / "docs" / "distributed.md"

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from qrefta.config import FORMAT_VERSION, QReftaConfig, StackRow
+from qrefta.config import FORMAT_VERSION, StackRow
+from qrefta.hf_config import QReftaConfig
 from qrefta.nn.quantized import QuantFormat
 
 ROW = {

@@ -29,7 +29,7 @@ from transformers import AutoModel
 from eval.memory import peak, resident, restart_peak
 from eval.rows import append
 from qrefta.cli import guarded
-from qrefta.config import QReftaConfig
+from qrefta.hf_config import QReftaConfig
 from qrefta.linalg.tsvd import Slices, mix, t_svd, transform_matrix
 from qrefta.model.stacks import Weights, find_stacks, model_weights
 from qrefta.nn.quantized import rounded

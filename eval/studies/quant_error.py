@@ -41,7 +41,7 @@ from eval.peers.splits import loftq, pissa, qera, small_block, small_block_bits
 from eval.rows import append, find, read
 from eval.tasks.demo import docstring_sentences, model_folder
 from qrefta.cli import guarded, quiet_libraries
-from qrefta.config import QReftaConfig
+from qrefta.hf_config import QReftaConfig
 from qrefta.linalg.tsvd import TRANSFORMS
 from qrefta.methods import METHODS
 from qrefta.methods.craft import CRAFT

@@ -20,14 +20,13 @@ formed on the thin side only, and the right vectors come back through S^(-1/2).
 import math
 from collections.abc import Callable, Iterable
 from copy import copy
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import NamedTuple, Protocol
 
 import scipy.fft
 import torch
 from torch import Tensor
 
-Transform = Literal["lsm3", "dct", "identity"]
-TRANSFORMS: tuple[Transform, ...] = get_args(Transform)
+from qrefta.choices import TRANSFORMS, Transform
 
 Blocks = Callable[
     [], Iterable[tuple[slice, Tensor]]

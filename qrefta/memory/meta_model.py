@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from qrefta.config import QReftaConfig, StackRow
+from qrefta.config import StackRow
+from qrefta.hf_config import QReftaConfig
 from qrefta.memory.footprint import COUNTED_BLOCKS
 from qrefta.model.build import build, freeze, model_class, trained_modules
 from qrefta.model.stacks import LayerStack, ends_with, find_stacks, select_stacks

@@ -16,7 +16,7 @@ import torch
 from accelerate.utils.modeling import convert_file_size_to_int
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from qrefta.config import QReftaConfig
+from qrefta.hf_config import QReftaConfig
 from qrefta.memory.footprint import CHECKPOINTING, count_step, fake
 from qrefta.memory.meta_model import Outline
 from qrefta.methods import METHODS

@@ -7,7 +7,8 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from qrefta.config import QReftaConfig, StackRow
+from qrefta.config import StackRow
+from qrefta.hf_config import QReftaConfig
 from qrefta.methods import METHODS
 from qrefta.model.stacks import LayerStack, ends_with, read_slice, replace_module
 from qrefta.nn.experts import add_expert

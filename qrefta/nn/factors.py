@@ -22,7 +22,9 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from qrefta.linalg.tsvd import TRANSFORMS, Slices
+from qrefta.choices import TRANSFORMS
+from qrefta.config import BANK as BANK
+from qrefta.linalg.tsvd import Slices
 from qrefta.nn.product import adapted_product, rounded_factor
 from qrefta.nn.quantized import Packed, QuantFormat
 
@@ -332,6 +334,3 @@ class FactorBank(nn.ModuleDict):
                 "Gradient checkpointing with use_reentrant=True silently gives the shared factors wrong gradients when "
                 'several processes train. Use the default, or gradient_checkpointing_kwargs={"use_reentrant": False}.'
             )
-
-
-BANK = "qrefta_factors"

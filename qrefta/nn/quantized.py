@@ -18,16 +18,14 @@ bitsandbytes traps that this file works around:
 
 import functools
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import bitsandbytes
 import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
-QuantType = Literal["nf4", "fp4", "int4"]
-QUANT_TYPES: tuple[QuantType, ...] = get_args(QuantType)
-BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+from qrefta.choices import BLOCK_SIZES, QUANT_TYPES, QuantType
 
 _CELLS = 1024  # of the look-up table that `rounded` finds a level with; finer than the levels' least distance
 _LOOKUP_CHUNK = 1 << 17  # values whose temporaries stay in a core's cache

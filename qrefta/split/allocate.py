@@ -14,7 +14,8 @@ from collections.abc import Callable
 import torch
 from tqdm.auto import tqdm
 
-from qrefta.config import QReftaConfig, StackRow
+from qrefta.config import StackRow
+from qrefta.hf_config import QReftaConfig
 from qrefta.linalg.tsvd import squared_norm
 from qrefta.methods import METHODS
 from qrefta.methods.refta import ReFTA

@@ -20,21 +20,24 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from qrefta.config import QReftaConfig, StackRow
-from qrefta.files.checksums import write_digests
+from qrefta.config import StackRow
+from qrefta.files.checksums import Checksums, settings_checksum
+from qrefta.files.json_file import read_json
 from qrefta.files.safetensors import (
     Checkpoint,
     Part,
     ShardWriter,
     copy_companions,
     copy_shard,
-    read_json,
+    read_checksums,
     replace_text,
     resolve_folder,
     write_index,
 )
+from qrefta.hf_config import QReftaConfig
 from qrefta.model.build import bank_key, model_class, trained_modules
-from qrefta.model.check import FRESH_BYTES, FRESH_SHARE, check_config
+from qrefta.model.check import FRESH_BYTES, FRESH_SHARE
+from qrefta.model.config_file import check_config
 from qrefta.model.names import weight_parts
 from qrefta.model.stacks import (
     BLOCK_BYTES,
@@ -52,6 +55,7 @@ from qrefta.split.calibrate import Moments
 from qrefta.split.stack_split import StackSplit
 
 JOURNAL = "qrefta_unfinished.json"
+_REST = "model-rest.safetensors"
 _PART_BYTES = 128 << 20
 _BLOCKS, _LAYERS = (
     8,
@@ -112,11 +116,13 @@ def convert(
                 files = _write_stack(out, index, split, checkpoint, parts)
                 journal.enter(split.row(), files)
             bar.update(stack.layers * stack.out_features * stack.in_features)
-    config.stacks, config.base_model = journal.rows, str(source)
-    files = journal.files + _write_rest(
-        out, checkpoint, {part.name for own in parts.values() for part in own}
-    )
-    _finish(folder, out, model.config, config, files)
+    config.stacks = journal.rows
+    config.base_model = str(source)
+    model.config.quantization_config = config
+    settings = model.config.to_json_string(use_diff=True)
+    written = {part.name for tensors in parts.values() for part in tensors}
+    files = [*journal.files, _write_rest(out, checkpoint, written, journal.files, settings)]
+    _finish(folder, out, config, settings, files)
     return out
 
 
@@ -270,29 +276,34 @@ def _write_stack(
     return files.close()
 
 
-def _write_rest(out: Path, checkpoint: Checkpoint, written: set[str]) -> list[str]:
-    """Copy every other tensor as it is: embeddings, norms, biases, heads."""
+def _write_rest(
+    out: Path, checkpoint: Checkpoint, written: set[str], files: list[str], settings: str
+) -> str:
+    """Copy every other tensor as it is: embeddings, norms, biases, heads; the name of the file.
+
+    Its header has the checksums of all `files` and of config.json too, so that files of two runs are told apart.
+    """
+    known: dict[str, str | None] = {}
+    for file in files:
+        checksums = read_checksums(out / file)
+        known |= checksums.tensors if checksums is not None else {}
     names = [name for name in checkpoint.names if name not in written]
-    if names:
-        copy_shard(out / "model-rest.safetensors", checkpoint, names)
-    return ["model-rest.safetensors"] if names else []
+    config = settings_checksum(json.loads(settings))
+    copy_shard(out / _REST, checkpoint, names, Checksums(known, config))
+    return _REST
 
 
-def _finish(
-    folder: Path, out: Path, model: PreTrainedConfig, config: QReftaConfig, files: list[str]
-) -> None:
-    """Write all that makes a model of the files: index, tokenizer, and at the very end config.json and the digests.
+def _finish(folder: Path, out: Path, config: QReftaConfig, settings: str, files: list[str]) -> None:
+    """Write the rest of a model's files: index, tokenizer, and at the very end config.json.
 
-    The journal stays until then: a run that is killed in here goes on like any.
+    The journal stays until then: a run that is killed in here goes on from it.
     """
     copy_companions(folder, out)
     write_index(out, files)
     for stray in _strays(out, files):
         stray.unlink()
-    model.quantization_config = config
     write_card(out, config)
-    replace_text(out / "config.json", model.to_json_string(use_diff=True))
-    write_digests(out)
+    replace_text(out / "config.json", settings)
     (out / JOURNAL).unlink()
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qrefta.config import QReftaConfig
+from qrefta.hf_config import QReftaConfig
 from qrefta.linalg.tsvd import Blocks, Metric, Slices, mix, squared_norm, t_svd, transform_matrix
 from qrefta.methods import METHODS
 from qrefta.model.stacks import Weights

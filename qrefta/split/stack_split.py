@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from qrefta.config import QReftaConfig, StackRow
+from qrefta.config import StackRow
+from qrefta.hf_config import QReftaConfig
 from qrefta.linalg.tsvd import squared_norm
 from qrefta.model.stacks import LayerStack, Weights
 from qrefta.nn.factors import Rank

@@ -6,7 +6,7 @@ from transformers import AutoModel
 
 import qrefta
 from eval.tasks.demo import model_folder
-from qrefta.config import QReftaConfig
+from qrefta.hf_config import QReftaConfig
 from qrefta.model.stacks import find_stacks, model_weights
 from qrefta.nn.factors import BANK
 from qrefta.split.allocate import _Spectra

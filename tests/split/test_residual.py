@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from qrefta.config import QReftaConfig
+from qrefta.hf_config import QReftaConfig
 from qrefta.linalg.tsvd import TRANSFORMS
 from qrefta.model.stacks import Weights
 from qrefta.nn.quantized import QUANT_TYPES, dequantize, rounded

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from qrefta.config import QReftaConfig
+from qrefta.hf_config import QReftaConfig
 from qrefta.model.stacks import LayerStack, Weights
 from qrefta.nn.quantized import dequantize
 from qrefta.split.calibrate import Moments
