@@ -101,20 +101,21 @@ def whole_state(model: nn.Module) -> Mapping[str, Tensor]:
     )
 
 
-def wait_for_all(patience_s: float = _SAVING_S) -> None:
+def wait_for_all() -> None:
     """Wait until all processes are about to gather a sharded model, so that gathering it cannot hang.
 
     A plain Trainer under FSDP2 lets its first process save alone, while the others go on.
 
     Raises:
-        ValueError: if another process has not come in `patience_s` seconds.
+        ValueError: if another process has not come within a minute.
     """
     store = dist.distributed_c10d._get_default_store()
     calls = store.add(_counter(dist.get_rank()), 1)
-    deadline = time.monotonic() + patience_s
+    deadline = time.monotonic() + _SAVING_S
     for rank in range(dist.get_world_size()):
         while store.add(_counter(rank), 0) < calls:
             if time.monotonic() > deadline:
+                store.add(_counter(dist.get_rank()), -1)
                 raise ValueError(
                     f"This process saves a model that FSDP2 sharded, and process {rank} does not take part. With a "
                     'plain Trainer set fsdp_config={"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}, and at the '
