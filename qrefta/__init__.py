@@ -1,14 +1,25 @@
-"""4-bit fine-tuning with shared tensor factors: prepare, train, save, load, merge, export, report."""
+"""4-bit fine-tuning with shared tensor factors: prepare, train, save, load, merge, export, report.
 
-from qrefta._prepare import prepare, prepare_checkpoint
-from qrefta.config import RankBudget, Settings
-from qrefta.export.lora import export_lora
-from qrefta.export.merge import merge
-from qrefta.hf_config import QReftaConfig
-from qrefta.hf_quantizer import load, quant_report
-from qrefta.memory.plan import plan
-from qrefta.train.evaluate import evaluate
-from qrefta.train.finetune import finetune
+The names are imported on first use. `import qrefta` imports neither torch nor transformers; it makes sure that
+transformers will know prepared models (see `qrefta._plugin`).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from qrefta import _plugin
+
+if TYPE_CHECKING:
+    from qrefta._prepare import prepare, prepare_checkpoint
+    from qrefta.config import RankBudget, Settings
+    from qrefta.export.lora import export_lora
+    from qrefta.export.merge import merge
+    from qrefta.hf_config import QReftaConfig
+    from qrefta.hf_quantizer import load, quant_report
+    from qrefta.memory.plan import plan
+    from qrefta.model.verify import verify
+    from qrefta.train.evaluate import evaluate
+    from qrefta.train.finetune import finetune
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,4 +35,36 @@ __all__ = [
     "prepare",
     "prepare_checkpoint",
     "quant_report",
+    "verify",
 ]
+
+_MODULES = {
+    "QReftaConfig": "qrefta.hf_config",
+    "evaluate": "qrefta.train.evaluate",
+    "export_lora": "qrefta.export.lora",
+    "finetune": "qrefta.train.finetune",
+    "load": "qrefta.hf_quantizer",
+    "merge": "qrefta.export.merge",
+    "plan": "qrefta.memory.plan",
+    "RankBudget": "qrefta.config",
+    "Settings": "qrefta.config",
+    "prepare": "qrefta._prepare",
+    "prepare_checkpoint": "qrefta._prepare",
+    "quant_report": "qrefta.hf_quantizer",
+    "verify": "qrefta.model.verify",
+}
+
+_plugin.register()
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported on first use (PEP 562)."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'qrefta' has no attribute {name!r}")
+    value = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -13,7 +13,6 @@ from qrefta.choices import Bits
 from qrefta.config import LayerStack, Rank, StackReport, settings_of_call, shows_settings
 from qrefta.hf_config import QReftaConfig
 from qrefta.hf_quantizer import is_prepared, register
-from qrefta.methods import check_method
 from qrefta.model.build import adapt, attach_bank, bank_key, freeze, with_trained_modules
 from qrefta.model.stacks import Weights, check_values, find_stacks, model_weights, read_slice
 from qrefta.nn.factors import BANK, FactorBank
@@ -82,7 +81,6 @@ def prepare(
             "`out` goes with prepare_checkpoint and a folder or hub name; save this model with save_pretrained."
         )
     chosen = settings_of_call("prepare", {"bits": bits, "rank": rank, **settings})
-    check_method(chosen)
     if calibration is not None and moments is not None:
         raise ValueError(
             "calibration and moments are both given; moments are gathered from calibration: give one of the two."
@@ -140,7 +138,6 @@ def prepare_checkpoint(
         TypeError: for an unknown keyword.
     """
     chosen = settings_of_call("prepare_checkpoint", {"bits": bits, "rank": rank, **settings})
-    check_method(chosen)
     loaded = _moments(moments)
     return convert(source, Path(out), chosen, loaded, torch.device(device), max_memory, progress)
 

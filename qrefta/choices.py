@@ -1,4 +1,4 @@
-"""The choices that options take, as Literals; no import, so that the command line answers at once."""
+"""The choices that settings and options allow: torch-free, so that `qrefta --help` need not import torch."""
 
 from typing import Literal, get_args
 
@@ -7,18 +7,22 @@ Transform = Literal["lsm3", "dct", "identity"]
 QuantType = Literal["nf4", "fp4", "int4"]
 Bits = Literal[4, 16]
 FactorDtype = Literal["bfloat16", "float32"]
-Dtype = Literal["bfloat16", "float16", "float32"]
 Task = Literal["classify", "lm", "sft", "image"]
 LoraBase = Literal["residual", "residual-4bit", "original"]
 Optimizer = Literal["adamw", "adamw_8bit"]
+Dtype = Literal["bfloat16", "float16", "float32"]
 
 METHOD_NAMES: tuple[Method, ...] = get_args(Method)
 TRANSFORMS: tuple[Transform, ...] = get_args(Transform)
 QUANT_TYPES: tuple[QuantType, ...] = get_args(QuantType)
 BITS: tuple[Bits, ...] = get_args(Bits)
 FACTOR_DTYPES: tuple[FactorDtype, ...] = get_args(FactorDtype)
-DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 TASK_NAMES: tuple[Task, ...] = get_args(Task)
 LORA_BASES: tuple[LoraBase, ...] = get_args(LoraBase)
 OPTIMIZER_NAMES: tuple[Optimizer, ...] = get_args(Optimizer)
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+
+# Methods whose factors are fitted to the weights, with the mode-3 transforms that they take.
+FITTED: dict[Method, tuple[Transform, ...]] = {"refta": TRANSFORMS, "craft": ("lsm3",)}

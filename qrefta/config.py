@@ -8,6 +8,7 @@ saved config and the model card take it from there.
 
 import inspect
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -18,6 +19,7 @@ from qrefta.choices import (
     BITS,
     BLOCK_SIZES,
     FACTOR_DTYPES,
+    FITTED,
     METHOD_NAMES,
     QUANT_TYPES,
     TRANSFORMS,
@@ -29,6 +31,7 @@ from qrefta.choices import (
 )
 
 FORMAT_VERSION = 2
+BANK = "qrefta_factors"  # name of the factor bank at the root of a model
 EXPERTS_SUFFIX = "_adapted"  # of the list of linear layers that replaces a fused parameter
 OLD_RANK_SETTINGS = (
     "ranks",
@@ -197,6 +200,14 @@ def _checked(check: Callable[[str, Any], Any], text: str) -> dict[str, Any]:
     return {"help": text, "check": check}
 
 
+def _check_method(name: str, value: Any) -> Any:
+    methods = sys.modules.get("qrefta.methods")  # which lists methods from outside the package too
+    known = METHOD_NAMES if methods is None else tuple(methods.METHODS)
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
+    return str(value)
+
+
 def _check_rank(name: str, value: Any) -> Rank:
     if isinstance(value, RankBudget):
         return value
@@ -284,7 +295,7 @@ class Settings:
             "bytes=8MB, error=0.5, parameters=300000.",
         ),
     )
-    method: Method = field(default="refta", metadata=_one_of(METHOD_NAMES, "Tensor method."))
+    method: Method = field(default="refta", metadata=_checked(_check_method, "Tensor method."))
     transform: Transform = field(default="lsm3", metadata=_one_of(TRANSFORMS, "Mode-3 transform."))
     quant_type: QuantType = field(default="nf4", metadata=_one_of(QUANT_TYPES, "4-bit format."))
     block_size: int = field(
@@ -317,6 +328,12 @@ class Settings:
         for setting in fields(self):
             value = setting.metadata["check"](setting.name, getattr(self, setting.name))
             object.__setattr__(self, setting.name, value)
+        transforms = FITTED.get(self.method, TRANSFORMS)
+        if self.transform not in transforms:
+            raise ValueError(
+                f"transform (with method {self.method}) is {self.transform!r}; it must be one of "
+                f"{', '.join(transforms)}"
+            )
         weighs_error = isinstance(self.rank, RankBudget) and self.rank.trainable_parameters is None
         if weighs_error and self.bits == 16:
             raise ValueError(

@@ -1,12 +1,14 @@
-"""Several processes, one a GPU: who goes first, what their shards add up to, and which ways of sharding cannot work.
+"""Several processes, one a GPU: who goes first, how their shards are gathered, and which ways of sharding are refused.
 
-DDP and FSDP2 can. Under FSDP2 the packed weights of a block are gathered, 4 bits a weight, while the block runs; the
-factors belong to the group of the model's root and are there from the first block's forward to its backward pass.
-FSDP1 has one flat tensor for the parameters of a block, which packed bytes cannot be part of. DeepSpeed ZeRO-3 gathers
-a module's parameters for this module's own forward pass, and the layers read the factors outside of theirs.
+DDP and FSDP2 work. Under FSDP2 the packed weights of a block are gathered, 4 bits a weight, while the block runs; the
+factors belong to the root's group and are there from the first block's forward pass to its backward pass. FSDP1 has one
+flat tensor for the parameters of a block, and packed bytes cannot be part of it. DeepSpeed ZeRO-3 gathers a module's
+parameters for this module's own forward pass, but the layers read the factors outside of theirs.
 """
 
 import os
+import time
+from collections.abc import Mapping
 from datetime import timedelta
 
 import torch
@@ -14,39 +16,34 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-_PATIENCE = timedelta(hours=6)  # the others wait while the first process prepares a model
+_PREPARING = timedelta(hours=6)  # the others wait while the first process prepares a model
+_SAVING_S = 60.0
 
 
 def processes() -> PartialState:
     """The processes that torchrun started and this one's place among them; without torchrun it is the only one."""
-    return PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=_PREPARING)
 
 
 def check_sharding() -> None:
-    """Refuse what accelerate is set up for, by its launcher's variables or by an `Accelerator`, if it cannot work.
+    """Refuse a setup of accelerate, by its launcher's variables or by an `Accelerator`, that cannot work.
 
     Raises:
         ValueError: for FSDP1, for FSDP2 before torch 2.12, and for DeepSpeed ZeRO-3.
     """
-    fsdp = os.environ.get("FSDP_VERSION") if _is_set("ACCELERATE_USE_FSDP") else None
-    zero = (
-        os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
-        if _is_set("ACCELERATE_USE_DEEPSPEED")
-        else None
-    )
+    fsdp, zero = _launched()
     state = AcceleratorState() if is_initialized() else None
     if state is not None and state.distributed_type == DistributedType.FSDP:
         fsdp = str(state.fsdp_plugin.fsdp_version)
     if state is not None and state.distributed_type == DistributedType.DEEPSPEED:
         zero = str(state.deepspeed_plugin.zero_stage)
-    if fsdp == "2" and torch.__version__ < (
-        2,
-        12,
-    ):  # https://github.com/pytorch/pytorch/pull/177948
+    # https://github.com/pytorch/pytorch/pull/177948
+    if fsdp == "2" and torch.__version__ < (2, 12):
         raise ValueError(
             f"FSDP2 shards packed weights from torch 2.12 on, and this is {torch.__version__}; use DDP."
         )
@@ -60,6 +57,17 @@ def check_sharding() -> None:
             "DeepSpeed ZeRO-3 gathers parameters for their own module's forward pass only, and every layer reads the "
             "shared factors; use DDP, or FSDP2 to shard the weights: fsdp=True with torchrun."
         )
+
+
+def _launched() -> tuple[str | None, str | None]:
+    """The version of FSDP and the stage of ZeRO that accelerate's launcher set."""
+    fsdp = None
+    zero = None
+    if _is_set("ACCELERATE_USE_FSDP"):
+        fsdp = os.environ.get("FSDP_VERSION")
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
+        zero = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+    return fsdp, zero
 
 
 def check_gathered(parameter: Tensor, name: str) -> None:
@@ -76,17 +84,48 @@ def check_gathered(parameter: Tensor, name: str) -> None:
         )
 
 
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 sharded the model over several processes."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def whole_state(model: nn.Module) -> Mapping[str, Tensor]:
     """The state dict; if FSDP2 sharded the model, of whole tensors in CPU memory, and empty in all processes but one.
 
     All processes must call it, or those that do wait for ever.
     """
-    state = model.state_dict()
-    if not any(isinstance(tensor, DTensor) for tensor in state.values()):
-        return state
+    if not is_sharded(model):
+        return model.state_dict()
     return get_model_state_dict(
         model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
     )
+
+
+def wait_for_all() -> None:
+    """Wait until all processes are about to gather a sharded model, so that gathering it cannot hang.
+
+    A plain Trainer under FSDP2 lets its first process save alone, while the others go on.
+
+    Raises:
+        ValueError: if another process has not come within a minute.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    calls = store.add(_counter(dist.get_rank()), 1)
+    deadline = time.monotonic() + _SAVING_S
+    for rank in range(dist.get_world_size()):
+        while store.add(_counter(rank), 0) < calls:
+            if time.monotonic() > deadline:
+                store.add(_counter(dist.get_rank()), -1)
+                raise ValueError(
+                    f"This process saves a model that FSDP2 sharded, and process {rank} does not take part. With a "
+                    'plain Trainer set fsdp_config={"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}, and at the '
+                    "end call model.save_pretrained in all processes; or train with qrefta.finetune."
+                )
+            time.sleep(0.01)
+
+
+def _counter(rank: int) -> str:
+    return f"qrefta/process {rank} gathers"
 
 
 def _is_set(variable: str) -> bool:

@@ -1,9 +1,12 @@
-"""transformers' quantization config of a prepared model: the settings, and a report for every stack."""
+"""transformers' quantization config of a prepared model: the settings, and a report for every stack.
+
+`qrefta.hf_quantizer` registers it. This module is imported while transformers imports its models (see `qrefta._plugin`),
+so it imports neither `transformers.modeling_utils` nor bitsandbytes.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
-from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qrefta.config import (
@@ -16,7 +19,6 @@ from qrefta.config import (
 )
 
 
-@register_quantization_config("qrefta")
 class QReftaConfig(QuantizationConfigMixin):
     """Settings and reports of a prepared model; the `quantization_config` of its config.json.
 
@@ -43,10 +45,6 @@ class QReftaConfig(QuantizationConfigMixin):
         quant_method: str = "qrefta",
         **keywords: Any,
     ) -> None:
-        from qrefta.methods import (
-            check_method,  # imports torch and bitsandbytes: not before it is needed
-        )
-
         if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
             raise ValueError(
                 f"The checkpoint has qrefta format version {format_version!r}; this package reads 1 to "
@@ -59,7 +57,6 @@ class QReftaConfig(QuantizationConfigMixin):
         self.quant_method = quant_method
         self.format_version = format_version
         self.settings = settings or _settings(keywords)
-        check_method(self.settings)
         self.calibrated = calibrated
         self.base_model = base_model
         self.stacks = [

@@ -1,79 +1,44 @@
 """The transformers plug-in: from_pretrained, save_pretrained and Trainer work on a prepared model as on any other.
 
-Importing this file registers quant_method "qrefta". On load, the linears that config.json lists become `AdaptedLinear`
-and the factor bank is put at the root, before transformers fills in the weights; everything that was frozen is
-frozen again (the loader makes every float parameter require grad).
+Importing this module registers quant_method "qrefta" with transformers, and changes nothing else in it. On load, the
+linear layers that config.json lists become `AdaptedLinear` and the factor bank is put at the root, before transformers
+fills in the weights. After that, everything that was frozen is frozen again, because the loader makes every float
+parameter require grad.
+
+This module is imported while transformers imports its models (see `qrefta._plugin`). So nothing at module level may
+import `transformers.modeling_utils`, nor bitsandbytes, which takes seconds: the functions import what they need.
 """
 
-import functools
-import inspect
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.hub import cached_file
 
-from qrefta.distributed import check_sharding, whole_state
-from qrefta.files.checksums import DIGESTS, check_digests, save_with_digests
-from qrefta.files.safetensors import read_json
+from qrefta.config import BANK
+from qrefta.files.json_file import read_json
+from qrefta.files.verify import LIST, check_layout, check_saved, check_settings, is_switched_off
 from qrefta.hf_config import QReftaConfig
-from qrefta.model.build import Placement, build, freeze, located, model_class, task_head
-from qrefta.model.check import (
-    check_config,
-    check_counts,
-    check_files,
-    check_filled,
-    check_form,
-    check_headers,
-    check_scales,
-    own_parameters,
-)
-from qrefta.nn.factors import BANK, stored
-from qrefta.split.checkpoint import UNLIMITED, convert
+from qrefta.model.config_file import check_config, check_counts, read_config
 
-OFFLOADS = ("cpu", "disk", torch.device("cpu"))  # in a device map
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+register_quantization_config("qrefta")(QReftaConfig)
+
+_OFFLOADED = ("cpu", "disk", torch.device("cpu"))  # places in a device map
 
 
 def is_prepared(model: nn.Module) -> bool:
     return isinstance(getattr(model, "hf_quantizer", None), QReftaQuantizer)
-
-
-save_with_digests(is_prepared)
-
-
-def _check_configs() -> None:
-    """Let transformers make nothing of a prepared folder's config.json before it was checked.
-
-    Its numbers decide how long a model is built, and its quant_method whether this plug-in is asked at all.
-    transformers has no place for it, so the method of its base class that reads the file is wrapped, once.
-    """
-    read = PreTrainedConfig.get_config_dict.__func__
-
-    @functools.wraps(read)
-    def get_config_dict(
-        cls: type[PreTrainedConfig], pretrained_model_name_or_path: str | Path, **kwargs: Any
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
-        if (folder / DIGESTS).is_file():
-            check_digests(folder, [])
-        config, rest = read(cls, pretrained_model_name_or_path, **kwargs)
-        settings = config.get("quantization_config")
-        if isinstance(settings, dict) and settings.get("quant_method") == "qrefta":
-            check_config(config)
-        return config, rest
-
-    PreTrainedConfig.get_config_dict = classmethod(get_config_dict)
-
-
-_check_configs()
 
 
 def prepared_config(model: nn.Module) -> QReftaConfig:
@@ -82,14 +47,15 @@ def prepared_config(model: nn.Module) -> QReftaConfig:
     Raises:
         ValueError: if the model is not prepared.
     """
-    if not is_prepared(model):
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not isinstance(quantizer, QReftaQuantizer):
         raise ValueError(
-            f"This {type(model).__name__} is not prepared; call qrefta.prepare(model) or qrefta.load(dir)."
+            f"This {type(model).__name__} is not prepared; call qrefta.prepare(model) or qrefta.load(folder)."
         )
-    return model.hf_quantizer.quantization_config
+    return quantizer.quantization_config
 
 
-def register(model: PreTrainedModel, config: QReftaConfig) -> None:
+def register(model: "PreTrainedModel", config: QReftaConfig) -> None:
     """Mark a model that was prepared in memory as quantized, as transformers does for a model that it loads."""
     model.hf_quantizer = QReftaQuantizer(config)
     model.is_quantized = True
@@ -98,9 +64,9 @@ def register(model: PreTrainedModel, config: QReftaConfig) -> None:
 
 
 def quant_report(model: nn.Module) -> list[dict[str, Any]]:
-    """One row a stack: what preparing removed of the quantization error, and what it costs in bytes.
+    """One row a stack: how much of the quantization error preparing removed, and the cost in bytes.
 
-    Keys: see `qrefta.config.StackReport`. Errors are squared Frobenius norms over all layers of the stack.
+    Keys: see `qrefta.config.StackReport.report`. Errors are squared Frobenius norms over all layers of the stack.
 
     Raises:
         ValueError: if the model is not prepared.
@@ -108,73 +74,72 @@ def quant_report(model: nn.Module) -> list[dict[str, Any]]:
     return [row.report() for row in prepared_config(model).stacks]
 
 
-def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
+def load(folder: str | Path, **kwargs: Any) -> "PreTrainedModel":
     """A prepared model from a local folder, of the class that saved it.
 
-    Short for `AutoModelFor...from_pretrained(folder, **kwargs)` with the class looked up in config.json.
+    Short for `AutoModelFor...from_pretrained(folder, **kwargs)` with the class looked up in config.json, which is
+    checked before transformers reads it.
 
     Raises:
         ValueError: if the folder has no config.json, holds no prepared model, or is damaged.
     """
+    from qrefta.model.build import model_class
+
     config = read_config(folder)
+    if not is_switched_off():
+        check_settings(Path(folder), config)
     kind = model_class((config.get("architectures") or [""])[0], folder)
     try:
         return kind.from_pretrained(folder, **kwargs)
     except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # whatever transformers raises over a config that makes no model
+    except Exception as error:  # raised by transformers over a config that makes no model
         raise ValueError(
-            f"{folder} cannot be loaded as {kind.__name__}: {type(error).__name__}: {error}. If no argument of yours "
-            "is behind it, config.json is damaged or of another version: copy or save the folder again."
+            f"{folder} cannot be loaded as {kind.__name__}: {type(error).__name__}: {error}. Unless an argument of "
+            "load is the cause, config.json is damaged or of another version: copy or save the folder again."
         ) from error
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """The config.json of a prepared model's folder.
+@contextmanager
+def saved_state(model: nn.Module, state: Mapping[str, Tensor] | None) -> Iterator[None]:
+    """Within this context, `model.save_pretrained` writes `state`, where the model is prepared and `state` not None.
 
-    Raises:
-        ValueError: if there is none, it is damaged, or it is another model's.
+    transformers drops the `state_dict` argument of `save_pretrained` for quantized models. Under FSDP2 all processes
+    gather the state together and the first saves it alone; it must not wait for the others to gather again.
     """
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise ValueError(
-            f"{folder} has no config.json; give the folder that model.save_pretrained wrote."
-        )
-    config = read_json(path)
-    settings = config.get("quantization_config") if isinstance(config, dict) else None
-    if not isinstance(config, dict) or not isinstance(settings, dict | None):
-        raise ValueError(
-            f"{path} is damaged: it holds no settings by name; restore it from where it was saved."
-        )
-    method = (settings or {}).get("quant_method")
-    if method != "qrefta":
-        raise ValueError(
-            f"{folder} holds no qrefta model (quant_method is {method!r}); load it with transformers."
-        )
-    if not isinstance(config.get("architectures") or [""], list):
-        raise ValueError(
-            f"{path} is damaged: architectures is {config['architectures']!r}; restore it."
-        )
-    return config
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not isinstance(quantizer, QReftaQuantizer) or state is None:
+        yield
+        return
+    quantizer.state = state
+    try:
+        yield
+    finally:
+        quantizer.state = None
 
 
 @register_quantizer("qrefta")
 class QReftaQuantizer(HfQuantizer):
-    """Builds the empty modules of a prepared checkpoint, checks them once filled, and saves factors compactly."""
+    """Builds the empty modules of a prepared checkpoint, checks them once filled, and saves factors compactly.
+
+    Attributes:
+        state: written by `save_pretrained` in place of the model's state dict; see `saved_state`.
+    """
 
     quantization_config: QReftaConfig
-    _made: tempfile.TemporaryDirectory[str] | None = (
-        None  # a prepared checkpoint that is gone once it is loaded
-    )
-    _inferring = False  # a device map that comes from here on is transformers' own
+    state: Mapping[str, Tensor] | None = None
+    _made: tempfile.TemporaryDirectory[str] | None = None  # prepared while loading, gone after it
+    _inferring = False  # a device map that comes from here on was inferred by transformers
 
     @property
     def is_trainable(self) -> bool:
         """True; Trainer asks once it knows how the processes share the model.
 
         Raises:
-            ValueError: if they do so in a way that cannot work.
+            ValueError: if they share it in a way that cannot work.
         """
+        from qrefta.distributed import check_sharding
+
         check_sharding()
         return True
 
@@ -187,25 +152,27 @@ class QReftaQuantizer(HfQuantizer):
 
     def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:
         self._inferring = True
-        return (
-            {**device_map, **place_bank(device_map)} if isinstance(device_map, dict) else device_map
-        )
+        if not isinstance(device_map, dict):
+            return device_map
+        return device_map | place_bank(device_map)
 
     def validate_environment(
         self, *args: Any, device_map: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """Correct a device map that transformers inferred; no other hook lies between inferring and loading.
 
-        It is called with a user's own map before, which `update_device_map` corrects in a copy.
+        Before that, it is called with the user's own map, which `update_device_map` corrects in a copy.
         """
+        from qrefta.distributed import check_sharding
+
         check_sharding()
         if isinstance(device_map, dict) and self._inferring:
             device_map |= place_bank(device_map)
 
     def dequantize(
-        self, model: PreTrainedModel, dtype: torch.dtype | None = None
-    ) -> PreTrainedModel:
-        """Refuse what `model.dequantize()` asks for: another function does it.
+        self, model: "PreTrainedModel", dtype: torch.dtype | None = None
+    ) -> "PreTrainedModel":
+        """Refuse `model.dequantize()`: another function does it.
 
         Raises:
             ValueError: always.
@@ -215,32 +182,65 @@ class QReftaQuantizer(HfQuantizer):
         )
 
     def get_state_dict_and_metadata(
-        self, model: PreTrainedModel
+        self, model: "PreTrainedModel"
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """State dict with masters that are bf16 values stored as bf16, which loses nothing."""
-        passed = _passed_state()
-        state = dict(whole_state(model) if passed is None else passed)
-        for key, factors in getattr(model, BANK).items():
-            own = {
-                name: tensor for name, tensor in state.items() if name.startswith(f"{BANK}.{key}.")
-            }
-            state |= {name: stored(tensor, factors.dtype) for name, tensor in own.items()}
-        return state, {}
+        """The state dict, and the checksums that transformers writes into the header of each file.
 
-    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """The config as it is; the only hook that sees one that is given as an object before the model is built."""
+        Masters that are bf16 values are stored as bf16, which loses nothing. Under FSDP2 the state dict is empty in all
+        processes but the first.
+
+        Raises:
+            ValueError: if FSDP2 sharded the model and the other processes do not save it too.
+        """
+        from qrefta.distributed import is_sharded, wait_for_all, whole_state
+        from qrefta.model.saving import saved_checksums
+        from qrefta.nn.factors import stored
+
+        if self.state is None:
+            if is_sharded(model):
+                wait_for_all()
+            state = dict(whole_state(model))
+        else:
+            state = dict(self.state)
+        if not _gathered_again(model):
+            for key, factors in getattr(model, BANK).items():
+                for name in list(state):
+                    if name.startswith(f"{BANK}.{key}."):
+                        state[name] = stored(state[name], factors.dtype)
+        if not state:
+            return state, {}
+        return state, saved_checksums(model, state).metadata()
+
+    def update_attn_implementation(self, config: "PreTrainedConfig") -> "PreTrainedConfig":
+        """The config as it is, checked: the only hook that runs before transformers builds the model.
+
+        The file is checked too where it can be found (a local folder, or the hub's cache), because a kernel's name in
+        the object may be the user's own argument.
+
+        Raises:
+            ValueError: for settings out of range, code from a hub, or a file that differs from the one saved.
+        """
         if self.pre_quantized:
             check_counts(config.to_dict())
+            file = _config_file(config)
+            if file is not None:
+                settings = read_json(file)
+                check_config(settings)
+                if not is_switched_off():
+                    check_settings(file.parent, settings)
         return config
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        if not self.pre_quantized:
-            self._prepare(model, kwargs["checkpoint_files"], kwargs.get("device_map"))
+    def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
+        from qrefta.model.build import Placement, build, located
+        from qrefta.model.check import adapted_parameters, check_files, check_headers
+
         files = kwargs.get("checkpoint_files")
+        if not self.pre_quantized:
+            self._prepare(model, files, kwargs.get("device_map"))
         if files:
             check_files(files, model.name_or_path if self._made is None else None)
             if self._made is None:
-                _check_digests(model, files)
+                self._check_saved(model, files)
         config = self.quantization_config
         config.stacks = [
             replace(report, stack=located(model, report.stack)) for report in config.stacks
@@ -250,12 +250,15 @@ class QReftaQuantizer(HfQuantizer):
         if files:
             check_headers(model, files)
         self._expected = {
-            path: (tensor.shape, tensor.dtype) for path, tensor in own_parameters(model).items()
+            path: (tensor.shape, tensor.dtype) for path, tensor in adapted_parameters(model).items()
         }
 
     def _process_model_after_weight_loading(
-        self, model: PreTrainedModel, **kwargs: Any
-    ) -> PreTrainedModel:
+        self, model: "PreTrainedModel", **kwargs: Any
+    ) -> "PreTrainedModel":
+        from qrefta.model.build import freeze, task_head
+        from qrefta.model.check import check_filled, check_form, check_scales
+
         check_filled(model)
         check_form(model, self._expected)
         check_scales(model)
@@ -267,19 +270,29 @@ class QReftaQuantizer(HfQuantizer):
         freeze(model, config.settings.modules_to_save)
         return model
 
+    def _check_saved(self, model: "PreTrainedModel", files: list[str]) -> None:
+        folder = Path(files[0]).parent
+        local = Path(model.name_or_path).is_dir()
+        if local:
+            check_layout(folder)
+        if is_switched_off():
+            return
+        version = self.quantization_config.format_version
+        listed = _hub_list(model) if version == 1 and not local else None
+        check_saved(files, version, listed)
+
     def _prepare(
-        self, model: PreTrainedModel, files: list[str] | None, device_map: dict[str, Any] | None
+        self, model: "PreTrainedModel", files: list[str] | None, device_map: dict[str, Any] | None
     ) -> None:
-        """Prepare a dense checkpoint on its way into memory, out of core, and put its files in the place of `files`."""
+        """Prepare a dense checkpoint on its way into memory, out of core, and replace `files` by the new files."""
+        from qrefta.split.checkpoint import UNLIMITED, convert
+
         if not files:
             raise ValueError(
                 "There is no checkpoint to prepare; with a state_dict load the model and call prepare."
             )
         self._made = tempfile.TemporaryDirectory(prefix="qrefta-")
-        accelerators = [
-            torch.device(place) for place in (device_map or {}).values() if place not in OFFLOADS
-        ]
-        device = accelerators[0] if accelerators else torch.device("cpu")
+        device = _accelerator(device_map or {}) or "cpu"
         out = Path(self._made.name) / "prepared"
         with _plain_tensors():
             convert(
@@ -287,7 +300,7 @@ class QReftaQuantizer(HfQuantizer):
                 out,
                 self.quantization_config.settings,
                 None,
-                device,
+                torch.device(device),
                 UNLIMITED,
                 progress=False,
                 base_model=model.name_or_path,
@@ -296,12 +309,12 @@ class QReftaQuantizer(HfQuantizer):
         config = QReftaConfig.from_dict(read_config(out)["quantization_config"])
         self.quantization_config = config
         model.config.quantization_config = config
-        self.pre_quantized = True  # from here on it is a prepared checkpoint like any
+        self.pre_quantized = True  # from here on it is a prepared checkpoint like any other
 
 
 @contextmanager
 def _plain_tensors() -> Iterator[None]:
-    """Tensors are made on the CPU in float32 again, where transformers builds a model on meta in its dtype."""
+    """Make tensors on the CPU in float32 again, where transformers builds a model on meta in its dtype."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -311,43 +324,60 @@ def _plain_tensors() -> Iterator[None]:
         torch.set_default_dtype(dtype)
 
 
-def _passed_state() -> dict[str, Tensor] | None:
-    """The `state_dict` that `save_pretrained` was called with; transformers 5 puts the plug-in's answer in its place.
-
-    Under FSDP2 Trainer has all processes gather the model and lets the first save it alone: it must not wait for the
-    others to gather again.
-    """
-    return inspect.currentframe().f_back.f_back.f_locals.get("state_dict")
-
-
 def place_bank(device_map: dict[str, Any]) -> dict[str, Any]:
-    """The entry that a device map needs for the factors, if its own does not serve.
+    """The entry that a device map needs for the factors; empty if its own entry serves.
 
-    Layers on every device read them, so they must have a device of their own: the first accelerator in the map.
+    Layers on every device read the factors, so these need a device of their own: the first accelerator in the map.
     Offloaded, they would be on meta when a layer reads them, since only a module's own forward pass brings it back.
     """
-    accelerators = [device for device in device_map.values() if device not in OFFLOADS]
-    own = {
+    accelerator = _accelerator(device_map)
+    entries = {
         name: place
         for name, place in device_map.items()
         if name == BANK or name.startswith(f"{BANK}.")
     }
-    places = list(own.values()) or [device_map.get("")]
-    if None in places or (accelerators and any(place in OFFLOADS for place in places)):
-        return dict.fromkeys([BANK, *own], (accelerators or ["cpu"])[0])
+    places = list(entries.values()) or [device_map.get("")]
+    offloaded = accelerator is not None and any(place in _OFFLOADED for place in places)
+    if None in places or offloaded:
+        return dict.fromkeys([BANK, *entries], "cpu" if accelerator is None else accelerator)
     return {}
 
 
-def _check_digests(model: PreTrainedModel, files: list[str]) -> None:
-    """Refuse damaged files of a prepared folder, or of a hub's; see `qrefta.files.checksums.check_digests`."""
-    folder, listed = Path(files[0]).parent, None
-    if not (folder / DIGESTS).is_file() and not Path(model.name_or_path).is_dir():
-        with suppress(OSError):  # the hub's answer, if it cannot be had
-            listed = cached_file(
-                model.name_or_path,
-                DIGESTS,
-                revision=getattr(model.config, "_commit_hash", None),
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-            )
-    check_digests(folder, files, None if listed is None else Path(listed))
+def _accelerator(device_map: dict[str, Any]) -> Any:
+    """The first accelerator in a device map."""
+    return next((place for place in device_map.values() if place not in _OFFLOADED), None)
+
+
+def _gathered_again(model: "PreTrainedModel") -> bool:
+    """Whether transformers gathers the model itself after it asked for the state, and writes that."""
+    shared = getattr(model.config, "distributed_config", None)
+    return shared is not None and shared.dp_size > 1
+
+
+def _config_file(config: "PreTrainedConfig") -> Path | None:
+    """The config.json that a config was read from."""
+    name = config.name_or_path
+    if not name:
+        return None
+    if Path(name).is_dir():
+        file: Any = Path(name, "config.json")
+    else:
+        file = try_to_load_from_cache(
+            name, "config.json", revision=getattr(config, "_commit_hash", None)
+        )
+    return Path(file) if isinstance(file, str | Path) and Path(file).is_file() else None
+
+
+def _hub_list(model: "PreTrainedModel") -> Path | None:
+    """The list of checksums of a hub's folder of version 1; None if it cannot be had."""
+    try:
+        listed = cached_file(
+            model.name_or_path,
+            LIST,
+            revision=getattr(model.config, "_commit_hash", None),
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:
+        return None
+    return None if listed is None else Path(listed)

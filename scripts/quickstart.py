@@ -31,9 +31,12 @@ import qrefta
 from eval.peers.baselines import linears
 from eval.rows import append
 from eval.tasks.demo import docstring_sentences, model_folder
-from qrefta.cli import load_classifier, quiet_libraries, report_table, results_table, weights_bytes
+from qrefta.cli import quiet_libraries
+from qrefta.files.safetensors import weights_bytes
+from qrefta.tables import report_table, results_table
 from qrefta.train.data import load_classification
 from qrefta.train.finetune import FinetuneResult, finetune
+from qrefta.train.models import load_classifier
 
 LEARNING_RATE = 2e-3
 OUT = Path("runs/quickstart")

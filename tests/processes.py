@@ -25,10 +25,12 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 import qrefta
-from qrefta.cli import load_classifier, quiet_libraries
+from qrefta.cli import quiet_libraries
 from qrefta.nn.linear import AdaptedLinear
+from qrefta.train.checkpoints import whole_checkpoints
 from qrefta.train.data import load_classification
 from qrefta.train.finetune import finetune, round_masters
+from qrefta.train.models import load_classifier
 from tests.models import VOCAB, tiny_llama
 
 DOCS = Path(__file__).parents[1] / "docs" / "distributed.md"
@@ -148,6 +150,11 @@ def sharded(folder):
     yield "loaded", reloaded(model)
     round_masters(model)  # while the factors are gathered
     model.save_pretrained(folder / "documented" / "together")
+    with mock.patch("qrefta.distributed._SAVING_S", 0.2):
+        alone = []
+        first_alone(lambda: alone.append(message(model.save_pretrained, folder / "alone")))
+    yield "alone", alone
+    checkpoint_in_full(folder)
     yield "gathered", gathered(model)
     yield "merge", message(qrefta.merge, model)
     model.model.layers[0].unshard()
@@ -181,6 +188,22 @@ def documented(folder):
         trainers[1].train()
         trainers[1].save_model("at-load")
     return trainers
+
+
+def checkpoint_in_full(folder):
+    """A checkpoint that all processes gather and the first one saves."""
+    arguments = TrainingArguments(
+        folder / "full",
+        fsdp=True,
+        fsdp_config={"version": 2},
+        use_cpu=True,
+        max_steps=1,
+        save_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    whole_checkpoints(Trainer)(language_model(), arguments, train_dataset=TEXT).train()
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
 
 
 class Broken(torch.autograd.Function):

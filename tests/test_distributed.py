@@ -166,6 +166,18 @@ def test_trainer_and_all_processes_together_save_the_same(folder):
         qrefta.load(folder / "documented" / name)
 
 
+def test_a_process_that_saves_a_sharded_model_alone_is_told_and_does_not_wait_for_ever(found):
+    [message], others = found[0]["alone"], found[1]["alone"]
+    assert "process 1 does not take part" in message
+    assert "SHARDED_STATE_DICT" in message
+    assert others == []
+
+
+def test_a_checkpoint_that_the_first_process_saves_alone_is_whole(folder):
+    qrefta.load(folder / "full" / "checkpoint-1")
+    qrefta.verify(folder / "full" / "checkpoint-1")
+
+
 def test_gathering_in_bf16_leaves_the_packed_bytes_alone(found):
     for rank in found:
         assert_close(

@@ -28,7 +28,8 @@ from transformers import (
 
 import qrefta
 from eval.memory import tensor_peak
-from qrefta.hf_quantizer import QReftaQuantizer
+from qrefta.files.verify import SWITCH
+from qrefta.hf_quantizer import QReftaQuantizer, saved_state
 from qrefta.nn.factors import BANK
 from qrefta.nn.linear import AdaptedLinear
 from tests.models import (
@@ -122,11 +123,19 @@ def test_round_trip_of_every_setting(settings, tmp_path):
 
 
 def test_saving_again_writes_the_same_bytes(tmp_path):
+    """safetensors writes the entries of a header's metadata in any order; all else is equal."""
     model = nudge(prepared(tiny_bert, rank=5))
     model.save_pretrained(tmp_path / "first")
     qrefta.load(tmp_path / "first").save_pretrained(tmp_path / "second")
-    for name in ("config.json", "model.safetensors"):
-        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert (first / "config.json").read_bytes() == (second / "config.json").read_bytes()
+    assert header_and_data(first) == header_and_data(second)
+
+
+def header_and_data(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]), content[end:]
 
 
 def test_saving_leaves_the_model_as_it_was(tmp_path):
@@ -136,12 +145,13 @@ def test_saving_leaves_the_model_as_it_was(tmp_path):
     assert_same_state(model, clone)
 
 
-def test_a_state_dict_that_is_passed_is_what_is_saved(tmp_path):
-    """As Trainer does under FSDP; it stays as it was."""
+def test_a_given_state_dict_is_saved(tmp_path):
+    """As the recipe does under FSDP2; it stays as it was."""
     model = prepared(tiny_bert, rank=5)
     state = model.state_dict() | {"classifier.bias": model.classifier.bias.detach() + 1}
     passed = dict(state)
-    model.save_pretrained(tmp_path, state_dict=passed)
+    with saved_state(model, passed):
+        model.save_pretrained(tmp_path, state_dict=passed)
     assert all(passed[name] is tensor for name, tensor in state.items())
     assert_close(dict(qrefta.load(tmp_path).state_dict()), dict(state), rtol=0, atol=0)
 
@@ -278,14 +288,18 @@ def test_the_checkpoint_is_as_small_as_its_report_says(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A prepared tiny BERT on disk: copy it before damaging it."""
+def saved(tmp_path_factory):
+    """A prepared tiny BERT on disk."""
     folder = tmp_path_factory.mktemp("checkpoint")
     prepared(tiny_bert, rank=5).save_pretrained(folder)
-    (
-        folder / "qrefta_sha256.json"
-    ).unlink()  # which would tell of any damage: here it is for the other checks
     return folder
+
+
+@pytest.fixture
+def checkpoint(saved, monkeypatch):
+    """Copy it before damaging it. Checksums would find any damage first: the tests here are for the other checks."""
+    monkeypatch.setenv(SWITCH, "0")
+    return saved
 
 
 @pytest.mark.parametrize("model_class", [BertModel, AutoModel])
@@ -526,24 +540,24 @@ DAMAGE = {
     "no factor": (
         pop(A),
         ValueError,
-        f"lacks 1 tensors that its config lists: {A}. It is damaged or incomplete",
+        f"1 tensors that config.json describes are missing in the checkpoint: {A}. It is damaged or incomplete",
     ),
     "no weight": (
         pop(f"{QUERY}.weight"),
         ValueError,
-        f"lacks 1 tensors that its config lists: {QUERY}.weight",
+        f"1 tensors that config.json describes are missing in the checkpoint: {QUERY}.weight",
     ),
     "no scales": (
         pop(f"{QUERY}.absmax"),
         ValueError,
-        f"lacks 1 tensors that its config lists: {QUERY}.absmax",
+        f"1 tensors that config.json describes are missing in the checkpoint: {QUERY}.absmax",
     ),
     "no bias": (
         pop(f"{QUERY}.bias"),
         ValueError,
-        f"lacks 1 tensors that its config lists: {QUERY}.bias",
+        f"1 tensors that config.json describes are missing in the checkpoint: {QUERY}.bias",
     ),
-    "no mixing weights": (pop(MIX), ValueError, "lacks 1 tensors"),
+    "no mixing weights": (pop(MIX), ValueError, "1 tensors .* are missing"),
     "no embeddings": (
         pop("bert.embeddings.word_embeddings.weight"),
         ValueError,
@@ -565,9 +579,9 @@ DAMAGE = {
         r"Unknown qrefta settings \['zzz'\]",
     ),
     "newer": (
-        edit_config(lambda c: c.update(format_version=2)),
+        edit_config(lambda c: c.update(format_version=3)),
         ValueError,
-        "format version 2; .* 1 to 1. Update it",
+        "format version 3; .* 1 to 2. Update it",
     ),
     "no version": (
         edit_config(lambda c: c.update(format_version=None)),
@@ -632,7 +646,7 @@ def test_a_damaged_checkpoint_is_refused(checkpoint, damage, loader, tmp_path):
 def test_mismatched_sizes_cannot_be_ignored_for_our_tensors(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "copy")
     cut(A)(folder)
-    with pytest.raises(ValueError, match=r"lacks 1 tensors|do not belong together"):
+    with pytest.raises(ValueError, match=r"1 tensors .* are missing|do not belong together"):
         AutoModelForSequenceClassification.from_pretrained(folder, ignore_mismatched_sizes=True)
 
 

@@ -12,13 +12,13 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qrefta
-from qrefta.cli import load_classifier
 from qrefta.config import Settings
 from qrefta.linalg.tsvd import squared_norm
 from qrefta.methods import METHODS
 from qrefta.model.stacks import LARGEST_WEIGHT, check_values
 from qrefta.nn.quantized import QuantFormat, quantize
 from qrefta.train.finetune import finetune
+from qrefta.train.models import load_classifier
 from tests.models import build, inputs, logits
 from tests.stacks import split_and_error
 from tests.tiny import color_data, tiny_folder, tiny_tokenizer

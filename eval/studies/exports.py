@@ -21,10 +21,12 @@ from eval.rows import append
 from eval.studies.split_training import batches_of
 from eval.tasks.demo import model_folder
 from eval.tasks.task import DatasetOption, HeaderOption, load_task
-from qrefta.cli import guarded, load_classifier, quiet_libraries, weights_bytes
+from qrefta.cli import guarded, quiet_libraries
 from qrefta.export.compare import output_difference
 from qrefta.export.merge import Export
+from qrefta.files.safetensors import weights_bytes
 from qrefta.nn.linear import AdaptedLinear
+from qrefta.train.models import load_classifier
 
 console = Console()
 

@@ -17,8 +17,9 @@ import qrefta
 from eval.rows import append
 from eval.tasks.demo import model_folder
 from eval.tasks.task import DatasetOption, HeaderOption, load_task
-from qrefta.cli import guarded, load_classifier, quiet_libraries
+from qrefta.cli import guarded, quiet_libraries
 from qrefta.nn.factors import BANK
+from qrefta.train.models import load_classifier
 
 RUNS = [("float32", "adamw_torch"), ("bfloat16", "adamw_torch"), ("bfloat16", "adamw_8bit")]
 console = Console()

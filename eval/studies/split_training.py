@@ -18,8 +18,9 @@ import qrefta
 from eval.rows import append
 from eval.tasks.demo import model_folder
 from eval.tasks.task import DatasetOption, HeaderOption, load_task
-from qrefta.cli import guarded, load_classifier, quiet_libraries
+from qrefta.cli import guarded, quiet_libraries
 from qrefta.train.finetune import FinetuneResult, finetune
+from qrefta.train.models import load_classifier
 
 HEAD = ["pooler"]  # trains beside the classifier
 SPLITS: dict[str, dict[str, Any]] = {

@@ -21,8 +21,8 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedModel
 from transformers.trainer_utils import PredictionOutput
 
 from eval.tasks.demo import docstring_sentences, model_folder
-from qrefta.cli import load_classifier
 from qrefta.train.data import load_classification
+from qrefta.train.models import load_classifier
 from qrefta.train.tasks import tokenize
 
 DatasetOption = Annotated[

@@ -15,13 +15,14 @@ rank on either base.
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import repeat
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qrefta.choices import LORA_BASES
 from qrefta.config import StackReport
 from qrefta.export.compare import example_inputs, output_difference, outputs
 from qrefta.export.merge import (
@@ -44,9 +45,6 @@ from qrefta.nn.factors import Factors, LowRankFactors
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.nn.quantized import FrozenWeight, QuantizedWeight, bnb_code
 from qrefta.split.residual import split_layers, split_stack
-
-Base = Literal["residual", "residual-4bit", "original"]
-BASES: tuple[Base, ...] = get_args(Base)
 
 # What lacks rank or leaves out a quantization error is another function: this catches what is not even near.
 APPROXIMATION_TOLERANCE = 0.5
@@ -468,8 +466,8 @@ def _notes(config: QReftaConfig, ranks: list[int], base: str) -> list[str]:
 
 def _check_settings(config: QReftaConfig, base: str, rank: int | None, dtype: torch.dtype) -> None:
     _peft()
-    if base not in BASES:
-        raise ValueError(f"base is {base!r}; it must be one of {', '.join(BASES)}")
+    if base not in LORA_BASES:
+        raise ValueError(f"base is {base!r}; it must be one of {', '.join(LORA_BASES)}")
     if base == "residual-4bit" and (
         config.settings.bits == 16 or config.settings.quant_type == "int4"
     ):

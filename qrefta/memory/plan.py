@@ -18,7 +18,7 @@ from qrefta.choices import DTYPES, OPTIMIZER_NAMES, Bits, Dtype, Optimizer
 from qrefta.config import Rank, Settings, parse_bytes, settings_of_call, shows_settings
 from qrefta.memory.footprint import CHECKPOINTING, count_step, fake
 from qrefta.memory.meta_model import ModelSource, Outline
-from qrefta.methods import METHODS, check_method
+from qrefta.methods import METHODS
 from qrefta.model.stacks import select_stacks
 
 OPTIMIZERS: dict[Optimizer, Callable[..., torch.optim.Optimizer]] = {
@@ -121,7 +121,6 @@ def plan(
         TypeError: for an unknown keyword.
     """
     chosen = settings_of_call("plan", {"bits": bits, "rank": rank, **settings})
-    check_method(chosen)
     available = None if gpu is None else _available(gpu, reserve)
     outline = Outline.of(model, chosen.modules_to_save)
     case = _Case(

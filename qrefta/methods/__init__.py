@@ -1,7 +1,6 @@
 """Tensor methods by the name that `prepare(method=...)` takes: one final `Factors` class a file."""
 
 from qrefta.choices import Method
-from qrefta.config import Settings
 from qrefta.methods.craft import CRAFT
 from qrefta.methods.lorta import LoRTA
 from qrefta.methods.lotr import LoTR
@@ -16,17 +15,3 @@ METHODS: dict[Method, type[Factors]] = {
     "lotr": LoTR,
     "lorta": LoRTA,
 }
-
-
-def check_method(settings: Settings) -> None:
-    """Refuse a transform that the method cannot take.
-
-    Raises:
-        ValueError: naming the transforms that it takes.
-    """
-    method = METHODS[settings.method]
-    if method.fits and settings.transform not in method.transforms:
-        allowed = ", ".join(method.transforms)
-        raise ValueError(
-            f"transform (with method {settings.method}) is {settings.transform!r}; it must be one of {allowed}"
-        )

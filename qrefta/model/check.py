@@ -1,14 +1,12 @@
-"""What a prepared checkpoint must be: checked before a tensor of it takes memory, and again once all are read.
+"""Checks of a prepared checkpoint: before a tensor of it takes memory, and again once all tensors are read.
 
-transformers makes the model that config.json describes and then fills it; what the files do not fill it draws at
-random. So sizes are compared between config and files first, where numbers out of a damaged config still cost nothing.
+transformers builds the model that config.json describes and then fills it; tensors that the files do not hold are drawn
+at random. So config and files are compared first, while numbers out of a damaged config still cost nothing.
 """
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,71 +18,9 @@ from qrefta.nn.experts import is_adapted
 from qrefta.nn.factors import Factors, frozen
 from qrefta.nn.linear import AdaptedLinear
 
-_LARGEST_COUNT = 100_000  # of blocks or classes; transformers makes a list or a module of each before it reads a file
-_MOST_BLOCKS = 2_000
-FRESH_BYTES, FRESH_SHARE = (
-    1 << 30,
-    4,
-)  # what a model may hold beyond its files: a new head, tables of positions
-_COUNTED = re.compile(r"(^|_)(layers?|blocks?|stages?|depths?)$|^num_labels$")
-_WINDOW = re.compile(r"window|mtp|nextn")  # numbers of layers that no loop runs over
-
-
-def check_config(config: dict[str, Any]) -> None:
-    """Refuse a config.json whose model would be built for ever, or from code that transformers fetches from a hub.
-
-    A flipped digit makes a million blocks of twelve. An attention or experts implementation with a slash in its name
-    is a hub's kernel; who wants one passes `attn_implementation`.
-
-    Raises:
-        ValueError: naming the setting.
-    """
-    check_counts(config)
-    for name, value in _settings(config):
-        if name.endswith("_implementation") and "/" in str(value):
-            raise ValueError(
-                f"config.json has {name} {value!r}, which is code from a hub; remove it, and pass "
-                "attn_implementation=... to load it all the same."
-            )
-
-
-def check_counts(config: dict[str, Any]) -> None:
-    """Refuse a config whose model would be built for ever.
-
-    Raises:
-        ValueError: naming the setting.
-    """
-    for name, count in _counts(config):
-        limit = _LARGEST_COUNT if name == "num_labels" else _MOST_BLOCKS
-        if count > limit:
-            raise ValueError(
-                f"config.json has {name} {count:,}, and {limit:,} is the largest that is built; it is damaged: copy or "
-                "save it again."
-            )
-
-
-def _counts(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    """Settings that count modules or classes."""
-    for name, value in _settings(config):
-        if _COUNTED.search(name) and not _WINDOW.search(name):
-            yield from (
-                (name, one)
-                for one in (value if isinstance(value, list) else [value])
-                if _is_number(one)
-            )
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float)
-
-
-def _settings(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Names and values, of nested configs too."""
-    for name, value in config.items():
-        if isinstance(value, dict) and name != "quantization_config":
-            yield from _settings(value)
-        else:
-            yield str(name), value
+# A model may hold this much beyond its files, as bytes or as a multiple of them: a new head, tables of positions.
+FRESH_BYTES = 1 << 30
+FRESH_SHARE = 4
 
 
 def check_files(files: list[str], source: str | Path | None) -> None:
@@ -92,7 +28,7 @@ def check_files(files: list[str], source: str | Path | None) -> None:
 
     Args:
         files: as transformers found them, by an index that may name anything.
-        source: the folder; None, or a hub name, where the files are transformers' own.
+        source: the folder; None, or a hub name, where transformers placed the files itself.
     """
     for file in files:
         if not str(file).endswith(".safetensors"):
@@ -118,33 +54,30 @@ def check_files(files: list[str], source: str | Path | None) -> None:
 
 
 def check_headers(model: PreTrainedModel, files: list[str]) -> None:
-    """Compare what the files say that they hold with an empty model, adapted layers and bank included.
+    """Compare the headers of files with an empty model, its adapted layers and bank included.
 
     Raises:
         ValueError: if a tensor of an adapted layer or of the factors has another shape or another kind of numbers, the
-            model would hold far more than the files do, or transformers read far more than the model holds.
+            model would hold far more than the files do, or transformers would read far more than the model holds.
     """
     checkpoint = Checkpoint.of_files(files)
-    found, own = sources(model, checkpoint), own_parameters(model)
-    fresh = spare = total = 0
-    seen = set()
-    for path, tensor in [
-        *model.state_dict(keep_vars=True).items(),
-        *model.named_non_persistent_buffers(),
-    ]:
-        names = found.get(path, [])
-        name = names[0][0] if len(names) == 1 and len(names[0]) == 1 else None
-        if path in own and name is not None:
-            _check_own(path, tensor, checkpoint, name)
-        if id(tensor) in seen:  # tied
-            continue
-        seen.add(id(tensor))
-        total += tensor.numel() * tensor.itemsize
-        if not names or (name is not None and checkpoint.shape(name) != tensor.shape):
-            fresh += tensor.numel() * tensor.itemsize
-            spare += (
-                0 if name is None else checkpoint.nbytes(name)
-            )  # read before its shape is compared
+    names = _single_sources(model, checkpoint)
+    found = sources(model, checkpoint)
+    adapted = adapted_parameters(model)
+    fresh = 0  # bytes that no file fills
+    spare = 0  # bytes that are read before their shape is compared
+    total = 0
+    for path, tensor in _distinct_tensors(model):
+        nbytes = tensor.numel() * tensor.itemsize
+        total += nbytes
+        name = names.get(path)
+        if name is not None and path in adapted:
+            _check_adapted(path, tensor, checkpoint, name)
+        if name is not None and checkpoint.shape(name) != tensor.shape:
+            fresh += nbytes
+            spare += checkpoint.nbytes(name)
+        elif not found.get(path):
+            fresh += nbytes
     held = sum(os.path.getsize(file) for file in files)
     if fresh > max(FRESH_BYTES, FRESH_SHARE * held):
         raise ValueError(
@@ -158,33 +91,76 @@ def check_headers(model: PreTrainedModel, files: list[str]) -> None:
         )
 
 
-def _check_own(path: str, tensor: Tensor, checkpoint: Checkpoint, name: str) -> None:
-    shape, dtype = checkpoint.shape(name), checkpoint.dtype(name)
+def missing_tensors(model: PreTrainedModel, files: list[str]) -> list[str]:
+    """Paths of the tensors in an empty model that no file fills; of tied tensors one is enough."""
+    found = sources(model, Checkpoint.of_files(files))
+    state = model.state_dict(keep_vars=True)
+    filled = {id(tensor) for path, tensor in state.items() if found.get(path)}
+    return [path for path, tensor in state.items() if id(tensor) not in filled]
+
+
+def check_stored_scales(model: PreTrainedModel, files: list[str]) -> None:
+    """Raise if scales or mixing weights in the files are NaN or infinite.
+
+    Args:
+        model: empty, with its adapted layers and bank.
+        files: its checkpoint.
+    """
+    checkpoint = Checkpoint.of_files(files)
+    names = _single_sources(model, checkpoint)
+    for path in _raw_floats(adapted_parameters(model)):
+        if path in names:
+            _check_finite(path, checkpoint.read(names[path]))
+
+
+def _single_sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+    """The tensor of the checkpoint that fills each tensor of the model, where it is exactly one."""
+    return {
+        path: names[0][0]
+        for path, names in sources(model, checkpoint).items()
+        if len(names) == 1 and len(names[0]) == 1
+    }
+
+
+def _distinct_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a model, of tied ones the first."""
+    seen = set()
+    state = model.state_dict(keep_vars=True)
+    for path, tensor in [*state.items(), *model.named_non_persistent_buffers()]:
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield path, tensor
+
+
+def _check_adapted(path: str, tensor: Tensor, checkpoint: Checkpoint, name: str) -> None:
+    shape = checkpoint.shape(name)
+    dtype = checkpoint.dtype(name)
     if shape != tensor.shape:
         raise _other_shape(path, shape, tensor.shape)
-    if dtype != tensor.dtype and not (dtype.is_floating_point and tensor.is_floating_point()):
+    both_float = dtype.is_floating_point and tensor.is_floating_point()
+    if dtype != tensor.dtype and not both_float:
         raise ValueError(
             f"{path} is {dtype} in the checkpoint and {tensor.dtype} by its config; they do not belong together: copy "
             "or save it again."
         )
 
 
-def _other_shape(path: str, found: tuple[int, ...], expected: tuple[int, ...]) -> ValueError:
+def _other_shape(path: str, stored: tuple[int, ...], expected: tuple[int, ...]) -> ValueError:
     return ValueError(
-        f"{path} has the shape {list(found)} in the checkpoint and {list(expected)} by its config; they do not belong "
+        f"{path} has the shape {list(stored)} in the checkpoint and {list(expected)} by its config; they do not belong "
         "together: copy or save it again."
     )
 
 
-def own_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Parameters of adapted layers and factors, by path; biases are the model's."""
-    return {
-        f"{path}.{name}": parameter
-        for path, module in model.named_modules()
-        if isinstance(module, AdaptedLinear | Factors)
-        for name, parameter in module.named_parameters(recurse=False)
-        if name != "bias"
-    }
+def adapted_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of adapted layers and factors, by path; not the biases, which the dense model has too."""
+    parameters = {}
+    for path, module in model.named_modules():
+        if isinstance(module, AdaptedLinear | Factors):
+            for name, parameter in module.named_parameters(recurse=False):
+                if name != "bias":
+                    parameters[f"{path}.{name}"] = parameter
+    return parameters
 
 
 def check_form(model: PreTrainedModel, expected: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
@@ -193,7 +169,7 @@ def check_form(model: PreTrainedModel, expected: dict[str, tuple[torch.Size, tor
     transformers 5.0 neither compares shapes in quantized models nor leaves integers alone in modules that it
     keeps in float32 (T5's `wo`); bytes survive that cast.
     """
-    for path, parameter in own_parameters(model).items():
+    for path, parameter in adapted_parameters(model).items():
         shape, dtype = expected[path]
         if parameter.shape != shape:
             raise _other_shape(path, parameter.shape, shape)
@@ -203,17 +179,20 @@ def check_form(model: PreTrainedModel, expected: dict[str, tuple[torch.Size, tor
 
 
 def check_filled(model: PreTrainedModel) -> None:
-    """Raise if the checkpoint lacked one of our tensors; transformers only warns and leaves it random.
+    """Raise if a tensor of ours is missing in the checkpoint; transformers only warns and leaves it random.
 
-    In the class that saved the checkpoint no other tensor may lack either; another class may have a fresh head.
+    In the class that saved the checkpoint no other tensor may be missing either; another class may have a fresh head.
     transformers marks each tensor that it filled with `_is_hf_initialized` (the only trace left after loading).
     """
     same_class = type(model).__name__ in (model.config.architectures or [])
-    missing, offloaded = [], []
+    missing = []
+    offloaded = []
     for path, module in model.named_modules():
+        ours = isinstance(module, AdaptedLinear | Factors) or is_adapted(module)
+        if not (ours or same_class):
+            continue
         for name, parameter in module.named_parameters(recurse=False):
-            ours = isinstance(module, AdaptedLinear | Factors) or is_adapted(module)
-            if (ours or same_class) and not getattr(parameter, "_is_hf_initialized", False):
+            if not getattr(parameter, "_is_hf_initialized", False):
                 (offloaded if parameter.is_meta else missing).append(f"{path}.{name}")
     if offloaded:
         raise ValueError(
@@ -221,25 +200,32 @@ def check_filled(model: PreTrainedModel) -> None:
             "support; use a device_map without disk."
         )
     if missing:
-        raise ValueError(
-            f"The checkpoint lacks {len(missing)} tensors that its config lists: {', '.join(missing[:5])}. "
-            "It is damaged or incomplete: copy or save it again."
-        )
+        raise missing_error(missing)
+
+
+def missing_error(missing: list[str]) -> ValueError:
+    return ValueError(
+        f"{len(missing)} tensors that config.json describes are missing in the checkpoint: {', '.join(missing[:5])}. "
+        "It is damaged or incomplete: copy or save it again."
+    )
 
 
 def check_scales(model: PreTrainedModel) -> None:
-    """Raise if frozen float32 numbers, stored as raw bytes, are NaN or infinite: scales and mixing weights.
+    """Raise if scales or mixing weights are NaN or infinite; preparing makes none of these from finite weights."""
+    parameters = adapted_parameters(model)
+    for path in _raw_floats(parameters):
+        _check_finite(path, parameters[path])
 
-    Preparing makes none from finite weights. One pass over a sixteenth of the packed weights, or less.
-    """
-    own = own_parameters(model)
-    for path, parameter in own.items():
-        codes = f"{path}_state" in own  # scales in 8 bits; their own scales are beside them
-        if (
-            parameter.dtype == torch.uint8
-            and not codes
-            and not torch.isfinite(parameter.view(torch.float32)).all()
-        ):
-            raise ValueError(
-                f"{path} holds NaN or infinite numbers; it is damaged: copy or save it again."
-            )
+
+def _raw_floats(parameters: dict[str, nn.Parameter]) -> Iterator[str]:
+    """Paths of float32 numbers that are stored as raw bytes; not scales in 8 bits, which have scales themselves."""
+    for path, parameter in parameters.items():
+        if parameter.dtype == torch.uint8 and f"{path}_state" not in parameters:
+            yield path
+
+
+def _check_finite(path: str, stored: Tensor) -> None:
+    if not torch.isfinite(stored.detach().view(torch.float32)).all():
+        raise ValueError(
+            f"{path} holds NaN or infinite numbers; it is damaged: copy or save it again."
+        )

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from qrefta.choices import TRANSFORMS
+from qrefta.config import BANK as BANK
 from qrefta.config import Rank, Settings
 from qrefta.linalg.tsvd import Slices
 from qrefta.nn.product import adapted_product, rounded_factor
@@ -369,6 +370,3 @@ class FactorBank(nn.ModuleDict):
             "wrong gradients when several processes train. Use the default, or "
             'gradient_checkpointing_kwargs={"use_reentrant": False}.'
         )
-
-
-BANK = "qrefta_factors"

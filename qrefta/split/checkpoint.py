@@ -17,20 +17,22 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from qrefta.config import LayerStack, Rank, Settings, StackReport, parse_bytes
-from qrefta.files.checksums import write_digests
+from qrefta.files.checksums import Checksums, settings_checksum
+from qrefta.files.json_file import read_json
 from qrefta.files.safetensors import (
     Checkpoint,
     ShardWriter,
     copy_companions,
     copy_shard,
-    read_json,
+    read_checksums,
     replace_text,
     resolve_folder,
     write_index,
 )
 from qrefta.hf_config import QReftaConfig
 from qrefta.model.build import bank_key, model_class, with_trained_modules
-from qrefta.model.check import FRESH_BYTES, FRESH_SHARE, check_config
+from qrefta.model.check import FRESH_BYTES, FRESH_SHARE
+from qrefta.model.config_file import check_config
 from qrefta.model.names import weight_parts
 from qrefta.model.stacks import BLOCK_BYTES, Weights, check_values, find_stacks, select_stacks
 from qrefta.model_card import write_card
@@ -40,9 +42,9 @@ from qrefta.split.loop import split_stacks
 from qrefta.split.stack_split import StackSplit
 
 JOURNAL = "qrefta_unfinished.json"
-UNLIMITED = (
-    1 << 62
-)  # for `max_memory`: as much as it needs, six times the largest linear layer in float32
+# For `max_memory`: as much as it needs, six times the largest linear layer in float32.
+UNLIMITED = 1 << 62
+_REST = "model-rest.safetensors"
 _PART_BYTES = 128 << 20
 _BLOCKS = 8  # blocks in float32 that exist at once, temporaries of the kernels included
 _LAYERS = 6  # layers in float32 that exist at once
@@ -179,31 +181,38 @@ class FolderSink:
         self._write_journal()
 
     def finish(self, config: QReftaConfig) -> None:
-        """Write the other tensors, the index, the tokenizer, and at the very end config.json and the digests.
+        """Write the other tensors, the index, the tokenizer, and at the very end config.json.
 
         The journal stays until then: a run that is killed in here resumes like any other.
         """
-        files = self._files + self._write_rest()
+        model_config = self.source.model_config
+        model_config.quantization_config = config
+        settings = model_config.to_json_string(use_diff=True)
+        files = [*self._files, self._write_rest(settings)]
         copy_companions(self.source.folder, self.out)
         write_index(self.out, files)
         for path in self.out.glob("model-*.safetensors"):
             if path.name not in files:  # an interrupted run left it
                 path.unlink()
         write_card(self.out, config)
-        model_config = self.source.model_config
-        model_config.quantization_config = config
-        replace_text(self.out / "config.json", model_config.to_json_string(use_diff=True))
-        write_digests(self.out)
+        replace_text(self.out / "config.json", settings)
         self._path.unlink()
 
-    def _write_rest(self) -> list[str]:
-        """Copy all other tensors unchanged: embeddings, norms, biases, heads."""
+    def _write_rest(self, settings: str) -> str:
+        """Copy all other tensors unchanged: embeddings, norms, biases, heads; the name of the file.
+
+        Its header holds the checksums of all files and of config.json too, so that files of two runs are told apart.
+        """
+        known: dict[str, str | None] = {}
+        for file in self._files:
+            checksums = read_checksums(self.out / file)
+            if checksums is not None:
+                known |= checksums.tensors
         split = {part.name for parts in self.source.parts.values() for part in parts}
         names = [name for name in self.source.checkpoint.names if name not in split]
-        if not names:
-            return []
-        copy_shard(self.out / "model-rest.safetensors", self.source.checkpoint, names)
-        return ["model-rest.safetensors"]
+        covered = Checksums(known, settings_checksum(json.loads(settings)))
+        copy_shard(self.out / _REST, self.source.checkpoint, names, covered)
+        return _REST
 
     def _write_journal(self) -> None:
         state = {

@@ -16,6 +16,7 @@ from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from qrefta.files.safetensors import sync_folder
+from qrefta.hf_quantizer import saved_state
 
 UNFINISHED = (
     "unfinished"  # in a run's folder: what is being written, or was when the run was killed
@@ -34,6 +35,10 @@ def whole_checkpoints(kind: type[Trainer]) -> type[Trainer]:
 
     class WholeCheckpoints(kind):
         """Its `_save_checkpoint` writes elsewhere; the first of several processes renames once all have written."""
+
+        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+            with saved_state(self.model, state_dict):
+                super()._save(output_dir, state_dict)
 
         def _save_checkpoint(self, *args: Any) -> None:
             run, step = Path(self.args.output_dir), self.state.global_step

@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from qrefta.distributed import check_sharding, processes, whole_state
-from qrefta.files.checksums import DIGESTS, check_digests
-from qrefta.hf_quantizer import is_prepared, prepared_config
+from qrefta.hf_quantizer import is_prepared, prepared_config, saved_state
+from qrefta.model.verify import check_weights
 from qrefta.model_card import write_card
 from qrefta.nn.factors import BANK
 from qrefta.train.checkpoints import (
@@ -191,8 +191,8 @@ def finetune(
         trainer.model_accepts_loss_kwargs = False
     if fsdp and not trainer.is_fsdp_enabled:
         raise ValueError("fsdp shards a model over GPUs, and there are none here; leave it out.")
-    if resume and (checkpoint / DIGESTS).is_file():  # Trainer reads the weights past the plug-in
-        check_digests(checkpoint, checkpoint.glob("model*.safetensors"))
+    if resume and is_prepared(model):  # Trainer reads the weights past the plug-in
+        check_weights(checkpoint)
     outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if resume else None)
     evaluated = [
         row for row in trainer.state.log_history if "eval_loss" in row
@@ -203,7 +203,8 @@ def finetune(
     state = whole_state(model)
     if arguments.should_save:
         with writing(Path(output_dir), "the model") as folder:
-            model.save_pretrained(folder, state_dict=state)
+            with saved_state(model, state):
+                model.save_pretrained(folder, state_dict=state)
             tokenizer.save_pretrained(folder)
             if is_prepared(model):
                 did = f"It was fine-tuned ({task}, {outcome.global_step} steps, test loss {after['eval_loss']:.4f})."

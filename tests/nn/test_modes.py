@@ -11,11 +11,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import qrefta
-from qrefta.cli import load_classifier
 from qrefta.hf_quantizer import place_bank
 from qrefta.nn.factors import BANK
 from qrefta.nn.quantized import QUANT_TYPES
 from qrefta.train.finetune import finetune
+from qrefta.train.models import load_classifier
 from tests import models
 from tests.models import ARCHITECTURES, VOCAB, build, decoder_sizes
 from tests.tiny import color_data, tiny_folder

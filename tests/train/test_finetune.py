@@ -7,9 +7,9 @@ from torch.testing import assert_close
 from transformers import AutoTokenizer, Trainer
 
 import qrefta
-from qrefta.cli import load_classifier
 from qrefta.nn.factors import BANK
 from qrefta.train.finetune import count_trained, finetune
+from qrefta.train.models import load_classifier
 from tests.tiny import color_data, color_rows, tiny_folder
 
 

@@ -6,9 +6,9 @@ from torch import nn
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 import qrefta
-from qrefta.cli import load_classifier
 from qrefta.nn.factors import BANK
 from qrefta.train.finetune import finetune
+from qrefta.train.models import load_classifier
 from qrefta.train.nan_guard import _all_finite, _finite, find_origin, finite_steps
 from tests.models import pixels, tiny_bert, tiny_vit
 from tests.processes import Broken

@@ -1,0 +1,94 @@
+"""Command-line options for the settings of `prepare`, made from the fields of `qrefta.config.Settings`."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from functools import wraps
+from typing import Annotated, Any
+
+import typer
+
+from qrefta.config import OLD_RANK_SETTINGS, Settings, parse_rank
+
+# Fields whose option has another type or name than the field.
+_SPECIAL: dict[str, tuple[Any, Any, str]] = {
+    "rank": (str, "16", "--rank"),
+    "target_modules": (list[str] | None, None, "--target"),
+    "modules_to_save": (list[str] | None, None, "--modules-to-save"),
+}
+_REGEX = "target_regex"
+_OLD_TYPES: dict[str, type] = {
+    "ranks": str,
+    "trained_params": int,
+    "budget_mb": float,
+    "error_ratio": float,
+}
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with one option for every setting; it receives them as the dict `settings`."""
+    signature = inspect.signature(command)
+    kept = [parameter for name, parameter in signature.parameters.items() if name != "settings"]
+    added = [*_setting_options(), _regex_option(), *_old_options()]
+
+    @wraps(command)
+    def with_options(**values: Any) -> None:
+        chosen = {option.name: values.pop(option.name) for option in added}
+        command(**values, settings=_settings(chosen))
+
+    keyword = [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in (*kept, *added)]
+    with_options.__signature__ = signature.replace(parameters=keyword)  # type: ignore[attr-defined]
+    # typer reads types from here, and they must not be those of `command`.
+    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in keyword}
+    return with_options
+
+
+def _setting_options() -> list[inspect.Parameter]:
+    types = inspect.get_annotations(Settings)
+    options = []
+    for setting in fields(Settings):
+        flag = f"--{setting.name.replace('_', '-')}"
+        kind, default, flag = _SPECIAL.get(
+            setting.name, (types[setting.name], setting.default, flag)
+        )
+        text = setting.metadata["help"]
+        if setting.name in ("bits", "block_size"):  # numbers, whose choices typer does not list
+            kind = int
+            text = f"{text.removesuffix('.')}: {', '.join(map(str, setting.metadata['allowed']))}."
+        options.append(_option(setting.name, kind, default, flag, text))
+    return options
+
+
+def _regex_option() -> inspect.Parameter:
+    text = "Alternative to --target: a regular expression that matches whole paths."
+    return _option(_REGEX, str | None, None, "--target-regex", text)
+
+
+def _old_options() -> list[inspect.Parameter]:
+    """The options of qrefta 0.1 that chose the rank; they work and are not listed."""
+    return [
+        _option(name, kind | None, None, f"--{name.replace('_', '-')}", "Use --rank.", hidden=True)
+        for name, kind in _OLD_TYPES.items()
+    ]
+
+
+def _option(
+    name: str, kind: Any, default: Any, flag: str, text: str, hidden: bool = False
+) -> inspect.Parameter:
+    annotation = Annotated[kind, typer.Option(flag, help=text, hidden=hidden)]
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
+
+
+def _settings(values: dict[str, Any]) -> dict[str, Any]:
+    """Keywords of `prepare` from the values of the options."""
+    old = {name: values.pop(name) for name in OLD_RANK_SETTINGS}
+    regex = values.pop(_REGEX)
+    if regex is not None:
+        values["target_modules"] = regex
+    if values["rank"] != "auto":  # of qrefta 0.1
+        values["rank"] = parse_rank(values["rank"])
+    if old["ranks"] is not None:
+        old["ranks"] = [int(part) for part in old["ranks"].split(",")]
+    return values | {name: value for name, value in old.items() if value is not None}

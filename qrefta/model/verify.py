@@ -1,0 +1,132 @@
+"""verify(): whether a prepared folder is whole and as it was saved, without loading the model."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate import init_empty_weights
+from transformers import AutoConfig, PreTrainedModel
+
+from qrefta.files.json_file import read_json
+from qrefta.files.safetensors import Checkpoint, weight_files
+from qrefta.files.verify import LIST, check_layout, check_saved, is_switched_off
+from qrefta.hf_config import QReftaConfig
+from qrefta.model.build import build, model_class
+from qrefta.model.check import (
+    check_files,
+    check_headers,
+    check_rows,
+    check_stored_scales,
+    missing_error,
+    missing_tensors,
+)
+from qrefta.model.config_file import read_config
+
+_UNFINISHED = "qrefta_unfinished.json"
+
+
+class VerifiedFile(NamedTuple):
+    """A file that was found whole.
+
+    Attributes:
+        name: in the folder.
+        checked: a few words on how it was checked.
+    """
+
+    name: str
+    checked: str
+
+
+def verify(folder: str | Path) -> list[VerifiedFile]:
+    """The files of a prepared folder, each with how it was checked; all of them are whole.
+
+    Reads every byte of the weights once, a few megabytes at a time. Checked are: config.json (its settings, and that it
+    is the one saved with the weights), the index, the checksum of every tensor, that the tensors are those of the model
+    that config.json describes, that scales are finite, that no file is missing or left over, and that other JSON files
+    can be read. `QREFTA_VERIFY` is ignored.
+
+    Raises:
+        ValueError: for the first fault; it names the file and the fix.
+    """
+    folder = Path(folder)
+    settings = read_config(folder)
+    if (folder / _UNFINISHED).exists():
+        raise ValueError(
+            f"{folder} is unfinished: it holds {_UNFINISHED}. Run the same prepare command again, which goes on."
+        )
+    config = QReftaConfig.from_dict(settings["quantization_config"])
+    check_layout(folder)
+    paths = weight_files(folder)
+    files = [str(path) for path in paths]
+    check_files(files, folder)
+    _check_left_over(folder, paths, config.format_version)
+    check_saved(files, config.format_version)
+    model = _empty_model(folder, settings, config)
+    check_headers(model, files)
+    missing = missing_tensors(model, files)
+    if missing:
+        raise missing_error(missing)
+    check_stored_scales(model, files)
+    verified = [VerifiedFile("config.json", "settings, checksum")]
+    for path in paths:
+        count = len(Checkpoint.of_files([path]).names)
+        verified.append(VerifiedFile(path.name, f"{count} tensors: shapes, scales, checksums"))
+    return verified + _other_json(folder)
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse weights of a prepared folder that differ from what was saved; a folder without weights is passed over.
+
+    Checkpoints that several processes wrote in parts (FSDP2's sharded ones) are such folders. `QREFTA_VERIFY=0` in the
+    environment switches this off.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    has_weights = any(folder.glob("model*.safetensors"))
+    if is_switched_off() or not has_weights or not (folder / "config.json").is_file():
+        return
+    settings = read_config(folder)["quantization_config"]
+    check_layout(folder)
+    check_saved(weight_files(folder), settings.get("format_version", 1))
+
+
+def _check_left_over(folder: Path, paths: list[Path], version: int) -> None:
+    """Refuse weights that no loader reads: they are of another save."""
+    expected = {path.name for path in paths}
+    left = sorted(path.name for path in folder.glob("model*.safetensors"))
+    left = [name for name in left if name not in expected]
+    if version > 1 and (folder / LIST).exists():
+        left.append(LIST)
+    if left:
+        raise ValueError(
+            f"{folder} holds {', '.join(left)} of another save, which nothing reads; delete it."
+        )
+
+
+def _empty_model(folder: Path, settings: dict[str, Any], config: QReftaConfig) -> PreTrainedModel:
+    """The model that config.json describes, adapted, without storage."""
+    kind = model_class((settings.get("architectures") or [""])[0], folder)
+    try:
+        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with init_empty_weights(include_buffers=True):
+            model = kind(model_config)
+    except Exception as error:
+        raise ValueError(
+            f"The config.json of {folder} makes no model ({type(error).__name__}: {error}); it is damaged, or of "
+            "another version of transformers: copy it again."
+        ) from error
+    with init_empty_weights(include_buffers=True):
+        build(model, config)
+    check_rows(config)
+    return model
+
+
+def _other_json(folder: Path) -> list[VerifiedFile]:
+    """The other JSON files, such as the tokenizer's and the index."""
+    verified = []
+    for path in sorted(folder.glob("*.json")):
+        if path.name != "config.json":
+            read_json(path)
+            checked = "lists the tensors" if ".index." in path.name else "readable"
+            verified.append(VerifiedFile(path.name, checked))
+    return verified

@@ -1,0 +1,144 @@
+"""Tables that the command line prints: of a prepared model, training runs, memory, scores."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from qrefta.memory.plan import Plan
+    from qrefta.train.finetune import FinetuneResult
+
+
+def report_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The rows of `quant_report` as a table, with a line for the whole model."""
+    prefix = _common_prefix([row["stack"] for row in rows])
+    where = f" in {prefix.removesuffix('.')}" if prefix else ""
+    table = _table(f"Squared quantization error{where}: whole weight W, residual Wr")
+    has_outputs = rows[0]["output_ratio"] is not None
+    columns = ["stack", "shape", "R", "W-Q(W)", "Wr-Q(Wr)", "ratio"]
+    if has_outputs:
+        columns.append("output")
+    for name in [*columns, "bits"]:
+        table.add_column(name, justify="left" if name == "stack" else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*_report_cells(row, prefix, has_outputs))
+    table.add_section()
+    table.add_row(*_total_cells(rows, has_outputs))
+    return table
+
+
+def _report_cells(row: Mapping[str, Any], prefix: str, has_outputs: bool) -> list[str]:
+    out_features, in_features = row["shape"]
+    cells = [
+        row["stack"].removeprefix(prefix),
+        f"{row['layers']}x{out_features}x{in_features}",
+        str(row["rank"]),
+        f"{row['baseline_error']:.4g}",
+        f"{row['residual_error']:.4g}",
+        f"{row['ratio']:.3f}",
+    ]
+    if has_outputs:
+        cells.append(f"{row['output_ratio']:.3f}")
+    return [*cells, f"{row['bits_per_weight']:.2f}"]
+
+
+def _total_cells(rows: Sequence[Mapping[str, Any]], has_outputs: bool) -> list[str]:
+    baseline = sum(row["baseline_error"] for row in rows)
+    residual = sum(row["residual_error"] for row in rows)
+    weights = sum(row["layers"] * row["shape"][0] * row["shape"][1] for row in rows)
+    bits = 8 * sum(row["bytes"] for row in rows) / weights
+    ratio = residual / baseline if baseline else 1.0
+    cells = ["all", f"{weights:,}", "", f"{baseline:.4g}", f"{residual:.4g}", f"{ratio:.3f}"]
+    if has_outputs:
+        cells.append("")
+    return [*cells, f"{bits:.2f}"]
+
+
+def settings_table(settings: Mapping[str, Any]) -> Table:
+    """Settings of a prepared model, one a line."""
+    table = _table("Settings")
+    table.add_column("setting")
+    table.add_column("value", overflow="fold")
+    for name, value in settings.items():
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+        table.add_row(name, "" if shown is None else str(shown))
+    return table
+
+
+def results_table(results: Mapping[str, "FinetuneResult"]) -> Table:
+    """Training runs side by side."""
+    table = _table("Test accuracy")
+    for name in ("method", "trained", "before", "after", "test loss", "steps", "seconds"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for name, result in results.items():
+        table.add_row(
+            name,
+            f"{result.trained_parameters:,}",
+            _percent(result.accuracy_before),
+            _percent(result.accuracy_after),
+            f"{result.test_loss:.3f}",
+            str(result.steps),
+            f"{result.train_s:.0f}",
+        )
+    return table
+
+
+def plan_table(plan: "Plan") -> Table:
+    """The parts of a plan, in gigabytes."""
+    table = _table("Memory of a training step")
+    table.add_column("part")
+    table.add_column("GB", justify="right")
+    for name in ("linears", "rest", "factors", "optimizer", "activations", "temporary"):
+        table.add_row(name, f"{getattr(plan, f'{name}_bytes') / 1e9:.3f}")
+    table.add_section()
+    table.add_row("peak", f"{plan.total_bytes / 1e9:.3f}")
+    return table
+
+
+def scores_table(scores: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Scores of lm-evaluation-harness: metrics by task."""
+    table = _table("lm-evaluation-harness")
+    table.add_column("task")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    table.add_column("standard error", justify="right")
+    for task, metrics in scores.items():
+        for key, value in metrics.items():
+            metric, _, variant = key.partition(",")
+            if not isinstance(value, float) or metric.endswith("_stderr"):
+                continue
+            error = metrics.get(f"{metric}_stderr,{variant}")
+            shown = f"{error:.2g}" if isinstance(error, float) else ""
+            table.add_row(task, metric, f"{value:.4g}", shown)
+    return table
+
+
+def files_table(files: Sequence[tuple[str, str]]) -> Table:
+    """Verified files, one a line."""
+    table = _table("Verified")
+    table.add_column("file", overflow="fold")
+    table.add_column("checked", overflow="fold")
+    for name, checked in files:
+        table.add_row(name, checked)
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
+
+
+def _common_prefix(names: list[str]) -> str:
+    """The module path that all names start with, with its dot, or nothing."""
+    owners = [name.split(".")[:-1] for name in names]
+    shared = []
+    for parts in zip(*owners):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared) + "." if shared else ""

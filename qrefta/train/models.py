@@ -1,0 +1,41 @@
+"""Models of a task's class, with a head for the classes of its data."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+
+from qrefta.choices import Task
+from qrefta.train.tasks import TASKS
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+
+def load_model(source: str, task: Task, data: "DatasetDict", seed: int) -> PreTrainedModel:
+    """A model of the task's class, with a head for the classes of the data where it has them."""
+    kind = TASKS[task].model
+    if task in ("lm", "sft"):
+        return kind.from_pretrained(source, dtype="auto", use_safetensors=True)
+    return load_classifier(source, data["train"].features["label"].names, seed, kind)
+
+
+def load_classifier(
+    model: str, classes: list[str], seed: int, auto: type = AutoModelForSequenceClassification
+) -> PreTrainedModel:
+    """A classifier for these classes, of the class `auto`.
+
+    Its head is drawn from `seed` if the checkpoint has none that fits.
+    """
+    has_labels = AutoConfig.from_pretrained(model).num_labels
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return auto.from_pretrained(
+            model,
+            dtype=torch.float32,  # a head in bf16 would lose most of AdamW's updates
+            use_safetensors=True,
+            num_labels=len(classes),
+            id2label=dict(enumerate(classes)),
+            label2id={name: index for index, name in enumerate(classes)},
+            ignore_mismatched_sizes=has_labels != len(classes),
+        )

@@ -1,0 +1,134 @@
+"""Importing qrefta: light, registers the plug-in in either order, and changes nothing else in transformers."""
+
+import json
+import resource
+import subprocess
+import sys
+from typing import get_args
+
+import pytest
+
+import qrefta
+from qrefta import choices
+from qrefta.export.merge import merge
+from qrefta.memory.plan import OPTIMIZERS
+from qrefta.methods import METHODS
+from qrefta.nn.factors import Factors
+from qrefta.train.tasks import TASKS
+from tests.models import tiny_bert
+
+HEAVY = ("torch", "transformers", "datasets", "bitsandbytes", "accelerate", "lm_eval", "scipy")
+
+
+def fresh(code, *arguments):
+    """The last line that a fresh process prints, as JSON."""
+    run = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def loaded_modules(code):
+    return fresh(f"{code}\nimport sys, json; print(json.dumps(sorted(sys.modules)))")
+
+
+def test_import_loads_nothing_heavy():
+    assert not set(HEAVY) & set(loaded_modules("import qrefta"))
+
+
+@pytest.mark.parametrize("words", [["--help"], ["prepare", "--help"], ["prepar"]], ids=str)
+def test_help_and_a_mistyped_command_load_nothing_heavy(words):
+    code = f"import sys, contextlib\nsys.argv = ['qrefta', *{words}]\nfrom qrefta.cli import main\n"
+    code += "with contextlib.suppress(SystemExit): main()"
+    assert not set(HEAVY) & set(loaded_modules(code))
+
+
+def test_inspect_loads_no_trainer_data_sets_or_harness(tmp_path):
+    qrefta.prepare(tiny_bert(), rank=2, refine=0, progress=False).save_pretrained(tmp_path)
+    code = f"import sys\nsys.argv = ['qrefta', 'inspect', {str(tmp_path)!r}]\n"
+    code += "from qrefta.cli import app\napp(standalone_mode=False)"
+    modules = set(loaded_modules(code))
+    assert "qrefta.hf_config" in modules
+    absent = {"transformers.trainer", "transformers.modeling_utils", "datasets", "lm_eval"}
+    assert not (absent | {"bitsandbytes"}) & modules
+
+
+def test_help_takes_little_processor_time():
+    """Measured: 0.2 s; with torch and transformers it would be 5 s. The bound is for a busy machine."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "qrefta", "--help"], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+
+
+ATTRIBUTES = """
+import json, sys
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, modeling_utils, configuration_utils
+from transformers.quantizers import base
+
+def contents():
+    owners = (PreTrainedModel, PreTrainedConfig, Trainer, base.HfQuantizer, modeling_utils, configuration_utils)
+    return [dict(vars(owner)) for owner in owners]
+
+before = contents()
+import qrefta
+for name in qrefta.__all__:
+    getattr(qrefta, name)
+import qrefta.train.checkpoints, qrefta.cli
+changed = [
+    name
+    for old, new in zip(before, contents())
+    for name in old.keys() | new.keys()
+    if name != "__warningregistry__" and old.get(name) is not new.get(name)
+]
+print(json.dumps(changed))
+"""
+
+
+def test_import_changes_nothing_in_transformers():
+    assert fresh(ATTRIBUTES) == []
+
+
+LOAD = """
+import json, sys
+{imports}
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
+print(json.dumps(type(model.hf_quantizer).__name__))
+"""
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import qrefta; from transformers import AutoModelForSequenceClassification",
+        "from transformers import AutoModelForSequenceClassification; import qrefta",
+        "import transformers.modeling_utils, qrefta; from transformers import AutoModelForSequenceClassification",
+        "import qrefta, transformers.modeling_utils; from transformers import AutoModelForSequenceClassification",
+        "import qrefta.hf_quantizer; from transformers import AutoModelForSequenceClassification",
+        "import qrefta.hf_config; from transformers import AutoModelForSequenceClassification",
+        "from qrefta import load; from transformers import AutoModelForSequenceClassification",
+    ],
+)
+def test_plain_from_pretrained_knows_prepared_folders_in_any_order_of_imports(imports, tmp_path):
+    qrefta.prepare(tiny_bert(), rank=2, refine=0, progress=False).save_pretrained(tmp_path)
+    assert fresh(LOAD.format(imports=imports), tmp_path) == "QReftaQuantizer"
+
+
+def test_names_are_imported_on_first_use():
+    assert qrefta.merge is merge
+    assert set(qrefta.__all__) <= set(dir(qrefta))
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = qrefta.nothing
+
+
+def test_choices_are_those_that_the_code_has():
+    assert list(METHODS) == list(choices.METHOD_NAMES)
+    assert list(TASKS) == list(choices.TASK_NAMES)
+    assert list(OPTIMIZERS) == list(choices.OPTIMIZER_NAMES)
+    fitted = {name: method.transforms for name, method in METHODS.items() if method.fits}
+    assert fitted == choices.FITTED
+    assert Factors.transforms == get_args(choices.Transform)
