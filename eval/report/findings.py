@@ -485,10 +485,19 @@ def measured_table(files: dict[str, list[Row]]) -> Table:
                 f"Python {row['python']}, {versions}",
             ].append(row)
     lines = [
-        [f"{name}.jsonl", str(len(rows)), f"python -m eval.{command.replace('.py', '', 1)}", commit, device,
+        [f"{name}.jsonl", str(len(rows)), typed(command), commit, device,
          str(threads), ", ".join(map(str, sorted({row["seed"] for row in rows}))), versions]
         for (name, command, commit, device, threads, versions), rows in found.items()
     ]  # fmt: skip
     return Table(
         ["rows", "number", "command", "commit", "device", "threads", "seeds", "versions"], lines
+    )
+
+
+def typed(command: str) -> str:
+    """A row's command as it is typed today; older rows name the study's file and not the program."""
+    return (
+        command
+        if command.startswith("python")
+        else f"python -m eval {command.replace('.py', '', 1)}"
     )

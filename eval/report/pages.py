@@ -11,7 +11,7 @@ COLUMNS = ["claim", "measured here", "verdict", "why"]
 NAME = "qrefta: what was measured"
 LEAD = (
     "Every number, title and verdict on this page is computed from committed rows of measurements by "
-    "python -m eval.report.report. W is a weight, Q(W) its 4-bit form, Ŵ what a method computes with in its place, factors "
+    "python -m eval report. W is a weight, Q(W) its 4-bit form, Ŵ what a method computes with in its place, factors "
     "included."
 )
 CSS = """
@@ -116,7 +116,7 @@ def markdown_table(table: Table) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
-def page(report: Report) -> str:
+def html_page(report: Report) -> str:
     """The report as one HTML page without scripts, fonts or anything else from elsewhere."""
     parts = [
         f"<h1>{NAME}</h1>\n<p>{LEAD}</p>",

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.report.pages import markdown_table
+from eval.report.scores import score_table, scores
 from eval.rows import read
-from eval.studies.scores import score_table, scores
 
 ROWS = Path(__file__).parents[1] / "rows"
 README = Path(__file__).parents[2] / "README.md"
@@ -140,5 +140,10 @@ TABLES = {
 }
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Write the tables into README.md."""
     README.write_text(insert(README.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run()

@@ -3,27 +3,27 @@
 Titles, tables and verdicts are computed from the rows: other rows, other findings. The same rows give the same bytes.
 """
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from eval.report import figures, findings
+from eval.report import figures, findings, scores
 from eval.report.findings import FORMATS, Row, distinct, pick
-from eval.report.pages import Report, Section, markdown, page
+from eval.report.pages import Report, Section, html_page, markdown
 from eval.report.verdicts import verdicts
 from eval.rows import read
-from eval.studies import scores
 from eval.studies.quant_error import Cell
 from qrefta.cli import guarded
 from qrefta.methods import METHODS
 
 ROWS = Path(__file__).parents[1] / "rows"
 MAKES = {
-    "quant_error": "python -m eval.studies.quant_error --rows eval/rows/quant_error.jsonl",
-    "accuracy": "python -m eval.studies.accuracy --task sst2 --task cola --rows eval/rows/accuracy.jsonl",
-    "cost": "python -m eval.studies.cost --rows eval/rows/cost.jsonl",
+    "quant_error": "python -m eval quant_error --rows eval/rows/quant_error.jsonl",
+    "accuracy": "python -m eval accuracy --task sst2 --task cola --rows eval/rows/accuracy.jsonl",
+    "cost": "python -m eval cost --rows eval/rows/cost.jsonl",
 }
 NEEDED = {
     "stack": ("model", "method", "start", "text"),
@@ -37,11 +37,10 @@ LAYERS = [1, 2, 4, 6, 12, 24, 48, 96]
 
 def run(
     rows: Annotated[Path, typer.Option(help="Folder of rows.")] = ROWS,
-    out: Annotated[
-        Path, typer.Option(help="Markdown file; its pictures go to a folder of its name beside it.")
-    ] = (ROWS.parent / "REPORT.md"),
-    html: Annotated[
-        Path | None, typer.Option(help="HTML page; default: index.html in the pictures' folder.")
+    out: Annotated[Path, typer.Option(help="Markdown file.")] = ROWS.parent / "REPORT.md",
+    page: Annotated[
+        Path | None,
+        typer.Option(help="Folder for index.html and pictures; default: page/ next to OUT."),
     ] = None,
 ) -> None:
     """Write the report."""
@@ -52,12 +51,14 @@ def run(
         missing=[command for name, command in MAKES.items() if name not in files],
         measured=findings.measured_table(files),
     )
-    folder = out.parent / out.stem.lower()
+    folder = page or out.parent / "page"
     folder.mkdir(parents=True, exist_ok=True)
-    for picture in (picture for section in report.sections for picture in section.pictures):
-        (folder / f"{picture.name}.svg").write_text(picture.svg, encoding="utf-8")
-    out.write_text(markdown(report, folder.name), encoding="utf-8")
-    (html or folder / "index.html").write_text(page(report), encoding="utf-8")
+    for section in report.sections:
+        for picture in section.pictures:
+            (folder / f"{picture.name}.svg").write_text(picture.svg, encoding="utf-8")
+    link = Path(os.path.relpath(folder, out.parent)).as_posix()
+    out.write_text(markdown(report, link), encoding="utf-8")
+    (folder / "index.html").write_text(html_page(report), encoding="utf-8")
 
 
 def read_all(folder: Path) -> dict[str, list[Row]]:

@@ -17,7 +17,7 @@ from eval.report.findings import (
     pick,
     transforms_duel,
 )
-from eval.studies.scores import CONFIDENCE, Difference, Score, Study, differences, scores
+from eval.report.scores import CONFIDENCE, Difference, Score, Study, differences, scores
 
 HOLDS, IN_PART, FAILS, UNTOLD = "holds", "holds in part", "does not hold", "cannot be told here"
 NAMED = 4  # exceptions that are named

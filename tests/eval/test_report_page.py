@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from eval.report import findings
+from eval.report import findings, scores
 from eval.report.report import read_all, run, sections
 from eval.report.verdicts import FAILS, HOLDS, IN_PART, UNTOLD, verdicts
-from eval.studies import scores
 
 ROWS = Path(__file__).parents[2] / "eval" / "rows"
 CONTEXT = {
@@ -159,7 +158,7 @@ def write(folder, **files):
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """A folder with REPORT.md and report/, of all three files; an unusual task and a metric of which less is better."""
+    """A folder with REPORT.md and page/, of all three files; an unusual task and a metric of which less is better."""
     folder = tmp_path_factory.mktemp("report")
     lines = score_rows({"refta R=15 bits=16": 0.1}, task="tiny shakespeare", metric="perplexity")
     rows = write(
@@ -441,7 +440,7 @@ def test_links_of_the_markdown_file_lead_to_pictures(report):
     text = (report / "REPORT.md").read_text(encoding="utf-8")
     links = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
     assert {Path(link).name for link in links} == {
-        path.name for path in (report / "report").glob("*.svg")
+        path.name for path in (report / "page").glob("*.svg")
     }
     assert all((report / link).is_file() for link in links)
     assert "tiny shakespeare: refta" in text
@@ -449,21 +448,24 @@ def test_links_of_the_markdown_file_lead_to_pictures(report):
 
 def test_the_same_rows_give_the_same_bytes(report, tmp_path):
     run(report / "rows", tmp_path / "REPORT.md", None)
-    for path in sorted((report / "report").iterdir()):
-        assert (tmp_path / "report" / path.name).read_bytes() == path.read_bytes(), path.name
+    for path in sorted((report / "page").iterdir()):
+        assert (tmp_path / "page" / path.name).read_bytes() == path.read_bytes(), path.name
     assert (tmp_path / "REPORT.md").read_bytes() == (report / "REPORT.md").read_bytes()
 
 
 def test_a_missing_file_leaves_its_section_out_and_names_its_command(tmp_path):
-    run(write(tmp_path / "rows", cost=cost_rows()), tmp_path / "REPORT.md", tmp_path / "page.html")
-    for text in ((tmp_path / "REPORT.md").read_text(), (tmp_path / "page.html").read_text()):
-        assert "python -m eval.studies.accuracy" in text
-        assert "eval.cost --rows" not in text.split("How it was measured")[0]
+    run(write(tmp_path / "rows", cost=cost_rows()), tmp_path / "REPORT.md", tmp_path / "out")
+    for text in (
+        (tmp_path / "REPORT.md").read_text(),
+        (tmp_path / "out" / "index.html").read_text(),
+    ):
+        assert "python -m eval accuracy" in text
+        assert "eval cost --rows" not in text.split("How it was measured")[0]
     assert len(sections(read_all(tmp_path / "rows"))) == 1
 
 
 def test_an_empty_folder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"no rows.*accuracy\.jsonl.*python -m eval\.cost"):
+    with pytest.raises(ValueError, match=r"no rows.*accuracy\.jsonl.*python -m eval cost"):
         run(tmp_path, tmp_path / "REPORT.md", None)
 
 
@@ -511,12 +513,10 @@ def test_the_committed_report_is_what_the_committed_rows_give(tmp_path):
     run(ROWS, tmp_path / "REPORT.md", None)
     committed = ROWS.parent
     assert (tmp_path / "REPORT.md").read_text() == (committed / "REPORT.md").read_text()
-    names = {path.name for path in (tmp_path / "report").iterdir()}
-    assert {path.name for path in (committed / "report").iterdir()} == names
+    names = {path.name for path in (tmp_path / "page").iterdir()}
+    assert {path.name for path in (committed / "page").iterdir()} == names
     for name in names:
-        new, old = (
-            texts((folder / "report" / name).read_text()) for folder in (tmp_path, committed)
-        )
+        new, old = (texts((folder / "page" / name).read_text()) for folder in (tmp_path, committed))
         assert new == old, name
 
 
@@ -549,10 +549,10 @@ def test_page_opens_in_a_browser(report, browser, width):
     opened.on("request", lambda request: requests.append(request.url))
     opened.on("console", lambda message: complaints.append(message.text))
     opened.on("pageerror", lambda error: complaints.append(str(error)))
-    address = (report / "report" / "index.html").as_uri()
+    address = (report / "page" / "index.html").as_uri()
     opened.goto(address)
     pictures = opened.locator("figure svg").all()
-    assert len(pictures) == len(list((report / "report").glob("*.svg")))
+    assert len(pictures) == len(list((report / "page").glob("*.svg")))
     for picture in pictures:
         box = picture.bounding_box()
         assert min(box["width"], box["height"]) > 100
