@@ -34,6 +34,7 @@ STUDIES = {
     "hostile": Entry("eval.robustness.hostile", "damaged and hostile checkpoints"),
     "kills": Entry("eval.robustness.kills", "runs that are killed and resumed"),
     "long_run": Entry("eval.robustness.long_run", "memory and step time over thousands of steps"),
+    "mutation": Entry("eval.robustness.mutation", "faults in a module that its tests miss"),
     "report": Entry("eval.report.report", "write eval/REPORT.md and eval/page/ from the rows"),
     "readme_table": Entry("eval.report.readme_table", "write the README's tables from the rows"),
 }
