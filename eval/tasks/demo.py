@@ -14,7 +14,8 @@ import hashlib
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -110,7 +111,8 @@ def file_sentences(path: Path, stdlib: Path, chapter: int) -> Iterator[Sentence]
                     yield Sentence(text, chapter, owner)
 
 
-def stdlib_sentences(stdlib: Path) -> list[Sentence]:
+@cache
+def stdlib_sentences(stdlib: Path) -> tuple[Sentence, ...]:
     """One sentence for each sequence of words in the CHAPTERS' modules below `stdlib`.
 
     A sentence that occurs in two chapters has no one label and is dropped.
@@ -123,7 +125,8 @@ def stdlib_sentences(stdlib: Path) -> list[Sentence]:
                 first = found.setdefault(sentence.words, sentence)
                 if first.chapter != chapter:
                     ambiguous.add(sentence.words)
-    return [sentence for words, sentence in found.items() if words not in ambiguous]
+    kept = found.keys() - ambiguous
+    return tuple(sentence for words, sentence in found.items() if words in kept)
 
 
 def fraction(text: str) -> float:
@@ -136,7 +139,7 @@ def runs(words: tuple[str, ...]) -> set[tuple[str, ...]]:
     return {words[start : start + RUN] for start in range(max(1, len(words) - RUN + 1))}
 
 
-def split(found: list[Sentence]) -> tuple[list[Sentence], list[Sentence]]:
+def split(found: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]]:
     """Training and test sentences without leakage, each side ordered by the hash of its texts.
 
     A top-level object (a function, or a class with its methods) falls on one side as a whole, by the hash of its name.

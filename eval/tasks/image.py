@@ -42,7 +42,7 @@ MEAN, STD = (
 )  # of CIFAR-10's training images, red green blue, 0 .. 1
 SHIFT = 4
 WEIGHT_DECAY = 0.05
-HOW = "`python -m eval.tasks.image --data FOLDER --out runs/vit` pre-trains one"
+HOW = "`python -m eval image --data FOLDER --out runs/vit` pre-trains one"
 console = Console()
 
 

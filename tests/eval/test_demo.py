@@ -13,7 +13,7 @@ import pytest
 from eval.tasks import demo
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
-ROOT = Path(demo.__file__).parents[1]
+ROOT = Path(demo.__file__).parents[2]
 SCRIPT = """
 from eval.tasks import demo
 data = demo.docstring_sentences(train_size=2000, test_size=600)

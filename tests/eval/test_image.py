@@ -264,7 +264,7 @@ def test_methods_train_and_are_scored(task, method):
 
 def test_no_model_or_an_unfit_one_is_refused(source, tmp_path):
     with pytest.raises(
-        ValueError, match=r"cifar10 needs --model.*python -m eval.tasks.image --data FOLDER --out"
+        ValueError, match=r"cifar10 needs --model.*python -m eval image --data FOLDER --out"
     ):
         image_task("cifar10", source, None, None, SIZES, 0)
     new_vit(NAMES[:9], 32, 2, 16, seed=0).save_pretrained(tmp_path / "all")
@@ -277,7 +277,7 @@ def test_no_model_or_an_unfit_one_is_refused(source, tmp_path):
     )
     build(BertForSequenceClassification, text).save_pretrained(tmp_path / "text")
     with pytest.raises(
-        ValueError, match=r"takes image_size no images; cifar10 needs 32, and .*eval\.image"
+        ValueError, match=r"takes image_size no images; cifar10 needs 32, and .*eval image"
     ):
         image_task("cifar10", source, str(tmp_path / "text"), None, SIZES, 0)
 

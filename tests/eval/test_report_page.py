@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from eval.report import findings
+from eval.report import findings, scores
 from eval.report.report import read_all, run, sections
 from eval.report.verdicts import FAILS, HOLDS, IN_PART, UNTOLD, verdicts
-from eval.studies import scores
 
 ROWS = Path(__file__).parents[2] / "eval" / "rows"
 CONTEXT = {
@@ -159,7 +158,7 @@ def write(folder, **files):
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """A folder with REPORT.md and report/, of all three files; an unusual task and a metric of which less is better."""
+    """A folder with REPORT.md and page/, of all three files; an unusual task and a metric of which less is better."""
     folder = tmp_path_factory.mktemp("report")
     lines = score_rows({"refta R=15 bits=16": 0.1}, task="tiny shakespeare", metric="perplexity")
     rows = write(
@@ -185,7 +184,7 @@ def model_rows(rows):
 def test_titles_say_who_leaves_less_error_and_flip_with_the_rows():
     ahead = findings.error_title(model_rows(error_rows()), "ratio", "weight error")
     assert ahead.startswith(
-        "NF4, R = 192: ReFTA lsm3, refined leaves the least weight error, 0.46 of Q(W)'s"
+        "NF4, R = 192: ReFTA lsm3, refined leaves the least weight error, 0.46 times Q(W)'s"
     )
     assert "the best of the other side, LoftQ, 0.48" in ahead
     behind = findings.error_title(
@@ -194,11 +193,11 @@ def test_titles_say_who_leaves_less_error_and_flip_with_the_rows():
     assert behind.startswith("NF4, R = 192: PiSSA leaves the least")
     assert "ReFTA lsm3, refined" in behind
     nothing = findings.error_title(model_rows(error_rows(rises=True)), "ratio", "weight error")
-    assert nothing.startswith("NF4, R = 192: nothing lowers weight error")
+    assert nothing.startswith("NF4, R = 192: no method lowers weight error")
     level = findings.error_title(
         model_rows(error_rows(rivals={"pissa": 0.93})), "ratio", "weight error"
     )
-    assert "leave equally little" in level
+    assert "are level in weight error" in level
 
 
 @pytest.mark.parametrize(
@@ -249,7 +248,7 @@ def test_scores_beside_lora(shift, verdict, title):
     (methods,) = scores.scores(rows).values()
     assert title in scores.score_title("sst2", methods)
     assert (
-        word("ReFTA: LoRA's score or better with fewer trained numbers (16", accuracy=rows)
+        word("ReFTA: LoRA's score or better with fewer trainable parameters (16", accuracy=rows)
         == verdict
     )
     assert (
@@ -278,19 +277,20 @@ def test_a_difference_is_paired_and_has_the_textbook_standard_error():
 def test_less_perplexity_is_better():
     rows = score_rows({"refta R=48 bits=16": 0.05, "refta R=15 bits=16": 0.05}, metric="perplexity")
     assert (
-        word("ReFTA: LoRA's score or better with fewer trained numbers (16", accuracy=rows) == FAILS
+        word("ReFTA: LoRA's score or better with fewer trainable parameters (16", accuracy=rows)
+        == FAILS
     )
 
 
 def test_nothing_is_told_where_lora_gains_nothing_or_one_seed_ran():
     blind = score_rows({"head-only": 0.01})
     assert (
-        word("ReFTA: LoRA's score or better with fewer trained numbers (16", accuracy=blind)
+        word("ReFTA: LoRA's score or better with fewer trainable parameters (16", accuracy=blind)
         == UNTOLD
     )
     single = score_rows(seeds=1)
     assert (
-        word("ReFTA: LoRA's score or better with fewer trained numbers (16", accuracy=single)
+        word("ReFTA: LoRA's score or better with fewer trainable parameters (16", accuracy=single)
         == UNTOLD
     )
 
@@ -317,7 +317,7 @@ def test_a_difference_names_learning_rates_that_differ():
         scores.difference(methods["refta R=48"], methods["qlora r=8"], None)
     )
     told = str(scores.difference(methods["refta R=15 bits=16"], methods["lora r=1"], None))
-    assert told.endswith("2.5 times the trained numbers; learning rates 0.003 and 0.01)")
+    assert told.endswith("2.5 times the trainable parameters; learning rates 0.003 and 0.01)")
 
 
 def test_a_run_that_diverged_is_shown_and_decides_nothing():
@@ -350,9 +350,9 @@ def test_starts_are_compared_by_error_and_by_score():
     worse = error_rows(starts={"one shot": 1.0, "refined": 1.1, "calibrated": 0.97})
     assert word("refinement leaves less weight error than", quant_error=worse) == FAILS
     assert word("calibration leaves less output error than refinement", quant_error=rows) == HOLDS
-    assert word("show in the score", accuracy=score_rows()) == FAILS
+    assert word("improve the score", accuracy=score_rows()) == FAILS
     shows = score_rows({"refta R=48": 0.02, "refta R=48 calibrated": 0.04})
-    assert word("show in the score", accuracy=shows) == HOLDS
+    assert word("improve the score", accuracy=shows) == HOLDS
 
 
 def test_layers_are_shown_and_those_above_one_counted():
@@ -365,10 +365,10 @@ def test_layers_are_shown_and_those_above_one_counted():
         "attention.self.query",
         *(f"{ratio:.3f}" for ratio in query["layer_ratios"]),
     ]
-    assert "every linear errs less than whole" in findings.layers_title(rows, 48)
+    assert "every linear layer has less error than whole" in findings.layers_title(rows, 48)
     worse = [row | {"layer_ratios": [1.5, *row["layer_ratios"][1:]]} for row in rows]
     title = findings.layers_title(worse, 48)
-    assert "4 of 24 linears err no less than whole" in title
+    assert "4 of 24 linear layers have no less error than whole" in title
     assert "1.50 (attention.self.query, layer 1)" in title
     assert (
         findings.layer_rows(
@@ -398,26 +398,26 @@ def test_rivals_for_the_same_bytes():
 
 
 def test_rebuilding_must_cost_more_for_its_claim():
-    assert word("dense weight is rebuilt", cost=cost_rows(1.5)) == HOLDS
-    assert word("dense weight is rebuilt", cost=cost_rows(0.9)) == FAILS
-    assert word("dense weight is rebuilt") == UNTOLD
+    assert word("rebuilding a dense weight", cost=cost_rows(1.5)) == HOLDS
+    assert word("rebuilding a dense weight", cost=cost_rows(0.9)) == FAILS
+    assert word("rebuilding a dense weight") == UNTOLD
 
 
 def test_trained_numbers_equal_the_counted_ones():
     """R (in + out) a stack, r (in + out) a layer: what the rows of training runs count for MiniLM's stacks."""
     stacks = [(6, 384, 384)] * 4 + [(6, 1536, 384), (6, 384, 1536)]
     assert (
-        findings.trained_numbers(stacks, R=48)
-        == findings.trained_numbers(stacks, r=8)
+        findings.trainable_parameters(stacks, R=48)
+        == findings.trainable_parameters(stacks, r=8)
         == METHODS["lora r=8"]
     )
-    assert findings.trained_numbers(stacks, R=15) == METHODS["refta R=15 bits=16"]
+    assert findings.trainable_parameters(stacks, R=15) == METHODS["refta R=15 bits=16"]
     assert (
-        "ReFTA R = 15 trains more numbers than LoRA r = 1 (103,680 and 41,472)"
+        "ReFTA R = 15 trains more parameters than LoRA r = 1 (103,680 and 41,472)"
         in findings.depth_title(stacks)
     )
     deep = [(48, 384, 384)]
-    assert "trains fewer numbers than" in findings.depth_title(deep)
+    assert "trains fewer parameters than" in findings.depth_title(deep)
 
 
 def test_spectra_are_compared_by_the_energy_of_their_largest_values():
@@ -425,7 +425,7 @@ def test_spectra_are_compared_by_the_energy_of_their_largest_values():
             {"stack": "a.*.b", "transform": "identity", "values": [2.0, 1.0]}]  # fmt: skip
     assert findings.energies(rows, 1) == {"lsm3": 9.0, "identity": 4.0}
     assert findings.spectrum_title(rows) == (
-        "lsm3 gathers the most energy in the 2 largest components of b: +100.0% on identity"
+        "lsm3 gathers the most energy in the 2 largest components of b: +100.0% relative to identity"
     )
     flipped = [
         row | {"values": row["values"][::-1] if row["transform"] == "lsm3" else [9.0, 9.0]}
@@ -441,7 +441,7 @@ def test_links_of_the_markdown_file_lead_to_pictures(report):
     text = (report / "REPORT.md").read_text(encoding="utf-8")
     links = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
     assert {Path(link).name for link in links} == {
-        path.name for path in (report / "report").glob("*.svg")
+        path.name for path in (report / "page").glob("*.svg")
     }
     assert all((report / link).is_file() for link in links)
     assert "tiny shakespeare: refta" in text
@@ -449,21 +449,24 @@ def test_links_of_the_markdown_file_lead_to_pictures(report):
 
 def test_the_same_rows_give_the_same_bytes(report, tmp_path):
     run(report / "rows", tmp_path / "REPORT.md", None)
-    for path in sorted((report / "report").iterdir()):
-        assert (tmp_path / "report" / path.name).read_bytes() == path.read_bytes(), path.name
+    for path in sorted((report / "page").iterdir()):
+        assert (tmp_path / "page" / path.name).read_bytes() == path.read_bytes(), path.name
     assert (tmp_path / "REPORT.md").read_bytes() == (report / "REPORT.md").read_bytes()
 
 
 def test_a_missing_file_leaves_its_section_out_and_names_its_command(tmp_path):
-    run(write(tmp_path / "rows", cost=cost_rows()), tmp_path / "REPORT.md", tmp_path / "page.html")
-    for text in ((tmp_path / "REPORT.md").read_text(), (tmp_path / "page.html").read_text()):
-        assert "python -m eval.studies.accuracy" in text
-        assert "eval.cost --rows" not in text.split("How it was measured")[0]
+    run(write(tmp_path / "rows", cost=cost_rows()), tmp_path / "REPORT.md", tmp_path / "out")
+    for text in (
+        (tmp_path / "REPORT.md").read_text(),
+        (tmp_path / "out" / "index.html").read_text(),
+    ):
+        assert "python -m eval accuracy" in text
+        assert "eval cost --rows" not in text.split("How it was measured")[0]
     assert len(sections(read_all(tmp_path / "rows"))) == 1
 
 
 def test_an_empty_folder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"no rows.*accuracy\.jsonl.*python -m eval\.cost"):
+    with pytest.raises(ValueError, match=r"no rows.*accuracy\.jsonl.*python -m eval cost"):
         run(tmp_path, tmp_path / "REPORT.md", None)
 
 
@@ -511,12 +514,10 @@ def test_the_committed_report_is_what_the_committed_rows_give(tmp_path):
     run(ROWS, tmp_path / "REPORT.md", None)
     committed = ROWS.parent
     assert (tmp_path / "REPORT.md").read_text() == (committed / "REPORT.md").read_text()
-    names = {path.name for path in (tmp_path / "report").iterdir()}
-    assert {path.name for path in (committed / "report").iterdir()} == names
+    names = {path.name for path in (tmp_path / "page").iterdir()}
+    assert {path.name for path in (committed / "page").iterdir()} == names
     for name in names:
-        new, old = (
-            texts((folder / "report" / name).read_text()) for folder in (tmp_path, committed)
-        )
+        new, old = (texts((folder / "page" / name).read_text()) for folder in (tmp_path, committed))
         assert new == old, name
 
 
@@ -549,10 +550,10 @@ def test_page_opens_in_a_browser(report, browser, width):
     opened.on("request", lambda request: requests.append(request.url))
     opened.on("console", lambda message: complaints.append(message.text))
     opened.on("pageerror", lambda error: complaints.append(str(error)))
-    address = (report / "report" / "index.html").as_uri()
+    address = (report / "page" / "index.html").as_uri()
     opened.goto(address)
     pictures = opened.locator("figure svg").all()
-    assert len(pictures) == len(list((report / "report").glob("*.svg")))
+    assert len(pictures) == len(list((report / "page").glob("*.svg")))
     for picture in pictures:
         box = picture.bounding_box()
         assert min(box["width"], box["height"]) > 100

@@ -46,6 +46,20 @@ def test_loftq_is_its_published_iteration():
     assert (matrix - rounded(rest, NF4) - up @ down).norm() < (matrix - rounded(matrix, NF4)).norm()
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PEFT's LoftQ needs a CUDA device")
+@pytest.mark.parametrize("rounds", [1, 5])
+def test_loftq_equals_pefts(rounds):
+    """The same quantized part and the same product of the pair."""
+    from peft.utils.loftq_utils import loftq_init
+
+    matrix = weight(128, 192)
+    quantized, down, up = loftq_init(matrix, num_bits=4, reduced_rank=6, num_iter=rounds)
+    ours = loftq(matrix, 6, rounds)
+    assert_close(ours.up @ ours.down, (up @ down).cpu(), rtol=1e-3, atol=1e-3)
+    assert (rounded(ours.rest, NF4) - quantized.cpu()).norm() <= 1e-3 * quantized.norm()
+
+
 def test_loftq_without_rounds_is_refused():
     with pytest.raises(ValueError, match="rounds is 0; LoftQ takes at least one"):
         loftq(weight(8, 8), 2, rounds=0)

@@ -1,16 +1,15 @@
+import copy
 from collections import Counter
 
 import pytest
-import torch
-from transformers import AutoModel
 
 import qrefta
-from eval.tasks.demo import model_folder
 from qrefta.config import RankBudget, Settings
 from qrefta.model.stacks import find_stacks, model_weights
 from qrefta.nn.factors import BANK
 from qrefta.split import stack_split
 from qrefta.split.allocate import _Spectra
+from tests.minilm import minilm, needs_minilm
 from tests.models import tiny_bert
 
 
@@ -34,14 +33,13 @@ def uneven_bert():
     return model
 
 
-def minilm():
-    return AutoModel.from_pretrained(model_folder(), dtype=torch.float32)
-
-
+@needs_minilm
 def test_a_budget_is_kept_used_and_well_spent():
-    uniform = qrefta.prepare(minilm(), rank=24, refine=0)
+    uniform = qrefta.prepare(copy.deepcopy(minilm()), rank=24, refine=0)
     budget = factor_bytes(uniform) / 1e6
-    model = qrefta.prepare(minilm(), rank=RankBudget(bytes=int(budget * 1e6)), refine=0)
+    model = qrefta.prepare(
+        copy.deepcopy(minilm()), rank=RankBudget(bytes=int(budget * 1e6)), refine=0
+    )
     assert 0.95 * budget <= factor_bytes(model) / 1e6 <= budget
     assert ratio(model) < ratio(uniform)
     ranks = {row["stack"]: row["rank"] for row in qrefta.quant_report(model)}

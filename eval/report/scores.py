@@ -1,4 +1,4 @@
-"""What rows of `eval.studies.accuracy` say: a method's score over seeds, and differences of two methods seed by seed."""
+"""Scores of methods over seeds, and paired differences, from rows of `eval.studies.accuracy`."""
 
 from collections import defaultdict
 from math import inf, isfinite
@@ -11,14 +11,12 @@ from eval.report.findings import Row, Table, number, pick
 from eval.tasks.task import METRICS, merit
 
 MINUS = "\N{MINUS SIGN}"
-RANK_WORDS = ("R=", "r=", "ranks=", "trained_params=")  # of a method's words: how large it is
-CONFIDENCE = (
-    0.95  # a difference of scores counts where zero lies outside its interval, by Student's t
-)
+RANK_WORDS = ("R=", "r=", "ranks=", "trained_params=")  # the words of a method that set its size
+CONFIDENCE = 0.95  # a difference counts if its Student's t interval excludes zero
 
 
 class Study(NamedTuple):
-    """Runs that may be compared: the same task, model, steps and rows."""
+    """Runs that can be compared: equal task, model, steps and rows."""
 
     task: str
     model: str
@@ -31,15 +29,15 @@ class Study(NamedTuple):
 
 
 class Score(NamedTuple):
-    """A method in a study.
+    """A method's score in a study.
 
     Attributes:
-        values: test score by seed, in the metric's own unit.
-        adapter: trained numbers without the head, which all methods train.
-        at_edge: the learning rate is the least or the greatest of several that were tried.
+        values: test score by seed.
+        adapter: trainable parameters without the head, which all methods train.
+        at_edge: whether the chosen learning rate is the smallest or largest of those tried.
         cpu_s: CPU seconds of training, mean over seeds.
-        peak_bytes: most bytes of a training step, mean over seeds; None where nothing trains.
-        test_rows: rows that each seed scores on.
+        peak_bytes: peak memory of a training step, mean over seeds; None if nothing trains.
+        test_rows: test rows of each seed.
     """
 
     method: str
@@ -54,20 +52,20 @@ class Score(NamedTuple):
 
     @property
     def mean(self) -> float:
-        """Over seeds."""
+        """Mean over seeds."""
         return mean(self.values.values())
 
     @property
     def standard_error(self) -> float | None:
-        """Of the mean over seeds; None for a single one."""
+        """Standard error of the mean over seeds; None for one seed."""
         return standard_error(list(self.values.values()))
 
 
 class Difference(NamedTuple):
-    """One method's score less another's, on the seeds that both have; above 0 where the first is better.
+    """Score difference of two methods on common seeds; positive if the first is better.
 
     Attributes:
-        gain: how much the other is better than the head alone; None where that was not measured.
+        gain: improvement of the second over the head alone; None if not measured.
     """
 
     ours: Score
@@ -79,7 +77,7 @@ class Difference(NamedTuple):
 
     @property
     def word(self) -> str:
-        """better, worse or level; or untold: one seed, a run that diverged, or noise as wide as what adapting gains."""
+        """better, worse, level, or untold: one seed, a diverged run, or noise as large as the gain."""
         if self.standard_error is None or not isfinite(self.standard_error):
             return "untold"
         margin = t.ppf((1 + CONFIDENCE) / 2, self.seeds - 1) * self.standard_error
@@ -88,23 +86,27 @@ class Difference(NamedTuple):
         return "untold" if self.gain is not None and self.gain <= margin else "level"
 
     def __str__(self) -> str:
-        """For example: refta R=15 bits=16 less lora r=8: +0.1 ± 0.1 points (level; 0.31 times the trained numbers).
+        """For example: refta R=15 bits=16 minus lora r=8: +0.1 ± 0.1 points (level; 0.31 times the ...).
 
-        With the learning rates that were chosen, where they differ.
+        The learning rates are added if they differ.
         """
         rates = self.ours.learning_rate, self.theirs.learning_rate
         chosen = f"; learning rates {rates[0]:g} and {rates[1]:g}" if rates[0] != rates[1] else ""
-        return f"{self.ours.method} less {self.theirs.method}: {self.amount} ({self.word}; {self.numbers}{chosen})"
+        return f"{self.ours.method} minus {self.theirs.method}: {self.amount} ({self.word}; {self.numbers}{chosen})"
 
     @property
     def numbers(self) -> str:
-        """How many numbers the first trains beside the second."""
+        """Trainable parameters of the first relative to the second."""
         share = self.ours.adapter / self.theirs.adapter
-        return "as many trained numbers" if share == 1 else f"{share:.2g} times the trained numbers"
+        return (
+            "as many trainable parameters"
+            if share == 1
+            else f"{share:.2g} times the trainable parameters"
+        )
 
     @property
     def amount(self) -> str:
-        """Mean and standard error: percentage points for accuracies, the metric's unit else."""
+        """Mean and standard error, in percentage points for accuracy."""
         scale, unit = (100, " points") if self.ours.metric == "accuracy" else (1, "")
         digits = 2 if self.ours.metric == "accuracy" else 3
         error = (
@@ -114,16 +116,16 @@ class Difference(NamedTuple):
 
 
 def standard_error(values: list[float]) -> float | None:
-    """Of the mean; None for fewer than two values, infinite where a run diverged."""
+    """Standard error of the mean; None for one value, infinite if a run diverged."""
     if not all(map(isfinite, values)):
         return inf
     return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
 def scores(rows: list[Row]) -> dict[Study, dict[str, Score]]:
-    """Every method that was scored, by study, at the learning rate that its search has chosen.
+    """Scores by study and method, at the learning rate that the search chose.
 
-    Of a seed measured again the last row counts; rows at other rates, of a search over fewer of them, do not.
+    The last row of a seed counts. Rows at other learning rates, from a smaller search, do not count.
     """
     tried: dict[tuple[Study, str], list[Row]] = defaultdict(list)
     for row in pick(rows, kind="search"):
@@ -166,7 +168,7 @@ def _score(rows: list[Row], tried: set[float]) -> Score:
 
 
 def difference(ours: Score, theirs: Score, head: Score | None) -> Difference | None:
-    """Paired over seeds; None where no seed has both."""
+    """Difference paired over seeds; None without a common seed."""
     sign = 1 if METRICS[ours.metric].more_is_better else -1
     seeds = sorted(ours.values.keys() & theirs.values.keys())
     if not seeds:
@@ -182,7 +184,7 @@ def difference(ours: Score, theirs: Score, head: Score | None) -> Difference | N
 
 
 def differences(methods: dict[str, Score], ours: str, theirs: str) -> list[Difference]:
-    """Of all pairs of methods with these words, where RANK_WORDS stand for any rank."""
+    """Differences of all pairs of these two kinds of methods, of any rank."""
     pairs = [
         difference(methods[one], methods[other], methods.get("head-only"))
         for one in methods
@@ -198,7 +200,7 @@ def kind(method: str) -> str:
 
 
 def score_title(name: str, methods: dict[str, Score]) -> str:
-    """ReFTA beside the LoRA whose count of trained numbers is nearest to its own; else who has the best score."""
+    """ReFTA against the LoRA of the nearest size; without such a pair the best method."""
     pairs = differences(methods, "refta bits=16", "lora") or differences(methods, "refta", "qlora")
     if not pairs:
         sign = 1 if METRICS[next(iter(methods.values())).metric].more_is_better else -1
@@ -219,7 +221,7 @@ def _distance(ours: int, theirs: int) -> float:
 
 
 def shown(score: Score) -> str:
-    """Mean ± standard error: per cent for accuracies, the metric's unit else."""
+    """Mean ± standard error, in per cent for accuracy."""
     scale, digits, unit = {"accuracy": (100, 1, " %"), "perplexity": (1, 2, "")}.get(
         score.metric, (1, 3, "")
     )
@@ -228,7 +230,7 @@ def shown(score: Score) -> str:
 
 
 def score_table(methods: dict[str, Score]) -> Table:
-    """A line a method, those with fewer trained numbers first."""
+    """One line per method, the smallest first."""
     lines = [
         [score.method, f"{score.adapter:,}", shown(score), str(len(score.values)),
          f"{score.learning_rate:g}{' (edge)' * score.at_edge}", f"{score.cpu_s:.0f}",
@@ -242,28 +244,33 @@ def score_table(methods: dict[str, Score]) -> Table:
 
 
 def difference_table(pairs: list[Difference]) -> Table:
-    """A line a pair: share of trained numbers, difference, and how it reads."""
+    """One line per pair: relative size, difference and its meaning."""
     lines = [
         [pair.ours.method, pair.theirs.method, number(pair.ours.adapter / pair.theirs.adapter, ".2f"), pair.amount,
          str(pair.seeds), pair.word] for pair in pairs
     ]  # fmt: skip
     return Table(
-        ["method", "beside", "trained numbers", "difference ± standard error", "seeds", "reads"],
+        [
+            "method",
+            "compared with",
+            "relative size",
+            "difference ± standard error",
+            "seeds",
+            "meaning",
+        ],
         lines,
     )
 
 
 def noise(methods: dict[str, Score]) -> str:
-    """How far the test rows alone let an accuracy stray, and which learning rates lie on the edge of the grid."""
+    """The noise of an accuracy from the draw of test rows, and learning rates at the grid's edge."""
     edges = [score.method for score in methods.values() if score.at_edge]
-    text = (
-        f"Chosen at the edge of the grid of learning rates: {', '.join(edges)}. " if edges else ""
-    )
+    text = f"Learning rate at the edge of the grid: {', '.join(edges)}. " if edges else ""
     best = max(methods.values(), key=lambda score: score.mean)
     if best.metric == "accuracy":
         spread = (best.mean * (1 - best.mean) / best.test_rows) ** 0.5
         text += (
-            f"{best.test_rows:,} test rows: another draw of them would move an accuracy of {best.mean:.1%} by "
-            f"{spread:.1%} (binomial standard error), all methods together; differences are paired and move less."
+            f"With {best.test_rows:,} test rows an accuracy of {best.mean:.1%} has a binomial standard error of "
+            f"{spread:.1%}, common to all methods; paired differences vary less."
         )
     return text
