@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from qrefta._compat.transformers import has_peft_adapter
 from qrefta.config import QReftaConfig, StackRow
 from qrefta.hf_quantizer import QReftaQuantizer, is_prepared
 from qrefta.model.build import adapt, attach_bank, bank_key, freeze, trained_modules
@@ -250,7 +251,7 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(
             "A part of the model is already prepared, or an earlier prepare was interrupted; load the model again."
         )
-    if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
+    if getattr(model, "peft_config", None) or has_peft_adapter(model):
         raise ValueError("The model carries PEFT adapters; call merge_and_unload() on it first.")
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
         raise ValueError(

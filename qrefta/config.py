@@ -6,7 +6,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
-from transformers.quantizers.auto import register_quantization_config
+from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qrefta.linalg.tsvd import TRANSFORMS

@@ -11,12 +11,13 @@ from datetime import timedelta
 
 import torch
 from accelerate import PartialState
-from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers.integrations import is_deepspeed_zero3_enabled
+
+from qrefta._compat.accelerate import accelerator_state
 
 _PATIENCE = timedelta(hours=6)  # the others wait while the first process prepares a model
 
@@ -38,7 +39,7 @@ def check_sharding() -> None:
         if _is_set("ACCELERATE_USE_DEEPSPEED")
         else None
     )
-    state = AcceleratorState() if is_initialized() else None
+    state = accelerator_state()
     if state is not None and state.distributed_type == DistributedType.FSDP:
         fsdp = str(state.fsdp_plugin.fsdp_version)
     if state is not None and state.distributed_type == DistributedType.DEEPSPEED:

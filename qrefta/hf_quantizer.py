@@ -7,7 +7,6 @@ frozen again (the loader makes every float parameter require grad).
 
 import copy
 import functools
-import inspect
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.quantizers.auto import register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.hub import cached_file
+from transformers.quantizers import HfQuantizer, register_quantizer
 
+from qrefta._compat.transformers import cached_hub_file, passed_state_dict
 from qrefta.config import QReftaConfig
 from qrefta.distributed import check_sharding, whole_state
 from qrefta.files.checksums import DIGESTS, check_digests, save_with_digests
@@ -211,7 +209,8 @@ class QReftaQuantizer(HfQuantizer):
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """State dict with masters that are bf16 values stored as bf16, which loses nothing."""
-        passed = _passed_state()
+        # Under FSDP2 all processes gather the model and the first saves it alone: it must not gather again.
+        passed = passed_state_dict()
         state = dict(whole_state(model) if passed is None else passed)
         for key, factors in getattr(model, BANK).items():
             own = {
@@ -290,15 +289,6 @@ def _plain_tensors() -> Iterator[None]:
         torch.set_default_dtype(dtype)
 
 
-def _passed_state() -> dict[str, Tensor] | None:
-    """The `state_dict` that `save_pretrained` was called with; transformers 5 puts the plug-in's answer in its place.
-
-    Under FSDP2 Trainer has all processes gather the model and lets the first save it alone: it must not wait for the
-    others to gather again.
-    """
-    return inspect.currentframe().f_back.f_back.f_locals.get("state_dict")
-
-
 def place_bank(device_map: dict[str, Any]) -> dict[str, Any]:
     """The entry that a device map needs for the factors, if its own does not serve.
 
@@ -322,11 +312,5 @@ def _check_digests(model: PreTrainedModel, files: list[str]) -> None:
     folder, listed = Path(files[0]).parent, None
     if not (folder / DIGESTS).is_file() and not Path(model.name_or_path).is_dir():
         with suppress(OSError):  # the hub's answer, if it cannot be had
-            listed = cached_file(
-                model.name_or_path,
-                DIGESTS,
-                revision=getattr(model.config, "_commit_hash", None),
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-            )
+            listed = cached_hub_file(model.name_or_path, DIGESTS, model.config)
     check_digests(folder, files, None if listed is None else Path(listed))

@@ -19,9 +19,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import BitsAndBytesConfig, Conv1D, PreTrainedModel
 
+from qrefta._compat.transformers import float32_under_float16
 from qrefta.config import QReftaConfig, StackRow
 from qrefta.export.compare import example_inputs, output_difference, outputs
 from qrefta.export.merge import (
@@ -332,7 +332,7 @@ def _residual_tensors(layer: AdaptedLinear, row: StackRow) -> dict[str, Tensor]:
 def _kept_dense(model: PreTrainedModel, config: QReftaConfig) -> dict[str, nn.Module]:
     """Linears that the bitsandbytes plug-in is to leave alone: not in 4 bits here, or wanted in float32 (T5's `wo`)."""
     adapted = {path for row in config.stacks for path in row.modules}
-    kept = set(model._keep_in_fp32_modules or ())
+    kept = float32_under_float16(model)
     return {
         path: module
         for path, module in model.named_modules()

@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from qrefta._compat.transformers import before_upload, has_peft_adapter
 from qrefta.files.safetensors import INDEX, SINGLE, read_json, replace_text
 
 DIGESTS = "qrefta_sha256.json"
@@ -105,7 +106,7 @@ def save_with_digests(is_prepared: Callable[[PreTrainedModel], bool]) -> None:
     list of a model that they replace. A method of the model itself would be a reference in a circle, which keeps a
     model's memory when it is deleted.
     """
-    save, upload = PreTrainedModel.save_pretrained, PreTrainedModel._upload_modified_files
+    save = PreTrainedModel.save_pretrained
 
     @functools.wraps(save)
     def save_pretrained(
@@ -119,7 +120,7 @@ def save_with_digests(is_prepared: Callable[[PreTrainedModel], bool]) -> None:
         before = _states(folder)
         save(self, save_directory, is_main_process, *args, **kwargs)
         saves = getattr(self, "should_save_on_this_rank", bool)(is_main_process)
-        adapter_alone = getattr(self, "_hf_peft_config_loaded", False)
+        adapter_alone = has_peft_adapter(self)
         if saves and not adapter_alone:
             if is_prepared(self):
                 _remove_replaced(folder, before)
@@ -127,17 +128,12 @@ def save_with_digests(is_prepared: Callable[[PreTrainedModel], bool]) -> None:
             else:  # a dense model in a prepared one's place
                 (folder / DIGESTS).unlink(missing_ok=True)
 
-    @functools.wraps(upload)
-    def _upload_modified_files(
-        self: PreTrainedModel, working_dir: str | Path, *args: Any, **kwargs: Any
-    ) -> Any:
-        """`save_pretrained(push_to_hub=True)` uploads before it returns."""
-        if is_prepared(self):
-            write_digests(working_dir)
-        return upload(self, working_dir, *args, **kwargs)
+    def write_list(model: PreTrainedModel, folder: str | Path) -> None:
+        if is_prepared(model):
+            write_digests(folder)
 
+    before_upload(write_list)
     PreTrainedModel.save_pretrained = save_pretrained
-    PreTrainedModel._upload_modified_files = _upload_modified_files
 
 
 def _states(folder: Path) -> dict[str, Any]:

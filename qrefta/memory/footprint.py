@@ -25,12 +25,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
+
+from qrefta._compat.torch import FakeTensorMode, TorchDispatchMode, storage_id, tree_leaves
 
 COUNTED_BLOCKS = 3  # the first, one for all between, the last
 
@@ -87,7 +86,7 @@ def count_step(
         else list(filter(_is_tensor, tree_leaves(list(optimizer.state.values()))))
     )
     state_bytes = sum(
-        {tensor.untyped_storage()._cdata: tensor.nbytes for tensor in states}.values()
+        {storage_id(tensor.untyped_storage()): tensor.nbytes for tensor in states}.values()
     )
 
     ledger = _Ledger()
@@ -146,13 +145,13 @@ class _Ledger(TorchDispatchMode):
 
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
         """Not to count the storages of these, which live on."""
-        self._living.update((tensor.untyped_storage()._cdata, None) for tensor in tensors)
+        self._living.update((storage_id(tensor.untyped_storage()), None) for tensor in tensors)
 
     def enter(self, tensors: Iterable[Tensor]) -> None:
         """Count the storages of these until they are gone, if they are not counted yet."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            key = storage._cdata
+            key = storage_id(storage)
             if key not in self._living:
                 nbytes = storage.nbytes()
                 self._living[key] = weakref.ref(storage, partial(self._release, key, nbytes))

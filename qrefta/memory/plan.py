@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import bitsandbytes
 import torch
-from accelerate.utils.modeling import convert_file_size_to_int
+from accelerate.utils import convert_file_size_to_int
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from qrefta.config import QReftaConfig

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qrefta._compat.transformers import was_initialized
 from qrefta.config import QReftaConfig
 from qrefta.files.safetensors import Checkpoint
 from qrefta.model.names import sources
@@ -221,14 +222,13 @@ def check_filled(model: PreTrainedModel) -> None:
     """Raise if the checkpoint lacked one of our tensors; transformers only warns and leaves it random.
 
     In the class that saved the checkpoint no other tensor may lack either; another class may have a fresh head.
-    transformers marks each tensor that it filled with `_is_hf_initialized` (the only trace left after loading).
     """
     same_class = type(model).__name__ in (model.config.architectures or [])
     missing, offloaded = [], []
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             ours = isinstance(module, AdaptedLinear | Factors) or is_adapted(module)
-            if (ours or same_class) and not getattr(parameter, "_is_hf_initialized", False):
+            if (ours or same_class) and not was_initialized(parameter):
                 (offloaded if parameter.is_meta else missing).append(f"{path}.{name}")
     if offloaded:
         raise ValueError(

@@ -13,18 +13,24 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from qrefta._compat.transformers import (
+    ALL_EXPERTS_FUNCTIONS,
+    EXPERTS_CONTRACT,
+    apply_gate,
+    mark_initialized,
+    set_experts_implementation,
+)
 
 IMPLEMENTATION = "qrefta"
 _EVEN = "qrefta_even"
 _DEFAULT = "grouped_mm"  # transformers' own
 _SUFFIX = "_adapted"
-_CONTRACT = ("config", "has_gate", "is_transposed", "_apply_gate")
 
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module keeps fused experts and leaves its forward pass to transformers' interface."""
-    return all(hasattr(module, name) for name in _CONTRACT) and all(
+    return all(hasattr(module, name) for name in EXPERTS_CONTRACT) and all(
         getattr(module, name, torch.empty(0)).dim() == 3 for name in fused_names(module)
     )
 
@@ -52,10 +58,8 @@ def add_expert(experts: nn.Module, name: str, linear: nn.Module) -> None:
     linears = getattr(experts, name + _SUFFIX).append(linear)
     if len(linears) == count:
         delattr(experts, name)
-        experts.config._experts_implementation = IMPLEMENTATION
-        experts._is_hf_initialized = (
-            True  # or transformers, after loading, would draw the fused weights
-        )
+        set_experts_implementation(experts.config, IMPLEMENTATION)
+        mark_initialized(experts)  # or transformers, after loading, would draw the fused weights
 
 
 def route_evenly(model: nn.Module) -> None:
@@ -65,7 +69,7 @@ def route_evenly(model: nn.Module) -> None:
     """
     for module in model.modules():
         if is_adapted(module):
-            module.config._experts_implementation = _EVEN
+            set_experts_implementation(module.config, _EVEN)
 
 
 def restore_fused(
@@ -85,7 +89,7 @@ def restore_fused(
         fused[expert] = weight
     delattr(experts, name + _SUFFIX)
     experts.register_parameter(name, nn.Parameter(fused))
-    experts.config._experts_implementation = _DEFAULT
+    set_experts_implementation(experts.config, _DEFAULT)
 
 
 def fused_inputs(
@@ -133,7 +137,7 @@ def _biased(experts: nn.Module, name: str, expert: int, product: Tensor) -> Tens
 
 
 def _activated(experts: nn.Module, product: Tensor) -> Tensor:
-    return experts._apply_gate(product) if experts.has_gate else experts.act_fn(product)
+    return apply_gate(experts, product) if experts.has_gate else experts.act_fn(product)
 
 
 @torch.compiler.disable

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from qrefta._compat.torch import direct_parameters, version_counter
 from qrefta.linalg.tsvd import TRANSFORMS, Slices
 from qrefta.nn.product import adapted_product, rounded_factor
 from qrefta.nn.quantized import Packed, QuantFormat
@@ -225,7 +226,8 @@ class LowRankFactors(Factors):
                 self._forget(settled=False)
             return self.up(), self._core(layer), self.down(), self.dtype
         state = tuple(
-            (id(parameter), parameter._version) for parameter in self._parameters.values()
+            (id(parameter), version_counter(parameter))
+            for parameter in direct_parameters(self).values()
         )
         kept = self._rounded.get((device, dtype))
         if kept is None or kept.state != state:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from qrefta._compat.torch import direct_parameters, is_replica
 from qrefta.distributed import check_gathered
 from qrefta.nn.factors import FactorBank, Factors, frozen
 from qrefta.nn.product import adapted_product, residual
@@ -68,7 +69,7 @@ class AdaptedLinear(nn.Module):
         return residual(self.packed(), self.fmt, (self.out_features, self.in_features), dtype)
 
     def packed(self) -> Packed:
-        own = self._parameters  # a module's own look-up is slow enough to be seen in decoding
+        own = direct_parameters(self)  # attribute access is slow enough to show in decoding
         check_gathered(own["weight"], "packed weights of a block")
         return Packed(own["weight"], own.get("absmax"), own.get("absmax_state"))
 
@@ -87,7 +88,7 @@ class AdaptedLinear(nn.Module):
             raise ValueError(
                 f"AdaptedLinear takes floating input, not {x.dtype}; was it cast to the packed weight's dtype?"
             )
-        if "_is_replica" in self.__dict__:  # set by torch in every device's copy of a module
+        if is_replica(self):
             raise ValueError(
                 "nn.DataParallel copies layers to other devices without the factors that they share, so it cannot run "
                 "a prepared model. Use one process a GPU (torchrun, DDP); where Trainer chose it for several "
@@ -107,7 +108,7 @@ class AdaptedLinear(nn.Module):
             )
         bank, key, layer = self._adapter
         factors = bank[key]
-        check_gathered(next(iter(factors._parameters.values())), "shared factors")
+        check_gathered(next(iter(direct_parameters(factors).values())), "shared factors")
         return factors.product(x, layer, self.bias, self.packed(), self.fmt)
 
     def extra_repr(self) -> str:

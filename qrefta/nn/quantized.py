@@ -25,6 +25,8 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
+from qrefta._compat.bitsandbytes import levels_4bit, levels_8bit, nest_scales
+
 QuantType = Literal["nf4", "fp4", "int4"]
 QUANT_TYPES: tuple[QuantType, ...] = get_args(QuantType)
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -33,7 +35,7 @@ _CELLS = 1024  # of the look-up table that `rounded` finds a level with; finer t
 _LOOKUP_CHUNK = 1 << 17  # values whose temporaries stay in a core's cache
 _SCALE_BLOCK = 256  # scales that share one second-level scale, as in QLoRA
 _SCALE_VALUES = (
-    bnb.create_dynamic_map()
+    levels_8bit()
 )  # what the 8-bit codes of scales stand for; torch.compile cannot trace this
 _INT4_CLIPS = [
     percent / 100 for percent in range(79, 113, 3)
@@ -174,15 +176,15 @@ def bnb_state(
         return _state(packed.absmax.view(torch.float32), fmt, shape, dtype)
     offset, second = _second_level(packed.absmax_state)
     state = _state(packed.absmax[:blocks], fmt, shape, dtype)
-    state.offset, state.nested = offset.squeeze(0), True
     code = _scale_table(packed.absmax.device)
-    state.state2 = bnb.QuantState(second, code=code, blocksize=_SCALE_BLOCK, dtype=torch.float32)
+    second_state = bnb.QuantState(second, code=code, blocksize=_SCALE_BLOCK, dtype=torch.float32)
+    nest_scales(state, offset.squeeze(0), second_state)
     return state
 
 
 def bnb_code(fmt: QuantFormat) -> Tensor:
     """The 16 levels of NF4 or FP4 in bitsandbytes' order, (16,), float32, on the CPU."""
-    return bnb.get_4bit_type(fmt.quant_type, device="cpu")
+    return levels_4bit(fmt.quant_type)
 
 
 def rounded(matrix: Tensor, fmt: QuantFormat) -> Tensor:
@@ -265,7 +267,7 @@ def _scale_table(device: torch.device) -> Tensor:
 @functools.cache
 def _cell_tables(quant_type: str) -> tuple[Tensor, Tensor]:
     """For every cell of [-1, 1]: the boundary in it, if any (else one above), and the level at its start."""
-    levels = bnb.get_4bit_type(quant_type, device="cpu").float().sort().values
+    levels = levels_4bit(quant_type).float().sort().values
     bounds = (levels[1:] + levels[:-1]) / 2
     first = torch.bucketize(torch.linspace(-1, 1, _CELLS + 1), bounds)
     return torch.cat([bounds, torch.full((1,), torch.inf)])[first], levels[first]

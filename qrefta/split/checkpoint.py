@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from accelerate.utils.modeling import convert_file_size_to_int
+from accelerate.utils import convert_file_size_to_int
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
