@@ -1,4 +1,4 @@
-"""Print the oldest version of each package that pyproject.toml allows a user to install, as constraints for pip."""
+"""Print the oldest version that pyproject.toml admits of each package, as constraints for pip."""
 
 import re
 import tomllib
@@ -8,7 +8,7 @@ PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
 
 def oldest_versions() -> dict[str, str]:
-    """Package -> the lower bound of its version; the tools of the extra `test` are not among them."""
+    """Package -> the lower bound of its version, except for the tools of the extra `test`."""
     project = tomllib.loads(PYPROJECT.read_text())["project"]
     requirements = list(project["dependencies"])
     for extra, names in project["optional-dependencies"].items():

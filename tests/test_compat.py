@@ -1,4 +1,4 @@
-"""Private names of torch, transformers, accelerate and bitsandbytes are used in qrefta/_compat alone."""
+"""Private names of the packages that qrefta builds on are used in qrefta/_compat alone."""
 
 import ast
 from pathlib import Path

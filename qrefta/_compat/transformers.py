@@ -1,4 +1,4 @@
-"""Private names of transformers. "Since" is the first release that is known to have the name."""
+"""Private names of transformers, all in release 5.0 or earlier, unless another release is named."""
 
 import functools
 import inspect
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 
-# What transformers renames and merges when it reads a checkpoint: qrefta reads checkpoints without building the model's
-# weights, and must find the same tensors. Since 5.0. If they go: load the model and prepare it in memory.
+# What transformers renames and merges when it reads a checkpoint: qrefta reads checkpoints without
+# building the model's weights, and must find the same tensors. If they go: load the
+# model and prepare it in memory.
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -23,12 +24,14 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-# The table of forward passes of fused experts; qrefta adds one. Since 5.0. If it goes: replace the experts' `forward`.
+# The table of forward passes of fused experts; qrefta adds one. If it goes: replace the
+# experts' `forward`.
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-# Removes checkpoints above `save_total_limit`. Since 5.0. If it goes: sort the folders by step and remove the oldest.
+# Removes checkpoints above `save_total_limit`. Since 5.2. If it goes: sort the folders by step and
+# remove the oldest.
 from transformers.trainer_utils import rotate_checkpoints
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 __all__ = [
     "ALL_EXPERTS_FUNCTIONS",
@@ -58,14 +61,15 @@ __all__ = [
     "was_initialized",
 ]
 
-# Attributes of a module that keeps fused experts and leaves its forward pass to `ALL_EXPERTS_FUNCTIONS`. Since 5.0.
+# Attributes of a module that keeps fused experts and leaves its forward pass to
+# `ALL_EXPERTS_FUNCTIONS`. Since 5.3.
 EXPERTS_CONTRACT = ("config", "has_gate", "is_transposed", "_apply_gate")
 
 
-def apply_gate(experts: nn.Module, product: Tensor) -> Tensor:
+def apply_gate(experts: Any, product: Tensor) -> Tensor:
     """The activation of fused experts with a gate, of the product of tokens and `gate_up_proj`.
 
-    Since 5.0. If it goes: compute gate and activation as the model's code does.
+    If it goes: compute gate and activation as the model's code does.
     """
     return experts._apply_gate(product)
 
@@ -73,32 +77,35 @@ def apply_gate(experts: nn.Module, product: Tensor) -> Tensor:
 def set_experts_implementation(config: PreTrainedConfig, name: str) -> None:
     """Choose the forward pass of fused experts by its name in `ALL_EXPERTS_FUNCTIONS`.
 
-    The public argument `experts_implementation` of `from_pretrained` comes too early: the model is built by then. Since
-    5.0. If it goes: replace the experts' `forward`.
+    The public argument `experts_implementation` of `from_pretrained` comes too early: the model is
+    built by then. If it goes: replace the experts' `forward`.
     """
     config._experts_implementation = name
 
 
 def was_initialized(parameter: nn.Parameter) -> bool:
-    """Whether `from_pretrained` filled the parameter from a file; it marks each that it fills, and leaves no other trace.
+    """Whether `from_pretrained` filled the parameter from a file.
 
-    Since 4.50. If it goes: compare the names in the files with those in the model.
+    It marks each parameter that it fills, and leaves no other trace. If it goes: compare the names
+    in the files with those in the model.
     """
     return getattr(parameter, "_is_hf_initialized", False)
 
 
-def mark_initialized(module: nn.Module) -> None:
-    """Keep `from_pretrained` from drawing the module's parameters at random after it has filled the model.
+def mark_initialized(module: Any) -> None:
+    """Keep `from_pretrained` from drawing the module's parameters at random.
 
-    Since 4.20. If it goes: override the model's `_init_weights`.
+    It does so with unmarked modules after it has filled the model. If it goes: override the model's
+    `_init_weights`.
     """
     module._is_hf_initialized = True
 
 
 def always_float32(model: PreTrainedModel) -> set[str]:
-    """Parts of paths whose parameters `from_pretrained` keeps in float32 whatever dtype is asked for.
+    """Parts of paths whose parameters `from_pretrained` keeps in float32 for any dtype.
 
-    Since 4.51. If it goes: `modules_to_not_convert` of the quantizer, and a cast back after loading.
+    If it goes: `modules_to_not_convert` of the quantizer, and a cast back after
+    loading.
     """
     return set(model._keep_in_fp32_modules_strict or ())
 
@@ -109,14 +116,17 @@ def set_always_float32(model: PreTrainedModel, names: set[str]) -> None:
 
 
 def float32_under_float16(model: PreTrainedModel) -> set[str]:
-    """Parts of paths whose parameters `from_pretrained` keeps in float32 where float16 is asked for. Since 4.29."""
+    """Parts of paths whose parameters `from_pretrained` keeps in float32 for float16.
+
+    If it goes: convert these parameters to the dtype that was asked for.
+    """
     return set(model._keep_in_fp32_modules or ())
 
 
 def unmark_quantized(config: PreTrainedConfig) -> None:
-    """Remove the mark that `from_pretrained` sets in the config of a quantized model, if it is there.
+    """Remove the mark, if any, that `from_pretrained` sets in the config of a quantized model.
 
-    Since 4.36. If it goes: nothing to do.
+    A dense model is not quantized, so its config must not say so. If it goes: nothing to do.
     """
     config.__dict__.pop("_is_quantized", None)
 
@@ -124,9 +134,10 @@ def unmark_quantized(config: PreTrainedConfig) -> None:
 def model_of_config(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """A model of the class with the config and dtype; `from_config` is public for the Auto classes only.
+    """A model of the class with the config and dtype.
 
-    Since 4.0. If it goes: `model_class(config)` under `torch.set_default_dtype`.
+    `from_config` is public for the Auto classes only. If it goes: `model_class(config)` under
+    `torch.set_default_dtype`.
     """
     return model_class._from_config(config, dtype=dtype)
 
@@ -134,16 +145,16 @@ def model_of_config(
 def has_peft_adapter(model: nn.Module) -> bool:
     """Whether PEFT adapters were added by `model.add_adapter` or `load_adapter`.
 
-    Since 4.33. If it goes: look for modules whose class belongs to peft.
+    If it goes: look for modules whose class belongs to peft.
     """
     return getattr(model, "_hf_peft_config_loaded", False)
 
 
 def cached_hub_file(name: str, file: str, config: PreTrainedConfig) -> str | None:
-    """Path of a file in the local cache of a hub, downloaded if it is missing; None if the hub has no such file.
+    """Path of a hub's file in the local cache; None if the hub has no such file.
 
-    It is of the commit that `config` came from. Both keywords exist since 4.26. If they go: `huggingface_hub`'s
-    `hf_hub_download` and its exceptions.
+    It is of the commit that `config` came from. If the two keywords go:
+    `huggingface_hub`'s `hf_hub_download` and its exceptions.
     """
     return cached_file(
         name,
@@ -155,10 +166,10 @@ def cached_hub_file(name: str, file: str, config: PreTrainedConfig) -> str | Non
 
 
 def before_upload(act: Callable[[PreTrainedModel, str | Path], None]) -> None:
-    """Let every `save_pretrained(push_to_hub=True)` call `act(model, folder)` before it uploads the folder.
+    """Let `save_pretrained(push_to_hub=True)` call `act(model, folder)` before it uploads.
 
-    `save_pretrained` uploads before it returns, and has no hook in between. Since 4.20. If it goes: upload the file that
-    `act` writes in a second commit, after `save_pretrained`.
+    `save_pretrained` uploads before it returns, and has no hook in between. If it goes:
+    upload the file that `act` writes in a second commit, after `save_pretrained`.
     """
     upload = PreTrainedModel._upload_modified_files
 
@@ -169,24 +180,26 @@ def before_upload(act: Callable[[PreTrainedModel, str | Path], None]) -> None:
         act(self, working_dir)
         return upload(self, working_dir, *args, **kwargs)
 
-    PreTrainedModel._upload_modified_files = upload_modified_files
+    setattr(PreTrainedModel, upload.__name__, upload_modified_files)
 
 
 def passed_state_dict() -> dict[str, Tensor] | None:
-    """The `state_dict` argument of `save_pretrained`, for a quantizer's `get_state_dict_and_metadata`, which calls this.
+    """The `state_dict` argument of the `save_pretrained` that called the caller of this.
 
-    `save_pretrained` replaces it by the quantizer's answer without showing it to the quantizer. It is read from the
-    caller's local variables. Since 5.0. If it goes: the argument is ignored, and saving under FSDP2 waits forever.
+    The caller is the quantizer's `get_state_dict_and_metadata`. `save_pretrained` replaces it by
+    the quantizer's answer without showing it to the quantizer. It is read from the caller's local
+    variables. If it goes: the argument is ignored, and saving under FSDP2 waits forever.
     """
-    save_pretrained = (
-        inspect.currentframe().f_back.f_back
-    )  # not the frame of this function: it would hold itself
-    return save_pretrained.f_locals.get("state_dict")
+    # The frame of this function must not be kept in a variable: it would hold itself, and the model
+    # with it.
+    caller = getattr(inspect.currentframe(), "f_back", None)
+    save_pretrained = getattr(caller, "f_back", None)
+    return None if save_pretrained is None else save_pretrained.f_locals.get("state_dict")
 
 
 def prepare_inputs(trainer: Trainer, inputs: dict[str, Any]) -> dict[str, Any]:
     """The batch on the trainer's device, as its training step computes with it.
 
-    Since 4.0. If it goes: move the batch's tensors to `trainer.args.device`.
+    If it goes: move the batch's tensors to `trainer.args.device`.
     """
     return trainer._prepare_inputs(inputs)
