@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from qrefta._compat.transformers import has_peft_adapter
 from qrefta.choices import Bits
 from qrefta.config import LayerStack, Rank, StackReport, settings_of_call, shows_settings
 from qrefta.hf_config import QReftaConfig
@@ -229,7 +230,7 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(
             "A part of the model is already prepared, or an earlier prepare was interrupted; load the model again."
         )
-    if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
+    if getattr(model, "peft_config", None) or has_peft_adapter(model):
         raise ValueError("The model carries PEFT adapters; call merge_and_unload() on it first.")
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
         method = getattr(model, "quantization_method", "unknown")

@@ -13,13 +13,14 @@ from datetime import timedelta
 
 import torch
 from accelerate import PartialState
-from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers.integrations import is_deepspeed_zero3_enabled
+
+from qrefta._compat.accelerate import accelerator_state
 
 _PREPARING = timedelta(hours=6)  # the others wait while the first process prepares a model
 _SAVING_S = 60.0
@@ -37,7 +38,7 @@ def check_sharding() -> None:
         ValueError: for FSDP1, for FSDP2 before torch 2.12, and for DeepSpeed ZeRO-3.
     """
     fsdp, zero = _launched()
-    state = AcceleratorState() if is_initialized() else None
+    state = accelerator_state()
     if state is not None and state.distributed_type == DistributedType.FSDP:
         fsdp = str(state.fsdp_plugin.fsdp_version)
     if state is not None and state.distributed_type == DistributedType.DEEPSPEED:

@@ -10,6 +10,7 @@ from accelerate import dispatch_model, init_empty_weights
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
+from qrefta._compat.transformers import model_of_config
 from qrefta.files.safetensors import Checkpoint, resolve_folder
 from qrefta.model.names import sources
 
@@ -40,7 +41,7 @@ def run_from_disk(
     config = AutoConfig.from_pretrained(folder)
     config.dtype = dtype
     with init_empty_weights():
-        model = model_class._from_config(config, dtype=dtype)
+        model = model_of_config(model_class, config, dtype)
     checkpoint = Checkpoint(folder)
     found = {
         name: parts[0][0]

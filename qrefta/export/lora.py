@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import BitsAndBytesConfig, Conv1D, PreTrainedModel
 
 from qrefta.choices import LORA_BASES
 from qrefta.config import StackReport

@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils.modeling import convert_file_size_to_int
+from accelerate.utils import convert_file_size_to_int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qrefta._compat.transformers import (
+    always_float32,
+    float32_under_float16,
+    revert_weight_conversion,
+    set_always_float32,
+    unmark_quantized,
+)
 from qrefta.config import StackReport
 from qrefta.export.compare import example_inputs, output_difference, outputs, run_from_disk
 from qrefta.files.safetensors import (
@@ -109,11 +114,11 @@ def merge(
                 layer = model.get_submodule(path)
                 replace_module(model, path, _dense_linear(layer, row).train(layer.training))
     delattr(model, BANK)
-    model._keep_in_fp32_modules_strict = set(model._keep_in_fp32_modules_strict) - {BANK}
+    set_always_float32(model, always_float32(model) - {BANK})
     model.hf_quantizer.remove_quantization_config(model)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            module.config.__dict__.pop("_is_quantized", None)
+            unmark_quantized(module.config)
             module.config.dtype = dtype
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(_wanted_dtype(model, name, dtype))
@@ -240,7 +245,7 @@ def plain_config(
     """The model's config without what preparing added."""
     config = copy.deepcopy(model.config)
     config.__dict__.pop("quantization_config", None)
-    config.__dict__.pop("_is_quantized", None)
+    unmark_quantized(config)
     if quantization is not None:
         config.quantization_config = quantization
     config.dtype = dtype
@@ -306,9 +311,9 @@ def _wanted_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torc
 
     Buffers keep theirs: a rounded `inv_freq` turns positions far out by whole radians.
     """
-    kept = set(model._keep_in_fp32_modules_strict or ())
+    kept = always_float32(model)
     if dtype == torch.float16:
-        kept |= set(model._keep_in_fp32_modules or ())
+        kept |= float32_under_float16(model)
     return torch.float32 if kept.intersection(name.split(".")) and dtype.itemsize < 4 else dtype
 
 

@@ -25,12 +25,11 @@ from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
+
+from qrefta._compat.torch import FakeTensorMode, TorchDispatchMode, storage_id, tree_leaves
 
 COUNTED_BLOCKS = 3  # the first, one for all between, the last
 
@@ -151,7 +150,7 @@ class _Ledger(TorchDispatchMode):
         """Count the storages of these tensors until they are gone, if they are not counted yet."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            key = storage._cdata
+            key = storage_id(storage)
             if key not in self._living:
                 nbytes = storage.nbytes()
                 self._living[key] = weakref.ref(storage, partial(self._release, key, nbytes))

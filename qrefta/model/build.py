@@ -9,6 +9,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from qrefta._compat.transformers import always_float32, set_always_float32
 from qrefta.config import LayerStack, Rank, Settings
 from qrefta.methods import METHODS
 from qrefta.model.stacks import ends_with, read_slice, replace_module
@@ -89,7 +90,7 @@ def bank_key(index: int) -> str:
 def attach_bank(model: PreTrainedModel) -> None:
     """Add an empty factor bank at the root; its masters keep float32 whatever dtype the model is loaded in."""
     setattr(model, BANK, FactorBank())
-    model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), BANK}
+    set_always_float32(model, always_float32(model) | {BANK})
 
 
 def adapt(

@@ -6,16 +6,16 @@ gate and an up projection each, where the model has one fused parameter. Which i
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
+
+from qrefta._compat.transformers import (
     Concatenate,
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
+    get_model_conversion_mapping,
     rename_source_key,
 )
-
 from qrefta.files.safetensors import Checkpoint, Part
 from qrefta.model.stacks import LayerStack
 

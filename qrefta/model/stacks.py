@@ -17,8 +17,9 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
+from qrefta._compat.torch import direct_children
 from qrefta.config import LayerStack
 from qrefta.nn.experts import fused_names, is_experts
 
@@ -219,9 +220,7 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
     """Put `new` wherever `model` holds the module at `path` (a shared module has several owners)."""
     old = model.get_submodule(path)
     for parent in list(model.modules()):
-        for name, child in list(
-            parent._modules.items()
-        ):  # named_children names a shared module once
+        for name, child in list(direct_children(parent)):
             if child is old:
                 setattr(parent, name, new)
 

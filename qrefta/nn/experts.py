@@ -17,7 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from qrefta._compat.transformers import (
+    ALL_EXPERTS_FUNCTIONS,
+)
 
 IMPLEMENTATION = "qrefta"
 _EVEN = "qrefta_even"

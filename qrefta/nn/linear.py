@@ -5,6 +5,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from qrefta._compat.torch import is_replica
 from qrefta.distributed import check_gathered
 from qrefta.nn.factors import FactorBank, Factors, frozen
 from qrefta.nn.product import frozen_product
@@ -93,7 +94,7 @@ class AdaptedLinear(nn.Module):
                 f"AdaptedLinear takes floating-point input, not {x.dtype}. Was the input cast to "
                 "the dtype of the packed weight?"
             )
-        if "_is_replica" in self.__dict__:  # set by torch in every device's copy of a module
+        if is_replica(self):
             raise ValueError(
                 "nn.DataParallel copies layers to other devices without the factors that they "
                 "share, so it cannot run a prepared model. Use one process a GPU (torchrun, DDP). "

@@ -32,6 +32,7 @@ from bitsandbytes import matmul_4bit  # pyright: ignore[reportPrivateImportUsage
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
+from qrefta._compat.bitsandbytes import levels_4bit
 from qrefta.choices import BLOCK_SIZES, QUANT_TYPES, QuantType
 from qrefta.config import Settings
 from qrefta.nn import int4
@@ -293,7 +294,7 @@ def quantize(matrix: Tensor, fmt: QuantFormat) -> QuantizedWeight:
 
 def bnb_code(fmt: QuantFormat) -> Tensor:
     """The 16 levels of NF4 or FP4 in bitsandbytes' order, (16,), float32, on the CPU."""
-    return bnb.get_4bit_type(fmt.quant_type, device="cpu")
+    return levels_4bit(fmt.quant_type)
 
 
 def rounded(matrix: Tensor, fmt: QuantFormat) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import BatchEncoding
 
+from qrefta._compat.torch import version_counter
 from qrefta.config import LayerStack
 from qrefta.linalg.metric import Metric, normalized, roots
 from qrefta.model.stacks import ends_with
@@ -173,7 +174,7 @@ class _Sums:
 
     def add(self, path: str, x: Tensor, mask: Tensor | None) -> None:
         version = (
-            None if x.is_inference() else x._version
+            None if x.is_inference() else version_counter(x)
         )  # the same tensor, written to, is another input
         if x is not self._last or version != self._version or path in self._group:
             self.flush()

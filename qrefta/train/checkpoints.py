@@ -13,8 +13,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
 
+from qrefta._compat.transformers import rotate_checkpoints
 from qrefta.files.safetensors import sync_folder
 from qrefta.hf_quantizer import saved_state
 

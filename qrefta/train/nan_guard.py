@@ -13,9 +13,10 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
 from transformers import Trainer, TrainerCallback
 
+from qrefta._compat.torch import tree_leaves
+from qrefta._compat.transformers import prepare_inputs
 from qrefta.train.checkpoints import last_checkpoint
 
 
@@ -52,7 +53,7 @@ def finite_steps(kind: type[Trainer]) -> type[Trainer]:
 
         def _origin(self, model: nn.Module) -> str | None:
             model.zero_grad()
-            inputs = self._prepare_inputs(dict(self._passed))
+            inputs = prepare_inputs(self, dict(self._passed))
             broken = next((name for name, value in inputs.items() if not _finite([value])), None)
             if found := _first(broken and f"the batch's {broken} holds NaN or infinity"):
                 return found

@@ -1,0 +1,73 @@
+"""Private names of torch, all in release 2.8, the oldest that qrefta admits, or earlier."""
+
+from collections.abc import ItemsView
+
+import torch
+from torch import Tensor, nn
+
+# A mode whose tensors have shape, dtype and device, and no values: it counts the memory of a
+# training step. If it goes: tensors on the meta device, with the device checks of the
+# model's code patched.
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+# Sees each operation after autograd. torch documents it as a way to extend torch, underscore or
+# not.
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# The tensors in nested tuples, lists, dicts and model outputs. If it goes: `optree.tree_leaves`, or
+# a loop.
+from torch.utils._pytree import tree_leaves
+
+__all__ = [
+    "FakeTensorMode",
+    "TorchDispatchMode",
+    "direct_children",
+    "direct_parameters",
+    "is_replica",
+    "storage_id",
+    "tree_leaves",
+    "version_counter",
+]
+
+
+def version_counter(tensor: Tensor) -> int:
+    """How often autograd saw the tensor change in place.
+
+    Kept results that were made from a tensor are valid as long as this number is the same. torch's
+    notes on autograd describe it. If it goes: keep nothing.
+    """
+    return tensor._version
+
+
+def storage_id(storage: torch.UntypedStorage) -> int:
+    """A number that two Python objects share if, and only if, they are the same storage.
+
+    `data_ptr` is not enough, since storages without values have none. If it goes: the storage's
+    `untyped_storage()` object itself as key, once torch returns the same object each time.
+    """
+    return storage._cdata
+
+
+def direct_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The parameters of the module itself, by name.
+
+    A look-up in it takes a fraction of the time of attribute access, which shows in decoding. If it
+    goes: `dict(module.named_parameters(recurse=False))`.
+    """
+    return module._parameters
+
+
+def direct_children(module: nn.Module) -> ItemsView[str, nn.Module | None]:
+    """Names and modules of the direct children; a module under two names comes twice.
+
+    `named_children` gives it once. If it goes: `named_modules(remove_duplicate=False)`.
+    """
+    return module._modules.items()
+
+
+def is_replica(module: nn.Module) -> bool:
+    """Whether `nn.DataParallel` made this copy of a module for another device.
+
+    If it goes: compare the devices of the weights and of the factors.
+    """
+    return "_is_replica" in module.__dict__

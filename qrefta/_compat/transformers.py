@@ -1,0 +1,205 @@
+"""Private names of transformers, all in release 5.0 or earlier, unless another release is named."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer
+
+# What transformers renames and merges when it reads a checkpoint: qrefta reads checkpoints without
+# building the model's weights, and must find the same tensors. If they go: load the
+# model and prepare it in memory.
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+# The table of forward passes of fused experts; qrefta adds one. If it goes: replace the
+# experts' `forward`.
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+# Removes checkpoints above `save_total_limit`. Since 5.2. If it goes: sort the folders by step and
+# remove the oldest.
+from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils.hub import cached_file
+
+__all__ = [
+    "ALL_EXPERTS_FUNCTIONS",
+    "EXPERTS_CONTRACT",
+    "Concatenate",
+    "MergeModulelist",
+    "WeightConverter",
+    "WeightRenaming",
+    "always_float32",
+    "apply_gate",
+    "before_upload",
+    "cached_hub_file",
+    "dot_natural_key",
+    "float32_under_float16",
+    "get_model_conversion_mapping",
+    "has_peft_adapter",
+    "mark_initialized",
+    "model_of_config",
+    "passed_state_dict",
+    "prepare_inputs",
+    "rename_source_key",
+    "revert_weight_conversion",
+    "rotate_checkpoints",
+    "set_always_float32",
+    "set_experts_implementation",
+    "unmark_quantized",
+    "was_initialized",
+]
+
+# Attributes of a module that keeps fused experts and leaves its forward pass to
+# `ALL_EXPERTS_FUNCTIONS`. Since 5.3.
+EXPERTS_CONTRACT = ("config", "has_gate", "is_transposed", "_apply_gate")
+
+
+def apply_gate(experts: Any, product: Tensor) -> Tensor:
+    """The activation of fused experts with a gate, of the product of tokens and `gate_up_proj`.
+
+    If it goes: compute gate and activation as the model's code does.
+    """
+    return experts._apply_gate(product)
+
+
+def set_experts_implementation(config: PreTrainedConfig, name: str) -> None:
+    """Choose the forward pass of fused experts by its name in `ALL_EXPERTS_FUNCTIONS`.
+
+    The public argument `experts_implementation` of `from_pretrained` comes too early: the model is
+    built by then. If it goes: replace the experts' `forward`.
+    """
+    config._experts_implementation = name
+
+
+def was_initialized(parameter: nn.Parameter) -> bool:
+    """Whether `from_pretrained` filled the parameter from a file.
+
+    It marks each parameter that it fills, and leaves no other trace. If it goes: compare the names
+    in the files with those in the model.
+    """
+    return getattr(parameter, "_is_hf_initialized", False)
+
+
+def mark_initialized(module: Any) -> None:
+    """Keep `from_pretrained` from drawing the module's parameters at random.
+
+    It does so with unmarked modules after it has filled the model. If it goes: override the model's
+    `_init_weights`.
+    """
+    module._is_hf_initialized = True
+
+
+def always_float32(model: PreTrainedModel) -> set[str]:
+    """Parts of paths whose parameters `from_pretrained` keeps in float32 for any dtype.
+
+    If it goes: `modules_to_not_convert` of the quantizer, and a cast back after
+    loading.
+    """
+    return set(model._keep_in_fp32_modules_strict or ())
+
+
+def set_always_float32(model: PreTrainedModel, names: set[str]) -> None:
+    """Replace `always_float32(model)`, of this model and not of its class."""
+    model._keep_in_fp32_modules_strict = names
+
+
+def float32_under_float16(model: PreTrainedModel) -> set[str]:
+    """Parts of paths whose parameters `from_pretrained` keeps in float32 for float16.
+
+    If it goes: convert these parameters to the dtype that was asked for.
+    """
+    return set(model._keep_in_fp32_modules or ())
+
+
+def unmark_quantized(config: PreTrainedConfig) -> None:
+    """Remove the mark, if any, that `from_pretrained` sets in the config of a quantized model.
+
+    A dense model is not quantized, so its config must not say so. If it goes: nothing to do.
+    """
+    config.__dict__.pop("_is_quantized", None)
+
+
+def model_of_config(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
+    """A model of the class with the config and dtype.
+
+    `from_config` is public for the Auto classes only. If it goes: `model_class(config)` under
+    `torch.set_default_dtype`.
+    """
+    return model_class._from_config(config, dtype=dtype)
+
+
+def has_peft_adapter(model: nn.Module) -> bool:
+    """Whether PEFT adapters were added by `model.add_adapter` or `load_adapter`.
+
+    If it goes: look for modules whose class belongs to peft.
+    """
+    return getattr(model, "_hf_peft_config_loaded", False)
+
+
+def cached_hub_file(name: str, file: str, config: PreTrainedConfig) -> str | None:
+    """Path of a hub's file in the local cache; None if the hub has no such file.
+
+    It is of the commit that `config` came from. If the two keywords go:
+    `huggingface_hub`'s `hf_hub_download` and its exceptions.
+    """
+    return cached_file(
+        name,
+        file,
+        revision=getattr(config, "_commit_hash", None),
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+
+
+def before_upload(act: Callable[[PreTrainedModel, str | Path], None]) -> None:
+    """Let `save_pretrained(push_to_hub=True)` call `act(model, folder)` before it uploads.
+
+    `save_pretrained` uploads before it returns, and has no hook in between. If it goes:
+    upload the file that `act` writes in a second commit, after `save_pretrained`.
+    """
+    upload = PreTrainedModel._upload_modified_files
+
+    @functools.wraps(upload)
+    def upload_modified_files(
+        self: PreTrainedModel, working_dir: str | Path, *args: Any, **kwargs: Any
+    ) -> Any:
+        act(self, working_dir)
+        return upload(self, working_dir, *args, **kwargs)
+
+    setattr(PreTrainedModel, upload.__name__, upload_modified_files)
+
+
+def passed_state_dict() -> dict[str, Tensor] | None:
+    """The `state_dict` argument of the `save_pretrained` that called the caller of this.
+
+    The caller is the quantizer's `get_state_dict_and_metadata`. `save_pretrained` replaces it by
+    the quantizer's answer without showing it to the quantizer. It is read from the caller's local
+    variables. If it goes: the argument is ignored, and saving under FSDP2 waits forever.
+    """
+    # The frame of this function must not be kept in a variable: it would hold itself, and the model
+    # with it.
+    caller = getattr(inspect.currentframe(), "f_back", None)
+    save_pretrained = getattr(caller, "f_back", None)
+    return None if save_pretrained is None else save_pretrained.f_locals.get("state_dict")
+
+
+def prepare_inputs(trainer: Trainer, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The batch on the trainer's device, as its training step computes with it.
+
+    If it goes: move the batch's tensors to `trainer.args.device`.
+    """
+    return trainer._prepare_inputs(inputs)
