@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from qrefta._compat.accelerate import accelerator_state
+from qrefta._compat.torch import default_store
 
 _PREPARING = timedelta(hours=6)  # the others wait while the first process prepares a model
 _SAVING_S = 60.0
@@ -110,7 +111,7 @@ def wait_for_all() -> None:
     Raises:
         ValueError: if another process has not come within a minute.
     """
-    store = dist.distributed_c10d._get_default_store()
+    store = default_store()
     calls = store.add(_counter(dist.get_rank()), 1)
     deadline = time.monotonic() + _SAVING_S
     for rank in range(dist.get_world_size()):

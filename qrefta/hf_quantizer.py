@@ -21,8 +21,8 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.hub import cached_file
 
+from qrefta._compat.hub import cached_hub_file, commit_hash
 from qrefta.config import BANK
 from qrefta.files.json_file import read_json
 from qrefta.files.verify import LIST, check_layout, check_saved, check_settings, is_switched_off
@@ -362,22 +362,14 @@ def _config_file(config: "PreTrainedConfig") -> Path | None:
     if Path(name).is_dir():
         file: Any = Path(name, "config.json")
     else:
-        file = try_to_load_from_cache(
-            name, "config.json", revision=getattr(config, "_commit_hash", None)
-        )
+        file = try_to_load_from_cache(name, "config.json", revision=commit_hash(config))
     return Path(file) if isinstance(file, str | Path) and Path(file).is_file() else None
 
 
 def _hub_list(model: "PreTrainedModel") -> Path | None:
     """The list of checksums of a hub's folder of version 1; None if it cannot be had."""
     try:
-        listed = cached_file(
-            model.name_or_path,
-            LIST,
-            revision=getattr(model.config, "_commit_hash", None),
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
+        listed = cached_hub_file(model.name_or_path, LIST, model.config)
     except OSError:
         return None
     return None if listed is None else Path(listed)

@@ -4,6 +4,7 @@ from collections.abc import ItemsView
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 # A mode whose tensors have shape, dtype and device, and no values: it counts the memory of a
 # training step. If it goes: tensors on the meta device, with the device checks of the
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 __all__ = [
     "FakeTensorMode",
     "TorchDispatchMode",
+    "default_store",
     "direct_children",
     "direct_parameters",
     "is_replica",
@@ -71,3 +73,11 @@ def is_replica(module: nn.Module) -> bool:
     If it goes: compare the devices of the weights and of the factors.
     """
     return "_is_replica" in module.__dict__
+
+
+def default_store() -> dist.Store:
+    """The key-value store of the default process group, which waits for no other process.
+
+    If it goes: `torch.distributed.TCPStore` on a port of its own.
+    """
+    return dist.distributed_c10d._get_default_store()

@@ -1,9 +1,5 @@
 """Private names of transformers, all in release 5.0 or earlier, unless another release is named."""
 
-import functools
-import inspect
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +27,6 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 # Removes checkpoints above `save_total_limit`. Since 5.2. If it goes: sort the folders by step and
 # remove the oldest.
 from transformers.trainer_utils import rotate_checkpoints
-from transformers.utils.hub import cached_file
 
 __all__ = [
     "ALL_EXPERTS_FUNCTIONS",
@@ -42,15 +37,12 @@ __all__ = [
     "WeightRenaming",
     "always_float32",
     "apply_gate",
-    "before_upload",
-    "cached_hub_file",
     "dot_natural_key",
     "float32_under_float16",
     "get_model_conversion_mapping",
     "has_peft_adapter",
     "mark_initialized",
     "model_of_config",
-    "passed_state_dict",
     "prepare_inputs",
     "rename_source_key",
     "revert_weight_conversion",
@@ -148,53 +140,6 @@ def has_peft_adapter(model: nn.Module) -> bool:
     If it goes: look for modules whose class belongs to peft.
     """
     return getattr(model, "_hf_peft_config_loaded", False)
-
-
-def cached_hub_file(name: str, file: str, config: PreTrainedConfig) -> str | None:
-    """Path of a hub's file in the local cache; None if the hub has no such file.
-
-    It is of the commit that `config` came from. If the two keywords go:
-    `huggingface_hub`'s `hf_hub_download` and its exceptions.
-    """
-    return cached_file(
-        name,
-        file,
-        revision=getattr(config, "_commit_hash", None),
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-
-
-def before_upload(act: Callable[[PreTrainedModel, str | Path], None]) -> None:
-    """Let `save_pretrained(push_to_hub=True)` call `act(model, folder)` before it uploads.
-
-    `save_pretrained` uploads before it returns, and has no hook in between. If it goes:
-    upload the file that `act` writes in a second commit, after `save_pretrained`.
-    """
-    upload = PreTrainedModel._upload_modified_files
-
-    @functools.wraps(upload)
-    def upload_modified_files(
-        self: PreTrainedModel, working_dir: str | Path, *args: Any, **kwargs: Any
-    ) -> Any:
-        act(self, working_dir)
-        return upload(self, working_dir, *args, **kwargs)
-
-    setattr(PreTrainedModel, upload.__name__, upload_modified_files)
-
-
-def passed_state_dict() -> dict[str, Tensor] | None:
-    """The `state_dict` argument of the `save_pretrained` that called the caller of this.
-
-    The caller is the quantizer's `get_state_dict_and_metadata`. `save_pretrained` replaces it by
-    the quantizer's answer without showing it to the quantizer. It is read from the caller's local
-    variables. If it goes: the argument is ignored, and saving under FSDP2 waits forever.
-    """
-    # The frame of this function must not be kept in a variable: it would hold itself, and the model
-    # with it.
-    caller = getattr(inspect.currentframe(), "f_back", None)
-    save_pretrained = getattr(caller, "f_back", None)
-    return None if save_pretrained is None else save_pretrained.f_locals.get("state_dict")
 
 
 def prepare_inputs(trainer: Trainer, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, Conv1D, PreTrainedModel
 
+from qrefta._compat.transformers import float32_under_float16
 from qrefta.choices import LORA_BASES
 from qrefta.config import StackReport
 from qrefta.export.compare import example_inputs, output_difference, outputs
@@ -332,7 +333,7 @@ def _residual_tensors(layer: AdaptedLinear, row: StackReport) -> dict[str, Tenso
 def _kept_dense(model: PreTrainedModel, config: QReftaConfig) -> dict[str, nn.Module]:
     """Linears that the bitsandbytes plug-in is to leave alone: not in 4 bits here, or wanted in float32 (T5's `wo`)."""
     adapted = {path for row in config.stacks for path in row.stack.modules}
-    kept = set(model._keep_in_fp32_modules or ())
+    kept = float32_under_float16(model)
     return {
         path: module
         for path, module in model.named_modules()

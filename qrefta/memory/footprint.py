@@ -76,7 +76,7 @@ def count_step(
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(trainable) if trainable else None
     states = [] if optimizer is None else _states(optimizer, trainable)
-    storages = {tensor.untyped_storage()._cdata: tensor.nbytes for tensor in states}
+    storages = {storage_id(tensor.untyped_storage()): tensor.nbytes for tensor in states}
     state_bytes = sum(storages.values())
 
     ledger = _Ledger()
@@ -144,7 +144,7 @@ class _Ledger(TorchDispatchMode):
 
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
         """Do not count the storages of these tensors, which live on."""
-        self._living.update((tensor.untyped_storage()._cdata, None) for tensor in tensors)
+        self._living.update((storage_id(tensor.untyped_storage()), None) for tensor in tensors)
 
     def enter(self, tensors: Iterable[Tensor]) -> None:
         """Count the storages of these tensors until they are gone, if they are not counted yet."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qrefta._compat.transformers import was_initialized
 from qrefta.files.safetensors import Checkpoint
 from qrefta.model.names import sources
 from qrefta.nn.experts import is_adapted
@@ -192,7 +193,7 @@ def check_filled(model: PreTrainedModel) -> None:
         if not (ours or same_class):
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            if not getattr(parameter, "_is_hf_initialized", False):
+            if not was_initialized(parameter):
                 (offloaded if parameter.is_meta else missing).append(f"{path}.{name}")
     if offloaded:
         raise ValueError(

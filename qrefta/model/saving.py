@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.accelerate import load_offloaded_parameter
 
+from qrefta._compat.transformers import revert_weight_conversion
 from qrefta.config import FORMAT_VERSION
 from qrefta.files.checksums import Checksums, byte_view, settings_checksum, tensor_checksum
 

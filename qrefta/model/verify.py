@@ -10,11 +10,10 @@ from qrefta.files.json_file import read_json
 from qrefta.files.safetensors import Checkpoint, weight_files
 from qrefta.files.verify import LIST, check_layout, check_saved, is_switched_off
 from qrefta.hf_config import QReftaConfig
-from qrefta.model.build import build, model_class
+from qrefta.model.build import Placement, build, located, model_class
 from qrefta.model.check import (
     check_files,
     check_headers,
-    check_rows,
     check_stored_scales,
     missing_error,
     missing_tensors,
@@ -115,9 +114,11 @@ def _empty_model(folder: Path, settings: dict[str, Any], config: QReftaConfig) -
             f"The config.json of {folder} makes no model ({type(error).__name__}: {error}); it is damaged, or of "
             "another version of transformers: copy it again."
         ) from error
+    placements = [
+        Placement.of(located(model, report.stack), report.rank) for report in config.stacks
+    ]
     with init_empty_weights(include_buffers=True):
-        build(model, config)
-    check_rows(config)
+        build(model, config.settings, placements)
     return model
 
 

@@ -20,21 +20,23 @@ from torch import Tensor, nn
 
 from qrefta._compat.transformers import (
     ALL_EXPERTS_FUNCTIONS,
+    EXPERTS_CONTRACT,
+    apply_gate,
+    mark_initialized,
+    set_experts_implementation,
 )
 
 IMPLEMENTATION = "qrefta"
 _EVEN = "qrefta_even"
 _DEFAULT = "grouped_mm"  # of transformers
 _SUFFIX = "_adapted"
-# An nn.Module with the attributes in `_CONTRACT`; transformers has no class for it.
+# An nn.Module with the attributes in `EXPERTS_CONTRACT`; transformers has no class for it.
 Experts = Any
-
-_CONTRACT = ("config", "has_gate", "is_transposed", "_apply_gate")
 
 
 def is_experts(module: Experts) -> bool:
     """Whether a module has fused experts and a forward pass that transformers chooses by name."""
-    if not all(hasattr(module, name) for name in _CONTRACT):
+    if not all(hasattr(module, name) for name in EXPERTS_CONTRACT):
         return False
     weights = [getattr(module, name, None) for name in fused_names(module)]
     return all(weight is not None and weight.dim() == 3 for weight in weights)
@@ -70,7 +72,7 @@ def add_expert(experts: Experts, name: str, linear: nn.Module) -> None:
         delattr(experts, name)
         _use(experts, IMPLEMENTATION)
         # Or transformers would initialize the fused weights after loading.
-        experts._is_hf_initialized = True
+        mark_initialized(experts)
 
 
 def route_evenly(model: nn.Module) -> None:
@@ -135,7 +137,7 @@ def fused_inputs(
 
 def _use(experts: Experts, implementation: str) -> None:
     """Choose the forward pass of an experts module."""
-    experts.config._experts_implementation = implementation
+    set_experts_implementation(experts.config, implementation)
 
 
 def _adapted(experts: Experts, name: str) -> nn.ModuleList:
@@ -165,7 +167,7 @@ def _biased(experts: Experts, name: str, expert: int, product: Tensor) -> Tensor
 
 def _activated(experts: Experts, product: Tensor) -> Tensor:
     if experts.has_gate:
-        return experts._apply_gate(product)
+        return apply_gate(experts, product)
     return experts.act_fn(product)
 
 

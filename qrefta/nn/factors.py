@@ -24,6 +24,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from qrefta._compat.torch import direct_parameters, version_counter
 from qrefta.choices import TRANSFORMS
 from qrefta.config import BANK as BANK
 from qrefta.config import Rank, Settings
@@ -258,8 +259,8 @@ class LowRankFactors(Factors):
         return kept.up, kept.cores[layer], kept.down, dtype
 
     def _kept_factors(self, device: torch.device, dtype: torch.dtype) -> _Kept:
-        parameters = [p for p in self._parameters.values() if p is not None]
-        state = tuple((id(parameter), parameter._version) for parameter in parameters)
+        parameters = [p for p in direct_parameters(self).values() if p is not None]
+        state = tuple((id(parameter), version_counter(parameter)) for parameter in parameters)
         kept = self._kept.get((device, dtype))
         if kept is None or kept.state != state:
             up = self.up().detach().to(self.dtype).to(device, dtype)

@@ -5,7 +5,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from qrefta._compat.torch import is_replica
+from qrefta._compat.torch import direct_parameters, is_replica
 from qrefta.distributed import check_gathered
 from qrefta.nn.factors import FactorBank, Factors, frozen
 from qrefta.nn.product import frozen_product
@@ -72,7 +72,7 @@ class AdaptedLinear(nn.Module):
     def frozen_weight(self) -> FrozenWeight:
         """The frozen weight as it is stored."""
         # A module's attribute look-up is slow enough to be seen in decoding.
-        parameters = self._parameters
+        parameters = direct_parameters(self)
         weight = cast(Tensor, parameters["weight"])
         check_gathered(weight, "packed weights of a block")
         shape = (self.out_features, self.in_features)
@@ -106,7 +106,7 @@ class AdaptedLinear(nn.Module):
             return frozen_product(x, self.bias, self.frozen_weight())
         bank, key, layer = self._adapter
         factors = cast(Factors, bank[key])
-        first_parameter = cast(Tensor, next(iter(factors._parameters.values())))
+        first_parameter = cast(Tensor, next(iter(direct_parameters(factors).values())))
         check_gathered(first_parameter, "shared factors")
         return factors.product(x, layer, self.bias, self.frozen_weight())
 

@@ -32,16 +32,14 @@ from bitsandbytes import matmul_4bit  # pyright: ignore[reportPrivateImportUsage
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from qrefta._compat.bitsandbytes import levels_4bit
+from qrefta._compat.bitsandbytes import levels_4bit, levels_8bit, nest_scales
 from qrefta.choices import BLOCK_SIZES, QUANT_TYPES, QuantType
 from qrefta.config import Settings
 from qrefta.nn import int4
 
 _CELLS = 1024  # of the look-up table in `rounded`; narrower than the least distance between levels
 _SCALE_BLOCK = 256  # scales that share one second-level scale, as in QLoRA
-_SCALE_VALUES = (
-    bnb.create_dynamic_map()
-)  # of the 8-bit codes of scales; torch.compile cannot trace the call
+_SCALE_VALUES = levels_8bit()  # of the 8-bit codes of scales; torch.compile cannot trace the call
 
 
 @dataclass(frozen=True)
@@ -181,12 +179,11 @@ class QuantizedWeight:
         blocks = -(-torch.Size(self.shape).numel() // self.format.block_size)
         offset, second_level = _second_level(self.scale_state)
         state = _state(self.scales[:blocks], self.format, self.shape, dtype)
-        state.offset = offset.squeeze(0)
-        state.nested = True
         code = _scale_table(self.scales.device)
-        state.state2 = bnb.QuantState(
+        second_state = bnb.QuantState(
             second_level, code=code, blocksize=_SCALE_BLOCK, dtype=torch.float32
         )
+        nest_scales(state, offset.squeeze(0), second_state)
         return state
 
     def _bytes(self) -> Tensor:
@@ -336,7 +333,7 @@ def _round_to_levels(blocks: Tensor, quant_type: QuantType, out: Tensor) -> None
 @functools.cache
 def _cell_tables(quant_type: QuantType) -> tuple[Tensor, Tensor]:
     """For every cell of [-1, 1]: the next boundary after its start, and the level at its start."""
-    levels = bnb.get_4bit_type(quant_type, device="cpu").float().sort().values
+    levels = levels_4bit(quant_type).float().sort().values
     bounds = (levels[1:] + levels[:-1]) / 2
     first = torch.bucketize(torch.linspace(-1, 1, _CELLS + 1), bounds)
     bounds = torch.cat([bounds, torch.full((1,), torch.inf)])
