@@ -2,7 +2,8 @@
 
 from typing import NamedTuple
 
-from qrefta.linalg.tsvd import Slices, mix, t_svd, transform_matrix
+from qrefta.linalg.slices import Slices
+from qrefta.linalg.tsvd import mix, t_svd, transform_matrix
 from qrefta.methods.refta import ReFTA
 from qrefta.model.stacks import Weights
 from qrefta.nn.factors import Factors

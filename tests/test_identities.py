@@ -11,9 +11,9 @@ from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 import qrefta
+from qrefta.choices import TRANSFORMS
 from qrefta.config import Settings
 from qrefta.files.checksums import KEY
-from qrefta.linalg.tsvd import TRANSFORMS
 from qrefta.methods.refta import ReFTA
 from qrefta.model.stacks import find_stacks, model_weights
 from qrefta.nn.factors import BANK

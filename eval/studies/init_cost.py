@@ -30,7 +30,8 @@ from eval.memory import peak, resident, restart_peak
 from eval.rows import append
 from qrefta.cli import guarded
 from qrefta.config import Settings
-from qrefta.linalg.tsvd import Slices, mix, t_svd, transform_matrix
+from qrefta.linalg.slices import Slices
+from qrefta.linalg.tsvd import mix, t_svd, transform_matrix
 from qrefta.model.stacks import Weights, find_stacks, model_weights
 from qrefta.nn.quantized import rounded
 from qrefta.split.residual import split_layers, split_stack

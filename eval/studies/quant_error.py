@@ -40,10 +40,10 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from eval.peers.splits import loftq, pissa, qera, small_block, small_block_bits
 from eval.rows import append, find, read
 from eval.tasks.demo import docstring_sentences, model_folder
+from qrefta.choices import TRANSFORMS
 from qrefta.cli import guarded, quiet_libraries
 from qrefta.config import LayerStack, Settings
 from qrefta.linalg.metric import Metric, output_error
-from qrefta.linalg.tsvd import TRANSFORMS
 from qrefta.methods import METHODS
 from qrefta.methods.craft import CRAFT
 from qrefta.methods.refta import ReFTA

@@ -37,7 +37,8 @@ from qrefta.export.merge import (
 from qrefta.files.safetensors import write_shard
 from qrefta.hf_config import QReftaConfig
 from qrefta.hf_quantizer import load, prepared_config
-from qrefta.linalg.tsvd import Slices, t_svd
+from qrefta.linalg.slices import Slices
+from qrefta.linalg.tsvd import t_svd
 from qrefta.methods import METHODS
 from qrefta.model.stacks import model_weights
 from qrefta.model_card import write_card

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qrefta.config import Rank
-from qrefta.linalg.tsvd import Slices
+from qrefta.linalg.slices import Slices
 from qrefta.linalg.tucker import Tucker, hosvd
 from qrefta.nn.factors import Fit, LowRankFactors, frozen
 

@@ -6,7 +6,8 @@ CVPR 2026, Zheng, Tang, Mao, Lin, Cao, pp. 26369-26378.
 import torch
 from torch import Tensor, nn
 
-from qrefta.linalg.tsvd import TSVD, Slices, refit, t_svd
+from qrefta.linalg.slices import Slices
+from qrefta.linalg.tsvd import TSVD, refit, t_svd
 from qrefta.nn.factors import Fit, LowRankFactors, frozen
 
 

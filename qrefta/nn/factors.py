@@ -6,8 +6,8 @@ For the K layers of a stack:
 
 `down` (s x in) and `up` (out x r) are shared by all K layers; `core_l` (r x s, or diagonal) belongs
 to its layer. A method is one final subclass: of `LowRankFactors`, where it says what these three
-are and which parameters in them train, or of `Factors` itself if Delta_l has another form, with a
-product of its own.
+are and which parameters in them train, or of `Factors` itself if Delta_l has another form and its
+product is computed in another way.
 
 Trainable parameters are bf16 values: the forward pass, `delta`, merging and export see them rounded
 to `dtype`. They are stored as float32 masters, because at a learning rate of 2e-4 an optimizer step
@@ -28,7 +28,7 @@ from qrefta._compat.torch import direct_parameters, version_counter
 from qrefta.choices import TRANSFORMS
 from qrefta.config import BANK as BANK
 from qrefta.config import Rank, Settings
-from qrefta.linalg.tsvd import Slices
+from qrefta.linalg.slices import Slices
 from qrefta.nn.product import adapted_product, rounded_factor
 from qrefta.nn.quantized import FrozenWeight
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from qrefta.config import Rank, Settings
 from qrefta.linalg.metric import Metric
-from qrefta.linalg.tsvd import Blocks, Slices, mix, squared_norm, t_svd, transform_matrix
+from qrefta.linalg.slices import Blocks, Slices
+from qrefta.linalg.tsvd import mix, squared_norm, t_svd, transform_matrix
 from qrefta.methods import METHODS
 from qrefta.model.stacks import Weights
 from qrefta.nn.factors import Factors, Fit, factor_dtype

@@ -7,9 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from qrefta.choices import TRANSFORMS
 from qrefta.linalg import tsvd as tensor_module
 from qrefta.linalg.metric import Metric
-from qrefta.linalg.tsvd import TRANSFORMS, mix, mode3_gram, refit, t_svd, t_svd_exact
+from qrefta.linalg.slices import Slices
+from qrefta.linalg.tsvd import mix, mode3_gram, refit, t_svd, t_svd_exact
 from tests.stacks import blocks_of, slices_of, svd_of, transform_of
 
 # (layers, out, in): one layer, one row, one column, square, tall, wide, more layers than values in a slice
@@ -422,14 +424,14 @@ def test_the_seed_decides_the_bits_and_not_the_result():
 def columns_multiplied(monkeypatch, stack, rank):
     """Columns that each slice was multiplied with."""
     counts = torch.zeros(len(stack), dtype=torch.long)
-    real = tensor_module._multiply
+    real = Slices.multiply
 
     def counted(slices, vectors):
         counts.add_(torch.tensor([v.shape[1] for v in vectors]))
         return real(slices, vectors)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tensor_module, "_multiply", counted)
+        patch.setattr(Slices, "multiply", counted)
         t_svd(slices_of(stack, transform_of(stack, "identity")), rank, seed=0)
     return counts
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from qrefta.linalg.tsvd import TRANSFORMS
+from qrefta.choices import TRANSFORMS
 from qrefta.methods import METHODS
 from qrefta.methods.refta import ReFTA
 from qrefta.nn.factors import FactorBank, Factors

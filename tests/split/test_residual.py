@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from qrefta.choices import TRANSFORMS
 from qrefta.config import Settings
 from qrefta.linalg.metric import Metric
-from qrefta.linalg.tsvd import TRANSFORMS
 from qrefta.model.stacks import Weights
 from qrefta.nn.quantized import QUANT_TYPES, QuantFormat, rounded
 from qrefta.split.residual import _rows_per_block, _Target, split_layers, split_stack
