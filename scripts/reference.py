@@ -12,7 +12,7 @@ from typing import Any
 import qrefta
 from qrefta.config import StackRow
 from qrefta.export.merge import Export
-from qrefta.files.checksums import check_digests, write_digests
+from qrefta.files.verify import write_checksums
 from qrefta.nn.factors import Factors, LowRankFactors
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.nn.quantized import QuantFormat, dequantize, quantize
@@ -35,7 +35,7 @@ ERRORS = {
 FURTHER = [
     StackRow, Export, FinetuneResult, load_classification, read_calibration, gather_moments, load_moments,
     AdaptedLinear, Factors, LowRankFactors, QuantFormat, quantize, dequantize,
-    write_digests, check_digests,
+    write_checksums,
 ]  # fmt: skip
 
 
