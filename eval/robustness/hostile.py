@@ -8,8 +8,8 @@ a dense folder by `qrefta.prepare(folder, out=...)`. What may come of it:
 - identical: the model that was saved, bit for bit;
 - as_written: other tensors or settings, and the files say so (safetensors' own reader is the witness). Nothing can tell
   such a file from a good one without checksums; with them it must not happen;
-- unclear: another exception; a fault but in `from_pretrained` without the checksums that were saved, where transformers makes
-  the model before the plug-in is asked;
+- unclear: another exception; a fault but in `from_pretrained`, where transformers reads config.json before the plug-in
+  is asked;
 - differs (from what the files say, or from what was saved although the checksums were kept), crashed, hung, memory (over
   2 GB), wrote (outside of its folder): faults.
 """
@@ -789,7 +789,7 @@ def combinations(reader: str) -> list[tuple[str, str]]:
 
 
 def is_fault(reader: str, state: str, result: str) -> bool:
-    allowed = reader == "from_pretrained" and state != "kept" and result == "unclear"
+    allowed = reader == "from_pretrained" and result == "unclear"
     return result in FAULTS and not allowed
 
 
