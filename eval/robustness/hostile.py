@@ -1,16 +1,16 @@
 """python -m eval.robustness.hostile: damaged and hostile checkpoints, thousands of them, read in processes with limits.
 
 Each mutant is a copy of a tiny checkpoint with one thing wrong. A prepared folder is read by `qrefta.load` and by
-`from_pretrained`, with its list of digests kept as it was (damage), removed (an older folder) or written anew (malice);
+`from_pretrained`, with its checksums kept as they were (damage), removed (an older folder) or written again (malice);
 a dense folder by `qrefta.prepare(folder, out=...)`. What may come of it:
 
 - refused: a ValueError or OSError of ours; by_transformers: one of transformers', before the plug-in is asked;
 - identical: the model that was saved, bit for bit;
 - as_written: other tensors or settings, and the files say so (safetensors' own reader is the witness). Nothing can tell
-  such a file from a good one without digests; with them it must not happen;
-- unclear: another exception; a fault but in `from_pretrained` without the list that was saved, where transformers makes
-  the model before the plug-in is asked;
-- differs (from what the files say, or from what was saved although the digests were kept), crashed, hung, memory (over
+  such a file from a good one without checksums; with them it must not happen;
+- unclear: another exception; a fault but in `from_pretrained`, where transformers reads config.json before the plug-in
+  is asked;
+- differs (from what the files say, or from what was saved although the checksums were kept), crashed, hung, memory (over
   2 GB), wrote (outside of its folder): faults.
 """
 
@@ -29,6 +29,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,11 +49,12 @@ import qrefta
 from eval.memory import peak, resident, restart_peak
 from eval.rows import append, find, read
 from qrefta.cli import guarded, quiet_libraries
-from qrefta.files.checksums import DIGESTS, write_digests
+from qrefta.files.checksums import KEY
 from qrefta.files.safetensors import INDEX, SINGLE, Checkpoint
+from qrefta.files.verify import write_checksums
 
 READERS = ("load", "from_pretrained", "prepare")
-STATES = ("kept", "removed", "rewritten")  # of the list of digests
+STATES = ("kept", "removed", "rewritten")  # of the checksums
 FAULTS = ("unclear", "differs", "crashed", "hung", "memory", "wrote")
 GOOD: dict[Path, tuple[dict[str, Tensor], str]] = {}  # what each prepared folder holds
 OUTCOMES = ("refused", "by_transformers", "identical", "as_written", *FAULTS)
@@ -164,7 +166,7 @@ def _tensor_bits(folder: Path, rng: random.Random) -> None:
 
 @mutation("bits of the index or config")
 def _json_bits(folder: Path, rng: random.Random) -> None:
-    flip(rng.choice([path for path in folder.glob("*.json") if path.name != DIGESTS]), rng)
+    flip(rng.choice(list(folder.glob("*.json"))), rng)
 
 
 @mutation("random bytes")
@@ -263,7 +265,7 @@ def _huge(folder: Path, rng: random.Random) -> None:
 @mutation("duplicate keys")
 def _duplicates(folder: Path, rng: random.Random) -> None:
     """In a header, an index, a config; or one tensor in two files."""
-    paths = [path for path in folder.glob("*.json") if path.name != DIGESTS] + weights_of(folder)
+    paths = [*folder.glob("*.json"), *weights_of(folder)]
     path = rng.choice(paths)
     if path.suffix == ".json":
         text = path.read_text().rstrip()
@@ -516,18 +518,23 @@ def _write_inside(
 def _other_save(folder: Path, rng: random.Random) -> None:
     """Files of two saves side by side."""
     other = folder.parent.parent / "bases" / "other"
-    for name in rng.choice(
-        [["config.json"], [SINGLE], ["config.json", SINGLE], [DIGESTS], [SINGLE, DIGESTS]]
-    ):
-        shutil.copy(other / name, folder / name)
+    name = rng.choice(["config.json", SINGLE])
+    shutil.copy(other / name, folder / name)
 
 
 @mutation("list")
 def _list(folder: Path, rng: random.Random) -> None:
+    """The checksums in a header: bits, or one of the values."""
+    path = rng.choice(weights_of(folder))
+    header, data = split(path)
     if rng.random() < 0.5:
-        flip(folder / DIGESTS, rng)
+        place = path.read_bytes().index(KEY.encode())
+        flip(path, rng, place, place + len(header["__metadata__"][KEY]))
     else:
-        edit_json(folder / DIGESTS, lambda content: replace_inside(content, rng, VALUES))
+        checksums = json.loads(header["__metadata__"][KEY])
+        replace_inside(checksums, rng, VALUES)
+        header["__metadata__"][KEY] = json.dumps(checksums)
+        join(path, header, data)
 
 
 @mutation("adapter")
@@ -583,7 +590,7 @@ def mutate(root: Path, reader: str, kind: str, state: str, seed: int) -> tuple[P
     folder = Path(shutil.copytree(base, home / "model"))
     MUTATIONS[kind](folder, rng)
     if state == "removed":
-        _remove(folder / DIGESTS)
+        _strip(folder)
     elif state == "rewritten":
         _rewrite(folder)
     return folder, base
@@ -593,16 +600,27 @@ def _rewrite(folder: Path) -> None:
     """As one would who means harm; not over files that cannot be read, or only in hours."""
     files = [folder / "config.json", *weights_of(folder)]
     if all(path.is_file() and path.stat().st_size < 1 << 30 for path in files):
-        _remove(folder / DIGESTS)
-        write_digests(folder)
+        with suppress(ValueError, OSError, AttributeError, RecursionError):
+            write_checksums(folder)
 
 
-def _remove(path: Path) -> None:
-    """A file, a link to one, a pipe, or an empty folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        path.rmdir()
-    else:
-        path.unlink(missing_ok=True)
+def _strip(folder: Path) -> None:
+    """Make of it a folder of format version 1 without a list, as far as its files can be read."""
+    for path in weights_of(folder):
+        with suppress(
+            ValueError, OSError, AttributeError, TypeError, KeyError, RecursionError, struct.error
+        ):
+            if path.is_file() and path.stat().st_size < 1 << 30:
+                header, data = split(path)
+                del header["__metadata__"][KEY]
+                join(path, header, data)
+    with suppress(ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError):
+        if (folder / "config.json").is_file():
+            edit_json(folder / "config.json", _older)
+
+
+def _older(config: Any) -> None:
+    config["quantization_config"]["format_version"] = 1
 
 
 def outcome(folder: Path, base: Path, reader: str, state: str) -> str:
@@ -771,7 +789,7 @@ def combinations(reader: str) -> list[tuple[str, str]]:
 
 
 def is_fault(reader: str, state: str, result: str) -> bool:
-    allowed = reader == "from_pretrained" and state != "kept" and result == "unclear"
+    allowed = reader == "from_pretrained" and result == "unclear"
     return result in FAULTS and not allowed
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from qrefta.files.checksums import Checksums, settings_checksum
+from qrefta.files.checksums import Checksums, form_checksum, settings_checksum
 from qrefta.files.json_file import read_json
 from qrefta.files.safetensors import (
     INDEX,
@@ -184,7 +184,10 @@ def _check_index(folder: Path, files: list[Path]) -> None:
 
 
 def _check_tensors(files: list[Path], known: dict[str, str | None]) -> None:
-    """Compare every tensor with its checksum; several at once, since reading and CRC-32 leave the interpreter free."""
+    """Compare every tensor with its checksum: dtypes and shapes first, then bytes.
+
+    Several tensors at once, since reading and CRC-32 leave the interpreter free.
+    """
     jobs = []
     for file in files:
         checkpoint = Checkpoint.of_files([file])
@@ -194,15 +197,22 @@ def _check_tensors(files: list[Path], known: dict[str, str | None]) -> None:
                     f"{file} holds {name}, for which no checksum was saved: it is damaged, or another program wrote "
                     f"it; {_FIX}"
                 )
-            if known[name] is not None:
-                jobs.append((file, checkpoint, name))
+            saved = known[name]
+            if saved is not None:
+                form = form_checksum(checkpoint.dtype(name), checkpoint.shape(name))
+                if not saved.startswith(form):
+                    raise ValueError(
+                        f"{file} is damaged: {name} is {checkpoint.dtype(name)} of shape "
+                        f"{list(checkpoint.shape(name))}, and by its checksum it was saved as another; {_FIX}"
+                    )
+                jobs.append((file, checkpoint, name, saved))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         checksums = pool.map(lambda job: job[1].checksum(job[2]), jobs)
-        for (file, _, name), checksum in zip(jobs, checksums, strict=True):
-            if checksum != known[name]:
+        for (file, _, name, saved), checksum in zip(jobs, checksums, strict=True):
+            if checksum != saved:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise ValueError(
-                    f"{file} is damaged: the checksum of {name} is {checksum}, and {known[name]} was saved; {_FIX}"
+                    f"{file} is damaged: the checksum of {name} is {checksum}, and {saved} was saved; {_FIX}"
                 )
 
 

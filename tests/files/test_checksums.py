@@ -27,6 +27,7 @@ from transformers.utils import hub
 
 import qrefta
 from qrefta.files.checksums import KEY
+from qrefta.files.safetensors import Checkpoint
 from qrefta.files.verify import LIST, SWITCH, check_saved, write_checksums
 from qrefta.hf_quantizer import _hub_list
 from qrefta.train.checkpoints import last_checkpoint
@@ -97,9 +98,9 @@ def assert_whole(folder):
     for path in folder.glob("*.safetensors"):
         checksums = header(path)["tensors"]
         for name, tensor in load_file(path).items():
-            start = zlib.crc32(f"{tensor.dtype} {list(tensor.shape)}".encode())
-            data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-            assert checksums[name] == f"{zlib.crc32(data, start):08x}"
+            form = zlib.crc32(f"{tensor.dtype} {list(tensor.shape)}".encode())
+            data = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+            assert checksums[name] == f"{form:08x}{data:08x}"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         qrefta.load(folder)
@@ -321,6 +322,17 @@ def test_files_without_checksums_are_refused(folder, load):
         ValueError, match=r"has no checksums, but config\.json says format version 2"
     ):
         load(folder)
+
+
+def test_a_tensor_of_another_shape_is_not_even_hashed(folder, monkeypatch):
+    """A sparse file may claim terabytes."""
+    weights = folder / "model.safetensors"
+    metadata = {"format": "pt", KEY: json.dumps(header(weights))}
+    tensors = load_file(weights)
+    save_file(tensors | {"classifier.bias": torch.ones(5)}, weights, metadata=metadata)
+    monkeypatch.setattr(Checkpoint, "checksum", lambda *args: pytest.fail("it was hashed"))
+    with pytest.raises(ValueError, match=r"classifier.bias is torch.float32 of shape \[5\]"):
+        qrefta.load(folder)
 
 
 def test_a_tensor_without_a_checksum_is_refused(folder):
