@@ -1,11 +1,12 @@
-"""Drive the readers of files with a coverage-guided fuzzer: any bytes are refused by a ValueError or OSError, or read.
+"""Fuzz the file readers with coverage guidance: they read any bytes or raise ValueError or OSError.
 
     pip install atheris                                    # no dependency of the project
     python scripts/fuzz_readers.py -max_total_time=600     # further arguments are libFuzzer's
     python scripts/fuzz_readers.py --rows eval/rows/fuzz.jsonl -max_total_time=600
 
-The first byte chooses a reader: a safetensors file, an index, a list of digests, settings, or config.json. What
-our reader of safetensors files takes, safetensors' own must take too, with the same bytes in every tensor.
+The first byte chooses a reader: a safetensors file, an index, a list of digests, settings, or
+config.json. Files that qrefta's safetensors reader accepts must give the same bytes in safetensors'
+reader.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from typing import Any
 import atheris
 
 with atheris.instrument_imports(
-    include=["qrefta.shards", "qrefta.digests", "qrefta.config", "qrefta.guard"]
+    include=["qrefta.files", "qrefta.config", "qrefta.hf_quantizer", "qrefta.model.check"]
 ):
     from qrefta.config import QReftaConfig
     from qrefta.files.checksums import DIGESTS, check_digests, write_digests
@@ -39,7 +40,7 @@ REFUSED = (ValueError, OSError)
 
 
 def weights(folder: Path, data: bytes) -> None:
-    """A safetensors file, of any bytes, or with any bytes as its header."""
+    """A safetensors file of any bytes, or with any bytes as its header."""
     if data[:1] == b"h":
         data = struct.pack("<Q", len(data) - 1) + data[1:] + b"\0" * 24
     (folder / SINGLE).write_bytes(data)
@@ -50,8 +51,8 @@ def weights(folder: Path, data: bytes) -> None:
     for name, tensor in found.items():
         assert tensor.dtype == says[name].dtype
         assert tensor.shape == says[name].shape
-        own, other = (one.reshape(-1).view(torch.uint8) for one in (tensor, says[name]))
-        assert torch.equal(own, other)
+        ours, theirs = (part.reshape(-1).view(torch.uint8) for part in (tensor, says[name]))
+        assert torch.equal(ours, theirs)
 
 
 def index(folder: Path, data: bytes) -> None:
@@ -64,7 +65,7 @@ def index(folder: Path, data: bytes) -> None:
 
 
 def digests(folder: Path, data: bytes) -> None:
-    """A list of any bytes does not make another file pass."""
+    """A list of any bytes must not make a wrong file pass."""
     (folder / "config.json").write_text("{}")
     (folder / SINGLE).write_bytes(b"weights")
     write_digests(folder)
@@ -98,7 +99,7 @@ def one_input(data: bytes) -> None:
             READERS[data[0] % len(READERS)](Path(folder), data[1:])
         except REFUSED:
             pass
-        except RecursionError:  # of json.loads in here, not of a reader
+        except RecursionError:  # raised by json.loads above, not by a reader
             if data[0] % len(READERS) != READERS.index(settings):
                 raise
 
@@ -142,7 +143,7 @@ def fuzz(arguments: list[str]) -> None:
 
 
 def counted(arguments: list[str]) -> dict[str, Any]:
-    """What a process that fuzzes says at its end, as a row."""
+    """The row of a fuzzing process, from its output."""
     command = [sys.executable, __file__, *arguments, "-print_final_stats=1"]
     start = time.monotonic()
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace") as child:
@@ -173,8 +174,8 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=Path, help="file to add a row to")
-    own, further = parser.parse_known_args()
-    if own.rows is None:
+    options, further = parser.parse_known_args()
+    if options.rows is None:
         fuzz(further)
     else:
         sys.path.insert(
@@ -182,4 +183,4 @@ if __name__ == "__main__":
         )  # eval/ is not part of the installed package
         from eval.rows import append
 
-        append(own.rows, [counted(further)], seed=0)
+        append(options.rows, [counted(further)], seed=0)

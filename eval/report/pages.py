@@ -8,7 +8,7 @@ from eval.report.findings import Table
 from eval.report.verdicts import THRESHOLDS, Verdict
 
 COLUMNS = ["claim", "measured here", "verdict", "comment"]
-NAME = "qrefta: what was measured"
+NAME = "qrefta: measurements"
 LEAD = (
     "Every number, title and verdict on this page is computed from the committed rows by "
     "python -m eval report. W is a weight, Q(W) is its 4-bit form, and Ŵ is the weight that a method uses, factors "

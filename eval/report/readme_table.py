@@ -24,9 +24,7 @@ def quickstart_table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in training:
         packed = (
-            files["linears_bytes"]
-            if row["method"] == "qrefta"
-            else files["linears_16_bit_bytes"]
+            files["linears_bytes"] if row["method"] == "qrefta" else files["linears_16_bit_bytes"]
         )
         lines.append(
             f"| {row['method']} | {packed / 1e6:.1f} MB | {row['trained_parameters']:,} | {row['accuracy_before']:.1%} "

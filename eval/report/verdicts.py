@@ -150,14 +150,14 @@ def beside_lora(studies: dict[Study, dict[str, Score]], ours: str, theirs: str) 
     good = sum(pair.word != "worse" for pair in fewer)
     equal = [pair for pair in told if pair.ours.adapter == pair.theirs.adapter]
     worse = sum(pair.word == "worse" for pair in equal)
-    note = f"Of {len(equal)} pairs of equal size, {worse} are worse. " if equal else ""
+    note = f"{worse} of {len(equal)} pairs of equal size are worse. " if equal else ""
     bits = "16-bit weights" if "bits=16" in ours else "4-bit weights"
     name = NAMES[ours.split()[0]]
     return Verdict(
         f"{name}: {'QLoRA' if theirs == 'qlora' else 'LoRA'}'s score or better with fewer trainable parameters ({bits})",
         score_lines(shown),
         judge(good, len(fewer) - good),
-        f"Of {len(fewer)} decided pairs with fewer parameters, {good} are level or better. {note}Pairs with more "
+        f"{good} of {len(fewer)} decided pairs with fewer parameters are level or better. {note}Pairs with more "
         "parameters are in the tables of the tasks.",
     )
 
@@ -294,7 +294,7 @@ def from_scores(
         claim,
         score_lines(pairs),
         judge(better, len(told) - better),
-        f"{why} Of {len(told)} decided differences, {better} are better, {told.count('level')} level and "
+        f"{why} {len(told)} differences are decided: {better} better, {told.count('level')} level, "
         f"{told.count('worse')} worse.",
     )
 

@@ -1,17 +1,18 @@
-"""python -m eval.robustness.hostile: damaged and hostile checkpoints, thousands of them, read in processes with limits.
+"""Thousands of damaged and hostile checkpoints, each read in a process with limits.
 
-Each mutant is a copy of a tiny checkpoint with one thing wrong. A prepared folder is read by `qrefta.load` and by
-`from_pretrained`, with its list of digests kept as it was (damage), removed (an older folder) or written anew (malice);
-a dense folder by `qrefta.prepare(folder, out=...)`. What may come of it:
+A mutant is a copy of a tiny checkpoint with one fault. Prepared folders are read by `qrefta.load` and
+by `from_pretrained`. Their list of digests is kept (damage), removed (an older folder) or rewritten
+(malice). Dense folders are read by `qrefta.prepare(folder, out=...)`. The outcomes:
 
-- refused: a ValueError or OSError of ours; by_transformers: one of transformers', before the plug-in is asked;
-- identical: the model that was saved, bit for bit;
-- as_written: other tensors or settings, and the files say so (safetensors' own reader is the witness). Nothing can tell
-  such a file from a good one without digests; with them it must not happen;
-- unclear: another exception; a fault but in `from_pretrained` without the list that was saved, where transformers makes
-  the model before the plug-in is asked;
-- differs (from what the files say, or from what was saved although the digests were kept), crashed, hung, memory (over
-  2 GB), wrote (outside of its folder): faults.
+- refused: a ValueError or OSError of qrefta
+- by_transformers: a ValueError or OSError of transformers, before it calls the plug-in
+- identical: the saved model, bit for bit
+- as_written: other tensors or settings, as the files state by safetensors' reader; without digests no
+  reader can detect such a file; with digests this is a fault
+- unclear: another exception; this is a fault, except in `from_pretrained` without the saved list,
+  because transformers builds the model before it calls the plug-in
+- faults: differs (from the files, or from the saved model although the digests were kept), crashed,
+  hung, memory (over 2 GB), wrote (outside its folder)
 """
 
 import gc
@@ -54,13 +55,11 @@ from qrefta.files.safetensors import INDEX, SINGLE, Checkpoint
 READERS = ("load", "from_pretrained", "prepare")
 STATES = ("kept", "removed", "rewritten")  # of the list of digests
 FAULTS = ("unclear", "differs", "crashed", "hung", "memory", "wrote")
-GOOD: dict[Path, tuple[dict[str, Tensor], str]] = {}  # what each prepared folder holds
+GOOD: dict[Path, tuple[dict[str, Tensor], str]] = {}  # tensors and settings of prepared folders
 OUTCOMES = ("refused", "by_transformers", "identical", "as_written", *FAULTS)
-LIMIT_S, LIMIT_BYTES, ADDRESS_BYTES = (
-    20,
-    2 << 30,
-    8 << 30,
-)  # of one mutant, beyond what the process held before
+LIMIT_S = 20  # limits of one mutant, above the memory of the process before
+LIMIT_BYTES = 2 << 30
+ADDRESS_BYTES = 8 << 30
 _LINE = 32
 console = Console()
 
@@ -83,7 +82,7 @@ VALUES = [
 
 
 def mutation(name: str) -> Callable[[Mutation], Mutation]:
-    """Enter a function in `MUTATIONS`."""
+    """Add a function to `MUTATIONS`."""
     return lambda function: MUTATIONS.setdefault(name, function)
 
 
@@ -104,7 +103,7 @@ def join(path: Path, header: dict[str, Any] | str, data: bytes) -> None:
 
 
 def flip(path: Path, rng: random.Random, start: int = 0, stop: int | None = None) -> None:
-    """One to three bits of a part of a file."""
+    """Flip one to three bits in a part of a file."""
     data = bytearray(path.read_bytes())
     for _ in range(rng.randint(1, 3)):
         data[rng.randrange(start, len(data) if stop is None else stop)] ^= 1 << rng.randrange(8)
@@ -118,7 +117,7 @@ def edit_json(path: Path, change: Callable[[Any], None]) -> None:
 
 
 def replace_inside(content: Any, rng: random.Random, values: list[Any]) -> None:
-    """One value somewhere in nested dicts and lists, or one key."""
+    """Replace one value, or one key, somewhere in nested dicts and lists."""
     while True:
         keys = list(content) if isinstance(content, dict) else list(range(len(content)))
         key = rng.choice(keys)
@@ -244,7 +243,7 @@ def _offsets(folder: Path, rng: random.Random) -> None:
 
 @mutation("huge sizes")
 def _huge(folder: Path, rng: random.Random) -> None:
-    """A tensor of gigabytes; half of the time in a sparse file that is as long as it says."""
+    """A tensor of gigabytes, in half of the cases in a sparse file of this size."""
     path = rng.choice(weights_of(folder))
     header, data = split(path)
     last = max(
@@ -262,7 +261,7 @@ def _huge(folder: Path, rng: random.Random) -> None:
 
 @mutation("duplicate keys")
 def _duplicates(folder: Path, rng: random.Random) -> None:
-    """In a header, an index, a config; or one tensor in two files."""
+    """A repeated key in a header, an index or a config."""
     paths = [path for path in folder.glob("*.json") if path.name != DIGESTS] + weights_of(folder)
     path = rng.choice(paths)
     if path.suffix == ".json":
@@ -320,14 +319,14 @@ def _names(folder: Path, rng: random.Random) -> None:
 
 @mutation("index values")
 def _index(folder: Path, rng: random.Random) -> None:
-    if not (folder / INDEX).exists():  # beside the one file an index is not read
+    if not (folder / INDEX).exists():  # with a single file, the index is not read
         (folder / INDEX).write_text(json.dumps({"weight_map": {"a": SINGLE}, "metadata": {}}))
     edit_json(folder / INDEX, lambda index: replace_inside(index, rng, VALUES))
 
 
 @mutation("paths in the index")
 def _paths(folder: Path, rng: random.Random) -> None:
-    """To a good file outside of the folder, and to what would be read for ever."""
+    """Paths to a good file outside the folder, and to endless devices."""
     shutil.copy(weights_of(folder)[0], folder.parent / "outside.safetensors")
     paths = ["../outside.safetensors", str(folder.parent / "outside.safetensors"), "/dev/zero", "/dev/stdin", "..", ".",
              "", "a\0b", "x" * 5000 + ".safetensors", f"../{folder.name}/{SINGLE}", "sub/../../outside.safetensors",
@@ -346,7 +345,7 @@ def _paths(folder: Path, rng: random.Random) -> None:
 
 
 def _to_index(folder: Path) -> None:
-    """The one file as a shard with an index."""
+    """Turn the single file into a shard with an index."""
     shard = (folder / SINGLE).rename(folder / "model-00001-of-00001.safetensors")
     names = [name for name in split(shard)[0] if name != "__metadata__"]
     (folder / INDEX).write_text(
@@ -359,7 +358,7 @@ def _links(folder: Path, rng: random.Random) -> None:
     path = rng.choice([*weights_of(folder), *folder.glob("*.json")])
     outside = folder.parent / f"outside{path.suffix}"
     shutil.copy(path, outside)
-    if rng.random() < 0.3:  # a good link, to a file that is another
+    if rng.random() < 0.3:  # a valid link to a changed file
         outside.write_bytes(outside.read_bytes()[:-1] + b" ")
     path.unlink()
     target = rng.choice(
@@ -375,7 +374,7 @@ def _links(folder: Path, rng: random.Random) -> None:
 
 @mutation("pickle")
 def _pickle(folder: Path, rng: random.Random) -> None:
-    """Weights as a pickle that would write a file."""
+    """Weights as a pickle that writes a file when it is loaded."""
 
     class Evil:
         def __reduce__(self) -> tuple[Any, ...]:
@@ -397,7 +396,7 @@ def _pickle(folder: Path, rng: random.Random) -> None:
 
 @mutation("code in the config")
 def _remote_code(folder: Path, rng: random.Random) -> None:
-    """Modules beside the weights that a config names; nobody passed trust_remote_code."""
+    """Code files that a config names; trust_remote_code is not passed."""
     code = f"open({str(folder.parent / 'pwned')!r}, 'w')\n"
     for name in ("evil", "modeling_evil", "configuration_evil"):
         (folder / f"{name}.py").write_text(code)
@@ -488,7 +487,7 @@ def _nan(folder: Path, rng: random.Random) -> None:
 
 @mutation("codes")
 def _codes(folder: Path, rng: random.Random) -> None:
-    """All 16 codes stand for a level, all 256 of a scale too: any bytes are a matrix."""
+    """Random codes and scales: any bytes are a valid matrix."""
     _write_inside(
         folder,
         rng,
@@ -514,7 +513,7 @@ def _write_inside(
 
 @mutation("other save")
 def _other_save(folder: Path, rng: random.Random) -> None:
-    """Files of two saves side by side."""
+    """Files of two saves in one folder."""
     other = folder.parent.parent / "bases" / "other"
     for name in rng.choice(
         [["config.json"], [SINGLE], ["config.json", SINGLE], [DIGESTS], [SINGLE, DIGESTS]]
@@ -536,11 +535,11 @@ def _adapter(folder: Path, rng: random.Random) -> None:
     (folder / "adapter_model.bin").write_bytes(rng.randbytes(rng.choice([0, 8, 100])))
 
 
-# Running
+# Run the mutants
 
 
 def make_bases(root: Path) -> None:
-    """The good folders, in `root`/bases: prepared ones, one file and shards, and dense ones."""
+    """Write the good folders, prepared and dense, single file and shards, to `root`/bases."""
     config = BertConfig(
         vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
         max_position_embeddings=32, num_labels=3, initializer_range=0.1,
@@ -563,7 +562,7 @@ def make_bases(root: Path) -> None:
         model = qrefta.load(base)
         GOOD[base] = model.state_dict(), _settings_of(model)
     gc.collect()
-    gc.freeze()  # a collection in a forked process would copy every page
+    gc.freeze()  # garbage collection in a fork would copy every page
 
 
 def _settings_of(model: PreTrainedModel) -> str:
@@ -573,7 +572,7 @@ def _settings_of(model: PreTrainedModel) -> str:
 
 
 def mutate(root: Path, reader: str, kind: str, state: str, seed: int) -> tuple[Path, Path]:
-    """A mutant's folder and the good one that it is made of."""
+    """A mutant's folder and its good original."""
     rng = random.Random(f"{kind} {seed}")
     layout = rng.choice(["one file", "shards"])
     base = root / "bases" / f"{'dense' if reader == 'prepare' else 'prepared'}, {layout}"
@@ -590,7 +589,7 @@ def mutate(root: Path, reader: str, kind: str, state: str, seed: int) -> tuple[P
 
 
 def _rewrite(folder: Path) -> None:
-    """As one would who means harm; not over files that cannot be read, or only in hours."""
+    """Rewrite the digests, as an attacker would; unreadable and huge files are skipped."""
     files = [folder / "config.json", *weights_of(folder)]
     if all(path.is_file() and path.stat().st_size < 1 << 30 for path in files):
         _remove(folder / DIGESTS)
@@ -598,7 +597,7 @@ def _rewrite(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """A file, a link to one, a pipe, or an empty folder, if it is there."""
+    """Remove a file, link, pipe or empty folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         path.rmdir()
     else:
@@ -606,7 +605,7 @@ def _remove(path: Path) -> None:
 
 
 def outcome(folder: Path, base: Path, reader: str, state: str) -> str:
-    """Read a mutant; one of `OUTCOMES`."""
+    """Read a mutant and return one of `OUTCOMES`."""
     try:
         if reader == "prepare":
             out = folder.parent / "out"
@@ -632,7 +631,7 @@ def outcome(folder: Path, base: Path, reader: str, state: str) -> str:
 
 
 def _compared(model: PreTrainedModel, folder: Path, base: Path, state: str) -> str:
-    """A loaded model beside the good folder's, and beside what the files say."""
+    """Compare a loaded model with the good folder, then with the mutant's files."""
     state_dict, settings = GOOD[base]
     if _same(model.state_dict(), state_dict) and _settings_of(model) == settings:
         return "identical"
@@ -647,7 +646,7 @@ def _compared(model: PreTrainedModel, folder: Path, base: Path, state: str) -> s
 
 
 def _compared_source(folder: Path, base: Path, out: Path) -> str:
-    """What was read of a dense folder beside what safetensors' own reader sees in it, and beside the good folder."""
+    """Compare the tensors read from a dense folder with safetensors' reader and the good folder."""
     checkpoint, written = Checkpoint(folder), Checkpoint(out)
     files = {checkpoint.file(name) for name in checkpoint.names}
     says = {
@@ -672,7 +671,7 @@ def _compared_source(folder: Path, base: Path, out: Path) -> str:
 
 
 def _same(state: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    """Names, dtypes and bits."""
+    """Whether names, dtypes and bits are equal."""
     return state.keys() == other.keys() and all(
         tensor.dtype == other[name].dtype and tensor.shape == other[name].shape
         and _bytes(tensor) == _bytes(other[name])
@@ -687,9 +686,9 @@ def _bytes(tensor: Tensor) -> bytes:
 def run_mutants(
     root: Path, reader: str, kind: str, state: str, seeds: range
 ) -> Iterator[tuple[int, str, int]]:
-    """Seed, outcome and memory taken, bytes, of mutants that a forked process reads one after the other.
+    """Seed, outcome and bytes of memory of each mutant, read one after the other in a forked process.
 
-    A process that dies or stands still is answered for by its last mutant, and the next one goes on after that.
+    If the process dies or hangs, its current mutant gets this outcome and a new process continues.
     """
     left = list(seeds)
     while left:
@@ -719,7 +718,7 @@ def run_mutants(
 def _read_and_exit(
     sender: int, root: Path, reader: str, kind: str, state: str, seeds: list[int]
 ) -> None:
-    """In the forked process: without a terminal, in a folder of its own, with limits; a line a mutant."""
+    """Read mutants in the forked process, with limits and without a terminal; one line per mutant."""
     try:
         home = root / "tmp"
         home.mkdir(exist_ok=True)
@@ -730,9 +729,7 @@ def _read_and_exit(
         resource.setrlimit(resource.RLIMIT_AS, (held + ADDRESS_BYTES, held + ADDRESS_BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         warnings.simplefilter("ignore")
-        torch.set_num_threads(
-            1
-        )  # else several threads at once find torch's pool gone after the fork, and it fails
+        torch.set_num_threads(1)  # torch's thread pool does not survive a fork
         for seed in seeds:
             folder, base = mutate(root, reader, kind, state, seed)
             before = _listing(root)
@@ -749,7 +746,7 @@ def _read_and_exit(
 
 
 def _listing(root: Path) -> list[tuple[Any, ...]]:
-    """Everything under `root` but what the reader may write: the output and its temporary files."""
+    """State of all files under `root`, except the output and temporary files of the reader."""
     found = []
     for path, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in ("out", "tmp")]
@@ -762,7 +759,7 @@ def _listing(root: Path) -> list[tuple[Any, ...]]:
 
 
 def combinations(reader: str) -> list[tuple[str, str]]:
-    """Kinds and states of the digests that a reader meets."""
+    """Kinds of mutants and states of the digests for a reader."""
     if reader == "prepare":
         return [(kind, "removed") for kind in MUTATIONS if kind not in PREPARED_ONLY]
     return [
@@ -776,8 +773,10 @@ def is_fault(reader: str, state: str, result: str) -> bool:
 
 
 def run_kind(root: Path, reader: str, kind: str, state: str, seeds: range) -> dict[str, Any]:
-    """A row: how many mutants came to what, and the most memory."""
-    start, found, most = time.monotonic(), Counter(), 0
+    """A row: mutants by outcome, and the peak memory."""
+    start = time.monotonic()
+    found: Counter[str] = Counter()
+    most = 0
     for seed, result, held in run_mutants(root, reader, kind, state, seeds):
         if is_fault(reader, state, result):
             console.print(f"{reader}, {kind}, digests {state}, seed {seed}: {result}")
@@ -795,17 +794,17 @@ def run_kind(root: Path, reader: str, kind: str, state: str, seeds: range) -> di
 def run(
     count: Annotated[
         int,
-        typer.Option(help="Mutants of a kind, for a prepared folder and one state of its list."),
+        typer.Option(help="Mutants per kind and state of the list, for prepared folders."),
     ] = 60,
-    dense: Annotated[int, typer.Option(help="Likewise, of a dense folder.")] = 60,
-    only: Annotated[str, typer.Option(help="Kinds whose name holds this text.")] = "",
-    readers: Annotated[str, typer.Option(help="With commas.")] = ",".join(READERS),
-    seed: Annotated[int, typer.Option(help="Of the first mutant.")] = 0,
+    dense: Annotated[int, typer.Option(help="Mutants per kind for dense folders.")] = 60,
+    only: Annotated[str, typer.Option(help="Only kinds whose name contains this text.")] = "",
+    readers: Annotated[str, typer.Option(help="Readers, separated by commas.")] = ",".join(READERS),
+    seed: Annotated[int, typer.Option(help="Seed of the first mutant.")] = 0,
     rows: Annotated[
-        Path | None, typer.Option(help="File to add rows to; what it has is left out.")
+        Path | None, typer.Option(help="JSON lines file; rows in it are not measured again.")
     ] = None,
 ) -> None:
-    """Every kind of mutant through every reader."""
+    """Read every kind of mutant with every reader."""
     quiet_libraries()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as home:

@@ -1,8 +1,8 @@
-"""python -m eval.studies.coverage: how much of a model's weights is in 4 bits, qrefta beside bitsandbytes through transformers.
+"""Share of a model's weights in 4 bits: qrefta compared with bitsandbytes through transformers.
 
-From the published models' configs, without weights: both replace modules on the meta device as they do when they load
-a checkpoint. bitsandbytes replaces linears, and leaves the experts of a mixture, which transformers keeps in fused
-parameters, as they are.
+Counted from the configs of published models: both tools replace modules on the meta device as they
+do when they load a checkpoint. bitsandbytes replaces linear layers. It keeps the experts of a
+mixture, which transformers stores in fused parameters, in 16 bits.
 """
 
 import copy
@@ -30,7 +30,7 @@ from qrefta.cli import guarded
 from qrefta.model.stacks import find_stacks
 from qrefta.nn.quantized import QuantFormat
 
-PUBLISHED = {  # the numbers of their config.json
+PUBLISHED = {  # from their config.json
     "Llama-2-7B": LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32),
     "Mixtral-8x7B": MixtralConfig(
         vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -45,9 +45,7 @@ console = Console()
 
 
 def run(
-    rows: Annotated[
-        Path | None, typer.Option(help="File to add the rows to, as JSON lines.")
-    ] = None,
+    rows: Annotated[Path | None, typer.Option(help="JSON lines file; rows are added.")] = None,
 ) -> None:
     """Count every model."""
     for name, config in PUBLISHED.items():
@@ -61,9 +59,9 @@ def run(
 
 
 def coverage(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
-    """Of each tool: `weights` of the model, `quantized` ones, their `share`, `bytes` with all others in 16 bits.
+    """By tool: `weights` of the model, `quantized` weights, their `share`, and `bytes`.
 
-    Both store NF4 in blocks of 64 with float32 scales.
+    Both tools store NF4 in blocks of 64 with float32 scales; other weights have 16 bits.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
@@ -90,7 +88,7 @@ def coverage(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
 
 
 def _bitsandbytes(model: nn.Module) -> list[nn.Module]:
-    """The layers that bitsandbytes puts into the model, which it changes."""
+    """The layers that bitsandbytes puts into the model; the model is changed."""
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     replace_with_bnb_linear(model, get_keys_to_not_convert(model), config)
     return [layer for layer in model.modules() if isinstance(layer, bitsandbytes.nn.Linear4bit)]

@@ -1,9 +1,9 @@
-"""python -m eval.studies.out_of_core: preparing a checkpoint that is larger than the memory it may take.
+"""Preparing a checkpoint that is larger than the allowed memory.
 
-Writes a Llama-shaped checkpoint of random bf16 weights, a layer at a time, into a temporary folder; prepares it in a
-process of its own; and measures that process's peak memory above what the imported libraries take, its time, and what
-it read. The floor of the time is the bytes read at the bandwidth measured just before on the same files. Everything is
-deleted afterwards.
+Writes a Llama-shaped checkpoint of random bf16 weights into a temporary folder and prepares it in a
+separate process. Measured are the peak memory of this process above the imported libraries, its
+time, and the bytes it reads. The floor of the time is reading these bytes at the bandwidth measured
+before on the same files. The files are deleted afterwards.
 """
 
 import multiprocessing
@@ -40,11 +40,9 @@ def run(
     rank: Annotated[int, typer.Option(help="R.")] = 64,
     refine: Annotated[int, typer.Option(help="Rounds of refinement.")] = 0,
     transform: Annotated[str, typer.Option(help="Mode-3 transform.")] = "lsm3",
-    max_memory: Annotated[str, typer.Option(help="As in qrefta.prepare.")] = "1.5GB",
+    max_memory: Annotated[str, typer.Option(help="Memory limit, as in qrefta.prepare.")] = "1.5GB",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    rows: Annotated[
-        Path | None, typer.Option(help="File to add the measurement to, as JSON lines.")
-    ] = None,
+    rows: Annotated[Path | None, typer.Option(help="JSON lines file; rows are added.")] = None,
 ) -> None:
     """Measure memory and time of preparing a checkpoint of a given shape."""
     place = Path(tempfile.mkdtemp(prefix="qrefta-out-of-core-"))
@@ -78,7 +76,7 @@ def run(
 
 
 def write_checkpoint(folder: Path, config: LlamaConfig) -> None:
-    """A checkpoint of random weights, one shard a layer; never more than a tensor and a layer in memory."""
+    """Write a checkpoint of random weights, one shard per layer, with one layer in memory."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
 
@@ -121,7 +119,7 @@ def write_checkpoint(folder: Path, config: LlamaConfig) -> None:
 
 
 def _bandwidth(folder: Path) -> float:
-    """Bytes a second that rows are read with, one pass over the files."""
+    """Bytes per second of one pass over the files."""
     checkpoint = Checkpoint(folder)
     start, total = perf_counter(), 0
     for name in checkpoint.names:

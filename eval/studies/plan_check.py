@@ -1,9 +1,10 @@
-"""python -m eval.studies.plan_check: planned beside measured peak memory of a training step, in float32 on the CPU.
+"""Planned against measured peak memory of a training step, in float32 on the CPU.
 
-The Llama-shaped decoder is that of `eval.studies.cost`, whose rows hold the measured peaks. The frozen floor, and PEFT's LoRA
-around it in the place of QLoRA, are no models that a plan is made of; they are counted as plans are. Other
-architectures and all methods are measured here, without dropout, of which a CPU keeps more than a GPU. Experts are
-planned as if all had the same number of tokens; measured they have what an untrained router gives them.
+The measured peaks of the Llama-shaped decoder come from the rows of `eval.studies.cost`. plan() does
+not cover the frozen floor and PEFT's QLoRA; they are counted with plan's functions. Other
+architectures and methods are measured here, without dropout, because dropout keeps more memory on
+a CPU than on a GPU. Plans assume the same number of tokens for every expert; an untrained router
+distributes them unevenly.
 """
 
 import copy
@@ -89,19 +90,17 @@ console = Console()
 
 
 def run(
-    measured: Annotated[Path, typer.Option(help="Rows of eval.cost.")] = Path(
+    measured: Annotated[Path, typer.Option(help="Rows of the study `cost`.")] = Path(
         "eval/rows/cost.jsonl"
     ),
     only: Annotated[
         str,
         typer.Option(
-            help="Texts in what is printed of model and method ('bert, tera'), with semicolons."
+            help="Parts of the printed 'model, method' ('bert, tera'), separated by semicolons."
         ),
     ] = "",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    rows: Annotated[
-        Path | None, typer.Option(help="File to add the comparison to, as JSON lines.")
-    ] = None,
+    rows: Annotated[Path | None, typer.Option(help="JSON lines file; rows are added.")] = None,
 ) -> None:
     """Compare every configuration."""
     torch.set_num_threads(threads)
@@ -122,7 +121,7 @@ def _chosen(only: str, setting: str, method: str) -> bool:
 
 
 def _decoders(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Rows of the cost study whose methods can be counted, with what was counted."""
+    """Rows of the cost study whose methods can be counted, with the planned bytes."""
     for row in rows:
         kind, *options = row["method"].split()
         if row["dtype"] != "float32" or "peak_bytes" not in row or len(options) > 1:
@@ -149,7 +148,7 @@ def _decoders(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _counted(setting: str, checkpointing: bool, lora_rank: int) -> int:
-    """Bytes of a step of the frozen 4-bit model, with PEFT's LoRA in every linear if a rank is given."""
+    """Bytes of a step of the frozen 4-bit model, with PEFT's LoRA if a rank is given."""
     batch, seq = SETTINGS[setting].batch
     with torch.device("meta"):
         model: nn.Module = LlamaForCausalLM(LlamaConfig(**SETTINGS[setting].config)).requires_grad_(
@@ -157,10 +156,10 @@ def _counted(setting: str, checkpointing: bool, lora_rank: int) -> int:
         )
         if checkpointing:
             model.gradient_checkpointing_enable(CHECKPOINTING)
-        linears = [path for stack in find_stacks(model) for path in stack.modules]
+        paths = [path for stack in find_stacks(model) for path in stack.modules]
         if lora_rank:
             lora(model, lora_rank, alpha=lora_rank)
-        for path in linears:
+        for path in paths:
             inner = f"{path}.base_layer" if lora_rank else path
             old = model.get_submodule(inner)
             fmt = QuantFormat(double_quant=True)
@@ -174,8 +173,8 @@ def _counted(setting: str, checkpointing: bool, lora_rank: int) -> int:
     inputs = {
         "inputs_embeds": embeddings.new_empty(batch, seq, embeddings.shape[1]).requires_grad_()
     }
-    own = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    return own + count_step(model, inputs, torch.optim.AdamW, {}).peak
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return held + count_step(model, inputs, torch.optim.AdamW, {}).peak
 
 
 def _others(only: str) -> Iterator[dict[str, Any]]:
@@ -208,7 +207,7 @@ def _dense(kind: type, config: PreTrainedConfig) -> nn.Module:
 
 
 def _measured(model: nn.Module, batch: int, seq: int | None, checkpointing: bool) -> int:
-    """Bytes of the second step, as torch's tensors take them."""
+    """Peak bytes of torch's tensors in the second step."""
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if seq is None:

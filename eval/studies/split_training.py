@@ -1,8 +1,8 @@
-"""python -m eval.studies.split_training: whether a split with less error starts training lower and ends better.
+"""Whether a split with less error starts training at a lower loss and ends better.
 
-With a fresh head every split starts at the loss of guessing. So the head is trained first, on the dense model with
-everything else frozen; then each kind of split of that same model is scored, trained with the same rows, order and
-steps, and scored again. One row for each kind and seed.
+With a fresh head every split starts at the loss of guessing. So the head is trained first, on the
+dense model with frozen weights. Then each kind of split of this model is scored, trained with the
+same rows, order and steps, and scored again. Each kind and seed has a row.
 """
 
 import copy
@@ -21,7 +21,7 @@ from eval.tasks.task import DatasetOption, HeaderOption, load_task
 from qrefta.cli import guarded, load_classifier, quiet_libraries
 from qrefta.train.finetune import FinetuneResult, finetune
 
-HEAD = ["pooler"]  # trains beside the classifier
+HEAD = ["pooler"]  # trained together with the classifier
 SPLITS: dict[str, dict[str, Any]] = {
     "16 bit": {"bits": 16},
     "one shot": {"refine": 0},
@@ -36,20 +36,18 @@ def run(
     header: HeaderOption = None,
     rank: Annotated[int, typer.Option(help="R of every stack.")] = 48,
     quant_type: Annotated[str, typer.Option(help="4-bit format.")] = "nf4",
-    seeds: Annotated[int, typer.Option(help="Seeds 0 .. n-1, of heads, rows and batch order.")] = 3,
-    steps: Annotated[int, typer.Option(help="Steps of the head, and of each split.")] = 100,
+    seeds: Annotated[int, typer.Option(help="Seeds 0 .. n-1 of heads, rows and batch order.")] = 3,
+    steps: Annotated[int, typer.Option(help="Steps for the head, and for each split.")] = 100,
     learning_rate: Annotated[
-        float, typer.Option(help="Peak, of the head's training and of the splits'.")
+        float, typer.Option(help="Peak learning rate of the head and of the splits.")
     ] = 1e-3,
-    train_rows: Annotated[int, typer.Option(help="Rows to train on, at most.")] = 2000,
-    test_rows: Annotated[int, typer.Option(help="Rows to test on, at most.")] = 2000,
-    samples: Annotated[int, typer.Option(help="Training texts that calibrate.")] = 256,
+    train_rows: Annotated[int, typer.Option(help="Most training rows.")] = 2000,
+    test_rows: Annotated[int, typer.Option(help="Most test rows.")] = 2000,
+    samples: Annotated[int, typer.Option(help="Training texts for calibration.")] = 256,
     out: Annotated[Path, typer.Option(help="Folder for checkpoints.")] = Path(
         "runs/split_training"
     ),
-    rows: Annotated[
-        Path | None, typer.Option(help="File to add the measurements to, as JSON lines.")
-    ] = None,
+    rows: Annotated[Path | None, typer.Option(help="JSON lines file; rows are added.")] = None,
 ) -> None:
     """Train from every kind of split and compare starts and ends."""
     quiet_libraries()
@@ -99,7 +97,7 @@ def freeze_body(model: PreTrainedModel) -> None:
 def batches_of(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, size: int = 16
 ) -> list[dict[str, torch.Tensor]]:
-    """Padded batches, as `qrefta.prepare` calibrates with."""
+    """Padded batches for calibration."""
     starts = range(0, len(texts), size)
     return [
         tokenizer(texts[at : at + size], padding=True, truncation=True, return_tensors="pt")

@@ -241,22 +241,22 @@ def test_of_equal_scores_the_lower_loss_wins_and_divergence_never():
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("dora r=8", r"no method 'dora'; there are head-only, .*refta"),
+        ("dora r=8", r"no method 'dora'; the methods are head-only, .*refta"),
         ("lora", r"'lora': lora takes r=8"),
         ("lora r=0", "lora takes r=8"),
         ("lora r=8 alpha=2", "lora takes r=8"),
         ("full r=8", "full takes no options"),
         ("refta", "refta takes R=48"),
-        ("refta R=48 nonsense=1", "refta takes R=48, say, .*any of bits"),
-        ("craft", "craft takes R=48, say, or ranks=6/48/48"),
+        ("refta R=48 nonsense=1", "refta takes R=48, .*any of bits"),
+        ("craft", "craft takes R=48, ranks=6/48/48"),
         ("craft R=4 ranks=2/3/4", "craft takes R=48"),
         ("craft ranks=4", "craft takes R=48"),
         ("tera trained_params=many", "tera takes R=48"),
         ("refta R", "refta takes R=48"),
         ("refta R=auto", "refta takes R=48"),
         ("refta R=48 seed=5", "refta takes R=48"),
-        ("refta R=48 refine", "each with a value but for calibrated and double_quant"),
-        ("refta R=48 bits=", "each with a value"),
+        ("refta R=48 refine", "only calibrated and double_quant may have no value"),
+        ("refta R=48 bits=", "may have no value"),
         ("lora r", "lora takes r=8"),
         ("", "no method ''"),
     ],
@@ -316,7 +316,8 @@ def test_named_data_are_found_or_asked_for(tmp_path, monkeypatch):
     assert find_data("sst2", None) == str(tmp_path / "sst2")
     assert find_data("mine.csv", None) == "mine.csv"
     with pytest.raises(
-        ValueError, match=r"no data for cola: .* cola holds train.tsv and dev.tsv.*glue:cola"
+        ValueError,
+        match=r"data for cola are missing: .* cola contains train.tsv and dev.tsv.*glue:cola",
     ):
         find_data("cola", None)
     monkeypatch.delenv("HF_HUB_OFFLINE")
@@ -398,7 +399,7 @@ def test_what_tests_never_trains_whatever_the_seed(model, tmp_path):
 def test_quantized_peers_are_refused_where_their_kernel_reads_wrongly(source, tmp_path):
     """bitsandbytes' Linear4bit on a CPU, rows that end within a block."""
     narrow = text_task("mine", str(source), str(tiny_folder(tmp_path)), None, SIZES, 0)
-    with pytest.raises(ValueError, match=r"is 32 wide; .* multiples of 64 alone"):
+    with pytest.raises(ValueError, match=r"has width 32; .* needs multiples of 64"):
         build("qlora r=2", narrow, 0)
 
 

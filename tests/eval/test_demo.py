@@ -78,7 +78,7 @@ def test_rows_do_not_depend_on_the_process_or_its_hash_seed(data):
 
 
 def test_rows_do_not_depend_on_the_order_of_the_files(found):
-    train, test = demo.split(list(reversed(found)))
+    train, test = demo.split(tuple(reversed(found)))
     assert (train, test) == demo.split(found)
 
 
@@ -136,7 +136,9 @@ def test_a_smaller_size_is_a_subset_in_the_same_order(sides):
 
 def test_a_size_beyond_the_rows_says_how_many_there_are(sides):
     train, _ = sides
-    with pytest.raises(ValueError, match=f"{len(train) + 1} rows asked for.*give {len(train)}"):
+    with pytest.raises(
+        ValueError, match=f"{len(train) + 1} rows were requested.*give {len(train)}"
+    ):
         demo.balanced(train, len(train) + 1)
 
 

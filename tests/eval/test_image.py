@@ -269,7 +269,7 @@ def test_no_model_or_an_unfit_one_is_refused(source, tmp_path):
         image_task("cifar10", source, None, None, SIZES, 0)
     new_vit(NAMES[:9], 32, 2, 16, seed=0).save_pretrained(tmp_path / "all")
     with pytest.raises(
-        ValueError, match=r"knows airplane, .*ship; leave out two or more with --classes"
+        ValueError, match=r"knows airplane, .*ship; leave out at least two with --classes"
     ):
         image_task("cifar10", source, str(tmp_path / "all"), None, SIZES, 0)
     text = BertConfig(
@@ -277,13 +277,13 @@ def test_no_model_or_an_unfit_one_is_refused(source, tmp_path):
     )
     build(BertForSequenceClassification, text).save_pretrained(tmp_path / "text")
     with pytest.raises(
-        ValueError, match=r"takes image_size no images; cifar10 needs 32, and .*eval image"
+        ValueError, match=r"takes image_size no images; cifar10 needs 32; .*eval image"
     ):
         image_task("cifar10", source, str(tmp_path / "text"), None, SIZES, 0)
 
 
 def test_missing_data_are_asked_for(model, tmp_path):
-    wanted = "Give a folder that holds train.parquet and test.parquet, or uoft-cs/cifar10"
+    wanted = "Give a folder with train.parquet and test.parquet, or uoft-cs/cifar10"
     for place in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ValueError, match=f"no images in {place}.*{wanted}"):
             image_task("cifar10", str(place), model, None, SIZES, 0)
@@ -296,14 +296,14 @@ def test_missing_data_are_asked_for(model, tmp_path):
         (photos(6, 0), r"train: there is no image of frog, horse, ship, truck\."),
         (
             photos(100, 0, side=28),
-            r"images of \(height, width\) \[\(28, 28\)\]; all must be of 32 x 32",
+            r"images of \(height, width\) \[\(28, 28\)\]; all must be 32 x 32",
         ),
-        ({"jpeg": [b""], "label": [77]}, "labels go from 77 to 77; CIFAR-10's are 0 .. 9"),
+        ({"jpeg": [b""], "label": [77]}, "labels are 77 .. 77; CIFAR-10 has 0 .. 9"),
         (
             {"picture": [b""], "label": [7]},
-            r"the columns are \['picture', 'label'\]; needed are label and jpeg or img",
+            r"the columns are \['picture', 'label'\]; label and jpeg or img are required",
         ),
-        ({"img": [b""]}, r"the columns are \['img'\]; needed are label"),
+        ({"img": [b""]}, r"the columns are \['img'\]; label and"),
     ],
 )
 def test_data_that_cannot_be_trained_on_are_refused(model, tmp_path, train, message):
@@ -315,7 +315,7 @@ def test_data_that_cannot_be_trained_on_are_refused(model, tmp_path, train, mess
 @pytest.mark.parametrize("classes", ["0", "0,0,1", "1,10", "bird,cat", ""])
 def test_classes_that_cannot_be_trained_on_are_refused(source, tmp_path, classes):
     with pytest.raises(
-        ValueError, match=f"classes is '{classes}'; give two or more different ones of 0 .. 9"
+        ValueError, match=f"classes is '{classes}'; give at least two different numbers in 0 .. 9"
     ):
         run(source, tmp_path / "vit", classes=classes)
 

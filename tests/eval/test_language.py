@@ -150,8 +150,8 @@ def test_labels_are_on_the_answer_alone(folder, questions):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"instruction": "a"}, r"no JSON list of \{instruction, output, answer\} with rows"),
-        ([], "no JSON list"),
+        ({"instruction": "a"}, r"must be a JSON list of \{instruction, output, answer\} with at"),
+        ([], "must be a JSON list"),
         ([{"instruction": "Answer format: a/b", "output": "a"}], "row 0: .*missing: answer"),
         (
             [{"instruction": "what?", "output": "a", "answer": "a"}],
@@ -171,9 +171,9 @@ def test_questions_that_cannot_be_used_are_refused(folder, tmp_path, content, me
 
 
 def test_what_is_missing_is_named(folder, tmp_path, text):
-    with pytest.raises(ValueError, match=r"no file .*train\.json"):
+    with pytest.raises(ValueError, match=r"train\.json is missing"):
         choice_task("own", str(tmp_path / "none"), folder, None, SIZES, 0)
-    with pytest.raises(ValueError, match="no text file and no folder"):
+    with pytest.raises(ValueError, match="must be a text file, or a folder"):
         text_lm_task("own", str(tmp_path / "none"), folder, None, SIZES, 0)
     with pytest.raises(ValueError, match=r"own needs a causal language model.*--model"):
         text_lm_task("own", str(text), None, None, SIZES, 0)

@@ -55,5 +55,5 @@ def test_the_start_is_the_model_and_only_cores_and_head_train():
 
 
 def test_other_layers_are_refused():
-    with pytest.raises(ValueError, match="Conv1D; LoRETTA is measured on"):
+    with pytest.raises(ValueError, match="Conv1D; LoRETTA is implemented for"):
         loretta(ARCHITECTURES["gpt2"](), 2)

@@ -243,7 +243,7 @@ def test_residual_above_the_baseline_is_told():
 @pytest.mark.parametrize(("shift", "verdict", "title"), [
     (0.0, HOLDS, "is level with"), (-0.05, FAILS, "loses to"), (0.05, HOLDS, "beats"),
 ])  # fmt: skip
-def test_scores_beside_lora(shift, verdict, title):
+def test_scores_against_lora(shift, verdict, title):
     rows = score_rows({"refta R=15 bits=16": shift, "refta R=48 bits=16": shift})
     (methods,) = scores.scores(rows).values()
     assert title in scores.score_title("sst2", methods)
@@ -252,7 +252,7 @@ def test_scores_beside_lora(shift, verdict, title):
         == verdict
     )
     assert (
-        word("a fraction of LoRA's numbers", accuracy=rows) == IN_PART
+        word("a fraction of LoRA's parameters", accuracy=rows) == IN_PART
     )  # R = 15 trains more than r = 1
 
 

@@ -54,7 +54,7 @@ def test_a_cut_inside_a_letter_and_unusual_line_separators(tmp_path):
 def test_a_line_that_is_no_row_is_named(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"schema": 1}\n{"schema": 1, \n{"schema": 1}\n')
-    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2 is no JSON"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2 is not JSON"):
         read(file)
     file.write_text("[1]\n")
     with pytest.raises(ValueError, match=r"line 1: schema \[1\]"):

@@ -61,7 +61,7 @@ def test_loftq_equals_pefts(rounds):
 
 
 def test_loftq_without_rounds_is_refused():
-    with pytest.raises(ValueError, match="rounds is 0; LoftQ takes at least one"):
+    with pytest.raises(ValueError, match="rounds is 0; LoftQ needs at least 1"):
         loftq(weight(8, 8), 2, rounds=0)
 
 
