@@ -24,7 +24,7 @@ from eval.rows import append
 from qrefta.cli import guarded
 
 ROOT = Path(__file__).parents[2]
-COPIED = ("qrefta", "tests", "pyproject.toml", "README.md")
+COPIED = ("qrefta", "tests", "docs", "pyproject.toml", "README.md")
 SECTION = "[tool.mutmut]"
 COUNTS = ("killed", "survived", "no_tests", "timeout", "suspicious", "segfault", "skipped", "total")
 console = Console()
