@@ -29,8 +29,8 @@ def restart_peak() -> None:
 def tensor_peak(step: Callable[[], None], device: str) -> int:
     """Peak bytes of torch's tensors on a device while `step` runs, all living tensors included.
 
-    On a CPU the profiler counts every allocation and release, so memory that the C library keeps does
-    not matter. `step` must not free tensors that it did not allocate.
+    On a CPU the profiler counts every allocation and release, so memory that the C library keeps
+    does not matter. `step` must not free tensors that it did not allocate.
     """
     gc.collect()
     if device == "cuda":

@@ -33,7 +33,7 @@ def context(seed: int) -> dict[str, Any]:
 
 
 def append(path: Path, rows: Iterable[dict[str, Any]], seed: int) -> None:
-    """Add rows with their context to a file; an unfinished last line of a killed run is replaced."""
+    """Add rows with their context to a file; an unfinished last line is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
     shared = context(seed)
     lines = "".join(json.dumps(shared | row, ensure_ascii=False) + "\n" for row in rows)

@@ -76,7 +76,7 @@ def run(
     else:
         data = load_classification(
             dataset, text_columns=text_column, label_column=label_column, header=header, seed=seed
-        )  # fmt: skip
+        )
         data = first_rows(data, {"train": train_rows, "test": test_rows}, seed)
     classes = data["train"].features["label"].names
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -87,9 +87,15 @@ def run(
     def train(name: str, classifier: PreTrainedModel) -> FinetuneResult:
         console.print(f"\nTraining: {name}")
         return finetune(
-            classifier, tokenizer, data, out / name.replace(" ", "-"), learning_rate=LEARNING_RATE,
-            max_steps=steps, save_steps=1.0, seed=seed,
-        )  # fmt: skip
+            classifier,
+            tokenizer,
+            data,
+            out / name.replace(" ", "-"),
+            learning_rate=LEARNING_RATE,
+            max_steps=steps,
+            save_steps=1.0,
+            seed=seed,
+        )
 
     results = {
         "head only": train("head only", head_only(load_16_bit(source, classes, seed))),
@@ -189,16 +195,20 @@ def show_files(files: dict[str, float], folder: Path) -> None:
         if name.endswith(("bytes", "before", "after"))
     }
     console.print(
-        f"linear layers          {size['linears_16_bit_bytes']} in 16 bits -> {size['linears_bytes']}"
+        f"linear layers          {size['linears_16_bit_bytes']} in 16 bits -> "
+        f"{size['linears_bytes']}"
     )
     console.print(
-        f"whole model            {size['model_bytes_before']} -> {size['model_bytes_after']} in file"
+        f"whole model            {size['model_bytes_before']} -> {size['model_bytes_after']} in "
+        f"file"
     )
     console.print(
-        f"reloaded model         logits differ by {files['reload_difference']:.1e} from the saved model's"
+        f"reloaded model         logits differ by {files['reload_difference']:.1e} from the saved "
+        f"model's"
     )
     console.print(
-        f"merged to dense bf16   by {files['merge_difference']:.1e}, of {files['largest_logit']:.1f} at most"
+        f"merged to dense bf16   by {files['merge_difference']:.1e}, of "
+        f"{files['largest_logit']:.1f} at most"
     )
     console.print(
         f"\nThe trained model is in {folder}, the merged one in {folder.parent / 'merged'}."

@@ -32,17 +32,27 @@ def train_head_only(model: PreTrainedModel, heads: Sequence[str]) -> PreTrainedM
 
 
 def lora(
-    model: PreTrainedModel, rank: int, *, alpha: float, dropout: float = 0.0, heads: Sequence[str] = (),
-    start: str = "", targets: list[str] | None = None,
-) -> PeftModel:  # fmt: skip
+    model: PreTrainedModel,
+    rank: int,
+    *,
+    alpha: float,
+    dropout: float = 0.0,
+    heads: Sequence[str] = (),
+    start: str = "",
+    targets: list[str] | None = None,
+) -> PeftModel:
     """PEFT's LoRA on every linear layer of the blocks.
 
     `start` is PEFT's `init_lora_weights`; empty means the default.
     """
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets or adapted_layers(model),
-        init_lora_weights=start or True, modules_to_save=_heads(model, heads),
-    )  # fmt: skip
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets or adapted_layers(model),
+        init_lora_weights=start or True,
+        modules_to_save=_heads(model, heads),
+    )
     return get_peft_model(
         model, config, autocast_adapter_dtype=False
     )  # else a bf16 step runs in float32
@@ -57,9 +67,15 @@ def vera(model: PreTrainedModel, rank: int, *, heads: Sequence[str] = ()) -> Pef
 
 
 def qlora(
-    model: PreTrainedModel, rank: int, *, alpha: float, dropout: float = 0.0, heads: Sequence[str] = (),
-    double_quant: bool = False, split: Callable[[Tensor, int], LowRank] | None = None,
-) -> PeftModel:  # fmt: skip
+    model: PreTrainedModel,
+    rank: int,
+    *,
+    alpha: float,
+    dropout: float = 0.0,
+    heads: Sequence[str] = (),
+    double_quant: bool = False,
+    split: Callable[[Tensor, int], LowRank] | None = None,
+) -> PeftModel:
     """PEFT's QLoRA on NF4 layers.
 
     `split` (`pissa`: QPiSSA, `loftq`: LoftQ) gives the remainder to quantize and the start.
@@ -92,13 +108,18 @@ def quantize_layers(model: PreTrainedModel, double_quant: bool = False) -> None:
         old = model.get_submodule(path)
         if old.weight.device.type == "cpu" and old.in_features % NF4.block_size:
             raise ValueError(
-                f"{path} has width {old.in_features}; on a CPU bitsandbytes' Linear4bit needs multiples of "
+                f"{path} has width {old.in_features}; on a CPU bitsandbytes' Linear4bit needs "
+                f"multiples of "
                 f"{NF4.block_size}. Measure quantized peers of this model on a GPU."
             )
         new = bnb.nn.Linear4bit(
-            old.in_features, old.out_features, bias=old.bias is not None, compute_dtype=old.weight.dtype,
-            quant_type="nf4", compress_statistics=double_quant,
-        )  # fmt: skip
+            old.in_features,
+            old.out_features,
+            bias=old.bias is not None,
+            compute_dtype=old.weight.dtype,
+            quant_type="nf4",
+            compress_statistics=double_quant,
+        )
         new.weight = bnb.nn.Params4bit(
             old.weight.data.cpu(),
             requires_grad=False,

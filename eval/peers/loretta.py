@@ -1,4 +1,5 @@
-"""LoRETTA: low-rank updates whose two matrices are tensor trains (Yang et al. 2024, arXiv 2402.11417).
+"""LoRETTA: low-rank updates whose two matrices are tensor trains (Yang et al. 2024, arXiv
+2402.11417).
 
 The form LoRETTA_rep of the paper, on unquantized weights: Delta W = up down, where `down`
 (bottleneck x in) and `up` (out x bottleneck) are trains of small trainable cores. Choices where the
@@ -65,7 +66,9 @@ def modes(features: int) -> tuple[int, int, int]:
 
 
 def train(sizes: Sequence[int], rank: int) -> nn.ParameterList:
-    """Cores (rank before, size, rank after) of a tensor train, Gaussian; the ranks at both ends are 1."""
+    """Cores (rank before, size, rank after) of a tensor train, Gaussian; the ranks at both ends are
+    1.
+    """
     ranks = [1, *[rank] * (len(sizes) - 1), 1]
     return nn.ParameterList(
         torch.randn(before, size, after) / rank**0.5

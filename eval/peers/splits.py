@@ -53,8 +53,8 @@ def loftq(weight: Tensor, rank: int, rounds: int = 5, fmt: QuantFormat = NF4) ->
 def top(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The best rank-`rank` approximation as up (out, rank) and down (rank, in).
 
-    Both carry the roots of the singular values. The eigenvectors of the smaller Gram matrix in float64
-    are a few times as fast as an SVD, and the leading triples are the same.
+    Both carry the roots of the singular values. The eigenvectors of the smaller Gram matrix in
+    float64 are a few times as fast as an SVD, and the leading triples are the same.
     """
     if matrix.shape[0] < matrix.shape[1]:
         up, down = top(matrix.mT, rank)

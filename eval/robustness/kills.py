@@ -1,9 +1,9 @@
 """Training, preparing and merging that are killed at random moments and resumed.
 
-Every attempt is a forked process that is killed by signal 9 at a random moment, in half of the cases
-while it writes files. Attempts continue until one finishes, or after `CHAIN` kills. After each kill,
-every checkpoint that looks complete is loaded and compared byte for byte with an undisturbed run. The
-final files are compared in the same way.
+Every attempt is a forked process that is killed by signal 9 at a random moment, in half of the
+cases while it writes files. Attempts continue until one finishes, or after `CHAIN` kills. After
+each kill, every checkpoint that looks complete is loaded and compared byte for byte with an
+undisturbed run. The final files are compared in the same way.
 """
 
 import hashlib
@@ -120,8 +120,19 @@ def jobs(place: Path) -> dict[str, Job]:
     def train(folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(prepared, dtype=torch.float32)
         resume = last_checkpoint(folder) is not None
-        finetune(model, tokenizer(), text, folder, task="lm", max_steps=STEPS, batch_size=4, max_length=16,
-                 save_steps=1, resume=resume, progress=False)  # fmt: skip
+        finetune(
+            model,
+            tokenizer(),
+            text,
+            folder,
+            task="lm",
+            max_steps=STEPS,
+            batch_size=4,
+            max_length=16,
+            save_steps=1,
+            resume=resume,
+            progress=False,
+        )
 
     def model_in(folder: Path) -> list[Path]:
         return [folder] if (folder / "config.json").exists() else []

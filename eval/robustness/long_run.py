@@ -49,7 +49,8 @@ def run(
             shutil.rmtree(place)
         for name, unit in (("memory", "bytes"), ("time", "s")):
             console.print(
-                f"{model}, {name}: {row[f'{name}_slope']:+.3g} ± {row[f'{name}_slope_error']:.2g} {unit} a step, of "
+                f"{model}, {name}: {row[f'{name}_slope']:+.3g} ± {row[f'{name}_slope_error']:.2g} "
+                f"{unit} a step, of "
                 f"{row[f'{name}_median']:.4g}"
             )
         console.print(f"test loss {row['test_loss_before']:.3f} -> {row['test_loss']:.3f}")
@@ -65,13 +66,28 @@ def measure(place: Path, kind: str, steps: int, save_steps: int, threads: int) -
     model = AutoModelForCausalLM.from_pretrained(place / kind, dtype=torch.float32)
     watch = _Watch(save_steps)
     result = finetune(
-        model, tokenizer(), numbers(), place / "run", task="lm", max_steps=steps, batch_size=4, max_length=16,
-        save_steps=save_steps, progress=False, callbacks=[watch],
-    )  # fmt: skip
-    row = {"model": kind, "steps": result.steps,
-           "save_steps": save_steps, "evaluations": watch.evaluations, "saves": watch.saves,
-           "test_loss_before": result.test_loss_before, "test_loss": result.test_loss,
-           "finite": all(map(math.isfinite, watch.losses))}  # fmt: skip
+        model,
+        tokenizer(),
+        numbers(),
+        place / "run",
+        task="lm",
+        max_steps=steps,
+        batch_size=4,
+        max_length=16,
+        save_steps=save_steps,
+        progress=False,
+        callbacks=[watch],
+    )
+    row = {
+        "model": kind,
+        "steps": result.steps,
+        "save_steps": save_steps,
+        "evaluations": watch.evaluations,
+        "saves": watch.saves,
+        "test_loss_before": result.test_loss_before,
+        "test_loss": result.test_loss,
+        "finite": all(map(math.isfinite, watch.losses)),
+    }
     for name, values in (("memory", watch.memory), ("time", watch.seconds)):
         slope, error, median = trend(values)
         row |= {f"{name}_slope": slope, f"{name}_slope_error": error, f"{name}_median": median}

@@ -11,8 +11,15 @@ from eval.studies.out_of_core import write_checkpoint
 
 WORDS = 60
 SPECIAL = ["<unk>", "<pad>", "<s>", "</s>"]
-SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "vocab_size": WORDS + len(SPECIAL), "dtype": "bfloat16"}  # fmt: skip
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": WORDS + len(SPECIAL),
+    "dtype": "bfloat16",
+}
 
 
 def write_decoder(folder: Path) -> None:

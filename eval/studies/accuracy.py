@@ -55,10 +55,20 @@ from qrefta.methods import METHODS
 from qrefta.train.finetune import count_trained
 
 CORE = [
-    "head-only", "full", "lora r=1", "lora r=8", "pissa r=8", "qlora r=8", "qpissa r=8", "refta R=15 bits=16",
-    "refta R=48 bits=16", "refta R=48 bits=16 transform=identity", "refta R=48 refine=0", "refta R=48",
+    "head-only",
+    "full",
+    "lora r=1",
+    "lora r=8",
+    "pissa r=8",
+    "qlora r=8",
+    "qpissa r=8",
+    "refta R=15 bits=16",
+    "refta R=48 bits=16",
+    "refta R=48 bits=16 transform=identity",
+    "refta R=48 refine=0",
+    "refta R=48",
     "refta R=48 calibrated",
-]  # fmt: skip
+]
 KINDS = {"text": text_task, "image": image_task, "language": text_lm_task, "choice": choice_task}
 GRID = "0.0001,0.0003,0.001,0.003,0.01"
 SEARCH_SEED = 0
@@ -132,9 +142,17 @@ def run(
         load = KINDS[kind or NAMED.get(name, Named()).kind]
         study = Study(partial(load, name, source, model, header, sizes), rows, again)
         for method in names:
-            fixed = {"task": name, "model": model or "all-MiniLM-L6-v2", "method": method, "steps": steps,
-                     "batch_size": batch_size, "train_rows": train_rows, "validation_rows": validation_rows,
-                     "test_rows": test_rows, "max_length": max_length}  # fmt: skip
+            fixed = {
+                "task": name,
+                "model": model or "all-MiniLM-L6-v2",
+                "method": method,
+                "steps": steps,
+                "batch_size": batch_size,
+                "train_rows": train_rows,
+                "validation_rows": validation_rows,
+                "test_rows": test_rows,
+                "max_length": max_length,
+            }
             tried = [
                 study.row(Cell("search", learning_rate=rate, seed=SEARCH_SEED, **fixed))
                 for rate in grid
@@ -161,7 +179,8 @@ class Study:
         row = {"study": "accuracy"} | key | measure(cell, self.load(cell.seed))
         append(self.rows, [row], seed=cell.seed)
         console.print(
-            f"{cell.task}, {cell.method}, seed {cell.seed}, learning rate {cell.learning_rate:g}: {row['split']} "
+            f"{cell.task}, {cell.method}, seed {cell.seed}, learning rate {cell.learning_rate:g}: "
+            f"{row['split']} "
             f"{row['metric']} {row['value']:.4f}, {row['cpu_s']:.0f} s"
         )
         return row
@@ -177,15 +196,24 @@ def measure(cell: Cell, task: Task) -> dict[str, Any]:
         trainer = Trainer(
             model=model,
             args=TrainingArguments(
-                folder, learning_rate=cell.learning_rate, max_steps=cell.steps, warmup_steps=0.1, seed=cell.seed,
-                per_device_train_batch_size=cell.batch_size, per_device_eval_batch_size=2 * cell.batch_size,
-                train_sampling_strategy="sequential", save_strategy="no", logging_steps=1.0, report_to="none",
-                disable_tqdm=True, prediction_loss_only=metric.of_loss or task.judge is not None,
+                folder,
+                learning_rate=cell.learning_rate,
+                max_steps=cell.steps,
+                warmup_steps=0.1,
+                seed=cell.seed,
+                per_device_train_batch_size=cell.batch_size,
+                per_device_eval_batch_size=2 * cell.batch_size,
+                train_sampling_strategy="sequential",
+                save_strategy="no",
+                logging_steps=1.0,
+                report_to="none",
+                disable_tqdm=True,
+                prediction_loss_only=metric.of_loss or task.judge is not None,
                 dataloader_pin_memory=torch.cuda.is_available(),
             ),
             train_dataset=in_order(task.train, cell.steps, cell.batch_size, cell.seed),
             data_collator=task.collate,
-        )  # fmt: skip
+        )
         trainer.remove_callback(PrinterCallback)
         start_wall = time.perf_counter()
         start_cpu = time.process_time()
@@ -287,8 +315,17 @@ OPTIONS = {
     "factor_dtype",
     "calibrated",
 }
-PEERS = {"head-only": False, "full": False, "lora": True, "pissa": True, "vera": True, "loretta": True, "qlora": True,
-         "qpissa": True, "loftq": True}  # fmt: skip
+PEERS = {
+    "head-only": False,
+    "full": False,
+    "lora": True,
+    "pissa": True,
+    "vera": True,
+    "loretta": True,
+    "qlora": True,
+    "qpissa": True,
+    "loftq": True,
+}
 
 
 def build(method: str, task: Task, seed: int) -> nn.Module:

@@ -47,18 +47,50 @@ class Setting(NamedTuple):
 
 SETTINGS = {
     "tiny": Setting(
-        {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "vocab_size": 256}, (2, 16)),
+        {
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 256,
+        },
+        (2, 16),
+    ),
     "cpu": Setting(
-        {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16,
-         "num_key_value_heads": 16, "vocab_size": 4096}, (4, 256)),
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 2816,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "vocab_size": 4096,
+        },
+        (4, 256),
+    ),
     "8b": Setting(
-        {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-         "num_key_value_heads": 8, "vocab_size": 128256}, (2, 2048)),
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 128256,
+        },
+        (2, 2048),
+    ),
     "70b, half its depth": Setting(
-        {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 40, "num_attention_heads": 64,
-         "num_key_value_heads": 8, "vocab_size": 128256}, (1, 1024)),
-}  # fmt: skip
+        {
+            "hidden_size": 8192,
+            "intermediate_size": 28672,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "vocab_size": 128256,
+        },
+        (1, 1024),
+    ),
+}
 
 
 class Run(NamedTuple):
@@ -84,7 +116,7 @@ def run(
     only: Annotated[
         str,
         typer.Option(
-            help="Parts of the names of methods to run, separated by commas; floor and QLoRA always run."
+            help="Parts of method names, separated by commas; floor and QLoRA always run."
         ),
     ] = "",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
@@ -108,10 +140,14 @@ def run(
     found = []
     for name in names:
         row = {
-            "kind": "step", "setting": setting, "method": name, "checkpointing": checkpointing,
-            "dtype": str(settings.dtype).removeprefix("torch."), "batch": list(SETTINGS[setting].batch),
+            "kind": "step",
+            "setting": setting,
+            "method": name,
+            "checkpointing": checkpointing,
+            "dtype": str(settings.dtype).removeprefix("torch."),
+            "batch": list(SETTINGS[setting].batch),
             "trained_parameters": counts[name],
-        }  # fmt: skip
+        }
         if time:
             row |= {"n": repetitions, "step_s": medians[name]} | _ratios("", medians, name)
         if memory:

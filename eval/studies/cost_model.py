@@ -76,11 +76,18 @@ def run(
     best = [row["counted_s"] / min(row["thin_s"], row["merged_s"]) - 1 for row in adapted]
     rebuilt = [row["rebuilding_s"] / row["counted_s"] for row in adapted]
     summary = {
-        "kind": "fit", "n": len(found), "operations_per_s": constants[0], "bytes_per_s": constants[1],
-        "constant_s": constants[2], "median_off": median(off), "worst_off": max(off),
-        "median_above_best_form": median(best) if best else None, "worst_above_best_form": max(best, default=None),
-        "median_rebuilding": median(rebuilt) if rebuilt else None, "least_rebuilding": min(rebuilt, default=None),
-    }  # fmt: skip
+        "kind": "fit",
+        "n": len(found),
+        "operations_per_s": constants[0],
+        "bytes_per_s": constants[1],
+        "constant_s": constants[2],
+        "median_off": median(off),
+        "worst_off": max(off),
+        "median_above_best_form": median(best) if best else None,
+        "worst_above_best_form": max(best, default=None),
+        "median_rebuilding": median(rebuilt) if rebuilt else None,
+        "least_rebuilding": min(rebuilt, default=None),
+    }
     console.print(summary)
     if rows is not None:
         append(
@@ -142,7 +149,7 @@ def measure(
 
 
 def fit(cells: list[dict[str, float]]) -> tuple[list[float], list[float]]:
-    """Predicted seconds of every cell, and operations a second, bytes a second and seconds a step."""
+    """Predicted seconds of every cell, and operations per s, bytes per s and seconds per step."""
     counts = np.array([[*_cost(cell), 1.0] for cell in cells])
     measured = np.array([cell["counted_s"] for cell in cells])
     scale = counts.max(0)

@@ -31,16 +31,30 @@ from qrefta.model.stacks import find_stacks
 from qrefta.nn.quantized import QuantFormat
 
 PUBLISHED = {  # from their config.json
-    "Llama-2-7B": LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32),
+    "Llama-2-7B": LlamaConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32
+    ),
     "Mixtral-8x7B": MixtralConfig(
-        vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, num_local_experts=8,
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        num_local_experts=8,
     ),
     "Qwen3-30B-A3B": Qwen3MoeConfig(
-        vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48, num_attention_heads=32,
-        num_key_value_heads=4, head_dim=128, num_experts=128, moe_intermediate_size=768,
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        moe_intermediate_size=768,
     ),
-}  # fmt: skip
+}
 console = Console()
 
 
@@ -51,7 +65,8 @@ def run(
     for name, config in PUBLISHED.items():
         for tool, row in coverage(config).items():
             console.print(
-                f"{name}, {tool}: {row['share']:.1%} of {row['weights'] / 1e9:.2f} billion weights in 4 bits, "
+                f"{name}, {tool}: {row['share']:.1%} of {row['weights'] / 1e9:.2f} billion "
+                f"weights in 4 bits, "
                 f"{row['bytes'] / 1e9:.1f} GB"
             )
             if rows is not None:

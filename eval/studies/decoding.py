@@ -59,13 +59,21 @@ def run(
         speeds = {name: batch * (new_tokens - 1) / median(values) for name, values in times.items()}
         for name, speed in speeds.items():
             row = {
-                "kind": "decoding", "setting": setting, "method": name, "batch": batch, "prompt": prompt,
-                "new_tokens": new_tokens, "n": repetitions, "dtype": str(shared.dtype).removeprefix("torch."),
-                "tokens_per_s": speed, "of_bitsandbytes": speed / speeds[PLAIN],
-            }  # fmt: skip
+                "kind": "decoding",
+                "setting": setting,
+                "method": name,
+                "batch": batch,
+                "prompt": prompt,
+                "new_tokens": new_tokens,
+                "n": repetitions,
+                "dtype": str(shared.dtype).removeprefix("torch."),
+                "tokens_per_s": speed,
+                "of_bitsandbytes": speed / speeds[PLAIN],
+            }
             found.append(row)
             console.print(
-                f"batch {batch}, {name}: {speed:.1f} tokens/s, {row['of_bitsandbytes']:.3f} times bitsandbytes"
+                f"batch {batch}, {name}: {speed:.1f} tokens/s, {row['of_bitsandbytes']:.3f} times "
+                f"bitsandbytes"
             )
     if rows is not None:
         append(rows, [{"study": "decoding"} | row for row in found], seed=0)

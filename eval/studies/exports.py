@@ -62,9 +62,16 @@ def run(
     with TemporaryDirectory() as folder:
         root = Path(folder)
         qrefta.finetune(
-            model, tokenizer, data, root / "trained", learning_rate=learning_rate, max_steps=steps, save_steps=1.0,
-            seed=seed, progress=False,
-        )  # fmt: skip
+            model,
+            tokenizer,
+            data,
+            root / "trained",
+            learning_rate=learning_rate,
+            max_steps=steps,
+            save_steps=1.0,
+            seed=seed,
+            progress=False,
+        )
         expected = logits(model, batches)
         found = [
             scored("prepared", expected, expected, labels, size=weights_bytes(root / "trained"))
@@ -81,8 +88,15 @@ def run(
     for row in found:
         console.print(row)
     if rows is not None:
-        fixed = {"study": "exports", "dataset": dataset or "docstring sentences", "method": method, "rank": rank,
-                 "steps": steps, "learning_rate": learning_rate, "n": len(labels)}  # fmt: skip
+        fixed = {
+            "study": "exports",
+            "dataset": dataset or "docstring sentences",
+            "method": method,
+            "rank": rank,
+            "steps": steps,
+            "learning_rate": learning_rate,
+            "n": len(labels),
+        }
         append(rows, [fixed | row for row in found], seed=seed)
 
 

@@ -1,7 +1,7 @@
 """Training with bf16 factors compared with float32 factors, otherwise equal runs.
 
-The learning rate is 2e-4, where plain AdamW on bf16 parameters loses most updates. Each run and seed
-has a row: the share of factor entries whose bf16 value changes, and losses.
+The learning rate is 2e-4, where plain AdamW on bf16 parameters loses most updates. Each run and
+seed has a row: the share of factor entries whose bf16 value changes, and losses.
 """
 
 import copy
@@ -39,8 +39,14 @@ def run(
 ) -> None:
     """Train from the same start with each factor dtype and optimizer."""
     quiet_libraries()
-    fixed = {"study": "factor_dtype", "dataset": dataset or "docstring sentences", "rank": rank, "steps": steps,
-             "batch_size": batch_size, "learning_rate": learning_rate}  # fmt: skip
+    fixed = {
+        "study": "factor_dtype",
+        "dataset": dataset or "docstring sentences",
+        "rank": rank,
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+    }
     for seed in range(seeds):
         data = load_task(dataset, header, seed, train_rows, test_rows)
         found = [
@@ -76,9 +82,18 @@ def measure(
     qrefta.prepare(model, rank=rank, factor_dtype=factor_dtype, progress=False)
     before = copy.deepcopy(getattr(model, BANK))
     result = qrefta.finetune(
-        model, AutoTokenizer.from_pretrained(model_folder()), data, out, learning_rate=learning_rate, max_steps=steps,
-        batch_size=batch_size, save_steps=1.0, optimizer=optimizer, seed=seed, progress=False,
-    )  # fmt: skip
+        model,
+        AutoTokenizer.from_pretrained(model_folder()),
+        data,
+        out,
+        learning_rate=learning_rate,
+        max_steps=steps,
+        batch_size=batch_size,
+        save_steps=1.0,
+        optimizer=optimizer,
+        seed=seed,
+        progress=False,
+    )
     pairs = list(zip(before.parameters(), getattr(model, BANK).parameters(), strict=True))
     trained = [(old, new) for old, new in pairs if new.requires_grad]
     moved = sum((old.bfloat16() != new.bfloat16()).sum().item() for old, new in trained)

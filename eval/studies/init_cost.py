@@ -1,14 +1,15 @@
 """Time and memory of splitting a stack, with the error and energy of the result.
 
-On one stack of weights (24 x 1024 x 1024 by default; Gaussian, power-law or of a model), for each R:
+On one stack of weights (24 x 1024 x 1024 by default; Gaussian, power-law or of a model), for each
+R:
 
 - exact: the t-SVD by torch.linalg.svd, slice by slice; the reference for speed
 - pissa, pissa_niter_16: PEFT's start of one LoRA per layer, R / layers components each (at least 1)
 - qrefta: the block method in one shot, and with rounds of refinement
 
-Two times are medians over alternated repetitions: the decomposition, and the whole start (transform,
-decomposition, refinement and quantization to NF4). Peak memory is measured in a fresh process, above
-the memory it held before.
+Two times are medians over alternated repetitions: the decomposition, and the whole start
+(transform, decomposition, refinement and quantization to NF4). Peak memory is measured in a fresh
+process, above the memory it held before.
 """
 
 import multiprocessing
@@ -88,8 +89,10 @@ def run(
             }
             found.append(row)
             console.print(
-                f"R={rank} {name}: decompose {decompose_s:.3f} s ({row['times_faster_than_exact']:.1f}x exact), total "
-                f"{row['total_s']:.3f} s, {row['peak_bytes'] / 1e6:.0f} MB, energy {row['energy_of_exact']:.5f} of "
+                f"R={rank} {name}: decompose {decompose_s:.3f} s "
+                f"({row['times_faster_than_exact']:.1f}x exact), total "
+                f"{row['total_s']:.3f} s, {row['peak_bytes'] / 1e6:.0f} MB, energy "
+                f"{row['energy_of_exact']:.5f} of "
                 f"exact, error {row['error_ratio']:.4f}"
             )
     if rows is not None:
@@ -146,7 +149,7 @@ def pissa(initialization: str, stack: Tensor, rank: int) -> Measured:
 
 
 def qrefta(refine: int, stack: Tensor, rank: int) -> Measured:
-    """Ours; the decomposition is timed on its own, without the rounds."""
+    """Split by qrefta; the decomposition is timed without the rounds."""
     config, weights = QReftaConfig(refine=refine, rank=rank), Weights.of(stack)
     slices, _ = _transformed(stack)
     blocks = [(slice(0, stack.shape[1]), slices)]

@@ -25,13 +25,31 @@ from qrefta.cli import guarded
 from qrefta.files.safetensors import Checkpoint, write_index, write_shard
 
 SHAPES = {
-    "tiny": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "vocab_size": 1000},
-    "1.1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
-             "num_key_value_heads": 4, "vocab_size": 32000},
-    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-           "num_key_value_heads": 32, "vocab_size": 32000},
-}  # fmt: skip
+    "tiny": {
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 1000,
+    },
+    "1.1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+    },
+    "7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+    },
+}
 console = Console()
 
 
@@ -62,13 +80,21 @@ def run(
     finally:
         shutil.rmtree(place)
     row = {
-        "kind": "out_of_core", "shape": shape, "dense_bytes": dense_bytes, "packed_bytes": packed_bytes,
-        **settings, **measured, "read_bytes_per_s": bandwidth, "floor_s": measured["read_bytes"] / bandwidth,
+        "kind": "out_of_core",
+        "shape": shape,
+        "dense_bytes": dense_bytes,
+        "packed_bytes": packed_bytes,
+        **settings,
+        **measured,
+        "read_bytes_per_s": bandwidth,
+        "floor_s": measured["read_bytes"] / bandwidth,
         "passes": measured["read_bytes"] / dense_bytes,
-    }  # fmt: skip
+    }
     console.print(
-        f"{shape}: {dense_bytes / 1e9:.2f} GB -> {packed_bytes / 1e9:.2f} GB in {row['seconds']:.0f} s (floor of "
-        f"reading {row['passes']:.1f} times: {row['floor_s']:.0f} s), peak {row['peak_bytes'] / 1e9:.2f} GB above "
+        f"{shape}: {dense_bytes / 1e9:.2f} GB -> {packed_bytes / 1e9:.2f} GB in "
+        f"{row['seconds']:.0f} s (floor of "
+        f"reading {row['passes']:.1f} times: {row['floor_s']:.0f} s), peak "
+        f"{row['peak_bytes'] / 1e9:.2f} GB above "
         f"the libraries (allowed: {max_memory}), error ratio {row['error_ratio']:.4f}"
     )
     if rows is not None:
@@ -88,8 +114,10 @@ def write_checkpoint(folder: Path, config: LlamaConfig) -> None:
     files = []
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}"
-        tensors = {f"{prefix}.{norm}.weight": torch.ones(hidden).bfloat16() for norm in
-                   ("input_layernorm", "post_attention_layernorm")}  # fmt: skip
+        tensors = {
+            f"{prefix}.{norm}.weight": torch.ones(hidden).bfloat16()
+            for norm in ("input_layernorm", "post_attention_layernorm")
+        }
         shapes = {
             "q": (hidden, hidden),
             "k": (kv, hidden),

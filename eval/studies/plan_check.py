@@ -1,9 +1,9 @@
 """Planned against measured peak memory of a training step, in float32 on the CPU.
 
-The measured peaks of the Llama-shaped decoder come from the rows of `eval.studies.cost`. plan() does
-not cover the frozen floor and PEFT's QLoRA; they are counted with plan's functions. Other
-architectures and methods are measured here, without dropout, because dropout keeps more memory on
-a CPU than on a GPU. Plans assume the same number of tokens for every expert; an untrained router
+The measured peaks of the Llama-shaped decoder come from the rows of `eval.studies.cost`. plan()
+does not cover the frozen floor and PEFT's QLoRA; they are counted with plan's functions. Other
+architectures and methods are measured here, without dropout, because dropout keeps more memory on a
+CPU than on a GPU. Plans assume the same number of tokens for every expert; an untrained router
 distributes them unevenly.
 """
 
@@ -58,34 +58,74 @@ SIZES = {
     "num_attention_heads": 12,
     "intermediate_size": 1536,
 }
-MODELS: dict[str, tuple[type, PreTrainedConfig, int, int | None]] = {  # class, config, batch, tokens
+MODELS: dict[
+    str, tuple[type, PreTrainedConfig, int, int | None]
+] = {  # class, config, batch, tokens
     "bert": (BertForSequenceClassification, BertConfig(**SIZES, **NO_DROPOUT), 8, 128),
     "vit": (ViTForImageClassification, ViTConfig(**SIZES, **NO_DROPOUT), 4, None),
     "swin": (SwinForImageClassification, SwinConfig(drop_path_rate=0, **NO_DROPOUT), 2, None),
     "gpt2": (
         GPT2LMHeadModel,
-        GPT2Config(n_embd=384, n_layer=6, n_head=12, vocab_size=8192, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
-                   bos_token_id=0, eos_token_id=0),
-        4, 128,
+        GPT2Config(
+            n_embd=384,
+            n_layer=6,
+            n_head=12,
+            vocab_size=8192,
+            resid_pdrop=0,
+            embd_pdrop=0,
+            attn_pdrop=0,
+            bos_token_id=0,
+            eos_token_id=0,
+        ),
+        4,
+        128,
     ),
-    "llama, 4 queries a key": (LlamaForCausalLM, LlamaConfig(**SIZES, num_key_value_heads=3, vocab_size=8192), 4, 128),
+    "llama, 4 queries a key": (
+        LlamaForCausalLM,
+        LlamaConfig(**SIZES, num_key_value_heads=3, vocab_size=8192),
+        4,
+        128,
+    ),
     "t5": (
         T5ForConditionalGeneration,
-        T5Config(d_model=384, d_ff=1536, num_heads=6, vocab_size=8192, dropout_rate=0, decoder_start_token_id=0),
-        4, 128,
+        T5Config(
+            d_model=384,
+            d_ff=1536,
+            num_heads=6,
+            vocab_size=8192,
+            dropout_rate=0,
+            decoder_start_token_id=0,
+        ),
+        4,
+        128,
     ),
     "mixtral": (
         MixtralForCausalLM,
-        MixtralConfig(**SIZES, num_key_value_heads=3, num_local_experts=8, num_experts_per_tok=2, vocab_size=8192),
-        4, 128,
+        MixtralConfig(
+            **SIZES,
+            num_key_value_heads=3,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            vocab_size=8192,
+        ),
+        4,
+        128,
     ),
     "qwen3_moe": (
         Qwen3MoeForCausalLM,
-        Qwen3MoeConfig(**SIZES, num_key_value_heads=3, head_dim=32, moe_intermediate_size=192, num_experts=32,
-                       num_experts_per_tok=4, vocab_size=8192),
-        4, 128,
+        Qwen3MoeConfig(
+            **SIZES,
+            num_key_value_heads=3,
+            head_dim=32,
+            moe_intermediate_size=192,
+            num_experts=32,
+            num_experts_per_tok=4,
+            vocab_size=8192,
+        ),
+        4,
+        128,
     ),
-}  # fmt: skip
+}
 console = Console()
 
 
@@ -108,7 +148,8 @@ def run(
     for row in chain(_decoders(decoders), _others(only)):
         row["planned_of_measured"] = row["planned_bytes"] / row["measured_bytes"]
         console.print(
-            f"{row['setting']}, {row['method']}{', checkpointing' if row['checkpointing'] else ''}: planned "
+            f"{row['setting']}, {row['method']}"
+            f"{', checkpointing' if row['checkpointing'] else ''}: planned "
             f"{row['planned_bytes'] / 1e6:.1f} MB, measured {row['measured_bytes'] / 1e6:.1f} MB, "
             f"{row['planned_of_measured']:.4f}"
         )
@@ -134,9 +175,13 @@ def _decoders(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             batch, seq = row["batch"]
             planned = plan(
                 LlamaConfig(**SETTINGS[row["setting"]].config, architectures=["LlamaForCausalLM"]),
-                batch=batch, seq=seq, gradient_checkpointing=row["checkpointing"], rank=int(options[0][2:]),
-                method="refta" if kind == "qrefta" else kind, double_quant=True,
-            ).total_bytes  # fmt: skip
+                batch=batch,
+                seq=seq,
+                gradient_checkpointing=row["checkpointing"],
+                rank=int(options[0][2:]),
+                method="refta" if kind == "qrefta" else kind,
+                double_quant=True,
+            ).total_bytes
         else:
             continue
         kept = {key: row[key] for key in ("setting", "method", "checkpointing", "dtype", "batch")}
@@ -193,10 +238,14 @@ def _others(only: str) -> Iterator[dict[str, Any]]:
             model = qrefta.prepare(dense, refine=0, progress=False, **settings)
             for checkpointing in (False, True):
                 yield {
-                    "setting": name, "method": f"{method} R={RANK}", "checkpointing": checkpointing, "dtype": "float32",
-                    "batch": [batch] if seq is None else [batch, seq], "planned_bytes": planned[checkpointing],
+                    "setting": name,
+                    "method": f"{method} R={RANK}",
+                    "checkpointing": checkpointing,
+                    "dtype": "float32",
+                    "batch": [batch] if seq is None else [batch, seq],
+                    "planned_bytes": planned[checkpointing],
                     "measured_bytes": _measured(model, batch, seq, checkpointing),
-                }  # fmt: skip
+                }
 
 
 def _dense(kind: type, config: PreTrainedConfig) -> nn.Module:

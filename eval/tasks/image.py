@@ -1,8 +1,8 @@
 """Pre-train a small ViT on some classes of CIFAR-10; the image task fine-tunes it on the others.
 
 Fine-tuning needs pre-trained weights and a new task. The classes that pre-training leaves out
-(CIFAR-10, Krizhevsky 2009: ten classes, colour images of 32 x 32) are a new task without a download of
-weights. The model's config names its classes, and `image_task` takes the rest.
+(CIFAR-10, Krizhevsky 2009: ten classes, colour images of 32 x 32) are a new task without a download
+of weights. The model's config names its classes, and `image_task` takes the rest.
 """
 
 import time
@@ -84,15 +84,24 @@ def run(
     value = score(model, test)
     model.save_pretrained(out)
     console.print(
-        f"{', '.join(model.config.id2label.values())}: test accuracy {value:.4f}, {train_s:.0f} s, in {out}"
+        f"{', '.join(model.config.id2label.values())}: test accuracy {value:.4f}, {train_s:.0f} "
+        f"s, in {out}"
     )
     if rows is not None:
         row = {
-            "study": "pretraining", "kind": "vit", "classes": list(model.config.id2label.values()), "steps": steps,
-            "batch_size": batch_size, "learning_rate": learning_rate, "images": len(train.labels),
-            "parameters": model.num_parameters(), "metric": "accuracy", "value": value, "n": len(test.labels),
+            "study": "pretraining",
+            "kind": "vit",
+            "classes": list(model.config.id2label.values()),
+            "steps": steps,
+            "batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "images": len(train.labels),
+            "parameters": model.num_parameters(),
+            "metric": "accuracy",
+            "value": value,
+            "n": len(test.labels),
             "train_s": train_s,
-        }  # fmt: skip
+        }
         append(rows, [row], seed=seed)
 
 
@@ -105,7 +114,8 @@ def parse_classes(text: str) -> list[int]:
     words = [word.strip() for word in text.split(",")]
     if not set(words) <= set(map(str, range(len(NAMES)))) or not len(words) == len(set(words)) >= 2:
         raise ValueError(
-            f"classes is {text!r}; give at least two different numbers in 0 .. {len(NAMES) - 1}, separated by commas"
+            f"classes is {text!r}; give at least two different numbers in 0 .. {len(NAMES) - 1}, "
+            f"separated by commas"
         )
     return sorted(map(int, words))
 
@@ -114,7 +124,8 @@ def read_split(source: str, split: str, classes: Sequence[int]) -> Dataset:
     """The rows of some classes: column image (encoded bytes), and labels numbered like `classes`.
 
     Args:
-        source: a folder with train.parquet and test.parquet (columns label, and jpeg or img) or hub name.
+        source: a folder with train.parquet and test.parquet (columns label, and jpeg or img) or hub
+            name.
         split: train or test.
         classes: class numbers in rising order.
 
@@ -125,7 +136,8 @@ def read_split(source: str, split: str, classes: Sequence[int]) -> Dataset:
     column = next((name for name in COLUMNS if name in rows.column_names), None)
     if column is None or "label" not in rows.column_names:
         raise ValueError(
-            f"{source}, {split}: the columns are {rows.column_names}; label and {' or '.join(COLUMNS)} are required."
+            f"{source}, {split}: the columns are {rows.column_names}; label and "
+            f"{' or '.join(COLUMNS)} are required."
         )
     labels = np.asarray(rows["label"][:])
     if not set(labels.tolist()) <= set(range(len(NAMES))):
@@ -135,7 +147,8 @@ def read_split(source: str, split: str, classes: Sequence[int]) -> Dataset:
     kept = np.flatnonzero(np.isin(labels, classes))
     if not len(kept):
         raise ValueError(
-            f"{source}, {split}: there is no image of {', '.join(NAMES[index] for index in classes)}."
+            f"{source}, {split}: there is no image of "
+            f"{', '.join(NAMES[index] for index in classes)}."
         )
     encoded = (
         rows.select_columns([column])
@@ -158,20 +171,21 @@ def decode(rows: Dataset) -> Images:
     others = {image.shape[:2] for image in decoded} - {(SIDE, SIDE)}
     if others:
         raise ValueError(
-            f"There are images of (height, width) {sorted(others)[:3]}; all must be {SIDE} x {SIDE}."
+            f"There are images of (height, width) {sorted(others)[:3]}; all must be {SIDE} x "
+            f"{SIDE}."
         )
     pixels = torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).contiguous()
     return Images(pixels, torch.tensor(rows["labels"][:]))
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """uint8 images as float32 with mean 0 and deviation 1 per channel; (images, 3, height, width)."""
+    """uint8 images (images, 3, height, width) as float32 with mean 0 and deviation 1."""
     mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (MEAN, STD))
     return (pixels / 255 - mean) / std
 
 
 def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Images shifted by up to 4 pixels over black and randomly flipped; uint8 (images, 3, 32, 32)."""
+    """Images (uint8) shifted by up to 4 pixels over black and randomly flipped."""
     images = len(pixels)
     padded = nn.functional.pad(pixels, [SHIFT] * 4)
     down, right = torch.randint(2 * SHIFT + 1, (2, images, 1), generator=generator)
@@ -197,9 +211,14 @@ def new_vit(
     if patch < 1 or SIDE % patch:
         raise ValueError(f"patch is {patch}; it must divide {SIDE}")
     config = ViTConfig(
-        image_size=SIDE, patch_size=patch, hidden_size=hidden, num_hidden_layers=layers,
-        num_attention_heads=max(1, hidden // 32), intermediate_size=4 * hidden, **_labels(names),
-    )  # fmt: skip
+        image_size=SIDE,
+        patch_size=patch,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, hidden // 32),
+        intermediate_size=4 * hidden,
+        **_labels(names),
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return ViTForImageClassification(config)
@@ -213,7 +232,7 @@ def pretrain(
     learning_rate: float,
     seed: int,
 ) -> None:
-    """Train in place with AdamW over shuffled epochs: a tenth of the steps warms up, then cosine."""
+    """Train in place with AdamW: a tenth of the steps warms up, then a cosine to 0."""
     generator = torch.Generator().manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).train()
@@ -254,9 +273,9 @@ def image_task(
 ) -> Task:
     """Image classification on the classes that a model was not pre-trained on.
 
-    Training and validation rows are drawn with `seed` from the training split. All seeds share the test
-    rows. Only drawn images are decoded. A row holds its pixels as 3,072 bytes, so `collate` makes a batch
-    of 32 in under a millisecond; nested lists would take 15.
+    Training and validation rows are drawn with `seed` from the training split. All seeds share the
+    test rows. Only drawn images are decoded. A row holds its pixels as 3,072 bytes, so `collate`
+    makes a batch of 32 in under a millisecond; nested lists would take 15.
 
     Args:
         name: name of the task, for messages.
@@ -278,13 +297,15 @@ def image_task(
     classes = [index for index, known in enumerate(NAMES) if known not in config.id2label.values()]
     if len(classes) < 2:
         raise ValueError(
-            f"{model} knows {', '.join(config.id2label.values())}; leave out at least two with --classes."
+            f"{model} knows {', '.join(config.id2label.values())}; leave out at least two with "
+            f"--classes."
         )
     train = _draw(read_split(source, "train", classes), sizes.train + sizes.validation, seed)
     test = _draw(read_split(source, "test", classes), sizes.test, 0)
     if len(train) <= sizes.validation:
         raise ValueError(
-            f"{source} has {len(train)} training rows of these classes and {sizes.validation} are put aside to choose "
+            f"{source} has {len(train)} training rows of these classes and {sizes.validation} are "
+            f"put aside to choose "
             "a learning rate; give more rows or a smaller --validation-rows."
         )
     return Task(
@@ -341,7 +362,8 @@ def _load(source: str, split: str) -> Dataset:
         return load_dataset(source, split=split)
     except OSError as error:  # a folder without data, an unknown name, or no connection to the hub
         raise ValueError(
-            f"There are no images in {source} ({split}): {error} Give a folder with train.parquet and "
+            f"There are no images in {source} ({split}): {error} Give a folder with train.parquet "
+            f"and "
             "test.parquet, or uoft-cs/cifar10 on the hub."
         ) from error
 

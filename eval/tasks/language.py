@@ -33,7 +33,8 @@ def text_lm_task(
 ) -> Task:
     """Running text in blocks of `sizes.length` tokens; the metric is perplexity.
 
-    The source is a folder with train.txt and test.txt, or one .txt file, whose last tenth is for test.
+    The source is a folder with train.txt and test.txt, or one .txt file, whose last tenth is for
+    test.
 
     Raises:
         ValueError: if the model or the file is missing, or the text is too short.
@@ -43,8 +44,10 @@ def text_lm_task(
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
     if len(train) <= sizes.validation or len(test) == 0:
         raise ValueError(
-            f"{source} holds {len(train)} training and {len(test)} test blocks of {sizes.length} tokens, and "
-            f"{sizes.validation} are put aside to choose a learning rate; give more text or smaller numbers."
+            f"{source} holds {len(train)} training and {len(test)} test blocks of {sizes.length} "
+            f"tokens, and "
+            f"{sizes.validation} are put aside to choose a learning rate; give more text or "
+            f"smaller numbers."
         )
     train = train.select(order[: sizes.train + sizes.validation])
     return Task(
@@ -61,7 +64,8 @@ def text_lm_task(
 def choice_task(
     name: str, source: str, model: str | None, header: list[str] | None, sizes: Sizes, seed: int
 ) -> Task:
-    """Multiple-choice questions: lists of {instruction, output, answer} in train.json and test.json.
+    """Multiple-choice questions: lists of {instruction, output, answer} in train.json and
+    test.json.
 
     Trains on the output only; the metric is the accuracy of lm-evaluation-harness.
 
@@ -74,7 +78,8 @@ def choice_task(
     train = parts["train"].shuffle(seed).select(range(min(wanted, len(parts["train"]))))
     if len(train) <= sizes.validation:
         raise ValueError(
-            f"{source} has {len(train)} training rows and {sizes.validation} are put aside to choose a learning rate; "
+            f"{source} has {len(train)} training rows and {sizes.validation} are put aside to "
+            f"choose a learning rate; "
             "give more rows or a smaller --validation-rows."
         )
     encode = partial(_encode, tokenizer=tokenizer, length=sizes.length)
@@ -150,7 +155,8 @@ def _texts(source: Path) -> tuple[str, str]:
         return named["train"].read_text(encoding="utf-8"), named["test"].read_text(encoding="utf-8")
     if len(files) != 1:
         raise ValueError(
-            f"{source} must be a text file, or a folder with train.txt and test.txt or one .txt file."
+            f"{source} must be a text file, or a folder with train.txt and test.txt or one .txt "
+            f"file."
         )
     text = files[0].read_text(encoding="utf-8")
     cut = int(len(text) * (1 - TEST_SHARE))
@@ -183,7 +189,8 @@ def _questions(file: Path) -> Dataset:
         missing = {"instruction", "output", "answer"} - row.keys()
         if missing or "Answer format: " not in row["instruction"]:
             raise ValueError(
-                f"{file}, row {number}: instruction (ending with 'Answer format: a/b/c'), output and answer are "
+                f"{file}, row {number}: instruction (ending with 'Answer format: a/b/c'), output "
+                f"and answer are "
                 f"required; missing: {', '.join(sorted(missing)) or 'Answer format'}."
             )
     return Dataset.from_list(

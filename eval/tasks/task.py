@@ -1,6 +1,7 @@
 """Tasks of the training studies: model, rows and metric.
 
-Named tasks are searched in a data folder (an argument, or the variable QREFTA_DATA), then on the hub.
+Named tasks are searched in a data folder (an argument, or the variable QREFTA_DATA), then on the
+hub.
 """
 
 import os
@@ -146,7 +147,8 @@ def find_data(name: str, folder: Path | None) -> str:
     if not known.hub or os.environ.get("HF_HUB_OFFLINE") == "1":
         raise ValueError(
             f"The data for {name} are missing: {folder or f'${DATA}'} has no folder {place}"
-            f"{' and the hub is switched off' if known.hub else ''}. Give --data a folder whose {place} contains "
+            f"{' and the hub is switched off' if known.hub else ''}. Give --data a folder whose "
+            f"{place} contains "
             f"{known.files}{f', or unset HF_HUB_OFFLINE for {known.hub}' if known.hub else ''}."
         )
     return known.hub
@@ -165,7 +167,8 @@ def text_task(
         data["train"] = balanced(data["train"], wanted)
     if len(data["train"]) <= sizes.validation:
         raise ValueError(
-            f"{source} has {len(data['train'])} training rows and {sizes.validation} are put aside to choose a "
+            f"{source} has {len(data['train'])} training rows and {sizes.validation} are put "
+            f"aside to choose a "
             "learning rate; give more rows or a smaller --validation-rows."
         )
     feature: ClassLabel = data["train"].features["label"]

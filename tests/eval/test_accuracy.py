@@ -1,4 +1,4 @@
-"""The accuracy study: equal terms for every method, what is not run again, and what is refused."""
+"""The accuracy study: equal conditions for all methods, resumed studies, refused options."""
 
 import json
 
@@ -19,9 +19,16 @@ from tests.tiny import color_rows, tiny_folder
 
 SIZES = Sizes(train=64, validation=16, test=24, length=12)
 EVERY = [
-    *CORE, "vera r=4", "loretta r=2", "loftq r=2", "refta R=3 quant_type=int4 transform=dct", "craft ranks=2/5/6",
-    "tera trained_params=300", "lotr R=2", "lorta R=2 bits=16",
-]  # fmt: skip
+    *CORE,
+    "vera r=4",
+    "loretta r=2",
+    "loftq r=2",
+    "refta R=3 quant_type=int4 transform=dct",
+    "craft ranks=2/5/6",
+    "tera trained_params=300",
+    "lotr R=2",
+    "lorta R=2 bits=16",
+]
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +76,24 @@ def cell(method, kind="score", rate=1e-3, seed=0):
 
 def run(source, model, rows, **options):
     settings = {
-        "task": [str(source)], "kind": None, "methods": "head-only,lora r=2", "seeds": 2, "model": model, "data": None,
-        "header": None, "learning_rates": "0.001,0.01", "steps": 2, "batch_size": 8, "train_rows": 64,
-        "validation_rows": 16, "test_rows": 24, "max_length": 12, "threads": 1, "again": False, "rows": rows,
-    }  # fmt: skip
+        "task": [str(source)],
+        "kind": None,
+        "methods": "head-only,lora r=2",
+        "seeds": 2,
+        "model": model,
+        "data": None,
+        "header": None,
+        "learning_rates": "0.001,0.01",
+        "steps": 2,
+        "batch_size": 8,
+        "train_rows": 64,
+        "validation_rows": 16,
+        "test_rows": 24,
+        "max_length": 12,
+        "threads": 1,
+        "again": False,
+        "rows": rows,
+    }
     accuracy.run(**settings | options)
 
 
@@ -109,7 +130,9 @@ def test_equal_counts_train_equally_many_numbers(task):
     "method", ["full", "lora r=2", "qlora r=2", "vera r=4", "refta R=4", "refta R=4 calibrated"]
 )
 def test_all_methods_see_the_same_batches(task, method):
-    """Whatever a method draws from the global generator, batches come in the order that the seed says."""
+    """Whatever a method draws from the global generator, batches come in the order that the seed
+    says.
+    """
     seen = []
 
     def collate(rows):
@@ -158,7 +181,9 @@ def test_measuring_the_peak_changes_no_weight(task, monkeypatch):
 
 
 def test_the_starts_of_quantized_peers_are_near_the_model(task):
-    """QPiSSA and LoftQ: what is quantized plus the pair is nearer to the weights than QLoRA's start."""
+    """QPiSSA and LoftQ: quantized part plus pair is nearer to the weights than QLoRA's
+    start.
+    """
     batch = next(calibration(task))
     dense = task.model(0).eval()
 
@@ -203,14 +228,24 @@ def test_rates_are_chosen_on_one_seed_and_run_on_others(source, model, tmp_path,
     for method, rate in best.items():
         rows = [row for row in read(file) if row["method"] == method]
         assert [(row["kind"], row["learning_rate"], row["seed"]) for row in rows] == [
-            ("search", 0.001, 0), ("search", 0.01, 0), ("score", rate, 1), ("score", rate, 2)]  # fmt: skip
+            ("search", 0.001, 0),
+            ("search", 0.01, 0),
+            ("score", rate, 1),
+            ("score", rate, 2),
+        ]
 
 
 def test_a_study_that_was_stopped_goes_on(source, model, tmp_path, monkeypatch):
-    """What has a row is not run again unless asked; what lacks one is."""
+    """Runs with a row are not repeated unless requested; missing runs are done."""
     file, ran = tmp_path / "rows.jsonl", []
-    monkeypatch.setattr(accuracy, "measure", lambda cell, task: ran.append(cell) or {
-        "split": "test", "metric": "accuracy", "value": 0.5, "loss": 1.0, "cpu_s": 0.0})  # fmt: skip
+    monkeypatch.setattr(
+        accuracy,
+        "measure",
+        lambda cell, task: (
+            ran.append(cell)
+            or {"split": "test", "metric": "accuracy", "value": 0.5, "loss": 1.0, "cpu_s": 0.0}
+        ),
+    )
     run(source, model, file)
     assert len(ran) == 2 * (2 + 2)
     run(source, model, file)
@@ -271,7 +306,9 @@ def test_methods_that_do_not_exist_are_refused_before_anything_runs(
 
 def test_options_of_methods_are_read():
     assert parse("refta R=48 bits=16 transform=identity calibrated") == (
-        "refta", {"R": 48, "bits": 16, "transform": "identity", "calibrated": True})  # fmt: skip
+        "refta",
+        {"R": 48, "bits": 16, "transform": "identity", "calibrated": True},
+    )
     assert parse("lora r=8") == ("lora", {"r": 8})
     assert parse("refta R=48 double_quant=False")[1]["double_quant"] is False
     assert parse("refta R=48 double_quant")[1]["double_quant"] is True
@@ -325,7 +362,9 @@ def test_named_data_are_found_or_asked_for(tmp_path, monkeypatch):
 
 
 def test_batches_in_order_are_whole_epochs_of_like_lengths():
-    """Each epoch holds every row once, but for what is left of its last batch; another seed, another order."""
+    """Each epoch holds every row once, except the rest of its last batch; another seed,
+    another order.
+    """
     lengths = np.random.default_rng(0).integers(3, 40, 100)
     rows = Dataset.from_dict(
         {"input_ids": [[index] * int(length) for index, length in enumerate(lengths)]}
@@ -386,7 +425,9 @@ def test_a_study_loads_a_seeds_task_once(task, tmp_path):
 
 
 def test_what_tests_never_trains_whatever_the_seed(model, tmp_path):
-    """One file is split alike for every seed: a learning rate chosen on one seed has not seen another's test rows."""
+    """One file is split alike for every seed: a learning rate chosen on one seed has not seen
+    another's test rows.
+    """
     file = tmp_path / "all.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in color_rows(120, seed=1)))
     tests = []
@@ -405,7 +446,7 @@ def test_quantized_peers_are_refused_where_their_kernel_reads_wrongly(source, tm
 
 @pytest.mark.parametrize("peer", [lora, qlora])
 def test_peers_train_beside_a_mixtures_experts(peer):
-    """PEFT's layers and bitsandbytes' linears take linears alone."""
+    """PEFT's and bitsandbytes' layers replace linear layers only."""
     adapted = peer(tiny_mixtral(hidden=64), 2, alpha=4)
     trained = {
         name.split(".lora_")[0].split(".")[-1]

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say, on a model small enough for a test."""
+"""The cost studies on a model small enough for a test."""
 
 import pytest
 import torch
@@ -74,12 +74,14 @@ def test_rebuilding_needs_more_memory_than_the_same_factors_without(rows):
 
 
 def test_the_rebuilding_form_computes_the_same():
-    """A benchmark of two ways to the same gradient. Autograd rounds it to bf16 on its way to the factors: 0.0016."""
-    what = cost.Run("tiny", "cpu", torch.float32, checkpointing=False)
+    """A benchmark of two ways to the same gradient. Autograd rounds it to bf16 on its way to the
+    factors: 0.0016.
+    """
+    settings = cost.Run("tiny", "cpu", torch.float32, checkpointing=False)
     ids = torch.arange(32).view(2, 16)
     found = []
     for name in ("rebuilding R=64", "qrefta R=64"):
-        model = cost.build(name, what)
+        model = cost.build(name, settings)
         loss = model(input_ids=ids, labels=ids).loss
         found.append(
             [loss, *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])]

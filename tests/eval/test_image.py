@@ -1,4 +1,6 @@
-"""The image task: a ViT pre-trained on some classes by our own script, and rows of the classes it does not know."""
+"""The image task: a ViT pre-trained on some classes by our own script, and rows of the classes it
+does not know.
+"""
 
 from io import BytesIO
 from pathlib import Path
@@ -34,7 +36,9 @@ KNOWN, NEW = NAMES[:6], NAMES[6:]
 
 
 def photos(count, seed, side=32):
-    """JPEG files, each class a colour of its own under noise, and their labels, all classes in turn."""
+    """JPEG files, each class a colour of its own under noise, and their labels, all classes in
+    turn.
+    """
     rng = np.random.default_rng(seed)
     colors = np.indices((3, 3, 2)).reshape(3, -1).T[4:14] * (100, 100, 200)
     files, labels = [], [index % len(NAMES) for index in range(count)]
@@ -77,9 +81,18 @@ def task(source, model):
 
 def run(source, out, **options):
     settings = {
-        "data": Path(source).parent, "classes": "0,1,2,3,4,5", "steps": 40, "batch_size": 32, "learning_rate": 3e-3,
-        "hidden": 32, "layers": 2, "patch": 16, "seed": 0, "threads": 1, "rows": None,
-    }  # fmt: skip
+        "data": Path(source).parent,
+        "classes": "0,1,2,3,4,5",
+        "steps": 40,
+        "batch_size": 32,
+        "learning_rate": 3e-3,
+        "hidden": 32,
+        "layers": 2,
+        "patch": 16,
+        "seed": 0,
+        "threads": 1,
+        "rows": None,
+    }
     image.run(out, **settings | options)
 
 
@@ -89,7 +102,14 @@ def test_pretraining_learns_saves_and_reports(source, tmp_path):
     run(source, out, rows=file)
     (row,) = read(file)
     assert [row[key] for key in ("study", "kind", "steps", "images", "n", "seed", "metric")] == [
-        "pretraining", "vit", 40, 240, 60, 0, "accuracy"]  # fmt: skip
+        "pretraining",
+        "vit",
+        40,
+        240,
+        60,
+        0,
+        "accuracy",
+    ]
     assert row["classes"] == list(KNOWN)
     assert row["value"] > 0.6
     assert row["train_s"] > 0

@@ -1,4 +1,6 @@
-"""The driver that kills: it finds what is half-written, unreadable or unequal, and nothing where all is well."""
+"""The driver that kills: it finds what is half-written, unreadable or unequal, and nothing where
+all is well.
+"""
 
 import random
 import time
@@ -21,7 +23,7 @@ def in_place(folder):
 
 
 def renamed(folder):
-    """The same under another name; it gets its own, and its mark, at the end."""
+    """The same under another name; it gets its final name and its mark at the end."""
     written = folder / "tmp"
     in_place(written)
     (written / "data").rename(folder / "data")

@@ -1,4 +1,6 @@
-"""LoRETTA, the peer that no library has: its trains against written-out sums, its start, what trains."""
+"""LoRETTA, the peer that no library has: its trains against written-out sums, its start, what
+trains.
+"""
 
 import pytest
 import torch
