@@ -35,8 +35,8 @@ IN_TURN = list(
     )
 )
 
-# facts.md: NF4, block 64, refine 0; squared error of the residual relative to that of the whole
-# stack.
+# NF4, block 64, refine 0: squared error of the residual relative to quantizing the whole stack, by
+# R, from an independent implementation.
 RANKS = (5, 15, 48, 96, 192)
 QUERY, UP = "encoder.layer.*.attention.self.query", "encoder.layer.*.intermediate.dense"
 REFERENCE = {
@@ -83,7 +83,7 @@ def minilm_ratio(name, rank, **settings):
 
 
 def prepared(architecture, refine=0, **settings):
-    """One shot unless `refine` says otherwise: quick, and the identities do not depend on it."""
+    """One shot unless `refine` is given: fast, and the identities do not depend on it."""
     return qrefta.prepare(copy.deepcopy(original(architecture)), refine=refine, **settings)
 
 
@@ -115,9 +115,7 @@ def rows(model):
     ("transform", "rank"), [("lsm3", 1), ("lsm3", "largest"), ("dct", 7), ("identity", 7)]
 )
 def test_bits_16_keep_the_function(architecture, transform, rank):
-    """W_res + Delta = W whatever U and R are; the published code fails this, because it reads U
-    transposed.
-    """
+    """W_res + Delta = W for all U and R; the published code reads U transposed and fails this."""
     rank = largest_rank(architecture) if rank == "largest" else rank
     model = prepared(architecture, bits=16, rank=rank, transform=transform)
     layers = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
@@ -247,9 +245,7 @@ def test_stacks_without_factors_hold_the_baseline(architecture):
 
 @pytest.mark.parametrize(("architecture", "transform"), [turn[:2] for turn in IN_TURN])
 def test_principal_energy_and_residual_energy_add_up_to_1(architecture, transform):
-    """Orthogonal U and singular vectors; float32 factors, as rounding is not orthogonal to
-    anything.
-    """
+    """U and singular vectors are orthogonal; float32 factors avoid rounding."""
     model = prepared(architecture, bits=16, rank=11, transform=transform, factor_dtype="float32")
     for row in rows(model):
         weights = original_stacks(architecture)[row.stack]

@@ -117,12 +117,10 @@ def test_a_number_is_off_by_half_the_widest_gap_of_its_block_at_most(
 @example(3, 16, 24, "random", 1e-30, QuantFormat("nf4", 64, False), 6, 2, "lsm3", 4, "refta")
 @example(2, 8, 8, "zero", 1.0, QuantFormat("int4", 64, False), 3, 2, "lsm3", 4, "refta")
 @example(1, 5, 7, "equal", 0.02, QuantFormat("nf4", 64, False), 2, 2, "dct", 4, "craft")
-def test_a_stack_is_what_is_stored_and_the_stated_error(
+def test_a_stack_is_its_stored_tensors_plus_the_stated_error(
     layers, rows, columns, kind, scale, fmt, rank, refine, transform, bits, method
 ):
-    """Whatever the weights: all that is stored is finite, and the error is what its definition
-    says.
-    """
+    """For all weights, stored tensors are finite and the error follows its definition."""
     shape = (layers, rows, columns)
     rank = min(rank, METHODS[method].largest_rank(layers, rows, columns))
     if method == "craft" and rank:
@@ -199,9 +197,7 @@ def test_numbers_whose_products_overflow_are_refused():
 def test_prepare_save_load_and_merge_agree(
     tmp_path_factory, layers, heads, width, bits, quant_type, rank
 ):
-    """Odd and prime widths: loaded is the same to the bit, merged the same to rounding, 16 bits the
-    original.
-    """
+    """Odd and prime widths: loading is exact, merging exact up to rounding."""
     config = LlamaConfig(
         num_hidden_layers=layers,
         num_attention_heads=heads,
@@ -279,7 +275,7 @@ def tiny(tmp_path_factory):
     st.integers(0, 9),
 )
 @example("refta", 4, 40, 3, 2, True, "adamw_torch", 0)  # a batch larger than the data
-def test_a_run_moves_what_trains_alone_and_leaves_what_it_says(
+def test_a_run_moves_only_trainable_parameters_and_writes_the_stated_model(
     tiny,
     tmp_path_factory,
     method,
@@ -291,9 +287,7 @@ def test_a_run_moves_what_trains_alone_and_leaves_what_it_says(
     optimizer,
     seed,
 ):
-    """Whatever the settings: frozen bits stay, the folder holds the model in memory, its loss is
-    the stated one.
-    """
+    """For all settings: frozen bits stay, and the folder holds the model in memory."""
     ranks = {"ranks": (2, 3, 3)} if method == "craft" else {"rank": 3}
     model = load_classifier(str(tiny), ["red", "blue"], seed=0)
     model = qrefta.prepare(

@@ -52,7 +52,7 @@ def task(source, model):
 
 @pytest.fixture(autouse=True)
 def without_profiler(request, monkeypatch):
-    """The peak is measured where a test is about it: it takes longer than these runs."""
+    """Skip the slow peak measurement except in tests of the peak."""
     if "peak" not in request.node.name:
         monkeypatch.setattr(accuracy, "peak_bytes", lambda trainer, task, cell: 1)
 
@@ -117,8 +117,8 @@ def test_a_search_is_scored_on_rows_put_aside(task):
     assert not rows["train"] & rows["validation"]
 
 
-def test_equal_counts_train_equally_many_numbers(task):
-    """K R' = R: a stack's factors are as many as LoRA's pairs in its layers."""
+def test_equal_counts_train_equally_many_parameters(task):
+    """K R' = R: the factors of a stack are as large as LoRA's pairs in its layers."""
     layers = len(task.model(0).base_model.encoder.layer)
     lora, refta = (
         measure(cell(method), task) for method in ("lora r=3", f"refta R={3 * layers} bits=16")
@@ -130,9 +130,7 @@ def test_equal_counts_train_equally_many_numbers(task):
     "method", ["full", "lora r=2", "qlora r=2", "vera r=4", "refta R=4", "refta R=4 calibrated"]
 )
 def test_all_methods_see_the_same_batches(task, method):
-    """Whatever a method draws from the global generator, batches come in the order that the seed
-    says.
-    """
+    """The seed sets the order of batches, even if a method uses the global generator."""
     seen = []
 
     def collate(rows):
@@ -209,7 +207,7 @@ def test_calibration_has_no_labels(task):
 
 
 def test_rates_are_chosen_on_one_seed_and_run_on_others(source, model, tmp_path, monkeypatch):
-    """The better of the validation rows on seed 0, method by method; the test rows have no say."""
+    """Validation rows of seed 0 choose the rate of each method; test rows have no influence."""
     best = {"head-only": 0.01, "lora r=2": 0.001}
 
     def scored(cell, task):
@@ -235,7 +233,7 @@ def test_rates_are_chosen_on_one_seed_and_run_on_others(source, model, tmp_path,
         ]
 
 
-def test_a_study_that_was_stopped_goes_on(source, model, tmp_path, monkeypatch):
+def test_a_stopped_study_resumes(source, model, tmp_path, monkeypatch):
     """Runs with a row are not repeated unless requested; missing runs are done."""
     file, ran = tmp_path / "rows.jsonl", []
     monkeypatch.setattr(
@@ -315,7 +313,7 @@ def test_options_of_methods_are_read():
 
 
 def test_finished_rows_are_kept_when_a_cell_fails(source, model, tmp_path):
-    """A rank beyond a stack."""
+    """The second method has a rank larger than its stack."""
     file = tmp_path / "rows.jsonl"
     with pytest.raises(ValueError, match="rank"):
         run(source, model, file, methods="head-only,refta R=100000", learning_rates="0.001")
@@ -362,9 +360,7 @@ def test_named_data_are_found_or_asked_for(tmp_path, monkeypatch):
 
 
 def test_batches_in_order_are_whole_epochs_of_like_lengths():
-    """Each epoch holds every row once, except the rest of its last batch; another seed,
-    another order.
-    """
+    """Each epoch holds every row once, except the rest of its last batch."""
     lengths = np.random.default_rng(0).integers(3, 40, 100)
     rows = Dataset.from_dict(
         {"input_ids": [[index] * int(length) for index, length in enumerate(lengths)]}
@@ -424,10 +420,8 @@ def test_a_study_loads_a_seeds_task_once(task, tmp_path):
     assert loaded == [0]
 
 
-def test_what_tests_never_trains_whatever_the_seed(model, tmp_path):
-    """One file is split alike for every seed: a learning rate chosen on one seed has not seen
-    another's test rows.
-    """
+def test_test_rows_never_train_for_any_seed(model, tmp_path):
+    """All seeds split a file equally, so the search seed never sees test rows of other seeds."""
     file = tmp_path / "all.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in color_rows(120, seed=1)))
     tests = []
@@ -437,15 +431,15 @@ def test_what_tests_never_trains_whatever_the_seed(model, tmp_path):
     assert tests[0] == tests[1]
 
 
-def test_quantized_peers_are_refused_where_their_kernel_reads_wrongly(source, tmp_path):
-    """bitsandbytes' Linear4bit on a CPU, rows that end within a block."""
+def test_quantized_peers_are_refused_where_their_kernel_is_wrong(source, tmp_path):
+    """bitsandbytes' Linear4bit on a CPU is wrong for rows that end within a block."""
     narrow = text_task("mine", str(source), str(tiny_folder(tmp_path)), None, SIZES, 0)
     with pytest.raises(ValueError, match=r"has width 32; .* needs multiples of 64"):
         build("qlora r=2", narrow, 0)
 
 
 @pytest.mark.parametrize("peer", [lora, qlora])
-def test_peers_train_beside_a_mixtures_experts(peer):
+def test_peers_adapt_a_mixture_without_its_experts(peer):
     """PEFT's and bitsandbytes' layers replace linear layers only."""
     adapted = peer(tiny_mixtral(hidden=64), 2, alpha=4)
     trained = {

@@ -1,6 +1,4 @@
-"""The embedded quickstart data: the same rows in every process, and nothing of the test split in
-the training split.
-"""
+"""The quickstart data: equal rows in every process, no test text in the training split."""
 
 import os
 import re
@@ -96,9 +94,7 @@ def test_no_object_and_no_wording_is_on_both_sides(sides):
 
 
 def test_the_run_filter_has_copies_to_drop(found, sides):
-    """Decimal's and Context's methods, the two xml.dom builders: without the filter their wording
-    is on both sides.
-    """
+    """Without the filter, wording of Decimal and Context, and of xml.dom, is on both sides."""
     train, test = sides
     assert len(train) + len(test) < len(found)
 

@@ -1,6 +1,4 @@
-"""Damaged and hostile files: a few mutants of every kind of `eval.robustness.hostile`, and by name
-what it found.
-"""
+"""A few mutants of every kind of `eval.robustness.hostile`, and each fault that it found."""
 
 import ast
 import builtins
@@ -35,7 +33,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture
 def prepared(root, tmp_path):
-    """A prepared folder without its digests: the checks behind them are tested here."""
+    """A prepared folder without its digests, to test the checks behind them."""
     folder = Path(shutil.copytree(root / "bases" / "prepared, shards", tmp_path / "model"))
     (folder / DIGESTS).unlink()
     return folder
@@ -76,9 +74,7 @@ def test_mutants_of_every_kind_are_refused_or_load_as_what_they_are(root, reader
 
 
 def test_the_faults_are_seen(root, monkeypatch):
-    """A reader with every fault; without this the rows of `eval.robustness.hostile` would
-    say nothing.
-    """
+    """A reader with each fault; the rows of `eval.robustness.hostile` depend on this."""
     faults = {
         "crashed": lambda folder: os.kill(os.getpid(), signal.SIGKILL),
         "hung": lambda folder: time.sleep(60),
@@ -141,16 +137,14 @@ def test_a_config_that_is_given_as_an_object_is_checked_too(prepared):
 
 
 def test_a_config_with_gigabytes_of_positions_takes_no_memory(prepared, monkeypatch):
-    """transformers draws at random what the files do not fill, before it says that the sizes
-    differ.
-    """
+    """transformers initializes missing tensors before it reports different sizes."""
     monkeypatch.setattr("torch.empty_like", lambda *args, **kwargs: pytest.fail("memory was taken"))
     edit_config(prepared, max_position_embeddings=10**8)
     refused(prepared, r"config\.json describes 14.4 GB of tensors that the files .* do not hold")
 
 
 def test_a_sparse_file_of_gigabytes_is_not_read(prepared):
-    """transformers reads a tensor whole before it compares its shape."""
+    """transformers reads a whole tensor before it compares the shape."""
     path = next(
         path
         for path in prepared.glob("*.safetensors")
@@ -174,7 +168,7 @@ def test_a_sparse_file_of_gigabytes_is_not_read(prepared):
 
 
 def test_a_sparse_source_of_gigabytes_is_not_copied(dense):
-    """Tensors outside of the stacks are copied as they are, whatever their sizes."""
+    """Tensors outside the stacks are copied unchanged, of any size."""
     header, data = hostile.split(dense / SINGLE)
     header["more"] = {
         "dtype": "U8",
@@ -243,8 +237,8 @@ def test_an_architecture_that_is_no_name_is_refused(prepared):
     refused(prepared, "transformers has no model class 5")
 
 
-def test_what_transformers_makes_of_a_config_is_told_as_ours(prepared):
-    """A number of heads of 0 is a ZeroDivisionError in its code."""
+def test_errors_of_transformers_become_ours(prepared):
+    """With 0 attention heads transformers raises a ZeroDivisionError."""
     edit_config(prepared, num_attention_heads=0)
     refused(prepared, "cannot be loaded as BertForSequenceClassification: ZeroDivisionError")
 
@@ -280,7 +274,7 @@ def test_a_header_that_safetensors_refuses_is_refused_out_of_core(dense, change,
 
 
 def _other(header):
-    """The place of another tensor of the same length."""
+    """The offsets of another tensor of the same length."""
     return header["bert.encoder.layer.0.output.dense.bias"]["data_offsets"]
 
 
@@ -302,10 +296,8 @@ def test_two_tensors_of_one_name_are_refused(dense):
     refused(dense, "a name that is there twice", out_of_core)
 
 
-def test_the_one_file_goes_before_a_stale_index_as_in_transformers(tmp_path):
-    """Saving one file over shards leaves their index; it was read first, and the shards it names
-    were missing.
-    """
+def test_a_single_file_takes_precedence_over_a_stale_index(tmp_path):
+    """A single file saved over shards leaves their index, which names missing shards."""
     model = ARCHITECTURES["bert"]()
     model.save_pretrained(tmp_path, max_shard_size="30KB")
     with torch.no_grad():
@@ -336,7 +328,7 @@ def test_a_journal_does_not_lead_outside_of_its_folder(dense, monkeypatch):
     refused(dense, "outside its folder", out_of_core)
 
 
-def test_what_is_written_does_not_go_through_a_planted_link(tmp_path):
+def test_writes_do_not_follow_a_planted_link(tmp_path):
     (tmp_path / "victim").write_text("kept")
     (tmp_path / "x.json.tmp").symlink_to(tmp_path / "victim")
     replace_text(tmp_path / "x.json", "new")
@@ -348,9 +340,7 @@ def test_what_is_written_does_not_go_through_a_planted_link(tmp_path):
 
 
 def test_the_package_neither_unpickles_nor_evaluates_nor_trusts_remote_code():
-    """Weights are safetensors only; whoever wants a hub's code passes trust_remote_code to
-    transformers.
-    """
+    """Weights are safetensors only; code from a hub needs trust_remote_code in transformers."""
     modules = {
         "pickle",
         "cPickle",
@@ -394,7 +384,7 @@ def test_the_package_neither_unpickles_nor_evaluates_nor_trusts_remote_code():
 
 @pytest.mark.parametrize("read", [qrefta.load, out_of_core], ids=["load", "prepare"])
 def test_a_pickle_is_refused_and_not_run(root, read, tmp_path):
-    """As `pytorch_model.bin`, and as a pickle by the name of a safetensors file."""
+    """A pickle as `pytorch_model.bin`, and under the name of a safetensors file."""
     kind = "dense" if read is out_of_core else "prepared"
     for name in ("pytorch_model.bin", SINGLE):
         home = tmp_path / name

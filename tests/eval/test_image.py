@@ -1,6 +1,4 @@
-"""The image task: a ViT pre-trained on some classes by our own script, and rows of the classes it
-does not know.
-"""
+"""The image task: a pre-trained ViT, and images of the classes that it does not know."""
 
 from io import BytesIO
 from pathlib import Path
@@ -36,9 +34,7 @@ KNOWN, NEW = NAMES[:6], NAMES[6:]
 
 
 def photos(count, seed, side=32):
-    """JPEG files, each class a colour of its own under noise, and their labels, all classes in
-    turn.
-    """
+    """JPEG files and labels: a colour per class with noise, all classes in turn."""
     rng = np.random.default_rng(seed)
     colors = np.indices((3, 3, 2)).reshape(3, -1).T[4:14] * (100, 100, 200)
     files, labels = [], [index % len(NAMES) for index in range(count)]
@@ -68,7 +64,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A tiny ViT, not trained, that says it knows six classes."""
+    """An untrained tiny ViT with six class names."""
     folder = str(tmp_path_factory.mktemp("model"))
     new_vit(KNOWN, hidden=32, layers=2, patch=16, seed=0).save_pretrained(folder)
     return folder
@@ -97,7 +93,7 @@ def run(source, out, **options):
 
 
 def test_pretraining_learns_saves_and_reports(source, tmp_path):
-    """Guessing finds one of six; what is loaded again scores what the row says."""
+    """Guessing has accuracy 1/6; the reloaded model has the accuracy of the row."""
     file, out = tmp_path / "rows.jsonl", tmp_path / "vit"
     run(source, out, rows=file)
     (row,) = read(file)
@@ -130,7 +126,7 @@ def test_pretraining_depends_on_its_seed_alone(source, tmp_path):
 
 
 def test_augmented_images_are_shifted_over_black_and_flipped():
-    """Each is one of the 2 x 9 x 9 ways to cut it, and over many images all ways come up."""
+    """Each image is one of the 2 x 9 x 9 cuts, and many images give all cuts."""
     pixels = torch.randint(
         1, 256, (1, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
@@ -158,7 +154,7 @@ def test_normalised_images_have_no_mean_and_unit_deviation():
 
 
 def test_the_task_holds_the_classes_that_the_model_does_not_know(source, model):
-    """All rows of frog .. truck, numbered 0 .. 3, and the pixels that Pillow decodes."""
+    """All rows of frog .. truck, numbered 0 .. 3, with the pixels that Pillow decodes."""
     task = image_task(
         "cifar10", source, model, None, Sizes(train=10**6, validation=16, test=10**6), 0
     )
@@ -200,7 +196,7 @@ def test_a_model_that_names_no_class_is_trained_on_all(source, tmp_path):
 
 
 def test_the_hubs_columns_give_the_same_task(source, model, task, tmp_path):
-    """uoft-cs/cifar10: img, an image as datasets keeps it, and label, with names."""
+    """uoft-cs/cifar10 has an image column img, and label with names."""
     folder = tmp_path / "hub"
     folder.mkdir()
     features = Features(img=Image(), label=ClassLabel(names=list(NAMES)))
@@ -238,7 +234,7 @@ def test_calibration_has_no_labels(task):
 
 @pytest.mark.parametrize("classes", [4, 6])
 def test_the_head_is_fresh_and_the_rest_is_pretrained(model, classes):
-    """Also where there are as many new classes as old ones, whose head would fit."""
+    """This includes as many new classes as old ones, when the old head would fit."""
     old = ViTForImageClassification.from_pretrained(model)
     first, again, other = (load_vit(model, NAMES[-classes:], seed) for seed in (1, 1, 2))
     assert_close(first.state_dict(), again.state_dict(), rtol=0, atol=0)

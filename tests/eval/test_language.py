@@ -1,6 +1,4 @@
-"""Language-model tasks: blocks of text by perplexity, questions by lm-evaluation-harness on the
-model in memory.
-"""
+"""Language tasks: text by perplexity, questions by lm-evaluation-harness on the model in memory."""
 
 import json
 import math
@@ -98,7 +96,7 @@ def cell(method, rate=3e-2, steps=30):
 
 
 def test_perplexity_is_the_exponential_of_the_mean_loss(folder, text):
-    """Against the model's loss, block by block."""
+    """Compared with the model's loss, block by block."""
     task = text_lm_task("mine", str(text), folder, None, SIZES, 0)
     row = measure(cell("head-only"), task)
     model = task.model(0).eval()
@@ -132,8 +130,8 @@ def test_questions_are_learned_and_judged_by_the_harness(folder, questions):
     assert row["value"] > 0.5
 
 
-def test_the_harness_scores_what_the_model_finds_likeliest(folder, questions):
-    """Against the sums of log probabilities, written out."""
+def test_the_harness_scores_the_most_likely_choice(folder, questions):
+    """Compared with sums of log probabilities."""
     pytest.importorskip("lm_eval")
     task = choice_task("mine", str(questions), folder, None, SIZES, 0)
     model, tokenizer = task.model(0).eval(), language.AutoTokenizer.from_pretrained(folder)
@@ -181,7 +179,7 @@ def test_questions_that_cannot_be_used_are_refused(folder, tmp_path, content, me
         choice_task("mine", str(tmp_path), folder, None, SIZES, 0)
 
 
-def test_what_is_missing_is_named(folder, tmp_path, text):
+def test_missing_files_are_named(folder, tmp_path, text):
     with pytest.raises(ValueError, match=r"train\.json is missing"):
         choice_task("mine", str(tmp_path / "none"), folder, None, SIZES, 0)
     with pytest.raises(ValueError, match="must be a text file, or a folder"):

@@ -1,6 +1,4 @@
-"""LoRETTA, the peer that no library has: its trains against written-out sums, its start, what
-trains.
-"""
+"""LoRETTA: trains compared with explicit sums, the start, trainable parameters."""
 
 import pytest
 import torch

@@ -1,6 +1,4 @@
-"""The quantization-error study: what its rows say, what it does not measure again, and what it
-refuses.
-"""
+"""The quantization-error study: content of its rows, resumed studies, refused options."""
 
 import pytest
 import torch
@@ -50,8 +48,8 @@ def of(rows, **values):
     return [row for row in rows if values.items() <= row.items()]
 
 
-def test_errors_are_those_that_prepare_reports(folder, file):
-    """The study's one-shot and refined errors are the report's of a prepared model."""
+def test_errors_equal_the_report_of_prepare(folder, file):
+    """One-shot and refined errors equal the report of a prepared model."""
     from transformers import AutoModel
 
     for start, rounds in (("one shot", 0), ("refined", 5)):
@@ -143,9 +141,7 @@ def test_a_stack_that_is_missing_makes_no_model_row(file):
 
 
 def test_nothing_is_measured_twice(folder, file):
-    """A second run adds nothing; a run that was stopped adds what is missing; another rank adds its
-    cells.
-    """
+    """A second run adds nothing; a resumed run adds the missing rows."""
     before = file.read_text()
     study(folder, file)
     assert file.read_text() == before
@@ -199,7 +195,7 @@ def test_nuclear_norm_is_the_sum_of_singular_values():
         ({"transforms": "fft"}, "fft: allowed are lsm3, dct, identity"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_before_anything_is(folder, tmp_path, options, message):
+def test_unfit_options_are_refused_before_any_measurement(folder, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         study(folder, tmp_path / "rows.jsonl", **options)
     assert not (tmp_path / "rows.jsonl").exists()

@@ -1,6 +1,4 @@
-"""The report says what the rows say, and the opposite where they say the opposite; its page opens
-as it should.
-"""
+"""The report follows the rows, opposite rows give opposite findings, and its page opens."""
 
 import json
 import re
@@ -37,9 +35,7 @@ RIVALS = {"pissa": 1.04, "loftq": 0.98, "qera": 0.99}
 
 
 def error_rows(transforms=TRANSFORMS, starts=STARTS, rivals=RIVALS, rises=False, smaller=0.8):
-    """Rows of every stack and their sum: ratios fall with R, times a factor of method, start and
-    transform.
-    """
+    """Rows of every stack and their sum; ratios fall with R."""
     rows = []
 
     def add(method, start, transform, rank, quant_type, ratio, output, bits):
@@ -155,7 +151,7 @@ METHODS = {
 
 
 def score_rows(shifts=None, task="sst2", metric="accuracy", seeds=5):
-    """Rows of every method: a score a seed, and a shift a method."""
+    """Rows of every method: one score per seed, with a shift per method."""
     shifts = {"head-only": -0.12} | (shifts or {})
     wiggle = [0.004, -0.006, 0.002, 0.005, -0.003]
     rows = []
@@ -257,9 +253,7 @@ def write(folder, **files):
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """A folder with REPORT.md and page/, of all three files; an unusual task and a metric of which
-    less is better.
-    """
+    """A folder with REPORT.md and page/ from all three files; one metric is a perplexity."""
     folder = tmp_path_factory.mktemp("report")
     lines = score_rows({"refta R=15 bits=16": 0.1}, task="tiny shakespeare", metric="perplexity")
     rows = write(
@@ -273,7 +267,7 @@ def report(tmp_path_factory):
 
 
 def word(claim, **files):
-    """The verdict on the one claim that has these words."""
+    """The verdict on the one claim that contains these words."""
     (found,) = [one for one in verdicts(files) if claim in one.claim]
     return found.word
 
@@ -412,7 +406,7 @@ def test_adapter_parameters_leave_out_the_head_and_edges_are_marked():
 
 
 def test_scores_at_a_learning_rate_that_was_not_chosen_do_not_count():
-    """A search over more rates may choose another one; runs at the old rate stay in the file."""
+    """A larger search may choose another rate; runs at the old rate stay in the file."""
     rows = score_rows()
     other = [
         row | {"learning_rate": 0.001, "value": 0.1}
@@ -528,10 +522,8 @@ def test_rebuilding_must_cost_more_for_its_claim():
     assert word("rebuilding a dense weight") == UNTOLD
 
 
-def test_trained_numbers_equal_the_counted_ones():
-    """R (in + out) a stack, r (in + out) a layer: as the rows of training runs count for MiniLM's
-    stacks.
-    """
+def test_counted_parameters_equal_those_of_training_runs():
+    """R (in + out) per stack, r (in + out) per layer, as counted in training runs of MiniLM."""
     stacks = [(6, 384, 384)] * 4 + [(6, 1536, 384), (6, 384, 1536)]
     assert (
         findings.trainable_parameters(stacks, R=48)
@@ -638,16 +630,14 @@ def test_rows_of_several_texts_are_refused(tmp_path):
     ],
 )
 def test_a_part_of_the_rows_makes_a_report(tmp_path, kept):
-    """Ranks, transforms or methods that were not measured leave their sections out."""
+    """Sections without rows of their ranks, transforms or methods are left out."""
     rows = write(tmp_path / "rows", quant_error=[row for row in error_rows() if kept(row)])
     run(rows, tmp_path / "REPORT.md", None)
     assert "## The claims" in (tmp_path / "REPORT.md").read_text()
 
 
 def test_the_committed_report_is_what_the_committed_rows_give(tmp_path):
-    """Words and names of files to the letter; pictures by their texts, as matplotlib's versions lay
-    lines otherwise.
-    """
+    """Pictures are compared by their texts, because matplotlib versions draw differently."""
     run(ROWS, tmp_path / "REPORT.md", None)
     committed = ROWS.parent
     assert (tmp_path / "REPORT.md").read_text() == (committed / "REPORT.md").read_text()
@@ -688,9 +678,7 @@ def browser():
 
 @pytest.mark.parametrize("width", [390, 1200])
 def test_page_opens_in_a_browser(report, browser, width):
-    """Pictures are seen, nothing is wider than the screen, nothing is fetched, nothing is
-    complained about.
-    """
+    """Pictures are visible, nothing is wider than the screen, no requests, no console messages."""
     opened = browser.new_page(viewport={"width": width, "height": 900})
     requests, complaints = [], []
     opened.on("request", lambda request: requests.append(request.url))

@@ -1,4 +1,4 @@
-"""The peers' splits of a weight, against their definitions and against bitsandbytes."""
+"""The peers' splits of a weight, compared with their definitions and with bitsandbytes."""
 
 import pytest
 import torch
@@ -34,9 +34,7 @@ def test_pissa_splits_without_loss():
 
 
 def test_loftq_is_its_published_iteration():
-    """Written out by SVD: Q of W - AB, AB of W - Q, from AB = 0; the pair returned is fit to the Q
-    returned.
-    """
+    """The iteration by SVD from AB = 0; the returned pair is fitted to the returned Q."""
     matrix, pair = weight(48, 64), torch.zeros(48, 64)
     for _ in range(3):
         quantized = rounded(matrix - pair, NF4)
