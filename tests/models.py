@@ -1,8 +1,8 @@
 """Small random transformers models for the tests, built from configs, seeded and in eval mode.
 
 Weights are larger than transformers' defaults, and biases are not zero, so a wrong or missing
-tensor shows in the logits. Preparing a model takes most of a test's time, so `prepared` does it once per
-process.
+tensor shows in the logits. Preparing a model takes most of a test's time, so `prepared` does it
+once per process.
 """
 
 import copy
