@@ -1,4 +1,6 @@
-"""python -m eval: list the studies. python -m eval NAME ...: run one; python -m eval NAME --help: its options."""
+"""python -m eval: list the studies. python -m eval NAME ...: run one; python -m eval NAME --help:
+its options.
+"""
 
 import inspect
 import sys

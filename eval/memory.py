@@ -1,4 +1,4 @@
-"""Memory of this process: resident, as Linux counts it, and what torch's tensors take."""
+"""Memory of this process: resident memory from Linux, and memory of torch's tensors."""
 
 import gc
 from collections.abc import Callable
@@ -12,25 +12,25 @@ STATUS = Path("/proc/self/status")
 
 
 def resident() -> int:
-    """Bytes now."""
+    """Resident bytes now."""
     return _status("VmRSS")
 
 
 def peak() -> int:
-    """Most bytes since the last `restart_peak`, or since the process began."""
+    """Peak resident bytes since the last `restart_peak`, or since the start of the process."""
     return _status("VmHWM")
 
 
 def restart_peak() -> None:
-    """Count the peak from here on."""
+    """Restart the count of `peak`."""
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def tensor_peak(step: Callable[[], None], device: str) -> int:
-    """Most bytes that torch's allocator holds on a device while `step` runs, all living tensors included.
+    """Peak bytes of torch's tensors on a device while `step` runs, all living tensors included.
 
-    On a CPU the profiler counts every allocation and release of the step, which does not depend on how much the C
-    library has kept of memory that was released before. `step` should release nothing that it did not make.
+    On a CPU the profiler counts every allocation and release, so memory that the C library keeps
+    does not matter. `step` must not free tensors that it did not allocate.
     """
     gc.collect()
     if device == "cuda":
@@ -43,7 +43,8 @@ def tensor_peak(step: Callable[[], None], device: str) -> int:
     events = [
         event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"
     ]
-    held = most = living
+    held = living
+    most = living
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         most = max(most, held)
@@ -51,19 +52,18 @@ def tensor_peak(step: Callable[[], None], device: str) -> int:
 
 
 def _storages(device: str) -> dict[int, int]:
-    """Bytes of every storage that a living tensor on a device has, by its address."""
-    found = {}
+    """Bytes of every storage of a living tensor on a device, by address."""
+    sizes = {}
     for item in gc.get_objects():
         if (
             issubclass(type(item), torch.Tensor)
             and item.device.type == device
             and item.layout == torch.strided
         ):
-            with suppress(
-                RuntimeError
-            ):  # what torch.compile traced with has a storage without an address
-                found[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
-    return found
+            # Tensors from torch.compile's tracing have a storage without an address.
+            with suppress(RuntimeError):
+                sizes[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+    return sizes
 
 
 def _status(key: str) -> int:

@@ -1,4 +1,4 @@
-"""Rows of measurements: one JSON object a line, each with what is needed to measure it again."""
+"""Rows of measurements: one JSON object per line, with the context to measure it again."""
 
 import json
 import os
@@ -18,7 +18,7 @@ PACKAGES = ("qrefta", "torch", "transformers", "bitsandbytes", "accelerate", "da
 
 
 def context(seed: int) -> dict[str, Any]:
-    """Where and how a row was measured: command, commit, versions, device, threads, seed."""
+    """Command, commit, versions, device, threads and seed of a measurement."""
     cuda = torch.cuda.is_available()
     return {
         "schema": SCHEMA,
@@ -33,7 +33,7 @@ def context(seed: int) -> dict[str, Any]:
 
 
 def append(path: Path, rows: Iterable[dict[str, Any]], seed: int) -> None:
-    """Add rows to a file, each behind its context; a last line that a killed run left unfinished makes room."""
+    """Add rows with their context to a file; an unfinished last line is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
     shared = context(seed)
     lines = "".join(json.dumps(shared | row, ensure_ascii=False) + "\n" for row in rows)
@@ -48,10 +48,10 @@ def append(path: Path, rows: Iterable[dict[str, Any]], seed: int) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All rows of a file, but for a last line that a killed run left unfinished.
+    """All rows of a file, without an unfinished last line of a killed run.
 
     Raises:
-        ValueError: if a line is no row, or was written by another version of this schema.
+        ValueError: if a line is not a row of this schema.
     """
     rows = []
     data = path.read_bytes()
@@ -60,21 +60,21 @@ def read(path: Path) -> list[dict[str, Any]]:
     ):
         try:
             row = json.loads(line)
-        except ValueError as error:  # also of bytes that are no UTF-8
+        except ValueError as error:  # includes bytes that are not UTF-8
             raise ValueError(
-                f"{path}, line {number} is no JSON ({error}); mend or delete it."
+                f"{path}, line {number} is not JSON ({error}); correct or delete it."
             ) from error
         if not isinstance(row, dict) or row.get("schema") != SCHEMA:
-            found = row.get("schema") if isinstance(row, dict) else row
+            version_found = row.get("schema") if isinstance(row, dict) else row
             raise ValueError(
-                f"{path}, line {number}: schema {found!r}; this version reads {SCHEMA}."
+                f"{path}, line {number}: schema {version_found!r}; this version reads {SCHEMA}."
             )
         rows.append(row)
     return rows
 
 
 def _whole(data: bytes) -> int:
-    """Bytes up to the last line break; all, where what follows is a whole line too."""
+    """Bytes of the complete lines; a last line without a line break counts if it is valid JSON."""
     end = data.rfind(b"\n") + 1
     try:
         json.loads(data[end:])
@@ -84,7 +84,7 @@ def _whole(data: bytes) -> int:
 
 
 def find(rows: list[dict[str, Any]], key: dict[str, Any]) -> dict[str, Any] | None:
-    """The last row with these values, if any: what was measured already need not be measured again."""
+    """The last row with these values, or None."""
     return next((row for row in reversed(rows) if key.items() <= row.items()), None)
 
 
@@ -99,7 +99,7 @@ def _command() -> str:
 
 
 def _commit() -> str:
-    """Short hash of HEAD, with + when tracked files differ from it."""
+    """Short hash of HEAD, with + if tracked files differ from it."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run(
@@ -114,7 +114,7 @@ def _commit() -> str:
 
 
 def _processor() -> str:
-    """The CPU's name, as the system tells it."""
+    """The name of the CPU."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

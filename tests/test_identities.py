@@ -36,7 +36,8 @@ IN_TURN = list(
     )
 )
 
-# facts.md: NF4, block 64, refine 0; squared error of the residual relative to that of the whole stack.
+# NF4, block 64, refine 0: squared error of the residual relative to quantizing the whole stack, by
+# R, from an independent implementation.
 RANKS = (5, 15, 48, 96, 192)
 QUERY, UP = "encoder.layer.*.attention.self.query", "encoder.layer.*.intermediate.dense"
 REFERENCE = {
@@ -83,7 +84,7 @@ def minilm_ratio(name, rank, **settings):
 
 
 def prepared(architecture, refine=0, **settings):
-    """One shot unless `refine` says otherwise: quick, and the identities do not depend on it."""
+    """One shot unless `refine` is given: fast, and the identities do not depend on it."""
     return qrefta.prepare(copy.deepcopy(original(architecture)), refine=refine, **settings)
 
 
@@ -96,7 +97,7 @@ def dense_stack(model, row):
 
 
 def plain_model(architecture, model):
-    """The original with every weight replaced by `dense_weight()`, by the test's own means."""
+    """The original with every weight replaced by `dense_weight()`, without qrefta's merge."""
     plain = copy.deepcopy(original(architecture))
     for path, module in model.named_modules():
         if isinstance(module, AdaptedLinear):
@@ -115,7 +116,7 @@ def rows(model):
     ("transform", "rank"), [("lsm3", 1), ("lsm3", "largest"), ("dct", 7), ("identity", 7)]
 )
 def test_bits_16_keep_the_function(architecture, transform, rank):
-    """W_res + Delta = W whatever U and R are; the published code fails this, because it reads U transposed."""
+    """W_res + Delta = W for all U and R; the published code reads U transposed and fails this."""
     rank = largest_rank(architecture) if rank == "largest" else rank
     model = prepared(architecture, bits=16, rank=rank, transform=transform)
     layers = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
@@ -181,8 +182,8 @@ def test_ratio_is_at_most_1_and_falls_with_the_rank(architecture, transform, qua
     ]
     for of_stack in zip(*reports, strict=True):
         ratios = [report["ratio"] for report in of_stack]
-        # A block's scale may grow although its values shrink on the whole. Measured over all stacks, transforms and
-        # types: 0.81 to 1.001 at rank 2, at most 0.22 at the largest.
+        # A block's scale may grow although its values shrink on the whole. Measured over all
+        # stacks, transforms and types: 0.81 to 1.001 at rank 2, at most 0.22 at the largest.
         assert 1.005 > ratios[0] > ratios[1] > ratios[2]
         assert ratios[2] < 0.3
 
@@ -191,7 +192,8 @@ def test_ratio_is_at_most_1_and_falls_with_the_rank(architecture, transform, qua
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_rows_describe_what_is_stored(architecture, double_quant):
     model = prepared(architecture, rank=7, double_quant=double_quant)
-    keys = "stack layers shape rank slice_ranks transform quant_type baseline_error residual_error ratio"
+    keys = "stack layers shape rank slice_ranks transform quant_type "
+    keys += "baseline_error residual_error ratio"
     keys = {
         *keys.split(),
         "experts",
@@ -219,7 +221,7 @@ def test_rows_describe_what_is_stored(architecture, double_quant):
 
 @all_architectures
 def test_stacks_without_factors_hold_the_baseline(architecture):
-    """What `baseline_error` says of a target is what the same stack has when it is no target."""
+    """A target's `baseline_error` is the error of the same stack as a non-target."""
     stacks = [stack.name for stack in find_stacks(original(architecture))]
     first, rest = stacks[0], stacks[1:]
     targeted = {row["stack"]: row for row in qrefta.quant_report(prepared(architecture, rank=7))}
@@ -244,7 +246,7 @@ def test_stacks_without_factors_hold_the_baseline(architecture):
 
 @pytest.mark.parametrize(("architecture", "transform"), [turn[:2] for turn in IN_TURN])
 def test_principal_energy_and_residual_energy_add_up_to_1(architecture, transform):
-    """Orthogonal U and singular vectors; float32 factors, as rounding is not orthogonal to anything."""
+    """U and singular vectors are orthogonal; float32 factors avoid rounding."""
     model = prepared(architecture, bits=16, rank=11, transform=transform, factor_dtype="float32")
     for row in rows(model):
         weights = original_stacks(architecture)[row.stack]
@@ -276,7 +278,9 @@ def test_refinement_lowers_the_stated_error_and_the_statement_stays_true(archite
 
 @pytest.mark.parametrize("architecture", TOWERS)
 def test_models_of_several_towers_keep_the_promises(architecture, tmp_path):
-    """Text and images, or speech and text: exact start, stated error, training, saving, loading and merging."""
+    """Text and images, or speech and text: exact start, stated error, training, saving, loading and
+    merging.
+    """
     assert_close(
         logits(prepared(architecture, bits=16, rank=5)),
         original_logits(architecture),

@@ -1,4 +1,6 @@
-"""Properties that hold for every shape, rank, format and scale, on examples that hypothesis chooses."""
+"""Properties that hold for every shape, rank, format and scale, on examples that hypothesis
+chooses.
+"""
 
 import math
 
@@ -96,16 +98,25 @@ def test_a_number_is_off_by_half_the_widest_gap_of_its_block_at_most(
 
 @some
 @given(
-    st.integers(1, 5), sizes, sizes, kinds, scales, formats, st.integers(0, 40), st.sampled_from([0, 2]),
-    st.sampled_from(["lsm3", "dct", "identity"]), st.sampled_from([4, 16]), st.sampled_from([*METHODS, "refta"]),
-)  # fmt: skip
+    st.integers(1, 5),
+    sizes,
+    sizes,
+    kinds,
+    scales,
+    formats,
+    st.integers(0, 40),
+    st.sampled_from([0, 2]),
+    st.sampled_from(["lsm3", "dct", "identity"]),
+    st.sampled_from([4, 16]),
+    st.sampled_from([*METHODS, "refta"]),
+)
 @example(3, 16, 24, "random", 1e-30, QuantFormat("nf4", 64, False), 6, 2, "lsm3", 4, "refta")
 @example(2, 8, 8, "zero", 1.0, QuantFormat("int4", 64, False), 3, 2, "lsm3", 4, "refta")
 @example(1, 5, 7, "equal", 0.02, QuantFormat("nf4", 64, False), 2, 2, "dct", 4, "craft")
-def test_a_stack_is_what_is_stored_and_the_stated_error(
+def test_a_stack_is_its_stored_tensors_plus_the_stated_error(
     layers, rows, columns, kind, scale, fmt, rank, refine, transform, bits, method
 ):
-    """Whatever the weights: all that is stored is finite, and the error is what its definition says."""
+    """For all weights, stored tensors are finite and the error follows its definition."""
     shape = (layers, rows, columns)
     rank = min(rank, METHODS[method].largest_rank(layers, rows, columns))
     if method == "craft" and rank:
@@ -113,9 +124,15 @@ def test_a_stack_is_what_is_stored_and_the_stated_error(
     if method != "refta" and not rank:
         method = "refta"
     config = Settings(
-        bits=bits, rank=1, method=method, refine=refine, quant_type=fmt.quant_type, block_size=fmt.block_size,
-        double_quant=fmt.double_quant, **({"transform": transform} if method == "refta" else {}),
-    )  # fmt: skip
+        bits=bits,
+        rank=1,
+        method=method,
+        refine=refine,
+        quant_type=fmt.quant_type,
+        block_size=fmt.block_size,
+        double_quant=fmt.double_quant,
+        **({"transform": transform} if method == "refta" else {}),
+    )
     stack = weights(kind, shape, scale, seed=rank if isinstance(rank, int) else sum(rank))
     split = split_and_error(stack, config, rank)
     norm = squared_norm(stack.flatten(0, 1))
@@ -165,17 +182,26 @@ def test_numbers_whose_products_overflow_are_refused():
 
 @few
 @given(
-    st.sampled_from([1, 2, 3, 5]), st.integers(1, 3), st.sampled_from([2, 3, 7, 11]), st.sampled_from([4, 16]),
-    st.sampled_from(["nf4", "fp4", "int4"]), st.integers(1, 8),
-)  # fmt: skip
+    st.sampled_from([1, 2, 3, 5]),
+    st.integers(1, 3),
+    st.sampled_from([2, 3, 7, 11]),
+    st.sampled_from([4, 16]),
+    st.sampled_from(["nf4", "fp4", "int4"]),
+    st.integers(1, 8),
+)
 def test_prepare_save_load_and_merge_agree(
     tmp_path_factory, layers, heads, width, bits, quant_type, rank
 ):
-    """Odd and prime widths: loaded is the same to the bit, merged the same to rounding, 16 bits the original."""
+    """Odd and prime widths: loading is exact, merging exact up to rounding."""
     config = LlamaConfig(
-        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=1, hidden_size=2 * heads * width,
-        head_dim=2 * width, intermediate_size=2 * width + 1, vocab_size=96,
-    )  # fmt: skip
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=1,
+        hidden_size=2 * heads * width,
+        head_dim=2 * width,
+        intermediate_size=2 * width + 1,
+        vocab_size=96,
+    )
     dense = build(LlamaForCausalLM, config)
     expected, scale = logits(dense), logits(dense).abs().max()
     model = qrefta.prepare(
@@ -204,9 +230,15 @@ def test_a_plan_grows_and_an_export_says_how_near_it_is(
     tmp_path_factory, layers, width, rank, quant_type
 ):
     config = LlamaConfig(
-        num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1, hidden_size=4 * width,
-        head_dim=2 * width, intermediate_size=2 * width + 1, vocab_size=96, architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        hidden_size=4 * width,
+        head_dim=2 * width,
+        intermediate_size=2 * width + 1,
+        vocab_size=96,
+        architectures=["LlamaForCausalLM"],
+    )
     asked = {"seq": 8, "rank": rank, "quant_type": quant_type}
     assert (
         qrefta.plan(config, **asked).total_bytes < qrefta.plan(config, batch=2, **asked).total_bytes
@@ -228,11 +260,17 @@ def tiny(tmp_path_factory):
 
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(
-    st.sampled_from([*METHODS, "refta"]), st.sampled_from([4, 16]), st.integers(1, 9), st.integers(1, 3),
-    st.integers(1, 2), st.booleans(), st.sampled_from(["adamw_torch", "sgd", "adamw_8bit"]), st.integers(0, 9),
-)  # fmt: skip
+    st.sampled_from([*METHODS, "refta"]),
+    st.sampled_from([4, 16]),
+    st.integers(1, 9),
+    st.integers(1, 3),
+    st.integers(1, 2),
+    st.booleans(),
+    st.sampled_from(["adamw_torch", "sgd", "adamw_8bit"]),
+    st.integers(0, 9),
+)
 @example("refta", 4, 40, 3, 2, True, "adamw_torch", 0)  # a batch larger than the data
-def test_a_run_moves_what_trains_alone_and_leaves_what_it_says(
+def test_a_run_moves_only_trainable_parameters_and_writes_the_stated_model(
     tiny,
     tmp_path_factory,
     method,
@@ -244,7 +282,7 @@ def test_a_run_moves_what_trains_alone_and_leaves_what_it_says(
     optimizer,
     seed,
 ):
-    """Whatever the settings: frozen bits stay, the folder holds the model in memory, its loss is the stated one."""
+    """For all settings: frozen bits stay, and the folder holds the model in memory."""
     ranks = {"ranks": (2, 3, 3)} if method == "craft" else {"rank": 3}
     model = load_classifier(str(tiny), ["red", "blue"], seed=0)
     model = qrefta.prepare(
@@ -258,10 +296,20 @@ def test_a_run_moves_what_trains_alone_and_leaves_what_it_says(
         tiny_tokenizer(),
     )
     result = finetune(
-        model, tokenizer, data, out, max_steps=steps, batch_size=batch_size, gradient_accumulation=accumulation,
-        gradient_checkpointing=checkpointing, optimizer=optimizer, learning_rate=0.01, warmup_steps=0, seed=seed,
+        model,
+        tokenizer,
+        data,
+        out,
+        max_steps=steps,
+        batch_size=batch_size,
+        gradient_accumulation=accumulation,
+        gradient_checkpointing=checkpointing,
+        optimizer=optimizer,
+        learning_rate=0.01,
+        warmup_steps=0,
+        seed=seed,
         progress=False,
-    )  # fmt: skip
+    )
     moved = {
         name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])
     }

@@ -1,8 +1,10 @@
-"""LoRETTA as a peer: low-rank updates whose two matrices are tensor trains (arXiv 2402.11417, Yang and others, 2024).
+"""LoRETTA: low-rank updates whose two matrices are tensor trains (Yang et al. 2024, arXiv
+2402.11417).
 
-The form that the paper calls LoRETTA_rep, on unquantized weights: Delta W = up down with `down` (bottleneck x in) and
-`up` (out x bottleneck) each a train of small trained cores. Where its text leaves it open: three modes a side, as even
-as the divisors allow; cores start Gaussian, so scaled that `down` keeps lengths; the last core of `up` starts at zero.
+The form LoRETTA_rep of the paper, on unquantized weights: Delta W = up down, where `down`
+(bottleneck x in) and `up` (out x bottleneck) are trains of small trainable cores. Choices where the
+paper is silent: three modes per side, as even as the divisors allow; Gaussian cores, scaled so that
+`down` keeps lengths; the last core of `up` starts at zero.
 """
 
 from collections.abc import Sequence
@@ -12,18 +14,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from eval.peers.baselines import linears, train_head_only
+from eval.peers.baselines import adapted_layers, train_head_only
 from qrefta.model.stacks import replace_module
 
 BOTTLENECK = 8
 
 
 class LoRETTALinear(nn.Module):
-    """A frozen linear and its update.
+    """A frozen linear layer and its update.
 
     Args:
         linear: (out, in); frozen.
-        rank: between two cores of a train.
+        rank: rank between two cores of a train.
     """
 
     def __init__(self, linear: nn.Linear, rank: int) -> None:
@@ -42,21 +44,21 @@ class LoRETTALinear(nn.Module):
 
 
 def loretta(model: PreTrainedModel, rank: int, *, heads: Sequence[str] = ()) -> PreTrainedModel:
-    """LoRETTA on every linear of the blocks, in place; the head trains as with every method."""
-    targets = linears(model)
+    """LoRETTA on every linear layer of the blocks, in place; the head trains too."""
+    targets = adapted_layers(model)
     train_head_only(model, heads)
     for path in targets:
         linear = model.get_submodule(path)
         if not isinstance(linear, nn.Linear):
             raise ValueError(
-                f"{path} is a {type(linear).__name__}; LoRETTA is measured on nn.Linear alone."
+                f"{path} is a {type(linear).__name__}; LoRETTA is implemented for nn.Linear only."
             )
         replace_module(model, path, LoRETTALinear(linear, rank).to(linear.weight.device))
     return model
 
 
 def modes(features: int) -> tuple[int, int, int]:
-    """Three divisors whose product is `features`, as even as they can be."""
+    """Three divisors with product `features`, as even as possible."""
     first = max(size for size in range(1, round(features ** (1 / 3)) + 1) if features % size == 0)
     rest = features // first
     second = max(size for size in range(1, isqrt(rest) + 1) if rest % size == 0)
@@ -64,7 +66,9 @@ def modes(features: int) -> tuple[int, int, int]:
 
 
 def train(sizes: Sequence[int], rank: int) -> nn.ParameterList:
-    """Cores (rank before, size, rank after) of a tensor train, Gaussian; the ranks at both ends are 1."""
+    """Cores (rank before, size, rank after) of a tensor train, Gaussian; the ranks at both ends are
+    1.
+    """
     ranks = [1, *[rank] * (len(sizes) - 1), 1]
     return nn.ParameterList(
         torch.randn(before, size, after) / rank**0.5
@@ -73,8 +77,8 @@ def train(sizes: Sequence[int], rank: int) -> nn.ParameterList:
 
 
 def matrix(cores: nn.ParameterList) -> Tensor:
-    """The tensor of a train, flat."""
-    found, *rest = cores
-    for core in rest:
-        found = torch.tensordot(found, core, 1)
-    return found.flatten()
+    """The tensor of a train, flattened."""
+    tensor, *others = cores
+    for core in others:
+        tensor = torch.tensordot(tensor, core, 1)
+    return tensor.flatten()

@@ -1,4 +1,4 @@
-"""What else one can do with a weight, or with the same bytes: the peers' splits, on one matrix or one stack."""
+"""Splits of a weight by other papers, and smaller quantization blocks for the same bytes."""
 
 from typing import NamedTuple
 
@@ -14,11 +14,11 @@ SCALE_BLOCK = 256  # scales that share a second-level scale, as in QLoRA
 
 
 class LowRank(NamedTuple):
-    """W ~ quantized(rest) + up @ down, of one linear.
+    """W ~ quantized(rest) + up @ down, for one linear layer.
 
     Attributes:
         up, down: (out, r), (r, in).
-        rest: what is to be quantized, (out, in).
+        rest: the part to quantize, (out, in).
     """
 
     up: Tensor
@@ -27,19 +27,21 @@ class LowRank(NamedTuple):
 
 
 def pissa(weight: Tensor, rank: int) -> LowRank:
-    """PiSSA: the `rank` largest singular triples, and the rest of the weight (Meng et al. 2024, section 3)."""
+    """PiSSA: the `rank` largest singular triples and the rest (Meng et al. 2024, section 3)."""
     up, down = top(weight, rank)
     return LowRank(up, down, weight - up @ down)
 
 
 def loftq(weight: Tensor, rank: int, rounds: int = 5, fmt: QuantFormat = NF4) -> LowRank:
-    """LoftQ: from AB = 0, in turn Q = quantize(W - AB) and AB = top-r of W - dequant(Q) (Li et al. 2023, algorithm 1).
+    """LoftQ: alternate Q = quantize(W - AB) and AB = top-r of W - dequant(Q), from AB = 0.
+
+    Li et al. 2023, algorithm 1.
 
     Raises:
         ValueError: if `rounds` is less than 1.
     """
     if rounds < 1:
-        raise ValueError(f"rounds is {rounds}; LoftQ takes at least one")
+        raise ValueError(f"rounds is {rounds}; LoftQ needs at least 1")
     rest = weight
     for _ in range(rounds):
         quantized = rest
@@ -49,10 +51,10 @@ def loftq(weight: Tensor, rank: int, rounds: int = 5, fmt: QuantFormat = NF4) ->
 
 
 def top(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best approximation of a rank as up (out, rank) and down (rank, in), each with the roots of the values.
+    """The best rank-`rank` approximation as up (out, rank) and down (rank, in).
 
-    From the eigenvectors of the smaller Gram matrix, in float64: a few times as fast as an SVD, and the leading
-    triples, which are far from its rounding, are the same.
+    Both carry the roots of the singular values. The eigenvectors of the smaller Gram matrix in
+    float64 are a few times as fast as an SVD, and the leading triples are the same.
     """
     if matrix.shape[0] < matrix.shape[1]:
         up, down = top(matrix.mT, rank)
@@ -68,19 +70,19 @@ def top(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def qera(error: Tensor, rank: int, metric: Metric) -> Tensor:
-    """What is left of a quantization error after its best low-rank correction (Zhang et al. 2024, QERA-exact).
+    """The quantization error after its best low-rank correction (QERA-exact, Zhang et al. 2024).
 
     Args:
         error: W - dequant(quantize(W)), (out, in).
-        rank: of the correction.
-        metric: of the linear's own inputs; the correction is best for the outputs.
+        rank: rank of the correction.
+        metric: metric of the layer's inputs; the correction is optimal for the outputs.
     """
     up, down = top(metric.apply(error.mT).mT, rank)
     return error - up @ metric.apply_inverse(down.mT).mT
 
 
 def small_block(weight: Tensor, block: int, scale_bits: int) -> Tensor:
-    """A matrix in NF4 with any block size and scales of 32 or, as in QLoRA, 8 bits; rounded, in float32."""
+    """A matrix rounded to NF4 with any block size and 32-bit or, as in QLoRA, 8-bit scales."""
     flat = torch.nn.functional.pad(weight.reshape(-1), (0, -weight.numel() % block)).view(-1, block)
     levels = bnb.get_4bit_type("nf4", device="cpu").float().sort().values
     scales = flat.abs().amax(1)
@@ -94,5 +96,5 @@ def small_block(weight: Tensor, block: int, scale_bits: int) -> Tensor:
 
 
 def small_block_bits(block: int, scale_bits: int) -> float:
-    """Bits a weight that `small_block` takes."""
+    """Bits per weight of `small_block`."""
     return 4 + (scale_bits if scale_bits == 32 else scale_bits + 32 / SCALE_BLOCK) / block

@@ -33,27 +33,54 @@ from eval.report.scores import RANK_WORDS, Score, kind
 
 WIDTH = 4.2  # inches
 STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "qrefta", "font.size": 9.5, "font.family": "DejaVu Sans",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e3e3e3",
-    "axes.axisbelow": True, "axes.edgecolor": "#555", "axes.labelcolor": "#222", "xtick.color": "#333",
-    "ytick.color": "#333", "legend.frameon": False, "legend.fontsize": 8.2, "lines.linewidth": 1.6,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "qrefta",
+    "font.size": 9.5,
+    "font.family": "DejaVu Sans",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e3e3e3",
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#555",
+    "axes.labelcolor": "#222",
+    "xtick.color": "#333",
+    "ytick.color": "#333",
+    "legend.frameon": False,
+    "legend.fontsize": 8.2,
+    "lines.linewidth": 1.6,
     "lines.markersize": 5.5,
-}  # fmt: skip
+}
 BLACK, GREY, ORANGE, SKY, GREEN, BLUE, RED, PINK = (
-    "#000000", "#777777", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
-)  # fmt: skip
+    "#000000",
+    "#777777",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+)
 BROWN = "#8C564B"
 STARTS = {"one shot": (SKY, "o"), "refined": (BLUE, "s"), "calibrated": (GREEN, "D")}
 CRAFT = {"one shot": (BROWN, "<"), "refined": (BROWN, ">")}
 METHODS = {
-    "pissa": (ORANGE, "^"), "loftq": (RED, "v"), "qera": (PINK, "P"), "smaller block": (BLACK, "X"),
+    "pissa": (ORANGE, "^"),
+    "loftq": (RED, "v"),
+    "qera": (PINK, "P"),
+    "smaller block": (BLACK, "X"),
     "smaller block, 8-bit scales": (GREY, "*"),
-}  # fmt: skip
+}
 TRANSFORMS = {"lsm3": (BLUE, "o"), "dct": (ORANGE, "^"), "identity": (BLACK, "s")}
 PEERS = {
-    "lora": (BLUE, "o"), "pissa": (SKY, "^"), "vera": (GREY, "d"), "loretta": (GREY, "h"), "qlora": (RED, "s"),
-    "qpissa": (ORANGE, "v"), "loftq": (PINK, "D"),
-}  # fmt: skip
+    "lora": (BLUE, "o"),
+    "pissa": (SKY, "^"),
+    "vera": (GREY, "d"),
+    "loretta": (GREY, "h"),
+    "qlora": (RED, "s"),
+    "qpissa": (ORANGE, "v"),
+    "loftq": (PINK, "D"),
+}
 TENSOR_COLORS = {"refta": GREEN, "craft": BROWN, "tera": BLACK}  # others: grey
 TENSOR_MARKERS = "P*X<>hp8"
 
@@ -78,7 +105,8 @@ def render(figure: Figure, name: str, alt: str) -> Picture:
     text = buffer.getvalue()
     text = re.sub(r"(\bid=\"|href=\"#|url\(#)", rf"\g<1>{name}-", text[text.index("<svg") :])
     opening, rest = text.split(">", 1)
-    head = f'{opening} role="img" aria-labelledby="{name}-title">\n <title id="{name}-title">{escape(alt)}</title>'
+    title = f'<title id="{name}-title">{escape(alt)}</title>'
+    head = f'{opening} role="img" aria-labelledby="{name}-title">\n {title}'
     return Picture(
         name, alt, "\n".join(line.rstrip() for line in (head + rest).splitlines()) + "\n"
     )
@@ -126,8 +154,16 @@ def look(one: Series) -> dict[str, Any]:
 def whole(axes: Axes) -> None:
     """Draw the line at 1, the error of quantizing whole weights."""
     axes.axhline(1, color=GREY, linestyle=(0, (4, 3)), linewidth=1)
-    axes.annotate("whole weights", (0.995, 1), xycoords=("axes fraction", "data"), xytext=(0, 3),
-                  textcoords="offset points", ha="right", color="#555", fontsize=8)  # fmt: skip
+    axes.annotate(
+        "whole weights",
+        (0.995, 1),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="right",
+        color="#555",
+        fontsize=8,
+    )
 
 
 def error_curves(rows: list[Row], value: str, error: str, name: str, alt: str) -> Picture:
@@ -151,8 +187,13 @@ def transform_curves(rows: list[Row], start: str, name: str, alt: str) -> Pictur
     for transform, points in found.items():
         shared = [rank for rank in points if rank and rank in found.get("identity", {})]
         color, marker = TRANSFORMS[transform]
-        axes.plot(shared, [points[rank] / found["identity"][rank] for rank in shared], label=transform, color=color,
-                  marker=marker)  # fmt: skip
+        axes.plot(
+            shared,
+            [points[rank] / found["identity"][rank] for rank in shared],
+            label=transform,
+            color=color,
+            marker=marker,
+        )
     axes.set_title(start, fontsize=9.5)
     axes.ticklabel_format(useOffset=False)
     add_legend(figure, axes, columns=3)
@@ -228,8 +269,16 @@ def spectrum_lines(rows: list[Row], name: str, alt: str) -> Picture:
         count = len(row["values"])
         drawn = sorted({min(count, round(count ** (step / 100))) for step in range(101)})
         color, marker = TRANSFORMS[row["transform"]]
-        axes.plot(drawn, [row["values"][at - 1] for at in drawn], label=row["transform"], color=color, marker=marker,
-                  markevery=0.12, markersize=4.5, linewidth=1.3)  # fmt: skip
+        axes.plot(
+            drawn,
+            [row["values"][at - 1] for at in drawn],
+            label=row["transform"],
+            color=color,
+            marker=marker,
+            markevery=0.12,
+            markersize=4.5,
+            linewidth=1.3,
+        )
     plain_ticks(
         axes,
         [10**power for power in range(5) if 10**power <= max(len(row["values"]) for row in rows)],
@@ -279,9 +328,19 @@ def score_scatter(methods: dict[str, Score], name: str, alt: str) -> Picture:
                 TENSOR_MARKERS[tensor.index(label) % len(TENSOR_MARKERS)],
             )
             hollow = label in tensor and "bits=16" not in label
-            axes.errorbar(center * 1.14 ** (place - (len(cluster) - 1) / 2), scale * score.mean,
-                          scale * (score.standard_error or 0), color=color, marker=marker, linestyle="", capsize=2.5,
-                          markersize=6.5, elinewidth=1.1, label=label, mfc="white" if hollow else color)  # fmt: skip
+            axes.errorbar(
+                center * 1.14 ** (place - (len(cluster) - 1) / 2),
+                scale * score.mean,
+                scale * (score.standard_error or 0),
+                color=color,
+                marker=marker,
+                linestyle="",
+                capsize=2.5,
+                markersize=6.5,
+                elinewidth=1.1,
+                label=label,
+                mfc="white" if hollow else color,
+            )
         ranks = "\n".join(
             dict.fromkeys(
                 word
@@ -290,8 +349,16 @@ def score_scatter(methods: dict[str, Score], name: str, alt: str) -> Picture:
                 if word.startswith(RANK_WORDS)
             )
         )
-        axes.annotate(ranks, (center, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
-                      textcoords="offset points", ha="center", fontsize=8, color="#333")  # fmt: skip
+        axes.annotate(
+            ranks,
+            (center, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+            color="#333",
+        )
     centers = [cluster[len(cluster) // 2].adapter for cluster in near(points)]
     axes.set_xticks(centers, [f"{center:,}" for center in centers])
     axes.margins(x=0.12)
@@ -325,11 +392,21 @@ def depth_lines(
     """Trainable parameters over the number of layers, the crossings, and the model's depth."""
     figure, axes = canvas(3.8, "layers", "trainable parameters")
     for R, color, style in zip(DRAWN_SHARED, (GREEN, GREEN), ("-", "--")):
-        axes.plot(layers, [trainable_parameters(stacks, depth, R=R) for depth in layers], color=color, linestyle=style,
-                  label=f"ReFTA R = {R}")  # fmt: skip
+        axes.plot(
+            layers,
+            [trainable_parameters(stacks, depth, R=R) for depth in layers],
+            color=color,
+            linestyle=style,
+            label=f"ReFTA R = {R}",
+        )
     for r, color, style in zip(DRAWN_LORA, (BLUE, BLUE), ("-", "--")):
-        axes.plot(layers, [trainable_parameters(stacks, depth, r=r) for depth in layers], color=color, linestyle=style,
-                  label=f"LoRA r = {r}")  # fmt: skip
+        axes.plot(
+            layers,
+            [trainable_parameters(stacks, depth, r=r) for depth in layers],
+            color=color,
+            linestyle=style,
+            label=f"LoRA r = {r}",
+        )
     crossings = [
         (R / r, trainable_parameters(stacks, R=R)) for R in DRAWN_SHARED for r in DRAWN_LORA
     ]
@@ -356,8 +433,15 @@ def cost_dots(rows: list[Row], name: str, alt: str) -> Picture:
         color=BLUE,
         label="time",
     )
-    axes.plot([row["peak_of_floor"] for row in rows], places, linestyle="", marker="s", color=RED, mfc="none",
-              label="peak memory")  # fmt: skip
+    axes.plot(
+        [row["peak_of_floor"] for row in rows],
+        places,
+        linestyle="",
+        marker="s",
+        color=RED,
+        mfc="none",
+        label="peak memory",
+    )
     axes.set_yticks(places, [row["method"] for row in rows])
     axes.invert_yaxis()
     add_legend(figure, axes)

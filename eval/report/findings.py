@@ -71,7 +71,8 @@ class Duel(NamedTuple):
         cells = len(self.quotients)
         span = f"{min(self.quotients):.3f} to {max(self.quotients):.3f} times"
         level = cells - self.wins - self.losses
-        return f"lower in {self.wins} of {cells} cells, level in {level}, higher in {self.losses} ({span})"
+        wins = f"lower in {self.wins} of {cells} cells"
+        return f"{wins}, level in {level}, higher in {self.losses} ({span})"
 
 
 def pick(rows: Iterable[Row], **fields: Any) -> list[Row]:
@@ -93,7 +94,7 @@ def number(value: float | None, spec: str = ".3f") -> str:
 
 
 def stack_label(stack: str) -> str:
-    """A stack's name without the path to its layers: encoder.layer.*.output.dense -> output.dense."""
+    """A stack's name without its path: encoder.layer.*.output.dense -> output.dense."""
     return stack.rpartition(".*.")[2]
 
 
@@ -195,7 +196,9 @@ def transform_title(rows: list[Row]) -> str:
     cells = len(found.quotients)
     if not cells:
         return f"{PAPER} and identity were not measured side by side"
-    span = f"{PAPER} leaves {min(found.quotients):.3f} to {max(found.quotients):.3f} times identity's error"
+    low = min(found.quotients)
+    high = max(found.quotients)
+    span = f"{PAPER} leaves {low:.3f} to {high:.3f} times identity's error"
     if found.wins == cells:
         return f"{PAPER} beats identity in all {cells} cells: {span}"
     if found.wins == 0:
@@ -203,7 +206,8 @@ def transform_title(rows: list[Row]) -> str:
             found.losses, "as good as or better than"
         )
         return f"identity is {word} {PAPER} in all {cells} cells: {span}"
-    return f"{PAPER} beats identity in {found.wins} of {cells} cells and loses in {found.losses}: {span}"
+    wins = f"{PAPER} beats identity in {found.wins} of {cells} cells"
+    return f"{wins} and loses in {found.losses}: {span}"
 
 
 def transform_table(rows: list[Row]) -> Table:
@@ -245,7 +249,8 @@ def bytes_title(rows: list[Row]) -> str:
             f"For the same bytes a smaller block beats a refined split in all {cells} cells: {span}"
         )
     return (
-        f"For the same bytes a refined split beats a smaller block in {found.wins} of {cells} cells and loses in "
+        f"For the same bytes a refined split beats a smaller block in {found.wins} of {cells} "
+        f"cells and loses in "
         f"{found.losses}: {span}"
     )
 
@@ -254,14 +259,25 @@ def bytes_table(rows: list[Row]) -> Table:
     """Bits per weight, both errors and the nuclear norm's reduction, from rows of kind model."""
     lines = [
         [
-            FORMATS[row["quant_type"]], series(row).label, str(row["rank"] or "-"),
-            number(row["bits_per_weight"], ".2f"), number(row["ratio"]), number(row["output_ratio"]),
+            FORMATS[row["quant_type"]],
+            series(row).label,
+            str(row["rank"] or "-"),
+            number(row["bits_per_weight"], ".2f"),
+            number(row["ratio"]),
+            number(row["output_ratio"]),
             number(row["nuclear_reduction"]),
         ]
         for row in rows
-    ]  # fmt: skip
-    header = ["format", "method", "R", "bits per weight", "weight error", "output error",
-              "nuclear norm, less by"]  # fmt: skip
+    ]
+    header = [
+        "format",
+        "method",
+        "R",
+        "bits per weight",
+        "weight error",
+        "output error",
+        "nuclear norm, less by",
+    ]
     return Table(header, lines)
 
 
@@ -272,7 +288,9 @@ def stacks_title(rows: list[Row]) -> str:
     splits = pick(rows, method="refta", transform=PAPER, start=start, rank=rank)
     better = [row for row in splits if row["ratio"] < 1]
     low, *_, high = sorted([*splits, *splits], key=lambda row: row["ratio"])
-    span = f"{low['ratio']:.2f} ({stack_label(low['stack'])}) to {high['ratio']:.2f} ({stack_label(high['stack'])})"
+    least = f"{low['ratio']:.2f} ({stack_label(low['stack'])})"
+    most = f"{high['ratio']:.2f} ({stack_label(high['stack'])})"
+    span = f"{least} to {most}"
     count = (
         f"{len(better)} of {len(splits)} stacks"
         if len(better) < len(splits)
@@ -308,7 +326,8 @@ def layers_title(rows: list[Row], rank: int) -> str:
         else "every linear layer has less error than whole"
     )
     return (
-        f"At R = {rank} {words}: {cells[low]:.2f} of Q(W)'s error ({low[0]}, layer {low[1]}) to {cells[high]:.2f} "
+        f"At R = {rank} {words}: {cells[low]:.2f} of Q(W)'s error ({low[0]}, layer {low[1]}) to "
+        f"{cells[high]:.2f} "
         f"({high[0]}, layer {high[1]})"
     )
 
@@ -346,7 +365,8 @@ def monotone(rows: list[Row]) -> tuple[int, dict[str, list[str]]]:
                 exceptions[
                     f"{model}, {stack_label(stack)}, {FORMATS[quant_type]}, {one.label}"
                 ].append(
-                    f"R = {before['rank']} to {after['rank']}: {before['ratio']:.4f} to {after['ratio']:.4f}"
+                    f"R = {before['rank']} to {after['rank']}: {before['ratio']:.4f} to "
+                    f"{after['ratio']:.4f}"
                 )
     return len(several), dict(exceptions)
 
@@ -404,7 +424,7 @@ def trainable_parameters(
 
 
 def depth_title(stacks: list[tuple[int, int, int]]) -> str:
-    """ReFTA against LoRA at the model's depth with the smallest ranks, and the depth of equality."""
+    """ReFTA against LoRA at the model's depth, and the depth where both are equal."""
     R, r, layers = min(DRAWN_SHARED), min(DRAWN_LORA), max(depth for depth, _, _ in stacks)
     ours, theirs = trainable_parameters(stacks, R=R), trainable_parameters(stacks, r=r)
     word = (
@@ -458,14 +478,30 @@ def cost_title(rows: list[Row]) -> str:
 
 
 def cost_table(rows: list[Row]) -> Table:
-    """Trainable parameters, and time and peak memory of a step, also relative to floor and QLoRA."""
+    """Trainable parameters, time and peak memory of a step, also relative to floor and QLoRA."""
     lines = [
-        [row["method"], f"{row['trained_parameters']:,}", f"{row['step_s']:.2f} s", f"{row['of_floor']:.2f}",
-         f"{row['of_qlora']:.2f}", f"{row['peak_bytes'] / 1e6:.0f} MB", f"{row['peak_of_floor']:.2f}",
-         f"{row['peak_of_qlora']:.2f}"] for row in rows
-    ]  # fmt: skip
-    header = ["method", "trainable parameters", "step", "/ floor", "/ QLoRA r=16", "peak memory", "/ floor",
-              "/ QLoRA r=16"]  # fmt: skip
+        [
+            row["method"],
+            f"{row['trained_parameters']:,}",
+            f"{row['step_s']:.2f} s",
+            f"{row['of_floor']:.2f}",
+            f"{row['of_qlora']:.2f}",
+            f"{row['peak_bytes'] / 1e6:.0f} MB",
+            f"{row['peak_of_floor']:.2f}",
+            f"{row['peak_of_qlora']:.2f}",
+        ]
+        for row in rows
+    ]
+    header = [
+        "method",
+        "trainable parameters",
+        "step",
+        "/ floor",
+        "/ QLoRA r=16",
+        "peak memory",
+        "/ floor",
+        "/ QLoRA r=16",
+    ]
     return Table(header, lines)
 
 
@@ -486,19 +522,25 @@ def measured_table(files: dict[str, list[Row]]) -> Table:
                 f"Python {row['python']}, {versions}",
             ].append(row)
     lines = [
-        [f"{name}.jsonl", str(len(rows)), typed(command), commit, device,
-         str(threads), ", ".join(map(str, sorted({row["seed"] for row in rows}))), versions]
+        [
+            f"{name}.jsonl",
+            str(len(rows)),
+            typed(command),
+            commit,
+            device,
+            str(threads),
+            ", ".join(map(str, sorted({row["seed"] for row in rows}))),
+            versions,
+        ]
         for (name, command, commit, device, threads, versions), rows in found.items()
-    ]  # fmt: skip
+    ]
     return Table(
         ["rows", "number", "command", "commit", "device", "threads", "seeds", "versions"], lines
     )
 
 
 def typed(command: str) -> str:
-    """A row's command as it is typed today; older rows name the study's file and not the program."""
-    return (
-        command
-        if command.startswith("python")
-        else f"python -m eval {command.replace('.py', '', 1)}"
-    )
+    """A row's command as it is typed today; older rows name only the file of the study."""
+    if command.startswith("python"):
+        return command
+    return f"python -m eval {command.replace('.py', '', 1)}"

@@ -8,31 +8,46 @@ from eval.report.findings import Table
 from eval.report.verdicts import THRESHOLDS, Verdict
 
 COLUMNS = ["claim", "measured here", "verdict", "comment"]
-NAME = "qrefta: what was measured"
+NAME = "qrefta: measurements"
 LEAD = (
     "Every number, title and verdict on this page is computed from the committed rows by "
-    "python -m eval report. W is a weight, Q(W) is its 4-bit form, and Ŵ is the weight that a method uses, factors "
+    "python -m eval report. W is a weight, Q(W) is its 4-bit form, and Ŵ is the weight that a "
+    "method uses, factors "
     "included."
 )
 CSS = """
-:root { color: #1b1b1b; background: #fff; font: 17px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+:root {
+  color: #1b1b1b; background: #fff;
+  font: 17px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
+}
 body { max-width: 66rem; margin: 0 auto; padding: 1.2rem; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: .6em 0 .4em; }
-h2 { font-size: 1.25rem; line-height: 1.35; margin: 0 0 .5em; text-wrap: balance; overflow-wrap: anywhere; }
+h2 {
+  font-size: 1.25rem; line-height: 1.35; margin: 0 0 .5em;
+  text-wrap: balance; overflow-wrap: anywhere;
+}
 p { max-width: 46rem; overflow-wrap: anywhere; }
 section { margin: 2.6rem 0; padding-top: 1.4rem; border-top: 1px solid #d8d8d8; }
-.pictures { display: grid; gap: 1.2rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); }
+.pictures {
+  display: grid; gap: 1.2rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr));
+}
 figure { margin: 0; max-width: 33rem; }
 figure svg { display: block; width: 100%; height: auto; }
 @media (min-width: 56rem) {
-  .beside { display: grid; grid-template-columns: 1fr 30rem; gap: 2rem; align-items: start; }
-  .beside p { margin-top: .3em; }
+  .two-columns { display: grid; grid-template-columns: 1fr 30rem; gap: 2rem; align-items: start; }
+  .two-columns p { margin-top: .3em; }
 }
 details { margin-top: 1rem; }
 summary { cursor: pointer; color: #0b5394; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .84rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
-th, td { padding: .35em .7em; text-align: right; vertical-align: top; border-bottom: 1px solid #e4e4e4; }
+table {
+  border-collapse: collapse; font-size: .84rem; line-height: 1.4;
+  font-variant-numeric: tabular-nums;
+}
+th, td {
+  padding: .35em .7em; text-align: right; vertical-align: top; border-bottom: 1px solid #e4e4e4;
+}
 th { color: #444; font-weight: 600; vertical-align: bottom; }
 td:first-child, th:first-child, .text, .verdicts td, .verdicts th { text-align: left; }
 td:first-child { min-width: 8.5em; }
@@ -120,19 +135,21 @@ def html_page(report: Report) -> str:
     """The report as one HTML page that loads no other file."""
     parts = [
         f"<h1>{NAME}</h1>\n<p>{LEAD}</p>",
-        f"<section><h2>The claims</h2>\n{verdict_table(report.verdicts)}\n<p>{escape(THRESHOLDS)}</p></section>",
+        f"<section><h2>The claims</h2>\n{verdict_table(report.verdicts)}\n"
+        f"<p>{escape(THRESHOLDS)}</p></section>",
         *(html_section(section) for section in report.sections),
-        *(f"<section><p>Not measured yet: run <code>{escape(command)}</code>.</p></section>"
-          for command in report.missing),
+        *(
+            f"<section><p>Not measured yet: run <code>{escape(command)}</code>.</p></section>"
+            for command in report.missing
+        ),
         "<section><h2>How it was measured</h2>\n"
         f"{html_details('Commands, commits, machines and versions', report.measured)}</section>",
-    ]  # fmt: skip
+    ]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<link rel="icon" href="data:,">\n<title>{NAME}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n'
-        + "\n".join(parts)
-        + "\n</main>\n</body>\n</html>\n"
+        f'<link rel="icon" href="data:,">\n<title>{NAME}</title>\n<style>{CSS}</style>\n'
+        "</head>\n<body>\n<main>\n" + "\n".join(parts) + "\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -140,9 +157,10 @@ def html_section(section: Section) -> str:
     """Title, text, pictures and folded tables of a section."""
     pictures = "\n".join(f"<figure>\n{picture.svg}</figure>" for picture in section.pictures)
     tables = "\n".join(html_details(name, table) for name, table in section.tables.items())
+    layout = "two-columns" if len(section.pictures) == 1 else "one-column"
     return (
         f"<section><h2>{escape(section.title)}</h2>\n"
-        f'<div class="{"beside" if len(section.pictures) == 1 else "above"}"><p>{escape(section.text)}</p>\n'
+        f'<div class="{layout}"><p>{escape(section.text)}</p>\n'
         f'<div class="pictures">\n{pictures}\n</div></div>\n{tables}</section>'
     )
 
@@ -168,9 +186,13 @@ def verdict_table(verdicts: list[Verdict]) -> str:
     """One row per claim; narrow screens stack its cells."""
     lines = [
         f"<tr><td>{escape(one.claim)}</td><td>{'<br>'.join(map(escape, one.measured))}</td>"
-        f'<td><span class="word {one.word.replace(" ", "-")}">{one.word}</span></td><td>{escape(one.why)}</td></tr>'
+        f'<td><span class="word '
+        f'{one.word.replace(" ", "-")}">{one.word}</span></td><td>{escape(one.why)}</td></tr>'
         for one in verdicts
     ]
     head = "".join(f"<th>{name}</th>" for name in COLUMNS)
     body = "\n".join(lines)
-    return f'<table class="verdicts">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>'
+    return (
+        f'<table class="verdicts">\n<thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{body}\n</tbody>\n</table>"
+    )

@@ -22,7 +22,8 @@ def quickstart_table(rows: list[dict[str, Any]]) -> str:
     training = [row for row in rows if row["kind"] == "training"]
     files = next(row for row in rows if row["kind"] == "files")
     lines = [
-        "| method | linear layers of the blocks | trainable parameters | accuracy before | accuracy after (± standard error) |",
+        "| method | linear layers of the blocks | trainable parameters | accuracy before | "
+        "accuracy after (± standard error) |",
         "|---|---|---|---|---|",
     ]
     for row in training:
@@ -30,7 +31,8 @@ def quickstart_table(rows: list[dict[str, Any]]) -> str:
             files["linears_bytes"] if row["method"] == "qrefta" else files["linears_16_bit_bytes"]
         )
         lines.append(
-            f"| {row['method']} | {packed / 1e6:.1f} MB | {row['trained_parameters']:,} | {row['accuracy_before']:.1%} "
+            f"| {row['method']} | {packed / 1e6:.1f} MB | {row['trained_parameters']:,} | "
+            f"{row['accuracy_before']:.1%} "
             f"| {row['accuracy_after']:.1%} ± {row['standard_error']:.1%} |"
         )
     return "\n".join([*lines, "", _caption(rows, training[0], files)])
@@ -46,13 +48,15 @@ def cost_table(rows: list[dict[str, Any]]) -> str:
     methods = {(row["method"], row["checkpointing"]) for row in rows}
     if len(runs) != 1 or len(methods) != len(rows):
         raise ValueError(
-            f"The rows come from several settings, devices or runs: {sorted(runs)}; keep one of them."
+            f"The rows come from several settings, devices or runs: {sorted(runs)}; keep one of "
+            f"them."
         )
     plain, checkpointed = (
         {row["method"]: row for row in rows if row["checkpointing"] == on} for on in (False, True)
     )
     lines = [
-        "| method | trainable parameters | step | / floor | / QLoRA r=16 | peak memory | / floor | / QLoRA r=16 "
+        "| method | trainable parameters | step | / floor | / QLoRA r=16 | peak memory | / floor "
+        "| / QLoRA r=16 "
         "| checkpointing: step | peak memory | / floor |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -61,17 +65,21 @@ def cost_table(rows: list[dict[str, Any]]) -> str:
         with_checkpointing = (
             "| | | |"
             if other is None
-            else f"| {other['step_s']:.2f} s | {other['peak_bytes'] / 1e6:.0f} MB | {other['peak_of_floor']:.2f} |"
+            else f"| {other['step_s']:.2f} s | {other['peak_bytes'] / 1e6:.0f} MB "
+            f"| {other['peak_of_floor']:.2f} |"
         )
         lines.append(
-            f"| {method} | {row['trained_parameters']:,} | {row['step_s']:.2f} s | {row['of_floor']:.2f} "
-            f"| {row['of_qlora']:.2f} | {row['peak_bytes'] / 1e6:.0f} MB | {row['peak_of_floor']:.2f} "
+            f"| {method} | {row['trained_parameters']:,} | {row['step_s']:.2f} s | "
+            f"{row['of_floor']:.2f} "
+            f"| {row['of_qlora']:.2f} | {row['peak_bytes'] / 1e6:.0f} MB | "
+            f"{row['peak_of_floor']:.2f} "
             f"| {row['peak_of_qlora']:.2f} {with_checkpointing}"
         )
     first = next(iter(plain.values()))
     sequences, length = first["batch"]
     caption = (
-        f"{sequences} x {length} tokens, {first['dtype']}, medians of {first['n']} alternated steps "
+        f"{sequences} x {length} tokens, {first['dtype']}, medians of {first['n']} alternated "
+        f"steps "
         f"({first['device']}, {first['threads']} threads)."
     )
     if len({row["commit"] for row in plain.values()}) > 1:
@@ -85,7 +93,8 @@ def accuracy_table(rows: list[dict[str, Any]]) -> str:
     for study, methods in scores([row for row in rows if row["task"] in TASKS]).items():
         first = next(iter(methods.values()))
         parts += [
-            f"{study.task}: {study.model}, {study.steps} steps of {study.batch_size} rows, {first.test_rows:,} to test",
+            f"{study.task}: {study.model}, {study.steps} steps of {study.batch_size} rows, "
+            f"{first.test_rows:,} to test",
             markdown_table(score_table(methods)),
         ]
     return "\n\n".join(parts)
@@ -103,7 +112,8 @@ def coverage_table(rows: list[dict[str, Any]]) -> str:
             for tool in ("bitsandbytes", "qrefta")
         )
         lines.append(
-            f"| {model} | {ours['weights'] / 1e9:.1f} billion | {theirs['share']:.1%} | {theirs['bytes'] / 1e9:.1f} GB "
+            f"| {model} | {ours['weights'] / 1e9:.1f} billion | {theirs['share']:.1%} | "
+            f"{theirs['bytes'] / 1e9:.1f} GB "
             f"| {ours['share']:.1%} | {ours['bytes'] / 1e9:.1f} GB |"
         )
     return "\n".join(lines)
@@ -133,9 +143,12 @@ def _caption(rows: list[dict[str, Any]], run: dict[str, Any], files: dict[str, A
     )
     bits = 8 * files["linears_bytes"] / (files["linears_16_bit_bytes"] / 2)
     return (
-        f"R = {stacks[0]['rank']}, {run['steps']} steps, {run['n']} test rows, one seed ({run['device']}, "
-        f"{run['threads']} threads). {bits:.2f} bits per weight, factors included; squared quantization error "
-        f"{residual / baseline:.3f} times the error of quantizing whole weights. Largest difference of logits: reloaded "
+        f"R = {stacks[0]['rank']}, {run['steps']} steps, {run['n']} test rows, one seed "
+        f"({run['device']}, "
+        f"{run['threads']} threads). {bits:.2f} bits per weight, factors included; squared "
+        f"quantization error "
+        f"{residual / baseline:.3f} times the error of quantizing whole weights. Largest "
+        f"difference of logits: reloaded "
         f"{files['reload_difference']:.2g}, merged to bf16 {files['merge_difference']:.2g} (of "
         f"{files['largest_logit']:.1f})."
     )

@@ -75,7 +75,8 @@ def read_all(folder: Path) -> dict[str, list[Row]]:
     files = {name: rows for name, rows in files.items() if rows}
     if not files:
         raise ValueError(
-            f"{folder} has no rows to report; expected files are {', '.join(f'{name}.jsonl' for name in MAKES)}. "
+            f"{folder} has no rows to report; expected files are "
+            f"{', '.join(f'{name}.jsonl' for name in MAKES)}. "
             f"Measure first: {'; '.join(MAKES.values())}."
         )
     for name, rows in files.items():
@@ -84,7 +85,8 @@ def read_all(folder: Path) -> dict[str, list[Row]]:
             if not set(needed) <= set(row):
                 raise ValueError(
                     f"{folder / name}.jsonl, line {line}: a row of kind {row['kind']} without "
-                    f"{', '.join(field for field in needed if field not in row)}, written by an older version; it "
+                    f"{', '.join(field for field in needed if field not in row)}, written by an "
+                    f"older version; it "
                     f"needs {', '.join(needed)}. Measure again: {MAKES[name]}."
                 )
     if "quant_error" in files:
@@ -105,7 +107,8 @@ def one_setting(rows: list[Row], path: Path) -> list[Row]:
         }
         if len(settings) > 1:
             raise ValueError(
-                f"{path}: {model} was measured with several settings: {sorted(settings)} ({', '.join(SETTING)}); keep "
+                f"{path}: {model} was measured with several settings: {sorted(settings)} "
+                f"({', '.join(SETTING)}); keep "
                 "the rows of one in this file."
             )
     fields = ("kind", *Cell._fields)
@@ -154,10 +157,13 @@ def curve_section(rows: list[Row], value: str, what: str, name: str) -> Section:
         one: findings.error_title(pick(measured, quant_type=one), value, what) for one in formats
     }
     meaning = {
-        "ratio": "Squared error ||W - Ŵ||^2 of all stacks together, relative to quantizing whole weights: below 1 "
-        "is better than 4 bits alone. R counts the components of a stack. PiSSA, LoftQ and QERA have the same "
+        "ratio": "Squared error ||W - Ŵ||^2 of all stacks together, relative to quantizing whole "
+        "weights: below 1 "
+        "is better than 4 bits alone. R counts the components of a stack. PiSSA, LoftQ and QERA "
+        "have the same "
         "number over all its layers, and CRAFT's Tucker part takes at most the same bytes.",
-        "output_ratio": "Squared error of the linear layers' outputs on text, E||x (W - Ŵ)^T||^2, relative to quantizing "
+        "output_ratio": "Squared error of the linear layers' outputs on text, "
+        "E||x (W - Ŵ)^T||^2, relative to quantizing "
         "whole weights. The text was not used for calibration.",
     }
     others = "".join(f" {titles[one]}." for one in formats[1:])
@@ -166,15 +172,21 @@ def curve_section(rows: list[Row], value: str, what: str, name: str) -> Section:
         meaning[value] + others,
         [
             figures.error_curves(
-                pick(measured, quant_type=one), value, f"{FORMATS[one]} {what}", f"{name}-{one}",
+                pick(measured, quant_type=one),
+                value,
+                f"{FORMATS[one]} {what}",
+                f"{name}-{one}",
                 f"{what.capitalize()} over R. {titles[one]}",
-            ) for one in formats
+            )
+            for one in formats
         ],
         {
-            f"{FORMATS[one]}, by method and R": findings.curve_table(pick(measured, quant_type=one), value)
+            f"{FORMATS[one]}, by method and R": findings.curve_table(
+                pick(measured, quant_type=one), value
+            )
             for one in formats
         },
-    )  # fmt: skip
+    )
 
 
 def transform_section(rows: list[Row], name: str) -> Section:
@@ -190,7 +202,8 @@ def transform_section(rows: list[Row], name: str) -> Section:
         if start in both
     ]
     text = (
-        f"Weight error relative to the same split without mixing layers. The pictures show {FORMATS[rows[0]['quant_type']]}, "
+        f"Weight error relative to the same split without mixing layers. The pictures show "
+        f"{FORMATS[rows[0]['quant_type']]}, "
         "the title covers all formats. Below 1 the transform helps."
     )
     return Section(
@@ -207,7 +220,8 @@ def bytes_section(rows: list[Row], name: str) -> Section:
     ]
     title = findings.bytes_title(rows)
     text = (
-        "Bits per weight count the 4-bit codes, the scales, and factors or corrections in 16 bits. A smaller block spends "
+        "Bits per weight count the 4-bit codes, the scales, and factors or corrections in 16 "
+        "bits. A smaller block spends "
         "on scales the bytes that a split spends on factors. The factors are also trainable."
     )
     pictures = [
@@ -244,7 +258,8 @@ def layers_section(rows: list[Row], name: str) -> Section:
     if not findings.layer_rows(rows, rank):
         return Section("", "", [], {})
     title = findings.layers_title(rows, rank)
-    text = f"{FORMATS[rows[0]['quant_type']]}, {findings.PAPER}, refined; each cell is one linear layer."
+    quant_format = FORMATS[rows[0]["quant_type"]]
+    text = f"{quant_format}, {findings.PAPER}, refined; each cell is one linear layer."
     picture = figures.layer_map(
         rows, rank, f"layers-{name}", f"Weight error by stack and layer. {title}"
     )
@@ -256,8 +271,10 @@ def spectrum_section(rows: list[Row], name: str) -> Section:
     by_stack = {stack: pick(rows, stack=stack) for stack in distinct(rows, "stack")}
     titles = [findings.spectrum_title(one) for one in by_stack.values()]
     text = (
-        "Singular values of all transformed slices of a stack, largest first. The transforms are orthogonal, so "
-        "the total energy is the same; a transform is better if the largest components hold more of it."
+        "Singular values of all transformed slices of a stack, largest first. The transforms are "
+        "orthogonal, so "
+        "the total energy is the same; a transform is better if the largest components hold more "
+        "of it."
     )
     pictures = [
         figures.spectrum_lines(
@@ -265,8 +282,12 @@ def spectrum_section(rows: list[Row], name: str) -> Section:
         )
         for (stack, one), title in zip(by_stack.items(), titles)
     ]
-    return Section(titles[0], " ".join([text, *(f"{title}." for title in titles[1:])]), pictures,
-                   {"Energy, the sum of squared values": findings.spectrum_table(rows)})  # fmt: skip
+    return Section(
+        titles[0],
+        " ".join([text, *(f"{title}." for title in titles[1:])]),
+        pictures,
+        {"Energy, the sum of squared values": findings.spectrum_table(rows)},
+    )
 
 
 def score_section(study: scores.Study, methods: dict[str, scores.Score]) -> Section:
@@ -279,8 +300,10 @@ def score_section(study: scores.Study, methods: dict[str, scores.Score]) -> Sect
         for pair in scores.differences(methods, words, theirs)
     ]
     text = (
-        f"{study.model}, {study.steps} steps of {study.batch_size} rows, {study.train_rows:,} training rows; mean over "
-        f"seeds with its standard error. Adapter parameters exclude the head, which every method trains. "
+        f"{study.model}, {study.steps} steps of {study.batch_size} rows, {study.train_rows:,} "
+        f"training rows; mean over "
+        f"seeds with its standard error. Adapter parameters exclude the head, which every method "
+        f"trains. "
         f"{scores.noise(methods)}"
     )
     name = f"score-{slug(study.task)}-{slug(study.model)}-{study.steps}"
@@ -299,7 +322,8 @@ def depth_section(stacks: list[tuple[int, int, int]], model: str, scored: list[s
     """Trainable parameters by depth, computed from the shapes in the rows."""
     title = findings.depth_title(stacks)
     text = (
-        f"Counted for the stack shapes of {model}: ReFTA trains R (in + out) parameters per stack for any number of "
+        f"Counted for the stack shapes of {model}: ReFTA trains R (in + out) parameters per stack "
+        f"for any number of "
         "layers, LoRA r (in + out) per layer. "
         + (
             f"Scores were measured on {', '.join(scored)} and on no deeper model."
@@ -323,19 +347,25 @@ def cost_section(rows: list[Row]) -> Section:
     first = rows[0]
     sequences, length = first["batch"]
     text = (
-        f"Setting {first['setting']}: {sequences} x {length} tokens, {first['dtype']}, {first['device']}, medians of "
-        f"{first['n']} alternated steps. The floor is the frozen 4-bit model: forward, and backward to its inputs."
+        f"Setting {first['setting']}: {sequences} x {length} tokens, {first['dtype']}, "
+        f"{first['device']}, medians of "
+        f"{first['n']} alternated steps. The floor is the frozen 4-bit model: forward, and "
+        f"backward to its inputs."
     )
     others = "".join(f" {words[on].capitalize()}: {titles[on]}." for on in list(titles)[1:])
     return Section(
         next(iter(titles.values())),
         text + others,
         [
-            figures.cost_dots(parts[on], f"cost-{slug(first['setting'])}-{slug(first['device'])}-{slug(words[on])}",
-                              f"A training step {words[on]}: {title}") for on, title in titles.items()
+            figures.cost_dots(
+                parts[on],
+                f"cost-{slug(first['setting'])}-{slug(first['device'])}-{slug(words[on])}",
+                f"A training step {words[on]}: {title}",
+            )
+            for on, title in titles.items()
         ],
         {words[on].capitalize(): findings.cost_table(parts[on]) for on in titles},
-    )  # fmt: skip
+    )
 
 
 def slug(text: str) -> str:

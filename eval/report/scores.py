@@ -77,7 +77,7 @@ class Difference(NamedTuple):
 
     @property
     def word(self) -> str:
-        """better, worse, level, or untold: one seed, a diverged run, or noise as large as the gain."""
+        """better, worse, level, or untold: one seed, a diverged run, or too much noise."""
         if self.standard_error is None or not isfinite(self.standard_error):
             return "untold"
         margin = t.ppf((1 + CONFIDENCE) / 2, self.seeds - 1) * self.standard_error
@@ -86,13 +86,15 @@ class Difference(NamedTuple):
         return "untold" if self.gain is not None and self.gain <= margin else "level"
 
     def __str__(self) -> str:
-        """For example: refta R=15 bits=16 minus lora r=8: +0.1 ± 0.1 points (level; 0.31 times the ...).
+        """For example: refta R=15 bits=16 minus lora r=8: +0.1 ± 0.1 points (level; 0.31 times the
+        ...).
 
         The learning rates are added if they differ.
         """
         rates = self.ours.learning_rate, self.theirs.learning_rate
         chosen = f"; learning rates {rates[0]:g} and {rates[1]:g}" if rates[0] != rates[1] else ""
-        return f"{self.ours.method} minus {self.theirs.method}: {self.amount} ({self.word}; {self.numbers}{chosen})"
+        pair = f"{self.ours.method} minus {self.theirs.method}"
+        return f"{pair}: {self.amount} ({self.word}; {self.numbers}{chosen})"
 
     @property
     def numbers(self) -> str:
@@ -125,7 +127,8 @@ def standard_error(values: list[float]) -> float | None:
 def scores(rows: list[Row]) -> dict[Study, dict[str, Score]]:
     """Scores by study and method, at the learning rate that the search chose.
 
-    The last row of a seed counts. Rows at other learning rates, from a smaller search, do not count.
+    The last row of a seed counts. Rows at other learning rates, from a smaller search, do not
+    count.
     """
     tried: dict[tuple[Study, str], list[Row]] = defaultdict(list)
     for row in pick(rows, kind="search"):
@@ -213,7 +216,8 @@ def score_title(name: str, methods: dict[str, Score]) -> str:
         "level": "is level with",
         "untold": "cannot be told from",
     }
-    return f"{name}: {pair.ours.method} {words[pair.word]} {pair.theirs.method} with {pair.numbers} ({pair.amount})"
+    result = f"{pair.ours.method} {words[pair.word]} {pair.theirs.method}"
+    return f"{name}: {result} with {pair.numbers} ({pair.amount})"
 
 
 def _distance(ours: int, theirs: int) -> float:
@@ -232,23 +236,43 @@ def shown(score: Score) -> str:
 def score_table(methods: dict[str, Score]) -> Table:
     """One line per method, the smallest first."""
     lines = [
-        [score.method, f"{score.adapter:,}", shown(score), str(len(score.values)),
-         f"{score.learning_rate:g}{' (edge)' * score.at_edge}", f"{score.cpu_s:.0f}",
-         number(None if score.peak_bytes is None else score.peak_bytes / 1e6, ".0f")]
+        [
+            score.method,
+            f"{score.adapter:,}",
+            shown(score),
+            str(len(score.values)),
+            f"{score.learning_rate:g}{' (edge)' * score.at_edge}",
+            f"{score.cpu_s:.0f}",
+            number(None if score.peak_bytes is None else score.peak_bytes / 1e6, ".0f"),
+        ]
         for score in sorted(methods.values(), key=lambda score: score.adapter)
-    ]  # fmt: skip
+    ]
     metric = next(iter(methods.values())).metric
-    header = ["method", "adapter parameters", f"{metric} ± standard error", "seeds", "learning rate", "CPU s",
-              "peak MB"]  # fmt: skip
+    header = [
+        "method",
+        "adapter parameters",
+        f"{metric} ± standard error",
+        "seeds",
+        "learning rate",
+        "CPU s",
+        "peak MB",
+    ]
     return Table(header, lines)
 
 
 def difference_table(pairs: list[Difference]) -> Table:
     """One line per pair: relative size, difference and its meaning."""
     lines = [
-        [pair.ours.method, pair.theirs.method, number(pair.ours.adapter / pair.theirs.adapter, ".2f"), pair.amount,
-         str(pair.seeds), pair.word] for pair in pairs
-    ]  # fmt: skip
+        [
+            pair.ours.method,
+            pair.theirs.method,
+            number(pair.ours.adapter / pair.theirs.adapter, ".2f"),
+            pair.amount,
+            str(pair.seeds),
+            pair.word,
+        ]
+        for pair in pairs
+    ]
     return Table(
         [
             "method",
@@ -263,14 +287,15 @@ def difference_table(pairs: list[Difference]) -> Table:
 
 
 def noise(methods: dict[str, Score]) -> str:
-    """The noise of an accuracy from the draw of test rows, and learning rates at the grid's edge."""
+    """Noise of an accuracy from the draw of test rows; learning rates at the edge of the grid."""
     edges = [score.method for score in methods.values() if score.at_edge]
     text = f"Learning rate at the edge of the grid: {', '.join(edges)}. " if edges else ""
     best = max(methods.values(), key=lambda score: score.mean)
     if best.metric == "accuracy":
         spread = (best.mean * (1 - best.mean) / best.test_rows) ** 0.5
         text += (
-            f"With {best.test_rows:,} test rows an accuracy of {best.mean:.1%} has a binomial standard error of "
+            f"With {best.test_rows:,} test rows an accuracy of {best.mean:.1%} has a binomial "
+            f"standard error of "
             f"{spread:.1%}, common to all methods; paired differences vary less."
         )
     return text

@@ -24,10 +24,14 @@ NAMED = 4  # exceptions that are named
 CELL = ("model", "stack", "quant_type", "transform", "rank")
 
 THRESHOLDS = (
-    f"Errors within {TIE:.0%} of each other are level; step times within {TIMING:.0%} are equal. Score differences "
-    f"are paired over seeds and count if their {CONFIDENCE:.0%} interval (Student's t) excludes zero. If half the "
-    "interval is as wide as the rival's gain over the head alone, the task cannot tell (untold). A claim holds if "
-    "no cell contradicts it, does not hold if no cell supports it, and holds in part otherwise. Level means that "
+    f"Errors within {TIE:.0%} of each other are level; step times within {TIMING:.0%} are equal. "
+    f"Score differences "
+    f"are paired over seeds and count if their {CONFIDENCE:.0%} interval (Student's t) excludes "
+    f"zero. If half the "
+    "interval is as wide as the rival's gain over the head alone, the task cannot tell (untold). "
+    "A claim holds if "
+    "no cell contradicts it, does not hold if no cell supports it, and holds in part otherwise. "
+    "Level means that "
     "these seeds show no loss; it does not prove that there is none."
 )
 
@@ -87,14 +91,17 @@ def below_baseline(stacks: list[Row]) -> Verdict:
         ratios = [row["ratio"] for row in pick(splits, quant_type=name)]
         below += sum(ratio < 1 for ratio in ratios)
         lines.append(
-            f"{FORMATS[name]}: below in {sum(ratio < 1 for ratio in ratios)} of {len(ratios)} cells, "
+            f"{FORMATS[name]}: below in {sum(ratio < 1 for ratio in ratios)} of {len(ratios)} "
+            f"cells, "
             f"{min(ratios):.3f} to {max(ratios):.3f} times"
         )
     return Verdict(
-        "The residual quantizes with less error than the whole weight: ||W_res - Q(W_res)||^2 < ||W - Q(W)||^2",
+        "The residual quantizes with less error than the whole weight: ||W_res - Q(W_res)||^2 < "
+        "||W - Q(W)||^2",
         lines or ["not measured"],
         judge(below, len(splits) - below),
-        "One-shot splits of every stack, R and transform: the principal part removes the largest singular values "
+        "One-shot splits of every stack, R and transform: the principal part removes the largest "
+        "singular values "
         "before quantization.",
     )
 
@@ -133,7 +140,8 @@ def fewer_numbers(studies: dict[Study, dict[str, Score]]) -> Verdict:
         "It trains a fraction of LoRA's parameters",
         lines or ["not measured"],
         judge(fewer, len(found) - fewer),
-        "R (in + out) per stack against r (in + out) per layer: fewer only if R < r * layers. In a shallow model "
+        "R (in + out) per stack against r (in + out) per layer: fewer only if R < r * layers. In "
+        "a shallow model "
         "this leaves few components per layer.",
     )
 
@@ -150,14 +158,16 @@ def beside_lora(studies: dict[Study, dict[str, Score]], ours: str, theirs: str) 
     good = sum(pair.word != "worse" for pair in fewer)
     equal = [pair for pair in told if pair.ours.adapter == pair.theirs.adapter]
     worse = sum(pair.word == "worse" for pair in equal)
-    note = f"Of {len(equal)} pairs of equal size, {worse} are worse. " if equal else ""
+    note = f"{worse} of {len(equal)} pairs of equal size are worse. " if equal else ""
     bits = "16-bit weights" if "bits=16" in ours else "4-bit weights"
     name = NAMES[ours.split()[0]]
     return Verdict(
-        f"{name}: {'QLoRA' if theirs == 'qlora' else 'LoRA'}'s score or better with fewer trainable parameters ({bits})",
+        f"{name}: {'QLoRA' if theirs == 'qlora' else 'LoRA'}'s score or better with fewer "
+        f"trainable parameters ({bits})",
         score_lines(shown),
         judge(good, len(fewer) - good),
-        f"Of {len(fewer)} decided pairs with fewer parameters, {good} are level or better. {note}Pairs with more "
+        f"{good} of {len(fewer)} decided pairs with fewer parameters are level or better. "
+        f"{note}Pairs with more "
         "parameters are in the tables of the tasks.",
     )
 
@@ -180,7 +190,8 @@ def one_knob(models: list[Row]) -> Verdict:
             *exception_lines(exceptions),
         ],
         judge(good, bad),
-        "R selects the largest tensor singular values of a stack over all its layers; no layer needs a rank. "
+        "R selects the largest tensor singular values of a stack over all its layers; no layer "
+        "needs a rank. "
         "All stacks have the same R.",
     )
 
@@ -196,7 +207,8 @@ def no_rebuilding(cost: list[Row]) -> Verdict:
             peak = row["peak_bytes"] / other["peak_bytes"]
             with_it = "with" if row["checkpointing"] else "without"
             lines.append(
-                f"{row['setting']}, {with_it} checkpointing: rebuilding takes {time:.2f} times the time and {peak:.2f} "
+                f"{row['setting']}, {with_it} checkpointing: rebuilding takes {time:.2f} times "
+                f"the time and {peak:.2f} "
                 "times the memory"
             )
             good += time > 1 + TIMING and peak > 1
@@ -205,7 +217,8 @@ def no_rebuilding(cost: list[Row]) -> Verdict:
         "Training without rebuilding a dense weight saves time and memory",
         lines or ["not measured"],
         judge(good, bad),
-        "Both with R = 64; low-rank products replace A diag(u) B. If R is near the width, rebuilding wins.",
+        "Both with R = 64; low-rank products replace A diag(u) B. If R is near the width, "
+        "rebuilding wins.",
     )
 
 
@@ -294,7 +307,7 @@ def from_scores(
         claim,
         score_lines(pairs),
         judge(better, len(told) - better),
-        f"{why} Of {len(told)} decided differences, {better} are better, {told.count('level')} level and "
+        f"{why} {len(told)} differences are decided: {better} better, {told.count('level')} level, "
         f"{told.count('worse')} worse.",
     )
 

@@ -2,7 +2,7 @@
 
 Each mutant is a copy of a tiny checkpoint with one thing wrong. A prepared folder is read by `qrefta.load` and by
 `from_pretrained`, with its checksums kept as they were (damage), removed (an older folder) or written again (malice);
-a dense folder by `qrefta.prepare(folder, out=...)`. What may come of it:
+a dense folder by `qrefta.prepare_checkpoint`. What may come of it:
 
 - refused: a ValueError or OSError of ours; by_transformers: one of transformers', before the plug-in is asked;
 - identical: the model that was saved, bit for bit;
@@ -628,7 +628,9 @@ def outcome(folder: Path, base: Path, reader: str, state: str) -> str:
     try:
         if reader == "prepare":
             out = folder.parent / "out"
-            qrefta.prepare(folder, out=out, rank=1, refine=0, transform="dct", progress=False)
+            qrefta.prepare_checkpoint(
+                folder, out, rank=1, refine=0, transform="dct", progress=False
+            )
             return _compared_source(folder, base, out)
         load = (
             qrefta.load if reader == "load" else AutoModelForSequenceClassification.from_pretrained

@@ -1,9 +1,9 @@
-"""python -m eval.robustness.kills: training, preparing and merging that are killed at random moments, and go on.
+"""Training, preparing and merging that are killed at random moments and resumed.
 
-Every attempt is a process of its own, forked from this one, and ends by signal 9 at a random moment, half of them while
-files are being written, until one gets to the end, or they have been killed often enough. After each kill everything in
-the folder that would be taken for whole is compared with what an undisturbed run had there, byte for byte; so is what
-the chain of attempts ends with.
+Every attempt is a forked process that is killed by signal 9 at a random moment, in half of the
+cases while it writes files. Attempts continue until one finishes, or after `CHAIN` kills. After
+each kill, every checkpoint that looks complete is loaded and compared byte for byte with an
+undisturbed run. The final files are compared in the same way.
 """
 
 import hashlib
@@ -33,23 +33,25 @@ from qrefta.train.checkpoints import UNFINISHED, last_checkpoint
 from qrefta.train.finetune import finetune
 
 STEPS = 12
-PATIENCE_S = 600  # for any process
-CHAIN = 20  # kills of one job, at most, before it may get to its end
-_SAID = Path(tempfile.gettempdir()) / f"qrefta-kills-{os.getpid()}.txt"  # by the last process
-Digests = dict[str, str]  # file, within the job's folder -> sha256
+PATIENCE_S = 600  # limit of a process
+CHAIN = 20  # most kills before a job may finish
+_SAID = (
+    Path(tempfile.gettempdir()) / f"qrefta-kills-{os.getpid()}.txt"
+)  # output of the last process
+Digests = dict[str, str]  # file in the job's folder -> sha256
 console = Console()
 
 
 @dataclass
 class Tally:
-    """What came of a job's kills.
+    """Counts of a job's kills and their results.
 
     Attributes:
-        kills: attempts that were killed; `writing` of them while a file was being written.
-        runs: chains of attempts, each to its end.
-        unreadable: kills after which what would be taken for whole could not be loaded.
-        half_written: kills after which it lacked a file, or had other bytes than the undisturbed run's.
-        unequal: chains that ended with other bytes than the undisturbed run.
+        kills: killed attempts; `writing` counts those that were writing a file.
+        runs: finished chains of attempts.
+        unreadable: kills after which a complete-looking checkpoint could not be loaded.
+        half_written: kills after which it missed a file or differed from the undisturbed run.
+        unequal: chains whose final files differ from the undisturbed run.
     """
 
     kills: int = 0
@@ -62,14 +64,14 @@ class Tally:
 
 @dataclass(frozen=True)
 class Job:
-    """What is killed.
+    """A job to kill.
 
     Attributes:
-        work: does it, or goes on with it, in a folder.
-        whole: the paths in the folder that would be taken for whole.
-        load: loads one of them.
+        work: starts or resumes the job in a folder.
+        whole: the complete-looking checkpoints in the folder.
+        load: loads one of these checkpoints.
         busy: whether files are being written in the folder.
-        volatile: files that differ from run to run (times), by name.
+        volatile: names of files that differ between runs, such as times.
     """
 
     work: Callable[[Path], None]
@@ -81,15 +83,15 @@ class Job:
 
 def run(
     kills: Annotated[
-        int, typer.Option(help="Of training; preparing and merging get a quarter as many each.")
+        int, typer.Option(help="Kills of training; preparing and merging get a quarter each.")
     ] = 200,
-    only: Annotated[str, typer.Option(help="Those to kill, with commas.")] = "train,prepare,merge",
-    seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
-    rows: Annotated[
-        Path | None, typer.Option(help="File to add the counts to, as JSON lines.")
-    ] = None,
+    only: Annotated[
+        str, typer.Option(help="Jobs to kill, separated by commas.")
+    ] = "train,prepare,merge",
+    seed: Annotated[int, typer.Option(help="Seed of the moments.")] = 0,
+    rows: Annotated[Path | None, typer.Option(help="JSON lines file; rows are added.")] = None,
 ) -> None:
-    """Kill and count."""
+    """Kill jobs and count the results."""
     quiet_libraries()
     place = Path(tempfile.mkdtemp(prefix="qrefta-kills-"))
     try:
@@ -107,11 +109,10 @@ def run(
 
 
 def jobs(place: Path) -> dict[str, Job]:
-    """Training with a checkpoint every step, preparing out of core, merging; what they start from lies in `place`."""
+    """Training with a checkpoint every step, preparing out of core, and merging."""
     dense, prepared = place / "dense", place / "prepared"
-    _done(
-        _fork(lambda: write_decoder(dense))
-    )  # not here: what torch has set up for threads survives no fork
+    # In a fork, because torch's threads in this process would not survive later forks.
+    _done(_fork(lambda: write_decoder(dense)))
     text = numbers()
     settings = {"rank": 8, "refine": 1, "progress": False}
     _done(_fork(lambda: qrefta.prepare_checkpoint(dense, prepared, **settings)))
@@ -119,16 +120,26 @@ def jobs(place: Path) -> dict[str, Job]:
     def train(folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(prepared, dtype=torch.float32)
         resume = last_checkpoint(folder) is not None
-        finetune(model, tokenizer(), text, folder, task="lm", max_steps=STEPS, batch_size=4, max_length=16,
-                 save_steps=1, resume=resume, progress=False)  # fmt: skip
+        finetune(
+            model,
+            tokenizer(),
+            text,
+            folder,
+            task="lm",
+            max_steps=STEPS,
+            batch_size=4,
+            max_length=16,
+            save_steps=1,
+            resume=resume,
+            progress=False,
+        )
 
     def model_in(folder: Path) -> list[Path]:
         return [folder] if (folder / "config.json").exists() else []
 
     def prepare(folder: Path) -> None:
-        if (
-            not model_in(folder) or (folder / JOURNAL).exists()
-        ):  # else it was killed when all was done
+        # A finished folder without a journal was killed after all work was done.
+        if not model_in(folder) or (folder / JOURNAL).exists():
             qrefta.prepare_checkpoint(dense, folder, **settings)
 
     def merge(folder: Path) -> None:
@@ -159,7 +170,7 @@ def jobs(place: Path) -> dict[str, Job]:
 
 
 def kill(job: Job, place: Path, kills: int, chance: random.Random) -> Tally:
-    """Kill a job so many times, chain after chain of attempts."""
+    """Kill a job `kills` times, in chains of attempts."""
     place.mkdir()
     expected, seconds = undisturbed(job, place / "undisturbed")
     tally = Tally()
@@ -170,9 +181,9 @@ def kill(job: Job, place: Path, kills: int, chance: random.Random) -> Tally:
             if attempt(job, folder, chance, seconds, tally):
                 break
             check(job, folder, expected, tally)
-        else:  # what begins anew each time would never end
+        else:  # a job that restarts each time would never finish
             _done(_fork(lambda folder=folder: job.work(folder)))
-        if tally.kills == before:  # too late, where the undisturbed run was held up
+        if tally.kills == before:  # the undisturbed run was held up, so every kill was too late
             seconds = min(seconds, time.monotonic() - start)
         tally.runs += 1
         final = digests(folder, job.volatile)
@@ -182,7 +193,7 @@ def kill(job: Job, place: Path, kills: int, chance: random.Random) -> Tally:
 
 
 def undisturbed(job: Job, folder: Path) -> tuple[dict[str, Digests], float]:
-    """Of a run that nothing ends: the files of all that was whole at any time, by its path; and seconds of another."""
+    """Digests of every complete checkpoint of an undisturbed run, by path, and seconds of a run."""
     start = time.monotonic()
     _done(_fork(lambda: job.work(folder)))
     seconds = time.monotonic() - start
@@ -202,7 +213,7 @@ def undisturbed(job: Job, folder: Path) -> tuple[dict[str, Digests], float]:
 
 
 def attempt(job: Job, folder: Path, chance: random.Random, seconds: float, tally: Tally) -> bool:
-    """One attempt; whether it got to its end."""
+    """Run one attempt; whether it finished."""
     child = _fork(lambda: job.work(folder))
     until = time.monotonic() + chance.uniform(0.05, 0.6) * seconds
     while_writing = chance.random() < 0.5
@@ -223,7 +234,7 @@ def attempt(job: Job, folder: Path, chance: random.Random, seconds: float, tally
 
 
 def check(job: Job, folder: Path, expected: dict[str, Digests], tally: Tally) -> None:
-    """Load what would be taken for whole, and compare it with the undisturbed run's."""
+    """Load complete-looking checkpoints and compare them with the undisturbed run."""
     for path in job.whole(folder):
         found, wanted = digests(path, job.volatile), expected.get(str(path.relative_to(folder)))
         tally.half_written += wanted is not None and any(
@@ -233,7 +244,7 @@ def check(job: Job, folder: Path, expected: dict[str, Digests], tally: Tally) ->
 
 
 def digests(folder: Path, volatile: tuple[str, ...]) -> Digests:
-    """sha256 of every file in a folder, but of checkpoints below it."""
+    """sha256 of every file directly in a folder."""
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.iterdir())
@@ -242,10 +253,10 @@ def digests(folder: Path, volatile: tuple[str, ...]) -> Digests:
 
 
 def _ended(child: int) -> bool:
-    """Whether a process has ended; it must have ended well."""
+    """Whether a process has ended; it must have ended without an error."""
     pid, status = os.waitpid(child, os.WNOHANG)
     if status:
-        raise RuntimeError(f"An attempt failed that was not killed: {_SAID.read_text()}")
+        raise RuntimeError(f"An attempt failed without being killed: {_SAID.read_text()}")
     return pid == child
 
 
@@ -255,12 +266,12 @@ def _done(child: int) -> None:
 
 
 def _fork(work: Callable[[], Any]) -> int:
-    """The process that does it; it ends with 0 if that went well."""
+    """Process id of a fork that runs `work`; it exits with 0 if there was no error."""
     child = os.fork()
     if child == 0:
         code = 1
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(PATIENCE_S)  # so that nothing waits for ever for one that stands still
+        signal.alarm(PATIENCE_S)  # a hanging process ends
         try:
             said = os.open(_SAID, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(said, 1)
@@ -268,7 +279,7 @@ def _fork(work: Callable[[], Any]) -> int:
             torch.set_num_threads(1)
             work()
             code = 0
-        except BaseException:  # nothing of this process's own may run on
+        except BaseException:  # the parent's code must not continue here
             os.write(2, traceback.format_exc().encode())
         finally:
             os._exit(code)

@@ -1,9 +1,9 @@
-"""python -m eval.robustness.long_run: whether memory grows, or the time of a step, in thousands of steps with checkpoints.
+"""Growth of memory and of step time over thousands of training steps with checkpoints.
 
-The recipe on a small decoder, dense and prepared, each in a process of its own: what grows in both is the trainer's.
-Resident memory and time are taken after every step; what is told is the slope of a
-straight line through them, from a tenth of the run on, with its standard error, from blocks of steps, which are nearly
-independent where single steps are not.
+A small decoder trains dense and prepared, each in a separate process. Growth in both comes from the
+trainer. Resident memory and time are recorded after every step. The result is the slope of a
+regression line after the first tenth of the run, with its standard error. The line is fitted to
+medians of blocks of steps, because single steps are not independent.
 """
 
 import math
@@ -34,12 +34,10 @@ console = Console()
 def run(
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 2000,
     save_steps: Annotated[
-        int, typer.Option(help="A checkpoint, and an evaluation, every so many.")
+        int, typer.Option(help="Steps between checkpoints, and between evaluations.")
     ] = 50,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
-    rows: Annotated[
-        Path | None, typer.Option(help="File to add the measurement to, as JSON lines.")
-    ] = None,
+    rows: Annotated[Path | None, typer.Option(help="JSON lines file; rows are added.")] = None,
 ) -> None:
     """Train and measure."""
     for model in ("dense", "prepared"):
@@ -51,7 +49,8 @@ def run(
             shutil.rmtree(place)
         for name, unit in (("memory", "bytes"), ("time", "s")):
             console.print(
-                f"{model}, {name}: {row[f'{name}_slope']:+.3g} ± {row[f'{name}_slope_error']:.2g} {unit} a step, of "
+                f"{model}, {name}: {row[f'{name}_slope']:+.3g} ± {row[f'{name}_slope_error']:.2g} "
+                f"{unit} a step, of "
                 f"{row[f'{name}_median']:.4g}"
             )
         console.print(f"test loss {row['test_loss_before']:.3f} -> {row['test_loss']:.3f}")
@@ -60,20 +59,35 @@ def run(
 
 
 def measure(place: Path, kind: str, steps: int, save_steps: int, threads: int) -> dict[str, Any]:
-    """The row of one run, of the dense or the prepared model; its files lie in `place`."""
+    """The row of one run of the dense or the prepared model; its files are in `place`."""
     torch.set_num_threads(threads)
     write_decoder(place / "dense")
-    qrefta.prepare(place / "dense", out=place / "prepared", rank=8, refine=1, progress=False)
+    qrefta.prepare_checkpoint(place / "dense", place / "prepared", rank=8, refine=1, progress=False)
     model = AutoModelForCausalLM.from_pretrained(place / kind, dtype=torch.float32)
     watch = _Watch(save_steps)
     result = finetune(
-        model, tokenizer(), numbers(), place / "run", task="lm", max_steps=steps, batch_size=4, max_length=16,
-        save_steps=save_steps, progress=False, callbacks=[watch],
-    )  # fmt: skip
-    row = {"model": kind, "steps": result.steps,
-           "save_steps": save_steps, "evaluations": watch.evaluations, "saves": watch.saves,
-           "test_loss_before": result.test_loss_before, "test_loss": result.test_loss,
-           "finite": all(map(math.isfinite, watch.losses))}  # fmt: skip
+        model,
+        tokenizer(),
+        numbers(),
+        place / "run",
+        task="lm",
+        max_steps=steps,
+        batch_size=4,
+        max_length=16,
+        save_steps=save_steps,
+        progress=False,
+        callbacks=[watch],
+    )
+    row = {
+        "model": kind,
+        "steps": result.steps,
+        "save_steps": save_steps,
+        "evaluations": watch.evaluations,
+        "saves": watch.saves,
+        "test_loss_before": result.test_loss_before,
+        "test_loss": result.test_loss,
+        "finite": all(map(math.isfinite, watch.losses)),
+    }
     for name, values in (("memory", watch.memory), ("time", watch.seconds)):
         slope, error, median = trend(values)
         row |= {f"{name}_slope": slope, f"{name}_slope_error": error, f"{name}_median": median}
@@ -81,7 +95,7 @@ def measure(place: Path, kind: str, steps: int, save_steps: int, threads: int) -
 
 
 def trend(values: list[float]) -> tuple[float, float, float]:
-    """Slope by step, its standard error and the median, of the medians of `BLOCKS` blocks after the first tenth."""
+    """Slope per step, its standard error, and the median, from `BLOCKS` blocks of steps."""
     start = len(values) // 10
     size = (len(values) - start) // BLOCKS
     parts = torch.tensor(values[start : start + size * BLOCKS], dtype=torch.float64).view(
@@ -93,14 +107,16 @@ def trend(values: list[float]) -> tuple[float, float, float]:
 
 
 class _Watch(TrainerCallback):
-    """Memory and seconds of every step, evaluation and saving left out of the latter."""
+    """Records memory and seconds of every step; the seconds exclude evaluation and saving."""
 
     def __init__(self, every: int) -> None:
         self.memory: list[float] = []
         self.seconds: list[float] = []
         self.losses: list[float] = []
-        self.evaluations = self.saves = 0
-        self._every, self._began = every, 0.0
+        self.evaluations = 0
+        self.saves = 0
+        self._every = every
+        self._began = 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self._began = time.perf_counter()

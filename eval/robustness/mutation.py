@@ -24,7 +24,7 @@ from eval.rows import append
 from qrefta.cli import guarded
 
 ROOT = Path(__file__).parents[2]
-COPIED = ("qrefta", "tests", "pyproject.toml", "README.md")
+COPIED = ("qrefta", "tests", "docs", "pyproject.toml", "README.md")
 SECTION = "[tool.mutmut]"
 COUNTS = ("killed", "survived", "no_tests", "timeout", "suspicious", "segfault", "skipped", "total")
 console = Console()
@@ -78,7 +78,7 @@ def copy_tree(place: Path) -> None:
 
 
 def configure(project: Path, module: Path, tests: list[str]) -> None:
-    """Name the module and its tests in the copied pyproject.toml; mutmut takes neither as options."""
+    """Name the module and its tests in the copied pyproject.toml, because mutmut has no options."""
     text = project.read_text(encoding="utf-8")
     if SECTION not in text:
         raise ValueError(f"pyproject.toml has no section {SECTION}; mutmut needs it.")

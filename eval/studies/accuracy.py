@@ -1,20 +1,20 @@
-"""python -m eval.studies.accuracy: does it pay? Fine-tune with any method on the same rows, order and steps, and score.
+"""Fine-tune with every method on the same rows, order and steps, and score.
 
-Each method's learning rate comes from the same grid, by rows of the training split that are put aside, with seed 0; the
-other seeds score on the test rows. What is in the rows file already is not run again.
+Each method chooses its learning rate from the same grid on validation rows with seed 0. The other
+seeds score on the test rows. Runs with a row in the rows file are not repeated.
 
-Methods are words: a name, then options.
+A method is a name with options:
 
-    head-only          the task's head (in BERT-like models with the pooler) on frozen weights; all methods train it.
-                       Language models have none, and are scored as they are
-    full               everything
-    lora r=8           PEFT on unquantized weights, likewise pissa r=8, vera r=256
-    loretta r=5        tensor trains of rank r on unquantized weights
-    qlora r=8          PEFT on NF4 weights, likewise qpissa r=8, loftq r=8
-    refta R=48         qrefta.prepare with its defaults; any of its options may follow (bits=16 transform=identity
-                       quant_type=int4 refine=0), and `calibrated`
-    craft R=48         likewise every other method of qrefta.methods; in the place of R=48, ranks=6/48/48 (craft) or
-                       trained_params=41000
+    head-only      the task's head (in BERT-like models with the pooler) on frozen weights;
+                   all methods train it; language models have no head and are not trained
+    full           all weights
+    lora r=8       PEFT on unquantized weights; likewise pissa r=8, vera r=256
+    loretta r=5    tensor trains of rank r on unquantized weights
+    qlora r=8      PEFT on NF4 weights; likewise qpissa r=8, loftq r=8
+    refta R=48     qrefta.prepare with its defaults; its options may follow
+                   (bits=16 transform=identity quant_type=int4 refine=0), and `calibrated`
+    craft R=48     likewise every method of qrefta.methods; alternatives to R=48 are
+                   ranks=6/48/48 (craft) and trained_params=41000
 """
 
 import time
@@ -55,10 +55,20 @@ from qrefta.methods import METHODS
 from qrefta.train.finetune import count_trained
 
 CORE = [
-    "head-only", "full", "lora r=1", "lora r=8", "pissa r=8", "qlora r=8", "qpissa r=8", "refta R=15 bits=16",
-    "refta R=48 bits=16", "refta R=48 bits=16 transform=identity", "refta R=48 refine=0", "refta R=48",
+    "head-only",
+    "full",
+    "lora r=1",
+    "lora r=8",
+    "pissa r=8",
+    "qlora r=8",
+    "qpissa r=8",
+    "refta R=15 bits=16",
+    "refta R=48 bits=16",
+    "refta R=48 bits=16 transform=identity",
+    "refta R=48 refine=0",
+    "refta R=48",
     "refta R=48 calibrated",
-]  # fmt: skip
+]
 KINDS = {"text": text_task, "image": image_task, "language": text_lm_task, "choice": choice_task}
 GRID = "0.0001,0.0003,0.001,0.003,0.01"
 SEARCH_SEED = 0
@@ -67,7 +77,7 @@ console = Console()
 
 
 class Cell(NamedTuple):
-    """One training run; what a row is found again by."""
+    """One training run: the fields that identify its row."""
 
     kind: str
     task: str
@@ -85,36 +95,35 @@ class Cell(NamedTuple):
 
 def run(
     task: Annotated[
-        list[str], typer.Option(help=f"{', '.join(NAMED)}, or a hub name, folder or file.")
+        list[str], typer.Option(help=f"{', '.join(NAMED)}; or a hub name, folder or file.")
     ],
-    methods: Annotated[str, typer.Option(help="Methods, with commas (see above).")] = ",".join(
-        CORE
-    ),
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = ",".join(CORE),
     seeds: Annotated[
-        int, typer.Option(min=1, help="Seeds 1 .. n that score, of head, rows and batch order.")
+        int, typer.Option(min=1, help="Seeds 1 .. n of the scores: head, rows and batch order.")
     ] = 5,
     model: Annotated[
         str | None, typer.Option(help="Hub name or folder; default: the embedded MiniLM.")
     ] = None,
     kind: Annotated[
-        str | None, typer.Option(help=f"Of a task of your own: {', '.join(KINDS)}; default: text.")
+        str | None,
+        typer.Option(help=f"Kind of an unnamed task: {', '.join(KINDS)}; default: text."),
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Folder of data; default: $QREFTA_DATA.")
     ] = None,
     header: HeaderOption = None,
-    learning_rates: Annotated[str, typer.Option(help="The grid, with commas.")] = GRID,
+    learning_rates: Annotated[str, typer.Option(help="Grid of learning rates.")] = GRID,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 32,
-    train_rows: Annotated[int, typer.Option(min=1, help="Rows to train on, at most.")] = 2000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 32,
+    train_rows: Annotated[int, typer.Option(min=1, help="Most training rows.")] = 2000,
     validation_rows: Annotated[
-        int, typer.Option(min=1, help="Training rows that choose a learning rate.")
+        int, typer.Option(min=1, help="Training rows put aside to choose a learning rate.")
     ] = 500,
-    test_rows: Annotated[int, typer.Option(min=1, help="Rows to test on, at most.")] = 2000,
-    max_length: Annotated[int, typer.Option(min=1, help="Tokens a row is cut to.")] = 64,
+    test_rows: Annotated[int, typer.Option(min=1, help="Most test rows.")] = 2000,
+    max_length: Annotated[int, typer.Option(min=1, help="Most tokens per row.")] = 64,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
-    again: Annotated[bool, typer.Option(help="Run cells that have a row already.")] = False,
-    rows: Annotated[Path, typer.Option(help="File of rows; new ones are added.")] = Path(
+    again: Annotated[bool, typer.Option(help="Repeat runs that have a row.")] = False,
+    rows: Annotated[Path, typer.Option(help="JSON lines file; new rows are added.")] = Path(
         "accuracy.jsonl"
     ),
 ) -> None:
@@ -133,9 +142,17 @@ def run(
         load = KINDS[kind or NAMED.get(name, Named()).kind]
         study = Study(partial(load, name, source, model, header, sizes), rows, again)
         for method in names:
-            fixed = {"task": name, "model": model or "all-MiniLM-L6-v2", "method": method, "steps": steps,
-                     "batch_size": batch_size, "train_rows": train_rows, "validation_rows": validation_rows,
-                     "test_rows": test_rows, "max_length": max_length}  # fmt: skip
+            fixed = {
+                "task": name,
+                "model": model or "all-MiniLM-L6-v2",
+                "method": method,
+                "steps": steps,
+                "batch_size": batch_size,
+                "train_rows": train_rows,
+                "validation_rows": validation_rows,
+                "test_rows": test_rows,
+                "max_length": max_length,
+            }
             tried = [
                 study.row(Cell("search", learning_rate=rate, seed=SEARCH_SEED, **fixed))
                 for rate in grid
@@ -146,14 +163,15 @@ def run(
 
 
 class Study:
-    """The rows of a file, and the training runs that add to it."""
+    """A rows file and the training runs that add to it."""
 
     def __init__(self, load: Callable[[int], Task], rows: Path, again: bool) -> None:
-        self.load, self.rows = cache(load), rows
+        self.load = cache(load)
+        self.rows = rows
         self.known = read(rows) if rows.exists() and not again else []
 
     def row(self, cell: Cell) -> dict[str, Any]:
-        """The row of a cell, measured and added to the file where it is not there."""
+        """The row of a cell; a missing row is measured and added to the file."""
         key = cell._asdict()
         known = find(self.known, key)
         if known is not None:
@@ -161,7 +179,8 @@ class Study:
         row = {"study": "accuracy"} | key | measure(cell, self.load(cell.seed))
         append(self.rows, [row], seed=cell.seed)
         console.print(
-            f"{cell.task}, {cell.method}, seed {cell.seed}, learning rate {cell.learning_rate:g}: {row['split']} "
+            f"{cell.task}, {cell.method}, seed {cell.seed}, learning rate {cell.learning_rate:g}: "
+            f"{row['split']} "
             f"{row['metric']} {row['value']:.4f}, {row['cpu_s']:.0f} s"
         )
         return row
@@ -177,20 +196,32 @@ def measure(cell: Cell, task: Task) -> dict[str, Any]:
         trainer = Trainer(
             model=model,
             args=TrainingArguments(
-                folder, learning_rate=cell.learning_rate, max_steps=cell.steps, warmup_steps=0.1, seed=cell.seed,
-                per_device_train_batch_size=cell.batch_size, per_device_eval_batch_size=2 * cell.batch_size,
-                train_sampling_strategy="sequential", save_strategy="no", logging_steps=1.0, report_to="none",
-                disable_tqdm=True, prediction_loss_only=metric.of_loss or task.judge is not None,
+                folder,
+                learning_rate=cell.learning_rate,
+                max_steps=cell.steps,
+                warmup_steps=0.1,
+                seed=cell.seed,
+                per_device_train_batch_size=cell.batch_size,
+                per_device_eval_batch_size=2 * cell.batch_size,
+                train_sampling_strategy="sequential",
+                save_strategy="no",
+                logging_steps=1.0,
+                report_to="none",
+                disable_tqdm=True,
+                prediction_loss_only=metric.of_loss or task.judge is not None,
                 dataloader_pin_memory=torch.cuda.is_available(),
             ),
             train_dataset=in_order(task.train, cell.steps, cell.batch_size, cell.seed),
             data_collator=task.collate,
-        )  # fmt: skip
+        )
         trainer.remove_callback(PrinterCallback)
-        wall, cpu = time.perf_counter(), time.process_time()
-        train_loss = trainer.train().training_loss if count_trained(model) else None
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        peak = peak_bytes(trainer, task, cell) if count_trained(model) else None
+        start_wall = time.perf_counter()
+        start_cpu = time.process_time()
+        trains = count_trained(model) > 0
+        train_loss = trainer.train().training_loss if trains else None
+        wall = time.perf_counter() - start_wall
+        cpu = time.process_time() - start_cpu
+        peak = peak_bytes(trainer, task, cell) if trains else None
         split = "validation" if cell.kind == "search" else "test"
         scored = task.validation if cell.kind == "search" else task.test
         found = trainer.predict(scored)
@@ -211,9 +242,9 @@ def measure(cell: Cell, task: Task) -> dict[str, Any]:
 
 
 def peak_bytes(trainer: Trainer, task: Task, cell: Cell) -> int:
-    """Most bytes of a training step on the longest rows, with the optimizer's state.
+    """Peak bytes of a training step on the longest rows, with the optimizer's state.
 
-    To be called at the end of training: the learning rate has come down to 0, so the steps change no weight.
+    Call it at the end of training: the learning rate is then 0, so the steps change no weight.
     """
     longest = sorted(task.train, key=lambda row: -len(row.get("input_ids", ())))[: cell.batch_size]
     batch = trainer._prepare_inputs(task.collate(longest))
@@ -231,7 +262,7 @@ def parse(method: str) -> tuple[str, dict[str, Any]]:
     """A method's name and options.
 
     Raises:
-        ValueError: if there is no such method, or it lacks an option, or has one that it does not know.
+        ValueError: if the method is unknown, or an option is missing or unknown.
     """
     name, *words = method.split() or [""]
     options = {
@@ -243,7 +274,9 @@ def parse(method: str) -> tuple[str, dict[str, Any]]:
         if set(options) != allowed or not all(
             type(value) is int and value > 0 for value in options.values()
         ):
-            raise ValueError(f"{method!r}: {name} takes {'r=8, say' if allowed else 'no options'}.")
+            raise ValueError(
+                f"{method!r}: {name} takes {'r=8, for example' if allowed else 'no options'}."
+            )
     elif name in METHODS:
         unclear = [
             key
@@ -253,11 +286,13 @@ def parse(method: str) -> tuple[str, dict[str, Any]]:
         sizes = [key for key in SIZES if type(options.get(key)) is SIZES[key]]
         if len(sizes) != 1 or unclear or not set(options) <= {*sizes, *OPTIONS}:
             raise ValueError(
-                f"{method!r}: {name} takes R=48, say, or ranks=6/48/48 or trained_params=41000, and any of "
-                f"{', '.join(sorted(OPTIONS))}, each with a value but for {' and '.join(FLAGS)}."
+                f"{method!r}: {name} takes R=48, ranks=6/48/48 or trained_params=41000, and any of "
+                f"{', '.join(sorted(OPTIONS))}; only {' and '.join(FLAGS)} may have no value."
             )
     else:
-        raise ValueError(f"There is no method {name!r}; there are {', '.join([*PEERS, *METHODS])}.")
+        raise ValueError(
+            f"There is no method {name!r}; the methods are {', '.join([*PEERS, *METHODS])}."
+        )
     return name, options
 
 
@@ -280,12 +315,21 @@ OPTIONS = {
     "factor_dtype",
     "calibrated",
 }
-PEERS = {"head-only": False, "full": False, "lora": True, "pissa": True, "vera": True, "loretta": True, "qlora": True,
-         "qpissa": True, "loftq": True}  # fmt: skip
+PEERS = {
+    "head-only": False,
+    "full": False,
+    "lora": True,
+    "pissa": True,
+    "vera": True,
+    "loretta": True,
+    "qlora": True,
+    "qpissa": True,
+    "loftq": True,
+}
 
 
 def build(method: str, task: Task, seed: int) -> nn.Module:
-    """The model of a method, ready to train; what it draws depends on `seed` alone."""
+    """The model of a method, ready to train; its random numbers depend on `seed` only."""
     name, options = parse(method)
     model, heads, rank = task.model(seed), task.heads, options.get("r", 0)
     with torch.random.fork_rng():

@@ -1,12 +1,14 @@
-"""python -m eval.studies.cost: time and memory of a training step, beside the floor and every peer, in one run.
+"""Time and memory of a training step: qrefta, its peers and the floor, all in one run.
 
-The floor is the frozen 4-bit model alone: forward, and backward to its inputs only, through our layers without factors
-and through bitsandbytes' own. Beside it: PEFT's QLoRA (r = 16, 8, and the r that trains as many numbers as R = 64),
-also with the dropout of its paper's recipe; PEFT's LoRA and VeRA on the unquantized weights; the tensor form that
-rebuilds the principal part as a dense matrix in every step; qrefta, and its CRAFT and TeRA. All adapt every linear of
-the blocks, store NF4 with double quantization and, but for the floors, take an AdamW step. Weights are random.
+The floor is the frozen 4-bit model: forward, and backward to its inputs, through qrefta's layers
+without factors and through bitsandbytes' layers. The peers are PEFT's QLoRA (r = 16, 8, and the r
+with as many parameters as R = 64; also with dropout, as in its paper), PEFT's LoRA and VeRA on
+unquantized weights, and a form that rebuilds the principal part as a dense matrix in every step.
+qrefta runs with ReFTA, CRAFT and TeRA.
 
-Time is the median over alternated repetitions. Peak memory is a step's, as torch's allocator counts it.
+All methods adapt every linear layer of the blocks and store NF4 with double quantization. All but
+the floors take an AdamW step. Weights are random. Time is the median over alternated repetitions;
+peak memory is counted by torch's allocator.
 """
 
 import random
@@ -25,14 +27,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import qrefta
 from eval.memory import tensor_peak
-from eval.peers.baselines import lora, qlora, quantize_linears, vera
+from eval.peers.baselines import lora, qlora, quantize_layers, vera
 from eval.rows import append
 from qrefta.cli import guarded
 from qrefta.methods import METHODS
 from qrefta.model.stacks import replace_module
 from qrefta.nn.linear import AdaptedLinear
 
-ALWAYS = ("floor", "qlora r=16")  # what the others are told relative to
+ALWAYS = ("floor", "qlora r=16")  # the references of all ratios
 console = Console()
 
 
@@ -45,22 +47,54 @@ class Setting(NamedTuple):
 
 SETTINGS = {
     "tiny": Setting(
-        {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "vocab_size": 256}, (2, 16)),
+        {
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 256,
+        },
+        (2, 16),
+    ),
     "cpu": Setting(
-        {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16,
-         "num_key_value_heads": 16, "vocab_size": 4096}, (4, 256)),
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 2816,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "vocab_size": 4096,
+        },
+        (4, 256),
+    ),
     "8b": Setting(
-        {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-         "num_key_value_heads": 8, "vocab_size": 128256}, (2, 2048)),
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 128256,
+        },
+        (2, 2048),
+    ),
     "70b, half its depth": Setting(
-        {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 40, "num_attention_heads": 64,
-         "num_key_value_heads": 8, "vocab_size": 128256}, (1, 1024)),
-}  # fmt: skip
+        {
+            "hidden_size": 8192,
+            "intermediate_size": 28672,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "vocab_size": 128256,
+        },
+        (1, 1024),
+    ),
+}
 
 
 class Run(NamedTuple):
-    """What every method is built from."""
+    """The settings that all methods share."""
 
     setting: str
     device: str
@@ -70,30 +104,28 @@ class Run(NamedTuple):
 
 def run(
     setting: Annotated[str, typer.Option(help=f"One of {', '.join(SETTINGS)}.")] = "cpu",
-    ranks: Annotated[str, typer.Option(help="Values of R, with commas.")] = "16,64,128,512",
+    ranks: Annotated[str, typer.Option(help="Values of R, separated by commas.")] = "16,64,128,512",
     repetitions: Annotated[
-        int, typer.Option(help="Alternated steps of each method, after a first one.")
+        int, typer.Option(help="Alternated steps per method, after a first one.")
     ] = 7,
     checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing.")] = False,
     memory: Annotated[bool, typer.Option(help="Measure peak memory.")] = True,
     time: Annotated[
-        bool, typer.Option(help="Measure time; then all methods' models are in memory together.")
+        bool, typer.Option(help="Measure time; this holds the models of all methods in memory.")
     ] = True,
     only: Annotated[
         str,
         typer.Option(
-            help="Texts in the names of the methods to run, with commas; floor and QLoRA always do."
+            help="Parts of method names, separated by commas; floor and QLoRA always run."
         ),
     ] = "",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    rows: Annotated[
-        Path | None, typer.Option(help="File to add the measurements to, as JSON lines.")
-    ] = None,
+    rows: Annotated[Path | None, typer.Option(help="JSON lines file; rows are added.")] = None,
 ) -> None:
     """Measure a step of every method."""
     torch.set_num_threads(threads)
     cuda = torch.cuda.is_available()
-    what = Run(
+    settings = Run(
         setting, "cuda" if cuda else "cpu", torch.bfloat16 if cuda else torch.float32, checkpointing
     )
     names = [
@@ -103,15 +135,19 @@ def run(
     ]
     counts, peaks = {}, {}
     for name in names:
-        counts[name], peaks[name] = _alone(name, what, memory)
-    medians = _medians(names, what, repetitions) if time else {}
+        counts[name], peaks[name] = _alone(name, settings, memory)
+    medians = _medians(names, settings, repetitions) if time else {}
     found = []
     for name in names:
         row = {
-            "kind": "step", "setting": setting, "method": name, "checkpointing": checkpointing,
-            "dtype": str(what.dtype).removeprefix("torch."), "batch": list(SETTINGS[setting].batch),
+            "kind": "step",
+            "setting": setting,
+            "method": name,
+            "checkpointing": checkpointing,
+            "dtype": str(settings.dtype).removeprefix("torch."),
+            "batch": list(SETTINGS[setting].batch),
             "trained_parameters": counts[name],
-        }  # fmt: skip
+        }
         if time:
             row |= {"n": repetitions, "step_s": medians[name]} | _ratios("", medians, name)
         if memory:
@@ -129,39 +165,41 @@ def run(
         append(rows, [{"study": "cost"} | row for row in found], seed=0)
 
 
-def _alone(name: str, what: Run, memory: bool) -> tuple[int, int]:
-    """How many numbers a method trains, and the most memory of its second step (the first makes optimizer state)."""
-    model = build(name, what)
-    step = stepper(model, what)
+def _alone(name: str, settings: Run, memory: bool) -> tuple[int, int]:
+    """Trainable parameters of a method, and peak memory of its second step.
+
+    The first step creates the optimizer state.
+    """
+    model = build(name, settings)
+    step = stepper(model, settings)
     step()
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return trained, tensor_peak(step, what.device) if memory else 0
+    return trained, tensor_peak(step, settings.device) if memory else 0
 
 
-def _medians(names: list[str], what: Run, repetitions: int) -> dict[str, float]:
-    """Seconds of a step of every method, after a first one.
+def _medians(names: list[str], settings: Run, repetitions: int) -> dict[str, float]:
+    """Median seconds of a step of every method, without the first one.
 
-    In another order in every repetition: what a large step leaves in caches and allocator slows the one after it.
+    Each repetition has another order, because a large step slows the one after it.
     """
-    steps = {name: stepper(build(name, what), what) for name in names}
+    steps = {name: stepper(build(name, settings), settings) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     for repetition in range(repetitions + 1):
         for name in random.Random(repetition).sample(names, len(names)):
-            seconds = timed(steps[name], what.device == "cuda")
+            seconds = timed(steps[name], settings.device == "cuda")
             times[name] += [seconds] if repetition else []
     return {name: median(values) for name, values in times.items()}
 
 
 def _ratios(prefix: str, values: dict[str, float], name: str) -> dict[str, float]:
-    own = values[name]
     return {
-        f"{prefix}of_floor": own / values["floor"],
-        f"{prefix}of_qlora": own / values["qlora r=16"],
+        f"{prefix}of_floor": values[name] / values["floor"],
+        f"{prefix}of_qlora": values[name] / values["qlora r=16"],
     }
 
 
 def method_names(setting: str, ranks: str) -> list[str]:
-    """The floor first; QLoRA with about as many trained numbers as R = 64 has r = 64 / layers."""
+    """All methods, the floor first; QLoRA with r = 64 / layers has the size of R = 64."""
     matched = max(1, round(64 / SETTINGS[setting].config["num_hidden_layers"]))
     lora = [f"qlora r={r}" for r in dict.fromkeys([16, 8, matched])]
     ours = [f"qrefta R={rank}" for rank in ranks.split(",")]
@@ -169,13 +207,13 @@ def method_names(setting: str, ranks: str) -> list[str]:
     return ["floor", "floor bitsandbytes", *lora, *peers, *ours, "craft R=64", "tera R=64"]
 
 
-def build(name: str, what: Run) -> nn.Module:
+def build(name: str, settings: Run) -> nn.Module:
     """The model of a method, ready to train."""
     torch.manual_seed(0)
-    with torch.device(what.device), default_dtype(what.dtype):
-        model = LlamaForCausalLM(LlamaConfig(**SETTINGS[what.setting].config))
+    with torch.device(settings.device), default_dtype(settings.dtype):
+        model = LlamaForCausalLM(LlamaConfig(**SETTINGS[settings.setting].config))
     kind, *options = name.split()
-    if what.checkpointing:
+    if settings.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if kind in ("qlora", "lora"):
         chosen = dict(option.split("=") for option in options)
@@ -185,7 +223,7 @@ def build(name: str, what: Run) -> nn.Module:
             return lora(model, rank, alpha=rank, dropout=dropout).train()
         return qlora(model, rank, alpha=rank, dropout=dropout, double_quant=True).train()
     if options == ["bitsandbytes"]:
-        quantize_linears(model, double_quant=True)
+        quantize_layers(model, double_quant=True)
         return model.requires_grad_(False).train()
     if kind == "vera":
         return vera(model.requires_grad_(False), int(options[0].removeprefix("r="))).train()
@@ -207,7 +245,7 @@ def build(name: str, what: Run) -> nn.Module:
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Make floating tensors in this dtype, so that no larger copy of a model ever exists."""
+    """Create float tensors in this dtype, so that no larger copy of a model exists."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -217,7 +255,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 class Rebuilding(nn.Module):
-    """A linear whose dense weight dequant(Q) + A diag(u) B is made in every step, by autograd."""
+    """A linear layer that builds its dense weight dequant(Q) + A diag(u) B in every step."""
 
     def __init__(self, layer: AdaptedLinear) -> None:
         super().__init__()
@@ -232,15 +270,15 @@ class Rebuilding(nn.Module):
         return nn.functional.linear(x, weight)
 
 
-def stepper(model: nn.Module, what: Run) -> Callable[[], None]:
-    """One training step on fixed random embeddings, whose gradients are taken too, for every method alike."""
-    config, (rows, length) = SETTINGS[what.setting].config, SETTINGS[what.setting].batch
+def stepper(model: nn.Module, settings: Run) -> Callable[[], None]:
+    """One training step on fixed random embeddings, with gradients of the embeddings."""
+    config, (rows, length) = SETTINGS[settings.setting].config, SETTINGS[settings.setting].batch
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(rows, length, config["hidden_size"], generator=generator).to(
-        what.device, what.dtype
+        settings.device, settings.dtype
     )
     labels = torch.randint(config["vocab_size"], (rows, length), generator=generator).to(
-        what.device
+        settings.device
     )
     inputs.requires_grad_()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

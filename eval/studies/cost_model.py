@@ -1,13 +1,13 @@
-"""python -m eval.studies.cost_model: whether measured times follow the counted cost of an adapted linear.
+"""Measured times of an adapted linear layer, compared with its counted cost.
 
-Forward and backward passes of single layers over a grid of tokens, widths and ranks. Time is modelled as
+Forward and backward passes of single layers over a grid of tokens, widths and ranks. The model is
 
-    operations / speed + moved bytes / bandwidth + a constant a step,
+    time = operations / speed + moved bytes / bandwidth + constant per step
 
-with the counts of `qrefta.nn.cost.step_cost` and three constants fitted to all measurements (relative least squares).
-One row for each cell with its measured and its predicted time; and for each, both forms of adding the update, forced,
-so that the choice between them can be seen to fall where the times cross; and the form that rebuilds the dense weight
-under autograd, so that it can be seen from which size on it loses.
+with the counts of `qrefta.nn.product.step_cost`. The three constants are fitted to all measurements
+by relative least squares. Each cell has one row with measured and predicted time. It also has the
+times of both forms of adding the update, which shows whether qrefta chooses the faster form, and of
+rebuilding the dense weight under autograd.
 """
 
 from collections.abc import Callable
@@ -38,20 +38,18 @@ console = Console()
 
 
 def run(
-    widths: Annotated[
-        str, typer.Option(help="in x out, with commas.")
-    ] = "256x256,512x512,1024x1024,1024x2816,2816x1024",
-    tokens: Annotated[str, typer.Option(help="Tokens, with commas.")] = "256,512,1024,2048,4096",
+    widths: Annotated[str, typer.Option(help="in x out, separated by commas.")] = WIDTHS,
+    tokens: Annotated[
+        str, typer.Option(help="Tokens, separated by commas.")
+    ] = "256,512,1024,2048,4096",
     ranks: Annotated[
-        str, typer.Option(help="Values of R, with commas; 0 is the frozen layer.")
+        str, typer.Option(help="Values of R, separated by commas; 0 is the frozen layer.")
     ] = "0,16,64,256",
     repetitions: Annotated[
-        int, typer.Option(help="Alternated steps of each form, after a first one.")
+        int, typer.Option(help="Alternated steps per form, after a first one.")
     ] = 5,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    rows: Annotated[
-        Path | None, typer.Option(help="File to add the measurements to, as JSON lines.")
-    ] = None,
+    rows: Annotated[Path | None, typer.Option(help="JSON lines file; rows are added.")] = None,
 ) -> None:
     """Measure every cell, fit the constants and compare."""
     torch.set_num_threads(threads)
@@ -78,11 +76,18 @@ def run(
     best = [row["counted_s"] / min(row["thin_s"], row["merged_s"]) - 1 for row in adapted]
     rebuilt = [row["rebuilding_s"] / row["counted_s"] for row in adapted]
     summary = {
-        "kind": "fit", "n": len(found), "operations_per_s": constants[0], "bytes_per_s": constants[1],
-        "constant_s": constants[2], "median_off": median(off), "worst_off": max(off),
-        "median_above_best_form": median(best) if best else None, "worst_above_best_form": max(best, default=None),
-        "median_rebuilding": median(rebuilt) if rebuilt else None, "least_rebuilding": min(rebuilt, default=None),
-    }  # fmt: skip
+        "kind": "fit",
+        "n": len(found),
+        "operations_per_s": constants[0],
+        "bytes_per_s": constants[1],
+        "constant_s": constants[2],
+        "median_off": median(off),
+        "worst_off": max(off),
+        "median_above_best_form": median(best) if best else None,
+        "worst_above_best_form": max(best, default=None),
+        "median_rebuilding": median(rebuilt) if rebuilt else None,
+        "least_rebuilding": min(rebuilt, default=None),
+    }
     console.print(summary)
     if rows is not None:
         append(
@@ -98,7 +103,7 @@ def run(
 def measure(
     tokens: int, in_features: int, out_features: int, rank: int, repetitions: int
 ) -> dict[str, float]:
-    """Seconds of a forward and backward pass, by form; a frozen layer has one."""
+    """Seconds of a forward and backward pass, by form; a frozen layer has one form."""
     cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     fmt, shape = QuantFormat(), (out_features, in_features)
@@ -150,7 +155,7 @@ def measure(
 
 
 def fit(cells: list[dict[str, float]]) -> tuple[list[float], list[float]]:
-    """Predicted seconds of every cell, and operations a second, bytes a second and seconds a step."""
+    """Predicted seconds of every cell, and operations per s, bytes per s and seconds per step."""
     counts = np.array([[*_cost(cell), 1.0] for cell in cells])
     measured = np.array([cell["counted_s"] for cell in cells])
     scale = counts.max(0)

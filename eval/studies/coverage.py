@@ -1,8 +1,8 @@
-"""python -m eval.studies.coverage: how much of a model's weights is in 4 bits, qrefta beside bitsandbytes through transformers.
+"""Share of a model's weights in 4 bits: qrefta compared with bitsandbytes through transformers.
 
-From the published models' configs, without weights: both replace modules on the meta device as they do when they load
-a checkpoint. bitsandbytes replaces linears, and leaves the experts of a mixture, which transformers keeps in fused
-parameters, as they are.
+Counted from the configs of published models: both tools replace modules on the meta device as they
+do when they load a checkpoint. bitsandbytes replaces linear layers. It keeps the experts of a
+mixture, which transformers stores in fused parameters, in 16 bits.
 """
 
 import copy
@@ -30,30 +30,43 @@ from qrefta.cli import guarded
 from qrefta.model.stacks import find_stacks
 from qrefta.nn.quantized import QuantFormat
 
-PUBLISHED = {  # the numbers of their config.json
-    "Llama-2-7B": LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32),
+PUBLISHED = {  # from their config.json
+    "Llama-2-7B": LlamaConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32
+    ),
     "Mixtral-8x7B": MixtralConfig(
-        vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, num_local_experts=8,
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        num_local_experts=8,
     ),
     "Qwen3-30B-A3B": Qwen3MoeConfig(
-        vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48, num_attention_heads=32,
-        num_key_value_heads=4, head_dim=128, num_experts=128, moe_intermediate_size=768,
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        moe_intermediate_size=768,
     ),
-}  # fmt: skip
+}
 console = Console()
 
 
 def run(
-    rows: Annotated[
-        Path | None, typer.Option(help="File to add the rows to, as JSON lines.")
-    ] = None,
+    rows: Annotated[Path | None, typer.Option(help="JSON lines file; rows are added.")] = None,
 ) -> None:
     """Count every model."""
     for name, config in PUBLISHED.items():
         for tool, row in coverage(config).items():
             console.print(
-                f"{name}, {tool}: {row['share']:.1%} of {row['weights'] / 1e9:.2f} billion weights in 4 bits, "
+                f"{name}, {tool}: {row['share']:.1%} of {row['weights'] / 1e9:.2f} billion "
+                f"weights in 4 bits, "
                 f"{row['bytes'] / 1e9:.1f} GB"
             )
             if rows is not None:
@@ -61,9 +74,9 @@ def run(
 
 
 def coverage(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
-    """Of each tool: `weights` of the model, `quantized` ones, their `share`, `bytes` with all others in 16 bits.
+    """By tool: `weights` of the model, `quantized` weights, their `share`, and `bytes`.
 
-    Both store NF4 in blocks of 64 with float32 scales.
+    Both tools store NF4 in blocks of 64 with float32 scales; other weights have 16 bits.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
@@ -90,7 +103,7 @@ def coverage(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
 
 
 def _bitsandbytes(model: nn.Module) -> list[nn.Module]:
-    """The layers that bitsandbytes puts into the model, which it changes."""
+    """The layers that bitsandbytes puts into the model; the model is changed."""
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     replace_with_bnb_linear(model, get_keys_to_not_convert(model), config)
     return [layer for layer in model.modules() if isinstance(layer, bitsandbytes.nn.Linear4bit)]

@@ -1,8 +1,8 @@
-"""python -m eval.studies.exports: how near every export is to the trained model, by logits, by weights, and by test accuracy.
+"""Difference of each export from the trained model: logits, weights and test accuracy.
 
-One model is fine-tuned, exported in every form, and each form is loaded by what users load it with and scored on the
-same rows. `nearest by weights` is what a LoRA on the original would be if it were the matrix of rank 2R nearest to all
-that differs from the original, quantization error included.
+One model is fine-tuned and exported in every form. Each form is loaded with the library that users
+load it with, and scored on the same rows. `nearest by weights` is the best LoRA of rank 2R on the
+original weights for the whole difference, quantization error included.
 """
 
 from pathlib import Path
@@ -35,15 +35,13 @@ def run(
     dataset: DatasetOption = None,
     header: HeaderOption = None,
     method: Annotated[str, typer.Option(help="Tensor method.")] = "refta",
-    rank: Annotated[int, typer.Option(help="Of every stack.")] = 48,
+    rank: Annotated[int, typer.Option(help="R of every stack.")] = 48,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 100,
-    learning_rate: Annotated[float, typer.Option(help="Peak.")] = 1e-3,
-    train_rows: Annotated[int, typer.Option(help="Rows to train on, at most.")] = 3200,
-    test_rows: Annotated[int, typer.Option(help="Rows to test on, at most.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Of head, rows and batch order.")] = 0,
-    rows: Annotated[
-        Path | None, typer.Option(help="File to add the measurements to, as JSON lines.")
-    ] = None,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    train_rows: Annotated[int, typer.Option(help="Most training rows.")] = 3200,
+    test_rows: Annotated[int, typer.Option(help="Most test rows.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Seed of head, rows and batch order.")] = 0,
+    rows: Annotated[Path | None, typer.Option(help="JSON lines file; rows are added.")] = None,
 ) -> None:
     """Fine-tune once, export in every form, and compare."""
     quiet_libraries()
@@ -66,9 +64,16 @@ def run(
     with TemporaryDirectory() as folder:
         root = Path(folder)
         qrefta.finetune(
-            model, tokenizer, data, root / "trained", learning_rate=learning_rate, max_steps=steps, save_steps=1.0,
-            seed=seed, progress=False,
-        )  # fmt: skip
+            model,
+            tokenizer,
+            data,
+            root / "trained",
+            learning_rate=learning_rate,
+            max_steps=steps,
+            save_steps=1.0,
+            seed=seed,
+            progress=False,
+        )
         expected = logits(model, batches)
         found = [
             scored("prepared", expected, expected, labels, size=weights_bytes(root / "trained"))
@@ -85,13 +90,23 @@ def run(
     for row in found:
         console.print(row)
     if rows is not None:
-        fixed = {"study": "exports", "dataset": dataset or "docstring sentences", "method": method, "rank": rank,
-                 "steps": steps, "learning_rate": learning_rate, "n": len(labels)}  # fmt: skip
+        fixed = {
+            "study": "exports",
+            "dataset": dataset or "docstring sentences",
+            "method": method,
+            "rank": rank,
+            "steps": steps,
+            "learning_rate": learning_rate,
+            "n": len(labels),
+        }
         append(rows, [fixed | row for row in found], seed=seed)
 
 
 def forms(rank: int | None) -> dict[str, dict[str, Any]]:
-    """Settings of `export_lora` by name; none: `merge`. Ranks of a LoRA on the original go down from twice `rank`."""
+    """Settings of `export_lora` by name; forms without `base` are merged.
+
+    LoRAs on the original have rank 2 `rank`, `rank` and 8.
+    """
     cut = (
         {}
         if rank is None
@@ -113,7 +128,7 @@ def export(model: PreTrainedModel, folder: Path, settings: dict[str, Any]) -> Ex
 
 
 def load(folder: Path, settings: dict[str, Any], original: str | Path, classes: int) -> nn.Module:
-    """As a user loads it, with nothing of qrefta."""
+    """Load an export as a user does, without qrefta."""
     dtype = settings.get("dtype", torch.bfloat16)
     if "base" not in settings:
         return AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype)
@@ -135,18 +150,22 @@ def nearest_by_weights(
     expected: Tensor,
     labels: Tensor,
 ) -> dict[str, Any]:
-    """The original plus the best approximation of what the merged weights differ by; the model is merged for it."""
+    """The row of the original plus the best rank-`rank` update towards the merged weights.
+
+    The model is merged in place.
+    """
     merged = qrefta.merge(model, torch.float32)
-    lacking = norm = 0.0
+    missing = 0.0
+    norm = 0.0
     for path, original in originals.items():
         weight = merged.get_submodule(path).weight
         change = weight - original
         left, values, right = torch.linalg.svd(change, full_matrices=False)
-        lacking += values[rank:].square().sum().item()
+        missing += values[rank:].square().sum().item()
         norm += values.square().sum().item()
         weight.copy_(original + (left[:, :rank] * values[:rank]) @ right[:rank])
     row = scored("nearest by weights", logits(merged, batches), expected, labels, size=None)
-    return row | {"weight_error": lacking / norm}
+    return row | {"weight_error": missing / norm}
 
 
 @torch.no_grad()
@@ -157,7 +176,7 @@ def logits(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
 def scored(
     form: str, found: Tensor, expected: Tensor, labels: Tensor, size: int | None
 ) -> dict[str, Any]:
-    """A row: logits beside the trained model's, share of equal predictions, accuracy."""
+    """A row: difference of logits, share of equal predictions, accuracy."""
     predicted = found.argmax(-1)
     return {
         "kind": "export",

@@ -1,7 +1,7 @@
-"""python -m eval.studies.factor_dtype: do bf16 factors train? The same run with bf16 and with float32 factors.
+"""Training with bf16 factors compared with float32 factors, otherwise equal runs.
 
-Trainer's optimizers at learning rate 2e-4, where plain AdamW on bf16 parameters loses most updates: the share of factor
-entries that move as bf16 values, and losses. One row for each run and seed.
+The learning rate is 2e-4, where plain AdamW on bf16 parameters loses most updates. Each run and
+seed has a row: the share of factor entries whose bf16 value changes, and losses.
 """
 
 import copy
@@ -28,22 +28,26 @@ console = Console()
 def run(
     dataset: DatasetOption = None,
     header: HeaderOption = None,
-    seeds: Annotated[int, typer.Option(help="Seeds 0 .. n-1, of head, rows and batch order.")] = 3,
+    seeds: Annotated[int, typer.Option(help="Seeds 0 .. n-1 of head, rows and batch order.")] = 3,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 200,
     rank: Annotated[int, typer.Option(help="R of every stack.")] = 48,
-    batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 16,
-    learning_rate: Annotated[float, typer.Option(help="Peak.")] = 2e-4,
-    train_rows: Annotated[int, typer.Option(help="Rows to train on, at most.")] = 3200,
-    test_rows: Annotated[int, typer.Option(help="Rows to test on, at most.")] = 2000,
+    batch_size: Annotated[int, typer.Option(help="Rows per step.")] = 16,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-4,
+    train_rows: Annotated[int, typer.Option(help="Most training rows.")] = 3200,
+    test_rows: Annotated[int, typer.Option(help="Most test rows.")] = 2000,
     out: Annotated[Path, typer.Option(help="Folder for checkpoints.")] = Path("runs/factor_dtype"),
-    rows: Annotated[
-        Path | None, typer.Option(help="File to add the measurements to, as JSON lines.")
-    ] = None,
+    rows: Annotated[Path | None, typer.Option(help="JSON lines file; rows are added.")] = None,
 ) -> None:
-    """Train from the same start with every kind of factors and optimizer, and compare."""
+    """Train from the same start with each factor dtype and optimizer."""
     quiet_libraries()
-    fixed = {"study": "factor_dtype", "dataset": dataset or "docstring sentences", "rank": rank, "steps": steps,
-             "batch_size": batch_size, "learning_rate": learning_rate}  # fmt: skip
+    fixed = {
+        "study": "factor_dtype",
+        "dataset": dataset or "docstring sentences",
+        "rank": rank,
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+    }
     for seed in range(seeds):
         data = load_task(dataset, header, seed, train_rows, test_rows)
         found = [
@@ -79,9 +83,18 @@ def measure(
     qrefta.prepare(model, rank=rank, factor_dtype=factor_dtype, progress=False)
     before = copy.deepcopy(getattr(model, BANK))
     result = qrefta.finetune(
-        model, AutoTokenizer.from_pretrained(model_folder()), data, out, learning_rate=learning_rate, max_steps=steps,
-        batch_size=batch_size, save_steps=1.0, optimizer=optimizer, seed=seed, progress=False,
-    )  # fmt: skip
+        model,
+        AutoTokenizer.from_pretrained(model_folder()),
+        data,
+        out,
+        learning_rate=learning_rate,
+        max_steps=steps,
+        batch_size=batch_size,
+        save_steps=1.0,
+        optimizer=optimizer,
+        seed=seed,
+        progress=False,
+    )
     pairs = list(zip(before.parameters(), getattr(model, BANK).parameters(), strict=True))
     trained = [(old, new) for old, new in pairs if new.requires_grad]
     moved = sum((old.bfloat16() != new.bfloat16()).sum().item() for old, new in trained)

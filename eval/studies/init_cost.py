@@ -1,14 +1,15 @@
-"""python -m eval.studies.init_cost: what it costs to split a stack, and what the split is worth, side by side in one run.
+"""Time and memory of splitting a stack, with the error and energy of the result.
 
-On one stack of weights (24 x 1024 x 1024 by default; Gaussian, with power-law spectra, or of a model), for each R:
+On one stack of weights (24 x 1024 x 1024 by default; Gaussian, power-law or of a model), for each
+R:
 
-- exact: the t-SVD by torch.linalg.svd, slice by slice, the reference of all speeds;
-- pissa, pissa_niter_16: PEFT's initializations of one LoRA a layer, with R / layers components each (at least one);
-- qrefta: the block method, one shot, and with rounds of refinement.
+- exact: the t-SVD by torch.linalg.svd, slice by slice; the reference for speed
+- pissa, pissa_niter_16: PEFT's start of one LoRA per layer, R / layers components each (at least 1)
+- qrefta: the block method in one shot, and with rounds of refinement
 
-Time is the median over alternated repetitions, of the decomposition alone (of the transformed slices; PEFT's: of the
-layers) and of all that the start takes: transform, decomposition, rounds, and everything quantized (NF4). Peak memory
-is that of a process of its own, above what it held before it began.
+Two times are medians over alternated repetitions: the decomposition, and the whole start
+(transform, decomposition, refinement and quantization to NF4). Peak memory is measured in a fresh
+process, above the memory it held before.
 """
 
 import multiprocessing
@@ -41,20 +42,20 @@ Measured = dict[str, float]
 
 
 def run(
-    shape: Annotated[str, typer.Option(help="layers x out x in of made weights.")] = "24x1024x1024",
+    shape: Annotated[
+        str, typer.Option(help="layers x out x in of random weights.")
+    ] = "24x1024x1024",
     weights: Annotated[
         str, typer.Option(help="gaussian, or power:P for singular values i^-P.")
     ] = "gaussian",
     model: Annotated[
-        str | None, typer.Option(help="Hub name or folder: measure a stack of it instead.")
+        str | None, typer.Option(help="Hub name or folder of a model to take the stack from.")
     ] = None,
-    stack: Annotated[str, typer.Option(help="Text in the name of the model's stack.")] = "",
-    ranks: Annotated[str, typer.Option(help="Values of R, with commas.")] = "15,64",
+    stack: Annotated[str, typer.Option(help="Part of the name of the model's stack.")] = "",
+    ranks: Annotated[str, typer.Option(help="Values of R, separated by commas.")] = "15,64",
     repetitions: Annotated[int, typer.Option(help="Alternated repetitions.")] = 3,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    rows: Annotated[
-        Path | None, typer.Option(help="File to add the measurements to, as JSON lines.")
-    ] = None,
+    rows: Annotated[Path | None, typer.Option(help="JSON lines file; rows are added.")] = None,
 ) -> None:
     """Measure time, peak memory, captured energy and error of every way to split a stack."""
     torch.set_num_threads(threads)
@@ -89,8 +90,10 @@ def run(
             }
             found.append(row)
             console.print(
-                f"R={rank} {name}: decompose {decompose_s:.3f} s ({row['times_faster_than_exact']:.1f}x exact), total "
-                f"{row['total_s']:.3f} s, {row['peak_bytes'] / 1e6:.0f} MB, energy {row['energy_of_exact']:.5f} of "
+                f"R={rank} {name}: decompose {decompose_s:.3f} s "
+                f"({row['times_faster_than_exact']:.1f}x exact), total "
+                f"{row['total_s']:.3f} s, {row['peak_bytes'] / 1e6:.0f} MB, energy "
+                f"{row['energy_of_exact']:.5f} of "
                 f"exact, error {row['error_ratio']:.4f}"
             )
     if rows is not None:
@@ -147,7 +150,7 @@ def pissa(initialization: str, stack: Tensor, rank: int) -> Measured:
 
 
 def qrefta(refine: int, stack: Tensor, rank: int) -> Measured:
-    """Ours; the decomposition is timed on its own, without the rounds."""
+    """Split by qrefta; the decomposition is timed without the rounds."""
     config, weights = Settings(refine=refine, rank=rank), Weights.of(stack)
     slices, _ = _transformed(stack)
     blocks = [(slice(0, stack.shape[1]), slices)]
@@ -217,7 +220,7 @@ def _model_stack(model: str, name: str) -> Tensor:
 
 
 def _peak(make: Callable[[], Tensor], name: str, rank: int, threads: int) -> int:
-    """Most memory above what the weights and the libraries take, in a fresh process."""
+    """Peak memory of a split in a fresh process, without the weights and the libraries."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
         return pool.apply(_peak_here, (make, name, rank, threads))
@@ -226,7 +229,7 @@ def _peak(make: Callable[[], Tensor], name: str, rank: int, threads: int) -> int
 def _peak_here(make: Callable[[], Tensor], name: str, rank: int, threads: int) -> int:
     torch.set_num_threads(threads)
     tensor = make()
-    METHODS[name](torch.randn(2, 64, 64), 2)  # what the first call loads
+    METHODS[name](torch.randn(2, 64, 64), 2)  # load libraries before measuring
     before = resident()
     restart_peak()
     METHODS[name](tensor, rank)

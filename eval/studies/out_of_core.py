@@ -1,9 +1,9 @@
-"""python -m eval.studies.out_of_core: preparing a checkpoint that is larger than the memory it may take.
+"""Preparing a checkpoint that is larger than the allowed memory.
 
-Writes a Llama-shaped checkpoint of random bf16 weights, a layer at a time, into a temporary folder; prepares it in a
-process of its own; and measures that process's peak memory above what the imported libraries take, its time, and what
-it read. The floor of the time is the bytes read at the bandwidth measured just before on the same files. Everything is
-deleted afterwards.
+Writes a Llama-shaped checkpoint of random bf16 weights into a temporary folder and prepares it in a
+separate process. Measured are the peak memory of this process above the imported libraries, its
+time, and the bytes it reads. The floor of the time is reading these bytes at the bandwidth measured
+before on the same files. The files are deleted afterwards.
 """
 
 import multiprocessing
@@ -25,13 +25,31 @@ from qrefta.cli import guarded
 from qrefta.files.safetensors import Checkpoint, write_index, write_shard
 
 SHAPES = {
-    "tiny": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "vocab_size": 1000},
-    "1.1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
-             "num_key_value_heads": 4, "vocab_size": 32000},
-    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-           "num_key_value_heads": 32, "vocab_size": 32000},
-}  # fmt: skip
+    "tiny": {
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 1000,
+    },
+    "1.1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+    },
+    "7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+    },
+}
 console = Console()
 
 
@@ -40,11 +58,9 @@ def run(
     rank: Annotated[int, typer.Option(help="R.")] = 64,
     refine: Annotated[int, typer.Option(help="Rounds of refinement.")] = 0,
     transform: Annotated[str, typer.Option(help="Mode-3 transform.")] = "lsm3",
-    max_memory: Annotated[str, typer.Option(help="As in qrefta.prepare.")] = "1.5GB",
+    max_memory: Annotated[str, typer.Option(help="Memory limit, as in qrefta.prepare.")] = "1.5GB",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    rows: Annotated[
-        Path | None, typer.Option(help="File to add the measurement to, as JSON lines.")
-    ] = None,
+    rows: Annotated[Path | None, typer.Option(help="JSON lines file; rows are added.")] = None,
 ) -> None:
     """Measure memory and time of preparing a checkpoint of a given shape."""
     place = Path(tempfile.mkdtemp(prefix="qrefta-out-of-core-"))
@@ -64,13 +80,21 @@ def run(
     finally:
         shutil.rmtree(place)
     row = {
-        "kind": "out_of_core", "shape": shape, "dense_bytes": dense_bytes, "packed_bytes": packed_bytes,
-        **settings, **measured, "read_bytes_per_s": bandwidth, "floor_s": measured["read_bytes"] / bandwidth,
+        "kind": "out_of_core",
+        "shape": shape,
+        "dense_bytes": dense_bytes,
+        "packed_bytes": packed_bytes,
+        **settings,
+        **measured,
+        "read_bytes_per_s": bandwidth,
+        "floor_s": measured["read_bytes"] / bandwidth,
         "passes": measured["read_bytes"] / dense_bytes,
-    }  # fmt: skip
+    }
     console.print(
-        f"{shape}: {dense_bytes / 1e9:.2f} GB -> {packed_bytes / 1e9:.2f} GB in {row['seconds']:.0f} s (floor of "
-        f"reading {row['passes']:.1f} times: {row['floor_s']:.0f} s), peak {row['peak_bytes'] / 1e9:.2f} GB above "
+        f"{shape}: {dense_bytes / 1e9:.2f} GB -> {packed_bytes / 1e9:.2f} GB in "
+        f"{row['seconds']:.0f} s (floor of "
+        f"reading {row['passes']:.1f} times: {row['floor_s']:.0f} s), peak "
+        f"{row['peak_bytes'] / 1e9:.2f} GB above "
         f"the libraries (allowed: {max_memory}), error ratio {row['error_ratio']:.4f}"
     )
     if rows is not None:
@@ -78,7 +102,7 @@ def run(
 
 
 def write_checkpoint(folder: Path, config: LlamaConfig) -> None:
-    """A checkpoint of random weights, one shard a layer; never more than a tensor and a layer in memory."""
+    """Write a checkpoint of random weights, one shard per layer, with one layer in memory."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
 
@@ -90,8 +114,10 @@ def write_checkpoint(folder: Path, config: LlamaConfig) -> None:
     files = []
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}"
-        tensors = {f"{prefix}.{norm}.weight": torch.ones(hidden).bfloat16() for norm in
-                   ("input_layernorm", "post_attention_layernorm")}  # fmt: skip
+        tensors = {
+            f"{prefix}.{norm}.weight": torch.ones(hidden).bfloat16()
+            for norm in ("input_layernorm", "post_attention_layernorm")
+        }
         shapes = {
             "q": (hidden, hidden),
             "k": (kv, hidden),
@@ -121,7 +147,7 @@ def write_checkpoint(folder: Path, config: LlamaConfig) -> None:
 
 
 def _bandwidth(folder: Path) -> float:
-    """Bytes a second that rows are read with, one pass over the files."""
+    """Bytes per second of one pass over the files."""
     checkpoint = Checkpoint(folder)
     start, total = perf_counter(), 0
     for name in checkpoint.names:

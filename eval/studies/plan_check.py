@@ -1,9 +1,10 @@
-"""python -m eval.studies.plan_check: planned beside measured peak memory of a training step, in float32 on the CPU.
+"""Planned against measured peak memory of a training step, in float32 on the CPU.
 
-The Llama-shaped decoder is that of `eval.studies.cost`, whose rows hold the measured peaks. The frozen floor, and PEFT's LoRA
-around it in the place of QLoRA, are no models that a plan is made of; they are counted as plans are. Other
-architectures and all methods are measured here, without dropout, of which a CPU keeps more than a GPU. Experts are
-planned as if all had the same number of tokens; measured they have what an untrained router gives them.
+The measured peaks of the Llama-shaped decoder come from the rows of `eval.studies.cost`. plan()
+does not cover the frozen floor and PEFT's QLoRA; they are counted with plan's functions. Other
+architectures and methods are measured here, without dropout, because dropout keeps more memory on a
+CPU than on a GPU. Plans assume the same number of tokens for every expert; an untrained router
+distributes them unevenly.
 """
 
 import copy
@@ -57,51 +58,89 @@ SIZES = {
     "num_attention_heads": 12,
     "intermediate_size": 1536,
 }
-MODELS: dict[str, tuple[type, PreTrainedConfig, int, int | None]] = {  # class, config, batch, tokens
+MODELS: dict[
+    str, tuple[type, PreTrainedConfig, int, int | None]
+] = {  # class, config, batch, tokens
     "bert": (BertForSequenceClassification, BertConfig(**SIZES, **NO_DROPOUT), 8, 128),
     "vit": (ViTForImageClassification, ViTConfig(**SIZES, **NO_DROPOUT), 4, None),
     "swin": (SwinForImageClassification, SwinConfig(drop_path_rate=0, **NO_DROPOUT), 2, None),
     "gpt2": (
         GPT2LMHeadModel,
-        GPT2Config(n_embd=384, n_layer=6, n_head=12, vocab_size=8192, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
-                   bos_token_id=0, eos_token_id=0),
-        4, 128,
+        GPT2Config(
+            n_embd=384,
+            n_layer=6,
+            n_head=12,
+            vocab_size=8192,
+            resid_pdrop=0,
+            embd_pdrop=0,
+            attn_pdrop=0,
+            bos_token_id=0,
+            eos_token_id=0,
+        ),
+        4,
+        128,
     ),
-    "llama, 4 queries a key": (LlamaForCausalLM, LlamaConfig(**SIZES, num_key_value_heads=3, vocab_size=8192), 4, 128),
+    "llama, 4 queries a key": (
+        LlamaForCausalLM,
+        LlamaConfig(**SIZES, num_key_value_heads=3, vocab_size=8192),
+        4,
+        128,
+    ),
     "t5": (
         T5ForConditionalGeneration,
-        T5Config(d_model=384, d_ff=1536, num_heads=6, vocab_size=8192, dropout_rate=0, decoder_start_token_id=0),
-        4, 128,
+        T5Config(
+            d_model=384,
+            d_ff=1536,
+            num_heads=6,
+            vocab_size=8192,
+            dropout_rate=0,
+            decoder_start_token_id=0,
+        ),
+        4,
+        128,
     ),
     "mixtral": (
         MixtralForCausalLM,
-        MixtralConfig(**SIZES, num_key_value_heads=3, num_local_experts=8, num_experts_per_tok=2, vocab_size=8192),
-        4, 128,
+        MixtralConfig(
+            **SIZES,
+            num_key_value_heads=3,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            vocab_size=8192,
+        ),
+        4,
+        128,
     ),
     "qwen3_moe": (
         Qwen3MoeForCausalLM,
-        Qwen3MoeConfig(**SIZES, num_key_value_heads=3, head_dim=32, moe_intermediate_size=192, num_experts=32,
-                       num_experts_per_tok=4, vocab_size=8192),
-        4, 128,
+        Qwen3MoeConfig(
+            **SIZES,
+            num_key_value_heads=3,
+            head_dim=32,
+            moe_intermediate_size=192,
+            num_experts=32,
+            num_experts_per_tok=4,
+            vocab_size=8192,
+        ),
+        4,
+        128,
     ),
-}  # fmt: skip
+}
 console = Console()
 
 
 def run(
-    measured: Annotated[Path, typer.Option(help="Rows of eval.cost.")] = Path(
+    measured: Annotated[Path, typer.Option(help="Rows of the study `cost`.")] = Path(
         "eval/rows/cost.jsonl"
     ),
     only: Annotated[
         str,
         typer.Option(
-            help="Texts in what is printed of model and method ('bert, tera'), with semicolons."
+            help="Parts of the printed 'model, method' ('bert, tera'), separated by semicolons."
         ),
     ] = "",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    rows: Annotated[
-        Path | None, typer.Option(help="File to add the comparison to, as JSON lines.")
-    ] = None,
+    rows: Annotated[Path | None, typer.Option(help="JSON lines file; rows are added.")] = None,
 ) -> None:
     """Compare every configuration."""
     torch.set_num_threads(threads)
@@ -109,7 +148,8 @@ def run(
     for row in chain(_decoders(decoders), _others(only)):
         row["planned_of_measured"] = row["planned_bytes"] / row["measured_bytes"]
         console.print(
-            f"{row['setting']}, {row['method']}{', checkpointing' if row['checkpointing'] else ''}: planned "
+            f"{row['setting']}, {row['method']}"
+            f"{', checkpointing' if row['checkpointing'] else ''}: planned "
             f"{row['planned_bytes'] / 1e6:.1f} MB, measured {row['measured_bytes'] / 1e6:.1f} MB, "
             f"{row['planned_of_measured']:.4f}"
         )
@@ -122,7 +162,7 @@ def _chosen(only: str, setting: str, method: str) -> bool:
 
 
 def _decoders(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Rows of the cost study whose methods can be counted, with what was counted."""
+    """Rows of the cost study whose methods can be counted, with the planned bytes."""
     for row in rows:
         kind, *options = row["method"].split()
         if row["dtype"] != "float32" or "peak_bytes" not in row or len(options) > 1:
@@ -135,9 +175,13 @@ def _decoders(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             batch, seq = row["batch"]
             planned = plan(
                 LlamaConfig(**SETTINGS[row["setting"]].config, architectures=["LlamaForCausalLM"]),
-                batch=batch, seq=seq, gradient_checkpointing=row["checkpointing"], rank=int(options[0][2:]),
-                method="refta" if kind == "qrefta" else kind, double_quant=True,
-            ).total_bytes  # fmt: skip
+                batch=batch,
+                seq=seq,
+                gradient_checkpointing=row["checkpointing"],
+                rank=int(options[0][2:]),
+                method="refta" if kind == "qrefta" else kind,
+                double_quant=True,
+            ).total_bytes
         else:
             continue
         kept = {key: row[key] for key in ("setting", "method", "checkpointing", "dtype", "batch")}
@@ -149,7 +193,7 @@ def _decoders(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _counted(setting: str, checkpointing: bool, lora_rank: int) -> int:
-    """Bytes of a step of the frozen 4-bit model, with PEFT's LoRA in every linear if a rank is given."""
+    """Bytes of a step of the frozen 4-bit model, with PEFT's LoRA if a rank is given."""
     batch, seq = SETTINGS[setting].batch
     with torch.device("meta"):
         model: nn.Module = LlamaForCausalLM(LlamaConfig(**SETTINGS[setting].config)).requires_grad_(
@@ -157,10 +201,10 @@ def _counted(setting: str, checkpointing: bool, lora_rank: int) -> int:
         )
         if checkpointing:
             model.gradient_checkpointing_enable(CHECKPOINTING)
-        linears = [path for stack in find_stacks(model) for path in stack.modules]
+        paths = [path for stack in find_stacks(model) for path in stack.modules]
         if lora_rank:
             lora(model, lora_rank, alpha=lora_rank)
-        for path in linears:
+        for path in paths:
             inner = f"{path}.base_layer" if lora_rank else path
             old = model.get_submodule(inner)
             fmt = QuantFormat(double_quant=True)
@@ -174,8 +218,8 @@ def _counted(setting: str, checkpointing: bool, lora_rank: int) -> int:
     inputs = {
         "inputs_embeds": embeddings.new_empty(batch, seq, embeddings.shape[1]).requires_grad_()
     }
-    own = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    return own + count_step(model, inputs, torch.optim.AdamW, {}).peak
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return held + count_step(model, inputs, torch.optim.AdamW, {}).peak
 
 
 def _others(only: str) -> Iterator[dict[str, Any]]:
@@ -194,10 +238,14 @@ def _others(only: str) -> Iterator[dict[str, Any]]:
             model = qrefta.prepare(dense, refine=0, progress=False, **settings)
             for checkpointing in (False, True):
                 yield {
-                    "setting": name, "method": f"{method} R={RANK}", "checkpointing": checkpointing, "dtype": "float32",
-                    "batch": [batch] if seq is None else [batch, seq], "planned_bytes": planned[checkpointing],
+                    "setting": name,
+                    "method": f"{method} R={RANK}",
+                    "checkpointing": checkpointing,
+                    "dtype": "float32",
+                    "batch": [batch] if seq is None else [batch, seq],
+                    "planned_bytes": planned[checkpointing],
                     "measured_bytes": _measured(model, batch, seq, checkpointing),
-                }  # fmt: skip
+                }
 
 
 def _dense(kind: type, config: PreTrainedConfig) -> nn.Module:
@@ -208,7 +256,7 @@ def _dense(kind: type, config: PreTrainedConfig) -> nn.Module:
 
 
 def _measured(model: nn.Module, batch: int, seq: int | None, checkpointing: bool) -> int:
-    """Bytes of the second step, as torch's tensors take them."""
+    """Peak bytes of torch's tensors in the second step."""
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if seq is None:

@@ -1,17 +1,16 @@
-"""python -m eval.studies.quant_error: how much quantization error the split removes, at which rank, against what else.
+"""Quantization error that the split removes, by rank, compared with other methods.
 
-For every stack of a model and the model as a whole: ||W - What||_F^2 relative to the Gaussian-zero baseline
-||W - Q(W)||_F^2 (a LoRA start: the whole weight is quantized), and E||x (W - What)^T||^2 over text, relative likewise.
+For each stack and for the whole model: the weight error ||W - Ŵ||_F^2 and the output error
+E||x (W - Ŵ)^T||^2 on text, both relative to quantizing the whole weight (the start of LoRA).
 
-- refta: one shot (the paper's), refined, and calibrated on other texts than those that measure;
-- pissa, loftq: layer by layer, with as many high-precision parameters;
-- qera: likewise, W quantized whole and its error corrected under the inputs' metric;
-- craft, with --craft: its frozen Tucker part, in no more bytes than refta's factors; one shot and refined;
-- smaller block: NF4 with nothing trained, and blocks so small that it takes the same bits; scales of 32 or 8 bits.
+- refta: one shot (as in the paper), refined, and calibrated on texts that do not measure
+- pissa, loftq: layer by layer, with equally many 16-bit parameters
+- qera: likewise; W is quantized whole and its error corrected under the inputs' metric
+- craft, with --craft: its frozen Tucker part in at most the bytes of refta's factors
+- smaller block: NF4 without factors, in blocks that take the same bits; 32- or 8-bit scales
 
-Also ||W - What||_* (the nuclear norm, which the PiSSA paper reports), the stacks' tensor singular values, and each
-format's error on Gaussian weights. Stacks are measured in as many processes as there are threads; what is in the rows
-file already is not measured again.
+The study also measures the nuclear norm ||W - Ŵ||_* (reported by the PiSSA paper), the tensor
+singular values, and each format's error on Gaussian weights. Cells with a row are not repeated.
 """
 
 import multiprocessing
@@ -66,7 +65,7 @@ STARTS = {
     "refined": Settings().refine,
     "calibrated": Settings().refine,
 }  # rounds of each
-PAPER = "lsm3"  # the transform that calibration and the nuclear norm are shown with
+PAPER = "lsm3"  # the transform for calibration and the nuclear norm
 SMALL_BLOCKS = {"smaller block": 32, "smaller block, 8-bit scales": 8}  # bits of a scale
 LOFTQ_ROUNDS = 5
 BATCH = 32  # texts at a time
@@ -83,8 +82,10 @@ console = Console()
 
 
 class Cell(NamedTuple):
-    """What a row is found again by. `start` and `transform` are None but for refta, `start` but for craft too; `rank`
-    counts refta's parts of a stack: the others get as many numbers or bytes.
+    """The fields that identify a row.
+
+    Only refta has a `transform`; refta and craft have a `start`. `rank` counts refta's components
+    per stack; the other methods get equally many parameters or bytes.
     """
 
     text: str
@@ -103,27 +104,29 @@ def run(
     model: Annotated[
         str | None, typer.Option(help="Hub name or folder; default: the embedded MiniLM.")
     ] = None,
-    ranks: Annotated[str, typer.Option(help="Values of R, with commas.")] = "0,5,15,48,96,192",
-    transforms: Annotated[str, typer.Option(help="Mode-3 transforms, with commas.")] = ",".join(
-        TRANSFORMS
+    ranks: Annotated[
+        str, typer.Option(help="Values of R, separated by commas.")
+    ] = "0,5,15,48,96,192",
+    transforms: Annotated[
+        str, typer.Option(help="Mode-3 transforms, separated by commas.")
+    ] = ",".join(TRANSFORMS),
+    types: Annotated[str, typer.Option(help="4-bit formats, separated by commas.")] = ",".join(
+        QUANT_TYPES
     ),
-    types: Annotated[str, typer.Option(help="4-bit formats, with commas.")] = ",".join(QUANT_TYPES),
-    peers: Annotated[
-        str, typer.Option(help="Formats that peers and calibration are measured in.")
-    ] = "nf4",
-    craft: Annotated[bool, typer.Option(help="Measure CRAFT's split too.")] = False,
+    peers: Annotated[str, typer.Option(help="Formats for peers and calibration.")] = "nf4",
+    craft: Annotated[bool, typer.Option(help="Measure CRAFT's split as well.")] = False,
     text: Annotated[
         Path | None, typer.Option(help="File of text; default: docstring sentences.")
     ] = None,
     samples: Annotated[
-        int, typer.Option(help="Texts that calibrate, and texts that measure.")
+        int, typer.Option(help="Texts for calibration, and as many to measure.")
     ] = 600,
-    max_length: Annotated[int, typer.Option(help="Tokens a text is cut to.")] = 48,
+    max_length: Annotated[int, typer.Option(help="Most tokens per text.")] = 48,
     processes: Annotated[
-        int, typer.Option(help="Processes; several have one CPU thread each.")
+        int, typer.Option(help="Processes; each of several has one CPU thread.")
     ] = os.cpu_count() or 1,
-    again: Annotated[bool, typer.Option(help="Measure cells that have a row already.")] = False,
-    rows: Annotated[Path, typer.Option(help="File of rows; new ones are added.")] = Path(
+    again: Annotated[bool, typer.Option(help="Repeat cells that have a row.")] = False,
+    rows: Annotated[Path, typer.Option(help="JSON lines file; new rows are added.")] = Path(
         "quant_error.jsonl"
     ),
 ) -> None:
@@ -170,13 +173,26 @@ def run(
         if find(known, {key: row[key] for key in ("kind", *Cell._fields)}) is None:
             append(rows, [{"study": "quant_error"} | row], seed=0)
             console.print(
-                f"{row['quant_type']} {row['method']} {row['start'] or ''} {row['transform'] or ''} R={row['rank']}: "
-                f"weights {row['ratio']:.3f}, outputs {row['output_ratio']:.3f}, {row['bits_per_weight']:.2f} bits"
+                f"{row['quant_type']} {row['method']} {row['start'] or ''} "
+                f"{row['transform'] or ''} R={row['rank']}: "
+                f"weights {row['ratio']:.3f}, outputs {row['output_ratio']:.3f}, "
+                f"{row['bits_per_weight']:.2f} bits"
             )
     if cells:
         seconds = perf_counter() - start
-        append(rows, [{"study": "quant_error", "kind": "run", "cells": len(cells), "processes": processes,
-                       "seconds": seconds}], seed=0)  # fmt: skip
+        append(
+            rows,
+            [
+                {
+                    "study": "quant_error",
+                    "kind": "run",
+                    "cells": len(cells),
+                    "processes": processes,
+                    "seconds": seconds,
+                }
+            ],
+            seed=0,
+        )
         console.print(f"{len(cells)} cells in {seconds:.0f} s")
     for series in rising(read(rows)):
         console.print(f"[bold]Rises with R:[/] {series}")
@@ -184,7 +200,7 @@ def run(
 
 @contextmanager
 def mapping(processes: int) -> Iterator[Callable[..., Iterator[Any]]]:
-    """A `map` over so many processes of one thread each, which begins at once; over this one where it is alone."""
+    """A `map` over processes with one thread each, or in this process if `processes` is 1."""
     if processes == 1:
         yield map
         return
@@ -202,10 +218,10 @@ def check(
     types: list[str],
     peers: list[str],
 ) -> None:
-    """Refuse what cannot be measured before anything is.
+    """Refuse unfit options before any measurement.
 
     Raises:
-        ValueError: if a rank is negative or beyond a stack, or there is no such transform or format.
+        ValueError: if a rank, transform or format is not allowed.
     """
     smallest = min(
         stacks, key=lambda stack: stack.layers * min(stack.out_features, stack.in_features)
@@ -226,7 +242,7 @@ def gather(
     samples: int,
     max_length: int,
 ) -> tuple[Moments, Moments]:
-    """Second moments of the inputs, over every other batch of text and over the rest."""
+    """Second moments of the inputs over the even and over the odd batches of text."""
     with TemporaryDirectory() as folder:
         if text is None:
             text = Path(folder) / "sentences.txt"
@@ -248,10 +264,15 @@ def gather(
 
 
 def cells_of(
-    first: Cell, stacks: list[LayerStack], ranks: list[int], transforms: list[str], types: list[str],
-    peers: list[str], craft: bool,
-) -> Iterator[Cell]:  # fmt: skip
-    """Every cell of the study, a stack and format after the other, the largest stacks first; else as `first`."""
+    first: Cell,
+    stacks: list[LayerStack],
+    ranks: list[int],
+    transforms: list[str],
+    types: list[str],
+    peers: list[str],
+    craft: bool,
+) -> Iterator[Cell]:
+    """Every cell of the study by stack and format, the largest stacks first."""
     largest_first = sorted(
         stacks, key=lambda stack: -stack.layers * stack.in_features * stack.out_features
     )
@@ -272,7 +293,7 @@ def cells_of(
 
 @cache
 def open_model(source: str) -> tuple[PreTrainedModel, dict[str, LayerStack]]:
-    """A process's model, and its stacks by name."""
+    """The model of this process, and its stacks by name."""
     quiet_libraries()
     model = AutoModel.from_pretrained(source, dtype=torch.float32)
     return model, {stack.name: stack for stack in find_stacks(model)}
@@ -291,7 +312,9 @@ def measure(source: str, folder: str, cells: list[Cell]) -> list[dict[str, Any]]
 
 
 class Sums(NamedTuple):
-    """Of a stack: ||E_l||_F^2 of each layer, and the sums over layers of it, of ||E_l||_* and of E||x E_l^T||^2."""
+    """Errors of a stack: ||E_l||_F^2 by layer, its sum, and the sums of ||E_l||_* and E||x
+    E_l^T||^2.
+    """
 
     layers: list[float]
     error: float
@@ -300,18 +323,23 @@ class Sums(NamedTuple):
 
 
 class StackErrors:
-    """One stack in one format: what every method leaves of its weights.
+    """The errors of every method on one stack in one format.
 
     Args:
-        stack, weights, fmt: what is quantized, and how.
+        stack, weights, fmt: the stack, its weights, and the 4-bit format.
         calibration, test: second moments of the inputs.
-        fits: of whole weights, which all formats of the stack start from.
+        fits: fits of the unquantized weights, shared by all formats of the stack.
     """
 
     def __init__(
-        self, stack: LayerStack, weights: Weights, fmt: QuantFormat, calibration: Moments, test: Moments,
+        self,
+        stack: LayerStack,
+        weights: Weights,
+        fmt: QuantFormat,
+        calibration: Moments,
+        test: Moments,
         fits: dict[tuple[Any, ...], Fit],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.weights, self.fmt = weights, fmt
         self.layers = [weights.layer(index) for index in range(weights.shape[0])]
         self.moments = [test.of(path) for path in stack.modules]
@@ -322,12 +350,12 @@ class StackErrors:
 
     @cached_property
     def metrics(self) -> list[Metric]:
-        """Of every layer's own inputs."""
+        """The metric of every layer's inputs."""
         alone = [replace(self.stack, modules=(path,)) for path in self.stack.modules]
         return [shared_metric(self.calibration, layer) for layer in alone]
 
     def row(self, cell: Cell) -> dict[str, Any]:
-        """What a method leaves, relative to quantizing whole weights, and what it takes."""
+        """Errors of a method, relative to quantizing whole weights, and its bits per weight."""
         errors, factor_bytes, refine = self.errors(cell)
         nuclear = cell.method in ("pissa", "loftq") or (
             cell.transform == PAPER and cell.quant_type == "nf4"
@@ -347,7 +375,7 @@ class StackErrors:
             "residual_error": found.error,
             "ratio": found.error / baseline.error,
             "layer_ratios": [
-                own / whole for own, whole in zip(found.layers, baseline.layers, strict=True)
+                error / whole for error, whole in zip(found.layers, baseline.layers, strict=True)
             ],
             "nuclear_baseline": baseline.nuclear,
             "nuclear_error": found.nuclear if nuclear else None,
@@ -359,7 +387,7 @@ class StackErrors:
         }
 
     def errors(self, cell: Cell) -> tuple[Tensor, int, int]:
-        """W_l - What_l of all layers, (layers, out, in); bytes of what is kept in high precision; rounds."""
+        """W_l - Ŵ_l of all layers, (layers, out, in); bytes of 16-bit parameters; rounds."""
         layers, out_features, in_features = self.weights.shape
         pair_bytes = 2 * cell.rank * (out_features + in_features)
         if cell.rank == 0:
@@ -383,8 +411,12 @@ class StackErrors:
 
     def split(self, cell: Cell) -> tuple[Tensor, int, int]:
         rank = cell.rank if cell.method == "refta" else self.craft_rank(cell)
-        config = Settings(cell.method, cell.transform or PAPER, quant_type=cell.quant_type,
-                              refine=STARTS[cell.start])  # fmt: skip
+        config = Settings(
+            method=cell.method,
+            transform=cell.transform or PAPER,
+            quant_type=cell.quant_type,
+            refine=STARTS[cell.start],
+        )
         metric = self.metric if cell.start == "calibrated" else None
         key = (cell.method, cell.transform, rank, metric is None)
         if key not in self.fits:
@@ -399,7 +431,7 @@ class StackErrors:
         return torch.stack(errors), split.factors.stored_bytes, config.refine
 
     def craft_rank(self, cell: Cell) -> int:
-        """The largest rank of outputs and inputs, with all layers, whose factors take no more bytes than refta's."""
+        """The largest rank over outputs and inputs whose factors take at most refta's bytes."""
         layers, out_features, in_features = self.weights.shape
 
         def stored_bytes(method: type[Factors], rank: int) -> int:
@@ -411,7 +443,7 @@ class StackErrors:
         return max(bisect_right(ranks, allowed, key=partial(stored_bytes, CRAFT)), 1)
 
     def small_block(self, cell: Cell) -> int:
-        """The smallest block whose scales take no more bits than refta's factors and scales."""
+        """The smallest block whose scales take at most the bits of refta's factors and scales."""
         layers, out_features, in_features = self.weights.shape
         factors = (
             16 * cell.rank * (out_features + in_features) / (layers * out_features * in_features)
@@ -431,7 +463,7 @@ class StackErrors:
 
 
 def nuclear_norm(matrix: Tensor) -> float:
-    """Sum of the singular values, from the smaller Gram matrix in float64: a sum needs no more."""
+    """Sum of the singular values, from the smaller Gram matrix in float64."""
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
     return torch.linalg.eigvalsh((tall.mT @ tall).double()).clamp(min=0).sqrt().sum().item()
 
@@ -443,15 +475,19 @@ def spectrum(name: str, source: str, which: tuple[str, str]) -> dict[str, Any]:
     rank = min(SPECTRUM, weights.shape[0] * min(weights.shape[1:]))
     values = tensor_values(weights, Settings(transform=transform), rank)
     return {
-        "kind": "spectrum", "model": name, "stack": stack, "transform": transform, "shape": list(weights.shape),
+        "kind": "spectrum",
+        "model": name,
+        "stack": stack,
+        "transform": transform,
+        "shape": list(weights.shape),
         "values": [float(f"{value:.6g}") for value in values.tolist()],
-    }  # fmt: skip
+    }
 
 
 def whole_model(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Rows of a model as a whole: the sums over its stacks, by everything else that a cell says.
+    """Rows of the whole model: sums over its stacks by all other fields of a cell.
 
-    At R = 0 there is one row for each format, the baseline.
+    R = 0 has one row per format, the baseline.
     """
     found: dict[Cell, dict[str, dict[str, Any]]] = {}
     names: dict[str, set[str]] = {}
@@ -486,7 +522,7 @@ def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def rising(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """The series of refta, of stacks and models, whose squared weight error rises anywhere as R grows."""
+    """Descriptions of the refta series whose weight error rises anywhere as R grows."""
     series: dict[tuple[str, ...], dict[int, float]] = {}
     for row in rows:
         if row["kind"] in ("stack", "model") and row["method"] == "refta":

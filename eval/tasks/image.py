@@ -1,8 +1,8 @@
-"""python -m eval.tasks.image: pre-train a small ViT on some classes of CIFAR-10; the image task fine-tunes it on the others.
+"""Pre-train a small ViT on some classes of CIFAR-10; the image task fine-tunes it on the others.
 
-Fine-tuning needs weights that have learnt something and a task that is new to them. The classes that pre-training
-leaves out (Krizhevsky 2009: ten classes, colour images of 32 x 32) are such a task without any download of weights:
-the model's config tells which classes it knows, and `image_task` takes the rest.
+Fine-tuning needs pre-trained weights and a new task. The classes that pre-training leaves out
+(CIFAR-10, Krizhevsky 2009: ten classes, colour images of 32 x 32) are a new task without a download
+of weights. The model's config names its classes, and `image_task` takes the rest.
 """
 
 import time
@@ -35,11 +35,9 @@ from qrefta.cli import guarded, quiet_libraries
 
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIDE = 32
-COLUMNS = ("jpeg", "img")  # encoded images: of the packed JPEG files, of uoft-cs/cifar10 on the hub
-MEAN, STD = (
-    (0.4914, 0.4822, 0.4465),
-    (0.2470, 0.2435, 0.2616),
-)  # of CIFAR-10's training images, red green blue, 0 .. 1
+COLUMNS = ("jpeg", "img")  # encoded images: in packed JPEG files, in uoft-cs/cifar10 on the hub
+MEAN = (0.4914, 0.4822, 0.4465)  # of CIFAR-10's training images: red, green, blue in 0 .. 1
+STD = (0.2470, 0.2435, 0.2616)
 SHIFT = 4
 WEIGHT_DECAY = 0.05
 HOW = "`python -m eval image --data FOLDER --out runs/vit` pre-trains one"
@@ -59,23 +57,21 @@ def run(
         Path | None, typer.Option(help="Folder of data, with cifar10/; default: $QREFTA_DATA.")
     ] = None,
     classes: Annotated[
-        str, typer.Option(help="Classes to train on, 0 .. 9, with commas.")
+        str, typer.Option(help="Classes to train on: numbers 0 .. 9, separated by commas.")
     ] = "0,1,2,3,4,5",
     steps: Annotated[int, typer.Option(help="Training steps.", min=1)] = 1200,
-    batch_size: Annotated[int, typer.Option(help="Images a step.", min=1)] = 64,
-    learning_rate: Annotated[float, typer.Option(help="Peak.")] = 1e-3,
+    batch_size: Annotated[int, typer.Option(help="Images per step.", min=1)] = 64,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     hidden: Annotated[
-        int, typer.Option(help="Width; a head of attention for each 32, MLPs of four times.")
+        int, typer.Option(help="Width; one attention head per 32, MLPs of four times the width.")
     ] = 128,
     layers: Annotated[int, typer.Option(help="Blocks.")] = 6,
-    patch: Annotated[int, typer.Option(help="Side of a patch, pixels.")] = 4,
-    seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
+    patch: Annotated[int, typer.Option(help="Side of a patch in pixels.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of weights, order and augmentation.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
-    rows: Annotated[
-        Path | None, typer.Option(help="File to add the measurement to, as a JSON line.")
-    ] = None,
+    rows: Annotated[Path | None, typer.Option(help="JSON lines file; rows are added.")] = None,
 ) -> None:
-    """Pre-train a ViT, score it on the test images of its own classes, and save it."""
+    """Pre-train a ViT, score it on the test images of the same classes, and save it."""
     quiet_libraries()
     torch.set_num_threads(threads)
     chosen = parse_classes(classes)
@@ -88,15 +84,24 @@ def run(
     value = score(model, test)
     model.save_pretrained(out)
     console.print(
-        f"{', '.join(model.config.id2label.values())}: test accuracy {value:.4f}, {train_s:.0f} s, in {out}"
+        f"{', '.join(model.config.id2label.values())}: test accuracy {value:.4f}, {train_s:.0f} "
+        f"s, in {out}"
     )
     if rows is not None:
         row = {
-            "study": "pretraining", "kind": "vit", "classes": list(model.config.id2label.values()), "steps": steps,
-            "batch_size": batch_size, "learning_rate": learning_rate, "images": len(train.labels),
-            "parameters": model.num_parameters(), "metric": "accuracy", "value": value, "n": len(test.labels),
+            "study": "pretraining",
+            "kind": "vit",
+            "classes": list(model.config.id2label.values()),
+            "steps": steps,
+            "batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "images": len(train.labels),
+            "parameters": model.num_parameters(),
+            "metric": "accuracy",
+            "value": value,
+            "n": len(test.labels),
             "train_s": train_s,
-        }  # fmt: skip
+        }
         append(rows, [row], seed=seed)
 
 
@@ -104,42 +109,46 @@ def parse_classes(text: str) -> list[int]:
     """Class numbers in rising order.
 
     Raises:
-        ValueError: if they are not two or more different numbers of 0 .. 9.
+        ValueError: if they are not at least two different numbers in 0 .. 9.
     """
     words = [word.strip() for word in text.split(",")]
     if not set(words) <= set(map(str, range(len(NAMES)))) or not len(words) == len(set(words)) >= 2:
         raise ValueError(
-            f"classes is {text!r}; give two or more different ones of 0 .. {len(NAMES) - 1}, with commas"
+            f"classes is {text!r}; give at least two different numbers in 0 .. {len(NAMES) - 1}, "
+            f"separated by commas"
         )
     return sorted(map(int, words))
 
 
 def read_split(source: str, split: str, classes: Sequence[int]) -> Dataset:
-    """The rows of some classes: columns image, as encoded bytes, and labels, 0 .. in the order of `classes`.
+    """The rows of some classes: column image (encoded bytes), and labels numbered like `classes`.
 
     Args:
-        source: a folder with train.parquet and test.parquet (columns label, and jpeg or img), or a hub name.
+        source: a folder with train.parquet and test.parquet (columns label, and jpeg or img) or hub
+            name.
         split: train or test.
-        classes: in rising order.
+        classes: class numbers in rising order.
 
     Raises:
-        ValueError: if there are no such data, or they have no such columns or classes.
+        ValueError: if the data, columns or classes are missing.
     """
     rows = _load(source, split)
     column = next((name for name in COLUMNS if name in rows.column_names), None)
     if column is None or "label" not in rows.column_names:
         raise ValueError(
-            f"{source}, {split}: the columns are {rows.column_names}; needed are label and {' or '.join(COLUMNS)}."
+            f"{source}, {split}: the columns are {rows.column_names}; label and "
+            f"{' or '.join(COLUMNS)} are required."
         )
     labels = np.asarray(rows["label"][:])
     if not set(labels.tolist()) <= set(range(len(NAMES))):
         raise ValueError(
-            f"{source}, {split}: labels go from {labels.min()} to {labels.max()}; CIFAR-10's are 0 .. 9."
+            f"{source}, {split}: labels are {labels.min()} .. {labels.max()}; CIFAR-10 has 0 .. 9."
         )
     kept = np.flatnonzero(np.isin(labels, classes))
     if not len(kept):
         raise ValueError(
-            f"{source}, {split}: there is no image of {', '.join(NAMES[index] for index in classes)}."
+            f"{source}, {split}: there is no image of "
+            f"{', '.join(NAMES[index] for index in classes)}."
         )
     encoded = (
         rows.select_columns([column])
@@ -150,10 +159,10 @@ def read_split(source: str, split: str, classes: Sequence[int]) -> Dataset:
 
 
 def decode(rows: Dataset) -> Images:
-    """The images of rows of `read_split`, decoded.
+    """The decoded images of rows of `read_split`.
 
     Raises:
-        ValueError: if one is not of 32 x 32.
+        ValueError: if an image is not 32 x 32.
     """
     decoded = [
         np.asarray(Pillow.open(BytesIO(image["bytes"])).convert("RGB"))
@@ -162,20 +171,21 @@ def decode(rows: Dataset) -> Images:
     others = {image.shape[:2] for image in decoded} - {(SIDE, SIDE)}
     if others:
         raise ValueError(
-            f"There are images of (height, width) {sorted(others)[:3]}; all must be of {SIDE} x {SIDE}."
+            f"There are images of (height, width) {sorted(others)[:3]}; all must be {SIDE} x "
+            f"{SIDE}."
         )
     pixels = torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).contiguous()
     return Images(pixels, torch.tensor(rows["labels"][:]))
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """Float32 of mean 0 and deviation 1 a channel, over CIFAR-10; of uint8, both (images, 3, height, width)."""
+    """uint8 images (images, 3, height, width) as float32 with mean 0 and deviation 1."""
     mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (MEAN, STD))
     return (pixels / 255 - mean) / std
 
 
 def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image shifted by up to 4 pixels each way over black, and flipped or not; uint8 (images, 3, 32, 32)."""
+    """Images (uint8) shifted by up to 4 pixels over black and randomly flipped."""
     images = len(pixels)
     padded = nn.functional.pad(pixels, [SHIFT] * 4)
     down, right = torch.randint(2 * SHIFT + 1, (2, images, 1), generator=generator)
@@ -193,17 +203,22 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
 def new_vit(
     names: Sequence[str], hidden: int, layers: int, patch: int, seed: int
 ) -> ViTForImageClassification:
-    """A ViT with weights drawn from `seed`, its classes named in its config.
+    """A ViT with random weights from `seed` and class names in its config.
 
     Raises:
-        ValueError: if patches of this side do not tile an image.
+        ValueError: if the patch size does not divide the image size.
     """
     if patch < 1 or SIDE % patch:
         raise ValueError(f"patch is {patch}; it must divide {SIDE}")
     config = ViTConfig(
-        image_size=SIDE, patch_size=patch, hidden_size=hidden, num_hidden_layers=layers,
-        num_attention_heads=max(1, hidden // 32), intermediate_size=4 * hidden, **_labels(names),
-    )  # fmt: skip
+        image_size=SIDE,
+        patch_size=patch,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, hidden // 32),
+        intermediate_size=4 * hidden,
+        **_labels(names),
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return ViTForImageClassification(config)
@@ -217,7 +232,7 @@ def pretrain(
     learning_rate: float,
     seed: int,
 ) -> None:
-    """Train in place: AdamW, a tenth of the steps to warm up, then a cosine to 0; whole shuffled epochs in a row."""
+    """Train in place with AdamW: a tenth of the steps warms up, then a cosine to 0."""
     generator = torch.Generator().manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).train()
@@ -244,7 +259,7 @@ def pretrain(
 
 @torch.no_grad()
 def score(model: PreTrainedModel, images: Images) -> float:
-    """Share of images whose class is found."""
+    """Accuracy on images."""
     model.eval()
     found = [
         model(pixel_values=normalise(pixels.to(model.device))).logits.argmax(-1).cpu()
@@ -256,39 +271,41 @@ def score(model: PreTrainedModel, images: Images) -> float:
 def image_task(
     name: str, source: str, model: str | None, header: list[str] | None, sizes: Sizes, seed: int
 ) -> Task:
-    """Image classification on the classes that a model was not pre-trained on, renumbered 0 .. in CIFAR-10's order.
+    """Image classification on the classes that a model was not pre-trained on.
 
-    Training and validation rows are drawn with `seed` from the training split; the test rows are the same for every
-    seed. Only what is drawn is decoded. A row holds its pixels as 3,072 bytes, from which `collate` makes a batch of 32
-    in under a millisecond; nested lists take 15.
+    Training and validation rows are drawn with `seed` from the training split. All seeds share the
+    test rows. Only drawn images are decoded. A row holds its pixels as 3,072 bytes, so `collate`
+    makes a batch of 32 in under a millisecond; nested lists would take 15.
 
     Args:
-        name: of the task, for messages.
+        name: name of the task, for messages.
         source: see `read_split`.
-        model: folder or hub name of a classifier of 32 x 32 images; its config's class names tell what it knows.
-        header: not used, parquet files name their columns.
-        sizes: rows of each part, at most; the length does not matter.
-        seed: of training and validation rows.
+        model: folder or hub name of a classifier of 32 x 32 images; its config names its classes.
+        header: not used, because parquet files name their columns.
+        sizes: most rows of each part; the length is not used.
+        seed: seed of training and validation rows.
 
     Raises:
-        ValueError: if there is no model, it takes other images or knows all classes but one, or data are missing.
+        ValueError: if the model or data are missing, or the model does not fit.
     """
     if model is None:
         raise ValueError(f"{name} needs --model, a classifier of {SIDE} x {SIDE} images; {HOW}.")
     config = AutoConfig.from_pretrained(model)
     if getattr(config, "image_size", None) != SIDE:
         size = getattr(config, "image_size", "no images")
-        raise ValueError(f"{model} takes image_size {size}; {name} needs {SIDE}, and {HOW}.")
+        raise ValueError(f"{model} takes image_size {size}; {name} needs {SIDE}; {HOW}.")
     classes = [index for index, known in enumerate(NAMES) if known not in config.id2label.values()]
     if len(classes) < 2:
         raise ValueError(
-            f"{model} knows {', '.join(config.id2label.values())}; leave out two or more with --classes."
+            f"{model} knows {', '.join(config.id2label.values())}; leave out at least two with "
+            f"--classes."
         )
     train = _draw(read_split(source, "train", classes), sizes.train + sizes.validation, seed)
     test = _draw(read_split(source, "test", classes), sizes.test, 0)
     if len(train) <= sizes.validation:
         raise ValueError(
-            f"{source} has {len(train)} training rows of these classes and {sizes.validation} are put aside to choose "
+            f"{source} has {len(train)} training rows of these classes and {sizes.validation} are "
+            f"put aside to choose "
             "a learning rate; give more rows or a smaller --validation-rows."
         )
     return Task(
@@ -314,7 +331,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def load_vit(model: str, names: Sequence[str], seed: int) -> PreTrainedModel:
-    """A pre-trained image classifier with a fresh head for these classes, drawn from `seed`."""
+    """A pre-trained image classifier with a fresh head for these classes, from `seed`."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         found = AutoModelForImageClassification.from_pretrained(
@@ -324,7 +341,7 @@ def load_vit(model: str, names: Sequence[str], seed: int) -> PreTrainedModel:
             ignore_mismatched_sizes=True,
             **_labels(names),
         )
-        # By hand: where there are as many new classes as old ones, the old ones' head fits and is loaded
+        # With as many new classes as old ones, the old head would fit and be loaded.
         nn.init.normal_(found.classifier.weight, std=found.config.initializer_range)
         nn.init.zeros_(found.classifier.bias)
     return found
@@ -343,15 +360,16 @@ def _load(source: str, split: str) -> Dataset:
         if file.is_file():
             return load_dataset("parquet", data_files=str(file), split="train")
         return load_dataset(source, split=split)
-    except OSError as error:  # what datasets raises for a folder without data, an unknown name, and a hub out of reach
+    except OSError as error:  # a folder without data, an unknown name, or no connection to the hub
         raise ValueError(
-            f"There are no images in {source} ({split}): {error} Give a folder that holds train.parquet and "
+            f"There are no images in {source} ({split}): {error} Give a folder with train.parquet "
+            f"and "
             "test.parquet, or uoft-cs/cifar10 on the hub."
         ) from error
 
 
 def _draw(rows: Dataset, count: int, seed: int) -> Dataset:
-    """At most `count` rows, drawn with `seed`, decoded: pixel_values, bytes of uint8 (3, 32, 32), and labels."""
+    """At most `count` decoded rows, drawn with `seed`: pixel_values (uint8 bytes) and labels."""
     images = decode(rows.shuffle(seed).select(range(min(count, len(rows)))))
     return Dataset.from_dict(
         {

@@ -1,7 +1,7 @@
-"""What a causal language model trains on: running text, scored by perplexity, or questions with a choice of answers.
+"""Tasks of causal language models: running text, and multiple-choice questions.
 
-Choices are scored by lm-evaluation-harness on the model in memory, from a task file (multiple_choice.yaml) and the rows
-at hand, so that nothing is asked of a hub.
+Running text is scored by perplexity. Questions are scored by lm-evaluation-harness on the model in
+memory, from a task file (multiple_choice.yaml) and the given rows, without a hub.
 """
 
 import json
@@ -24,8 +24,8 @@ from transformers import (
 from eval.tasks.task import Sizes, Task, by_length
 
 TASK_FILE = Path(__file__).parent / "multiple_choice.yaml"
-TEST_SHARE = 0.1  # of a single text file, from its end
-IGNORED = -100  # a label that no loss counts
+TEST_SHARE = 0.1  # of a single text file, at its end
+IGNORED = -100  # the loss ignores this label
 
 
 def text_lm_task(
@@ -33,18 +33,21 @@ def text_lm_task(
 ) -> Task:
     """Running text in blocks of `sizes.length` tokens; the metric is perplexity.
 
-    A folder has train.txt and test.txt, or one .txt file, whose last tenth tests; so does a file.
+    The source is a folder with train.txt and test.txt, or one .txt file, whose last tenth is for
+    test.
 
     Raises:
-        ValueError: if there is no model or no such file, or too little text.
+        ValueError: if the model or the file is missing, or the text is too short.
     """
     tokenizer = AutoTokenizer.from_pretrained(_named(model, name))
     train, test = (_blocks(text, tokenizer, sizes.length) for text in _texts(Path(source)))
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
     if len(train) <= sizes.validation or len(test) == 0:
         raise ValueError(
-            f"{source} holds {len(train)} training and {len(test)} test blocks of {sizes.length} tokens, and "
-            f"{sizes.validation} are put aside to choose a learning rate; give more text or smaller numbers."
+            f"{source} holds {len(train)} training and {len(test)} test blocks of {sizes.length} "
+            f"tokens, and "
+            f"{sizes.validation} are put aside to choose a learning rate; give more text or "
+            f"smaller numbers."
         )
     train = train.select(order[: sizes.train + sizes.validation])
     return Task(
@@ -61,12 +64,13 @@ def text_lm_task(
 def choice_task(
     name: str, source: str, model: str | None, header: list[str] | None, sizes: Sizes, seed: int
 ) -> Task:
-    """Questions with a choice of answers, from train.json and test.json: lists of {instruction, output, answer}.
+    """Multiple-choice questions: lists of {instruction, output, answer} in train.json and
+    test.json.
 
-    Trains on what follows the instruction; the metric is the accuracy that lm-evaluation-harness finds.
+    Trains on the output only; the metric is the accuracy of lm-evaluation-harness.
 
     Raises:
-        ValueError: if there is no model, or the files or their columns are not there.
+        ValueError: if the model, a file or a column is missing.
     """
     tokenizer = AutoTokenizer.from_pretrained(_named(model, name))
     parts = {split: _questions(Path(source) / f"{split}.json") for split in ("train", "test")}
@@ -74,7 +78,8 @@ def choice_task(
     train = parts["train"].shuffle(seed).select(range(min(wanted, len(parts["train"]))))
     if len(train) <= sizes.validation:
         raise ValueError(
-            f"{source} has {len(train)} training rows and {sizes.validation} are put aside to choose a learning rate; "
+            f"{source} has {len(train)} training rows and {sizes.validation} are put aside to "
+            f"choose a learning rate; "
             "give more rows or a smaller --validation-rows."
         )
     encode = partial(_encode, tokenizer=tokenizer, length=sizes.length)
@@ -105,13 +110,13 @@ def causal_model(model: str) -> PreTrainedModel:
 def choice_accuracy(
     model: nn.Module, rows: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int = 16
 ) -> float:
-    """Share of questions whose right answer the model finds likeliest, by lm-evaluation-harness.
+    """Share of questions whose correct answer is the most likely, by lm-evaluation-harness.
 
     Args:
         model: a causal language model, with adapters or without.
         rows: columns instruction (ending with "Answer format: a/b/c") and answer.
     """
-    from lm_eval import simple_evaluate  # heavy, and needed here alone
+    from lm_eval import simple_evaluate  # slow import
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
@@ -123,9 +128,8 @@ def choice_accuracy(
         file.write_text(json.dumps(columns.to_list()), encoding="utf-8")
         task["dataset_kwargs"] = {"data_files": {"test": str(file)}}
         judge = HFLM(pretrained=base.eval(), tokenizer=tokenizer, batch_size=batch_size)
-        manager = TaskManager(
-            include_defaults=False
-        )  # its own 13,000 task files take seconds to list
+        # Listing the harness's 13,000 task files would take seconds.
+        manager = TaskManager(include_defaults=False)
         found = simple_evaluate(
             judge, tasks=[task], task_manager=manager, bootstrap_iters=0, verbosity="ERROR"
         )
@@ -135,7 +139,7 @@ def choice_accuracy(
 def _named(model: str | None, name: str) -> str:
     if model is None:
         raise ValueError(
-            f"{name} needs a causal language model; name its folder or hub name as --model."
+            f"{name} needs a causal language model; give its folder or hub name as --model."
         )
     return model
 
@@ -151,7 +155,8 @@ def _texts(source: Path) -> tuple[str, str]:
         return named["train"].read_text(encoding="utf-8"), named["test"].read_text(encoding="utf-8")
     if len(files) != 1:
         raise ValueError(
-            f"{source} is no text file and no folder with train.txt and test.txt or one .txt file."
+            f"{source} must be a text file, or a folder with train.txt and test.txt or one .txt "
+            f"file."
         )
     text = files[0].read_text(encoding="utf-8")
     cut = int(len(text) * (1 - TEST_SHARE))
@@ -173,17 +178,20 @@ def _stack(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 def _questions(file: Path) -> Dataset:
     if not file.is_file():
         raise ValueError(
-            f"There is no file {file}: a JSON list of {{instruction, output, answer}}."
+            f"{file} is missing; it must be a JSON list of {{instruction, output, answer}}."
         )
     rows = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{file} is no JSON list of {{instruction, output, answer}} with rows.")
+        raise ValueError(
+            f"{file} must be a JSON list of {{instruction, output, answer}} with at least one row."
+        )
     for number, row in enumerate(rows):
         missing = {"instruction", "output", "answer"} - row.keys()
         if missing or "Answer format: " not in row["instruction"]:
             raise ValueError(
-                f"{file}, row {number}: needed are instruction (ending with 'Answer format: a/b/c'), output and "
-                f"answer; missing: {', '.join(sorted(missing)) or 'Answer format'}."
+                f"{file}, row {number}: instruction (ending with 'Answer format: a/b/c'), output "
+                f"and answer are "
+                f"required; missing: {', '.join(sorted(missing)) or 'Answer format'}."
             )
     return Dataset.from_list(
         [{key: row[key] for key in ("instruction", "output", "answer")} for row in rows]
@@ -193,7 +201,7 @@ def _questions(file: Path) -> Dataset:
 def _encode(
     row: dict[str, str], tokenizer: PreTrainedTokenizerBase, length: int
 ) -> dict[str, list[int]]:
-    """Tokens of instruction and output, the last `length` of them; labels on the output alone."""
+    """The last `length` tokens of instruction and output; only the output has labels."""
     question = tokenizer(row["instruction"] + "\n\n")["input_ids"]
     answer = tokenizer(row["output"], add_special_tokens=False)["input_ids"]
     ids, labels = question + answer, [IGNORED] * len(question) + answer
@@ -201,7 +209,7 @@ def _encode(
 
 
 def _pad(rows: list[dict[str, Any]], padding: int) -> dict[str, torch.Tensor]:
-    """Batch padded on the right."""
+    """A batch, padded on the right."""
     width = max(len(row["input_ids"]) for row in rows)
 
     def padded(values: list[list[int]], fill: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
-"""What a training study trains on: a task's model, its rows, and how it is scored.
+"""Tasks of the training studies: model, rows and metric.
 
-Named tasks are looked for in a folder of data (an argument, or the variable QREFTA_DATA), then on the hub.
+Named tasks are searched in a data folder (an argument, or the variable QREFTA_DATA), then on the
+hub.
 """
 
 import os
@@ -35,16 +36,16 @@ DATA = "QREFTA_DATA"
 
 
 class Named(NamedTuple):
-    """A task that is known by name.
+    """A named task.
 
     Attributes:
-        hub: where the hub has it; "" where it has no form that is read here.
+        hub: name on the hub; "" if the hub has no readable form.
         header: column names of a file without header.
         metric: a name in METRICS.
-        balanced: draw as many training rows of each class: few rows of unequal classes teach little but the larger one.
+        balanced: whether to draw equally many training rows per class.
         kind: text, image, language (running text) or choice.
-        folder: below the folder of data; "" for the name itself.
-        files: what a folder holds, for who has to get it.
+        folder: path below the data folder; "" for the name itself.
+        files: content of the folder, for error messages.
     """
 
     hub: str = ""
@@ -81,7 +82,7 @@ NAMED = {
 
 
 class Sizes(NamedTuple):
-    """Rows to train on, to choose a learning rate with, and to test on, at most; tokens a row is cut to."""
+    """Most rows for training, validation and test, and most tokens per row."""
 
     train: int = 2000
     validation: int = 500
@@ -90,15 +91,15 @@ class Sizes(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What one seed of a study trains and tests on.
+    """The data, model and metric of one seed of a study.
 
     Attributes:
         train, validation, test: model inputs.
         collate: rows -> a batch.
         model: seed -> a fresh model.
-        heads: modules of the base model that train whole beside the task's own head.
+        heads: modules of the base model that are fully trained, in addition to the task's head.
         metric: a name in METRICS.
-        judge: the metric of a model on validation or test rows, where predictions do not tell it.
+        judge: the metric of a model on rows, if predictions do not give it.
     """
 
     train: Dataset
@@ -114,9 +115,9 @@ class Task(NamedTuple):
 def load_task(
     dataset: str | None, header: list[str] | None, seed: int, train_rows: int, test_rows: int
 ) -> DatasetDict:
-    """At most so many rows to train and to test on, drawn with `seed`; docstring sentences where no data are named.
+    """Training and test rows drawn with `seed`; docstring sentences if `dataset` is None.
 
-    Data without a test split are split alike for every seed: what tests never trains.
+    Data without a test split are split equally for every seed, so test rows never train.
     """
     if dataset is None:
         return docstring_sentences(train_size=train_rows, test_size=test_rows)
@@ -131,10 +132,10 @@ def load_task(
 
 
 def find_data(name: str, folder: Path | None) -> str:
-    """Where a task's data are: below a folder of data, else what the name says itself (hub name, folder, file).
+    """The source of a task's data: in the data folder, else the name (hub name, folder, file).
 
     Raises:
-        ValueError: if a named task's data are not there, and not on a hub that may be asked.
+        ValueError: if the data of a named task are missing and cannot come from the hub.
     """
     if name not in NAMED:
         return name
@@ -145,8 +146,9 @@ def find_data(name: str, folder: Path | None) -> str:
         return str(folder / place)
     if not known.hub or os.environ.get("HF_HUB_OFFLINE") == "1":
         raise ValueError(
-            f"There are no data for {name}: {folder or f'${DATA}'} has no folder {place}"
-            f"{' and the hub is switched off' if known.hub else ''}. Give --data a folder whose {place} holds "
+            f"The data for {name} are missing: {folder or f'${DATA}'} has no folder {place}"
+            f"{' and the hub is switched off' if known.hub else ''}. Give --data a folder whose "
+            f"{place} contains "
             f"{known.files}{f', or unset HF_HUB_OFFLINE for {known.hub}' if known.hub else ''}."
         )
     return known.hub
@@ -155,7 +157,7 @@ def find_data(name: str, folder: Path | None) -> str:
 def text_task(
     name: str, source: str, model: str | None, header: list[str] | None, sizes: Sizes, seed: int
 ) -> Task:
-    """Text classification: rows drawn with `seed`, validation rows put aside from the training split."""
+    """Text classification; validation rows come from the training split."""
     known = NAMED.get(name, Named())
     wanted = sizes.train + sizes.validation
     data = load_task(
@@ -165,7 +167,8 @@ def text_task(
         data["train"] = balanced(data["train"], wanted)
     if len(data["train"]) <= sizes.validation:
         raise ValueError(
-            f"{source} has {len(data['train'])} training rows and {sizes.validation} are put aside to choose a "
+            f"{source} has {len(data['train'])} training rows and {sizes.validation} are put "
+            f"aside to choose a "
             "learning rate; give more rows or a smaller --validation-rows."
         )
     feature: ClassLabel = data["train"].features["label"]
@@ -185,7 +188,7 @@ def text_task(
 
 
 def balanced(rows: Dataset, count: int) -> Dataset:
-    """The first `count` rows at most that hold each class equally often (to one), in their order."""
+    """At most `count` rows with equally many (to 1) of each class, in their order."""
     turns: Counter[int] = Counter()
     ranked = []
     for place, label in enumerate(rows["label"]):
@@ -196,16 +199,16 @@ def balanced(rows: Dataset, count: int) -> Dataset:
 
 
 def by_length(rows: Dataset) -> Dataset:
-    """The rows with the shortest first, so that batches to score have little padding."""
+    """The rows, shortest first, so that test batches have little padding."""
     lengths = [len(ids) for ids in rows["input_ids"]]
     return rows.select(sorted(range(len(rows)), key=lengths.__getitem__))
 
 
 def in_order(rows: Dataset, steps: int, batch_size: int, seed: int) -> Dataset:
-    """The rows of `steps` batches, one behind the other, as every method will see them.
+    """The rows of `steps` batches in the order that every method sees.
 
-    Each epoch is shuffled; in runs of 25 batches rows of like length share a batch, and the batches are shuffled. What
-    fills no whole batch of its run, the longest rows, is left out.
+    Each epoch is shuffled. Within runs of 25 batches, rows of similar length share a batch, and the
+    batches are shuffled. The longest rows of a run that do not fill a batch are left out.
     """
     generator = random.Random(seed)
     lengths = (
@@ -226,12 +229,12 @@ def in_order(rows: Dataset, steps: int, batch_size: int, seed: int) -> Dataset:
 
 
 def accuracy(prediction: PredictionOutput) -> float:
-    """Share of right answers."""
+    """Share of correct predictions."""
     return float((_classes(prediction) == prediction.label_ids).mean())
 
 
 def matthews(prediction: PredictionOutput) -> float:
-    """Matthews correlation of answers and labels, any number of classes (Gorodkin 2004); 0 where one is constant."""
+    """Matthews correlation for any number of classes (Gorodkin 2004); 0 if one side is constant."""
     found, labels = _classes(prediction), np.asarray(prediction.label_ids)
     classes = range(int(max(found.max(), labels.max())) + 1)
     told, true = (
@@ -243,12 +246,12 @@ def matthews(prediction: PredictionOutput) -> float:
 
 
 def perplexity(prediction: PredictionOutput) -> float:
-    """Exponential of the mean loss of a token."""
+    """Exponential of the mean loss per token."""
     return float(np.exp(prediction.metrics["test_loss"]))
 
 
 class Metric(NamedTuple):
-    """A score, and whether more of it is better; one that is made of the loss needs no logits."""
+    """A score, whether more is better, and whether it is computed from the loss."""
 
     score: Callable[[PredictionOutput], float]
     more_is_better: bool = True
@@ -263,7 +266,7 @@ METRICS = {
 
 
 def merit(row: dict[str, Any]) -> tuple[float, float]:
-    """What the better of two learning rates has more of: the metric, then less loss; one that diverged has none."""
+    """Order of learning rates: the metric, then the loss; a diverged run is last."""
     if not isfinite(row["loss"]):
         return -inf, -inf
     return row["value"] if METRICS[row["metric"]].more_is_better else -row["value"], -row["loss"]

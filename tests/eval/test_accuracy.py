@@ -1,4 +1,4 @@
-"""The accuracy study: equal terms for every method, what is not run again, and what is refused."""
+"""The accuracy study: equal conditions for all methods, resumed studies, refused options."""
 
 import json
 
@@ -19,9 +19,16 @@ from tests.tiny import color_rows, tiny_folder
 
 SIZES = Sizes(train=64, validation=16, test=24, length=12)
 EVERY = [
-    *CORE, "vera r=4", "loretta r=2", "loftq r=2", "refta R=3 quant_type=int4 transform=dct", "craft ranks=2/5/6",
-    "tera trained_params=300", "lotr R=2", "lorta R=2 bits=16",
-]  # fmt: skip
+    *CORE,
+    "vera r=4",
+    "loretta r=2",
+    "loftq r=2",
+    "refta R=3 quant_type=int4 transform=dct",
+    "craft ranks=2/5/6",
+    "tera trained_params=300",
+    "lotr R=2",
+    "lorta R=2 bits=16",
+]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +52,7 @@ def task(source, model):
 
 @pytest.fixture(autouse=True)
 def without_profiler(request, monkeypatch):
-    """The peak is measured where a test is about it: it takes longer than these runs."""
+    """Skip the slow peak measurement except in tests of the peak."""
     if "peak" not in request.node.name:
         monkeypatch.setattr(accuracy, "peak_bytes", lambda trainer, task, cell: 1)
 
@@ -69,10 +76,24 @@ def cell(method, kind="score", rate=1e-3, seed=0):
 
 def run(source, model, rows, **options):
     settings = {
-        "task": [str(source)], "kind": None, "methods": "head-only,lora r=2", "seeds": 2, "model": model, "data": None,
-        "header": None, "learning_rates": "0.001,0.01", "steps": 2, "batch_size": 8, "train_rows": 64,
-        "validation_rows": 16, "test_rows": 24, "max_length": 12, "threads": 1, "again": False, "rows": rows,
-    }  # fmt: skip
+        "task": [str(source)],
+        "kind": None,
+        "methods": "head-only,lora r=2",
+        "seeds": 2,
+        "model": model,
+        "data": None,
+        "header": None,
+        "learning_rates": "0.001,0.01",
+        "steps": 2,
+        "batch_size": 8,
+        "train_rows": 64,
+        "validation_rows": 16,
+        "test_rows": 24,
+        "max_length": 12,
+        "threads": 1,
+        "again": False,
+        "rows": rows,
+    }
     accuracy.run(**settings | options)
 
 
@@ -96,8 +117,8 @@ def test_a_search_is_scored_on_rows_put_aside(task):
     assert not rows["train"] & rows["validation"]
 
 
-def test_equal_counts_train_equally_many_numbers(task):
-    """K R' = R: a stack's factors are as many as LoRA's pairs in its layers."""
+def test_equal_counts_train_equally_many_parameters(task):
+    """K R' = R: the factors of a stack are as large as LoRA's pairs in its layers."""
     layers = len(task.model(0).base_model.encoder.layer)
     lora, refta = (
         measure(cell(method), task) for method in ("lora r=3", f"refta R={3 * layers} bits=16")
@@ -109,7 +130,7 @@ def test_equal_counts_train_equally_many_numbers(task):
     "method", ["full", "lora r=2", "qlora r=2", "vera r=4", "refta R=4", "refta R=4 calibrated"]
 )
 def test_all_methods_see_the_same_batches(task, method):
-    """Whatever a method draws from the global generator, batches come in the order that the seed says."""
+    """The seed sets the order of batches, even if a method uses the global generator."""
     seen = []
 
     def collate(rows):
@@ -158,7 +179,9 @@ def test_measuring_the_peak_changes_no_weight(task, monkeypatch):
 
 
 def test_the_starts_of_quantized_peers_are_near_the_model(task):
-    """QPiSSA and LoftQ: what is quantized plus the pair is nearer to the weights than QLoRA's start."""
+    """QPiSSA and LoftQ: quantized part plus pair is nearer to the weights than QLoRA's
+    start.
+    """
     batch = next(calibration(task))
     dense = task.model(0).eval()
 
@@ -184,7 +207,7 @@ def test_calibration_has_no_labels(task):
 
 
 def test_rates_are_chosen_on_one_seed_and_run_on_others(source, model, tmp_path, monkeypatch):
-    """The better of the validation rows on seed 0, method by method; the test rows have no say."""
+    """Validation rows of seed 0 choose the rate of each method; test rows have no influence."""
     best = {"head-only": 0.01, "lora r=2": 0.001}
 
     def scored(cell, task):
@@ -203,14 +226,24 @@ def test_rates_are_chosen_on_one_seed_and_run_on_others(source, model, tmp_path,
     for method, rate in best.items():
         rows = [row for row in read(file) if row["method"] == method]
         assert [(row["kind"], row["learning_rate"], row["seed"]) for row in rows] == [
-            ("search", 0.001, 0), ("search", 0.01, 0), ("score", rate, 1), ("score", rate, 2)]  # fmt: skip
+            ("search", 0.001, 0),
+            ("search", 0.01, 0),
+            ("score", rate, 1),
+            ("score", rate, 2),
+        ]
 
 
-def test_a_study_that_was_stopped_goes_on(source, model, tmp_path, monkeypatch):
-    """What has a row is not run again unless asked; what lacks one is."""
+def test_a_stopped_study_resumes(source, model, tmp_path, monkeypatch):
+    """Runs with a row are not repeated unless requested; missing runs are done."""
     file, ran = tmp_path / "rows.jsonl", []
-    monkeypatch.setattr(accuracy, "measure", lambda cell, task: ran.append(cell) or {
-        "split": "test", "metric": "accuracy", "value": 0.5, "loss": 1.0, "cpu_s": 0.0})  # fmt: skip
+    monkeypatch.setattr(
+        accuracy,
+        "measure",
+        lambda cell, task: (
+            ran.append(cell)
+            or {"split": "test", "metric": "accuracy", "value": 0.5, "loss": 1.0, "cpu_s": 0.0}
+        ),
+    )
     run(source, model, file)
     assert len(ran) == 2 * (2 + 2)
     run(source, model, file)
@@ -241,22 +274,22 @@ def test_of_equal_scores_the_lower_loss_wins_and_divergence_never():
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("dora r=8", r"no method 'dora'; there are head-only, .*refta"),
+        ("dora r=8", r"no method 'dora'; the methods are head-only, .*refta"),
         ("lora", r"'lora': lora takes r=8"),
         ("lora r=0", "lora takes r=8"),
         ("lora r=8 alpha=2", "lora takes r=8"),
         ("full r=8", "full takes no options"),
         ("refta", "refta takes R=48"),
-        ("refta R=48 nonsense=1", "refta takes R=48, say, .*any of bits"),
-        ("craft", "craft takes R=48, say, or ranks=6/48/48"),
+        ("refta R=48 nonsense=1", "refta takes R=48, .*any of bits"),
+        ("craft", "craft takes R=48, ranks=6/48/48"),
         ("craft R=4 ranks=2/3/4", "craft takes R=48"),
         ("craft ranks=4", "craft takes R=48"),
         ("tera trained_params=many", "tera takes R=48"),
         ("refta R", "refta takes R=48"),
         ("refta R=auto", "refta takes R=48"),
         ("refta R=48 seed=5", "refta takes R=48"),
-        ("refta R=48 refine", "each with a value but for calibrated and double_quant"),
-        ("refta R=48 bits=", "each with a value"),
+        ("refta R=48 refine", "only calibrated and double_quant may have no value"),
+        ("refta R=48 bits=", "may have no value"),
         ("lora r", "lora takes r=8"),
         ("", "no method ''"),
     ],
@@ -271,14 +304,16 @@ def test_methods_that_do_not_exist_are_refused_before_anything_runs(
 
 def test_options_of_methods_are_read():
     assert parse("refta R=48 bits=16 transform=identity calibrated") == (
-        "refta", {"R": 48, "bits": 16, "transform": "identity", "calibrated": True})  # fmt: skip
+        "refta",
+        {"R": 48, "bits": 16, "transform": "identity", "calibrated": True},
+    )
     assert parse("lora r=8") == ("lora", {"r": 8})
     assert parse("refta R=48 double_quant=False")[1]["double_quant"] is False
     assert parse("refta R=48 double_quant")[1]["double_quant"] is True
 
 
 def test_finished_rows_are_kept_when_a_cell_fails(source, model, tmp_path):
-    """A rank beyond a stack."""
+    """The second method has a rank larger than its stack."""
     file = tmp_path / "rows.jsonl"
     with pytest.raises(ValueError, match="rank"):
         run(source, model, file, methods="head-only,refta R=100000", learning_rates="0.001")
@@ -316,7 +351,8 @@ def test_named_data_are_found_or_asked_for(tmp_path, monkeypatch):
     assert find_data("sst2", None) == str(tmp_path / "sst2")
     assert find_data("mine.csv", None) == "mine.csv"
     with pytest.raises(
-        ValueError, match=r"no data for cola: .* cola holds train.tsv and dev.tsv.*glue:cola"
+        ValueError,
+        match=r"data for cola are missing: .* cola contains train.tsv and dev.tsv.*glue:cola",
     ):
         find_data("cola", None)
     monkeypatch.delenv("HF_HUB_OFFLINE")
@@ -324,7 +360,7 @@ def test_named_data_are_found_or_asked_for(tmp_path, monkeypatch):
 
 
 def test_batches_in_order_are_whole_epochs_of_like_lengths():
-    """Each epoch holds every row once, but for what is left of its last batch; another seed, another order."""
+    """Each epoch holds every row once, except the rest of its last batch."""
     lengths = np.random.default_rng(0).integers(3, 40, 100)
     rows = Dataset.from_dict(
         {"input_ids": [[index] * int(length) for index, length in enumerate(lengths)]}
@@ -384,8 +420,8 @@ def test_a_study_loads_a_seeds_task_once(task, tmp_path):
     assert loaded == [0]
 
 
-def test_what_tests_never_trains_whatever_the_seed(model, tmp_path):
-    """One file is split alike for every seed: a learning rate chosen on one seed has not seen another's test rows."""
+def test_test_rows_never_train_for_any_seed(model, tmp_path):
+    """All seeds split a file equally, so the search seed never sees test rows of other seeds."""
     file = tmp_path / "all.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in color_rows(120, seed=1)))
     tests = []
@@ -395,16 +431,16 @@ def test_what_tests_never_trains_whatever_the_seed(model, tmp_path):
     assert tests[0] == tests[1]
 
 
-def test_quantized_peers_are_refused_where_their_kernel_reads_wrongly(source, tmp_path):
-    """bitsandbytes' Linear4bit on a CPU, rows that end within a block."""
+def test_quantized_peers_are_refused_where_their_kernel_is_wrong(source, tmp_path):
+    """bitsandbytes' Linear4bit on a CPU is wrong for rows that end within a block."""
     narrow = text_task("mine", str(source), str(tiny_folder(tmp_path)), None, SIZES, 0)
-    with pytest.raises(ValueError, match=r"is 32 wide; .* multiples of 64 alone"):
+    with pytest.raises(ValueError, match=r"has width 32; .* needs multiples of 64"):
         build("qlora r=2", narrow, 0)
 
 
 @pytest.mark.parametrize("peer", [lora, qlora])
-def test_peers_train_beside_a_mixtures_experts(peer):
-    """PEFT's layers and bitsandbytes' linears take linears alone."""
+def test_peers_adapt_a_mixture_without_its_experts(peer):
+    """PEFT's and bitsandbytes' layers replace linear layers only."""
     adapted = peer(tiny_mixtral(hidden=64), 2, alpha=4)
     trained = {
         name.split(".lora_")[0].split(".")[-1]

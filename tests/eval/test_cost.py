@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say, on a model small enough for a test."""
+"""The cost studies on a model small enough for a test."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_every_method_is_measured(rows):
         )
 
 
-def test_trained_numbers_are_those_of_the_methods(rows):
+def test_trainable_parameters_of_each_method(rows):
     """Two layers: q and o 128 x 128, k and v 64 x 128, gate and up 256 x 128, down 128 x 256."""
     sums = 2 * 256 + 2 * 192 + 3 * 384
     counts = {name: row["trained_parameters"] for name, row in rows.items()}
@@ -74,12 +74,12 @@ def test_rebuilding_needs_more_memory_than_the_same_factors_without(rows):
 
 
 def test_the_rebuilding_form_computes_the_same():
-    """A benchmark of two ways to the same gradient. Autograd rounds it to bf16 on its way to the factors: 0.0016."""
-    what = cost.Run("tiny", "cpu", torch.float32, checkpointing=False)
+    """Both forms have the same gradient; autograd rounds one to bf16 (difference 0.0016)."""
+    settings = cost.Run("tiny", "cpu", torch.float32, checkpointing=False)
     ids = torch.arange(32).view(2, 16)
     found = []
     for name in ("rebuilding R=64", "qrefta R=64"):
-        model = cost.build(name, what)
+        model = cost.build(name, settings)
         loss = model(input_ids=ids, labels=ids).loss
         found.append(
             [loss, *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])]
@@ -88,7 +88,7 @@ def test_the_rebuilding_form_computes_the_same():
         assert (ours - theirs).norm() < 0.004 * theirs.norm()
 
 
-def test_decoding_is_measured_beside_plain_bitsandbytes(tmp_path):
+def test_decoding_is_measured_with_plain_bitsandbytes(tmp_path):
     decoding.run(
         "tiny",
         "16",

@@ -1,4 +1,4 @@
-"""Share of a model's weights in 4 bits, by tool: against models that the tools made."""
+"""The share of weights in 4 bits, by tool, compared with models that the tools made."""
 
 import bitsandbytes
 import pytest
@@ -11,7 +11,7 @@ from tests.models import tiny_llama, tiny_mixtral
 
 
 def packed(model, kind):
-    """Numbers in 4 bits, two a byte, of all layers of a kind."""
+    """Weights in 4 bits, two per byte, in all layers of a class."""
     return sum(2 * layer.weight.numel() for layer in model.modules() if isinstance(layer, kind))
 
 

@@ -1,4 +1,4 @@
-"""The embedded quickstart data: the same rows in every process, and nothing of the test split in the training split."""
+"""The quickstart data: equal rows in every process, no test text in the training split."""
 
 import os
 import re
@@ -78,7 +78,7 @@ def test_rows_do_not_depend_on_the_process_or_its_hash_seed(data):
 
 
 def test_rows_do_not_depend_on_the_order_of_the_files(found):
-    train, test = demo.split(list(reversed(found)))
+    train, test = demo.split(tuple(reversed(found)))
     assert (train, test) == demo.split(found)
 
 
@@ -94,7 +94,7 @@ def test_no_object_and_no_wording_is_on_both_sides(sides):
 
 
 def test_the_run_filter_has_copies_to_drop(found, sides):
-    """Decimal's and Context's methods, the two xml.dom builders: without the filter their wording is on both sides."""
+    """Without the filter, wording of Decimal and Context, and of xml.dom, is on both sides."""
     train, test = sides
     assert len(train) + len(test) < len(found)
 
@@ -136,7 +136,9 @@ def test_a_smaller_size_is_a_subset_in_the_same_order(sides):
 
 def test_a_size_beyond_the_rows_says_how_many_there_are(sides):
     train, _ = sides
-    with pytest.raises(ValueError, match=f"{len(train) + 1} rows asked for.*give {len(train)}"):
+    with pytest.raises(
+        ValueError, match=f"{len(train) + 1} rows were requested.*give {len(train)}"
+    ):
         demo.balanced(train, len(train) + 1)
 
 

@@ -104,7 +104,9 @@ def refused(folder, message, read=qrefta.load):
 
 
 def out_of_core(folder):
-    return qrefta.prepare(folder, out=folder.parent / "out", rank=1, refine=0, progress=False)
+    return qrefta.prepare_checkpoint(
+        folder, folder.parent / "out", rank=1, refine=0, progress=False
+    )
 
 
 def test_a_pipe_in_the_index_is_not_waited_for(prepared):

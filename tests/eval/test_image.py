@@ -1,4 +1,4 @@
-"""The image task: a ViT pre-trained on some classes by our own script, and rows of the classes it does not know."""
+"""The image task: a pre-trained ViT, and images of the classes that it does not know."""
 
 from io import BytesIO
 from pathlib import Path
@@ -34,7 +34,7 @@ KNOWN, NEW = NAMES[:6], NAMES[6:]
 
 
 def photos(count, seed, side=32):
-    """JPEG files, each class a colour of its own under noise, and their labels, all classes in turn."""
+    """JPEG files and labels: a colour per class with noise, all classes in turn."""
     rng = np.random.default_rng(seed)
     colors = np.indices((3, 3, 2)).reshape(3, -1).T[4:14] * (100, 100, 200)
     files, labels = [], [index % len(NAMES) for index in range(count)]
@@ -64,7 +64,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A tiny ViT, not trained, that says it knows six classes."""
+    """An untrained tiny ViT with six class names."""
     folder = str(tmp_path_factory.mktemp("model"))
     new_vit(KNOWN, hidden=32, layers=2, patch=16, seed=0).save_pretrained(folder)
     return folder
@@ -77,19 +77,35 @@ def task(source, model):
 
 def run(source, out, **options):
     settings = {
-        "data": Path(source).parent, "classes": "0,1,2,3,4,5", "steps": 40, "batch_size": 32, "learning_rate": 3e-3,
-        "hidden": 32, "layers": 2, "patch": 16, "seed": 0, "threads": 1, "rows": None,
-    }  # fmt: skip
+        "data": Path(source).parent,
+        "classes": "0,1,2,3,4,5",
+        "steps": 40,
+        "batch_size": 32,
+        "learning_rate": 3e-3,
+        "hidden": 32,
+        "layers": 2,
+        "patch": 16,
+        "seed": 0,
+        "threads": 1,
+        "rows": None,
+    }
     image.run(out, **settings | options)
 
 
 def test_pretraining_learns_saves_and_reports(source, tmp_path):
-    """Guessing finds one of six; what is loaded again scores what the row says."""
+    """Guessing has accuracy 1/6; the reloaded model has the accuracy of the row."""
     file, out = tmp_path / "rows.jsonl", tmp_path / "vit"
     run(source, out, rows=file)
     (row,) = read(file)
     assert [row[key] for key in ("study", "kind", "steps", "images", "n", "seed", "metric")] == [
-        "pretraining", "vit", 40, 240, 60, 0, "accuracy"]  # fmt: skip
+        "pretraining",
+        "vit",
+        40,
+        240,
+        60,
+        0,
+        "accuracy",
+    ]
     assert row["classes"] == list(KNOWN)
     assert row["value"] > 0.6
     assert row["train_s"] > 0
@@ -110,7 +126,7 @@ def test_pretraining_depends_on_its_seed_alone(source, tmp_path):
 
 
 def test_augmented_images_are_shifted_over_black_and_flipped():
-    """Each is one of the 2 x 9 x 9 ways to cut it, and over many images all ways come up."""
+    """Each image is one of the 2 x 9 x 9 cuts, and many images give all cuts."""
     pixels = torch.randint(
         1, 256, (1, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
@@ -138,7 +154,7 @@ def test_normalised_images_have_no_mean_and_unit_deviation():
 
 
 def test_the_task_holds_the_classes_that_the_model_does_not_know(source, model):
-    """All rows of frog .. truck, numbered 0 .. 3, and the pixels that Pillow decodes."""
+    """All rows of frog .. truck, numbered 0 .. 3, with the pixels that Pillow decodes."""
     task = image_task(
         "cifar10", source, model, None, Sizes(train=10**6, validation=16, test=10**6), 0
     )
@@ -180,7 +196,7 @@ def test_a_model_that_names_no_class_is_trained_on_all(source, tmp_path):
 
 
 def test_the_hubs_columns_give_the_same_task(source, model, task, tmp_path):
-    """uoft-cs/cifar10: img, an image as datasets keeps it, and label, with names."""
+    """uoft-cs/cifar10 has an image column img, and label with names."""
     folder = tmp_path / "hub"
     folder.mkdir()
     features = Features(img=Image(), label=ClassLabel(names=list(NAMES)))
@@ -218,7 +234,7 @@ def test_calibration_has_no_labels(task):
 
 @pytest.mark.parametrize("classes", [4, 6])
 def test_the_head_is_fresh_and_the_rest_is_pretrained(model, classes):
-    """Also where there are as many new classes as old ones, whose head would fit."""
+    """This includes as many new classes as old ones, when the old head would fit."""
     old = ViTForImageClassification.from_pretrained(model)
     first, again, other = (load_vit(model, NAMES[-classes:], seed) for seed in (1, 1, 2))
     assert_close(first.state_dict(), again.state_dict(), rtol=0, atol=0)
@@ -269,7 +285,7 @@ def test_no_model_or_an_unfit_one_is_refused(source, tmp_path):
         image_task("cifar10", source, None, None, SIZES, 0)
     new_vit(NAMES[:9], 32, 2, 16, seed=0).save_pretrained(tmp_path / "all")
     with pytest.raises(
-        ValueError, match=r"knows airplane, .*ship; leave out two or more with --classes"
+        ValueError, match=r"knows airplane, .*ship; leave out at least two with --classes"
     ):
         image_task("cifar10", source, str(tmp_path / "all"), None, SIZES, 0)
     text = BertConfig(
@@ -277,13 +293,13 @@ def test_no_model_or_an_unfit_one_is_refused(source, tmp_path):
     )
     build(BertForSequenceClassification, text).save_pretrained(tmp_path / "text")
     with pytest.raises(
-        ValueError, match=r"takes image_size no images; cifar10 needs 32, and .*eval image"
+        ValueError, match=r"takes image_size no images; cifar10 needs 32; .*eval image"
     ):
         image_task("cifar10", source, str(tmp_path / "text"), None, SIZES, 0)
 
 
 def test_missing_data_are_asked_for(model, tmp_path):
-    wanted = "Give a folder that holds train.parquet and test.parquet, or uoft-cs/cifar10"
+    wanted = "Give a folder with train.parquet and test.parquet, or uoft-cs/cifar10"
     for place in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ValueError, match=f"no images in {place}.*{wanted}"):
             image_task("cifar10", str(place), model, None, SIZES, 0)
@@ -296,14 +312,14 @@ def test_missing_data_are_asked_for(model, tmp_path):
         (photos(6, 0), r"train: there is no image of frog, horse, ship, truck\."),
         (
             photos(100, 0, side=28),
-            r"images of \(height, width\) \[\(28, 28\)\]; all must be of 32 x 32",
+            r"images of \(height, width\) \[\(28, 28\)\]; all must be 32 x 32",
         ),
-        ({"jpeg": [b""], "label": [77]}, "labels go from 77 to 77; CIFAR-10's are 0 .. 9"),
+        ({"jpeg": [b""], "label": [77]}, "labels are 77 .. 77; CIFAR-10 has 0 .. 9"),
         (
             {"picture": [b""], "label": [7]},
-            r"the columns are \['picture', 'label'\]; needed are label and jpeg or img",
+            r"the columns are \['picture', 'label'\]; label and jpeg or img are required",
         ),
-        ({"img": [b""]}, r"the columns are \['img'\]; needed are label"),
+        ({"img": [b""]}, r"the columns are \['img'\]; label and"),
     ],
 )
 def test_data_that_cannot_be_trained_on_are_refused(model, tmp_path, train, message):
@@ -315,7 +331,7 @@ def test_data_that_cannot_be_trained_on_are_refused(model, tmp_path, train, mess
 @pytest.mark.parametrize("classes", ["0", "0,0,1", "1,10", "bird,cat", ""])
 def test_classes_that_cannot_be_trained_on_are_refused(source, tmp_path, classes):
     with pytest.raises(
-        ValueError, match=f"classes is '{classes}'; give two or more different ones of 0 .. 9"
+        ValueError, match=f"classes is '{classes}'; give at least two different numbers in 0 .. 9"
     ):
         run(source, tmp_path / "vit", classes=classes)
 

@@ -1,4 +1,4 @@
-"""The driver that kills: it finds what is half-written, unreadable or unequal, and nothing where all is well."""
+"""The killer finds half-written, unreadable and unequal files, and reports nothing else."""
 
 import random
 import time
@@ -11,7 +11,7 @@ PARTS = 8
 
 
 def in_place(folder):
-    """A file written a line at a time, where it will be looked for, and a mark that it is there."""
+    """Write a file line by line at its final place, after a mark that it exists."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "mark").touch()
     with (folder / "data").open("w") as file:
@@ -21,7 +21,7 @@ def in_place(folder):
 
 
 def renamed(folder):
-    """The same under another name; it gets its own, and its mark, at the end."""
+    """Write a file under another name; rename it and set the mark at the end."""
     written = folder / "tmp"
     in_place(written)
     (written / "data").rename(folder / "data")
@@ -29,7 +29,7 @@ def renamed(folder):
 
 
 def differing(folder):
-    """Goes on from where it was, but leaves a trace of every start."""
+    """Resume, but record every start."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "starts").open("a") as file:
         file.write("x")
@@ -81,6 +81,6 @@ def test_a_first_run_that_is_held_up_does_not_make_all_kills_too_late(tmp_path):
     assert tally(held_up, tmp_path).kills >= 6
 
 
-def test_a_job_that_fails_is_told(tmp_path):
+def test_a_failed_job_raises(tmp_path):
     with pytest.raises(RuntimeError, match="nothing to do"):
         tally(lambda folder: (_ for _ in ()).throw(ValueError("nothing to do")), tmp_path)

@@ -1,4 +1,4 @@
-"""Language-model tasks: blocks of text by perplexity, questions by lm-evaluation-harness on the model in memory."""
+"""Language tasks: text by perplexity, questions by lm-evaluation-harness on the model in memory."""
 
 import json
 import math
@@ -43,9 +43,14 @@ def folder(tmp_path_factory):
         tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="[EOS]"
     ).save_pretrained(folder)
     config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
     return str(folder)
@@ -61,10 +66,14 @@ def text(tmp_path):
 def questions(tmp_path):
     for split, count in (("train", 60), ("test", 20)):
         rows = [
-            {"instruction": f"the {thing} is ?\n\nAnswer format: blue/green", "input": "", "answer": color,
-             "output": f"the correct answer is {color}"}
+            {
+                "instruction": f"the {thing} is ?\n\nAnswer format: blue/green",
+                "input": "",
+                "answer": color,
+                "output": f"the correct answer is {color}",
+            }
             for thing, color in [("sky", "blue"), ("grass", "green")] * (count // 2)
-        ]  # fmt: skip
+        ]
         (tmp_path / f"{split}.json").write_text(json.dumps(rows))
     return tmp_path
 
@@ -72,7 +81,7 @@ def questions(tmp_path):
 def cell(method, rate=3e-2, steps=30):
     return Cell(
         "score",
-        "own",
+        "mine",
         "tiny",
         method,
         rate,
@@ -87,8 +96,8 @@ def cell(method, rate=3e-2, steps=30):
 
 
 def test_perplexity_is_the_exponential_of_the_mean_loss(folder, text):
-    """Against the model's own loss, block by block."""
-    task = text_lm_task("own", str(text), folder, None, SIZES, 0)
+    """Compared with the model's loss, block by block."""
+    task = text_lm_task("mine", str(text), folder, None, SIZES, 0)
     row = measure(cell("head-only"), task)
     model = task.model(0).eval()
     with torch.no_grad():
@@ -101,19 +110,19 @@ def test_perplexity_is_the_exponential_of_the_mean_loss(folder, text):
 
 @pytest.mark.parametrize("method", ["lora r=2", "refta R=8", "full"])
 def test_training_lowers_perplexity(folder, text, method):
-    task = text_lm_task("own", str(text / "input.txt"), folder, None, SIZES, 0)
+    task = text_lm_task("mine", str(text / "input.txt"), folder, None, SIZES, 0)
     assert measure(cell(method), task)["value"] < 0.9 * measure(cell("head-only"), task)["value"]
 
 
 def test_text_is_cut_into_whole_blocks_that_do_not_overlap(folder, text):
-    task = text_lm_task("own", str(text), folder, None, SIZES, 0)
+    task = text_lm_task("mine", str(text), folder, None, SIZES, 0)
     assert [len(rows) for rows in (task.train, task.validation, task.test)] == [40, 10, 10]
     assert all(len(ids) == 16 for rows in (task.train, task.test) for ids in rows["input_ids"])
 
 
 def test_questions_are_learned_and_judged_by_the_harness(folder, questions):
     pytest.importorskip("lm_eval")
-    task = choice_task("own", str(questions), folder, None, SIZES, 0)
+    task = choice_task("mine", str(questions), folder, None, SIZES, 0)
     row = measure(cell("full", steps=40), task)
     assert row["metric"] == "accuracy"
     assert row["value"] == 1
@@ -121,10 +130,10 @@ def test_questions_are_learned_and_judged_by_the_harness(folder, questions):
     assert row["value"] > 0.5
 
 
-def test_the_harness_scores_what_the_model_finds_likeliest(folder, questions):
-    """Against the sums of log probabilities, written out."""
+def test_the_harness_scores_the_most_likely_choice(folder, questions):
+    """Compared with sums of log probabilities."""
     pytest.importorskip("lm_eval")
-    task = choice_task("own", str(questions), folder, None, SIZES, 0)
+    task = choice_task("mine", str(questions), folder, None, SIZES, 0)
     model, tokenizer = task.model(0).eval(), language.AutoTokenizer.from_pretrained(folder)
     right = 0
     for row in task.test:
@@ -139,7 +148,7 @@ def test_the_harness_scores_what_the_model_finds_likeliest(folder, questions):
 
 
 def test_labels_are_on_the_answer_alone(folder, questions):
-    task = choice_task("own", str(questions), folder, None, SIZES, 0)
+    task = choice_task("mine", str(questions), folder, None, SIZES, 0)
     batch = task.collate([task.train[0], task.train[1]])
     for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
         counted = labels[labels != language.IGNORED]
@@ -150,11 +159,11 @@ def test_labels_are_on_the_answer_alone(folder, questions):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"instruction": "a"}, r"no JSON list of \{instruction, output, answer\} with rows"),
-        ([], "no JSON list"),
+        ({"instruction": "a"}, r"must be a JSON list of \{instruction, output, answer\} with at"),
+        ([], "must be a JSON list"),
         ([{"instruction": "Answer format: a/b", "output": "a"}], "row 0: .*missing: answer"),
         (
-            [{"instruction": "what?", "output": "a", "answer": "a"}],
+            [{"instruction": "why?", "output": "a", "answer": "a"}],
             "row 0: .*missing: Answer format",
         ),
         (
@@ -167,16 +176,16 @@ def test_questions_that_cannot_be_used_are_refused(folder, tmp_path, content, me
     for split in ("train", "test"):
         (tmp_path / f"{split}.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
-        choice_task("own", str(tmp_path), folder, None, SIZES, 0)
+        choice_task("mine", str(tmp_path), folder, None, SIZES, 0)
 
 
-def test_what_is_missing_is_named(folder, tmp_path, text):
-    with pytest.raises(ValueError, match=r"no file .*train\.json"):
-        choice_task("own", str(tmp_path / "none"), folder, None, SIZES, 0)
-    with pytest.raises(ValueError, match="no text file and no folder"):
-        text_lm_task("own", str(tmp_path / "none"), folder, None, SIZES, 0)
-    with pytest.raises(ValueError, match=r"own needs a causal language model.*--model"):
-        text_lm_task("own", str(text), None, None, SIZES, 0)
+def test_missing_files_are_named(folder, tmp_path, text):
+    with pytest.raises(ValueError, match=r"train\.json is missing"):
+        choice_task("mine", str(tmp_path / "none"), folder, None, SIZES, 0)
+    with pytest.raises(ValueError, match="must be a text file, or a folder"):
+        text_lm_task("mine", str(tmp_path / "none"), folder, None, SIZES, 0)
+    with pytest.raises(ValueError, match=r"mine needs a causal language model.*--model"):
+        text_lm_task("mine", str(text), None, None, SIZES, 0)
     (tmp_path / "input.txt").write_text("the sky")
     with pytest.raises(ValueError, match="0 training and 0 test blocks of 16 tokens"):
-        text_lm_task("own", str(tmp_path), folder, None, SIZES, 0)
+        text_lm_task("mine", str(tmp_path), folder, None, SIZES, 0)

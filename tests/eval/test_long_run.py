@@ -1,4 +1,4 @@
-"""The slope that a long run is judged by: of lines, steps and noise."""
+"""The slope that judges a long run, on lines, steps and noise."""
 
 import random
 
@@ -23,7 +23,7 @@ def test_a_rise_at_the_beginning_is_no_trend():
 
 
 def test_a_short_run_is_measured(tmp_path):
-    """Every evaluation and checkpoint is counted; nothing is left but the checkpoints that are kept and the model."""
+    """Every evaluation and checkpoint is counted; only kept checkpoints and the model remain."""
     row = measure(tmp_path, "prepared", 2 * BLOCKS, 20, threads=1)
     assert (row["steps"], row["evaluations"], row["saves"]) == (60, 5, 3)
     assert row["finite"]

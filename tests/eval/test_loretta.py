@@ -1,4 +1,4 @@
-"""LoRETTA, the peer that no library has: its trains against written-out sums, its start, what trains."""
+"""LoRETTA: trains compared with explicit sums, the start, trainable parameters."""
 
 import pytest
 import torch
@@ -55,5 +55,5 @@ def test_the_start_is_the_model_and_only_cores_and_head_train():
 
 
 def test_other_layers_are_refused():
-    with pytest.raises(ValueError, match="Conv1D; LoRETTA is measured on"):
+    with pytest.raises(ValueError, match="Conv1D; LoRETTA is implemented for"):
         loretta(ARCHITECTURES["gpt2"](), 2)

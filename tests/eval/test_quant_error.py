@@ -1,4 +1,4 @@
-"""The quantization-error study: what its rows say, what it does not measure again, and what it refuses."""
+"""The quantization-error study: content of its rows, resumed studies, refused options."""
 
 import pytest
 import torch
@@ -14,10 +14,19 @@ RANKS = "0,3,8"
 
 def study(folder, rows, **options):
     arguments = {
-        "model": str(folder), "ranks": RANKS, "transforms": "lsm3,identity", "types": "nf4,fp4", "peers": "nf4",
-        "craft": True, "samples": 20, "max_length": 8, "processes": 1, "again": False, "rows": rows,
+        "model": str(folder),
+        "ranks": RANKS,
+        "transforms": "lsm3,identity",
+        "types": "nf4,fp4",
+        "peers": "nf4",
+        "craft": True,
+        "samples": 20,
+        "max_length": 8,
+        "processes": 1,
+        "again": False,
+        "rows": rows,
         "text": folder / "text.txt",
-    }  # fmt: skip
+    }
     quant_error.run(**arguments | options)
 
 
@@ -39,8 +48,8 @@ def of(rows, **values):
     return [row for row in rows if values.items() <= row.items()]
 
 
-def test_errors_are_those_that_prepare_reports(folder, file):
-    """The study's one-shot and refined errors are the report's of a prepared model."""
+def test_errors_equal_the_report_of_prepare(folder, file):
+    """One-shot and refined errors equal the report of a prepared model."""
     from transformers import AutoModel
 
     for start, rounds in (("one shot", 0), ("refined", 5)):
@@ -52,8 +61,15 @@ def test_errors_are_those_that_prepare_reports(folder, file):
             progress=False,
         )
         for told in quant_report(model):
-            (row,) = of(read(file), kind="stack", stack=told["stack"], quant_type="nf4", start=start, rank=8,
-                        transform="identity")  # fmt: skip
+            (row,) = of(
+                read(file),
+                kind="stack",
+                stack=told["stack"],
+                quant_type="nf4",
+                start=start,
+                rank=8,
+                transform="identity",
+            )
             assert row["ratio"] == pytest.approx(told["ratio"], rel=1e-4)
             assert row["bits_per_weight"] == pytest.approx(told["bits_per_weight"], rel=0.02)
 
@@ -63,7 +79,14 @@ def test_every_method_is_there_once(file):
     cells = [Cell(*(row[name] for name in Cell._fields)) for row in rows if row["kind"] == "stack"]
     assert len(cells) == len(set(cells))
     assert {cell.method for cell in cells if cell.quant_type == "nf4"} == {
-        "refta", "craft", "pissa", "loftq", "qera", "smaller block", "smaller block, 8-bit scales"}  # fmt: skip
+        "refta",
+        "craft",
+        "pissa",
+        "loftq",
+        "qera",
+        "smaller block",
+        "smaller block, 8-bit scales",
+    }
     assert {cell.start for cell in cells if cell.method == "refta"} == {
         "one shot",
         "refined",
@@ -81,8 +104,15 @@ def test_rivals_take_no_more_bits_than_the_split(file):
             and row["method"].startswith(("smaller", "craft"))
             and row["rank"] > 3
         ):
-            (ours,) = of(read(file), kind="stack", stack=row["stack"], quant_type="nf4", start="one shot",
-                         transform="lsm3", rank=row["rank"])  # fmt: skip
+            (ours,) = of(
+                read(file),
+                kind="stack",
+                stack=row["stack"],
+                quant_type="nf4",
+                start="one shot",
+                transform="lsm3",
+                rank=row["rank"],
+            )
             assert row["bits_per_weight"] <= ours["bits_per_weight"]
 
 
@@ -111,7 +141,7 @@ def test_a_stack_that_is_missing_makes_no_model_row(file):
 
 
 def test_nothing_is_measured_twice(folder, file):
-    """A second run adds nothing; a run that was stopped adds what is missing; another rank adds its cells."""
+    """A second run adds nothing; a resumed run adds the missing rows."""
     before = file.read_text()
     study(folder, file)
     assert file.read_text() == before
@@ -123,8 +153,11 @@ def test_nothing_is_measured_twice(folder, file):
     study(folder, part, processes=2)
 
     def cells(path):
-        return sorted(str([row.get(name) for name in ("kind", *Cell._fields)]) for row in read(path)
-                      if row["kind"] != "run")  # fmt: skip
+        return sorted(
+            str([row.get(name) for name in ("kind", *Cell._fields)])
+            for row in read(path)
+            if row["kind"] != "run"
+        )
 
     assert cells(part) == cells(file)
 
@@ -162,7 +195,7 @@ def test_nuclear_norm_is_the_sum_of_singular_values():
         ({"transforms": "fft"}, "fft: allowed are lsm3, dct, identity"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_before_anything_is(folder, tmp_path, options, message):
+def test_unfit_options_are_refused_before_any_measurement(folder, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         study(folder, tmp_path / "rows.jsonl", **options)
     assert not (tmp_path / "rows.jsonl").exists()

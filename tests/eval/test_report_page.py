@@ -1,4 +1,4 @@
-"""The report says what the rows say, and the opposite where they say the opposite; its page opens as it should."""
+"""The report follows the rows, opposite rows give opposite findings, and its page opens."""
 
 import json
 import re
@@ -13,9 +13,15 @@ from eval.report.verdicts import FAILS, HOLDS, IN_PART, UNTOLD, verdicts
 
 ROWS = Path(__file__).parents[2] / "eval" / "rows"
 CONTEXT = {
-    "schema": 1, "command": "study.py --rows rows.jsonl", "commit": "0123456789ab", "python": "3.11.7",
-    "versions": {"torch": "2.8.0"}, "device": "a processor", "threads": 2, "seed": 0,
-}  # fmt: skip
+    "schema": 1,
+    "command": "study.py --rows rows.jsonl",
+    "commit": "0123456789ab",
+    "python": "3.11.7",
+    "versions": {"torch": "2.8.0"},
+    "device": "a processor",
+    "threads": 2,
+    "seed": 0,
+}
 STACKS = {
     "encoder.layer.*.attention.self.query": [6, 384, 384],
     "encoder.layer.*.attention.output.dense": [6, 384, 384],
@@ -29,23 +35,52 @@ RIVALS = {"pissa": 1.04, "loftq": 0.98, "qera": 0.99}
 
 
 def error_rows(transforms=TRANSFORMS, starts=STARTS, rivals=RIVALS, rises=False, smaller=0.8):
-    """Rows of every stack and their sum: ratios fall with R, times a factor of method, start and transform."""
+    """Rows of every stack and their sum; ratios fall with R."""
     rows = []
 
     def add(method, start, transform, rank, quant_type, ratio, output, bits):
         shared = {
-            "study": "quant_error", "quant_type": quant_type, "method": method, "start": start, "transform": transform,
-            "rank": rank, "bits_per_weight": bits, "model": "mini", "text": "own.txt",
-            "samples": 600, "max_length": 48, "nuclear_reduction": None if transform == "dct" else 0.1,
-        }  # fmt: skip
+            "study": "quant_error",
+            "quant_type": quant_type,
+            "method": method,
+            "start": start,
+            "transform": transform,
+            "rank": rank,
+            "bits_per_weight": bits,
+            "model": "mini",
+            "text": "first.txt",
+            "samples": 600,
+            "max_length": 48,
+            "nuclear_reduction": None if transform == "dct" else 0.1,
+        }
         for place, (stack, shape) in enumerate(STACKS.items()):
-            own = ratio * (1 + 0.02 * place) if rank else 1.0
-            layers = [own * (1 + 0.01 * layer) for layer in range(shape[0])]
-            rows.append(shared | {"kind": "stack", "stack": stack, "shape": shape, "refine": 5, "baseline_error": 100.0,
-                                  "layer_ratios": layers,
-                                  "residual_error": 100 * own, "ratio": own, "output_ratio": output})  # fmt: skip
-        rows.append(shared | {"kind": "model", "stack": "all", "baseline_error": 400.0,
-                              "residual_error": 400 * ratio, "ratio": ratio, "output_ratio": output})  # fmt: skip
+            scaled = ratio * (1 + 0.02 * place) if rank else 1.0
+            layers = [scaled * (1 + 0.01 * layer) for layer in range(shape[0])]
+            rows.append(
+                shared
+                | {
+                    "kind": "stack",
+                    "stack": stack,
+                    "shape": shape,
+                    "refine": 5,
+                    "baseline_error": 100.0,
+                    "layer_ratios": layers,
+                    "residual_error": 100 * scaled,
+                    "ratio": scaled,
+                    "output_ratio": output,
+                }
+            )
+        rows.append(
+            shared
+            | {
+                "kind": "model",
+                "stack": "all",
+                "baseline_error": 400.0,
+                "residual_error": 400 * ratio,
+                "ratio": ratio,
+                "output_ratio": output,
+            }
+        )
 
     for quant_type, worse in {"nf4": 1.0, "fp4": 0.98, "int4": 0.99}.items():
         add("refta", "one shot", "lsm3", 0, quant_type, 1.0, 1.0, 4.5)
@@ -79,11 +114,16 @@ def error_rows(transforms=TRANSFORMS, starts=STARTS, rivals=RIVALS, rises=False,
                     bits,
                 )
     rows += [
-        {"kind": "spectrum", "stack": "encoder.layer.*.attention.self.query", "shape": [6, 384, 384],
-         "transform": transform, "model": "mini",
-         "values": [10 * at ** (-0.3 * factor) for at in range(1, 193)]}
+        {
+            "kind": "spectrum",
+            "stack": "encoder.layer.*.attention.self.query",
+            "shape": [6, 384, 384],
+            "transform": transform,
+            "model": "mini",
+            "values": [10 * at ** (-0.3 * factor) for at in range(1, 193)],
+        }
         for transform, factor in transforms.items()
-    ]  # fmt: skip
+    ]
     gaussian = {
         "kind": "gaussian",
         "quant_type": "nf4",
@@ -95,33 +135,62 @@ def error_rows(transforms=TRANSFORMS, starts=STARTS, rivals=RIVALS, rises=False,
 
 
 METHODS = {
-    "head-only": 0, "full": 22_000_000, "lora r=1": 41_472, "lora r=8": 331_776, "pissa r=8": 331_776,
-    "qlora r=8": 331_776, "refta R=15 bits=16": 103_680, "refta R=48 bits=16": 331_776,
-    "refta R=48 bits=16 transform=identity": 331_776, "refta R=48 refine=0": 331_776, "refta R=48": 331_776,
+    "head-only": 0,
+    "full": 22_000_000,
+    "lora r=1": 41_472,
+    "lora r=8": 331_776,
+    "pissa r=8": 331_776,
+    "qlora r=8": 331_776,
+    "refta R=15 bits=16": 103_680,
+    "refta R=48 bits=16": 331_776,
+    "refta R=48 bits=16 transform=identity": 331_776,
+    "refta R=48 refine=0": 331_776,
+    "refta R=48": 331_776,
     "refta R=48 calibrated": 331_776,
-}  # fmt: skip
+}
 
 
 def score_rows(shifts=None, task="sst2", metric="accuracy", seeds=5):
-    """Rows of every method: a score a seed, and a shift a method."""
+    """Rows of every method: one score per seed, with a shift per method."""
     shifts = {"head-only": -0.12} | (shifts or {})
     wiggle = [0.004, -0.006, 0.002, 0.005, -0.003]
     rows = []
     for place, (method, adapter) in enumerate(METHODS.items()):
         shared = {
-            "study": "accuracy", "task": task, "model": "mini", "method": method, "steps": 64, "batch_size": 32,
-            "train_rows": 2000, "validation_rows": 500, "test_rows": 2000, "max_length": 64, "n": 872,
-            "metric": metric, "loss": 0.4, "train_loss": 0.4,
-            "trained_parameters": 148_610 + adapter, "head_parameters": 148_610, "build_s": 1.0, "train_s": 20.0,
-            "cpu_s": 20.0, "peak_bytes": 300_000_000,
-        }  # fmt: skip
+            "study": "accuracy",
+            "task": task,
+            "model": "mini",
+            "method": method,
+            "steps": 64,
+            "batch_size": 32,
+            "train_rows": 2000,
+            "validation_rows": 500,
+            "test_rows": 2000,
+            "max_length": 64,
+            "n": 872,
+            "metric": metric,
+            "loss": 0.4,
+            "train_loss": 0.4,
+            "trained_parameters": 148_610 + adapter,
+            "head_parameters": 148_610,
+            "build_s": 1.0,
+            "train_s": 20.0,
+            "cpu_s": 20.0,
+            "peak_bytes": 300_000_000,
+        }
         rates = (0.001, 0.003, 0.01)
         chosen = rates[-1] if method == "lora r=1" else rates[1]
         better = 0.79 if metric == "perplexity" else 0.81
         rows += [
-            shared | {"kind": "search", "split": "validation", "learning_rate": rate,
-                      "value": better if rate == chosen else 0.8} for rate in rates
-        ]  # fmt: skip
+            shared
+            | {
+                "kind": "search",
+                "split": "validation",
+                "learning_rate": rate,
+                "value": better if rate == chosen else 0.8,
+            }
+            for rate in rates
+        ]
         for seed in range(1, seeds + 1):
             value = (
                 0.82
@@ -129,23 +198,49 @@ def score_rows(shifts=None, task="sst2", metric="accuracy", seeds=5):
                 + 0.001 * wiggle[(seed + place) % 5]
                 + shifts.get(method, 0.0)
             )
-            rows.append(shared | {"kind": "score", "split": "test", "seed": seed, "value": value,
-                                  "learning_rate": chosen})  # fmt: skip
+            rows.append(
+                shared
+                | {
+                    "kind": "score",
+                    "split": "test",
+                    "seed": seed,
+                    "value": value,
+                    "learning_rate": chosen,
+                }
+            )
     return [CONTEXT | row for row in rows]
 
 
 def cost_rows(rebuilding=1.5):
     """One setting, without and with checkpointing."""
-    methods = {"floor": (0, 1.0), "qlora r=16": (2_523_136, 1.1), "qlora r=8": (1_261_568, 1.08),
-               "rebuilding R=64": (1_261_568, rebuilding), "qrefta R=64": (1_261_568, 1.05)}  # fmt: skip
+    methods = {
+        "floor": (0, 1.0),
+        "qlora r=16": (2_523_136, 1.1),
+        "qlora r=8": (1_261_568, 1.08),
+        "rebuilding R=64": (1_261_568, rebuilding),
+        "qrefta R=64": (1_261_568, 1.05),
+    }
     rows = [
-        {"study": "cost", "kind": "step", "setting": "cpu", "method": method, "checkpointing": checkpointing,
-         "dtype": "float32", "batch": [4, 256], "trained_parameters": count, "n": 7, "step_s": seconds,
-         "of_floor": seconds, "of_qlora": seconds / 1.1, "peak_bytes": int(6e8 * seconds), "peak_of_floor": seconds,
-         "peak_of_qlora": seconds / 1.1}
+        {
+            "study": "cost",
+            "kind": "step",
+            "setting": "cpu",
+            "method": method,
+            "checkpointing": checkpointing,
+            "dtype": "float32",
+            "batch": [4, 256],
+            "trained_parameters": count,
+            "n": 7,
+            "step_s": seconds,
+            "of_floor": seconds,
+            "of_qlora": seconds / 1.1,
+            "peak_bytes": int(6e8 * seconds),
+            "peak_of_floor": seconds,
+            "peak_of_qlora": seconds / 1.1,
+        }
         for checkpointing in (False, True)
         for method, (count, seconds) in methods.items()
-    ]  # fmt: skip
+    ]
     return [CONTEXT | row for row in rows]
 
 
@@ -158,7 +253,7 @@ def write(folder, **files):
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """A folder with REPORT.md and page/, of all three files; an unusual task and a metric of which less is better."""
+    """A folder with REPORT.md and page/ from all three files; one metric is a perplexity."""
     folder = tmp_path_factory.mktemp("report")
     lines = score_rows({"refta R=15 bits=16": 0.1}, task="tiny shakespeare", metric="perplexity")
     rows = write(
@@ -172,7 +267,7 @@ def report(tmp_path_factory):
 
 
 def word(claim, **files):
-    """The verdict on the one claim that has these words."""
+    """The verdict on the one claim that contains these words."""
     (found,) = [one for one in verdicts(files) if claim in one.claim]
     return found.word
 
@@ -222,8 +317,10 @@ def test_error_that_rises_with_rank_is_found_and_named():
     rows = error_rows(rises=True)
     assert word("falls as R grows", quant_error=rows) == FAILS
     assert word("One number, R", quant_error=rows) == FAILS
-    one = [row | {"ratio": 0.99} if row.get("rank") == 96 and "query" in row["stack"] else row
-           for row in error_rows(transforms={"lsm3": 1.0}, starts={"refined": 1.0})]  # fmt: skip
+    one = [
+        row | {"ratio": 0.99} if row.get("rank") == 96 and "query" in row["stack"] else row
+        for row in error_rows(transforms={"lsm3": 1.0}, starts={"refined": 1.0})
+    ]
     _, exceptions = findings.monotone(findings.pick(one, kind="stack", quant_type="nf4"))
     assert list(exceptions) == ["mini, attention.self.query, NF4, ReFTA lsm3, refined"]
     assert exceptions.popitem()[1] == ["R = 48 to 96: 0.8360 to 0.9900"]
@@ -240,10 +337,15 @@ def test_residual_above_the_baseline_is_told():
     )
 
 
-@pytest.mark.parametrize(("shift", "verdict", "title"), [
-    (0.0, HOLDS, "is level with"), (-0.05, FAILS, "loses to"), (0.05, HOLDS, "beats"),
-])  # fmt: skip
-def test_scores_beside_lora(shift, verdict, title):
+@pytest.mark.parametrize(
+    ("shift", "verdict", "title"),
+    [
+        (0.0, HOLDS, "is level with"),
+        (-0.05, FAILS, "loses to"),
+        (0.05, HOLDS, "beats"),
+    ],
+)
+def test_scores_against_lora(shift, verdict, title):
     rows = score_rows({"refta R=15 bits=16": shift, "refta R=48 bits=16": shift})
     (methods,) = scores.scores(rows).values()
     assert title in scores.score_title("sst2", methods)
@@ -252,7 +354,7 @@ def test_scores_beside_lora(shift, verdict, title):
         == verdict
     )
     assert (
-        word("a fraction of LoRA's numbers", accuracy=rows) == IN_PART
+        word("a fraction of LoRA's parameters", accuracy=rows) == IN_PART
     )  # R = 15 trains more than r = 1
 
 
@@ -304,10 +406,13 @@ def test_adapter_parameters_leave_out_the_head_and_edges_are_marked():
 
 
 def test_scores_at_a_learning_rate_that_was_not_chosen_do_not_count():
-    """A search over more rates may choose another one; what ran at the former stays in the file."""
+    """A larger search may choose another rate; runs at the old rate stay in the file."""
     rows = score_rows()
-    other = [row | {"learning_rate": 0.001, "value": 0.1} for row in rows
-             if row["kind"] == "score" and row["method"] == "lora r=8"]  # fmt: skip
+    other = [
+        row | {"learning_rate": 0.001, "value": 0.1}
+        for row in rows
+        if row["kind"] == "score" and row["method"] == "lora r=8"
+    ]
     assert scores.scores([*rows, *other]) == scores.scores(rows) == scores.scores([*other, *rows])
 
 
@@ -321,8 +426,12 @@ def test_a_difference_names_learning_rates_that_differ():
 
 
 def test_a_run_that_diverged_is_shown_and_decides_nothing():
-    rows = [row | {"value": float("nan")} if (row["kind"], row["method"], row.get("seed")) == ("score", "lora r=8", 2)
-            else row for row in score_rows()]  # fmt: skip
+    rows = [
+        row | {"value": float("nan")}
+        if (row["kind"], row["method"], row.get("seed")) == ("score", "lora r=8", 2)
+        else row
+        for row in score_rows()
+    ]
     (methods,) = scores.scores(rows).values()
     assert "nan" in scores.shown(methods["lora r=8"])
     assert (
@@ -334,7 +443,8 @@ def test_few_seeds_need_a_wider_margin():
     """Student's t: with two seeds 12.7 standard errors, with five 2.8."""
 
     def word(values):
-        ours, theirs = (score(dict(enumerate(own))) for own in (values, [0.0] * len(values)))
+        ours = score(dict(enumerate(values)))
+        theirs = score(dict.fromkeys(range(len(values)), 0.0))
         return scores.difference(ours, theirs, None).word
 
     def score(values):
@@ -359,8 +469,14 @@ def test_layers_are_shown_and_those_above_one_counted():
     rows = [row for row in error_rows() if row["kind"] == "stack" and row["quant_type"] == "nf4"]
     table = findings.layers_table(rows, 48)
     assert table.header == ["stack", *(f"layer {layer}" for layer in range(1, 7))]
-    (query,) = [row for row in rows if row["rank"] == 48 and row["start"] == "refined" and row["transform"] == "lsm3"
-                and "query" in row["stack"]]  # fmt: skip
+    (query,) = [
+        row
+        for row in rows
+        if row["rank"] == 48
+        and row["start"] == "refined"
+        and row["transform"] == "lsm3"
+        and "query" in row["stack"]
+    ]
     assert table.rows[0] == [
         "attention.self.query",
         *(f"{ratio:.3f}" for ratio in query["layer_ratios"]),
@@ -379,8 +495,11 @@ def test_layers_are_shown_and_those_above_one_counted():
 
 
 def test_a_model_that_is_scored_as_it_is_has_no_peak():
-    rows = [row | {"peak_bytes": None, "trained_parameters": row["head_parameters"]} for row in score_rows()
-            if row["method"] == "head-only"]  # fmt: skip
+    rows = [
+        row | {"peak_bytes": None, "trained_parameters": row["head_parameters"]}
+        for row in score_rows()
+        if row["method"] == "head-only"
+    ]
     (methods,) = scores.scores(rows).values()
     assert scores.score_table(methods).rows[0][-1] == "-"
 
@@ -403,8 +522,8 @@ def test_rebuilding_must_cost_more_for_its_claim():
     assert word("rebuilding a dense weight") == UNTOLD
 
 
-def test_trained_numbers_equal_the_counted_ones():
-    """R (in + out) a stack, r (in + out) a layer: what the rows of training runs count for MiniLM's stacks."""
+def test_counted_parameters_equal_those_of_training_runs():
+    """R (in + out) per stack, r (in + out) per layer, as counted in training runs of MiniLM."""
     stacks = [(6, 384, 384)] * 4 + [(6, 1536, 384), (6, 384, 1536)]
     assert (
         findings.trainable_parameters(stacks, R=48)
@@ -421,11 +540,14 @@ def test_trained_numbers_equal_the_counted_ones():
 
 
 def test_spectra_are_compared_by_the_energy_of_their_largest_values():
-    rows = [{"stack": "a.*.b", "transform": "lsm3", "values": [3.0, 1.0]},
-            {"stack": "a.*.b", "transform": "identity", "values": [2.0, 1.0]}]  # fmt: skip
+    rows = [
+        {"stack": "a.*.b", "transform": "lsm3", "values": [3.0, 1.0]},
+        {"stack": "a.*.b", "transform": "identity", "values": [2.0, 1.0]},
+    ]
     assert findings.energies(rows, 1) == {"lsm3": 9.0, "identity": 4.0}
     assert findings.spectrum_title(rows) == (
-        "lsm3 gathers the most energy in the 2 largest components of b: +100.0% relative to identity"
+        "lsm3 gathers the most energy in the 2 largest components of b: +100.0% relative to "
+        "identity"
     )
     flipped = [
         row | {"values": row["values"][::-1] if row["transform"] == "lsm3" else [9.0, 9.0]}
@@ -493,24 +615,29 @@ def test_rows_of_several_texts_are_refused(tmp_path):
         row | {"text": "other.txt"} for row in error_rows() if row["kind"] in ("stack", "model")
     ]
     with pytest.raises(
-        ValueError, match=r"mini was measured with several settings: .*other\.txt.*own\.txt"
+        ValueError, match=r"mini was measured with several settings: .*first\.txt.*other\.txt"
     ):
         read_all(write(tmp_path / "rows", quant_error=[*error_rows(), *other]))
 
 
-@pytest.mark.parametrize("kept", [
-    lambda row: row.get("rank", 0) == 0, lambda row: row.get("transform") in (None, "dct", "identity"),
-    lambda row: row.get("method") in (None, "pissa"), lambda row: row.get("start") in (None, "one shot"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kept",
+    [
+        lambda row: row.get("rank", 0) == 0,
+        lambda row: row.get("transform") in (None, "dct", "identity"),
+        lambda row: row.get("method") in (None, "pissa"),
+        lambda row: row.get("start") in (None, "one shot"),
+    ],
+)
 def test_a_part_of_the_rows_makes_a_report(tmp_path, kept):
-    """Ranks, transforms or methods that were not measured leave their sections out."""
+    """Sections without rows of their ranks, transforms or methods are left out."""
     rows = write(tmp_path / "rows", quant_error=[row for row in error_rows() if kept(row)])
     run(rows, tmp_path / "REPORT.md", None)
     assert "## The claims" in (tmp_path / "REPORT.md").read_text()
 
 
 def test_the_committed_report_is_what_the_committed_rows_give(tmp_path):
-    """Words and names of files to the letter; pictures by their texts, as matplotlib's versions lay lines otherwise."""
+    """Pictures are compared by their texts, because matplotlib versions draw differently."""
     run(ROWS, tmp_path / "REPORT.md", None)
     committed = ROWS.parent
     assert (tmp_path / "REPORT.md").read_text() == (committed / "REPORT.md").read_text()
@@ -522,7 +649,7 @@ def test_the_committed_report_is_what_the_committed_rows_give(tmp_path):
 
 
 def texts(markup):
-    """What stands between tags."""
+    """The texts between tags."""
     return [text.strip() for text in re.findall(r">([^<>]+)<", markup) if text.strip()]
 
 
@@ -534,8 +661,15 @@ def browser():
     )
     if path is None:
         pytest.skip("no Chromium is installed")
-    options = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-               "--disable-component-update", "--disable-sync"]  # fmt: skip
+    options = [
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+    ]
     with sync_api.sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=path, args=options)
         yield opened
@@ -544,7 +678,7 @@ def browser():
 
 @pytest.mark.parametrize("width", [390, 1200])
 def test_page_opens_in_a_browser(report, browser, width):
-    """Pictures are seen, nothing is wider than the screen, nothing is fetched, nothing is complained about."""
+    """Pictures are visible, nothing is wider than the screen, no requests, no console messages."""
     opened = browser.new_page(viewport={"width": width, "height": 900})
     requests, complaints = [], []
     opened.on("request", lambda request: requests.append(request.url))

@@ -39,7 +39,7 @@ def test_a_line_that_a_killed_run_left_unfinished_is_not_read_and_makes_room(tmp
 
 
 def test_a_cut_inside_a_letter_and_unusual_line_separators(tmp_path):
-    """A letter of several bytes may be cut in half; U+2028 is no line break of ours."""
+    """A letter of several bytes may be cut; U+2028 is not a line break of JSON lines."""
     file = tmp_path / "rows.jsonl"
     append(file, [{"text": "caf\u00e9 \u2028 x"}, {"text": "\u00e9"}], seed=0)
     data = file.read_bytes()
@@ -54,7 +54,7 @@ def test_a_cut_inside_a_letter_and_unusual_line_separators(tmp_path):
 def test_a_line_that_is_no_row_is_named(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"schema": 1}\n{"schema": 1, \n{"schema": 1}\n')
-    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2 is no JSON"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2 is not JSON"):
         read(file)
     file.write_text("[1]\n")
     with pytest.raises(ValueError, match=r"line 1: schema \[1\]"):

@@ -1,4 +1,4 @@
-"""The peers' splits of a weight, against their definitions and against bitsandbytes."""
+"""The peers' splits of a weight, compared with their definitions and with bitsandbytes."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_pissa_splits_without_loss():
 
 
 def test_loftq_is_its_published_iteration():
-    """Written out by SVD: Q of W - AB, AB of W - Q, from AB = 0; the pair returned is fit to the Q returned."""
+    """The iteration by SVD from AB = 0; the returned pair is fitted to the returned Q."""
     matrix, pair = weight(48, 64), torch.zeros(48, 64)
     for _ in range(3):
         quantized = rounded(matrix - pair, NF4)
@@ -61,12 +61,12 @@ def test_loftq_equals_pefts(rounds):
 
 
 def test_loftq_without_rounds_is_refused():
-    with pytest.raises(ValueError, match="rounds is 0; LoftQ takes at least one"):
+    with pytest.raises(ValueError, match="rounds is 0; LoftQ needs at least 1"):
         loftq(weight(8, 8), 2, rounds=0)
 
 
 def test_qera_corrects_best_under_the_metric():
-    """Without one: the truncated SVD of the error; with one: that of E S^(1/2), taken back."""
+    """Without a metric: the truncated SVD of E; with one: of E S^(1/2), mapped back."""
     error = weight(30, 20)
     up, down = top(error, 3)
     assert_close(qera(error, 3, Metric(torch.ones(20), torch.ones(20))), error - up @ down)
