@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from qrefta._compat.transformers import has_peft_adapter
 from qrefta.choices import Bits
-from qrefta.config import LayerStack, Rank, StackReport, settings_of_call, shows_settings
+from qrefta.config import LayerStack, Rank, RankSetting, StackReport, settings_of_call, shows_settings
 from qrefta.hf_config import QReftaConfig
 from qrefta.hf_quantizer import is_prepared, register
 from qrefta.model.build import adapt, attach_bank, bank_key, freeze, with_trained_modules
@@ -29,7 +29,7 @@ from qrefta.split.stack_split import StackSplit
 def prepare(
     model: PreTrainedModel,
     bits: Bits = 4,
-    rank: Rank = 16,
+    rank: RankSetting = 16,
     *,
     calibration: Iterable[Any] | None = None,
     moments: Moments | str | Path | None = None,
@@ -111,7 +111,7 @@ def prepare_checkpoint(
     source: str | Path,
     out: str | Path,
     bits: Bits = 4,
-    rank: Rank = 16,
+    rank: RankSetting = 16,
     *,
     moments: Moments | str | Path | None = None,
     device: torch.device | str = "cpu",
@@ -146,7 +146,7 @@ def prepare_checkpoint(
 def _old_call_with_folder(
     source: str | Path,
     bits: Bits,
-    rank: Rank,
+    rank: RankSetting,
     calibration: Iterable[Any] | None,
     **keywords: Any,
 ) -> Any:

@@ -90,10 +90,11 @@ class RankBudget:
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
-Rank = int | Sequence[int] | RankBudget
+Rank = int | tuple[int, ...]  # of one stack, as its method takes it
+RankSetting = int | Sequence[int] | RankBudget
 
 
-def parse_rank(text: str) -> Rank:
+def parse_rank(text: str) -> RankSetting:
     """A rank from the command line: `16`, `24,100,100`, `bytes=8MB`, `error=0.5` or `parameters=300000`.
 
     Raises:
@@ -168,7 +169,7 @@ def with_new_rank(keywords: dict[str, Any]) -> dict[str, Any]:
     return kept | {"rank": _rank_from_old(name, value)}
 
 
-def _rank_from_old(name: str, value: Any) -> Rank:
+def _rank_from_old(name: str, value: Any) -> RankSetting:
     if name == "ranks":
         return tuple(value)
     if name == "trained_params":
@@ -208,7 +209,7 @@ def _check_method(name: str, value: Any) -> Any:
     return str(value)
 
 
-def _check_rank(name: str, value: Any) -> Rank:
+def _check_rank(name: str, value: Any) -> RankSetting:
     if isinstance(value, RankBudget):
         return value
     if (
@@ -248,7 +249,7 @@ def _whole(name: str, value: Any, smallest: int) -> int:
 
 
 def _positive(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < float("inf"):
         raise ValueError(f"{name} is {value!r}; it must be a positive number")
     return float(value)
 
@@ -287,7 +288,7 @@ class Settings:
     bits: Bits = field(
         default=4, metadata=_one_of(BITS, "4, or 16 to leave the residual unquantized (ablation).")
     )
-    rank: Rank = field(
+    rank: RankSetting = field(
         default=16,
         metadata=_checked(
             _check_rank,

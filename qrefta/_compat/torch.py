@@ -75,7 +75,7 @@ def is_replica(module: nn.Module) -> bool:
     return "_is_replica" in module.__dict__
 
 
-def default_store() -> dist.Store:
+def default_store() -> Any:
     """The key-value store of the default process group, which waits for no other process.
 
     If it goes: `torch.distributed.TCPStore` on a port of its own.

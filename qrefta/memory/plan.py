@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-import bitsandbytes
 import torch
+from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportPrivateImportUsage]
 from torch.optim import AdamW
 
 from qrefta.choices import DTYPES, OPTIMIZER_NAMES, Bits, Dtype, Optimizer
-from qrefta.config import Rank, Settings, parse_bytes, settings_of_call, shows_settings
+from qrefta.config import RankSetting, Settings, parse_bytes, settings_of_call, shows_settings
 from qrefta.memory.footprint import CHECKPOINTING, count_step, fake
 from qrefta.memory.meta_model import ModelSource, Outline
 from qrefta.methods import METHODS
@@ -24,7 +24,7 @@ from qrefta.model.stacks import select_stacks
 OPTIMIZERS: dict[Optimizer, Callable[..., torch.optim.Optimizer]] = {
     # As on CUDA, where one call updates all parameters, with one more copy of them on the way.
     "adamw": partial(AdamW, foreach=True),
-    "adamw_8bit": bitsandbytes.optim.AdamW8bit,
+    "adamw_8bit": AdamW8bit,
 }
 _TORCH_DTYPES: dict[Dtype, torch.dtype] = {
     "float32": torch.float32,
@@ -94,7 +94,7 @@ def plan(
     gradient_checkpointing: bool = False,
     optimizer: Optimizer = "adamw",
     bits: Bits = 4,
-    rank: Rank = 16,
+    rank: RankSetting = 16,
     **settings: Any,
 ) -> Plan:
     """Memory of a training step of the model that `prepare` would make, and whether it fits on a GPU.

@@ -9,7 +9,7 @@ repeated blocks is found: embeddings, norms, lm_head, poolers and task heads lie
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -70,7 +70,7 @@ def find_stacks(model: nn.Module) -> list[LayerStack]:
 
 
 def select_stacks(
-    stacks: list[LayerStack], target_modules: str | list[str] | None
+    stacks: list[LayerStack], target_modules: str | Sequence[str] | None
 ) -> list[LayerStack]:
     """Stacks whose modules `target_modules` names (see `qrefta.prepare`).
 
@@ -111,7 +111,7 @@ def _matching(
     return chosen
 
 
-def _no_match(stacks: list[LayerStack], target: str | list[str]) -> ValueError:
+def _no_match(stacks: list[LayerStack], target: str | Sequence[str]) -> ValueError:
     available = ", ".join(stack.name for stack in stacks)
     return ValueError(f"target_modules {target!r} matches no linear; the stacks are: {available}")
 

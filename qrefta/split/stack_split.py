@@ -52,7 +52,7 @@ class StackSplit:
         measured = self.moments is not None
         return StackReport(
             stack=self.stack,
-            rank=0 if factors is None else _plain(factors.rank),
+            rank=0 if factors is None else factors.rank,
             slice_ranks=(0,) * self.stack.layers if factors is None else tuple(factors.slice_ranks),
             transform=self.settings.transform if fitted else None,
             quant_type=self.settings.quant_type if self.settings.bits == 4 else None,
@@ -92,8 +92,3 @@ class StackSplit:
             moment = self.moments.of(path)
             self.output_error += output_error(layer.error, moment)
             self.output_baseline += output_error(layer.whole_error, moment)
-
-
-def _plain(rank: Rank) -> int | tuple[int, ...]:
-    assert isinstance(rank, int | tuple), "factors have ranks, and no budget"
-    return rank
