@@ -11,7 +11,14 @@ from transformers import PreTrainedModel
 
 from qrefta._compat.transformers import has_peft_adapter
 from qrefta.choices import Bits
-from qrefta.config import LayerStack, Rank, RankSetting, StackReport, settings_of_call, shows_settings
+from qrefta.config import (
+    LayerStack,
+    Rank,
+    RankSetting,
+    StackReport,
+    settings_of_call,
+    shows_settings,
+)
 from qrefta.hf_config import QReftaConfig
 from qrefta.hf_quantizer import is_prepared, register
 from qrefta.model.build import adapt, attach_bank, bank_key, freeze, with_trained_modules

@@ -249,7 +249,11 @@ def _whole(name: str, value: Any, smallest: int) -> int:
 
 
 def _positive(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < float("inf"):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, Real)
+        or not 0 < float(value) < float("inf")
+    ):
         raise ValueError(f"{name} is {value!r}; it must be a positive number")
     return float(value)
 

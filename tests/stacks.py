@@ -29,7 +29,8 @@ def transform_of(stack, name):
 
 def slices_of(stack, U, rows=None, metric=None):
     """Transformed slices in blocks of `rows` rows (None: one block)."""
-    mixed, step = mix(stack, U), rows or stack.shape[1]
+    mixed = mix(stack, U)
+    step = rows or stack.shape[1]
 
     def blocks():
         return [

@@ -1,6 +1,7 @@
 """Private names of torch, all in release 2.8, the oldest that qrefta admits, or earlier."""
 
 from collections.abc import ItemsView
+from typing import Any
 
 import torch
 from torch import Tensor, nn

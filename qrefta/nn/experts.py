@@ -13,7 +13,7 @@ for the fused weights that it splits and merges on saving and loading.)
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -219,5 +219,6 @@ def _forward_evenly(
     return _forward(self, hidden_states, dealt, top_k_weights)
 
 
-ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward)
-ALL_EXPERTS_FUNCTIONS.register(_EVEN, _forward_evenly)
+# Type checkers misread the signature of `register`.
+cast(Any, ALL_EXPERTS_FUNCTIONS).register(IMPLEMENTATION, _forward)
+cast(Any, ALL_EXPERTS_FUNCTIONS).register(_EVEN, _forward_evenly)

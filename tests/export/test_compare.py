@@ -23,7 +23,8 @@ def test_inputs_are_made_for_every_architecture_and_are_always_the_same(architec
 def test_special_tokens_are_left_out():
     """Some classifiers look for the end-of-sequence token, and padding is masked by others."""
     model = tiny_bert()
-    model.config.pad_token_id, model.config.eos_token_id = 3, [5, 7]
+    model.config.pad_token_id = 3
+    model.config.eos_token_id = [5, 7]
     tokens = example_inputs(model)["input_ids"]
     assert not set(tokens.flatten().tolist()) & {3, 5, 7}
     assert tokens.max() < model.config.vocab_size
@@ -32,7 +33,7 @@ def test_special_tokens_are_left_out():
 def test_inputs_that_a_config_does_not_tell_are_asked_for():
     model = tiny_bert()
     model.main_input_name = "graph"
-    with pytest.raises(ValueError, match=r"takes \(graph\) .*; give a batch of it as `inputs`"):
+    with pytest.raises(ValueError, match=r"takes \(graph\); give a batch of it as `inputs`"):
         example_inputs(model)
 
 
@@ -68,7 +69,7 @@ def test_the_difference_is_relative_and_infinite_for_nan():
 
 
 def test_text_is_taken_where_the_model_came_with_a_tokenizer(tmp_path):
-    """The words of the tokenizer; a tokenizer of another vocabulary, or none, leaves random tokens."""
+    """Text, if the tokenizer fits the vocabulary; else random tokens."""
     words = {
         word: index
         for index, word in enumerate(["[UNK]", "the", "old", "its", "film", "river", "and"])

@@ -57,7 +57,7 @@ def through_peft(model, folder, source, **kwargs):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_float32_residual_and_its_lora_are_the_trained_model(architecture, tmp_path):
-    """Nothing is approximated on the residual; what the export says is what PEFT computes."""
+    """Nothing is approximated on the residual; the reported difference is PEFT's."""
     model = trained(tmp_path / "original", ARCHITECTURES[architecture], hidden=None)
     expected = outputs(model, example_inputs(model))
     written = qrefta.export_lora(model, tmp_path / "lora", dtype=torch.float32)
@@ -69,9 +69,7 @@ def test_a_float32_residual_and_its_lora_are_the_trained_model(architecture, tmp
         rtol=1e-4,
         atol=1e-4,
     )
-    assert torch.equal(
-        outputs(model, example_inputs(model)), expected
-    )  # and the model stays what it was
+    assert torch.equal(outputs(model, example_inputs(model)), expected)  # the model does not change
 
 
 @pytest.mark.parametrize("method", ["craft", "lotr", "lorta"])
@@ -82,7 +80,7 @@ def test_other_methods_are_exact_too(method, tmp_path):
 
 @pytest.mark.parametrize("build", [tiny_bert, tiny_llama, tiny_gpt2, tiny_t5])
 def test_the_4_bit_base_holds_the_same_bits(build, tmp_path):
-    """transformers and bitsandbytes alone make the same residual of it; T5's `wo` is one that they want dense."""
+    """transformers and bitsandbytes read the same residual; they want T5's `wo` dense."""
     model = trained(tmp_path / "original", build, hidden=64, double_quant=build is tiny_llama)
     written = qrefta.export_lora(model, tmp_path / "lora", "residual-4bit")
     assert written.difference < 0.04  # bf16; up to 0.029 measured
@@ -103,7 +101,10 @@ def test_the_4_bit_base_holds_the_same_bits(build, tmp_path):
     ("method", "settings"), [("refta", {}), ("craft", {}), ("refta", {"bits": 16})]
 )
 def test_on_the_original_it_is_what_training_changed(method, settings, tmp_path):
-    """Linear by linear against Delta less its start; the start by splitting again, or from the prepared folder."""
+    """Every layer against Delta minus its start.
+
+    The start comes from splitting again, or from the prepared folder.
+    """
     original = tiny_bert()
     original.save_pretrained(tmp_path / "original")
     model = qrefta.prepare(
@@ -149,7 +150,7 @@ def test_a_change_is_cut_to_the_nearest_of_a_rank(tmp_path):
     exact = qrefta.export_lora(model, tmp_path / "exact", "original", dtype=torch.float32)
     cut = qrefta.export_lora(model, tmp_path / "cut", "original", rank=2, dtype=torch.float32)
     whole, part = (load_file(written.folder / ADAPTER) for written in (exact, cut))
-    lacking = norm = 0.0
+    missing = norm = 0.0
     for name in (name for name in whole if name.endswith("lora_A.weight")):
         other = name.replace("lora_A", "lora_B")
         change, kept = (
@@ -162,27 +163,28 @@ def test_a_change_is_cut_to_the_nearest_of_a_rank(tmp_path):
             rtol=1e-3,
             atol=0,
         )
-        lacking, norm = lacking + (change - kept).square().sum(), norm + change.square().sum()
-    assert cut.weight_error == pytest.approx((lacking / norm).item(), rel=1e-3)
+        missing = missing + (change - kept).square().sum()
+        norm = norm + change.square().sum()
+    assert cut.weight_error == pytest.approx((missing / norm).item(), rel=1e-3)
 
 
 def test_a_start_that_is_another_is_refused(tmp_path):
-    """The packed weights prove it: another seed, a calibrated split, a model loaded in another dtype."""
+    """Another seed, a calibrated split, or a model loaded in another dtype."""
     model = trained(tmp_path / "original")
     other = qrefta.prepare(type(model).from_pretrained(tmp_path / "original"), rank=5, refine=2)
     with pytest.raises(
-        ValueError, match=r"packed weights of bert.* are not those of the start.*as `start`"
+        ValueError, match=r"packed weights of bert.* differ from the start's.*as `start`"
     ):
         qrefta.export_lora(model, tmp_path / "lora", "original", start=other)
     prepared_config(model).calibrated = True
     with pytest.raises(
-        ValueError, match=r"was calibrated; give the prepared model before training"
+        ValueError, match=r"was calibrated, .*; give the prepared model before training"
     ):
         qrefta.export_lora(model, tmp_path / "lora", "original")
     prepared_config(model).calibrated = False
     prepared_config(model).seed = 5
     prepared_config(model).refine = 0
-    with pytest.raises(ValueError, match="are not those of the start"):
+    with pytest.raises(ValueError, match="differ from the start's"):
         qrefta.export_lora(model, tmp_path / "lora", "original")
     assert not (tmp_path / "lora").exists()
 
@@ -192,19 +194,19 @@ def test_tera_is_cut_to_a_rank_and_says_what_it_lacks(tmp_path):
     deltas = [
         m.factors.delta(m._adapter[2]) for m in model.modules() if isinstance(m, AdaptedLinear)
     ]
-    lacking = sum(torch.linalg.svdvals(delta.double())[4:].square().sum() for delta in deltas)
+    missing = sum(torch.linalg.svdvals(delta.double())[4:].square().sum() for delta in deltas)
     norm = sum(delta.double().square().sum() for delta in deltas)
     errors = [
         qrefta.export_lora(model, tmp_path / str(rank), rank=rank, dtype=torch.float32).weight_error
         for rank in (4, 16, 32)
     ]
-    assert errors[0] == pytest.approx((lacking / norm).item(), rel=0.02)
+    assert errors[0] == pytest.approx((missing / norm).item(), rel=0.02)
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 1e-10
 
 
 def test_what_lacks_rank_may_be_as_far_off_as_an_approximation(tmp_path):
-    """Beyond what rounding does: 0.15 is the bound where nothing lacks."""
+    """The error is larger than by rounding, for which the bound is 0.15."""
     model = trained(tmp_path / "original", method="tera", rank=8, steps=0)
     with torch.no_grad():
         for seed, factors in enumerate(getattr(model, BANK).values()):
@@ -232,7 +234,7 @@ def test_targets_alone_are_adapted(tmp_path):
 
 
 def test_targets_whose_names_others_share_are_named_by_their_paths(tmp_path):
-    """BERT's linears named dense are three in a block, and one in the pooler."""
+    """BERT has three linear layers named dense in a block, and one in the pooler."""
     model = trained(tmp_path / "original", target_modules=["intermediate.dense"])
     assert qrefta.export_lora(model, tmp_path / "lora", dtype=torch.float32).difference < 2e-5
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
@@ -304,21 +306,24 @@ def test_formats_that_bitsandbytes_lacks_are_refused_in_4_bits(settings, tmp_pat
     ("packs", "architecture", "hidden", "message"),
     [
         pytest.param(
-            False, tiny_llama, 96, "The logits of what was written differ", marks=WRONG_WITH_AVX512
+            False, tiny_llama, 96, "The logits of the written model differ", marks=WRONG_WITH_AVX512
         ),
-        (True, tiny_llama, 96, r"bitsandbytes fails on what was written \(shape"),
+        (True, tiny_llama, 96, r"bitsandbytes fails on the written model \(shape"),
         (
             True,
             one_key_head,
             64,
-            r"bitsandbytes fails on what was written \(N must be divisible by block_n",
+            r"bitsandbytes fails on the written model \(N must be divisible by block_n",
         ),
     ],
 )
 def test_sizes_that_bitsandbytes_gets_wrong_on_a_cpu_are_refused(
     tmp_path, monkeypatch, packs, architecture, hidden, message
 ):
-    """Its CPU kernel's fault (0.50 for widths of 96) would be the user's. With AVX512-BF16 it packs weights anew."""
+    """bitsandbytes' CPU kernel (0.50) is wrong for widths of 96.
+
+    With AVX512-BF16 it repacks weights.
+    """
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: packs)
     model = trained(tmp_path / "original", architecture, hidden)
     with pytest.raises(ValueError, match=rf'{message}.*; nothing was kept\. Give base="residual"'):

@@ -124,12 +124,14 @@ def test_everything_is_bf16_by_default_and_near(architecture):
     merged = qrefta.merge(model)
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
     assert merged.dtype == torch.bfloat16
-    # As from_pretrained has it: rotary frequencies rounded to bf16 would turn far positions by the wrong angle.
+    # As from_pretrained has it: rotary frequencies rounded to bf16 would turn far positions by the
+    # wrong angle.
     buffers = dict(ARCHITECTURES[architecture]().named_buffers())
     for name, buffer in merged.named_buffers():
         assert buffer.dtype == buffers[name].dtype
         assert torch.equal(buffer, buffers[name])
-    # Rounding of the weights and all activations: relative root difference measured over the ten up to 0.012.
+    # Rounding of the weights and all activations: relative root difference measured over the ten up
+    # to 0.012.
     assert (logits(merged).float() - expected).norm() < 0.03 * expected.norm()
 
 
@@ -143,7 +145,7 @@ def test_weights_are_summed_in_float32_and_rounded_once(dtype):
 
 
 def test_a_bf16_model_merges_from_float32_sums():
-    """The rest of a bf16 model is bf16 already; its linears must not pass through bf16 before they are summed."""
+    """Residual and update must not pass through bf16 before they are summed."""
     half = tiny_bert().bfloat16()
     single = copy.deepcopy(half).float()
     merged = qrefta.merge(qrefta.prepare(half, rank=5), dtype=torch.float32).state_dict()
@@ -216,7 +218,10 @@ def test_a_dtype_that_is_no_float_is_refused_and_the_model_left(dtype):
 
 
 def test_merging_keeps_long_positions_right(tmp_path):
-    """bf16 leaves RoPE's inv_freq alone: merged in memory equals saved and loaded, at position 1,500 too."""
+    """bf16 leaves RoPE's inv_freq alone: merged in memory equals saved and loaded.
+
+    At position 1,500 too.
+    """
     model = build(
         LlamaForCausalLM, LlamaConfig(**decoder_sizes(32) | {"max_position_embeddings": 2048})
     )
@@ -272,7 +277,10 @@ def test_statistics_of_norms_are_written_and_compared(tmp_path):
 
 @pytest.mark.parametrize("architecture", ["vit", "gpt2"])
 def test_published_names_and_one_file(architecture, tmp_path):
-    """ViT's checkpoints have other names than its modules, GPT-2's hold a tied head once; so does what is written."""
+    """Written names are the published ones.
+
+    ViT's checkpoints have other names than its modules; GPT-2's hold a tied head once.
+    """
     model = prepared(architecture)
     written = qrefta.merge(model, out=tmp_path / "written")
     qrefta.merge(model).save_pretrained(tmp_path / "saved")
@@ -285,7 +293,7 @@ def test_published_names_and_one_file(architecture, tmp_path):
 
 
 def test_writing_holds_a_shard_and_a_linear_at_a_time(tmp_path):
-    """Not a second copy: of 4.7 MB dense beside the model, about a tenth; the comparison included."""
+    """About a tenth of the dense model's 4.7 MB is held, comparison included."""
     sizes = {
         "vocab_size": 64,
         "hidden_size": 128,

@@ -1,4 +1,7 @@
-"""What is saved and exported, in a process that does not import qrefta; one for all, as its imports take seconds."""
+"""Saved and exported folders in a process that does not import qrefta.
+
+One process for all of them, as its imports take seconds.
+"""
 
 import os
 import subprocess
@@ -20,13 +23,15 @@ import peft, torch, transformers
 
 def save_logits(model, folder):
     with torch.no_grad():
-        torch.save(model.eval()(**torch.load(folder / "batch.pt")).logits.float(), folder / "logits.pt")
+        batch = torch.load(folder / "batch.pt")
+        torch.save(model.eval()(**batch).logits.float(), folder / "logits.pt")
 
 root = Path(sys.argv[1])
 for folder in sorted((root / "merged").iterdir()):
     name = transformers.AutoConfig.from_pretrained(folder).architectures[0]
     model, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    problems = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    assert not any(info[key] for key in problems), info
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     save_logits(model, folder)
 base = transformers.LlamaForCausalLM.from_pretrained(root / "lora" / "base", dtype=torch.bfloat16)
@@ -43,8 +48,9 @@ assert not any(name.startswith("qrefta") for name in sys.modules)
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """The folder, what was expected of each part of it, and what the process said."""
-    root, expected = tmp_path_factory.mktemp("without"), {}
+    """The folder, the expected logits of each part of it, and the output of the process."""
+    root = tmp_path_factory.mktemp("without")
+    expected = {}
     for architecture in ARCHITECTURES:
         folder = root / "merged" / architecture
         merged = qrefta.merge(take_steps(prepared(architecture)))
@@ -56,10 +62,8 @@ def found(tmp_path_factory):
     torch.save(example_inputs(model), root / "lora" / "batch.pt")
     expected["lora"] = outputs(model, example_inputs(model))
     qrefta.prepare(tiny_bert(), rank=5).save_pretrained(root / "prepared")
-    command, environment = (
-        [sys.executable, "-c", PLAIN, str(root)],
-        os.environ | {"HF_HUB_OFFLINE": "1"},
-    )
+    command = [sys.executable, "-c", PLAIN, str(root)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         command, check=True, env=environment, cwd=root, stdout=subprocess.PIPE, text=True
     )
@@ -76,7 +80,7 @@ def test_merged_models_load(found):
 
 
 def test_a_4_bit_base_and_lora_load(found):
-    """transformers, bitsandbytes and PEFT alone differ from the prepared model as the export says."""
+    """transformers, bitsandbytes and PEFT alone give the difference that the export reports."""
     root, expected, _ = found
     distance = (torch.load(root / "lora" / "logits.pt") - expected["lora"]).norm() / expected[
         "lora"

@@ -14,7 +14,8 @@ from qrefta.linalg.slices import Slices
 from qrefta.linalg.tsvd import mix, mode3_gram, refit, t_svd, t_svd_exact
 from tests.stacks import blocks_of, slices_of, svd_of, transform_of
 
-# (layers, out, in): one layer, one row, one column, square, tall, wide, more layers than values in a slice
+# (layers, out, in): one layer, one row, one column, square, tall, wide, more layers than values in
+# a slice
 SHAPES = [(1, 5, 7), (3, 1, 6), (3, 6, 1), (4, 5, 5), (3, 9, 4), (3, 4, 9), (12, 3, 2)]
 grid = pytest.mark.parametrize("shape", SHAPES, ids=str)
 all_transforms = pytest.mark.parametrize("transform", TRANSFORMS)
@@ -43,8 +44,9 @@ def principal_part(stack, transform, rank):
 
 
 def reference(stack, transform, rank):
-    """The strongest components of a loop of numpy SVDs: values, slices and the tensor that they make."""
-    U, W = transform_of(stack, transform).numpy(), stack.numpy()
+    """The strongest components of a loop of numpy SVDs: values, slices and their tensor."""
+    U = transform_of(stack, transform).numpy()
+    W = stack.numpy()
     components = []
     for k in range(len(W)):
         left, values, right = np.linalg.svd(
@@ -128,7 +130,8 @@ def test_vectors_are_orthonormal_within_a_slice(shape, transform):
     stack = random_stack(shape)
     found = svd_of(stack, transform_of(stack, transform), max_rank(stack))
     for k in range(shape[0]):
-        left, right = found.left[:, found.slices == k], found.right[found.slices == k]
+        left = found.left[:, found.slices == k]
+        right = found.right[found.slices == k]
         assert_close(left.T @ left, torch.eye(left.shape[1], dtype=torch.float64))
         assert_close(right @ right.T, torch.eye(left.shape[1], dtype=torch.float64))
 
@@ -219,10 +222,15 @@ def test_a_slice_may_get_no_component():
 
 @all_transforms
 def test_signs_are_fixed_and_results_repeat(transform):
-    """The negated stack has the same left vectors and negated right ones; the same stack has the same bits."""
+    """A negated stack has the same left vectors and negated right vectors.
+
+    The same stack has the same bits.
+    """
     stack = random_stack((4, 6, 5))
     U = transform_of(stack, transform)
-    first, again, negated = svd_of(stack, U, 9), svd_of(stack.clone(), U, 9), svd_of(-stack, U, 9)
+    first = svd_of(stack, U, 9)
+    again = svd_of(stack.clone(), U, 9)
+    negated = svd_of(-stack, U, 9)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert torch.equal(transform_of(stack.clone(), transform), U)
     peaks = first.left.gather(0, first.left.abs().argmax(0, keepdim=True))
@@ -249,7 +257,7 @@ def test_zero_stack_has_zero_values_and_no_nan(transform):
 
 @pytest.mark.parametrize("transform", ["lsm3", "dct"])
 def test_equal_layers_fall_into_the_first_slice(transform):
-    """Both transforms find the mean of equal layers: U[:, 0] = 1 / sqrt(K), and one slice holds all."""
+    """Both transforms find the mean of equal layers: U[:, 0] = 1 / sqrt(K), in one slice."""
     stack = random_stack((1, 4, 6)).repeat(5, 1, 1)
     U = transform_of(stack, transform)
     assert_close(U[:, 0], torch.full((5,), 5**-0.5, dtype=torch.float64))
@@ -268,7 +276,10 @@ def test_gram_in_chunks_equals_the_direct_product(monkeypatch, chunk):
 
 
 def test_gram_of_float32_is_summed_in_float64():
-    """10^8 + 1 is lost in float32: a stack of one large and 63 small entries shows the dtype of the sum."""
+    """A stack of one large and 63 small entries shows the dtype of the sum.
+
+    In float32 10^8 + 1 is 10^8.
+    """
     stack = torch.ones(1, 8, 8)
     stack[0, 0, 0] = 1e4
     assert mode3_gram(blocks_of(stack), len(stack)).item() == 1e8 + 63
@@ -336,7 +347,8 @@ def test_block_method_captures_the_energy(power, shape, rank):
 @pytest.mark.parametrize("power", [0.3, 0.6, 1.0])
 def test_block_method_captures_the_energy_of_large_slices(power):
     """4096 x 4096 with known singular values: two cosine bases with random signs around them."""
-    size, rank = 4096, 64
+    size = 4096
+    rank = 64
     values = (torch.arange(1, size + 1, dtype=torch.float32) ** -power).numpy()
     signs = np.random.default_rng(0).choice(np.float32([-1, 1]), size=(2, size))
     left = scipy.fft.dct(np.diag(values * signs[0]), axis=0, norm="ortho")
@@ -356,7 +368,10 @@ def test_block_method_captures_the_energy_of_large_slices(power):
 )
 @settings(max_examples=80, deadline=None, derandomize=True)
 def test_any_stack_against_numpy(layers, shape, part, power, spoilt, transform):
-    """Orthonormal within each slice, as much energy as numpy's SVDs find, and an error that is what is left of it."""
+    """Orthonormal within each slice, with the energy of numpy's SVDs.
+
+    The squared error is the rest of the energy.
+    """
     stack = random_stack((layers, *shape)) * torch.arange(1, shape[1] + 1) ** -power
     if spoilt != "nothing":
         stack[::2] = {"zero slices": 0.0, "constant slices": 0.1, "rank one": stack[0, :1]}[spoilt]
@@ -452,8 +467,9 @@ def test_work_does_not_grow_with_layers_times_rank(monkeypatch):
 
 @pytest.mark.parametrize("size", [20, 200])
 def test_a_metric_weights_the_right_side(size):
-    """The principal part times S^(1/2) is that of What S^(1/2)."""
-    stack, root = falling(2, size, size, 0.8), torch.linspace(0.5, 3, size, dtype=torch.float64)
+    """The principal part times S^(1/2) is the principal part of T_k S^(1/2)."""
+    stack = falling(2, size, size, 0.8)
+    root = torch.linspace(0.5, 3, size, dtype=torch.float64)
     U = transform_of(stack, "identity")
     found, _ = t_svd(slices_of(stack, U, metric=Metric(root, 1 / root)), 12, seed=0)
     weighted = t_svd_exact(slices_of(stack * root, U), 12)

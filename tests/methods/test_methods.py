@@ -1,4 +1,4 @@
-"""Every tensor method beside dense definitions of its update, and through prepare, save, load, merge and training."""
+"""Every tensor method, compared with dense definitions of its update, and through a model's life."""
 
 import copy
 import re
@@ -96,7 +96,8 @@ def dense_tera(f, layer):
         ),
         strict=True,
     )
-    a, b = torch.kron(a_1, 1 + a_2), torch.kron(1 + b_1, 1 + b_2)
+    a = torch.kron(a_1, 1 + a_2)
+    b = torch.kron(1 + b_1, 1 + b_2)
     whole = (
         torch.kron(*outer)
         @ torch.diag(a)
@@ -128,16 +129,17 @@ DENSE = {
 @pytest.mark.parametrize("tokens", [3, 40, 600])
 @pytest.mark.parametrize("shape", [(3, 12, 20), (1, 13, 17), (2, 20, 7)])
 def test_output_and_gradients_are_the_dense_definitions(method, tokens, shape):
-    """In float64, of x and every trained number; odd and prime sizes, one layer, more tokens than features."""
+    """In float64, for x and every trainable parameter.
+
+    Odd and prime sizes, one layer, more tokens than features.
+    """
     stack = stack_of(*shape, dtype=torch.float64)
     factors = moved(fitted(method, stack, rank_of(method), torch.float64))
     layer = AdaptedLinear(shape[2], shape[1], bias=True, fmt=None, dtype=torch.float64)
     layer.store(DenseWeight(stack[0]), stack_of(shape[1], seed=4, dtype=torch.float64))
     layer.attach(FactorBank({"stack": factors}), "stack", shape[0] - 1)
-    x, grad = (
-        stack_of(tokens, shape[2], seed=2, dtype=torch.float64),
-        stack_of(tokens, shape[1], seed=3).double(),
-    )
+    x = stack_of(tokens, shape[2], seed=2, dtype=torch.float64)
+    grad = stack_of(tokens, shape[1], seed=3).double()
     leaves = [x.requires_grad_(), *factors.trained()]
     y = layer(x)
     expected = nn.functional.linear(x, stack[0] + DENSE[method](factors, shape[0] - 1), layer.bias)
@@ -191,7 +193,8 @@ def test_a_layer_under_autocast_trains_in_half_precision(method, monkeypatch):
     x = stack_of(6, 20, seed=2).requires_grad_()
     expected = layer(x)
     wanted = torch.autograd.grad(expected.square().sum(), [x, *factors.trained()])
-    name, made = ("core" if hasattr(factors, "core") else "matrices"), []
+    name = "core" if hasattr(factors, "core") else "matrices"
+    made = []
     compute = getattr(factors, name)
     monkeypatch.setattr(factors, name, lambda layer: made.append(compute(layer)) or made[-1])
     with torch.autocast("cpu", torch.bfloat16):
@@ -232,7 +235,8 @@ def test_a_zero_update_quantizes_whole_weights_and_refines_nothing(method):
 
 @zero_methods
 def test_random_numbers_are_the_seeds_alone(method):
-    stack, other = stack_of(3, 24, 20), stack_of(3, 24, 20, seed=5)
+    stack = stack_of(3, 24, 20)
+    other = stack_of(3, 24, 20, seed=5)
     first, second = (stored_factors(fitted(method, one, 4)) for one in (stack, other))
     third = stored_factors(fitted(method, stack, 4, seed=1))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -287,7 +291,7 @@ def test_craft_quantizes_less_than_whole_weights():
     ("method", "rank"), [("refta", 7), ("craft", (2, 5, 6)), ("craft", (4, 12, 20))]
 )
 def test_what_a_fit_takes_away_is_the_energy_it_states(method, rank):
-    """||W||^2 less it is what is left, over all layers: so Delta is the projection, each layer's as it is."""
+    """The squared norms of the projection and of the rest add up to ||W||^2 over all layers."""
     stack = decaying(4, 12, 20)
     U = transform_of(stack, "lsm3")
     found = METHODS[method].fit(slices_of(stack, U), rank, U, torch.float64, 0)
@@ -298,7 +302,7 @@ def test_what_a_fit_takes_away_is_the_energy_it_states(method, rank):
 
 
 def test_craft_splits_under_the_layers_own_basis():
-    """A prepared model's principal energy is that of the higher-order SVD with its layer mode cut to one."""
+    """The principal energy equals the energy of an HOSVD whose layer mode is cut to one."""
     model = ARCHITECTURES["bert"]()
     stack = find_stacks(model)[0]
     weights = model_weights(model, stack).rows(0, stack.out_features).double()
@@ -435,8 +439,9 @@ def test_round_trip_and_merge(method, architecture, tmp_path):
 def test_a_checkpoint_is_prepared_as_a_model_in_memory(method, tmp_path):
     ARCHITECTURES["bert"]().save_pretrained(tmp_path / "dense")
     options = {"method": method, "progress": False, "refine": 2} | RANKS[method]
-    qrefta.prepare_checkpoint(tmp_path / "dense", tmp_path / "out", **options)
-    ours, theirs = qrefta.load(tmp_path / "out"), prepared("bert", method, refine=2)
+    qrefta.prepare(tmp_path / "dense", out=tmp_path / "out", **options)
+    ours = qrefta.load(tmp_path / "out")
+    theirs = prepared("bert", method, refine=2)
     assert qrefta.quant_report(ours) == qrefta.quant_report(theirs)
     assert torch.equal(logits(ours), logits(theirs))
 
@@ -528,7 +533,7 @@ def approximation(found, U, kept):
     "ranks", [(6, 20, 30), (6, 5, 7), (3, 8, 5), (1, 4, 4), (6, 20, 7), (3, 15, 5), (2, 9, 5)]
 )
 def test_hosvd_is_tensorlys(ranks, blocks):
-    """The input basis is tensorly's where no layer is cut; the error is no more than tensorly's plus 2 %."""
+    """The input basis is tensorly's if no layer is cut; the error is at most 2 % larger."""
     stack = decaying(6, 20, 30)
     found, U = tucker_of(stack, ranks, blocks=blocks)
     core, factors, theirs = higher_order_svd(stack.numpy(), ranks)
@@ -563,7 +568,7 @@ WEIGHTED = Metric(SPREAD.sqrt(), 1 / SPREAD.sqrt())
 
 
 def test_a_metric_moves_the_decomposition_to_the_outputs():
-    """Of x W^T for inputs with second moment S: less output error than without, more weight error."""
+    """Less error of x W^T for inputs with second moment S than without it, more weight error."""
     stack = stack_of(4, 20, 30, dtype=torch.float64)
     U = transform_of(stack, "lsm3")
     plain, weighted = (
@@ -577,7 +582,7 @@ def test_a_metric_moves_the_decomposition_to_the_outputs():
 
 
 def test_under_a_metric_it_is_the_decomposition_of_the_weighted_stack():
-    """Of W S^(1/2), and back through S^(-1/2)."""
+    """The decomposition of W S^(1/2), and back through S^(-1/2)."""
     stack = decaying(4, 20, 30)
     U = transform_of(stack, "lsm3")
     found = hosvd(slices_of(stack, U, metric=WEIGHTED), (4, 8, 8), 0)
@@ -613,7 +618,7 @@ def test_mode_sizes_waste_little():
 
 @pytest.mark.parametrize("shape", [(2, 64, 64), (2, 101, 97)])
 def test_teras_rank_is_far_above_loras_with_as_many_numbers(shape):
-    """LoRA of rank 1 trains in + out numbers a layer, TeRA of rank 8 trains 32 and reaches rank 64."""
+    """LoRA of rank 1 trains in + out parameters a layer, TeRA of rank 8 trains 32."""
     factors = moved(fitted("tera", stack_of(*shape), 8, torch.float64))
     assert factors.trained_count == 2 * 4 * 8
     update = torch.kron(*factors.matrices(0))[: shape[1], : shape[2]]
@@ -623,7 +628,10 @@ def test_teras_rank_is_far_above_loras_with_as_many_numbers(shape):
 
 def test_tera_never_forms_a_dense_update():
     """Tensors made in a forward and backward pass are of the tokens' size or the small modes'."""
-    layers, out, width, tokens = 2, 400, 600, 3
+    layers = 2
+    out = 400
+    width = 600
+    tokens = 3
     factors = moved(fitted("tera", stack_of(layers, out, width), 8))
     x = stack_of(tokens, width).requires_grad_()
     made = []

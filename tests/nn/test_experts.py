@@ -1,4 +1,4 @@
-"""Mixture-of-experts models: fused experts as slices of a stack, adapted, trained, saved, merged, calibrated."""
+"""Mixture-of-experts models: their fused experts are slices of a stack."""
 
 import copy
 import json
@@ -53,7 +53,7 @@ def moved(model):
 
 
 def dense_weights(model):
-    """The definition: every weight that was replaced, by its name in the original, differentiable in the factors."""
+    """Every replaced weight by its name in the original model, differentiable in the factors."""
     found = {}
     for row in rows(model):
         layers = [model.get_submodule(path) for path in row.stack.adapted]
@@ -63,14 +63,17 @@ def dense_weights(model):
             if layer.factors is not None:
                 core = torch.diag(layer.factors.core(layer._adapter[2]))
                 weights[-1] = weights[-1] + layer.factors.up() @ core @ layer.factors.down()
-        if not row.experts:
+        if not row.stack.experts:
             found |= {
-                f"{path}.weight": weight for path, weight in zip(row.modules, weights, strict=True)
+                f"{path}.weight": weight
+                for path, weight in zip(row.stack.modules, weights, strict=True)
             }
             continue
-        for block, path in enumerate(row.modules):
-            fused = torch.stack(weights[block * row.experts : (block + 1) * row.experts])
-            found[path] = fused.mT if row.transposed else fused
+        for block, path in enumerate(row.stack.modules):
+            fused = torch.stack(
+                weights[block * row.stack.experts : (block + 1) * row.stack.experts]
+            )
+            found[path] = fused.mT if row.stack.transposed else fused
     return found
 
 
@@ -78,12 +81,25 @@ def dense_weights(model):
 
 
 def experts_module(module_class):
-    """A module of its own, 4 experts of 8 -> 12 -> 8, and a batch whose tokens leave expert 2 out."""
+    """A module with 4 experts of 8 -> 12 -> 8, and a batch in which no token chose expert 2."""
     config = SimpleNamespace(
-        num_local_experts=4, num_experts=4, n_routed_experts=4, moe_num_experts=4, hidden_size=8, moe_hidden_size=8,
-        intermediate_size=12, moe_intermediate_size=12, moe_latent_size=None, hidden_act="silu", mlp_hidden_act="relu2",
-        swiglu_alpha=1.7, swiglu_limit=7.0, post_norm_eps=1e-6, _experts_implementation="eager",
-    )  # fmt: skip
+        # The names of several architectures.
+        num_local_experts=4,
+        num_experts=4,
+        n_routed_experts=4,
+        moe_num_experts=4,
+        hidden_size=8,
+        moe_hidden_size=8,
+        intermediate_size=12,
+        moe_intermediate_size=12,
+        moe_latent_size=None,
+        hidden_act="silu",
+        mlp_hidden_act="relu2",
+        swiglu_alpha=1.7,
+        swiglu_limit=7.0,
+        post_norm_eps=1e-6,
+        _experts_implementation="eager",
+    )
     experts = module_class(config)
     with torch.no_grad():
         for seed, parameter in enumerate(experts.parameters()):
@@ -93,11 +109,16 @@ def experts_module(module_class):
 
 
 @pytest.mark.parametrize("module_class", MODULES)
-def test_the_pass_through_linears_is_the_modules_own(module_class):
-    """With gate or without, biased, transposed, normed: and the fused parameters come back as they were."""
+def test_the_pass_through_layers_is_the_modules_own(module_class):
+    """With and without gate, bias, transposition and norm.
+
+    The fused parameters come back as they were.
+    """
     experts, batch = experts_module(module_class)
     assert is_experts(experts)
-    expected, names, weights = experts(*batch), fused_names(experts), {}
+    expected = experts(*batch)
+    names = fused_names(experts)
+    weights = {}
     for name in names:
         weights[name] = getattr(experts, name).detach()
         for weight in weights[name]:
@@ -117,14 +138,14 @@ def test_the_pass_through_linears_is_the_modules_own(module_class):
 def test_tokens_that_are_dealt_out_reach_all_experts_alike():
     """Ten of them to four experts, whatever the router chose."""
     experts, batch = experts_module(MixtralExperts)
-    linears = []
+    layers = []
     for name in fused_names(experts):
         for weight in getattr(experts, name).detach():
-            linears.append(nn.Linear(*weight.T.shape, bias=False))
-            add_expert(experts, name, linears[-1])
+            layers.append(nn.Linear(*weight.T.shape, bias=False))
+            add_expert(experts, name, layers[-1])
     route_evenly(experts)
     counts = []
-    for linear in linears:
+    for linear in layers:
         linear.register_forward_hook(lambda _, args, __: counts.append(len(args[0])))
     experts(*batch)
     assert sorted(counts) == [2, 2, 2, 2, 3, 3, 3, 3]
@@ -135,7 +156,8 @@ def test_tokens_that_are_dealt_out_reach_all_experts_alike():
 
 @all_models
 def test_a_fused_parameter_is_as_many_slices_as_there_are_experts(name):
-    model, experts = EXPERTS[name](), 12 if name == "qwen3_moe" else 4
+    model = EXPERTS[name]()
+    experts = 12 if name == "qwen3_moe" else 4
     stacks = {stack.name.split("*.")[-1]: stack for stack in find_stacks(model)}
     for role in ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"):
         stack = stacks[role]
@@ -177,7 +199,7 @@ def test_only_routers_and_norms_of_the_blocks_stay_dense(name):
         if isinstance(m, AdaptedLinear) and m.factors is not None
     }
     assert factors == {path for path in factors if path.endswith("q_proj")} != set()
-    assert all(row.rank == 0 for row in rows(model) if row.experts)
+    assert all(row.rank == 0 for row in rows(model) if row.stack.experts)
 
 
 @all_models
@@ -195,21 +217,29 @@ def test_4_bits_differ_by_the_stated_error_and_no_more(name):
     model = prepared(name)
     dense = dense_weights(model)
     for row, report in zip(rows(model), qrefta.quant_report(model), strict=True):
-        names = row.modules if row.experts else [f"{path}.weight" for path in row.modules]
+        names = (
+            row.stack.modules
+            if row.stack.experts
+            else [f"{path}.weight" for path in row.stack.modules]
+        )
         error = sum((original[key] - dense[key]).double().square().sum().item() for key in names)
         assert report["residual_error"] == pytest.approx(error, rel=1e-4)
         assert report["ratio"] < 1
         assert (report["experts"], report["layers"]) == (
-            row.experts,
-            len(row.modules) * max(row.experts, 1),
+            row.stack.experts,
+            len(row.stack.modules) * max(row.stack.experts, 1),
         )
 
 
 @all_models
 def test_logits_and_gradients_are_the_dense_definitions(name):
-    """Float32 factors: a rounded one has no derivative to compare with. Every expert's gradients add up in them."""
+    """The gradients of all experts add up in the shared factors.
+
+    Factors are float32: rounding has no derivative to compare with.
+    """
     model = moved(prepared(name, factor_dtype="float32"))
-    original, batch = EXPERTS[name](), inputs(model)
+    original = EXPERTS[name]()
+    batch = inputs(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     found = model(**batch).logits
     expected = functional_call(original, dense_weights(model), kwargs=batch).logits
@@ -227,7 +257,8 @@ def test_other_methods_keep_the_function_too(method):
 
 
 def test_checkpointing_changes_no_bit():
-    model, batch = moved(prepared("mixtral")).train(), inputs(tiny_mixtral())
+    model = moved(prepared("mixtral")).train()
+    batch = inputs(tiny_mixtral())
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def gradients():
@@ -239,14 +270,12 @@ def test_checkpointing_changes_no_bit():
 
 
 def test_a_compiled_block_has_the_same_gradients_and_is_not_compiled_anew():
-    """Experts are left out of the graphs: the tokens that each has are other numbers in every step."""
+    """Experts are not compiled: the number of tokens of each differs in every step."""
     block = moved(prepared("mixtral", target_modules=["experts.down_proj"])).model.layers[0].mlp
     torch.compiler.reset()
-    compiled, factors, graphs = (
-        torch.compile(block, backend="aot_eager"),
-        block.experts.down_proj_adapted[0].factors,
-        [],
-    )
+    compiled = torch.compile(block, backend="aot_eager")
+    factors = block.experts.down_proj_adapted[0].factors
+    graphs = []
     for seed in range(3):
         x = randn(2, 9, 32, seed=seed).requires_grad_()
         leaves = [x, *factors.trained()]
@@ -261,8 +290,9 @@ def test_a_compiled_block_has_the_same_gradients_and_is_not_compiled_anew():
 
 
 def test_a_dense_model_of_the_same_config_computes_as_before():
-    """The config says how experts are computed; a model made from a prepared one's has nothing adapted."""
-    model, dense = prepared("mixtral"), tiny_mixtral()
+    """The config chooses the forward pass of experts, also in a model without adapted experts."""
+    model = prepared("mixtral")
+    dense = tiny_mixtral()
     fresh = MixtralForCausalLM(copy.deepcopy(model.config)).eval()
     fresh.load_state_dict(dense.state_dict())
     assert_close(logits(fresh), logits(dense))
@@ -276,14 +306,16 @@ def test_round_trip(name, tmp_path):
     model = moved(prepared(name, double_quant=True, target_modules=["q_proj", "experts.down_proj"]))
     model.save_pretrained(tmp_path / "first", max_shard_size="100KB")
     loaded = qrefta.load(tmp_path / "first")
-    state, reference = loaded.state_dict(), model.state_dict()
+    state = loaded.state_dict()
+    reference = model.state_dict()
     assert set(state) == set(reference)
     assert all(torch.equal(state[key], tensor) for key, tensor in reference.items())
     trains = [
         {key for key, p in one.named_parameters() if p.requires_grad} for one in (loaded, model)
     ]
     assert trains[0] == trains[1]
-    # Not to the bit: products of very few tokens depend on where a tensor starts, and files align to 8 bytes.
+    # Not to the bit: products of very few tokens depend on where a tensor starts, and files align
+    # to 8 bytes.
     assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
     assert_close(logits(copy.deepcopy(loaded)), logits(model), rtol=1e-5, atol=1e-5)
     assert qrefta.quant_report(loaded) == qrefta.quant_report(model)
@@ -328,8 +360,8 @@ def test_a_damaged_checkpoint_is_refused(damage, tmp_path, monkeypatch):
         qrefta.load(tmp_path)
 
 
-def test_a_bias_that_lacks_is_told_to_other_classes_too(tmp_path, monkeypatch):
-    """They may have fresh heads, but transformers draws nothing in a module that lost its fused parameters."""
+def test_a_missing_bias_is_refused_by_other_classes_too(tmp_path, monkeypatch):
+    """They may have new heads, but transformers initializes no module without fused parameters."""
     model = prepared("gpt_oss")
     model.save_pretrained(tmp_path)
     monkeypatch.setenv(SWITCH, "0")
@@ -346,11 +378,10 @@ def drop_tensor(path, end):
 
 @all_models
 def test_merged_experts_are_fused_again_and_load_plainly(name, tmp_path):
-    model, original = moved(prepared(name, factor_dtype="float32")), EXPERTS[name]()
-    expected, dense = (
-        logits(model),
-        {key: tensor.detach() for key, tensor in dense_weights(model).items()},
-    )
+    model = moved(prepared(name, factor_dtype="float32"))
+    original = EXPERTS[name]()
+    expected = logits(model)
+    dense = {key: tensor.detach() for key, tensor in dense_weights(model).items()}
     merged = qrefta.merge(model, dtype=torch.float32)
     state = merged.state_dict()
     assert {key: tensor.shape for key, tensor in state.items()} == {
@@ -397,8 +428,9 @@ def masked_batch():
 
 @all_models
 def test_moments_are_those_of_the_experts_inputs(name):
-    """By the definition: each token once for the first weights, once for each of its experts for the second."""
-    model, batch = EXPERTS[name](), masked_batch()
+    """First weights see each token once, second weights see it once for each of its experts."""
+    model = EXPERTS[name]()
+    batch = masked_batch()
     moments = gather_moments(model, find_stacks(model), [batch], progress=False)
     seen = {}
     for path, module in model.named_modules():
@@ -410,7 +442,8 @@ def test_moments_are_those_of_the_experts_inputs(name):
         model(**batch)
     assert len(seen) == 2
     for path, (module, (hidden, index, _)) in seen.items():
-        first, second = [], []
+        first = []
+        second = []
         for token in batch["attention_mask"].reshape(-1).nonzero().flatten():
             first.append(hidden[token])
             for expert in index[token]:
@@ -435,10 +468,10 @@ def test_calibrated_experts_state_the_error_of_their_outputs():
     model = prepared("mixtral", moments=moments, refine=2)
     dense = dense_weights(model)
     for row in rows(model):
-        if row.experts:
+        if row.stack.experts:
             errors = [
                 (original.get_parameter(path) - dense[path], moments.of(path))
-                for path in row.modules
+                for path in row.stack.modules
             ]
             stated = sum(
                 output_error(expert, moment)

@@ -117,7 +117,8 @@ def test_float32_factors_are_not_rounded():
 
 def test_delta_sees_rounded_masters():
     factors = perturbed()
-    up, down = factors.A.detach().bfloat16().float(), factors.B.detach().bfloat16().float()
+    up = factors.A.detach().bfloat16().float()
+    down = factors.B.detach().bfloat16().float()
     assert_close(factors.delta(2), up @ torch.diag(factors.core(2)) @ down)
     assert (
         factors.delta(2) - factors.A.detach() * factors.core(2) @ factors.B.detach()
@@ -130,7 +131,9 @@ def test_rounding_masters_changes_neither_delta_nor_output():
     layer.store(DenseWeight(random_stack()[0]), None)
     layer.attach(FactorBank({"stack": factors}), "stack", 0)
     x = random_stack(seed=2)[0]
-    delta, y, masters = factors.delta(0), layer(x), factors.A.detach().clone()
+    delta = factors.delta(0)
+    y = layer(x)
+    masters = factors.A.detach().clone()
     factors.round_masters()
     assert not torch.equal(factors.A, masters)
     assert torch.equal(factors.A, factors.A.bfloat16().float())

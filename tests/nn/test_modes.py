@@ -1,4 +1,4 @@
-"""Modes that users turn on: each computes what the plain float32 forward and backward pass computes."""
+"""Modes that users turn on: each computes the same as the plain float32 passes."""
 
 import copy
 import shutil
@@ -64,7 +64,8 @@ def assert_same(found, expected, **tolerance):
 @decoders
 @pytest.mark.parametrize("length", [8, 40], ids=["few tokens", "more tokens than features"])
 def test_gradient_checkpointing_changes_no_bit(architecture, length):
-    model, batch = prepared(architecture).train(), tokens(length=length)
+    model = prepared(architecture).train()
+    batch = tokens(length=length)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -74,17 +75,18 @@ def test_gradient_checkpointing_changes_no_bit(architecture, length):
 
 
 def test_a_checkpointed_model_keeps_the_inputs_of_its_blocks_only():
-    """Of what is as large as a hidden state; the last norm adds its own input in two forms."""
-    model, batch = prepared().train(), tokens(2, 16)
+    """Only tensors as large as a hidden state count; the last norm adds its input in two forms."""
+    model = prepared().train()
+    batch = tokens(2, 16)
     model.gradient_checkpointing_enable()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         hidden = model.model(input_ids=batch, use_cache=False).last_hidden_state
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     wide = {
         t.data_ptr()
         for t in kept
-        if t.untyped_storage().data_ptr() not in own and t.numel() >= hidden.numel()
+        if t.untyped_storage().data_ptr() not in known and t.numel() >= hidden.numel()
     }
     assert len(wide) <= model.config.num_hidden_layers + 2
 
@@ -116,7 +118,8 @@ def test_trainer_refuses_reentrant_checkpointing(tmp_path):
 def test_checkpointing_by_hand_gives_the_same_gradients():
     """Outside transformers nobody can refuse: in one process both kinds are right."""
     model = prepared()
-    layer, x = model.model.layers[1].mlp, torch.randn(2, 8, model.config.hidden_size)
+    layer = model.model.layers[1].mlp
+    x = torch.randn(2, 8, model.config.hidden_size)
     factors = trained(model)
     expected = torch.autograd.grad(layer(x).square().sum(), factors, allow_unused=True)
     for reentrant in (False, True):
@@ -152,7 +155,8 @@ def test_compiled_layer_has_no_graph_break_and_the_same_gradients(quant, case, f
 
 def test_compiled_model_has_the_same_gradients(fresh_compiler):
     config = LlamaConfig(**decoder_sizes(32, layers=2))  # the fewest that share factors
-    model, batch = qrefta.prepare(build(LlamaForCausalLM, config), rank=5, refine=0), tokens()
+    model = qrefta.prepare(build(LlamaForCausalLM, config), rank=5, refine=0)
+    batch = tokens()
     expected = gradients(model, batch)
     assert_same(gradients(torch.compile(model, backend="aot_eager"), batch), expected)
 
@@ -174,7 +178,8 @@ def test_compiled_layer_runs_through_inductor(role, fresh_compiler):
 
 @decoders
 def test_gradients_accumulate_to_those_of_the_whole_batch(architecture):
-    model, batch = prepared(architecture), tokens(4)
+    model = prepared(architecture)
+    batch = tokens(4)
     expected = gradients(model, batch)[1:]
     for half in batch.split(2):
         (model(input_ids=half, labels=half).loss / 2).backward()
@@ -184,8 +189,9 @@ def test_gradients_accumulate_to_those_of_the_whole_batch(architecture):
 @decoders
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_is_near_the_float32_loss_and_keeps_master_gradients(architecture, dtype):
-    """Measured over 4 decoders: relative root difference of the gradients at most 0.030 (bf16), 0.0030 (fp16)."""
-    model, batch = prepared(architecture), tokens(4, 16)
+    """Relative root difference of the gradients, over 4 decoders: at most 0.030 and 0.0030."""
+    model = prepared(architecture)
+    batch = tokens(4, 16)
     expected = gradients(model, batch)
     with torch.autocast("cpu", dtype):
         found = gradients(model, batch)
@@ -198,7 +204,8 @@ def test_autocast_is_near_the_float32_loss_and_keeps_master_gradients(architectu
 @decoders
 def test_bf16_model_trains_float32_masters(architecture):
     """Measured over 4 decoders: relative root difference of the gradients at most 0.028."""
-    model, batch = prepared(architecture), tokens(4, 16)
+    model = prepared(architecture)
+    batch = tokens(4, 16)
     expected = gradients(model, batch)
     found = gradients(model.to(torch.bfloat16), batch)
     assert {parameter.dtype for parameter in trained(model)} == {torch.float32}
@@ -209,7 +216,8 @@ def test_bf16_model_trains_float32_masters(architecture):
 @decoders
 def test_generating_with_a_cache_gives_the_tokens_of_the_merged_model(architecture):
     model = prepared(architecture)
-    prompt, options = tokens(3, 5), {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    prompt = tokens(3, 5)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     cached, plain = (model.generate(prompt, use_cache=use, **options) for use in (True, False))
     assert cached.shape == (3, 17)
     assert torch.equal(cached, plain)
@@ -234,7 +242,8 @@ def test_evaluating_and_generating_between_steps_changes_no_bit(architecture):
     assert_same(train(look=True), train(look=False), rtol=0, atol=0)
 
 
-# adamw_torch is test_finetune.py's; on a CPU the paged ones are not paged, and one of them stands for both
+# adamw_torch is tested in test_finetune.py. On a CPU the paged optimizers are not paged, so one
+# of them stands for both.
 OPTIMIZERS = ["adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "adafactor"]
 
 
@@ -243,9 +252,16 @@ def test_trainers_optimizers_learn_the_task(optimizer, tmp_path):
     folder = tiny_folder(tmp_path / "tiny")
     model = qrefta.prepare(load_classifier(str(folder), ["red", "blue"], seed=0), rank=8)
     result = finetune(
-        model, AutoTokenizer.from_pretrained(folder), color_data(), tmp_path / "out", learning_rate=1e-2,
-        batch_size=16, epochs=8, optimizer=optimizer, progress=False,
-    )  # fmt: skip
+        model,
+        AutoTokenizer.from_pretrained(folder),
+        color_data(),
+        tmp_path / "out",
+        learning_rate=1e-2,
+        batch_size=16,
+        epochs=8,
+        optimizer=optimizer,
+        progress=False,
+    )
     assert result.accuracy_after > 0.9
 
 
@@ -253,16 +269,25 @@ def test_recipe_accumulates_and_checkpoints_to_the_same_model(tmp_path):
     """Two passes of 8 rows are one of 16; float32 sums in another order, amplified by Adam."""
     folder = tiny_folder(tmp_path / "tiny")
     found = []
-    for index, options in enumerate([{"batch_size": 16}, {"batch_size": 8, "gradient_accumulation": 2},
-                                     {"batch_size": 16, "gradient_checkpointing": True}]):  # fmt: skip
+    settings = [
+        {"batch_size": 16},
+        {"batch_size": 8, "gradient_accumulation": 2},
+        {"batch_size": 16, "gradient_checkpointing": True},
+    ]
+    for index, options in enumerate(settings):
         model = qrefta.prepare(load_classifier(str(folder), ["red", "blue"], seed=0), rank=8)
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         finetune(
-            model, AutoTokenizer.from_pretrained(folder), color_data(), tmp_path / str(index), max_steps=4,
-            progress=False, **options,
-        )  # fmt: skip
+            model,
+            AutoTokenizer.from_pretrained(folder),
+            color_data(),
+            tmp_path / str(index),
+            max_steps=4,
+            progress=False,
+            **options,
+        )
         found.append(trained(model))
     assert_same(found[2], found[0], rtol=0, atol=0)
     assert_same(found[1], found[0], rtol=0.01, atol=1e-4)

@@ -13,7 +13,9 @@ from qrefta.nn.product import adapted_product, frozen_product
 from qrefta.nn.quantized import QUANT_TYPES, QuantFormat
 from tests.stacks import stored_in
 
-OUT, IN, RANK = 48, 64, 5
+OUT = 48
+IN = 64
+RANK = 5
 TOKENS = {"fewer than outputs": 30, "between outputs and inputs": 56, "more than inputs": 90}
 token_counts = pytest.mark.parametrize("tokens", TOKENS.values(), ids=list(TOKENS))
 FORMATS = [
@@ -60,8 +62,12 @@ def definition(operands, packed):
     "needed", [(1, 1, 1, 1), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
 )
 def test_gradcheck(bias, tokens, needed):
-    """Numerical derivatives in float64 for x, up, core and down, all at once and each alone, in both forms."""
-    scale, shape = 8, (OUT // 8, IN // 8)
+    """Numerical derivatives in float64, in both forms.
+
+    For x, up, core and down, all at once and each alone.
+    """
+    scale = 8
+    shape = (OUT // 8, IN // 8)
     *made, offset = operands(tokens // scale, bias, torch.float64, shape, rank=2)
     packed = packed_weight(None, torch.float64, shape)
     made = [tensor.requires_grad_(bool(need)) for tensor, need in zip(made, needed, strict=True)]
@@ -72,12 +78,16 @@ def test_gradcheck(bias, tokens, needed):
 @biased
 @token_counts
 def test_both_forms_are_the_dense_definition(fmt, bias, tokens):
-    """Output and every gradient. Float32, relative root difference over 5 formats and 20 seeds: at most 1.8e-6."""
+    """Output and every gradient, in float32.
+
+    Relative root difference over 5 formats and 20 seeds: at most 1.8e-6.
+    """
     packed = packed_weight(fmt)
     ours, theirs = (
         [t if t is None else t.requires_grad_() for t in operands(tokens, bias)] for _ in range(2)
     )
-    y, expected = product(ours, packed), definition(theirs, packed)
+    y = product(ours, packed)
+    expected = definition(theirs, packed)
     grad = randn(tokens, OUT, seed=3)
     y.backward(grad)
     expected.backward(grad)
@@ -95,7 +105,8 @@ def test_both_forms_are_the_dense_definition(fmt, bias, tokens):
 def test_frozen_product_is_the_dense_definition(fmt, bias, leading):
     """Output and gradients of x and bias, for any number of leading dimensions."""
     weight = packed_weight(fmt)
-    found, expected = [], []
+    found = []
+    expected = []
     for results in (found, expected):
         x = randn(*leading, IN).requires_grad_()
         leaves = [x, randn(OUT, seed=9).requires_grad_()] if bias else [x]
@@ -151,7 +162,7 @@ def _operations_of_addmm_(result, left, right, **_):
 @pytest.mark.parametrize("shape", [(48, 64), (64, 48), (64, 64)], ids=str)
 @pytest.mark.parametrize("rank", [0, 5])
 def test_step_cost_counts_the_operations_that_run(tokens, shape, rank):
-    """Beside torch's own count of every matrix product of a step; so the cheaper form is also the one that runs."""
+    """The same as torch's count of the matmuls of a step: the cheaper form is the one that runs."""
     made = operands(tokens, shape=shape, rank=max(rank, 1))
     packed = packed_weight(None, shape=shape)
     leaves = [t.requires_grad_() for t in (made[:4] if rank else made[:1])]
@@ -182,7 +193,8 @@ def test_the_form_that_runs_costs_least(shape, tokens, monkeypatch):
 @pytest.mark.parametrize("tokens", [24, 27, 28, 60])
 def test_without_gradients_the_update_is_merged_from_fewer_tokens_on(tokens):
     """48 x 64: from 48 * 64 / (48 + 64) = 27.4 tokens on; the result is the same."""
-    made, packed = operands(tokens), packed_weight(QuantFormat())
+    made = operands(tokens)
+    packed = packed_weight(QuantFormat())
     counter = FlopCounterMode(
         display=False, custom_mapping={torch.ops.aten.addmm_: _operations_of_addmm_}
     )
@@ -207,7 +219,7 @@ def test_step_cost_by_hand():
 
 
 class Allocations(TorchDispatchMode):
-    """Elements of every floating tensor that an operation makes; views and results written in place are none."""
+    """Elements of every floating-point tensor that an operation makes, without views."""
 
     def __init__(self):
         super().__init__()
@@ -247,17 +259,18 @@ def test_a_step_makes_one_dense_buffer_and_one_result_a_pass(fmt, tokens):
 
 
 def kept(tensors, function):
-    """Shapes of what autograd keeps beside the operands, and what it keeps of those."""
-    own = {
+    """Shapes of the tensors that autograd keeps besides the operands, and of the kept operands."""
+    known = {
         tensor.untyped_storage().data_ptr(): tuple(tensor.shape)
         for tensor in tensors
         if tensor is not None
     }
-    made, operands = [], set()
+    made = []
+    operands = set()
 
     def pack(tensor):
         pointer = tensor.untyped_storage().data_ptr()
-        operands.add(own[pointer]) if pointer in own else made.append(tuple(tensor.shape))
+        operands.add(known[pointer]) if pointer in known else made.append(tuple(tensor.shape))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -268,9 +281,13 @@ def kept(tensors, function):
 @pytest.mark.parametrize("trained", ["all", "x", "up", "core", "down", "nothing"])
 @token_counts
 def test_a_step_keeps_no_more_than_its_gradients_need(trained, tokens):
-    """x for the gradient of down; h for those of up and core, unless the form makes it anew from x."""
+    """It keeps x for the gradient of down.
+
+    It keeps h for the gradients of up and core, unless the merged form computes it again from x.
+    """
     fmt = QuantFormat()
-    packed, made = packed_weight(fmt), operands(tokens)
+    packed = packed_weight(fmt)
+    made = operands(tokens)
     leaves = dict(zip(("x", "up", "core", "down"), made, strict=False))
     for name, tensor in leaves.items():
         tensor.requires_grad_(trained in ("all", name))
@@ -285,7 +302,8 @@ def test_a_step_keeps_no_more_than_its_gradients_need(trained, tokens):
 def test_backward_inside_autocast_is_that_outside():
     """The function computes in the dtype of its gradient, whatever is switched on around it."""
     fmt = QuantFormat()
-    packed, found = packed_weight(fmt), []
+    packed = packed_weight(fmt)
+    found = []
     for enabled in (False, True):
         made = [tensor.requires_grad_() for tensor in operands(30)]
         y = product(made, packed)

@@ -18,7 +18,8 @@ all_formats = pytest.mark.parametrize(
 )
 all_types = pytest.mark.parametrize("kind", QUANT_TYPES)
 bnb_types = pytest.mark.parametrize("kind", ["nf4", "fp4"])
-# 160 % 64 == 32 is where bitsandbytes' CPU kernel is wrong; then odd, ragged, smaller than a block, one value.
+# 160 % 64 == 32 is where bitsandbytes' CPU kernel is wrong; then odd, ragged, smaller than a block,
+# one value.
 AWKWARD = [(8, 160), (100, 100), (37, 41), (5, 3), (1, 1), (3, 64), (64, 65)]
 awkward = pytest.mark.parametrize("shape", AWKWARD, ids=str)
 
@@ -37,7 +38,8 @@ def levels(kind):
 
 def look_up(packed):
     """Dequantization in plain torch: high nibble first, level times scale, padding dropped."""
-    fmt, shape = packed.format, packed.shape
+    fmt = packed.format
+    shape = packed.shape
     codes = packed.codes.view(torch.uint8).int()
     values = levels(fmt.quant_type)[torch.stack([codes >> 4, codes & 15], dim=1).flatten()]
     scales = packed.scales.view(torch.float32).repeat_interleave(fmt.block_size)
@@ -45,7 +47,7 @@ def look_up(packed):
 
 
 def nearest(matrix, kind, block):
-    """Quantization in plain torch: every value of a block to the nearest level times the largest magnitude."""
+    """Quantization in plain torch: every value to the nearest level times the block's absmax."""
     flat = torch.nn.functional.pad(matrix.flatten(), (0, -matrix.numel() % block)).view(-1, block)
     absmax = flat.abs().amax(1, keepdim=True)
     table = levels(kind)
@@ -92,7 +94,10 @@ def test_dequantize_equals_a_look_up(kind, shape, block):
 @all_formats
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_dequantize_gives_every_dtype(fmt, dtype):
-    """The half types are the float32 values rounded: one unit in the last place, as the kernel may round twice."""
+    """Half types are the rounded float32 values.
+
+    They may differ by one unit in the last place, as the kernel may round twice.
+    """
     matrix = gaussian(37, 41)
     found = round_trip(matrix, fmt, dtype)
     assert found.dtype == dtype
@@ -121,7 +126,10 @@ def test_more_than_256_blocks_have_more_than_one_second_level_scale(fmt):
 
 @pytest.mark.parametrize(("double", "bits"), [(False, 4.5), (True, 4 + 8 / 64 + 32 / (64 * 256))])
 def test_bits_per_weight(double, bits):
-    """4 and a float32 scale for 64 values; doubled (QLoRA, section 3): 4.127 and one offset for the matrix."""
+    """4 bits and a float32 scale for 64 values.
+
+    With double quantization (QLoRA, section 3): 4.127, and one offset for the matrix.
+    """
     values = 64 * 256 * 16
     stored = sum(QuantFormat("nf4", 64, double).packed_sizes(values).values())
     assert 8 * stored == bits * values + 32 * double
@@ -139,7 +147,8 @@ def test_bytes_survive_a_dtype_conversion_of_the_model(fmt):
     assert torch.equal(again.dequantize(torch.float32), round_trip(matrix, fmt))
 
 
-# Relative root error on Gaussian weights, 256 x 256, block 64, measured over 20 seeds: mean and standard deviation.
+# Relative root error on Gaussian weights, 256 x 256, block 64, measured over 20 seeds: mean and
+# standard deviation.
 @pytest.mark.parametrize(
     ("kind", "double", "mean", "sigma"),
     [
@@ -159,7 +168,7 @@ def test_error_on_gaussian_weights(kind, double, mean, sigma):
 
 
 def test_int4_beats_scaling_by_the_largest_magnitude():
-    """That gives 0.108, 15 levels around zero; the bound of 0.095 is what a clip search is known to reach."""
+    """The largest magnitude gives 0.108 with 15 levels; a clip search is known to reach 0.095."""
     matrix = gaussian(128, 256)
     steps = matrix.view(-1, 64).abs().amax(1, keepdim=True) / 7
     plain = (matrix.view(-1, 64) / steps).round() * steps
@@ -169,7 +178,7 @@ def test_int4_beats_scaling_by_the_largest_magnitude():
 
 @pytest.mark.parametrize("double", [False, True])
 def test_int4_takes_the_nearest_of_16_levels(double):
-    """For the scales as stored (rounded to 8 bits with double quantization), no other level would be nearer."""
+    """No other level is nearer, for the scales as stored (in 8 bits with double quantization)."""
     fmt = QuantFormat("int4", 64, double)
     matrix = gaussian(16, 64)
     packed = quantize(matrix, fmt)
@@ -179,7 +188,10 @@ def test_int4_takes_the_nearest_of_16_levels(double):
 
 
 def test_int4_searches_its_scales():
-    """Of scales 0.79, 0.82 .. 1.12 times the largest entry, each block has one with the smallest squared error."""
+    """Each block has the scale with the smallest squared error.
+
+    Scales are 0.79, 0.82 .. 1.12 times the largest entry.
+    """
     matrix = gaussian(32, 64)
     peak = matrix.gather(1, matrix.abs().argmax(1, keepdim=True))
     errors = []
@@ -192,7 +204,9 @@ def test_int4_searches_its_scales():
 
 def test_int4_keeps_a_lone_outlier_and_a_constant_block_exactly():
     matrix = torch.zeros(3, 64)
-    matrix[0, 5], matrix[1], matrix[2, 7] = 1000.0, 0.5, -0.01
+    matrix[0, 5] = 1000.0
+    matrix[1] = 0.5
+    matrix[2, 7] = -0.01
     assert_close(round_trip(matrix, QuantFormat("int4")), matrix, rtol=1e-6, atol=0)
 
 
@@ -218,7 +232,7 @@ def test_zero_matrix_stays_zero(fmt):
 
 @all_types
 def test_an_outlier_is_kept_and_harms_its_own_block_only(kind):
-    """INT4's nearest clip is 1.01: the outlier is kept to 1 %; the others keep the largest magnitude exactly."""
+    """INT4 keeps the outlier to 1 %: its nearest clip is 1.01. The others keep it exactly."""
     matrix = gaussian(4, 64)
     expected = round_trip(matrix, QuantFormat(kind))
     matrix[1, 5] = 1000.0
@@ -279,7 +293,7 @@ def test_rounded_is_quantized_and_back_to_the_bit(quant_type, double_quant, bloc
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_rounded_agrees_at_the_boundaries_between_levels(quant_type):
-    """Midpoints of levels, their neighbours among floats, and the edges of the look-up cells; extreme scales too."""
+    """Midpoints of levels, their neighbours among floats, the edges of cells; extreme scales too."""
     fmt = QuantFormat(quant_type)
     levels = bnb.get_4bit_type(quant_type, device="cpu").float().sort().values
     middles = (levels[1:] + levels[:-1]) / 2
@@ -301,7 +315,7 @@ def test_rounded_agrees_at_the_boundaries_between_levels(quant_type):
 @pytest.mark.parametrize("width", [32, 40, 64, 96, 128])
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_matmul_multiplies_by_the_dequantized_matrix(fmt, width, tokens):
-    """bitsandbytes does where rows are whole blocks; others, such as 32 and 96 wide, its CPU kernel reads wrongly."""
+    """bitsandbytes' CPU kernel is wrong for rows that are not whole blocks, such as 32 and 96."""
     W, x = (
         torch.randn(rows, width, generator=torch.Generator().manual_seed(rows))
         for rows in (8, tokens)

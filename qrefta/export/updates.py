@@ -1,0 +1,174 @@
+"""The update of every target of a prepared model, as two thin factors.
+
+On its residual a layer's update is Delta_l, of rank r: (up core_l, down). On the original weight
+W_l it is what training changed, Delta_l minus Delta_l at the start, of rank 2r: for ReFTA
+[A' diag(u_l), -A diag(u_l)] and [B'; B].
+
+The factors at the start come from the prepared model before training. Without it the original is
+split again, and equal packed weights prove that the split is the same.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import repeat
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qrefta.config import StackReport
+from qrefta.hf_config import QReftaConfig
+from qrefta.linalg.slices import Slices
+from qrefta.linalg.tsvd import t_svd
+from qrefta.model.stacks import model_weights
+from qrefta.nn.factors import Factors, LowRankFactors
+from qrefta.nn.linear import AdaptedLinear
+from qrefta.nn.quantized import FrozenWeight
+from qrefta.split.residual import split_layers, split_stack
+
+
+class Update(NamedTuple):
+    """The update of one linear layer.
+
+    Attributes:
+        left, right: (out, r) and (r, in), float32; their product is the update.
+        missing: squared norm of the part of the update that the product leaves out.
+        norm: squared norm of the update; 0 if nothing is left out.
+    """
+
+    left: Tensor
+    right: Tensor
+    missing: float = 0.0
+    norm: float = 0.0
+
+
+@torch.no_grad()
+def layer_updates(
+    model: PreTrainedModel,
+    config: QReftaConfig,
+    starts: Iterator[Factors] | None,
+    rank: int | None,
+) -> Iterator[tuple[str, Update]]:
+    """The path of every target and its update.
+
+    A method whose Delta_l is not a product of two thin factors (TeRA) is cut to a rank.
+
+    Args:
+        model: prepared.
+        config: of the model.
+        starts: factors at the start of training, one a stack with factors; updates are then minus
+            their Delta_l.
+        rank: that updates are cut to; None keeps them whole.
+    """
+    rows = [row for row in config.stacks if row.rank]
+    for row, start in zip(rows, repeat(None) if starts is None else starts, strict=False):
+        for index, path in enumerate(row.stack.modules):
+            factors = cast(AdaptedLinear, model.get_submodule(path)).factors
+            assert factors is not None, "a stack with a rank has factors"
+            yield path, _layer_update(factors, start, index, rank)
+
+
+def _layer_update(factors: Factors, start: Factors | None, layer: int, rank: int | None) -> Update:
+    if not isinstance(factors, LowRankFactors):
+        own_rank = cast(int, factors.rank)
+        return _nearest(factors.delta(layer), rank or own_rank)
+    left, right = factors.pair(layer)
+    if start is not None:
+        first_left, first_right = cast(LowRankFactors, start).pair(layer)
+        left = torch.cat([left, -first_left.to(left)], dim=1)
+        right = torch.cat([right, first_right.to(right)])
+    elif rank is None:
+        return Update(left, right)
+    return _compressed(left, right, rank)
+
+
+def starting_factors(
+    model: PreTrainedModel,
+    config: QReftaConfig,
+    bare: PreTrainedModel,
+    start: PreTrainedModel | None,
+) -> Iterator[Factors]:
+    """The factors that every target stack began with.
+
+    Args:
+        model: prepared and trained.
+        config: of the model.
+        bare: the original model, which is split again if there is no `start`.
+        start: the prepared model before training.
+
+    Raises:
+        ValueError: if the packed weights that belong to them are not the model's.
+    """
+    if start is None and config.calibrated:
+        raise ValueError(
+            "The split was calibrated, so it cannot be made again from the original; give the "
+            "prepared model before training, or its folder, as `start`."
+        )
+    for row in config.stacks:
+        if not row.rank:
+            continue
+        layers = [cast(AdaptedLinear, model.get_submodule(path)) for path in row.stack.modules]
+        if start is None:
+            weights = model_weights(bare, row.stack)
+            split = split_stack(weights, config, row.rank)
+            residuals = (layer.residual for layer in split_layers(weights, split, config))
+            factors = split.factors
+        else:
+            begun = [cast(AdaptedLinear, start.get_submodule(path)) for path in row.stack.modules]
+            residuals = [layer.frozen_weight() for layer in begun]
+            factors = begun[0].factors
+        _check_same(row, layers, residuals)
+        assert factors is not None, "a stack with a rank has factors"
+        yield factors
+
+
+def _check_same(
+    row: StackReport, layers: list[AdaptedLinear], residuals: Iterable[FrozenWeight]
+) -> None:
+    """Refuse factors of another split.
+
+    Raises:
+        ValueError: if the stored weights of a layer differ from its residual.
+    """
+    for path, layer, residual in zip(row.stack.modules, layers, residuals, strict=True):
+        expected = residual.to(layer.weight.device, layer.weight.dtype).tensors()
+        for name, tensor in layer.frozen_weight().tensors().items():
+            if not torch.equal(tensor, expected[name]):
+                raise ValueError(
+                    f"The packed weights of {path} differ from the start's. The model was prepared "
+                    "from another model, on another machine, or from another dtype, so splitting "
+                    "again rounds differently. Give the prepared model before training, or its "
+                    "folder, as `start`."
+                )
+
+
+def _compressed(left: Tensor, right: Tensor, rank: int | None) -> Update:
+    """The product of two thin factors by its singular vectors, cut to a rank.
+
+    It is computed in float64, and the product is never made. Even without a cut this is better: its
+    factors round to bf16 with less error than a difference of two products.
+    """
+    left_basis, left_triangle = torch.linalg.qr(left.double())
+    right_basis, right_triangle = torch.linalg.qr(right.T.double())
+    svd = torch.linalg.svd(left_triangle @ right_triangle.T, full_matrices=False)
+    kept = len(svd.S) if rank is None else min(rank, len(svd.S))
+    roots = svd.S[:kept].sqrt()
+    up = left_basis @ (svd.U[:, :kept] * roots)
+    down = (roots.unsqueeze(1) * svd.Vh[:kept]) @ right_basis.T
+    squares = svd.S.square()
+    missing = squares[kept:].sum().item()
+    return Update(up.float(), down.float(), missing, squares.sum().item())
+
+
+def _nearest(matrix: Tensor, rank: int) -> Update:
+    """The nearest matrix of a rank, with the roots of its singular values in both factors."""
+    rank = min(rank, *matrix.shape)
+    out_features, in_features = matrix.shape
+    block = (slice(0, out_features), matrix.unsqueeze(0))
+    slices = Slices(lambda: [block], (1, out_features, in_features), matrix.device)
+    components, _ = t_svd(slices, rank, seed=0)
+    roots = components.values.sqrt()
+    left = (components.left * roots).float()
+    right = (roots.unsqueeze(1) * components.right).float()
+    missing = (matrix - left @ right).double().square().sum().item()
+    return Update(left, right, missing, matrix.double().square().sum().item())
