@@ -6,11 +6,12 @@ from qrefta.export.lora import export_lora
 from qrefta.export.merge import merge
 from qrefta.hf_quantizer import load, quant_report
 from qrefta.memory.plan import plan
+from qrefta.train._finetune import FinetuneResult, finetune
 from qrefta.train.evaluate import evaluate
-from qrefta.train.finetune import finetune
 
 __version__ = "0.1.0"
 __all__ = [
+    "FinetuneResult",
     "QReftaConfig",
     "evaluate",
     "export_lora",

@@ -40,10 +40,11 @@ from qrefta.model.build import model_class
 from qrefta.model.stacks import find_stacks
 from qrefta.nn.quantized import BLOCK_SIZES, QUANT_TYPES
 from qrefta.split.calibrate import Moments, gather_moments, load_moments
+from qrefta.train._finetune import FinetuneResult
+from qrefta.train._finetune import finetune as finetune_model
+from qrefta.train.arguments import training_arguments
 from qrefta.train.data import read_calibration
 from qrefta.train.evaluate import evaluate as evaluate_model
-from qrefta.train.finetune import FinetuneResult
-from qrefta.train.finetune import finetune as finetune_model
 from qrefta.train.tasks import TASKS
 
 app = typer.Typer(
@@ -228,6 +229,23 @@ def finetune(
     """Train: prepare the model if it is dense, train its factors and head, save everything."""
     check_sharding()
     state, start = processes(), out / "start"
+    settings = {"max_length": max_length, "packing": packing} if task == "sft" else {}
+    args = training_arguments(
+        task,
+        out,
+        learning_rate=learning_rate,
+        num_train_epochs=epochs,
+        max_steps=max_steps,
+        per_device_train_batch_size=batch_size,
+        optim=optimizer,
+        gradient_accumulation_steps=gradient_accumulation,
+        gradient_checkpointing=gradient_checkpointing,
+        bf16=bf16,
+        fsdp=fsdp or None,
+        seed=seed,
+        report_to=report_to or "none",
+        **settings,
+    )
     console.quiet = not state.is_main_process
     with state.main_process_first():
         if state.is_main_process and not resume:
@@ -255,11 +273,15 @@ def finetune(
                 Path(f"{start}.partial").rename(start)
     console.print(report_table(quant_report(loaded)))
     result = finetune_model(
-        loaded, processor, data, out, task=task, packing=packing, learning_rate=learning_rate, epochs=epochs,
-        max_steps=max_steps, batch_size=batch_size, max_length=max_length, optimizer=optimizer,
-        gradient_accumulation=gradient_accumulation, gradient_checkpointing=gradient_checkpointing, bf16=bf16,
-        fsdp=fsdp, seed=seed, report_to=report_to or "none", resume=resume,
-    )  # fmt: skip
+        loaded,
+        processor,
+        data,
+        task=task,
+        args=args,
+        max_length=max_length,
+        packing=packing,
+        resume=resume,
+    )
     if state.is_main_process:
         shutil.rmtree(start, ignore_errors=True)
     console.print(results_table({"qrefta": result}))

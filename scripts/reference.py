@@ -17,8 +17,8 @@ from qrefta.nn.factors import Factors, LowRankFactors
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.nn.quantized import QuantFormat, dequantize, quantize
 from qrefta.split.calibrate import gather_moments, load_moments
+from qrefta.train.arguments import training_arguments
 from qrefta.train.data import load_classification, read_calibration
-from qrefta.train.finetune import FinetuneResult
 
 ROOT = Path(__file__).parents[1]
 API = ROOT / "docs" / "api.md"
@@ -33,7 +33,7 @@ ERRORS = {
     "NotImplementedError",
 }
 FURTHER = [
-    StackRow, Export, FinetuneResult, load_classification, read_calibration, gather_moments, load_moments,
+    StackRow, Export, training_arguments, load_classification, read_calibration, gather_moments, load_moments,
     AdaptedLinear, Factors, LowRankFactors, QuantFormat, quantize, dequantize,
     write_digests, check_digests,
 ]  # fmt: skip

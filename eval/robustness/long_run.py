@@ -25,7 +25,8 @@ from eval.memory import resident
 from eval.robustness.small_model import numbers, tokenizer, write_decoder
 from eval.rows import append
 from qrefta.cli import guarded
-from qrefta.train.finetune import finetune
+from qrefta.train._finetune import finetune
+from qrefta.train.arguments import training_arguments
 
 BLOCKS = 30
 console = Console()
@@ -66,10 +67,17 @@ def measure(place: Path, kind: str, steps: int, save_steps: int, threads: int) -
     qrefta.prepare(place / "dense", out=place / "prepared", rank=8, refine=1, progress=False)
     model = AutoModelForCausalLM.from_pretrained(place / kind, dtype=torch.float32)
     watch = _Watch(save_steps)
+    args = training_arguments(
+        "lm",
+        place / "run",
+        max_steps=steps,
+        per_device_train_batch_size=4,
+        save_steps=save_steps,
+        disable_tqdm=True,
+    )
     result = finetune(
-        model, tokenizer(), numbers(), place / "run", task="lm", max_steps=steps, batch_size=4, max_length=16,
-        save_steps=save_steps, progress=False, callbacks=[watch],
-    )  # fmt: skip
+        model, tokenizer(), numbers(), task="lm", args=args, max_length=16, callbacks=[watch]
+    )
     row = {"model": kind, "steps": result.steps,
            "save_steps": save_steps, "evaluations": watch.evaluations, "saves": watch.saves,
            "test_loss_before": result.test_loss_before, "test_loss": result.test_loss,

@@ -52,7 +52,6 @@ from eval.tasks.task import (
 )
 from qrefta.cli import guarded, quiet_libraries
 from qrefta.methods import METHODS
-from qrefta.train.finetune import count_trained
 
 CORE = [
     "head-only", "full", "lora r=1", "lora r=8", "pissa r=8", "qlora r=8", "qpissa r=8", "refta R=15 bits=16",
@@ -208,6 +207,11 @@ def measure(cell: Cell, task: Task) -> dict[str, Any]:
         "cpu_s": cpu,
         "peak_bytes": peak,
     }
+
+
+def count_trained(model: nn.Module) -> int:
+    """Number of trainable parameters."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def peak_bytes(trainer: Trainer, task: Task, cell: Cell) -> int:

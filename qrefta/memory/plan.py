@@ -16,6 +16,7 @@ import torch
 from accelerate.utils.modeling import convert_file_size_to_int
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from qrefta._compat import enable_checkpointing
 from qrefta.config import QReftaConfig
 from qrefta.memory.footprint import CHECKPOINTING, count_step, fake
 from qrefta.memory.meta_model import Outline
@@ -183,7 +184,7 @@ def _plan(outline: Outline, case: _Case) -> Plan:
     inputs = outline.inputs(case.batch, case.seq, dtype)
     model, sizes = outline.prepared(QReftaConfig(**case.settings), dtype)
     if case.gradient_checkpointing:
-        model.gradient_checkpointing_enable(CHECKPOINTING)
+        enable_checkpointing(model, CHECKPOINTING)
     fake(model.train())
     try:
         step = count_step(model, inputs, OPTIMIZERS[case.optimizer], outline.blocks)

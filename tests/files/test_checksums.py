@@ -24,8 +24,10 @@ from transformers.utils import hub
 import qrefta
 from qrefta.files.checksums import DIGESTS, SWITCH, check_digests, write_digests
 from qrefta.hf_quantizer import _check_digests
-from qrefta.train.finetune import last_checkpoint
+from qrefta.train.arguments import training_arguments
+from qrefta.train.checkpoints import last_checkpoint
 from tests.models import logits, tiny_bert
+from tests.peers import add_adapter
 from tests.test_hf_quantizer import EVERY_2_STEPS, nudge, trainer
 from tests.tiny import color_data, tiny_folder, tiny_tokenizer
 
@@ -138,7 +140,7 @@ def test_a_dense_model_takes_a_prepared_ones_place(tmp_path):
 def test_an_adapter_that_is_saved_beside_a_prepared_model_leaves_the_list(folder):
     before = (folder / DIGESTS).read_bytes()
     dense = tiny_bert()
-    dense.add_adapter(LoraConfig(r=2, target_modules=["query"]))
+    add_adapter(dense, LoraConfig(r=2, target_modules=["query"]))
     dense.save_pretrained(folder)
     assert (folder / "adapter_model.safetensors").is_file()
     assert (folder / DIGESTS).read_bytes() == before
@@ -372,17 +374,23 @@ def test_the_recipe_does_not_go_on_from_damaged_weights(tmp_path):
     tiny_folder(tmp_path / "base")
     tokenizer, data = tiny_tokenizer(), color_data(16, 8)
 
-    def run(**settings):
+    def run(max_steps, resume=False):
         model = BertForSequenceClassification.from_pretrained(tmp_path / "base")
         model = qrefta.prepare(model, rank=2, refine=0, progress=False)
-        qrefta.finetune(
-            model, tokenizer, data, tmp_path / "out", batch_size=4, progress=False, **settings
+        args = training_arguments(
+            "classify",
+            tmp_path / "out",
+            per_device_train_batch_size=4,
+            max_steps=max_steps,
+            save_steps=1,
+            disable_tqdm=True,
         )
+        qrefta.finetune(model, tokenizer, data, args=args, resume=resume)
 
-    run(max_steps=2, save_steps=1)
+    run(max_steps=2)
     flip(last_checkpoint(tmp_path / "out") / "model.safetensors")
     with pytest.raises(ValueError, match="SHA-256"):
-        run(max_steps=4, save_steps=1, resume=True)
+        run(max_steps=4, resume=True)
 
 
 def test_writing_a_list_waits_for_no_pipe(folder):
