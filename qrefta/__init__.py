@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from qrefta.hf_quantizer import load, quant_report
     from qrefta.memory.plan import plan
     from qrefta.model.verify import verify
+    from qrefta.train._finetune import FinetuneResult, finetune
     from qrefta.train.evaluate import evaluate
-    from qrefta.train.finetune import finetune
 
 __version__ = "0.1.0"
 __all__ = [
+    "FinetuneResult",
     "QReftaConfig",
     "RankBudget",
     "Settings",
@@ -42,7 +43,8 @@ _MODULES = {
     "QReftaConfig": "qrefta.hf_config",
     "evaluate": "qrefta.train.evaluate",
     "export_lora": "qrefta.export.lora",
-    "finetune": "qrefta.train.finetune",
+    "FinetuneResult": "qrefta.train._finetune",
+    "finetune": "qrefta.train._finetune",
     "load": "qrefta.hf_quantizer",
     "merge": "qrefta.export.merge",
     "plan": "qrefta.memory.plan",

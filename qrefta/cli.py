@@ -143,12 +143,30 @@ def finetune(
     from qrefta.files.safetensors import weights_bytes
     from qrefta.hf_quantizer import is_prepared, quant_report
     from qrefta.tables import report_table, results_table
+    from qrefta.train._finetune import finetune as finetune_model
+    from qrefta.train.arguments import training_arguments
     from qrefta.train.data import read_calibration
-    from qrefta.train.finetune import finetune as finetune_model
     from qrefta.train.models import load_model
     from qrefta.train.tasks import TASKS
 
     seed = settings["seed"]
+    lengths = {"max_length": max_length, "packing": packing} if task == "sft" else {}
+    args = training_arguments(
+        task,
+        out,
+        learning_rate=learning_rate,
+        num_train_epochs=epochs,
+        max_steps=max_steps,
+        per_device_train_batch_size=batch_size,
+        optim=optimizer,
+        gradient_accumulation_steps=gradient_accumulation,
+        gradient_checkpointing=gradient_checkpointing,
+        bf16=bf16,
+        fsdp=fsdp or None,
+        seed=seed,
+        report_to=report_to or "none",
+        **lengths,
+    )
     state = processes()
     start = out / "start"  # the prepared model, for the other processes
     console.quiet = not state.is_main_process
@@ -178,21 +196,10 @@ def finetune(
         loaded,
         processor,
         data,
-        out,
         task=task,
-        packing=packing,
-        learning_rate=learning_rate,
-        epochs=epochs,
-        max_steps=max_steps,
-        batch_size=batch_size,
+        args=args,
         max_length=max_length,
-        optimizer=optimizer,
-        gradient_accumulation=gradient_accumulation,
-        gradient_checkpointing=gradient_checkpointing,
-        bf16=bf16,
-        fsdp=fsdp,
-        seed=seed,
-        report_to=report_to or "none",
+        packing=packing,
         resume=resume,
     )
     if state.is_main_process:

@@ -8,7 +8,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from qrefta.memory.plan import Plan
-    from qrefta.train.finetune import FinetuneResult
+    from qrefta.train._finetune import FinetuneResult
 
 
 def report_table(rows: Sequence[Mapping[str, Any]]) -> Table:

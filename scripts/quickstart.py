@@ -30,11 +30,12 @@ import qrefta
 from eval.peers.baselines import adapted_layers
 from eval.rows import append
 from eval.tasks.demo import docstring_sentences, model_folder
+from qrefta import FinetuneResult, finetune
 from qrefta.cli import quiet_libraries
 from qrefta.files.safetensors import weights_bytes
 from qrefta.tables import report_table, results_table
+from qrefta.train.arguments import training_arguments
 from qrefta.train.data import load_classification
-from qrefta.train.finetune import FinetuneResult, finetune
 from qrefta.train.models import load_classifier
 
 LEARNING_RATE = 2e-3
@@ -89,16 +90,15 @@ def run(
 
     def train(name: str, classifier: PreTrainedModel) -> FinetuneResult:
         console.print(f"\nTraining: {name}")
-        return finetune(
-            classifier,
-            tokenizer,
-            data,
+        args = training_arguments(
+            "classify",
             out / name.replace(" ", "-"),
             learning_rate=LEARNING_RATE,
             max_steps=steps,
             save_steps=1.0,
             seed=seed,
         )
+        return finetune(classifier, tokenizer, data, args=args)
 
     results = {
         "head only": train("head only", head_only(load_16_bit(source, classes, seed))),

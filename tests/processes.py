@@ -1,4 +1,4 @@
-"""What two processes do for test_distributed.py, started as torchrun starts them."""
+"""Work of two processes for test_distributed.py, started as torchrun starts them."""
 
 import contextlib
 import copy
@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -27,43 +28,53 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 import qrefta
 from qrefta.cli import quiet_libraries
 from qrefta.nn.linear import AdaptedLinear
+from qrefta.train._finetune import finetune, round_masters
+from qrefta.train.arguments import training_arguments
 from qrefta.train.checkpoints import whole_checkpoints
 from qrefta.train.data import load_classification
-from qrefta.train.finetune import finetune, round_masters
 from qrefta.train.models import load_classifier
 from tests.models import VOCAB, tiny_llama
 
 DOCS = Path(__file__).parents[1] / "docs" / "distributed.md"
 TEXT = [{"input_ids": row, "labels": row} for row in torch.arange(64 * 8).view(64, 8) % VOCAB]
 BREAKS = "bert.encoder.layer.1.intermediate.dense"
-# SGD, since Adam blows up what rounding makes of gradients near zero
-STEPS = {
-    "max_steps": 5,
+STEPS = 3
+SETTINGS = {
+    "max_steps": STEPS,
     "save_steps": 2,
-    "optimizer": "sgd",
+    "optim": "sgd",  # Adam amplifies rounding in gradients near zero
     "learning_rate": 0.1,
-    "progress": False,
+    "disable_tqdm": True,
 }
+WARNINGS: list[str] = []  # of deprecations, by finetune in this process
+COMMAND_STEPS = 8  # of the command line, which saves at every quarter
 
 
 def torchrun(work, folder):
-    """Do `work(folder)` in two processes; they fork from one that has imported everything, which saves seconds."""
+    """Call `work(folder)` in two processes, forked from one that has imported everything."""
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="tests", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-        max_restarts=0, monitor_interval=0.05, start_method="forkserver",
-    )  # fmt: skip
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        run_id="tests",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.05,
+        start_method="forkserver",
+    )
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         elastic_launch(config, _entry)(work.__name__, folder)
-    finally:  # the launcher leaves its own
+    finally:  # the launcher leaves its handlers behind
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 def _entry(work, folder):
-    signal.alarm(240)  # a process that waits for another would wait for ever
+    signal.alarm(240)  # else a process could wait forever for the other
     torch.set_num_threads(1)
-    gc.freeze()  # as conftest.py says
+    gc.freeze()  # as in conftest.py
     with (
         open(folder / f"{work}{os.environ['RANK']}.txt", "w") as file,
         contextlib.redirect_stdout(file),
@@ -74,11 +85,8 @@ def _entry(work, folder):
 def killed(folder):
     """The command line, until the second process is killed after the first checkpoint."""
     if os.environ["RANK"] == "1":
-        threading.Thread(
-            target=_die,
-            args=(folder / "killed" / "checkpoint-4" / "trainer_state.json",),
-            daemon=True,
-        ).start()
+        first = folder / "killed" / f"checkpoint-{COMMAND_STEPS // 4}" / "trainer_state.json"
+        threading.Thread(target=_die, args=(first,), daemon=True).start()
     _command(folder)
 
 
@@ -89,60 +97,54 @@ def _die(file):
 
 
 def _command(folder, *options):
-    words = ["finetune", *map(str, (folder / "tiny", folder / "data", folder / "killed")), *options]
-    with mock.patch.object(
-        sys, "argv", ["qrefta", *words, "--rank=8", "--batch-size=8", "--max-steps=16"]
-    ):
+    paths = [str(folder / name) for name in ("tiny", "data", "killed")]
+    options = [*options, "--rank=8", "--batch-size=8", f"--max-steps={COMMAND_STEPS}"]
+    with mock.patch.object(sys, "argv", ["qrefta", "finetune", *paths, *options]):
         runpy.run_module("qrefta", run_name="__main__")
 
 
 def everything(folder):
+    """All other runs; saves their results by name."""
     quiet_libraries()
-    found = dict(replicated(folder))
+    results = dict(replicated(folder))
     shard_on_cpu()
-    found |= dict(sharded(folder)) | dict(refused(folder))
-    torch.save(found, folder / f"found{os.environ['RANK']}.pt")
+    results |= dict(sharded(folder))
+    results |= dict(refused(folder))
+    results["warnings"] = WARNINGS
+    torch.save(results, folder / f"results{os.environ['RANK']}.pt")
 
 
 def replicated(folder):
-    """DDP: as one process; as the command line but without a stop; and where this was killed."""
+    """DDP: with the settings of one process; as the command line without a stop; and resumed."""
     model = start(folder)
     yield "ddp", (tune(folder, "ddp", model, 8), trained(model))
-    yield "ddp stops", stops(folder, folder / "ddp-stops", torch.inf)
+    yield "ddp stops", stops(folder, "ddp-stops", torch.inf)
     model = qrefta.prepare(load_classifier(str(folder / "tiny"), ["0", "1"], seed=0), rank=8)
-    options = {
-        "max_steps": 16,
+    settings = {
+        "max_steps": COMMAND_STEPS,
         "save_steps": 0.25,
-        "optimizer": "adamw_torch",
+        "optim": "adamw_torch",
         "learning_rate": 1e-3,
     }
-    tune(folder, "whole", model, 8, **options)
+    tune(folder, "whole", model, 8, **settings)
     with contextlib.suppress(SystemExit):
         _command(folder, "--resume")
     yield "no GPUs", message(lambda: tune(folder, "no", start(folder), 8, fsdp=True))
-    del os.environ["ACCELERATE_USE_FSDP"]  # accelerate's, for all Trainers to come
+    del os.environ["ACCELERATE_USE_FSDP"]  # accelerate sets it for all later Trainers
 
 
 def sharded(folder):
-    """FSDP2: as one process, resumed from a checkpoint, as documented, and by hand."""
+    """FSDP2: with the settings of one process, resumed, as documented, and by hand."""
     model = start(folder)
-    yield (
-        "fsdp",
-        (tune(folder, "fsdp", model, 8, fsdp=True, gradient_checkpointing=True), trained(model)),
-    )
-    yield (
-        "shares",
-        [
-            parameter.to_local().nbytes / parameter.full_tensor().nbytes
-            for parameter in packed(model)
-        ],
-    )
-    first_alone(lambda: shutil.rmtree(folder / "fsdp" / "checkpoint-5"))
+    result = tune(folder, "fsdp", model, 8, fsdp=True, gradient_checkpointing=True)
+    yield "fsdp", (result, trained(model))
+    yield "shares", [share(parameter) for parameter in packed(model)]
+    first_alone(lambda: shutil.rmtree(folder / "fsdp" / f"checkpoint-{STEPS}"))
     model = start(folder)
     tune(folder, "fsdp", model, 8, fsdp=True, resume=True)
     yield "resumed", trained(model)
-    yield "fsdp stops", stops(folder, folder / "fsdp-stops", torch.inf, fsdp=True)
-    yield "fsdp stops backwards", stops(folder, folder / "fsdp-backwards", 1.0, fsdp=True)
+    yield "fsdp stops", stops(folder, "fsdp-stops", torch.inf, fsdp=True)
+    yield "fsdp stops backwards", stops(folder, "fsdp-backwards", 1.0, fsdp=True)
     first, second = documented(folder)
     yield "documented", losses(first)
     yield "sharded at load", losses(second)
@@ -162,10 +164,8 @@ def sharded(folder):
 
 
 def refused(folder):
-    config = {
-        "version": 1,
-        "sync_module_states": False,
-    }  # without GPUs accelerate refuses to broadcast
+    """FSDP1; without GPUs accelerate refuses to broadcast, so that is off."""
+    config = {"version": 1, "sync_module_states": False}
     arguments = TrainingArguments(
         folder / "no", fsdp=True, fsdp_config=config, use_cpu=True, report_to="none"
     )
@@ -175,16 +175,16 @@ def refused(folder):
 def documented(folder):
     """Trainers of the page's Python, on a tiny model and two CPUs."""
     first_alone(lambda: language_model().save_pretrained(folder / "documented" / "prepared-model"))
-    text = DOCS.read_text(encoding="utf-8").replace(
-        '"out",', '"out", use_cpu=True, logging_steps=1,'
-    )
+    text = DOCS.read_text(encoding="utf-8")
+    text = text.replace('"out",', '"out", use_cpu=True, logging_steps=1,')
     text = text.replace("fsdp_size=8", "fsdp_size=2")
-    namespace, trainers = {"train_dataset": TEXT}, []
+    namespace = {"train_dataset": TEXT}
+    trainers = []
     with contextlib.chdir(folder / "documented"):
         for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
             exec(block, namespace)
             trainers.append(namespace["trainer"])
-            os.environ.pop("ACCELERATE_USE_FSDP", None)  # the first block's
+            os.environ.pop("ACCELERATE_USE_FSDP", None)  # set by the first block
         trainers[1].train()
         trainers[1].save_model("at-load")
     return trainers
@@ -218,53 +218,55 @@ class Broken(torch.autograd.Function):
         return grad * torch.nan, None
 
 
-def stops(folder, name, by, **options):
-    """What a run says in which one layer of the second process breaks, in its third step."""
-    model, calls = start(folder), itertools.count()
+def stops(folder, name, by, **settings):
+    """The error of a run in which a layer of the second process breaks in the third step."""
+    model = start(folder)
+    calls = itertools.count()
 
     def hook(module, args, output):
         return Broken.apply(output, by) if module.training and next(calls) >= 2 else output
 
     if os.environ["RANK"] == "1":
         model.get_submodule(BREAKS).register_forward_hook(hook, prepend=True)
-    return message(lambda: tune(folder, name, model, 8, **options))
+    return message(lambda: tune(folder, name, model, 8, **settings))
 
 
 @torch.no_grad()
 def reloaded(model):
-    """Whether logits follow what is loaded, and come back with it."""
+    """Whether the logits follow a changed state dict, and return with the first one."""
     batch = TEXT[0]["input_ids"].unsqueeze(0)
     state = {name: tensor.clone() for name, tensor in model.eval().state_dict().items()}
+    doubled = {
+        name: 2 * tensor if name.endswith(".A") else tensor for name, tensor in state.items()
+    }
     before = model(batch).logits
-    model.load_state_dict(
-        {name: 2 * tensor if name.endswith(".A") else tensor for name, tensor in state.items()}
-    )
+    model.load_state_dict(doubled)
     changed = model(batch).logits
     model.load_state_dict(state)
-    return not torch.equal(before, changed), torch.equal(before, model(batch).logits)
+    after = model(batch).logits
+    return not torch.equal(before, changed), torch.equal(before, after)
 
 
 def gathered(model):
     """Packed weights as the blocks compute with them."""
     for block in model.model.layers:
         block.unshard()
-    found = [parameter.detach().clone() for parameter in packed(model)]
+    weights = [parameter.detach().clone() for parameter in packed(model)]
     for block in model.model.layers:
         block.reshard()
-    return found
+    return weights
 
 
 def shard_on_cpu():
-    """accelerate turns FSDP on for GPUs only; what it then calls takes CPUs too."""
+    """Let accelerate switch FSDP on without GPUs; its functions for FSDP work on CPUs too."""
     begin = AcceleratorState.__init__
 
     def init(self, *arguments, fsdp_plugin=None, **options):
         begin(self, *arguments, fsdp_plugin=fsdp_plugin, **options)
         if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
             self.fsdp_plugin = fsdp_plugin
-            self.distributed_type = PartialState._shared_state["distributed_type"] = (
-                DistributedType.FSDP
-            )
+            self.distributed_type = DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             if self._mixed_precision != "no":
                 fsdp_plugin.set_mixed_precision(self._mixed_precision)
 
@@ -272,12 +274,14 @@ def shard_on_cpu():
 
 
 def first_alone(function):
+    """Call a function in the first process; the other waits."""
     if PartialState().is_main_process:
         function()
     PartialState().wait_for_everyone()
 
 
 def message(function, *arguments):
+    """The text of the error that a call raises."""
     try:
         function(*arguments)
     except (ValueError, FloatingPointError) as error:
@@ -286,7 +290,7 @@ def message(function, *arguments):
 
 
 def start(folder):
-    """A prepared classifier without dropout, whose factors are not rounded; the same in every process."""
+    """A prepared classifier without dropout and with float32 factors; equal in all processes."""
     return copy.deepcopy(_start(folder))
 
 
@@ -300,31 +304,49 @@ def _start(folder):
 
 
 def language_model():
+    return copy.deepcopy(_language_model())
+
+
+@functools.cache
+def _language_model():
     return qrefta.prepare(tiny_llama(), rank=8)
 
 
-def tune(folder, name, model, batch_size, **options):
+@functools.cache
+def _data(folder):
+    return load_classification(folder / "data")
+
+
+def tune(folder, name, model, batch_size, resume=False, **settings):
+    """Finetune in `folder`/`name`."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "tiny")
-    data = load_classification(folder / "data")
-    return finetune(
-        model, tokenizer, data, folder / name, batch_size=batch_size, **(STEPS | options)
-    )
+    settings = SETTINGS | settings | {"per_device_train_batch_size": batch_size}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        args = training_arguments("classify", folder / name, **settings)
+        result = finetune(model, tokenizer, _data(folder), args=args, resume=resume)
+    categories = (DeprecationWarning, FutureWarning)
+    WARNINGS.extend(str(row.message) for row in caught if issubclass(row.category, categories))
+    return result
 
 
 def trained(model):
-    """Everything that trains, whole."""
-    found = {
-        name: parameter.detach()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-    return {
-        name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        for name, tensor in found.items()
-    }
+    """All trainable parameters, whole."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            tensor = parameter.detach()
+            tensors[name] = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensors
+
+
+def share(parameter):
+    """The share of a sharded parameter's bytes in this process."""
+    return parameter.to_local().nbytes / parameter.full_tensor().nbytes
 
 
 def packed(model):
+    """Codes and scales of all layers."""
     layers = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
     return [parameter for layer in layers for parameter in (layer.weight, layer.absmax)]
 

@@ -137,7 +137,7 @@ def test_bits_16_keep_the_function(architecture, transform, rank):
 @all_architectures
 @pytest.mark.parametrize(
     ("transform", "quant_type", "double_quant"),
-    zip(TRANSFORMS, QUANT_TYPES, (False, True, True), strict=True),
+    list(zip(TRANSFORMS, QUANT_TYPES, (False, True, True), strict=True)),
 )
 def test_4_bits_differ_by_the_stated_error_and_no_more(
     architecture, transform, quant_type, double_quant

@@ -57,6 +57,7 @@ from tests.models import (
     tiny_t5,
     tiny_whisper,
 )
+from tests.peers import add_adapter
 
 all_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
@@ -316,7 +317,7 @@ def prepared_bert():
 
 def with_adapters():
     model = tiny_bert()
-    model.add_adapter(LoraConfig(r=2, target_modules=["query"]))
+    add_adapter(model, LoraConfig(r=2, target_modules=["query"]))
     return model
 
 

@@ -19,7 +19,8 @@ from qrefta.linalg.tsvd import squared_norm
 from qrefta.methods import METHODS
 from qrefta.model.stacks import LARGEST_WEIGHT, check_values
 from qrefta.nn.quantized import QuantFormat, quantize
-from qrefta.train.finetune import finetune
+from qrefta.train._finetune import finetune
+from qrefta.train.arguments import training_arguments
 from qrefta.train.models import load_classifier
 from tests.models import build, inputs, logits
 from tests.stacks import split_and_error
@@ -295,21 +296,20 @@ def test_a_run_moves_only_trainable_parameters_and_writes_the_stated_model(
         color_data(train=24, test=10),
         tiny_tokenizer(),
     )
-    result = finetune(
-        model,
-        tokenizer,
-        data,
+    args = training_arguments(
+        "classify",
         out,
         max_steps=steps,
-        batch_size=batch_size,
-        gradient_accumulation=accumulation,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
         gradient_checkpointing=checkpointing,
-        optimizer=optimizer,
+        optim=optimizer,
         learning_rate=0.01,
         warmup_steps=0,
         seed=seed,
-        progress=False,
+        disable_tqdm=True,
     )
+    result = finetune(model, tokenizer, data, args=args)
     moved = {
         name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])
     }

@@ -29,8 +29,9 @@ from eval.robustness.small_model import numbers, tokenizer, write_decoder
 from eval.rows import append
 from qrefta.cli import guarded, quiet_libraries
 from qrefta.split.checkpoint import JOURNAL
+from qrefta.train._finetune import finetune
+from qrefta.train.arguments import training_arguments
 from qrefta.train.checkpoints import UNFINISHED, last_checkpoint
-from qrefta.train.finetune import finetune
 
 STEPS = 12
 PATIENCE_S = 600  # limit of a process
@@ -120,19 +121,15 @@ def jobs(place: Path) -> dict[str, Job]:
     def train(folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(prepared, dtype=torch.float32)
         resume = last_checkpoint(folder) is not None
-        finetune(
-            model,
-            tokenizer(),
-            text,
+        args = training_arguments(
+            "lm",
             folder,
-            task="lm",
             max_steps=STEPS,
-            batch_size=4,
-            max_length=16,
+            per_device_train_batch_size=4,
             save_steps=1,
-            resume=resume,
-            progress=False,
+            disable_tqdm=True,
         )
+        finetune(model, tokenizer(), text, task="lm", args=args, max_length=16, resume=resume)
 
     def model_in(folder: Path) -> list[Path]:
         return [folder] if (folder / "config.json").exists() else []

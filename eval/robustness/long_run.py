@@ -25,7 +25,8 @@ from eval.memory import resident
 from eval.robustness.small_model import numbers, tokenizer, write_decoder
 from eval.rows import append
 from qrefta.cli import guarded
-from qrefta.train.finetune import finetune
+from qrefta.train._finetune import finetune
+from qrefta.train.arguments import training_arguments
 
 BLOCKS = 30
 console = Console()
@@ -65,29 +66,21 @@ def measure(place: Path, kind: str, steps: int, save_steps: int, threads: int) -
     qrefta.prepare_checkpoint(place / "dense", place / "prepared", rank=8, refine=1, progress=False)
     model = AutoModelForCausalLM.from_pretrained(place / kind, dtype=torch.float32)
     watch = _Watch(save_steps)
-    result = finetune(
-        model,
-        tokenizer(),
-        numbers(),
+    args = training_arguments(
+        "lm",
         place / "run",
-        task="lm",
         max_steps=steps,
-        batch_size=4,
-        max_length=16,
+        per_device_train_batch_size=4,
         save_steps=save_steps,
-        progress=False,
-        callbacks=[watch],
+        disable_tqdm=True,
     )
-    row = {
-        "model": kind,
-        "steps": result.steps,
-        "save_steps": save_steps,
-        "evaluations": watch.evaluations,
-        "saves": watch.saves,
-        "test_loss_before": result.test_loss_before,
-        "test_loss": result.test_loss,
-        "finite": all(map(math.isfinite, watch.losses)),
-    }
+    result = finetune(
+        model, tokenizer(), numbers(), task="lm", args=args, max_length=16, callbacks=[watch]
+    )
+    row = {"model": kind, "steps": result.steps,
+           "save_steps": save_steps, "evaluations": watch.evaluations, "saves": watch.saves,
+           "test_loss_before": result.test_loss_before, "test_loss": result.test_loss,
+           "finite": all(map(math.isfinite, watch.losses))}  # fmt: skip
     for name, values in (("memory", watch.memory), ("time", watch.seconds)):
         slope, error, median = trend(values)
         row |= {f"{name}_slope": slope, f"{name}_slope_error": error, f"{name}_median": median}

@@ -52,7 +52,6 @@ from eval.tasks.task import (
 )
 from qrefta.cli import guarded, quiet_libraries
 from qrefta.methods import METHODS
-from qrefta.train.finetune import count_trained
 
 CORE = [
     "head-only",
@@ -239,6 +238,11 @@ def measure(cell: Cell, task: Task) -> dict[str, Any]:
         "cpu_s": cpu,
         "peak_bytes": peak,
     }
+
+
+def count_trained(model: nn.Module) -> int:
+    """Number of trainable parameters."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def peak_bytes(trainer: Trainer, task: Task, cell: Cell) -> int:

@@ -29,6 +29,7 @@ import qrefta
 from eval.memory import tensor_peak
 from eval.peers.baselines import lora, qlora, quantize_layers, vera
 from eval.rows import append
+from qrefta._compat.transformers import enable_checkpointing
 from qrefta.cli import guarded
 from qrefta.methods import METHODS
 from qrefta.model.stacks import replace_module
@@ -214,7 +215,7 @@ def build(name: str, settings: Run) -> nn.Module:
         model = LlamaForCausalLM(LlamaConfig(**SETTINGS[settings.setting].config))
     kind, *options = name.split()
     if settings.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model, {"use_reentrant": False})
     if kind in ("qlora", "lora"):
         chosen = dict(option.split("=") for option in options)
         rank, dropout = int(chosen["r"]), float(chosen.get("dropout", 0))

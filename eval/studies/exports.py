@@ -26,6 +26,7 @@ from qrefta.export.compare import output_difference
 from qrefta.export.merge import Export
 from qrefta.files.safetensors import weights_bytes
 from qrefta.nn.linear import AdaptedLinear
+from qrefta.train.arguments import training_arguments
 from qrefta.train.models import load_classifier
 
 console = Console()
@@ -63,17 +64,16 @@ def run(
     }
     with TemporaryDirectory() as folder:
         root = Path(folder)
-        qrefta.finetune(
-            model,
-            tokenizer,
-            data,
+        args = training_arguments(
+            "classify",
             root / "trained",
             learning_rate=learning_rate,
             max_steps=steps,
             save_steps=1.0,
             seed=seed,
-            progress=False,
+            disable_tqdm=True,
         )
+        qrefta.finetune(model, tokenizer, data, args=args)
         expected = logits(model, batches)
         found = [
             scored("prepared", expected, expected, labels, size=weights_bytes(root / "trained"))

@@ -19,6 +19,7 @@ from eval.tasks.demo import model_folder
 from eval.tasks.task import DatasetOption, HeaderOption, load_task
 from qrefta.cli import guarded, quiet_libraries
 from qrefta.nn.factors import BANK
+from qrefta.train.arguments import training_arguments
 from qrefta.train.models import load_classifier
 
 RUNS = [("float32", "adamw_torch"), ("bfloat16", "adamw_torch"), ("bfloat16", "adamw_8bit")]
@@ -82,19 +83,19 @@ def measure(
     model = load_classifier(str(model_folder()), data["train"].features["label"].names, seed)
     qrefta.prepare(model, rank=rank, factor_dtype=factor_dtype, progress=False)
     before = copy.deepcopy(getattr(model, BANK))
-    result = qrefta.finetune(
-        model,
-        AutoTokenizer.from_pretrained(model_folder()),
-        data,
+    args = training_arguments(
+        "classify",
         out,
         learning_rate=learning_rate,
         max_steps=steps,
-        batch_size=batch_size,
+        per_device_train_batch_size=batch_size,
         save_steps=1.0,
-        optimizer=optimizer,
+        optim=optimizer,
         seed=seed,
-        progress=False,
+        disable_tqdm=True,
     )
+    tokenizer = AutoTokenizer.from_pretrained(model_folder())
+    result = qrefta.finetune(model, tokenizer, data, args=args)
     pairs = list(zip(before.parameters(), getattr(model, BANK).parameters(), strict=True))
     trained = [(old, new) for old, new in pairs if new.requires_grad]
     moved = sum((old.bfloat16() != new.bfloat16()).sum().item() for old, new in trained)

@@ -42,6 +42,7 @@ from eval.memory import tensor_peak
 from eval.peers.baselines import lora
 from eval.rows import append, read
 from eval.studies.cost import SETTINGS
+from qrefta._compat.transformers import enable_checkpointing
 from qrefta.cli import guarded
 from qrefta.memory.footprint import CHECKPOINTING, count_step, fake
 from qrefta.memory.plan import plan
@@ -200,7 +201,7 @@ def _counted(setting: str, checkpointing: bool, lora_rank: int) -> int:
             False
         )
         if checkpointing:
-            model.gradient_checkpointing_enable(CHECKPOINTING)
+            enable_checkpointing(model, CHECKPOINTING)
         paths = [path for stack in find_stacks(model) for path in stack.modules]
         if lora_rank:
             lora(model, lora_rank, alpha=lora_rank)
@@ -258,7 +259,7 @@ def _dense(kind: type, config: PreTrainedConfig) -> nn.Module:
 def _measured(model: nn.Module, batch: int, seq: int | None, checkpointing: bool) -> int:
     """Peak bytes of torch's tensors in the second step."""
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model, {"use_reentrant": False})
     if seq is None:
         size = model.config.image_size
         inputs: Tensor = torch.zeros(batch, model.config.num_channels, size, size)

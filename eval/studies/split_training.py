@@ -19,7 +19,8 @@ from eval.rows import append
 from eval.tasks.demo import model_folder
 from eval.tasks.task import DatasetOption, HeaderOption, load_task
 from qrefta.cli import guarded, quiet_libraries
-from qrefta.train.finetune import FinetuneResult, finetune
+from qrefta.train._finetune import FinetuneResult, finetune
+from qrefta.train.arguments import training_arguments
 from qrefta.train.models import load_classifier
 
 HEAD = ["pooler"]  # trained together with the classifier
@@ -60,14 +61,12 @@ def run(
             "max_steps": steps,
             "seed": seed,
             "save_steps": 1.0,
+            "disable_tqdm": True,
         }
         dense = load_classifier(str(model_folder()), data["train"].features["label"].names, seed)
         freeze_body(dense)
-        results = {
-            "head only": finetune(
-                dense, tokenizer, data, out / f"head{seed}", **settings, progress=False
-            )
-        }
+        args = training_arguments("classify", out / f"head{seed}", **settings)
+        results = {"head only": finetune(dense, tokenizer, data, args=args)}
         batches = batches_of(data["train"]["text"][:samples], tokenizer)
         for name, options in SPLITS.items():
             model = qrefta.prepare(
@@ -77,10 +76,9 @@ def run(
                 modules_to_save=HEAD,
                 **options,
                 calibration=batches if name == "calibrated" else None,
-            )
-            results[name] = finetune(
-                model, tokenizer, data, out / f"{name} {seed}", **settings, progress=False
-            )
+            )  # fmt: skip
+            args = training_arguments("classify", out / f"{name} {seed}", **settings)
+            results[name] = finetune(model, tokenizer, data, args=args)
         found = [row(name, result, len(data["test"])) for name, result in results.items()]
         for one in found:
             console.print(

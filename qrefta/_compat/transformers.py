@@ -38,6 +38,7 @@ __all__ = [
     "always_float32",
     "apply_gate",
     "dot_natural_key",
+    "enable_checkpointing",
     "float32_under_float16",
     "get_model_conversion_mapping",
     "has_peft_adapter",
@@ -148,3 +149,18 @@ def prepare_inputs(trainer: Trainer, inputs: dict[str, Any]) -> dict[str, Any]:
     If it goes: move the batch's tensors to `trainer.args.device`.
     """
     return trainer._prepare_inputs(inputs)
+
+
+def enable_checkpointing(model: PreTrainedModel, options: dict[str, Any] | None = None) -> None:
+    """Switch on gradient checkpointing.
+
+    transformers 5.24 renamed it to activation checkpointing and warns about the old name.
+
+    Args:
+        model: the model whose blocks recompute their activations in the backward pass.
+        options: keywords of `torch.utils.checkpoint.checkpoint`; default: transformers'.
+    """
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is None:  # before transformers 5.24
+        enable = model.gradient_checkpointing_enable
+    enable(options)

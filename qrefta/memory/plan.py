@@ -14,6 +14,7 @@ import torch
 from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportPrivateImportUsage]
 from torch.optim import AdamW
 
+from qrefta._compat.transformers import enable_checkpointing
 from qrefta.choices import DTYPES, OPTIMIZER_NAMES, Bits, Dtype, Optimizer
 from qrefta.config import RankSetting, Settings, parse_bytes, settings_of_call, shows_settings
 from qrefta.memory.footprint import CHECKPOINTING, count_step, fake
@@ -182,7 +183,7 @@ def _plan(outline: Outline, case: _Case) -> Plan:
     inputs = outline.inputs(case.batch, case.seq, dtype)
     model, sizes = outline.prepared(case.settings, dtype)
     if case.gradient_checkpointing:
-        model.gradient_checkpointing_enable(CHECKPOINTING)
+        enable_checkpointing(model, CHECKPOINTING)
     fake(model.train())
     try:
         step = count_step(model, inputs, OPTIMIZERS[case.optimizer], outline.blocks)

@@ -1,7 +1,8 @@
-"""Checkpoints of a training run, and the model at its end: there whole, or not at all.
+"""Checkpoints of a training run, and its final model: whole, or not there.
 
-transformers' Trainer writes the files of a checkpoint one after the other where they will be looked for. Here they go
-to a folder beside it, reach the disk, and get their place by one rename; until then the checkpoint before is the last.
+transformers' Trainer writes the files of a checkpoint one by one into their final folder. Here they
+are written to the folder `unfinished`, synced to the disk and moved by one rename; until then the
+previous checkpoint is the last.
 """
 
 import os
@@ -18,68 +19,73 @@ from qrefta._compat.transformers import rotate_checkpoints
 from qrefta.files.safetensors import sync_folder
 from qrefta.hf_quantizer import saved_state
 
-UNFINISHED = (
-    "unfinished"  # in a run's folder: what is being written, or was when the run was killed
-)
-_CONFIGS = ("config.json", "adapter_config.json")  # without one of them a folder is no model
+UNFINISHED = "unfinished"  # folder in a run's folder: files being written, or left by a killed run
+_STATE = "trainer_state.json"  # Trainer writes this file last
+_CONFIGS = ("config.json", "adapter_config.json")  # without them a folder holds no model
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-_TORCH_SAVE = (
-    "PytorchStreamWriter",
-    "unexpected pos",
-    "iostream error",
-)  # in its RuntimeErrors for a full disk
+# texts in the RuntimeErrors of torch.save on a full disk
+_TORCH_SAVE = ("PytorchStreamWriter", "unexpected pos", "iostream error")
 
 
 def whole_checkpoints(kind: type[Trainer]) -> type[Trainer]:
-    """The Trainer with checkpoints that are whole."""
+    """A subclass of the Trainer that writes whole checkpoints."""
 
     class WholeCheckpoints(kind):
-        """Its `_save_checkpoint` writes elsewhere; the first of several processes renames once all have written."""
+        """All processes write to `unfinished`; when all are done, the first process renames."""
 
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
             with saved_state(self.model, state_dict):
                 super()._save(output_dir, state_dict)
 
         def _save_checkpoint(self, *args: Any) -> None:
-            run, step = Path(self.args.output_dir), self.state.global_step
+            run = Path(self.args.output_dir)
+            step = self.state.global_step
             with writing(run, f"the checkpoint of step {step}") as folder:
                 self.args.output_dir = str(folder)
                 try:
                     super()._save_checkpoint(*args)
                 finally:
                     self.args.output_dir = str(run)
+                checkpoint = folder / f"checkpoint-{step}"
+                self._correct_best(checkpoint, run)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
-                    _place(folder / f"checkpoint-{step}", run)
-                    rotate_checkpoints(str(run), self.args.save_total_limit, use_mtime=True)
+                    _place(checkpoint, run)
+                    rotate_checkpoints(
+                        output_dir=str(run),
+                        save_total_limit=self.args.save_total_limit,
+                        best_model_checkpoint=self.state.best_model_checkpoint,
+                        use_mtime=True,
+                    )
             self.accelerator.wait_for_everyone()
+
+        def _correct_best(self, checkpoint: Path, run: Path) -> None:
+            """Replace the best checkpoint's path in `unfinished` by its final path."""
+            if self.state.best_model_checkpoint == str(checkpoint):
+                self.state.best_model_checkpoint = str(run / checkpoint.name)
+                if self.args.should_save:
+                    self.state.save_to_json(str(checkpoint / _STATE))
 
     return WholeCheckpoints
 
 
 def last_checkpoint(run: str | Path) -> Path | None:
-    """The last checkpoint in a run's folder."""
-    written = Path(run).glob(
-        "checkpoint-[0-9]*/trainer_state.json"
-    )  # Trainer writes this file last
-    return max(
-        (file.parent for file in written),
-        key=lambda path: int(path.name.split("-")[1]),
-        default=None,
-    )
+    """The last checkpoint in a run's folder; unfinished ones do not count."""
+    checkpoints = [file.parent for file in Path(run).glob(f"checkpoint-[0-9]*/{_STATE}")]
+    return max(checkpoints, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
 def clear_unfinished(run: str | Path) -> None:
-    """Remove what a run that was killed left unfinished."""
+    """Remove the files that a killed run left unfinished."""
     shutil.rmtree(Path(run) / UNFINISHED, ignore_errors=True)
 
 
 @contextmanager
-def writing(run: Path, what: str) -> Iterator[Path]:
-    """A folder within a run's to write into; if that fails, all in it is removed.
+def writing(run: Path, files: str) -> Iterator[Path]:
+    """A folder inside a run's folder to write `files` into; it is removed if that fails.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: if the files cannot be written.
     """
     folder = run / UNFINISHED
     try:
@@ -90,15 +96,16 @@ def writing(run: Path, what: str) -> Iterator[Path]:
         if isinstance(error, RuntimeError) and not any(text in str(error) for text in _TORCH_SAVE):
             raise
         raise OSError(
-            f"Cannot write {what} to {run}: {error}. What was there before is whole; make room, or give rights, and go "
-            "on from the last checkpoint (resume=True, --resume)."
+            f"Cannot write {files} to {run}: {error}. All earlier files are whole; make room or "
+            "give write access, and continue from the last checkpoint (resume=True, --resume)."
         ) from error
 
 
 def publish(folder: Path, run: Path) -> None:
-    """Move a model's files from `folder` to the run's, in the place of an older model.
+    """Move a model's files from `folder` to the run's folder, where they replace an older model.
 
-    The old config goes first and the new one comes last: in between there is no model, rather than a mixed one.
+    The old config is removed first and the new config is moved last, so the folder never holds
+    files of both models.
     """
     _sync(folder)
     for pattern in (*_CONFIGS, *_WEIGHTS):
@@ -114,18 +121,18 @@ def publish(folder: Path, run: Path) -> None:
 
 
 def _place(checkpoint: Path, run: Path) -> None:
-    """Move a checkpoint to the run's folder, in the place of an older one of its name."""
+    """Move a checkpoint to the run's folder, where it replaces an older one of the same name."""
     _sync(checkpoint)
-    place, replaced = run / checkpoint.name, checkpoint.with_name("replaced")
+    place = run / checkpoint.name
     if place.exists():
-        place.rename(replaced)
+        place.rename(checkpoint.with_name("replaced"))
     checkpoint.rename(place)
     sync_folder(run)
     clear_unfinished(run)
 
 
 def _sync(folder: Path) -> None:
-    """Wait until a folder and all that is in it is on the disk."""
+    """Wait until a folder and all its content are on the disk."""
     for path in (*folder.rglob("*"), folder):
         if path.is_dir():
             sync_folder(path)

@@ -1,4 +1,4 @@
-"""A hub name, folder or file -> labelled text with a train and a test split, or batches of text to calibrate with."""
+"""Data from a hub name, folder or file: labelled text with train and test split, or batches."""
 
 import copy
 import csv
@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
@@ -20,15 +21,8 @@ _BUILDERS = {
     ".txt": "text",
 }
 _TRAIN_NAMES = ("train", "training")
-_TEST_NAMES = (
-    "validation",
-    "valid",
-    "val",
-    "dev",
-    "eval",
-    "test",
-    "test-labeled",
-)  # hub test splits may be unlabelled
+# validation first, since test splits on the hub may be unlabelled
+_TEST_NAMES = ("validation", "valid", "val", "dev", "eval", "test", "test-labeled")
 _LABEL_NAMES = ("label", "labels", "target", "class")
 _TEXT_NAMES = (
     ("sentence1", "sentence2"),
@@ -48,20 +42,23 @@ def load_classification(
     test_share: float = 0.1,
     seed: int = 0,
 ) -> DatasetDict:
-    """Labelled text with the splits train and test; columns text (and text_pair) and label, a `ClassLabel`.
+    """Labelled text with the splits train and test; columns text (and text_pair) and label, a
+    `ClassLabel`.
 
     Args:
-        source: a file (csv, tsv, json, jsonl, parquet), a folder with one file a split (`train.tsv`, `dev.tsv`), or
-            the name of a data set on the hub; "name:config" picks a configuration ("nyu-mll/glue:sst2").
-        text_columns: one column, or two for sentence pairs; None: found by their usual names, or the only one with
-            text.
-        label_column: None: found by its usual names.
-        header: column names of a csv or tsv file that has no header line.
-        test_share: rows put aside for testing where the source has a single split.
-        seed: of that split.
+        source: a file (csv, tsv, json, jsonl, parquet), a folder with one file a split
+            (`train.tsv`, `dev.tsv`), or the name of a data set on the hub; "name:config" picks a
+            configuration ("nyu-mll/glue:sst2").
+        text_columns: one column, or two for sentence pairs; None: columns with a usual name, else
+            the only column with text.
+        label_column: None: the column with a usual name.
+        header: column names of a csv or tsv file without a header line.
+        test_share: share of the rows for testing, if the source has a single split.
+        seed: of the choice of these rows.
 
     Raises:
-        ValueError: if there is no such file, split or column, a split is empty, or labels are missing or unknown.
+        ValueError: if a file, split, column or label is missing, a split is empty, or a test label
+            is unknown.
     """
     parts = read_splits(source, header)
     label_column = label_column or _find_label(parts["train"])
@@ -70,36 +67,38 @@ def load_classification(
         raise ValueError(
             f"text_columns is {text_columns}; give one column, or two for sentence pairs"
         )
-    parts = DatasetDict(
-        {name: _select(part, text_columns, label_column) for name, part in parts.items()}
-    )
+    for name, part in parts.items():
+        parts[name] = _select(part, text_columns, label_column)
     return with_test(_encode_labels(parts), test_share, seed)
 
 
 def read_splits(source: str | Path, header: list[str] | None = None) -> DatasetDict:
-    """The rows of a file, folder or hub name (see `load_classification`), as train and, where there is one, test.
+    """The rows of a file, folder or hub name (see `load_classification`) as train and, if the
+    source has it, test.
 
     Raises:
-        ValueError: if there is no such file or split, or a split is empty.
+        ValueError: if a file or split is missing, or a split is empty.
     """
     return pick_splits(_read(source, header), source)
 
 
 def pick_splits(splits: DatasetDict, source: str | Path) -> DatasetDict:
-    """Of all splits the one to train on and, where there is one, the one to test on.
+    """The split to train on and, if there is one, the split to test on.
 
     Raises:
         ValueError: if one of them is empty.
     """
-    train = _pick(splits, _TRAIN_NAMES) or next(iter(splits.values()))
+    picked = DatasetDict(train=_pick(splits, _TRAIN_NAMES) or next(iter(splits.values())))
     test = _pick(splits, _TEST_NAMES)
-    if len(train) == 0 or (test is not None and len(test) == 0):
+    if test is not None:
+        picked["test"] = test
+    if any(len(part) == 0 for part in picked.values()):
         raise ValueError(f"{source} has a split without rows.")
-    return DatasetDict(train=train) if test is None else DatasetDict(train=train, test=test)
+    return picked
 
 
 def with_test(parts: DatasetDict, test_share: float, seed: int) -> DatasetDict:
-    """Train and test, with some of the training rows put aside where there is no test.
+    """The splits train and test; without a test split some training rows become it.
 
     Raises:
         ValueError: if there is one row only.
@@ -107,7 +106,7 @@ def with_test(parts: DatasetDict, test_share: float, seed: int) -> DatasetDict:
     if "test" in parts:
         return parts
     if len(parts["train"]) < 2:
-        raise ValueError("The data are one row; training and testing need at least one each.")
+        raise ValueError("The data have one row; training and testing need at least one row each.")
     return parts["train"].train_test_split(test_share, seed=seed)
 
 
@@ -116,18 +115,26 @@ def _read(source: str | Path, header: list[str] | None) -> DatasetDict:
     if path.is_file():
         return _read_files({"train": path}, header)
     if path.is_dir():
-        files = {file.stem: file for file in sorted(path.iterdir()) if file.suffix in _BUILDERS}
-        known = {name: file for name, file in files.items() if name in _TRAIN_NAMES + _TEST_NAMES}
-        if not any(name in known for name in _TRAIN_NAMES):
-            raise ValueError(
-                f"{path} has no train file; it holds {sorted(f.name for f in path.iterdir())}, needed is "
-                f"train{{{','.join(_BUILDERS)}}} and, better, one of {', '.join(_TEST_NAMES)}"
-            )
-        return _read_files(known, header)
+        return _read_files(_split_files(path), header)
     if path.suffix in _BUILDERS or path.is_absolute() or str(source).startswith("."):
         raise ValueError(f"There is no file or folder {source}.")
     name, _, config = str(source).partition(":")
     return load_dataset(name, config or None)
+
+
+def _split_files(folder: Path) -> dict[str, Path]:
+    """The files of a folder that hold a split, by its name."""
+    files = {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix in _BUILDERS and file.stem in _TRAIN_NAMES + _TEST_NAMES:
+            files[file.stem] = file
+    if not any(name in files for name in _TRAIN_NAMES):
+        raise ValueError(
+            f"{folder} has no train file; it holds "
+            f"{sorted(file.name for file in folder.iterdir())}, needed is "
+            f"train{{{','.join(_BUILDERS)}}} and, better, one of {', '.join(_TEST_NAMES)}"
+        )
+    return files
 
 
 def _read_files(files: dict[str, Path], header: list[str] | None) -> DatasetDict:
@@ -138,7 +145,7 @@ def _read_files(files: dict[str, Path], header: list[str] | None) -> DatasetDict
             raise ValueError(
                 f"{file} ends in {file.suffix!r}; it must be one of {', '.join(_BUILDERS)}"
             )
-        options = {}
+        options: dict[str, Any] = {}
         if file.suffix == ".tsv":  # GLUE's files hold quotation marks that open no quotation
             options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
         if header is not None and builder == "csv":
@@ -152,18 +159,16 @@ def _pick(splits: DatasetDict, names: tuple[str, ...]) -> Dataset | None:
 
 
 def _find_label(data: Dataset) -> str:
-    found = next((name for name in _LABEL_NAMES if name in data.column_names), None)
-    if found is None:
-        raise ValueError(f"No label column among {data.column_names}; name it with label_column.")
-    return found
+    for name in _LABEL_NAMES:
+        if name in data.column_names:
+            return name
+    raise ValueError(f"No label column among {data.column_names}; name it with label_column.")
 
 
 def _find_texts(data: Dataset, label_column: str) -> list[str]:
-    usual = next(
-        (names for names in _TEXT_NAMES if all(name in data.column_names for name in names)), None
-    )
-    if usual is not None:
-        return list(usual)
+    for names in _TEXT_NAMES:
+        if all(name in data.column_names for name in names):
+            return list(names)
     textual = [name for name in data.column_names if _is_text(data, name) and name != label_column]
     if len(textual) != 1:
         raise ValueError(
@@ -195,39 +200,36 @@ def _select(data: Dataset, text_columns: list[str], label_column: str) -> Datase
 
 def _encode_labels(parts: DatasetDict) -> DatasetDict:
     """Labels as one `ClassLabel` for all splits, with the classes of the training split."""
-    train = parts["train"]
-    feature = train.features["label"]
+    feature = parts["train"].features["label"]
     if isinstance(feature, ClassLabel):
-        classes, values = feature.names, {index: index for index in range(feature.num_classes)}
+        classes = feature.names
+        index_of: dict[Any, int] = {index: index for index in range(feature.num_classes)}
     else:
-        found = train.unique("label")
-        if (
-            None in found
-            or len(found) < 2
-            or len(found) > 1000
-            or any(isinstance(value, float) for value in found)
-        ):
-            raise ValueError(
-                f"Labels must be 2 to 1000 classes without gaps; found {sorted(map(str, found))[:10]} ..."
-            )
-        ordered = sorted(found)
-        classes, values = (
-            [str(value) for value in ordered],
-            {value: index for index, value in enumerate(ordered)},
-        )
+        values = _classes(parts["train"].unique("label"))
+        classes = [str(value) for value in values]
+        index_of = {value: index for index, value in enumerate(values)}
     for name, part in parts.items():
-        unknown = [value for value in part.unique("label") if value not in values]
+        unknown = [value for value in part.unique("label") if value not in index_of]
         if unknown:
             raise ValueError(
-                f"The {name} split has labels {unknown[:5]} that are no class of training: {classes}"
+                f"The {name} split has labels {unknown[:5]} that are no class of training: "
+                f"{classes}"
             )
-        encoded = [values[value] for value in part["label"]]
-        parts[name] = (
-            part.remove_columns("label")
-            .add_column("label", encoded)
-            .cast_column("label", ClassLabel(names=classes))
-        )
+        encoded = [index_of[value] for value in part["label"]]
+        part = part.remove_columns("label").add_column("label", encoded)
+        parts[name] = part.cast_column("label", ClassLabel(names=classes))
     return parts
+
+
+def _classes(values: list[Any]) -> list[Any]:
+    """The values of a label column in order."""
+    is_gap_or_number = any(value is None or isinstance(value, float) for value in values)
+    if is_gap_or_number or not 2 <= len(values) <= 1000:
+        raise ValueError(
+            "Labels must be 2 to 1000 classes without gaps; found "
+            f"{sorted(map(str, values))[:10]} ..."
+        )
+    return sorted(values)
 
 
 def read_calibration(
@@ -239,26 +241,30 @@ def read_calibration(
     batch_size: int = 8,
     seed: int = 0,
 ) -> list[BatchEncoding]:
-    """Batches of tokenized text, padded on the right, texts of like length together.
+    """Batches of tokenized text, padded on the right; texts of similar length share a batch.
 
     Args:
-        source: a .txt file with one text a line, or csv, tsv, json, jsonl, parquet with a column of text: text,
-            sentence or content, else the first that holds strings. Empty texts are left out.
-        tokenizer: of the model; left as it is. One without a pad token pads with its end-of-text token.
-        samples: texts taken; all, where there are fewer.
-        max_length: tokens kept of a text, or fewer if the tokenizer's own limit is lower.
+        source: a .txt file with one text a line, or csv, tsv, json, jsonl, parquet with a column of
+            text: text, sentence or content, else the first column of strings. Empty texts are left
+            out.
+        tokenizer: of the model; left as it is. Without a pad token it pads with its end-of-text
+            token.
+        samples: number of texts; all texts, if there are fewer.
+        max_length: tokens kept of a text, or fewer if the tokenizer has a lower limit.
         batch_size: texts in a batch.
         seed: of the choice of texts.
 
     Raises:
-        ValueError: if there is no such file, it has no text, or a number is less than 1.
+        ValueError: if the file is missing or has no text, or a number is less than 1.
     """
     if min(samples, max_length, batch_size) < 1:
         raise ValueError(
-            f"samples, max_length, batch_size are {samples}, {max_length}, {batch_size}; each must be >= 1"
+            f"samples, max_length, batch_size are {samples}, {max_length}, {batch_size}; each "
+            "must be >= 1"
         )
     texts = _read_texts(Path(source))
-    texts = sorted(random.Random(seed).sample(texts, min(samples, len(texts))), key=len)
+    chosen = random.Random(seed).sample(texts, min(samples, len(texts)))
+    chosen.sort(key=len)
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.eos_token
@@ -272,7 +278,7 @@ def read_calibration(
         return_tensors="pt",
     )
     size = batch_size if padded else 1
-    return [encode(texts[start : start + size]) for start in range(0, len(texts), size)]
+    return [encode(chosen[start : start + size]) for start in range(0, len(chosen), size)]
 
 
 def _read_texts(path: Path) -> list[str]:
@@ -285,24 +291,25 @@ def _read_texts(path: Path) -> list[str]:
     elif path.stat().st_size:  # datasets fails on a file of no bytes
         try:
             data = _read_files({"train": path}, None)["train"]
-        except (
-            ValueError,
-            DatasetGenerationError,
-        ) as error:  # a header alone is a ValueError of datasets
+        except (ValueError, DatasetGenerationError) as error:  # ValueError: a header without rows
             raise ValueError(f"{path} cannot be read as a table with rows: {error}") from error
         texts = data[text_column(data, path)]
-    found = [text.strip() for text in texts if text and text.strip()]
-    if not found:
+    stripped = [text.strip() for text in texts if text]
+    filled = [text for text in stripped if text]
+    if not filled:
         raise ValueError(
-            f"{path} holds no text; calibration needs some sentences like those the model will read."
+            f"{path} holds no text; calibration needs sentences of the kind that the model will "
+            "read."
         )
-    return found
+    return filled
 
 
 def text_column(data: Dataset, path: str | Path) -> str:
-    """The column of text: by its usual name, else the first that holds strings."""
+    """The column of text: the column with a usual name, else the first column of strings."""
     textual = [name for name in data.column_names if _is_text(data, name)]
     if not textual:
         raise ValueError(f"{path} has no column of text; its columns are {data.features}")
-    usual = [names[0] for names in _TEXT_NAMES if names[0] in textual and len(names) == 1]
-    return (usual or textual)[0]
+    for names in _TEXT_NAMES:
+        if len(names) == 1 and names[0] in textual:
+            return names[0]
+    return textual[0]

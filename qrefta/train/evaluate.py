@@ -1,4 +1,4 @@
-"""Any task of lm-evaluation-harness on a folder: prepared, merged or plain."""
+"""Scores of lm-evaluation-harness for a prepared, merged or plain model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,19 +17,20 @@ def evaluate(
     batch_size: int | str = 8,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """What `lm_eval.simple_evaluate` finds for a causal language model; needs lm-evaluation-harness.
+    """The results of `lm_eval.simple_evaluate` for a causal language model; needs
+    lm-evaluation-harness.
 
-    The harness loads the model through transformers, which knows prepared folders once qrefta is imported; its own
-    command line does not import it.
+    The harness loads the model through transformers, which reads prepared folders after `import
+    qrefta`. The command `lm_eval` does not import qrefta, so it cannot read them.
 
     Args:
         model: folder or hub name, with its tokenizer.
         tasks: names of the harness' tasks.
-        include_path: folder of further task files; then only these are known.
+        include_path: folder of task files; then the harness' tasks are not read.
         num_fewshot: examples before each question; default: the task's.
         limit: questions of each task; default: all.
         batch_size: rows at a time, or "auto".
-        device: such as "cuda:1"; default: the GPU if there is one.
+        device: such as "cuda:1"; default: the GPU, on a machine without one the CPU.
 
     Raises:
         ValueError: for a task that the harness does not know.
@@ -42,20 +43,11 @@ def evaluate(
         raise ImportError(
             "Evaluating needs lm-evaluation-harness: pip install 'lm-eval[hf]'"
         ) from error
-    # The harness' own 13,000 task files take seconds to list
     manager = TaskManager(
         include_path=None if include_path is None else str(include_path),
-        include_defaults=include_path is None,
+        include_defaults=include_path is None,  # the harness' 13,000 files take seconds to list
     )
-    unknown = sorted(set(tasks) - set(manager.all_tasks))
-    if unknown or not tasks:
-        given = f"tasks {', '.join(unknown)} are unknown" if unknown else "no task is given"
-        known = (
-            "; `lm_eval ls tasks` lists them"
-            if include_path is None
-            else f": {', '.join(manager.all_tasks)}"
-        )
-        raise ValueError(f"{given}; give names of tasks of lm-evaluation-harness{known}")
+    _check_tasks(tasks, manager.all_tasks, include_path)
     return simple_evaluate(
         model="hf",
         model_args={"pretrained": str(model), "dtype": "auto"},
@@ -67,3 +59,16 @@ def evaluate(
         task_manager=manager,
         verbosity="ERROR",
     )
+
+
+def _check_tasks(
+    tasks: Sequence[str], known: Sequence[str], include_path: str | Path | None
+) -> None:
+    unknown = sorted(set(tasks) - set(known))
+    if tasks and not unknown:
+        return
+    problem = f"tasks {', '.join(unknown)} are unknown" if unknown else "no task is given"
+    names = "; `lm_eval ls tasks` lists them"
+    if include_path is not None:
+        names = f": {', '.join(known)}"
+    raise ValueError(f"{problem}; give names of tasks of lm-evaluation-harness{names}")

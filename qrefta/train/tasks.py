@@ -1,13 +1,14 @@
-"""What a fine-tuning run needs beside the model, by task: rows to train and test on, batches of them, a Trainer.
+"""Tasks of a fine-tuning run: rows to train and test on, batches of them, and the Trainer class.
 
-`classify` takes text with labels, `lm` running text, `sft` conversations or prompts with completions (for TRL's
-SFTTrainer), `image` pictures with labels.
+`classify` takes text with labels, `lm` running text, `sft` conversations or prompts with
+completions (for TRL's SFTTrainer), `image` images with labels.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BaseImageProcessor,
+    BatchEncoding,
     DataCollatorWithPadding,
     EvalPrediction,
     PreTrainedModel,
@@ -30,7 +32,9 @@ from transformers import (
 
 from qrefta.train.data import load_classification, pick_splits, read_splits, text_column, with_test
 
-_TEST_SHARE = 0.1  # of the rows, where there is no test split
+TaskName = Literal["classify", "lm", "sft", "image"]
+
+_TEST_SHARE = 0.1  # of the rows of a source without a test split
 _IMAGE_COLUMNS = {"img": "image", "labels": "label", "fine_label": "label"}
 _ROLES = {
     "human": "user",
@@ -41,39 +45,33 @@ _ROLES = {
 }
 
 
-class Recipe(NamedTuple):
-    """A task's data and its Trainer.
+@dataclass(frozen=True)
+class Recipe:
+    """Data of a task and the Trainer for it.
 
     Attributes:
         train, test: as the Trainer takes them.
-        trainer, arguments: classes.
-        options: further arguments of `arguments`.
-        collate: rows to a batch; None: the Trainer's own.
+        trainer: its class.
+        collate: rows to a batch; None: by the Trainer.
         metrics: of the test rows; None: the loss alone.
-        mean_loss: a batch's loss is a mean over its rows, not over tokens.
+        mean_loss: the loss of a batch is a mean over its rows, not over tokens.
     """
 
     train: Dataset
     test: Dataset
     trainer: type[Trainer] = Trainer
-    arguments: type[TrainingArguments] = TrainingArguments
-    options: dict[str, Any] = {}  # noqa: RUF012
-    collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]] | None = None
+    collate: Callable[[list[dict[str, Any]]], Any] | None = None
     metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
     mean_loss: bool = False
 
 
 def classify(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: DatasetDict,
-    max_length: int,
-    **_: Any,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DatasetDict, max_length: int
 ) -> Recipe:
     """Text classification; the metric is accuracy.
 
     Raises:
-        ValueError: if the model's labels are not the data's.
+        ValueError: if the classes of the data are not the labels of the model.
     """
     check_labels(model, data)
     tokens = tokenize(data, tokenizer, max_length)
@@ -87,16 +85,13 @@ def classify(
 
 
 def language_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: DatasetDict,
-    max_length: int,
-    **_: Any,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DatasetDict, max_length: int
 ) -> Recipe:
-    """Next tokens of running text, in blocks of `max_length` tokens; texts follow each other with an end-of-text token.
+    """Next-token prediction on running text, in blocks of `max_length` tokens; every text ends with
+    an end token.
 
     Raises:
-        ValueError: if a split has less than a block of text.
+        ValueError: if a split has less text than one block.
     """
     blocks = {}
     for name, part in data.items():
@@ -109,102 +104,110 @@ def language_model(
         )
         if len(ids) == 0:
             raise ValueError(
-                f"The {name} split has less than {max_length} tokens; give more text or less max_length."
+                f"The {name} split has less than {max_length} tokens; give more text or a lower "
+                "max_length."
             )
         blocks[name] = ids
     return Recipe(blocks["train"], blocks["test"])
 
 
 def chat(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: DatasetDict,
-    max_length: int,
-    packing: bool = False,
-    **_: Any,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DatasetDict, max_length: int
 ) -> Recipe:
-    """Supervised fine-tuning on completions: the loss is over the last answer of a conversation alone.
+    """Supervised fine-tuning by TRL, which reads `max_length` from its SFTConfig; the loss is on
+    the last answer.
 
     Raises:
         ValueError: for conversations and a tokenizer without a chat template.
         ImportError: if TRL is not installed.
     """
+    trainer, _ = load_trl()
+    is_conversation = not isinstance(data["train"][0]["prompt"], str)
+    if is_conversation and tokenizer.chat_template is None:
+        raise ValueError(
+            "The data are conversations and the tokenizer has no chat template; set "
+            "tokenizer.chat_template, or give columns prompt and completion of plain text."
+        )
+    return Recipe(data["train"], data["test"], trainer)
+
+
+def load_trl() -> tuple[type[Trainer], type[TrainingArguments]]:
+    """TRL's SFTTrainer and SFTConfig.
+
+    Raises:
+        ImportError: if TRL is not installed.
+    """
     try:
-        from trl import SFTConfig, SFTTrainer
+        from trl import SFTConfig, SFTTrainer  # heavy, and optional
     except ImportError as error:
         raise ImportError("The task sft needs TRL: pip install trl") from error
-    if not isinstance(data["train"][0]["prompt"], str) and tokenizer.chat_template is None:
-        raise ValueError(
-            "The data hold conversations and the tokenizer has no chat template; set tokenizer.chat_template, or give "
-            "columns prompt and completion of plain text."
-        )
-    options = {"max_length": max_length, "packing": packing, "completion_only_loss": True}
-    return Recipe(data["train"], data["test"], SFTTrainer, SFTConfig, options)
+    return SFTTrainer, SFTConfig
 
 
 def images(
-    model: PreTrainedModel, processor: BaseImageProcessor, data: DatasetDict, **_: Any
+    model: PreTrainedModel, processor: BaseImageProcessor, data: DatasetDict, max_length: int = 0
 ) -> Recipe:
-    """Image classification; the metric is accuracy. Pictures are read as they are needed.
+    """Image classification, which has no use for `max_length`; the metric is accuracy. Images are
+    read when needed.
 
     Raises:
-        ValueError: if the model's labels are not the data's.
+        ValueError: if the classes of the data are not the labels of the model.
     """
     check_labels(model, data)
 
     def pixels(rows: dict[str, list[Any]]) -> dict[str, Any]:
-        pictures = [picture.convert("RGB") for picture in rows["image"]]
-        return {
-            "pixel_values": processor(pictures, return_tensors="pt")["pixel_values"],
-            "label": rows["label"],
-        }
+        colored = [image.convert("RGB") for image in rows["image"]]
+        values = processor(colored, return_tensors="pt")["pixel_values"]
+        return {"pixel_values": values, "label": rows["label"]}
 
-    train, test = (data[name].with_transform(pixels) for name in ("train", "test"))
-    options = {
-        "remove_unused_columns": False
-    }  # the column of pictures is none that the model takes
-    return Recipe(train, test, options=options, collate=_stack, metrics=accuracy, mean_loss=True)
+    return Recipe(
+        data["train"].with_transform(pixels),
+        data["test"].with_transform(pixels),
+        collate=_stack,
+        metrics=accuracy,
+        mean_loss=True,
+    )
 
 
 def load_text(source: str | Path, seed: int) -> DatasetDict:
-    """Running text with the splits train and test, column text: .txt files, or tables with a column of text."""
+    """Running text with the splits train and test: .txt files, or tables with a column of text."""
     parts = read_splits(source)
-    return with_test(parts.select_columns([text_column(parts["train"], source)]), _TEST_SHARE, seed)
+    column = text_column(parts["train"], source)
+    return with_test(parts.select_columns([column]), _TEST_SHARE, seed)
 
 
 def load_chat(source: str | Path, seed: int) -> DatasetDict:
     """Prompts and completions with the splits train and test.
 
-    Columns are prompt and completion (text or messages), messages or conversations (role and content, or from and
-    value; the last turn is the assistant's), or instruction, input if there is one, and output.
+    The columns are prompt and completion (text or messages); messages or conversations (turns with
+    role and content, or from and value; the last turn is the assistant's); or instruction, output
+    and, optionally, input.
 
     Raises:
         ValueError: for other columns, or a conversation that does not end with an answer.
     """
-    parts = read_splits(source)
-    pairs = {
-        name: part.map(_pair, remove_columns=part.column_names, desc="Reading")
-        for name, part in parts.items()
-    }
-    return with_test(DatasetDict(pairs), _TEST_SHARE, seed)
+    pairs = DatasetDict()
+    for name, part in read_splits(source).items():
+        pairs[name] = part.map(_pair, remove_columns=part.column_names, desc="Reading")
+    return with_test(pairs, _TEST_SHARE, seed)
 
 
 def load_images(source: str | Path, seed: int) -> DatasetDict:
-    """Pictures with the splits train and test, columns image and label: a folder of folders, or a hub name.
+    """Images with the splits train and test, columns image and label: a folder with a folder a
+    class, or a hub name.
 
     Raises:
-        ValueError: if there are no such columns.
+        ValueError: if the columns image and label are missing.
     """
-    name, _, config = str(source).partition(":")
-    local = Path(source).is_dir()
-    splits = (
-        load_dataset("imagefolder", data_dir=str(source))
-        if local
-        else load_dataset(name, config or None)
-    )
-    parts = pick_splits(splits, source).rename_columns(
-        {old: new for old, new in _IMAGE_COLUMNS.items() if old in splits["train"].column_names}
-    )
+    if Path(source).is_dir():
+        splits = load_dataset("imagefolder", data_dir=str(source))
+    else:
+        name, _, config = str(source).partition(":")
+        splits = load_dataset(name, config or None)
+    parts = pick_splits(splits, source)
+    columns = parts["train"].column_names
+    renamed = {old: new for old, new in _IMAGE_COLUMNS.items() if old in columns}
+    parts = parts.rename_columns(renamed)
     features = parts["train"].features
     if "image" not in features or not isinstance(features.get("label"), ClassLabel):
         raise ValueError(
@@ -214,11 +217,11 @@ def load_images(source: str | Path, seed: int) -> DatasetDict:
 
 
 class Task(NamedTuple):
-    """How a task is prepared.
+    """Functions and classes of a task.
 
     Attributes:
         load: source and seed to a `DatasetDict`.
-        recipe: model, tokenizer (or image processor), data, max_length, packing to a `Recipe`.
+        recipe: model, tokenizer (or image processor), data and max_length to a `Recipe`.
         model, processor: the auto classes.
     """
 
@@ -228,7 +231,7 @@ class Task(NamedTuple):
     processor: type
 
 
-TASKS = {
+TASKS: dict[TaskName, Task] = {
     "classify": Task(
         load_classification, classify, AutoModelForSequenceClassification, AutoTokenizer
     ),
@@ -239,50 +242,52 @@ TASKS = {
 
 
 def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> DatasetDict:
-    """Model inputs in place of the columns text and text_pair, not padded, cut to `max_length` tokens."""
-    texts = [name for name in ("text", "text_pair") if name in data["train"].column_names]
-    return data.map(
-        lambda rows: tokenizer(
-            *(rows[name] for name in texts), truncation=True, max_length=max_length
-        ),
-        batched=True,
-        remove_columns=texts,
-        desc="Tokenizing",
-    )
+    """Model inputs instead of the columns of text, cut to `max_length` tokens, without padding."""
+    columns = [name for name in ("text", "text_pair") if name in data["train"].column_names]
+
+    def encode(rows: dict[str, list[str]]) -> BatchEncoding:
+        texts = [rows[name] for name in columns]
+        return tokenizer(*texts, truncation=True, max_length=max_length)
+
+    return data.map(encode, batched=True, remove_columns=columns, desc="Tokenizing")
 
 
 def check_labels(model: PreTrainedModel, data: DatasetDict) -> None:
-    """Raise unless the labels are classes, as many as the model has."""
+    """Raise ValueError unless the label column has classes, and the model as many labels."""
     feature = data["train"].features["label"]
     if not isinstance(feature, ClassLabel):
         raise ValueError(
-            "The label column is no ClassLabel; read the data with qrefta.train.data.load_classification."
+            f"The label column is a {type(feature).__name__}, not a ClassLabel; read the data with "
+            "qrefta.train.data.load_classification."
         )
-    if model.config.num_labels != feature.num_classes:
+    labels = model.config.num_labels
+    classes = feature.num_classes
+    if labels != classes:
         raise ValueError(
-            f"The model has {model.config.num_labels} labels and the data {feature.num_classes} classes; load it with "
-            f"num_labels={feature.num_classes}."
+            f"The model has {labels} labels and the data {classes} classes; load the model with "
+            f"num_labels={classes}."
         )
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    logits = (
-        prediction.predictions[0]
-        if isinstance(prediction.predictions, tuple)
-        else prediction.predictions
-    )
-    return {"accuracy": float((np.argmax(logits, axis=-1) == prediction.label_ids).mean())}
+    """Share of the test rows whose largest logit is their label."""
+    logits = prediction.predictions
+    if isinstance(logits, tuple):  # further outputs of the model follow
+        logits = logits[0]
+    correct = np.argmax(logits, axis=-1) == prediction.label_ids
+    return {"accuracy": float(np.mean(correct))}
 
 
 def _blocks(
     rows: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, length: int
 ) -> dict[str, list[list[int]]]:
+    """Blocks of `length` tokens across the texts; the rest at the end is dropped."""
     (texts,) = rows.values()
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids = [
-        token for text in tokenizer(texts, verbose=False)["input_ids"] for token in [*text, *end]
-    ]
-    blocks = [ids[at : at + length] for at in range(0, len(ids) - length + 1, length)]
+    ids: list[int] = []
+    for text in tokenizer(texts, verbose=False)["input_ids"]:
+        ids += [*text, *end]
+    blocks = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
     return {"input_ids": blocks, "labels": blocks}
 
 
@@ -290,26 +295,31 @@ def _pair(row: dict[str, Any]) -> dict[str, Any]:
     """One row as prompt and completion."""
     if "prompt" in row and "completion" in row:
         return {"prompt": row["prompt"], "completion": row["completion"]}
-    if "instruction" in row and "output" in row:
-        asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
-        turns = [
-            {"role": "user", "content": asked},
-            {"role": "assistant", "content": row["output"]},
-        ]
-    else:
-        turns = [_turn(turn) for turn in row.get("messages") or row.get("conversations") or []]
+    turns = _turns(row)
     if len(turns) < 2 or turns[-1]["role"] != "assistant":
         raise ValueError(
-            f"A row has the columns {list(row)} and {len(turns)} turns; needed are prompt and completion, instruction "
-            "and output, or messages of which the last is the assistant's."
+            f"A row has the columns {list(row)} and {len(turns)} turns; needed are prompt and "
+            "completion, instruction and output, or messages of which the last is the "
+            "assistant's."
         )
     return {"prompt": turns[:-1], "completion": turns[-1:]}
 
 
+def _turns(row: dict[str, Any]) -> list[dict[str, str]]:
+    """The conversation of a row, or its instruction and output as two turns."""
+    if "instruction" in row and "output" in row:
+        question = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
+        return [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": row["output"]},
+        ]
+    return [_turn(turn) for turn in row.get("messages") or row.get("conversations") or []]
+
+
 def _turn(turn: dict[str, str]) -> dict[str, str]:
-    role, content = (
-        turn.get(key) or turn.get(other) for key, other in (("role", "from"), ("content", "value"))
-    )
+    """A turn with role and content, also from a turn with from and value."""
+    role = turn.get("role") or turn.get("from")
+    content = turn.get("content") or turn.get("value")
     if role not in _ROLES or not isinstance(content, str):
         raise ValueError(
             f"A turn is {turn!r}; needed are a role ({', '.join(_ROLES)}) and its content."
@@ -318,6 +328,7 @@ def _turn(turn: dict[str, str]) -> dict[str, str]:
 
 
 def _stack(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """A batch of images."""
     return {
         "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
         "labels": torch.tensor([row["label"] for row in rows]),

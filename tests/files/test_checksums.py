@@ -30,9 +30,11 @@ from qrefta.files.checksums import KEY
 from qrefta.files.safetensors import Checkpoint
 from qrefta.files.verify import LIST, SWITCH, check_saved, write_checksums
 from qrefta.hf_quantizer import _hub_list
+from qrefta.train.arguments import training_arguments
 from qrefta.train.checkpoints import last_checkpoint
 from tests.models import ARCHITECTURES, logits, tiny_bert, tiny_swin
 from tests.models import prepared as prepared_architecture
+from tests.peers import add_adapter
 from tests.test_hf_quantizer import EVERY_2_STEPS, nudge, trainer
 from tests.tiny import color_data, tiny_folder, tiny_tokenizer
 
@@ -192,7 +194,7 @@ def test_a_dense_model_is_saved_over_a_prepared_one(tmp_path):
 def test_an_adapter_that_is_saved_into_a_prepared_folder_leaves_the_weights(folder):
     before = (folder / "model.safetensors").read_bytes()
     dense = tiny_bert()
-    dense.add_adapter(LoraConfig(r=2, target_modules=["query"]))
+    add_adapter(dense, LoraConfig(r=2, target_modules=["query"]))
     dense.save_pretrained(folder)
     assert (folder / "adapter_model.safetensors").is_file()
     assert (folder / "model.safetensors").read_bytes() == before
@@ -424,14 +426,20 @@ def test_the_recipe_does_not_go_on_from_damaged_weights(tmp_path):
     tiny_folder(tmp_path / "base")
     tokenizer, data = tiny_tokenizer(), color_data(16, 8)
 
-    def run(**settings):
+    def run(max_steps, resume=False):
         model = BertForSequenceClassification.from_pretrained(tmp_path / "base")
         model = qrefta.prepare(model, rank=2, refine=0, progress=False)
-        qrefta.finetune(
-            model, tokenizer, data, tmp_path / "out", batch_size=4, progress=False, **settings
+        args = training_arguments(
+            "classify",
+            tmp_path / "out",
+            per_device_train_batch_size=4,
+            max_steps=max_steps,
+            save_steps=1,
+            disable_tqdm=True,
         )
+        qrefta.finetune(model, tokenizer, data, args=args, resume=resume)
 
-    run(max_steps=2, save_steps=1)
+    run(max_steps=2)
     flip(last_checkpoint(tmp_path / "out") / "model.safetensors")
     with pytest.raises(ValueError, match="the checksum of"):
         run(max_steps=4, save_steps=1, resume=True)

@@ -11,8 +11,9 @@ import pytest
 from transformers import AutoTokenizer
 
 import qrefta
+from qrefta.train._finetune import finetune
+from qrefta.train.arguments import training_arguments
 from qrefta.train.checkpoints import last_checkpoint
-from qrefta.train.finetune import finetune
 from qrefta.train.models import load_classifier
 from tests.models import tiny_bert
 from tests.tiny import color_data, tiny_folder
@@ -64,14 +65,16 @@ def test_checkpoints_and_the_model_of_a_run_stay_whole(disk, dense, spoil):
         load_classifier(str(dense), ["red", "blue"], seed=0), rank=8, refine=0, progress=False
     )
     tokenizer, out = AutoTokenizer.from_pretrained(dense), disk / "run"
-    settings = {"save_steps": 1, "progress": False}
-    finetune(model, tokenizer, color_data(), out, max_steps=1, **settings)
+    settings = {"save_steps": 1, "disable_tqdm": True}
+    args = training_arguments("classify", out, max_steps=1, **settings)
+    finetune(model, tokenizer, color_data(), args=args)
     before = files(out)
     spoil(disk)
+    args = training_arguments("classify", out, max_steps=2, **settings)
     with pytest.raises(
         OSError, match=r"Cannot write the checkpoint of step 2 .*(No space left|Read-only)"
     ):
-        finetune(model, tokenizer, color_data(), out, max_steps=2, resume=True, **settings)
+        finetune(model, tokenizer, color_data(), args=args, resume=True)
     assert files(out) == before
     assert last_checkpoint(out) == out / "checkpoint-1"
     qrefta.load(out)

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import qrefta
+from qrefta._compat.transformers import enable_checkpointing
 from qrefta.memory.footprint import _AsOnCuda, _Ledger
 from qrefta.memory.meta_model import Outline
 from qrefta.memory.plan import _Case, _largest, _plan, plan
@@ -54,7 +55,7 @@ def prepared_step(model, checkpointing, **settings):
     qrefta.prepare(model, refine=0, progress=False, **settings)
     if checkpointing:
         # the states of the CPU's generator, five KB a block, are in no GPU's memory
-        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        enable_checkpointing(model, {"use_reentrant": False, "preserve_rng_state": False})
     images = model.main_input_name == "pixel_values"
     inputs = torch.zeros(BATCH, 3, 16, 16) if images else randint(SEQ)
     labels = torch.zeros(BATCH, dtype=torch.long) if images else inputs

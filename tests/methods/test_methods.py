@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import qrefta
+from qrefta._compat.transformers import enable_checkpointing
 from qrefta.linalg.metric import Metric
 from qrefta.linalg.tucker import hosvd
 from qrefta.methods import METHODS
@@ -475,7 +476,7 @@ def test_gradients_are_the_same_checkpointed(method):
     batch = inputs(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     expected = torch.autograd.grad(model(**batch, labels=batch["input_ids"]).loss, trained)
-    model.train().gradient_checkpointing_enable()
+    enable_checkpointing(model.train())
     found = torch.autograd.grad(model(**batch, labels=batch["input_ids"]).loss, trained)
     assert_close(found, expected, rtol=0, atol=0)
 

@@ -20,6 +20,7 @@ from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 import qrefta
+from qrefta._compat.transformers import enable_checkpointing
 from qrefta.files.verify import SWITCH
 from qrefta.linalg.metric import output_error
 from qrefta.model.stacks import find_stacks, model_weights, select_stacks
@@ -265,7 +266,7 @@ def test_checkpointing_changes_no_bit():
         return torch.autograd.grad(model(**batch, use_cache=False).logits.square().mean(), trained)
 
     expected = gradients()
-    model.gradient_checkpointing_enable()
+    enable_checkpointing(model)
     assert all(torch.equal(a, b) for a, b in zip(gradients(), expected, strict=True))
 
 

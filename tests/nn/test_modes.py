@@ -11,10 +11,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import qrefta
+from qrefta._compat.transformers import enable_checkpointing
 from qrefta.hf_quantizer import place_bank
 from qrefta.nn.factors import BANK
 from qrefta.nn.quantized import QUANT_TYPES
-from qrefta.train.finetune import finetune
+from qrefta.train._finetune import finetune
+from qrefta.train.arguments import training_arguments
 from qrefta.train.models import load_classifier
 from tests import models
 from tests.models import ARCHITECTURES, VOCAB, build, decoder_sizes
@@ -70,15 +72,14 @@ def test_gradient_checkpointing_changes_no_bit(architecture, length):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     expected = gradients(model, batch)
-    model.gradient_checkpointing_enable()
+    enable_checkpointing(model)
     assert_same(gradients(model, batch), expected, rtol=0, atol=0)
 
 
 def test_a_checkpointed_model_keeps_the_inputs_of_its_blocks_only():
-    """Only tensors as large as a hidden state count; the last norm adds its input in two forms."""
-    model = prepared().train()
-    batch = tokens(2, 16)
-    model.gradient_checkpointing_enable()
+    """Of what is as large as a hidden state; the last norm adds its own input in two forms."""
+    model, batch = prepared().train(), tokens(2, 16)
+    enable_checkpointing(model)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         hidden = model.model(input_ids=batch, use_cache=False).last_hidden_state
@@ -91,18 +92,24 @@ def test_a_checkpointed_model_keeps_the_inputs_of_its_blocks_only():
     assert len(wide) <= model.config.num_hidden_layers + 2
 
 
+# transformers 5.24 renamed it to activation_checkpointing
+old_name = pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")
+
+
+@old_name
 @pytest.mark.parametrize(
     "options", [{"use_reentrant": True}, {"preserve_rng_state": True}], ids=["asked", "default"]
 )
 def test_reentrant_checkpointing_is_refused_with_the_reason(options):
     model = prepared()
     with pytest.raises(ValueError, match="wrong gradients"):
-        model.gradient_checkpointing_enable(options)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model, options)
+    enable_checkpointing(model, {"use_reentrant": False})
     model.gradient_checkpointing_disable()
     copy.deepcopy(model)
 
 
+@old_name
 def test_trainer_refuses_reentrant_checkpointing(tmp_path):
     arguments = TrainingArguments(
         tmp_path,
@@ -251,17 +258,16 @@ OPTIMIZERS = ["adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "adafactor
 def test_trainers_optimizers_learn_the_task(optimizer, tmp_path):
     folder = tiny_folder(tmp_path / "tiny")
     model = qrefta.prepare(load_classifier(str(folder), ["red", "blue"], seed=0), rank=8)
-    result = finetune(
-        model,
-        AutoTokenizer.from_pretrained(folder),
-        color_data(),
+    args = training_arguments(
+        "classify",
         tmp_path / "out",
         learning_rate=1e-2,
-        batch_size=16,
-        epochs=8,
-        optimizer=optimizer,
-        progress=False,
+        per_device_train_batch_size=16,
+        num_train_epochs=8,
+        optim=optimizer,
+        disable_tqdm=True,
     )
+    result = finetune(model, AutoTokenizer.from_pretrained(folder), color_data(), args=args)
     assert result.accuracy_after > 0.9
 
 

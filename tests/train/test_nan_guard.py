@@ -7,7 +7,8 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 import qrefta
 from qrefta.nn.factors import BANK
-from qrefta.train.finetune import finetune
+from qrefta.train._finetune import finetune
+from qrefta.train.arguments import training_arguments
 from qrefta.train.models import load_classifier
 from qrefta.train.nan_guard import _all_finite, _finite, find_origin, finite_steps
 from tests.models import pixels, tiny_bert, tiny_vit
@@ -78,18 +79,13 @@ def test_the_layer_where_it_began_is_named(tmp_path):
     evaluated = 1  # before the first step, in one batch
     overflow(model.get_submodule(LAYER), evaluated + 5)
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    args = training_arguments(
+        "classify", tmp_path / "out", max_steps=8, save_steps=2, disable_tqdm=True
+    )
     with pytest.raises(
         FloatingPointError, match=rf"In step 6 the loss is nan; the output of {LAYER} is not finite"
     ):
-        finetune(
-            model,
-            tokenizer,
-            color_data(),
-            tmp_path / "out",
-            max_steps=8,
-            save_steps=2,
-            progress=False,
-        )
+        finetune(model, tokenizer, color_data(), args=args)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "checkpoint-2",
         "checkpoint-4",

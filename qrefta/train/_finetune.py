@@ -1,0 +1,324 @@
+"""Fine-tuning on transformers' Trainer, of a prepared model or any other, for all tasks."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from accelerate.utils import gather_object
+from datasets import DatasetDict
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import (
+    BaseImageProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from qrefta._deprecations import deprecated_keywords
+from qrefta.distributed import check_sharding, processes, whole_state
+from qrefta.files.checksums import DIGESTS, check_digests
+from qrefta.hf_quantizer import is_prepared, prepared_config
+from qrefta.model_card import write_card
+from qrefta.nn.factors import BANK
+from qrefta.train.arguments import run_arguments
+from qrefta.train.checkpoints import (
+    clear_unfinished,
+    last_checkpoint,
+    publish,
+    whole_checkpoints,
+    writing,
+)
+from qrefta.train.nan_guard import finite_steps
+from qrefta.train.tasks import TASKS, Recipe, TaskName
+
+MAX_LENGTH = 128  # tokens, for tasks whose TrainingArguments have no such field
+_OLD_KEYWORDS = {
+    "warmup_steps": "args=TrainingArguments(..., warmup_steps=...)",
+    "weight_decay": "args=TrainingArguments(..., weight_decay=...)",
+    "save_steps": "args=TrainingArguments(..., save_steps=...)",
+    "optimizer": "args=TrainingArguments(..., optim=...)",
+    "fsdp": "args=TrainingArguments(..., fsdp=True)",
+    "report_to": "args=TrainingArguments(..., report_to=...)",
+}
+
+
+class FinetuneResult(NamedTuple):
+    """Scores and size of a training run.
+
+    Attributes:
+        accuracy_before, accuracy_after: on the test split, 0 .. 1; None for tasks without classes.
+        test_loss_before, test_loss: mean cross-entropy on the test split, before and after
+            training, nats.
+        train_loss: mean over the steps of this call and all processes, nats.
+        steps: optimizer steps of the whole run.
+        train_s: seconds in the training loop of this call, without evaluation.
+        trained_parameters: number of trainable parameters, as
+            `model.num_parameters(only_trainable=True)` counts them.
+    """
+
+    accuracy_before: float | None
+    accuracy_after: float | None
+    test_loss_before: float
+    test_loss: float
+    train_loss: float
+    steps: int
+    train_s: float
+    trained_parameters: int
+
+
+def finetune(
+    model: PreTrainedModel,
+    processor: PreTrainedTokenizerBase | BaseImageProcessor,
+    dataset: DatasetDict | str | Path,
+    output_dir: str | Path | None = None,
+    *,
+    task: TaskName = "classify",
+    args: TrainingArguments | None = None,
+    learning_rate: float | None = None,
+    epochs: float | None = None,
+    max_steps: int | None = None,
+    batch_size: int | None = None,
+    max_length: int | None = None,
+    packing: bool | None = None,
+    gradient_accumulation: int | None = None,
+    gradient_checkpointing: bool | None = None,
+    bf16: bool | None = None,
+    seed: int | None = None,
+    resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    progress: bool | None = None,
+    **deprecated: Any,
+) -> FinetuneResult:
+    """Train a model in place; write it, its tokenizer and a model card to `output_dir`.
+
+    The run is transformers' Trainer (TRL's SFTTrainer for sft): its optimizers, schedules, logging
+    and progress bar. It works alike for a prepared model, a PEFT model and a plain one, so they can
+    be compared on the same data, order and steps. At the end the factors' float32 masters are
+    rounded to the values that the forward pass used.
+
+    Settings come from the keywords, from `args`, or from both. Without `args` the defaults are
+    qrefta's (`qrefta.train.arguments.DEFAULTS`). With `args` every field of `args` holds, and a
+    keyword may only set a field that `args` leaves at the default of its class. Every run has whole
+    checkpoints, stops before a step that is not finite, evaluates at the start and the end, and
+    uses non-reentrant gradient checkpointing, whatever `args` say.
+
+    In several processes that torchrun started, all with the same arguments, a step takes
+    `batch_size` rows a process, in the order of one process with all rows. The first process writes
+    the files.
+
+    Args:
+        model: of the task's class; a classifier with as many labels as the data have classes.
+        processor: the model's tokenizer; for images its image processor.
+        dataset: a file, folder or hub name for the task's loader
+            (`qrefta.train.data.load_classification`, `qrefta.train.tasks.load_text`, `load_chat`,
+            `load_images`), or the `DatasetDict` that it returns.
+        output_dir: for checkpoints and the trained model, without checkpoints of another run.
+            Default: the folder of `args`.
+        task: classify (text), lm (running text), sft (conversations, by TRL) or image (classes of
+            images).
+        args: transformers' TrainingArguments, for sft TRL's SFTConfig: all settings that are no
+            keyword here, such as warmup_steps, weight_decay, save_steps, optim, fsdp and report_to.
+            `fsdp=True` shards the model over the processes, one a GPU, by FSDP2; else every process
+            holds the whole model (DDP). `qrefta.train.arguments.training_arguments` makes one with
+            qrefta's defaults.
+        learning_rate: peak, of all trainable parameters; 1e-3.
+        epochs, max_steps: length of the run, 3 epochs; a positive `max_steps` wins.
+        batch_size: rows of a forward and backward pass in every process; 32.
+        max_length: tokens of a row, longer rows are cut; for lm the tokens of a block; 128.
+        packing: for sft, fill sequences with several conversations; False. Packed conversations
+            attend to each other unless the model runs with flash attention.
+        gradient_accumulation: passes of a step, of `batch_size` rows each; 1.
+        gradient_checkpointing: recompute the activations of the blocks in the backward pass; False.
+        bf16: compute in bf16 under autocast; False. For a model that is loaded in float32: in a
+            model loaded in bf16 the head trains in bf16 and loses small updates.
+        seed: of the batch order and dropout; 0.
+        resume: continue from the last checkpoint in `output_dir`; the result is the same, bit for
+            bit, as without the interruption.
+        callbacks: transformers' TrainerCallbacks.
+        progress: show the progress bar; True.
+        deprecated: keywords of older releases: warmup_steps, weight_decay, save_steps, optimizer,
+            fsdp, report_to.
+
+    Raises:
+        ValueError: for an unknown task, unusable data, labels of the model that do not fit the
+            data, a keyword that contradicts `args`, a missing or damaged checkpoint to resume from,
+            checkpoints of an earlier run without `resume`, or processes that cannot share the model
+            as asked (see `qrefta.distributed`).
+        FloatingPointError: if a loss or a gradient is not finite; earlier checkpoints are whole.
+        OSError: if a checkpoint or the model cannot be written; earlier files are whole.
+    """
+    check_sharding()
+    if task not in TASKS:
+        raise ValueError(f"task is {task!r}; it must be one of {', '.join(TASKS)}")
+    settings = {
+        "learning_rate": learning_rate,
+        "num_train_epochs": epochs,
+        "max_steps": max_steps,
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": gradient_accumulation,
+        "gradient_checkpointing": gradient_checkpointing,
+        "bf16": bf16,
+        "seed": seed,
+        "disable_tqdm": None if progress is None else not progress,
+    }
+    if task == "sft":
+        settings |= {"max_length": max_length, "packing": packing}
+    elif packing:
+        raise ValueError(f"packing=True is for the task sft; the task is {task!r}")
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if deprecated:
+        settings |= _old_settings(deprecated, args)
+    together = processes()  # before TrainingArguments, whose processes wait less long for the first
+    arguments = run_arguments(model, task, args, output_dir, settings)
+    with together.main_process_first():  # the other processes find its cache
+        recipe = _recipe(model, processor, dataset, task, arguments.seed, max_length or MAX_LENGTH)
+    return _train(model, processor, recipe, arguments, task, resume, callbacks)
+
+
+def round_masters(model: nn.Module) -> None:
+    """Round every factor's float32 master to the value of the forward pass; no-op without factors."""
+    if isinstance(model, FSDPModule):
+        model.reshard()  # round the shards, not their gathered copy
+    for factors in getattr(model, BANK, {}).values():
+        factors.round_masters()
+
+
+class _Evaluations(TrainerCallback):
+    """Sums the seconds that evaluation takes."""
+
+    runtime_s = 0.0
+
+    def on_evaluate(self, *_: Any, metrics: dict[str, float], **__: Any) -> None:
+        self.runtime_s += metrics["eval_runtime"]
+
+
+def _old_settings(deprecated: dict[str, Any], args: TrainingArguments | None) -> dict[str, Any]:
+    """Keywords of older releases by their names in TrainingArguments."""
+    given = deprecated_keywords("finetune", deprecated, _OLD_KEYWORDS)
+    if args is not None:
+        raise ValueError(f"args and {', '.join(given)} are both given; set these fields in args.")
+    if "optimizer" in given:
+        given["optim"] = given.pop("optimizer")
+    return given
+
+
+def _recipe(
+    model: PreTrainedModel,
+    processor: PreTrainedTokenizerBase | BaseImageProcessor,
+    dataset: DatasetDict | str | Path,
+    task: TaskName,
+    seed: int,
+    max_length: int,
+) -> Recipe:
+    data = dataset
+    if isinstance(data, str | Path):
+        data = TASKS[task].load(data, seed=seed)
+    return TASKS[task].recipe(model, processor, data, max_length)
+
+
+def _train(
+    model: PreTrainedModel,
+    processor: PreTrainedTokenizerBase | BaseImageProcessor,
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    task: TaskName,
+    resume: bool,
+    callbacks: Sequence[TrainerCallback],
+) -> FinetuneResult:
+    """Train, evaluate and write the model."""
+    run = Path(arguments.output_dir)
+    checkpoint = _checkpoint_of(run, resume)
+    evaluations = _Evaluations()
+    trainer = _trainer(model, processor, recipe, arguments, [*callbacks, evaluations])
+    outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    train_s = outcome.metrics["train_runtime"] - evaluations.runtime_s
+    # the log of a resumed run begins with the run before
+    before = next(row for row in trainer.state.log_history if "eval_loss" in row)
+    round_masters(model)
+    after = trainer.evaluate()
+    loss = after["eval_loss"]
+    training = f"It was fine-tuned ({task}, {outcome.global_step} steps, test loss {loss:.4f})."
+    _save(model, processor, run, training, write=arguments.should_save)
+    return FinetuneResult(
+        accuracy_before=before.get("eval_accuracy"),
+        accuracy_after=after.get("eval_accuracy"),
+        test_loss_before=before["eval_loss"],
+        test_loss=loss,
+        train_loss=fmean(gather_object([outcome.training_loss])),
+        steps=outcome.global_step,
+        train_s=train_s,
+        trained_parameters=_count_trainable(model),
+    )
+
+
+def _checkpoint_of(run: Path, resume: bool) -> Path | None:
+    """The checkpoint to resume from; None for a new run."""
+    if processes().is_main_process:
+        clear_unfinished(run)
+    checkpoint = last_checkpoint(run)
+    if resume and checkpoint is None:
+        raise ValueError(f"There is no checkpoint to resume from in {run}.")
+    if checkpoint is None:
+        return None
+    if not resume:
+        raise ValueError(
+            f"{run} holds {checkpoint.name} of an earlier run, which could be taken for one of "
+            "this run. Continue that run with resume=True, give another output_dir, or remove it."
+        )
+    if (checkpoint / DIGESTS).is_file():  # Trainer does not load weights through the plug-in
+        check_digests(checkpoint, checkpoint.glob("model*.safetensors"))
+    return checkpoint
+
+
+def _trainer(
+    model: PreTrainedModel,
+    processor: PreTrainedTokenizerBase | BaseImageProcessor,
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    callbacks: list[TrainerCallback],
+) -> Trainer:
+    trainer = finite_steps(whole_checkpoints(recipe.trainer))(
+        model=model,
+        args=arguments,
+        train_dataset=recipe.train,
+        eval_dataset=recipe.test,
+        data_collator=recipe.collate,
+        compute_metrics=recipe.metrics,
+        processing_class=processor,
+        callbacks=callbacks,
+    )
+    if (
+        recipe.mean_loss
+    ):  # Trainer assumes a sum over tokens for models whose forward takes **kwargs
+        trainer.model_accepts_loss_kwargs = False
+    if arguments.fsdp and not trainer.is_fsdp_enabled:
+        raise ValueError("fsdp shards a model over GPUs, and there are none here; leave it out.")
+    return trainer
+
+
+def _save(
+    model: PreTrainedModel,
+    processor: PreTrainedTokenizerBase | BaseImageProcessor,
+    run: Path,
+    training: str,
+    write: bool,
+) -> None:
+    """Write the model, its processor and a card; all processes call it, some `write`."""
+    state = whole_state(model)
+    if not write:
+        return
+    with writing(run, "the model") as folder:
+        model.save_pretrained(folder, state_dict=state)
+        processor.save_pretrained(folder)
+        if is_prepared(model):
+            write_card(folder, prepared_config(model), training)
+        publish(folder, run)
+
+
+def _count_trainable(model: nn.Module) -> int:
+    """Number of trainable parameters, also of a PEFT model, which has no `num_parameters`."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -1,0 +1,212 @@
+"""TrainingArguments: qrefta's defaults, the caller's settings, and values that every run needs."""
+
+import copy
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, TrainingArguments
+
+from qrefta.hf_quantizer import is_prepared, prepared_config
+from qrefta.train.tasks import TaskName, load_trl
+
+DEFAULTS: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "num_train_epochs": 3.0,
+    "per_device_train_batch_size": 32,
+    "warmup_steps": 0.1,  # share of the run; the first step of a warm-up changes nothing
+    "weight_decay": 0.0,  # decay would pull the factors to zero, away from the original weights
+    "save_steps": 0.25,
+    "save_total_limit": 2,
+    "logging_steps": 0.25,
+    "optim": "adamw_torch",
+    "bf16": False,
+    "seed": 0,
+    "report_to": "none",
+    "disable_tqdm": False,
+}
+TASK_DEFAULTS: dict[TaskName, dict[str, Any]] = {
+    "sft": {"max_length": 128, "packing": False, "completion_only_loss": True},
+}
+TASK_VALUES: dict[TaskName, dict[str, Any]] = {
+    "image": {"remove_unused_columns": False},  # the model takes no column named image
+}
+UNSUPPORTED = {
+    "push_to_hub": "push the folder after the run, with model.push_to_hub or `hf upload`",
+    "resume_from_checkpoint": "use finetune(..., resume=True), which takes the last checkpoint",
+}
+KEYWORDS = {
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation",
+}
+CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # new and old name
+
+
+def training_arguments(
+    task: TaskName, output_dir: str | Path, **settings: Any
+) -> TrainingArguments:
+    """TrainingArguments with qrefta's defaults (for sft an SFTConfig), to pass to `finetune` as
+    `args`.
+
+    Args:
+        task: classify, lm, sft or image.
+        output_dir: folder of the run.
+        settings: any field of the class; each replaces a default.
+
+    Raises:
+        ImportError: for sft, if TRL is not installed.
+    """
+    kind = arguments_class(task)
+    values = _default_values(task, settings) | {"output_dir": str(output_dir)}
+    return kind(**values | _device_values(values) | _checkpointing_values(kind, values))
+
+
+def run_arguments(
+    model: PreTrainedModel,
+    task: TaskName,
+    args: TrainingArguments | None,
+    output_dir: str | Path | None,
+    settings: dict[str, Any],
+) -> TrainingArguments:
+    """The arguments of one run; `args` itself is left as it is.
+
+    Args:
+        model: to be trained.
+        task: classify, lm, sft or image.
+        args: the caller's arguments, or None for qrefta's defaults.
+        output_dir: the caller's keyword, or None.
+        settings: the caller's other keywords, by their names in TrainingArguments.
+
+    Raises:
+        ValueError: if `args` is of another class than the task needs, contradicts a keyword, or
+            asks for something that a run cannot do.
+    """
+    kind = arguments_class(task) if args is None else type(args)
+    if args is None:
+        values = _default_values(task, settings)
+    else:
+        values = _given_values(args, arguments_class(task), settings)
+    values["output_dir"] = str(_output_dir(args, output_dir))
+    values |= TASK_VALUES.get(task, {})
+    values["eval_on_start"] = True  # for the result's accuracy and loss before training
+    values |= _device_values(values)
+    values |= _checkpointing_values(kind, values)
+    if is_prepared(model) and values.get("ddp_find_unused_parameters") is None:
+        values["ddp_find_unused_parameters"] = False  # every pass uses all factors
+    if values.get("fsdp"):
+        values["fsdp_config"] = fsdp2_config(model) | (values.get("fsdp_config") or {})
+    return kind(**values)
+
+
+def arguments_class(task: TaskName) -> type[TrainingArguments]:
+    """TRL's SFTConfig for sft, else TrainingArguments."""
+    return load_trl()[1] if task == "sft" else TrainingArguments
+
+
+def fsdp2_config(model: PreTrainedModel) -> dict[str, Any]:
+    """Trainer's `fsdp_config` to shard a model block by block; every process writes its part of a
+    checkpoint.
+
+    The blocks of a prepared model are named here. The blocks that BERT's class names contain its
+    embeddings, on which accelerate 1.15 fails.
+    """
+    config: dict[str, Any] = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}
+    if not is_prepared(model):
+        return config
+    blocks = set()
+    for row in prepared_config(model).stacks:
+        depth = row.stack.split(".").index("*") + 1
+        for path in row.modules:
+            block = ".".join(path.split(".")[:depth])
+            blocks.add(type(model.get_submodule(block)).__name__)
+    return config | {"transformer_layer_cls_to_wrap": sorted(blocks)}
+
+
+def _default_values(task: TaskName, settings: dict[str, Any]) -> dict[str, Any]:
+    values = DEFAULTS | TASK_DEFAULTS.get(task, {}) | settings
+    values.setdefault("per_device_eval_batch_size", 2 * values["per_device_train_batch_size"])
+    return values
+
+
+def _given_values(
+    args: TrainingArguments, kind: type[TrainingArguments], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """The fields of `args`; a keyword replaces a field that still has the default of its class."""
+    if not isinstance(args, kind):
+        raise ValueError(f"args is a {type(args).__name__}; this task needs a {kind.__name__}")
+    for name, instead in UNSUPPORTED.items():
+        if getattr(args, name, None):
+            raise ValueError(f"args.{name} is not supported; {instead}.")
+    values: dict[str, Any] = {}
+    for field in fields(args):
+        if not field.init:
+            continue
+        given = copy.deepcopy(getattr(args, field.name))
+        if field.name in settings and settings[field.name] != given:
+            # TrainingArguments turns a default of None into False
+            if given != field.default and (given or field.default is not None):
+                raise _contradiction(field.name, settings[field.name], given)
+            given = settings[field.name]
+        values[field.name] = given
+    for name in ("activation_checkpointing", "activation_checkpointing_kwargs"):
+        values.pop(
+            name, None
+        )  # a copy of the field with the old name, which a keyword may have changed
+    return values
+
+
+def _contradiction(name: str, value: object, given: object) -> ValueError:
+    if name == "disable_tqdm":
+        keyword = f"progress={not value}"
+    else:
+        keyword = f"{KEYWORDS.get(name, name)}={value!r}"
+    return ValueError(f"{keyword} contradicts args, where {name}={given!r}; give one of them.")
+
+
+def _output_dir(args: TrainingArguments | None, output_dir: str | Path | None) -> Path:
+    if args is None:
+        if output_dir is None:
+            raise ValueError("output_dir is missing; give it, or args with an output_dir.")
+        return Path(output_dir)
+    default = "trainer_output"  # by TrainingArguments, where none is given
+    given = Path(args.output_dir or default)
+    if output_dir is None or Path(output_dir) == given:
+        return given
+    if args.output_dir != default:
+        raise _contradiction("output_dir", str(output_dir), args.output_dir)
+    return Path(output_dir)
+
+
+def _device_values(values: dict[str, Any]) -> dict[str, Any]:
+    has_device = torch.accelerator.is_available()
+    return {
+        # without it accelerate ignores torchrun's other processes on a CPU
+        "use_cpu": values.get("use_cpu") or not has_device,
+        "dataloader_pin_memory": values.get("dataloader_pin_memory", True) and has_device,
+    }
+
+
+def _checkpointing_values(kind: type[TrainingArguments], values: dict[str, Any]) -> dict[str, Any]:
+    """Gradient checkpointing under the names that a class has; never reentrant.
+
+    Reentrant checkpointing gives shared factors wrong gradients when several processes train.
+    """
+    enabled = any(values.get(name) for name in CHECKPOINTING)
+    options: dict[str, Any] = {"use_reentrant": False}
+    for name in CHECKPOINTING:
+        options |= values.get(f"{name}_kwargs") or {}
+    if options["use_reentrant"]:
+        raise ValueError(
+            "args asks for gradient checkpointing with use_reentrant=True, which gives shared "
+            "factors wrong gradients in several processes; leave use_reentrant out, or set it to "
+            "False."
+        )
+    names = {field.name for field in fields(kind)}
+    changed: dict[str, Any] = {}
+    for name in CHECKPOINTING:
+        if name in names:
+            changed[name] = enabled
+            changed[f"{name}_kwargs"] = options if enabled else None
+    return changed
