@@ -1,7 +1,8 @@
 """4-bit fine-tuning of transformers models with shared tensor factors (ReFTA)."""
 
-# Only light imports here: `qrefta --help` and a mistyped command must not wait for torch. Every command imports what it
-# needs; the choices of options come from `qrefta.choices`, which imports nothing.
+# Only light imports here: `qrefta --help` and a mistyped command must not wait for torch. Every
+# command imports what it needs; the choices of options come from `qrefta.choices`, which imports
+# nothing.
 
 import logging
 import shutil
@@ -39,14 +40,14 @@ Bits = Annotated[
 Rank = Annotated[
     str,
     typer.Option(
-        help="R: components of every stack, over all its layers; or auto, with --budget-mb or --error-ratio."
+        help="R: components of a stack, over all its layers; auto: see --budget-mb, --error-ratio."
     ),
 ]
 MethodOption = Annotated[Method, typer.Option("--method", help="Tensor method.")]
 Ranks = Annotated[
     str | None,
     typer.Option(
-        help="Alternative to --rank for craft: ranks of layers, outputs and inputs, such as 24,100,100."
+        help="Alternative to --rank for craft: layers, outputs, inputs, such as 24,100,100."
     ),
 ]
 TrainedParams = Annotated[
@@ -65,7 +66,7 @@ ErrorRatio = Annotated[
 Calibration = Annotated[
     str | None,
     typer.Option(
-        help="File of text (txt, csv, tsv, jsonl, parquet): keep the outputs on it close, instead of the weights."
+        help="Text (txt, csv, tsv, jsonl, parquet): keep the outputs on it, instead of the weights."
     ),
 ]
 TransformOption = Annotated[Transform, typer.Option("--transform", help="Mode-3 transform.")]
@@ -454,7 +455,9 @@ def plan(
     gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute activations.")] = False,
     optimizer: Annotated[Optimizer, typer.Option(help="AdamW in 32 or 8 bits.")] = "adamw",
 ) -> None:
-    """Count the memory of a training step from the config alone, and suggest changes if it does not fit."""
+    """Count the memory of a training step from the config alone, and suggest changes if it does not
+    fit.
+    """
     quiet_libraries(data=False)
     from qrefta.memory.plan import plan as plan_memory
     from qrefta.tables import plan_table
@@ -487,7 +490,8 @@ def plan(
         largest += f", largest rank {memory.largest_rank:,}"
     verdict = "It fits" if memory.fits else "It does not fit"
     console.print(
-        f"{verdict} in {memory.available_bytes / 1e9:.2f} GB; with all other settings as given: {largest}."
+        f"{verdict} in {memory.available_bytes / 1e9:.2f} GB; with all other settings as given: "
+        f"{largest}."
     )
     for saving in memory.savings:
         console.print(f"  {saving.change} would save {saving.saved_bytes / 1e9:.2f} GB")
@@ -564,7 +568,8 @@ def _print_differences(written: "Export") -> None:
     )
     if written.weight_error:
         console.print(
-            f"The LoRA leaves out {written.weight_error:.2g} of the squared norm of the exact update."
+            f"The LoRA leaves out {written.weight_error:.2g} of the squared norm of the exact "
+            "update."
         )
     for note in written.notes:
         console.print(f"Note: {note}.")
@@ -592,7 +597,9 @@ def _read_rows(folder: Path) -> list[dict]:
 
 
 def _gather(model: str, calibration: str, seed: int) -> "Moments":
-    """Moments of a dense model's inputs on a file of text; the model is in memory while they are gathered."""
+    """Moments of a dense model's inputs on a file of text; the model is in memory while they are
+    gathered.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     from qrefta.model.build import model_class

@@ -29,17 +29,19 @@ class StackRow:
         modules, transposed, experts: as in `qrefta.model.stacks.LayerStack`.
         layers, shape: K and (out, in).
         rank: R, or a method's several ranks; 0 for a stack that is quantized only.
-        slice_ranks: ReFTA's components of each transformed slice, which sum to `rank`; empty for other methods.
-        transform, quant_type: as given to `prepare`; transform is None where the factors are not fitted to the weights,
-            quant_type with 16 bits.
-        baseline_error: ||W - Q(W)||_F^2 over the stack: the whole weight is quantized (a Gaussian-zero start).
+        slice_ranks: ReFTA's components of each transformed slice, which sum to `rank`; empty for
+            other methods.
+        transform, quant_type: as given to `prepare`; transform is None where the factors are not
+            fitted to the weights, quant_type with 16 bits.
+        baseline_error: ||W - Q(W)||_F^2 over the stack: the whole weight is quantized (a
+            Gaussian-zero start).
         residual_error: ||W_res - Q(W_res)||_F^2 over the stack, as stored; 0 with 16 bits.
         ratio: residual_error / baseline_error; 1 where there is no error to remove.
         principal_energy: ||principal part||_F^2 / ||W||_F^2.
         bytes: packed weights, scales, and factors with trained numbers at `factor_dtype`.
         bits_per_weight: 8 bytes / (K out in).
-        output_error: sum_l E||x (W_l - stored W_l)^T||^2 over the inputs of the calibration, of an expert those of all
-            experts in its block; None without one.
+        output_error: sum_l E||x (W_l - stored W_l)^T||^2 over the inputs of the calibration, of an
+            expert those of all experts in its block; None without one.
         output_ratio: output_error / that of quantizing the whole weight.
     """
 
@@ -99,8 +101,8 @@ def read_row(stack: StackRow | dict[str, Any]) -> StackRow:
     wrong = next((name for name, fits in _fitting(row).items() if not fits), None)
     if wrong is not None:
         raise ValueError(
-            f"A stack of the qrefta config has {wrong} {getattr(row, wrong)!r}, which no stack has. config.json is "
-            "damaged: restore it from the folder that save_pretrained wrote."
+            f"A stack of the qrefta config has {wrong} {getattr(row, wrong)!r}, which no stack "
+            "has. config.json is damaged: restore it from the folder that save_pretrained wrote."
         )
     return row
 

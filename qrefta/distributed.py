@@ -1,9 +1,11 @@
-"""Several processes, one a GPU: who goes first, how their shards are gathered, and which ways of sharding are refused.
+"""Several processes, one a GPU: who goes first, how their shards are gathered, and which ways of
+sharding are refused.
 
-DDP and FSDP2 work. Under FSDP2 the packed weights of a block are gathered, 4 bits a weight, while the block runs; the
-factors belong to the root's group and are there from the first block's forward pass to its backward pass. FSDP1 has one
-flat tensor for the parameters of a block, and packed bytes cannot be part of it. DeepSpeed ZeRO-3 gathers a module's
-parameters for this module's own forward pass, but the layers read the factors outside of theirs.
+DDP and FSDP2 work. Under FSDP2 the packed weights of a block are gathered, 4 bits a weight, while
+the block runs; the factors belong to the root's group and are there from the first block's forward
+pass to its backward pass. FSDP1 has one flat tensor for the parameters of a block, and packed bytes
+cannot be part of it. DeepSpeed ZeRO-3 gathers a module's parameters for this module's own forward
+pass, but the layers read the factors outside of theirs.
 """
 
 import os
@@ -26,12 +28,15 @@ _SAVING_S = 60.0
 
 
 def processes() -> PartialState:
-    """The processes that torchrun started and this one's place among them; without torchrun it is the only one."""
+    """The processes that torchrun started and this one's place among them; without torchrun it is
+    the only one.
+    """
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=_PREPARING)
 
 
 def check_sharding() -> None:
-    """Refuse a setup of accelerate, by its launcher's variables or by an `Accelerator`, that cannot work.
+    """Refuse a setup of accelerate, by its launcher's variables or by an `Accelerator`, that cannot
+    work.
 
     Raises:
         ValueError: for FSDP1, for FSDP2 before torch 2.12, and for DeepSpeed ZeRO-3.
@@ -45,17 +50,21 @@ def check_sharding() -> None:
     # https://github.com/pytorch/pytorch/pull/177948
     if fsdp == "2" and torch.__version__ < (2, 12):
         raise ValueError(
-            f"FSDP2 shards packed weights from torch 2.12 on, and this is {torch.__version__}; use DDP."
+            f"FSDP2 shards packed weights from torch 2.12 on, and this is {torch.__version__}; "
+            "use DDP."
         )
     if fsdp == "1":
         raise ValueError(
-            "accelerate is set up for FSDP1, whose flat tensors cannot hold packed 4-bit weights; use DDP, or FSDP2: "
-            'fsdp_config={"version": 2} in TrainingArguments, FSDP_VERSION=2 or fsdp_version: 2 for accelerate.'
+            "accelerate is set up for FSDP1, whose flat tensors cannot hold packed 4-bit "
+            "weights; use DDP, or FSDP2: "
+            'fsdp_config={"version": 2} in TrainingArguments, FSDP_VERSION=2 or fsdp_version: 2 '
+            "for accelerate."
         )
     if zero == "3" or is_deepspeed_zero3_enabled():
         raise ValueError(
-            "DeepSpeed ZeRO-3 gathers parameters for their own module's forward pass only, and every layer reads the "
-            "shared factors; use DDP, or FSDP2 to shard the weights: fsdp=True with torchrun."
+            "DeepSpeed ZeRO-3 gathers parameters for their own module's forward pass only, and "
+            "every layer reads the shared factors; use DDP, or FSDP2 to shard the weights: "
+            "fsdp=True with torchrun."
         )
 
 
@@ -78,9 +87,10 @@ def check_gathered(parameter: Tensor, name: str) -> None:
     """
     if isinstance(parameter, DTensor):
         raise ValueError(
-            f"The {name} are sharded by FSDP2 and not gathered. The model's own forward pass gathers them, if its "
-            'blocks are sharded one by one (auto_wrap_policy "TRANSFORMER_BASED_WRAP") and the root last: call the '
-            "model, not a layer of it. To merge or export, save it and load it in one process."
+            f"The {name} are sharded by FSDP2 and not gathered. The model's forward pass gathers "
+            "them, if its blocks are sharded one by one (auto_wrap_policy "
+            '"TRANSFORMER_BASED_WRAP") and the root last: call the model, not a layer of it. To '
+            "merge or export, save it and load it in one process."
         )
 
 
@@ -90,7 +100,8 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def whole_state(model: nn.Module) -> Mapping[str, Tensor]:
-    """The state dict; if FSDP2 sharded the model, of whole tensors in CPU memory, and empty in all processes but one.
+    """The state dict; if FSDP2 sharded the model, of whole tensors in CPU memory, and empty in all
+    processes but one.
 
     All processes must call it, or those that do wait for ever.
     """
@@ -102,7 +113,8 @@ def whole_state(model: nn.Module) -> Mapping[str, Tensor]:
 
 
 def wait_for_all() -> None:
-    """Wait until all processes are about to gather a sharded model, so that gathering it cannot hang.
+    """Wait until all processes are about to gather a sharded model, so that gathering it cannot
+    hang.
 
     A plain Trainer under FSDP2 lets its first process save alone, while the others go on.
 
@@ -117,9 +129,10 @@ def wait_for_all() -> None:
             if time.monotonic() > deadline:
                 store.add(_counter(dist.get_rank()), -1)
                 raise ValueError(
-                    f"This process saves a model that FSDP2 sharded, and process {rank} does not take part. With a "
-                    'plain Trainer set fsdp_config={"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}, and at the '
-                    "end call model.save_pretrained in all processes; or train with qrefta.finetune."
+                    f"This process saves a model that FSDP2 sharded, and process {rank} does not "
+                    'take part. With a plain Trainer set fsdp_config={"version": 2, '
+                    '"state_dict_type": "SHARDED_STATE_DICT"}, and at the end call '
+                    "model.save_pretrained in all processes; or train with qrefta.finetune."
                 )
             time.sleep(0.01)
 

@@ -1,7 +1,8 @@
 """QReftaConfig: settings and rows of a prepared model, as transformers' quantization config.
 
-`qrefta.hf_quantizer` registers it. This module is imported while transformers imports its models (see `qrefta._plugin`).
-So nothing here may import `transformers.modeling_utils`, nor bitsandbytes, which takes seconds.
+`qrefta.hf_quantizer` registers it. This module is imported while transformers imports its models
+(see `qrefta._plugin`). So nothing here may import `transformers.modeling_utils`, nor bitsandbytes,
+which takes seconds.
 """
 
 from collections.abc import Sequence
@@ -35,15 +36,18 @@ class QReftaConfig(QuantizationConfigMixin):
     """Settings and rows of a prepared model; the `quantization_config` of its config.json.
 
     Args:
-        method, transform, rank, ranks, trained_params, bits, quant_type, block_size, double_quant, refine, seed,
-            factor_dtype, target_modules, modules_to_save, budget_mb, error_ratio: as in `qrefta.prepare`.
+        method, transform, rank, ranks, trained_params, bits, quant_type, block_size, double_quant,
+        refine, seed,
+            factor_dtype, target_modules, modules_to_save, budget_mb, error_ratio: as in
+                `qrefta.prepare`.
         calibrated: whether second moments of the inputs weighted the split.
         base_model: folder or hub name of the dense model that was prepared; None where it had none.
         stacks: a `StackRow` (or its dict) for every stack; empty before the model is prepared.
         format_version: of the checkpoint; a newer one than this package writes is refused.
 
     Raises:
-        ValueError: for a value that is not allowed, an unknown setting, or a newer or damaged format.
+        ValueError: for a value that is not allowed, an unknown setting, or a newer or damaged
+            format.
     """
 
     def __init__(
@@ -73,12 +77,13 @@ class QReftaConfig(QuantizationConfigMixin):
     ) -> None:
         if not isinstance(format_version, int) or not 1 <= format_version <= FORMAT_VERSION:
             raise ValueError(
-                f"The checkpoint has qrefta format version {format_version!r}; this package reads 1 to "
-                f"{FORMAT_VERSION}. Update it: pip install -U qrefta"
+                f"The checkpoint has qrefta format version {format_version!r}; this package reads "
+                f"1 to {FORMAT_VERSION}. Update it: pip install -U qrefta"
             )
         if unknown:
             raise ValueError(
-                f"Unknown qrefta settings {sorted(unknown)}; the config is damaged or from elsewhere."
+                f"Unknown qrefta settings {sorted(unknown)}; the config is damaged or from "
+                "elsewhere."
             )
         _one_of("method", method, METHOD_NAMES)
         _one_of("transform", transform, TRANSFORMS)
@@ -104,14 +109,16 @@ class QReftaConfig(QuantizationConfigMixin):
         )
         if self.ranks is not None and self.trained_params is not None:
             raise ValueError(
-                "ranks and trained_params are both given; trained_params chooses the ranks: give one."
+                "ranks and trained_params are both given; trained_params chooses the ranks: give "
+                "one."
             )
         self.budget_mb = _positive("budget_mb", budget_mb)
         self.error_ratio = _positive("error_ratio", error_ratio)
         _check_need(self.rank, self.budget_mb, self.error_ratio, bits)
         if self.rank == "auto" and (method != "refta" or self.ranks or self.trained_params):
             raise ValueError(
-                'rank="auto" weighs ReFTA\'s components; with another method, ranks or trained_params it does not go.'
+                'rank="auto" weighs ReFTA\'s components; it goes neither with another method, nor '
+                "with ranks or trained_params."
             )
         self.calibrated = calibrated
         self.base_model = base_model
@@ -181,11 +188,13 @@ def _check_need(
         raise ValueError(f'budget_mb and error_ratio go with rank="auto"; rank is {rank!r}')
     if rank == "auto" and (budget_mb is None) == (error_ratio is None):
         raise ValueError(
-            'rank="auto" needs either budget_mb (megabytes for all factors) or error_ratio (to reach)'
+            'rank="auto" needs either budget_mb (megabytes for all factors) or error_ratio (the '
+            "squared error to reach)"
         )
     if error_ratio is not None and error_ratio > 1:
         raise ValueError(
-            f"error_ratio is {error_ratio!r}; it is a share of the error of quantizing whole weights"
+            f"error_ratio is {error_ratio!r}; it is a share of the error of quantizing whole "
+            "weights"
         )
     if rank == "auto" and bits == 16:
         raise ValueError(

@@ -100,7 +100,9 @@ def test_other_methods_are_prepared_and_trained(dense, rows, tmp_path):
 
 
 def test_calibration_moments_and_rank_by_need(dense, rows, tmp_path):
-    """Text gathers moments while preparing; a folder is prepared out of core, also from moments in a file."""
+    """Text gathers moments while preparing; a folder is prepared out of core, also from moments in
+    a file.
+    """
     common = ["--rank", "auto", "--error-ratio", 0.8, "--refine", 1]
     result = invoke(
         "prepare", dense, tmp_path / "a", *common, "--calibration", rows, "--max-memory", "2GB"
@@ -143,7 +145,9 @@ def test_finetune_prepares_trains_and_resumes(dense, rows, tmp_path):
 
 
 def test_a_prepared_base_model_is_fine_tuned(dense, rows, tmp_path):
-    """`prepare` saves the class of the checkpoint, here one without a head; `finetune` adds a head that trains."""
+    """`prepare` saves the class of the checkpoint, here one without a head; `finetune` adds a head
+    that trains.
+    """
     BertModel.from_pretrained(dense).save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     assert invoke("prepare", tmp_path / "base", tmp_path / "4bit", "--rank", 4).exit_code == 0

@@ -1,7 +1,9 @@
-"""Weights of a model -> the matrices of a checkpoint that they are made of, as transformers would load them.
+"""Weights of a model -> the matrices of a checkpoint that they are made of, as transformers would
+load them.
 
-transformers renames what it reads, and merges: a checkpoint may hold the experts of a block as matrices of their own, a
-gate and an up projection each, where the model has one fused parameter. Which it does is read from its own tables.
+transformers renames what it reads, and merges: a checkpoint may hold the experts of a block as
+matrices of their own, a gate and an up projection each, where the model has one fused parameter.
+Which it does is read from its own tables.
 """
 
 from torch import nn
@@ -23,10 +25,12 @@ from qrefta.model.stacks import LayerStack
 def weight_parts(
     model: PreTrainedModel, checkpoint: Checkpoint, stacks: list[LayerStack]
 ) -> dict[str, list[Part]]:
-    """The checkpoint's matrices of every stacked weight, below one another, by the path of its adapted linear.
+    """The checkpoint's matrices of every stacked weight, below one another, by the path of its
+    adapted linear.
 
     Raises:
-        ValueError: if the checkpoint lacks a weight, has it in another shape, or merges it in a way unknown here.
+        ValueError: if the checkpoint lacks a weight, has it in another shape, or merges it in a way
+            unknown here.
     """
     found = sources(model, checkpoint)
     parts: dict[str, list[Part]] = {}
@@ -45,8 +49,9 @@ def weight_parts(
         parts |= zip(stack.adapted, matrices, strict=False)
     if missing:
         raise ValueError(
-            f"The checkpoint has no tensor for {len(missing)} of the {len(paths)} linears, the first is {missing[0]}; "
-            "it is incomplete, or stores them merged: then load the model and prepare it in memory."
+            f"The checkpoint has no tensor for {len(missing)} of the {len(paths)} linears, the "
+            f"first is {missing[0]}; it is incomplete, or stores them merged: then load the model "
+            "and prepare it in memory."
         )
     for stack in stacks:
         for path in stack.adapted:
@@ -61,17 +66,20 @@ def _check_shape(checkpoint: Checkpoint, stack: LayerStack, parts: list[Part]) -
     if not fits or sum(rows for rows, _ in shapes) != wanted[0]:
         stored = " and ".join(str(list(checkpoint.shape(part.name))) for part in parts)
         raise ValueError(
-            f"{parts[0].name} has the shape {stored} in the checkpoint and {list(wanted)} by its config.json."
+            f"{parts[0].name} has the shape {stored} in the checkpoint and {list(wanted)} by its "
+            "config.json."
         )
 
 
 def sources(model: nn.Module, checkpoint: Checkpoint) -> dict[str, list[list[str]]]:
-    """Parameter or buffer of a model -> the tensors of a checkpoint that transformers fills it with.
+    """Parameter or buffer of a model -> the tensors of a checkpoint that transformers fills it
+    with.
 
-    transformers renames keys as it loads: old names of an architecture, and the base model's prefix that one of the two
-    may lack. A fused parameter may be made of matrices of its experts: then there is a list for each expert, in order,
-    with the tensors whose rows follow one another. Otherwise there is one name. Parameters that transformers makes of
-    several tensors in other ways are left out.
+    transformers renames keys as it loads: old names of an architecture, and the base model's prefix
+    that one of the two may lack. A fused parameter may be made of matrices of its experts: then
+    there is a list for each expert, in order, with the tensors whose rows follow one another.
+    Otherwise there is one name. Parameters that transformers makes of several tensors in other ways
+    are left out.
     """
     state = model.state_dict()
     renamings, converters = _weight_mapping(model)
