@@ -8,7 +8,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -333,7 +333,7 @@ def inspect(folder: Annotated[Path, typer.Argument(help="Folder of a prepared mo
     from qrefta.model.config_file import read_config
     from qrefta.tables import report_table, settings_table
 
-    config = QReftaConfig.from_dict(read_config(folder)["quantization_config"])
+    config = QReftaConfig(**read_config(folder)["quantization_config"])
     console.print(report_table([row.report() for row in config.stacks]))
     settings = {name: value for name, value in config.to_dict().items() if name != "stacks"}
     console.print(settings_table(settings))
@@ -584,15 +584,22 @@ def _rank(text: str) -> int | str:
         raise ValueError(f"rank is {text!r}; it must be a whole number, or auto") from None
 
 
-def _ranks(text: str | None) -> list[int | str] | None:
-    return None if text is None else [_rank(part) for part in text.split(",")]
+def _ranks(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"ranks is {text!r}; it must be whole numbers with commas, such as 24,100,100"
+        ) from None
 
 
-def _read_rows(folder: Path) -> list[dict]:
+def _read_rows(folder: Path) -> list[dict[str, Any]]:
     from qrefta.hf_config import QReftaConfig
     from qrefta.model.config_file import read_config
 
-    config = QReftaConfig.from_dict(read_config(folder)["quantization_config"])
+    config = QReftaConfig(**read_config(folder)["quantization_config"])
     return [row.report() for row in config.stacks]
 
 

@@ -69,8 +69,10 @@ class StackRow:
         """The stack that the row describes."""
         from qrefta.model.stacks import LayerStack  # imports torch
 
+        out_features, in_features = self.shape
+        modules = tuple(self.modules)
         return LayerStack(
-            self.stack, tuple(self.modules), *self.shape, self.transposed, self.experts
+            self.stack, modules, out_features, in_features, self.transposed, self.experts
         )
 
     def report(self) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
-from transformers.integrations import is_deepspeed_zero3_enabled
+from torch.torch_version import TorchVersion
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 _PREPARING = timedelta(hours=6)  # the others wait while the first process prepares a model
 _SAVING_S = 60.0
@@ -42,13 +43,14 @@ def check_sharding() -> None:
         ValueError: for FSDP1, for FSDP2 before torch 2.12, and for DeepSpeed ZeRO-3.
     """
     fsdp, zero = _launched()
-    state = AcceleratorState() if is_initialized() else None
-    if state is not None and state.distributed_type == DistributedType.FSDP:
-        fsdp = str(state.fsdp_plugin.fsdp_version)
-    if state is not None and state.distributed_type == DistributedType.DEEPSPEED:
-        zero = str(state.deepspeed_plugin.zero_stage)
+    if is_initialized():
+        state = AcceleratorState()
+        if state.distributed_type == DistributedType.FSDP and state.fsdp_plugin:
+            fsdp = str(state.fsdp_plugin.fsdp_version)
+        if state.distributed_type == DistributedType.DEEPSPEED and state.deepspeed_plugin:
+            zero = str(state.deepspeed_plugin.zero_stage)
     # https://github.com/pytorch/pytorch/pull/177948
-    if fsdp == "2" and torch.__version__ < (2, 12):
+    if fsdp == "2" and TorchVersion(torch.__version__) < "2.12":
         raise ValueError(
             f"FSDP2 shards packed weights from torch 2.12 on, and this is {torch.__version__}; "
             "use DDP."
@@ -107,9 +109,9 @@ def whole_state(model: nn.Module) -> Mapping[str, Tensor]:
     """
     if not is_sharded(model):
         return model.state_dict()
-    return get_model_state_dict(
-        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    gathered = get_model_state_dict(model, options=options)
+    return {name: tensor for name, tensor in gathered.items() if isinstance(tensor, Tensor)}
 
 
 def wait_for_all() -> None:

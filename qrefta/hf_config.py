@@ -175,7 +175,8 @@ def _at_least(name: str, value: Any, smallest: int) -> int:
 def _positive(name: str, value: Any) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < float("inf"):
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not 0 < float(value) < float("inf"):
         raise ValueError(f"{name} is {value!r}; it must be a positive number")
     return float(value)
 

@@ -34,8 +34,6 @@ from qrefta.model.config_file import check_config, check_counts, read_config
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-register_quantization_config("qrefta")(QReftaConfig)
-
 _OFFLOADED = ("cpu", "disk", torch.device("cpu"))  # places in a device map
 
 
@@ -117,7 +115,6 @@ def saved_state(model: nn.Module, state: Mapping[str, Tensor] | None) -> Iterato
         quantizer.state = None
 
 
-@register_quantizer("qrefta")
 class QReftaQuantizer(HfQuantizer):
     """Builds the empty modules of a prepared checkpoint, checks them once filled, and saves factors
     compactly.
@@ -272,7 +269,7 @@ class QReftaQuantizer(HfQuantizer):
 
     def _check_saved(self, model: "PreTrainedModel", files: list[str]) -> None:
         folder = Path(files[0]).parent
-        local = Path(model.name_or_path).is_dir()
+        local = bool(model.name_or_path) and Path(str(model.name_or_path)).is_dir()
         if local:
             check_layout(folder)
         if is_switched_off():
@@ -313,6 +310,10 @@ class QReftaQuantizer(HfQuantizer):
         self.quantization_config = config
         model.config.quantization_config = config
         self.pre_quantized = True  # from here on it is a prepared checkpoint like any other
+
+
+register_quantization_config("qrefta")(QReftaConfig)
+register_quantizer("qrefta")(QReftaQuantizer)
 
 
 @contextmanager
@@ -378,7 +379,7 @@ def _hub_list(model: "PreTrainedModel") -> Path | None:
     """The list of checksums of a hub's folder of version 1; None if it cannot be had."""
     try:
         listed = cached_file(
-            model.name_or_path,
+            str(model.name_or_path),
             LIST,
             revision=getattr(model.config, "_commit_hash", None),
             _raise_exceptions_for_missing_entries=False,

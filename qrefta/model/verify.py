@@ -55,7 +55,7 @@ def verify(folder: str | Path) -> list[VerifiedFile]:
             f"{folder} is unfinished: it holds {_UNFINISHED}. Run the same prepare command again, "
             "which goes on."
         )
-    config = QReftaConfig.from_dict(settings["quantization_config"])
+    config = QReftaConfig(**settings["quantization_config"])
     check_layout(folder)
     paths = weight_files(folder)
     files = [str(path) for path in paths]
