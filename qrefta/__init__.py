@@ -1,7 +1,7 @@
 """4-bit fine-tuning with shared tensor factors: prepare, train, save, load, merge, export, report.
 
-The names are imported on first use. `import qrefta` imports neither torch nor transformers; it makes sure that
-transformers will know prepared models (see `qrefta._plugin`).
+The names are imported on first use. `import qrefta` imports neither torch nor transformers; it
+makes sure that transformers will know prepared models (see `qrefta._plugin`).
 """
 
 from importlib import import_module

@@ -1,10 +1,11 @@
 """Registers qrefta with transformers, now or when transformers imports its quantizers.
 
-After `import qrefta`, plain `AutoModel.from_pretrained(prepared_folder)` has to work, whichever of the two packages is
-imported first. But transformers' registry of quantizers imports its 20 quantizers, which costs more than a second, and
-`qrefta --help` needs none of them. So where the registry is not yet imported, a finder waits for exactly that import,
-steps aside, and imports `qrefta.hf_quantizer` right after it. `transformers.modeling_utils` imports the registry too,
-in the middle of its own import: nothing that `qrefta.hf_quantizer` imports may import `modeling_utils`.
+After `import qrefta`, plain `AutoModel.from_pretrained(prepared_folder)` has to work, whichever of
+the two packages is imported first. But transformers' registry of quantizers imports its 20
+quantizers, which costs more than a second, and `qrefta --help` needs none of them. So where the
+registry is not yet imported, a finder waits for exactly that import, steps aside, and imports
+`qrefta.hf_quantizer` right after it. `transformers.modeling_utils` imports the registry too, in the
+middle of its own import: nothing that `qrefta.hf_quantizer` imports may import `modeling_utils`.
 """
 
 import sys

@@ -1,4 +1,6 @@
-"""The choices that settings and options allow: torch-free, so that `qrefta --help` need not import torch."""
+"""The choices that settings and options allow: torch-free, so that `qrefta --help` need not import
+torch.
+"""
 
 from typing import Literal, get_args
 

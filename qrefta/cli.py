@@ -1,7 +1,8 @@
 """4-bit fine-tuning of transformers models with shared tensor factors (ReFTA)."""
 
-# Only light imports here: `qrefta --help` and a mistyped command must not wait for torch. Every command imports what it
-# needs; the choices of options come from `qrefta.choices`, which imports nothing.
+# Only light imports here: `qrefta --help` and a mistyped command must not wait for torch. Every
+# command imports what it needs; the choices of options come from `qrefta.choices`, which imports
+# nothing.
 
 import logging
 import shutil
@@ -28,7 +29,7 @@ console = Console()
 Calibration = Annotated[
     str | None,
     typer.Option(
-        help="File of text (txt, csv, tsv, jsonl, parquet): keep the outputs on it close, instead of the weights."
+        help="Text (txt, csv, tsv, jsonl, parquet): keep the outputs on it, instead of the weights."
     ),
 ]
 
@@ -215,7 +216,7 @@ def inspect(folder: Annotated[Path, typer.Argument(help="Folder of a prepared mo
     from qrefta.model.config_file import read_config
     from qrefta.tables import report_table, settings_table
 
-    config = QReftaConfig.from_dict(read_config(folder)["quantization_config"])
+    config = QReftaConfig(**read_config(folder)["quantization_config"])
     console.print(report_table([row.report() for row in config.stacks]))
     settings = {name: value for name, value in config.to_dict().items() if name != "stacks"}
     console.print(settings_table(settings))
@@ -330,7 +331,9 @@ def plan(
     gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute activations.")] = False,
     optimizer: Annotated[Optimizer, typer.Option(help="AdamW in 32 or 8 bits.")] = "adamw",
 ) -> None:
-    """Count the memory of a training step from the config alone, and suggest changes if it does not fit."""
+    """Count the memory of a training step from the config alone, and suggest changes if it does not
+    fit.
+    """
     quiet_libraries(data=False)
     from qrefta.memory.plan import plan as plan_memory
     from qrefta.tables import plan_table
@@ -354,7 +357,8 @@ def plan(
         largest += f", largest rank {memory.largest_rank:,}"
     verdict = "It fits" if memory.fits else "It does not fit"
     console.print(
-        f"{verdict} in {memory.available_bytes / 1e9:.2f} GB; with all other settings as given: {largest}."
+        f"{verdict} in {memory.available_bytes / 1e9:.2f} GB; with all other settings as given: "
+        f"{largest}."
     )
     for saving in memory.savings:
         console.print(f"  {saving.change} would save {saving.saved_bytes / 1e9:.2f} GB")
@@ -431,7 +435,8 @@ def _print_differences(written: "Export") -> None:
     )
     if written.weight_error:
         console.print(
-            f"The LoRA leaves out {written.weight_error:.2g} of the squared norm of the exact update."
+            f"The LoRA leaves out {written.weight_error:.2g} of the squared norm of the exact "
+            "update."
         )
     for note in written.notes:
         console.print(f"Note: {note}.")
@@ -441,12 +446,14 @@ def _read_rows(folder: Path) -> list[dict[str, Any]]:
     from qrefta.hf_config import QReftaConfig
     from qrefta.model.config_file import read_config
 
-    config = QReftaConfig.from_dict(read_config(folder)["quantization_config"])
+    config = QReftaConfig(**read_config(folder)["quantization_config"])
     return [row.report() for row in config.stacks]
 
 
 def _gather(model: str, calibration: str, seed: int) -> "Moments":
-    """Moments of a dense model's inputs on a file of text; the model is in memory while they are gathered."""
+    """Moments of a dense model's inputs on a file of text; the model is in memory while they are
+    gathered.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     from qrefta.model.build import model_class

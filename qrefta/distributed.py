@@ -1,9 +1,11 @@
-"""Several processes, one a GPU: who goes first, how their shards are gathered, and which ways of sharding are refused.
+"""Several processes, one a GPU: who goes first, how their shards are gathered, and which ways of
+sharding are refused.
 
-DDP and FSDP2 work. Under FSDP2 the packed weights of a block are gathered, 4 bits a weight, while the block runs; the
-factors belong to the root's group and are there from the first block's forward pass to its backward pass. FSDP1 has one
-flat tensor for the parameters of a block, and packed bytes cannot be part of it. DeepSpeed ZeRO-3 gathers a module's
-parameters for this module's own forward pass, but the layers read the factors outside of theirs.
+DDP and FSDP2 work. Under FSDP2 the packed weights of a block are gathered, 4 bits a weight, while
+the block runs; the factors belong to the root's group and are there from the first block's forward
+pass to its backward pass. FSDP1 has one flat tensor for the parameters of a block, and packed bytes
+cannot be part of it. DeepSpeed ZeRO-3 gathers a module's parameters for this module's own forward
+pass, but the layers read the factors outside of theirs.
 """
 
 import os
@@ -18,7 +20,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
-from transformers.integrations import is_deepspeed_zero3_enabled
+from torch.torch_version import TorchVersion
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from qrefta._compat.accelerate import accelerator_state
 from qrefta._compat.torch import default_store
@@ -28,36 +31,47 @@ _SAVING_S = 60.0
 
 
 def processes() -> PartialState:
-    """The processes that torchrun started and this one's place among them; without torchrun it is the only one."""
+    """The processes that torchrun started and this one's place among them; without torchrun it is
+    the only one.
+    """
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=_PREPARING)
 
 
 def check_sharding() -> None:
-    """Refuse a setup of accelerate, by its launcher's variables or by an `Accelerator`, that cannot work.
+    """Refuse a setup of accelerate, by its launcher's variables or by an `Accelerator`, that cannot
+    work.
 
     Raises:
         ValueError: for FSDP1, for FSDP2 before torch 2.12, and for DeepSpeed ZeRO-3.
     """
     fsdp, zero = _launched()
     state = accelerator_state()
-    if state is not None and state.distributed_type == DistributedType.FSDP:
+    if state is not None and state.distributed_type == DistributedType.FSDP and state.fsdp_plugin:
         fsdp = str(state.fsdp_plugin.fsdp_version)
-    if state is not None and state.distributed_type == DistributedType.DEEPSPEED:
+    if (
+        state is not None
+        and state.distributed_type == DistributedType.DEEPSPEED
+        and state.deepspeed_plugin
+    ):
         zero = str(state.deepspeed_plugin.zero_stage)
     # https://github.com/pytorch/pytorch/pull/177948
-    if fsdp == "2" and torch.__version__ < (2, 12):
+    if fsdp == "2" and TorchVersion(torch.__version__) < "2.12":
         raise ValueError(
-            f"FSDP2 shards packed weights from torch 2.12 on, and this is {torch.__version__}; use DDP."
+            f"FSDP2 shards packed weights from torch 2.12 on, and this is {torch.__version__}; "
+            "use DDP."
         )
     if fsdp == "1":
         raise ValueError(
-            "accelerate is set up for FSDP1, whose flat tensors cannot hold packed 4-bit weights; use DDP, or FSDP2: "
-            'fsdp_config={"version": 2} in TrainingArguments, FSDP_VERSION=2 or fsdp_version: 2 for accelerate.'
+            "accelerate is set up for FSDP1, whose flat tensors cannot hold packed 4-bit "
+            "weights; use DDP, or FSDP2: "
+            'fsdp_config={"version": 2} in TrainingArguments, FSDP_VERSION=2 or fsdp_version: 2 '
+            "for accelerate."
         )
     if zero == "3" or is_deepspeed_zero3_enabled():
         raise ValueError(
-            "DeepSpeed ZeRO-3 gathers parameters for their own module's forward pass only, and every layer reads the "
-            "shared factors; use DDP, or FSDP2 to shard the weights: fsdp=True with torchrun."
+            "DeepSpeed ZeRO-3 gathers parameters for their own module's forward pass only, and "
+            "every layer reads the shared factors; use DDP, or FSDP2 to shard the weights: "
+            "fsdp=True with torchrun."
         )
 
 
@@ -80,9 +94,10 @@ def check_gathered(parameter: Tensor, name: str) -> None:
     """
     if isinstance(parameter, DTensor):
         raise ValueError(
-            f"The {name} are sharded by FSDP2 and not gathered. The model's own forward pass gathers them, if its "
-            'blocks are sharded one by one (auto_wrap_policy "TRANSFORMER_BASED_WRAP") and the root last: call the '
-            "model, not a layer of it. To merge or export, save it and load it in one process."
+            f"The {name} are sharded by FSDP2 and not gathered. The model's forward pass gathers "
+            "them, if its blocks are sharded one by one (auto_wrap_policy "
+            '"TRANSFORMER_BASED_WRAP") and the root last: call the model, not a layer of it. To '
+            "merge or export, save it and load it in one process."
         )
 
 
@@ -92,19 +107,21 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def whole_state(model: nn.Module) -> Mapping[str, Tensor]:
-    """The state dict; if FSDP2 sharded the model, of whole tensors in CPU memory, and empty in all processes but one.
+    """The state dict; if FSDP2 sharded the model, of whole tensors in CPU memory, and empty in all
+    processes but one.
 
     All processes must call it, or those that do wait for ever.
     """
     if not is_sharded(model):
         return model.state_dict()
-    return get_model_state_dict(
-        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    gathered = get_model_state_dict(model, options=options)
+    return {name: tensor for name, tensor in gathered.items() if isinstance(tensor, Tensor)}
 
 
 def wait_for_all() -> None:
-    """Wait until all processes are about to gather a sharded model, so that gathering it cannot hang.
+    """Wait until all processes are about to gather a sharded model, so that gathering it cannot
+    hang.
 
     A plain Trainer under FSDP2 lets its first process save alone, while the others go on.
 
@@ -119,9 +136,10 @@ def wait_for_all() -> None:
             if time.monotonic() > deadline:
                 store.add(_counter(dist.get_rank()), -1)
                 raise ValueError(
-                    f"This process saves a model that FSDP2 sharded, and process {rank} does not take part. With a "
-                    'plain Trainer set fsdp_config={"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}, and at the '
-                    "end call model.save_pretrained in all processes; or train with qrefta.finetune."
+                    f"This process saves a model that FSDP2 sharded, and process {rank} does not "
+                    'take part. With a plain Trainer set fsdp_config={"version": 2, '
+                    '"state_dict_type": "SHARDED_STATE_DICT"}, and at the end call '
+                    "model.save_pretrained in all processes; or train with qrefta.finetune."
                 )
             time.sleep(0.01)
 

@@ -1,12 +1,14 @@
-"""The transformers plug-in: from_pretrained, save_pretrained and Trainer work on a prepared model as on any other.
+"""The transformers plug-in: from_pretrained, save_pretrained and Trainer work on a prepared model
+as on any other.
 
-Importing this module registers quant_method "qrefta" with transformers, and changes nothing else in it. On load, the
-linear layers that config.json lists become `AdaptedLinear` and the factor bank is put at the root, before transformers
-fills in the weights. After that, everything that was frozen is frozen again, because the loader makes every float
-parameter require grad.
+Importing this module registers quant_method "qrefta" with transformers, and changes nothing else in
+it. On load, the linear layers that config.json lists become `AdaptedLinear` and the factor bank is
+put at the root, before transformers fills in the weights. After that, everything that was frozen is
+frozen again, because the loader makes every float parameter require grad.
 
-This module is imported while transformers imports its models (see `qrefta._plugin`). So nothing at module level may
-import `transformers.modeling_utils`, nor bitsandbytes, which takes seconds: the functions import what they need.
+This module is imported while transformers imports its models (see `qrefta._plugin`). So nothing at
+module level may import `transformers.modeling_utils`, nor bitsandbytes, which takes seconds: the
+functions import what they need.
 """
 
 import tempfile
@@ -32,8 +34,6 @@ from qrefta.model.config_file import check_config, check_counts, read_config
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-register_quantization_config("qrefta")(QReftaConfig)
-
 _OFFLOADED = ("cpu", "disk", torch.device("cpu"))  # places in a device map
 
 
@@ -50,7 +50,8 @@ def prepared_config(model: nn.Module) -> QReftaConfig:
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, QReftaQuantizer):
         raise ValueError(
-            f"This {type(model).__name__} is not prepared; call qrefta.prepare(model) or qrefta.load(folder)."
+            f"This {type(model).__name__} is not prepared; call qrefta.prepare(model) or "
+            "qrefta.load(folder)."
         )
     return quantizer.quantization_config
 
@@ -66,7 +67,8 @@ def register(model: "PreTrainedModel", config: QReftaConfig) -> None:
 def quant_report(model: nn.Module) -> list[dict[str, Any]]:
     """One row a stack: how much of the quantization error preparing removed, and the cost in bytes.
 
-    Keys: see `qrefta.config.StackReport.report`. Errors are squared Frobenius norms over all layers of the stack.
+    Keys: see `qrefta.config.StackReport.report`. Errors are squared Frobenius norms over all layers
+    of the stack.
 
     Raises:
         ValueError: if the model is not prepared.
@@ -77,8 +79,8 @@ def quant_report(model: nn.Module) -> list[dict[str, Any]]:
 def load(folder: str | Path, **kwargs: Any) -> "PreTrainedModel":
     """A prepared model from a local folder, of the class that saved it.
 
-    Short for `AutoModelFor...from_pretrained(folder, **kwargs)` with the class looked up in config.json, which is
-    checked before transformers reads it.
+    Short for `AutoModelFor...from_pretrained(folder, **kwargs)` with the class looked up in
+    config.json, which is checked before transformers reads it.
 
     Raises:
         ValueError: if the folder has no config.json, holds no prepared model, or is damaged.
@@ -95,17 +97,20 @@ def load(folder: str | Path, **kwargs: Any) -> "PreTrainedModel":
         raise
     except Exception as error:  # raised by transformers over a config that makes no model
         raise ValueError(
-            f"{folder} cannot be loaded as {kind.__name__}: {type(error).__name__}: {error}. Unless an argument of "
-            "load is the cause, config.json is damaged or of another version: copy or save the folder again."
+            f"{folder} cannot be loaded as {kind.__name__}: {type(error).__name__}: {error}. "
+            "Unless an argument of load is the cause, config.json is damaged or of another "
+            "version: copy or save the folder again."
         ) from error
 
 
 @contextmanager
 def saved_state(model: nn.Module, state: Mapping[str, Tensor] | None) -> Iterator[None]:
-    """Within this context, `model.save_pretrained` writes `state`, where the model is prepared and `state` not None.
+    """Within this context, `model.save_pretrained` writes `state`, where the model is prepared and
+    `state` not None.
 
-    transformers drops the `state_dict` argument of `save_pretrained` for quantized models. Under FSDP2 all processes
-    gather the state together and the first saves it alone; it must not wait for the others to gather again.
+    transformers drops the `state_dict` argument of `save_pretrained` for quantized models. Under
+    FSDP2 all processes gather the state together and the first saves it alone; it must not wait for
+    the others to gather again.
     """
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, QReftaQuantizer) or state is None:
@@ -118,9 +123,9 @@ def saved_state(model: nn.Module, state: Mapping[str, Tensor] | None) -> Iterato
         quantizer.state = None
 
 
-@register_quantizer("qrefta")
 class QReftaQuantizer(HfQuantizer):
-    """Builds the empty modules of a prepared checkpoint, checks them once filled, and saves factors compactly.
+    """Builds the empty modules of a prepared checkpoint, checks them once filled, and saves factors
+    compactly.
 
     Attributes:
         state: written by `save_pretrained` in place of the model's state dict; see `saved_state`.
@@ -159,9 +164,11 @@ class QReftaQuantizer(HfQuantizer):
     def validate_environment(
         self, *args: Any, device_map: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Correct a device map that transformers inferred; no other hook lies between inferring and loading.
+        """Correct a device map that transformers inferred; no other hook lies between inferring and
+        loading.
 
-        Before that, it is called with the user's own map, which `update_device_map` corrects in a copy.
+        Before that, it is called with the user's own map, which `update_device_map` corrects in a
+        copy.
         """
         from qrefta.distributed import check_sharding
 
@@ -178,7 +185,8 @@ class QReftaQuantizer(HfQuantizer):
             ValueError: always.
         """
         raise ValueError(
-            "A prepared model becomes dense by qrefta.merge(model), or merge(model, out=...) to a folder."
+            "A prepared model becomes dense by qrefta.merge(model), or merge(model, out=...) to "
+            "a folder."
         )
 
     def get_state_dict_and_metadata(
@@ -186,8 +194,8 @@ class QReftaQuantizer(HfQuantizer):
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The state dict, and the checksums that transformers writes into the header of each file.
 
-        Masters that are bf16 values are stored as bf16, which loses nothing. Under FSDP2 the state dict is empty in all
-        processes but the first.
+        Masters that are bf16 values are stored as bf16, which loses nothing. Under FSDP2 the state
+        dict is empty in all processes but the first.
 
         Raises:
             ValueError: if FSDP2 sharded the model and the other processes do not save it too.
@@ -212,13 +220,15 @@ class QReftaQuantizer(HfQuantizer):
         return state, saved_checksums(model, state).metadata()
 
     def update_attn_implementation(self, config: "PreTrainedConfig") -> "PreTrainedConfig":
-        """The config as it is, checked: the only hook that runs before transformers builds the model.
+        """The config as it is, checked: the only hook that runs before transformers builds the
+        model.
 
-        The file is checked too where it can be found (a local folder, or the hub's cache), because a kernel's name in
-        the object may be the user's own argument.
+        The file is checked too where it can be found (a local folder, or the hub's cache), because
+        a kernel's name in the object may be the user's own argument.
 
         Raises:
-            ValueError: for settings out of range, code from a hub, or a file that differs from the one saved.
+            ValueError: for settings out of range, code from a hub, or a file that differs from the
+                one saved.
         """
         if self.pre_quantized:
             check_counts(config.to_dict())
@@ -272,7 +282,7 @@ class QReftaQuantizer(HfQuantizer):
 
     def _check_saved(self, model: "PreTrainedModel", files: list[str]) -> None:
         folder = Path(files[0]).parent
-        local = Path(model.name_or_path).is_dir()
+        local = bool(model.name_or_path) and Path(str(model.name_or_path)).is_dir()
         if local:
             check_layout(folder)
         if is_switched_off():
@@ -284,12 +294,15 @@ class QReftaQuantizer(HfQuantizer):
     def _prepare(
         self, model: "PreTrainedModel", files: list[str] | None, device_map: dict[str, Any] | None
     ) -> None:
-        """Prepare a dense checkpoint on its way into memory, out of core, and replace `files` by the new files."""
+        """Prepare a dense checkpoint on its way into memory, out of core, and replace `files` by
+        the new files.
+        """
         from qrefta.split.checkpoint import UNLIMITED, convert
 
         if not files:
             raise ValueError(
-                "There is no checkpoint to prepare; with a state_dict load the model and call prepare."
+                "There is no checkpoint to prepare; with a state_dict load the model and call "
+                "prepare."
             )
         self._made = tempfile.TemporaryDirectory(prefix="qrefta-")
         device = _accelerator(device_map or {}) or "cpu"
@@ -312,9 +325,15 @@ class QReftaQuantizer(HfQuantizer):
         self.pre_quantized = True  # from here on it is a prepared checkpoint like any other
 
 
+register_quantization_config("qrefta")(QReftaConfig)
+register_quantizer("qrefta")(QReftaQuantizer)
+
+
 @contextmanager
 def _plain_tensors() -> Iterator[None]:
-    """Make tensors on the CPU in float32 again, where transformers builds a model on meta in its dtype."""
+    """Make tensors on the CPU in float32 again, where transformers builds a model on meta in its
+    dtype.
+    """
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -327,8 +346,9 @@ def _plain_tensors() -> Iterator[None]:
 def place_bank(device_map: dict[str, Any]) -> dict[str, Any]:
     """The entry that a device map needs for the factors; empty if its own entry serves.
 
-    Layers on every device read the factors, so these need a device of their own: the first accelerator in the map.
-    Offloaded, they would be on meta when a layer reads them, since only a module's own forward pass brings it back.
+    Layers on every device read the factors, so these need a device of their own: the first
+    accelerator in the map. Offloaded, they would be on meta when a layer reads them, since only a
+    module's own forward pass brings it back.
     """
     accelerator = _accelerator(device_map)
     entries = {
@@ -349,7 +369,7 @@ def _accelerator(device_map: dict[str, Any]) -> Any:
 
 
 def _gathered_again(model: "PreTrainedModel") -> bool:
-    """Whether transformers gathers the model itself after it asked for the state, and writes that."""
+    """Whether transformers gathers the model again after it asked for the state."""
     shared = getattr(model.config, "distributed_config", None)
     return shared is not None and shared.dp_size > 1
 
@@ -369,7 +389,7 @@ def _config_file(config: "PreTrainedConfig") -> Path | None:
 def _hub_list(model: "PreTrainedModel") -> Path | None:
     """The list of checksums of a hub's folder of version 1; None if it cannot be had."""
     try:
-        listed = cached_hub_file(model.name_or_path, LIST, model.config)
+        listed = cached_hub_file(str(model.name_or_path), LIST, model.config)
     except OSError:
         return None
     return None if listed is None else Path(listed)

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from typer.testing import CliRunner
 
 import qrefta
-from qrefta.cli import app
+from qrefta.cli import app, main
 from qrefta.hf_quantizer import quant_report
 from qrefta.model.stacks import find_stacks
 from qrefta.split.calibrate import gather_moments
@@ -95,12 +95,14 @@ def test_other_methods_are_prepared_and_trained(dense, rows, tmp_path):
     (rank,) = {row["rank"] for row in reports}
     assert rank == 500 // (4 * sum(row["layers"] for row in reports))
     assert {row["ratio"] for row in reports} == {1.0}
-    with pytest.raises(ValueError, match="each of ranks is 'auto'"):
+    with pytest.raises(ValueError, match="ranks is 'auto,2,3'; it must be whole numbers"):
         invoke("prepare", dense, tmp_path / "none", "--method", "craft", "--ranks", "auto,2,3")
 
 
 def test_calibration_moments_and_rank_by_need(dense, rows, tmp_path):
-    """Text gathers moments while preparing; a folder is prepared out of core, also from moments in a file."""
+    """Text gathers moments while preparing; a folder is prepared out of core, also from moments in
+    a file.
+    """
     common = ["--rank", "auto", "--error-ratio", 0.8, "--refine", 1]
     result = invoke(
         "prepare", dense, tmp_path / "a", *common, "--calibration", rows, "--max-memory", "2GB"
@@ -143,7 +145,9 @@ def test_finetune_prepares_trains_and_resumes(dense, rows, tmp_path):
 
 
 def test_a_prepared_base_model_is_fine_tuned(dense, rows, tmp_path):
-    """`prepare` saves the class of the checkpoint, here one without a head; `finetune` adds a head that trains."""
+    """`prepare` saves the class of the checkpoint, here one without a head; `finetune` adds a head
+    that trains.
+    """
     BertModel.from_pretrained(dense).save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     assert invoke("prepare", tmp_path / "base", tmp_path / "4bit", "--rank", 4).exit_code == 0
@@ -193,3 +197,22 @@ def test_head_is_drawn_from_the_seed_and_leaves_the_global_one_alone(dense):
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first.classifier.weight, same.classifier.weight)
     assert not torch.equal(first.classifier.weight, other.classifier.weight)
+
+
+def test_verify_prints_a_line_a_file_and_refuses_with_the_fix(dense, tmp_path, monkeypatch, capsys):
+    invoke("prepare", dense, tmp_path / "4bit", "--rank", 2, "--refine", 0)
+    shown = invoke("verify", tmp_path / "4bit").output
+    names = [path.name for path in (tmp_path / "4bit").iterdir() if path.suffix != ".md"]
+    assert all(name in shown for name in names if name.endswith((".json", ".safetensors")))
+    assert "is whole" in shown
+    weights = tmp_path / "4bit" / "model-rest.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    monkeypatch.setattr(sys, "argv", ["qrefta", "verify", str(tmp_path / "4bit")])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "the checksum of" in message
+    assert "copy the folder again" in message

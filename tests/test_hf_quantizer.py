@@ -205,14 +205,15 @@ def test_another_dtype_at_load_rounds_neither_scales_nor_factors(dtype, trained,
         assert torch.equal(loaded.state_dict()[name], rounded)
         assert loaded.state_dict()[name].dtype == rounded.dtype
     assert logits(loaded).dtype == dtype
-    # Rounding of activations and head: relative root difference measured as 0.006 (bf16) and 0.0009 (fp16).
+    # Rounding of activations and head: relative root difference measured as 0.006 (bf16) and 0.0009
+    # (fp16).
     limit = 0.02 if dtype == torch.bfloat16 else 0.003
     assert (logits(loaded).float() - logits(model)).norm() < limit * logits(model).norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_casting_the_model_rounds_neither_scales_nor_mixing_weights(dtype):
-    """`model.to(dtype)`: raw bytes are no floats. The masters are cast, as any other parameter is."""
+    """`model.to(dtype)`: raw bytes are no floats. The masters are cast, as other parameters are."""
     model = prepared(tiny_bert, rank=5, double_quant=True)
     before = {
         name: t.clone() for name, t in model.state_dict().items() if not t.is_floating_point()
@@ -297,7 +298,9 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def checkpoint(saved, monkeypatch):
-    """Copy it before damaging it. Checksums would find any damage first: the tests here are for the other checks."""
+    """Copy it before damaging it. Checksums would find any damage first: the tests here are for the
+    other checks.
+    """
     monkeypatch.setenv(SWITCH, "0")
     return saved
 
@@ -331,7 +334,10 @@ def test_a_head_on_a_prepared_base_model_is_fresh_and_trains(tmp_path):
 
 @pytest.mark.parametrize("model_class", [RobertaForSequenceClassification, GPT2LMHeadModel])
 def test_another_architecture_is_refused(checkpoint, model_class):
-    message = f"was prepared on a model that has {QUERY}; .* has no such linear. Load it with the class that saved it"
+    message = (
+        f"was prepared on a model that has {QUERY}; .* has no such linear. "
+        "Load it with the class that saved it"
+    )
     with pytest.raises(ValueError, match=message):
         model_class.from_pretrained(checkpoint)
 
@@ -369,7 +375,7 @@ def dinov2():
 
 @pytest.mark.parametrize("build_model", [tiny_swin, dinov2])
 def test_renamed_architectures_round_trip(build_model, tmp_path):
-    """transformers renames keys of these on saving and loading, by patterns that are not anchored."""
+    """transformers renames their keys on saving and loading, by patterns that are not anchored."""
     model = qrefta.prepare(build_model(), rank=3)
     model.save_pretrained(tmp_path)
     assert_close(logits(qrefta.load(tmp_path).eval()), logits(model), rtol=0, atol=0)
@@ -412,7 +418,9 @@ def test_casting_the_model_keeps_the_masters():
 
 @pytest.mark.parametrize("build_model", [tiny_bert, tiny_gpt2, tiny_vit])
 def test_from_pretrained_with_our_config_prepares(build_model, tmp_path):
-    """Bit for bit as loading the dense model and preparing that; from several shards, under published names."""
+    """Bit for bit as loading the dense model and preparing that; from several shards, under
+    published names.
+    """
     dense = build_model()
     dense.save_pretrained(tmp_path / "dense", max_shard_size="30KB")
     config = qrefta.QReftaConfig(rank=5, transform="dct")
@@ -440,7 +448,9 @@ def test_a_class_with_a_fresh_head_is_prepared_while_loading(tmp_path):
 
 
 def test_preparing_while_loading_holds_no_dense_copy(tmp_path, monkeypatch):
-    """Of 4.5 MB little more than half, 4-bit model included, with blocks as small beside it as beside large models."""
+    """Of 4.5 MB little more than half, 4-bit model included, with blocks as small beside it as
+    beside large models.
+    """
     monkeypatch.setattr("qrefta.split.checkpoint.BLOCK_BYTES", 250_000)
     sizes = encoder_sizes(128, layers=8) | {"vocab_size": 64}
     build(BertModel, BertConfig(**sizes)).save_pretrained(tmp_path)
@@ -538,7 +548,8 @@ DAMAGE = {
     "no factor": (
         pop(A),
         ValueError,
-        f"1 tensors that config.json describes are missing in the checkpoint: {A}. It is damaged or incomplete",
+        f"1 tensors that config.json describes are missing in the checkpoint: {A}. It is damaged "
+        "or incomplete",
     ),
     "no weight": (
         pop(f"{QUERY}.weight"),
@@ -656,7 +667,9 @@ def test_mismatched_sizes_cannot_be_ignored_for_our_tensors(checkpoint, tmp_path
 def test_what_transformers_5_0_does_to_packed_bytes_is_undone_or_refused(
     checkpoint, monkeypatch, older, error
 ):
-    """It casts them in modules that it keeps in float32 (T5's `wo`), and compares no shapes of quantized models."""
+    """It casts them in modules that it keeps in float32 (T5's `wo`), and compares no shapes of
+    quantized models.
+    """
     loaded = QReftaQuantizer._process_model_after_weight_loading
 
     def process(self, model, **options):
@@ -820,10 +833,11 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
 
 
 def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path):
-    """Eight rows in a step, at once or in four parts; SGD, as AdamW's first step is the sign of any small gradient.
+    """Eight rows in a step, at once or in four parts; SGD, as AdamW's first step is the sign of any
+    small gradient.
 
-    A language model: Trainer does not divide the loss of a plain sequence classifier by the number of parts.
-    """
+    A language model: Trainer does not divide the loss of a plain sequence classifier by the number
+    of parts."""
     changes = []
     for rows, accumulate in ((8, 1), (2, 4)):
         model = prepared(tiny_llama, rank=5)
@@ -852,11 +866,12 @@ def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path):
 
 
 def test_bf16_factors_really_train(tmp_path):
-    """90 steps of plain Trainer and its AdamW at 2e-4: the values of the forward pass move as float32 ones do.
+    """90 steps of plain Trainer and its AdamW at 2e-4: the values of the forward pass move as
+    float32 ones do.
 
-    Measured: 93.0 % of the values move (92.8 % with float32), training losses 0.9873 and 0.9879, evaluation losses
-    1.1025 and 1.1017. With bf16 parameters instead of masters a third moves, and the losses are 1.023 and 1.136.
-    """
+    Measured: 93.0 % of the values move (92.8 % with float32), training losses 0.9873 and 0.9879,
+    evaluation losses 1.1025 and 1.1017. With bf16 parameters instead of masters a third moves, and
+    the losses are 1.023 and 1.136."""
     losses, moved = [], []
     settings = {"max_steps": 90, "learning_rate": 2e-4, "per_device_train_batch_size": 8}
     settings |= {"lr_scheduler_type": "constant"}

@@ -1,4 +1,6 @@
-"""Importing qrefta: light, registers the plug-in in either order, and changes nothing else in transformers."""
+"""Importing qrefta: light, registers the plug-in in either order, and changes nothing else in
+transformers.
+"""
 
 import json
 import resource
@@ -57,7 +59,9 @@ def test_inspect_loads_no_trainer_data_sets_or_harness(tmp_path):
 
 
 def test_help_takes_little_processor_time():
-    """Measured: 0.2 s; with torch and transformers it would be 5 s. The bound is for a busy machine."""
+    """Measured: 0.2 s; with torch and transformers it would be 5 s. The bound is for a busy
+    machine.
+    """
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-m", "qrefta", "--help"], check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -67,11 +71,13 @@ def test_help_takes_little_processor_time():
 ATTRIBUTES = """
 import json, sys
 import transformers
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer, modeling_utils, configuration_utils
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer
+from transformers import configuration_utils, modeling_utils
 from transformers.quantizers import base
 
 def contents():
-    owners = (PreTrainedModel, PreTrainedConfig, Trainer, base.HfQuantizer, modeling_utils, configuration_utils)
+    owners = [PreTrainedModel, PreTrainedConfig, Trainer, base.HfQuantizer]
+    owners += [modeling_utils, configuration_utils]
     return [dict(vars(owner)) for owner in owners]
 
 before = contents()
@@ -106,8 +112,10 @@ print(json.dumps(type(model.hf_quantizer).__name__))
     [
         "import qrefta; from transformers import AutoModelForSequenceClassification",
         "from transformers import AutoModelForSequenceClassification; import qrefta",
-        "import transformers.modeling_utils, qrefta; from transformers import AutoModelForSequenceClassification",
-        "import qrefta, transformers.modeling_utils; from transformers import AutoModelForSequenceClassification",
+        "import transformers.modeling_utils, qrefta; from transformers import "
+        "AutoModelForSequenceClassification",
+        "import qrefta, transformers.modeling_utils; from transformers import "
+        "AutoModelForSequenceClassification",
         "import qrefta.hf_quantizer; from transformers import AutoModelForSequenceClassification",
         "import qrefta.hf_config; from transformers import AutoModelForSequenceClassification",
         "from qrefta import load; from transformers import AutoModelForSequenceClassification",

@@ -47,7 +47,9 @@ def by_torch_save(model):
     "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), by_torch_save]
 )
 def test_a_copy_is_equal_and_on_its_own(model, copied):
-    """Its layers use its own factors: training the copy leaves the original, and it saves, as a prepared model does."""
+    """Its layers use its own factors: training the copy leaves the original, and it saves, as a
+    prepared model does.
+    """
     before = bytes_of(model)
     other = copied(model)
     assert torch.equal(logits(other), logits(model))
@@ -161,7 +163,7 @@ def test_a_model_merged_between_two_steps_is_dense_and_trains_whole(model):
 
 @pytest.mark.parametrize(("bits", "tolerance"), [(16, 1e-5), (4, 0.2)])
 def test_prepared_merged_and_prepared_again(model, bits, tolerance):
-    """Three times, by merging in float32: it computes the same but for the residuals' quantization."""
+    """Three times, by merging in float32: the same up to the residuals' quantization."""
     expected = logits(model)
     for _ in range(3):
         model = qrefta.prepare(
@@ -212,7 +214,9 @@ def test_a_lora_on_top_is_refused_and_dequantize_names_merge(model):
 
 
 def test_a_model_that_is_deleted_frees_its_memory_at_once(model, tmp_path):
-    """Nothing refers to it in a circle, prepared or loaded: on a GPU that would wait for Python's collector."""
+    """Nothing refers to it in a circle, prepared or loaded: on a GPU that would wait for Python's
+    collector.
+    """
     model.save_pretrained(tmp_path)
     own = [qrefta.prepare(tiny_bert(), rank=4, refine=0, progress=False), qrefta.load(tmp_path)]
     seen = [weakref.ref(one) for one in own]

@@ -1,14 +1,15 @@
 """Checksums of a prepared model, kept in the header of each of its safetensors files.
 
-transformers writes the metadata that a quantizer returns into the header of every file that `save_pretrained` makes.
-There a prepared model keeps one text under `qrefta_checksums`:
+transformers writes the metadata that a quantizer returns into the header of every file that
+`save_pretrained` makes. There a prepared model keeps one text under `qrefta_checksums`:
 
-    {"algorithm": "crc32", "config": "8c3b1f02", "tensors": {"bert.pooler.dense.weight": "0f1e2d3c4b5a6978", ...}}
+    {"algorithm": "crc32", "config": "8c3b1f02", "tensors": {"classifier.bias": "0f1e2d3c4b5a6978"}}
 
-A tensor's checksum is two: of its dtype and shape, and of its bytes as stored. The checksum of config.json covers its
-settings and not its layout: spaces and the order of keys may change. CRC-32 finds every flipped bit and every damaged run of up
-to 32 bits; other damage goes unseen once in 4 billion tensors. It is several times faster than SHA-256. It is no
-protection against a person who changes a weight on purpose: that person can change the checksum too.
+A tensor's checksum is two: of its dtype and shape, and of its bytes as stored. The checksum of
+config.json covers its settings and not its layout: spaces and the order of keys may change. CRC-32
+finds every flipped bit and every damaged run of up to 32 bits; other damage goes unseen once in 4
+billion tensors. It is several times faster than SHA-256. It is no protection against a person who
+changes a weight on purpose: that person can change the checksum too.
 """
 
 import json
@@ -33,8 +34,8 @@ class Checksums:
     """The checksums in the header of one safetensors file.
 
     Attributes:
-        tensors: checksum by the tensor's name in the file; may name tensors of other files of the folder too. None:
-            the tensor was saved from disk and is not covered.
+        tensors: checksum by the tensor's name in the file; may name tensors of other files of the
+            folder too. None: the tensor was saved from disk and is not covered.
         config: checksum of config.json; None in files that were written before it was known.
     """
 
@@ -76,7 +77,9 @@ def tensor_checksum(dtype: torch.dtype, shape: Iterable[int], chunks: Iterable[m
 
 
 def form_checksum(dtype: torch.dtype, shape: Iterable[int]) -> str:
-    """The first half of a tensor's checksum, known before its bytes are read: a header may claim terabytes."""
+    """The first half of a tensor's checksum, known before its bytes are read: a header may claim
+    terabytes.
+    """
     return f"{zlib.crc32(f'{dtype} {list(shape)}'.encode()):08x}"
 
 
@@ -88,4 +91,4 @@ def settings_checksum(settings: dict[str, Any]) -> str:
 
 def byte_view(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -22,7 +22,9 @@ def read_json(path: Path) -> Any:
 
 
 def check_regular(path: Path) -> None:
-    """Refuse a pipe or device, which would be read for ever; links to files are allowed (hub caches use them)."""
+    """Refuse a pipe or device, which would be read for ever; links to files are allowed (hub caches
+    use them).
+    """
     if not os.path.isfile(path):
         raise ValueError(
             f"{path} is missing, or a pipe, device or folder; copy or save it again as a file."

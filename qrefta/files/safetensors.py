@@ -1,9 +1,10 @@
 """A folder of safetensors files, read a few rows and written a few tensors at a time.
 
-Files are read by position, not through a memory map: mapped pages count as resident, and opening a file with the
-safetensors library maps it whole (a loop over rows of a 0.7 GB file then peaks at 0.7 GB; by position it peaks at the
-rows, and runs twice as fast). The format is a length (8 bytes, little endian), a JSON header of names, dtypes, shapes
-and offsets, and data. Files written here carry the checksums of `qrefta.files.checksums` in their header.
+Files are read by position, not through a memory map: mapped pages count as resident, and opening a
+file with the safetensors library maps it whole (a loop over rows of a 0.7 GB file then peaks at 0.7
+GB; by position it peaks at the rows, and runs twice as fast). The format is a length (8 bytes,
+little endian), a JSON header of names, dtypes, shapes and offsets, and data. Files written here
+carry the checksums of `qrefta.files.checksums` in their header.
 """
 
 import json
@@ -92,10 +93,12 @@ class Part(NamedTuple):
 
 
 class Checkpoint:
-    """The tensors of a folder with `model.safetensors`, or with shards and an index. Nothing is kept in memory.
+    """The tensors of a folder with `model.safetensors`, or with shards and an index. Nothing is
+    kept in memory.
 
     Raises:
-        ValueError: if there are no safetensors files, or the index or a shard is damaged or missing.
+        ValueError: if there are no safetensors files, or the index or a shard is damaged or
+            missing.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -105,7 +108,8 @@ class Checkpoint:
             missing = [name for name in names or [] if name not in stored]
             if missing:
                 raise ValueError(
-                    f"{folder / file} has no tensor {missing[0]}, but {INDEX} lists it there; copy the file again."
+                    f"{folder / file} has no tensor {missing[0]}, but {INDEX} lists it there; "
+                    "copy the file again."
                 )
             self._tensors |= stored if names is None else {name: stored[name] for name in names}
 
@@ -144,7 +148,9 @@ class Checkpoint:
         return self.shape(part.name)[-2:]
 
     def read_parts(self, parts: list[Part], start: int, stop: int, columns: bool = False) -> Tensor:
-        """Rows `start` .. `stop` of matrices that follow one another; with `columns`, of their transposes."""
+        """Rows `start` .. `stop` of matrices that follow one another; with `columns`, of their
+        transposes.
+        """
         pieces = []
         first = 0
         for part in parts:
@@ -164,10 +170,11 @@ class Checkpoint:
         columns: bool = False,
         expert: int | None = None,
     ) -> Tensor:
-        """Rows `start` .. `stop` of a tensor as stored; with `columns`, of its transpose (matrices only).
+        """Rows `start` .. `stop` of a tensor as stored; with `columns`, of its transpose (matrices
+        only).
 
-        Columns are strided in the file, so they are picked from chunks of whole rows. With `expert`, the rows are those
-        of that expert's matrix in a fused tensor.
+        Columns are strided in the file, so they are picked from chunks of whole rows. With
+        `expert`, the rows are those of that expert's matrix in a fused tensor.
         """
         stored = self._tensors[name] if expert is None else self._tensors[name].at(expert)
         if columns:
@@ -259,7 +266,9 @@ def read_checksums(file: Path) -> Checksums | None:
 
 
 class ShardWriter:
-    """Safetensors files of about `part_bytes`, each written as soon as it is full; names are `stem` and a number."""
+    """Safetensors files of about `part_bytes`, each written as soon as it is full; names are `stem`
+    and a number.
+    """
 
     def __init__(self, folder: Path, stem: str, part_bytes: int) -> None:
         self.folder = folder
@@ -289,7 +298,9 @@ class ShardWriter:
 
 
 def copy_companions(folder: Path, out: Path) -> None:
-    """Copy the files that accompany a model's weights, such as the tokenizer; not config, index and checksums."""
+    """Copy the files that accompany a model's weights, such as the tokenizer; not config, index and
+    checksums.
+    """
     for pattern in _COMPANIONS:
         for file in sorted(folder.glob(pattern)):
             kept_back = file.name in _KEPT_BACK or ".index." in file.name
@@ -298,7 +309,8 @@ def copy_companions(folder: Path, out: Path) -> None:
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors (on the CPU, contiguous) as one safetensors file: the whole file appears or none.
+    """Write tensors (on the CPU, contiguous) as one safetensors file: the whole file appears or
+    none.
 
     Raises:
         OSError: if it cannot be written; the message says how much room it needs.
@@ -313,13 +325,15 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
 def copy_shard(
     path: Path, checkpoint: Checkpoint, names: list[str], known: Checksums | None = None
 ) -> None:
-    """Write tensors of a checkpoint, as they are and by their names, as one file, a chunk at a time.
+    """Write tensors of a checkpoint, as they are and by their names, as one file, a chunk at a
+    time.
 
     Args:
         path: file to write.
         checkpoint: read from.
         names: of the tensors, in order.
-        known: further checksums that the header is to hold: of config.json, and of tensors in other files.
+        known: further checksums that the header is to hold: of config.json, and of tensors in other
+            files.
     """
     entries = {
         name: _Entry(
@@ -353,7 +367,9 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def _write(path: Path, entries: dict[str, _Entry], known: Checksums) -> None:
-    """Write a file in one pass; the checksums are filled in at the end, before the file gets its name."""
+    """Write a file in one pass; the checksums are filled in at the end, before the file gets its
+    name.
+    """
     nbytes = sum(entry.nbytes for entry in entries.values())
     with _replacing(path, nbytes) as file:
         file.write(_header_bytes(entries, dict.fromkeys(entries, PLACEHOLDER), known))
@@ -392,7 +408,7 @@ def _header_bytes(entries: dict[str, _Entry], checksums: dict[str, str], known: 
 
 @contextmanager
 def _replacing(path: Path, nbytes: int) -> Iterator[BinaryIO]:
-    """A file under a temporary name; at the end it is synced and renamed, and its folder is synced."""
+    """A file under a temporary name; at the end it is synced and renamed."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)  # a link of that name would be written through
     try:
@@ -419,15 +435,17 @@ def sync_folder(folder: Path) -> None:
 
 
 def _shards(folder: Path) -> dict[str, list[str] | None]:
-    """File names, each with the tensors to take from it; None: all. As in transformers, one file goes before an index."""
+    """File names, each with the tensors to take from it; None: all. As in transformers, one file
+    goes before an index.
+    """
     if (folder / SINGLE).is_file():
         return {SINGLE: None}
     if (folder / INDEX).is_file():
         return _indexed(folder)
     others = ", ".join(sorted(path.name for path in folder.glob("*.bin"))) or "none"
     raise ValueError(
-        f"{folder} has neither {SINGLE} nor {INDEX} (.bin files: {others}); save the model with save_pretrained first, "
-        "or load it and prepare it in memory."
+        f"{folder} has neither {SINGLE} nor {INDEX} (.bin files: {others}); save the model with "
+        "save_pretrained first, or load it and prepare it in memory."
     )
 
 
@@ -443,7 +461,8 @@ def read_index(folder: Path) -> dict[str, str]:
         isinstance(file, str) for file in weight_map.values()
     ):
         raise ValueError(
-            f"{folder / INDEX} is damaged: it has no weight_map of tensors and files; copy it again."
+            f"{folder / INDEX} is damaged: it has no weight_map of tensors and files; copy it "
+            "again."
         )
     return weight_map
 
@@ -465,7 +484,9 @@ def _indexed(folder: Path) -> dict[str, list[str] | None]:
 
 
 def _read_header(file: Path) -> _Header:
-    """A file's header, checked against its size: the tensors are all of its data, and no two overlap."""
+    """A file's header, checked against its size: the tensors are all of its data, and no two
+    overlap.
+    """
     check_regular(file)
     try:
         size = file.stat().st_size

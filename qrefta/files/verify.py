@@ -1,7 +1,9 @@
-"""Whether the files of a prepared folder are as they were saved: layout, config.json, index and weights.
+"""Whether the files of a prepared folder are as they were saved: layout, config.json, index and
+weights.
 
-Files of format version 2 carry checksums in their headers (`qrefta.files.checksums`). Folders of version 1 may hold
-`qrefta_sha256.json`, a list of files with their sizes and SHA-256, which is still read.
+Files of format version 2 carry checksums in their headers (`qrefta.files.checksums`). Folders of
+version 1 may hold `qrefta_sha256.json`, a list of files with their sizes and SHA-256, which is
+still read.
 """
 
 import hashlib
@@ -42,7 +44,8 @@ def is_switched_off() -> bool:
 def check_layout(folder: Path) -> None:
     """Refuse a folder with weights in both layouts, where transformers would load the older ones.
 
-    `save_pretrained` leaves one file from an earlier save where it now writes shards, and the other way round.
+    `save_pretrained` leaves one file from an earlier save where it now writes shards, and the other
+    way round.
 
     Raises:
         ValueError: if there are one file and an index; it says which file to delete.
@@ -53,8 +56,8 @@ def check_layout(folder: Path) -> None:
         return
     stale = SINGLE if single.stat().st_mtime_ns < index.stat().st_mtime_ns else INDEX
     raise ValueError(
-        f"{folder} holds two saves: {SINGLE}, and shards with {INDEX}. Delete {stale}, which is the older. (Without "
-        f"{SINGLE} the shards are loaded, without {INDEX} the single file.)"
+        f"{folder} holds two saves: {SINGLE}, and shards with {INDEX}. Delete {stale}, which is "
+        f"the older. (Without {SINGLE} the shards are loaded, without {INDEX} the single file.)"
     )
 
 
@@ -63,8 +66,8 @@ def check_saved(files: Sequence[str | Path], version: int, listed: Path | None =
 
     Args:
         files: all files of weights that are to be loaded, in one folder.
-        version: format version by config.json. From version 2 on every file must have checksums. A folder of version 1
-            without checksums and without a list loads with a warning.
+        version: format version by config.json. From version 2 on every file must have checksums. A
+            folder of version 1 without checksums and without a list loads with a warning.
         listed: the list of version 1, if it is not in the folder.
 
     Raises:
@@ -78,22 +81,23 @@ def check_saved(files: Sequence[str | Path], version: int, listed: Path | None =
     folder = paths[0].parent
     if version > 1:
         raise ValueError(
-            f"{paths[0]} has no checksums, but config.json says format version {version}, which always has them: the "
-            f"file is of another save, or another program wrote it; {_FIX}"
+            f"{paths[0]} has no checksums, but config.json says format version {version}, which "
+            f"always has them: the file is of another save, or another program wrote it; {_FIX}"
         )
     listed = listed or folder / LIST
     if listed.is_file():
         _check_list(folder, paths, listed)
         return
     warnings.warn(
-        f"{folder} has no checksums and no {LIST} (an older qrefta saved it), so damage to its files cannot be seen; "
-        "save it again to write checksums.",
+        f"{folder} has no checksums and no {LIST} (an older qrefta saved it), so damage to its "
+        "files cannot be seen; save it again to write checksums.",
         stacklevel=2,
     )
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse settings (the content of config.json) that differ from those saved with a folder's weights.
+    """Refuse settings (the content of config.json) that differ from those saved with a folder's
+    weights.
 
     Folders without weights are passed over: what is missing there is said where they are loaded.
 
@@ -112,7 +116,8 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def write_checksums(folder: str | Path) -> None:
-    """Write the files of a prepared folder again, with checksums of what they and config.json hold now.
+    """Write the files of a prepared folder again, with checksums of what they and config.json hold
+    now.
 
     Call it on a folder that was changed on purpose. It copies every file of weights once.
 
@@ -133,13 +138,14 @@ def _check_headers(headers: dict[Path, Checksums | None]) -> None:
     for path, header in headers.items():
         if header is None:
             raise ValueError(
-                f"{path} has no checksums, and other files of its folder have: it is left from another save; {_FIX}"
+                f"{path} has no checksums, and other files of its folder have: it is left from "
+                f"another save; {_FIX}"
             )
         for name, checksum in header.tensors.items():
             if known.setdefault(name, checksum) != checksum:
                 raise ValueError(
-                    f"{path} is of another save than {next(iter(headers))}, or damaged: their checksums of {name} "
-                    f"differ; {_FIX}"
+                    f"{path} is of another save than {next(iter(headers))}, or damaged: their "
+                    f"checksums of {name} differ; {_FIX}"
                 )
     _check_config_and_index(headers)
     _check_tensors(list(headers), known)
@@ -163,8 +169,8 @@ def _compare_settings(config: Path, settings: dict[str, Any], header: Checksums)
     if header.config is not None and settings_checksum(settings) != header.config:
         raise ValueError(
             f"{config} differs from the one that was saved with the weights: its checksum is "
-            f"{settings_checksum(settings)}, and {header.config} was saved. It is damaged, changed, or of another "
-            f"save; {_FIX}"
+            f"{settings_checksum(settings)}, and {header.config} was saved. It is damaged, "
+            f"changed, or of another save; {_FIX}"
         )
 
 
@@ -178,8 +184,8 @@ def _check_index(folder: Path, files: list[Path]) -> None:
     )
     if differing:
         raise ValueError(
-            f"{folder / INDEX} is damaged: it places {differing[0]} in {indexed.get(differing[0])}, and it is in "
-            f"{stored.get(differing[0])}; {_FIX}"
+            f"{folder / INDEX} is damaged: it places {differing[0]} in "
+            f"{indexed.get(differing[0])}, and it is in {stored.get(differing[0])}; {_FIX}"
         )
 
 
@@ -194,8 +200,8 @@ def _check_tensors(files: list[Path], known: dict[str, str | None]) -> None:
         for name in checkpoint.names:
             if name not in known:
                 raise ValueError(
-                    f"{file} holds {name}, for which no checksum was saved: it is damaged, or another program wrote "
-                    f"it; {_FIX}"
+                    f"{file} holds {name}, for which no checksum was saved: it is damaged, or "
+                    f"another program wrote it; {_FIX}"
                 )
             saved = known[name]
             if saved is not None:
@@ -203,7 +209,8 @@ def _check_tensors(files: list[Path], known: dict[str, str | None]) -> None:
                 if not saved.startswith(form):
                     raise ValueError(
                         f"{file} is damaged: {name} is {checkpoint.dtype(name)} of shape "
-                        f"{list(checkpoint.shape(name))}, and by its checksum it was saved as another; {_FIX}"
+                        f"{list(checkpoint.shape(name))}, and by its checksum it was saved as "
+                        f"another; {_FIX}"
                     )
                 jobs.append((file, checkpoint, name, saved))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -212,7 +219,8 @@ def _check_tensors(files: list[Path], known: dict[str, str | None]) -> None:
             if checksum != saved:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise ValueError(
-                    f"{file} is damaged: the checksum of {name} is {checksum}, and {saved} was saved; {_FIX}"
+                    f"{file} is damaged: the checksum of {name} is {checksum}, and {saved} was "
+                    f"saved; {_FIX}"
                 )
 
 
@@ -251,7 +259,8 @@ def _entries(listed: Path) -> dict[str, dict[str, Any]]:
     number = content.get("format") if isinstance(content, dict) else None
     if isinstance(number, int) and number > _LIST_FORMAT:
         raise ValueError(
-            f"{listed} has format {number}; this package reads {_LIST_FORMAT}. Update it: pip install -U qrefta"
+            f"{listed} has format {number}; this package reads {_LIST_FORMAT}. Update it: pip "
+            "install -U qrefta"
         )
     files = content.get("files") if isinstance(content, dict) else None
     if not isinstance(files, dict) or not all(map(_is_entry, files.items())):

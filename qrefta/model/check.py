@@ -1,7 +1,9 @@
-"""Checks of a prepared checkpoint: before a tensor of it takes memory, and again once all tensors are read.
+"""Checks of a prepared checkpoint: before a tensor of it takes memory, and again once all tensors
+are read.
 
-transformers builds the model that config.json describes and then fills it; tensors that the files do not hold are drawn
-at random. So config and files are compared first, while numbers out of a damaged config still cost nothing.
+transformers builds the model that config.json describes and then fills it; tensors that the files
+do not hold are drawn at random. So config and files are compared first, while numbers out of a
+damaged config still cost nothing.
 """
 
 import os
@@ -19,13 +21,15 @@ from qrefta.nn.experts import is_adapted
 from qrefta.nn.factors import Factors, frozen
 from qrefta.nn.linear import AdaptedLinear
 
-# A model may hold this much beyond its files, as bytes or as a multiple of them: a new head, tables of positions.
+# A model may hold this much beyond its files, as bytes or as a multiple of them: a new head, tables
+# of positions.
 FRESH_BYTES = 1 << 30
 FRESH_SHARE = 4
 
 
 def check_files(files: list[str], source: str | Path | None) -> None:
-    """Refuse all but whole safetensors files in the folder that is loaded, before a byte of a tensor is read.
+    """Refuse all but whole safetensors files in the folder that is loaded, before a byte of a
+    tensor is read.
 
     Args:
         files: as transformers found them, by an index that may name anything.
@@ -34,7 +38,8 @@ def check_files(files: list[str], source: str | Path | None) -> None:
     for file in files:
         if not str(file).endswith(".safetensors"):
             raise ValueError(
-                f"{file} is not a safetensors file; qrefta reads no other format (pickle can run code)."
+                f"{file} is not a safetensors file; qrefta reads no other format (pickle can run "
+                "code)."
             )
         if source is not None and os.path.isdir(source):
             inside = os.path.relpath(os.path.abspath(file), os.path.abspath(source))
@@ -44,7 +49,8 @@ def check_files(files: list[str], source: str | Path | None) -> None:
                 )
         if not os.path.isfile(file):
             raise ValueError(
-                f"{file} is damaged or truncated: it is missing, or no file at all; copy or save it again."
+                f"{file} is damaged or truncated: it is missing, or no file at all; copy or save "
+                "it again."
             )
         try:
             Checkpoint.of_files([file])
@@ -58,8 +64,9 @@ def check_headers(model: PreTrainedModel, files: list[str]) -> None:
     """Compare the headers of files with an empty model, its adapted layers and bank included.
 
     Raises:
-        ValueError: if a tensor of an adapted layer or of the factors has another shape or another kind of numbers, the
-            model would hold far more than the files do, or transformers would read far more than the model holds.
+        ValueError: if a tensor of an adapted layer or of the factors has another shape or another
+            kind of numbers, the model would hold far more than the files do, or transformers would
+            read far more than the model holds.
     """
     checkpoint = Checkpoint.of_files(files)
     names = _single_sources(model, checkpoint)
@@ -82,13 +89,15 @@ def check_headers(model: PreTrainedModel, files: list[str]) -> None:
     held = sum(os.path.getsize(file) for file in files)
     if fresh > max(FRESH_BYTES, FRESH_SHARE * held):
         raise ValueError(
-            f"config.json describes {fresh / 1e9:.1f} GB of tensors that the files ({held / 1e9:.3f} GB) do not hold; "
-            "they do not belong together: copy or save the folder again."
+            f"config.json describes {fresh / 1e9:.1f} GB of tensors that the files "
+            f"({held / 1e9:.3f} GB) do not hold; they do not belong together: copy or save the "
+            "folder again."
         )
     if spare > max(FRESH_BYTES, FRESH_SHARE * total):
         raise ValueError(
-            f"The files hold {spare / 1e9:.1f} GB of tensors in other shapes than config.json describes "
-            f"({total / 1e9:.3f} GB in all); they do not belong together: copy or save the folder again."
+            f"The files hold {spare / 1e9:.1f} GB of tensors in other shapes than config.json "
+            f"describes ({total / 1e9:.3f} GB in all); they do not belong together: copy or save "
+            "the folder again."
         )
 
 
@@ -141,20 +150,22 @@ def _check_adapted(path: str, tensor: Tensor, checkpoint: Checkpoint, name: str)
     both_float = dtype.is_floating_point and tensor.is_floating_point()
     if dtype != tensor.dtype and not both_float:
         raise ValueError(
-            f"{path} is {dtype} in the checkpoint and {tensor.dtype} by its config; they do not belong together: copy "
-            "or save it again."
+            f"{path} is {dtype} in the checkpoint and {tensor.dtype} by its config; they do not "
+            "belong together: copy or save it again."
         )
 
 
 def _other_shape(path: str, stored: tuple[int, ...], expected: tuple[int, ...]) -> ValueError:
     return ValueError(
-        f"{path} has the shape {list(stored)} in the checkpoint and {list(expected)} by its config; they do not belong "
-        "together: copy or save it again."
+        f"{path} has the shape {list(stored)} in the checkpoint and {list(expected)} by its "
+        "config; they do not belong together: copy or save it again."
     )
 
 
 def adapted_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of adapted layers and factors, by path; not the biases, which the dense model has too."""
+    """Parameters of adapted layers and factors, by path; not the biases, which the dense model has
+    too.
+    """
     parameters = {}
     for path, module in model.named_modules():
         if isinstance(module, AdaptedLinear | Factors):
@@ -167,8 +178,8 @@ def adapted_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def check_form(model: PreTrainedModel, expected: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
     """Raise if a tensor was loaded in another shape, and undo casts of packed bytes.
 
-    transformers 5.0 neither compares shapes in quantized models nor leaves integers alone in modules that it
-    keeps in float32 (T5's `wo`); bytes survive that cast.
+    transformers 5.0 neither compares shapes in quantized models nor leaves integers alone in
+    modules that it keeps in float32 (T5's `wo`); bytes survive that cast.
     """
     for path, parameter in adapted_parameters(model).items():
         shape, dtype = expected[path]
@@ -180,10 +191,12 @@ def check_form(model: PreTrainedModel, expected: dict[str, tuple[torch.Size, tor
 
 
 def check_filled(model: PreTrainedModel) -> None:
-    """Raise if a tensor of ours is missing in the checkpoint; transformers only warns and leaves it random.
+    """Raise if a tensor of ours is missing in the checkpoint; transformers only warns and leaves it
+    random.
 
-    In the class that saved the checkpoint no other tensor may be missing either; another class may have a fresh head.
-    transformers marks each tensor that it filled with `_is_hf_initialized` (the only trace left after loading).
+    In the class that saved the checkpoint no other tensor may be missing either; another class may
+    have a fresh head. transformers marks each tensor that it filled with `_is_hf_initialized` (the
+    only trace left after loading).
     """
     same_class = type(model).__name__ in (model.config.architectures or [])
     missing = []
@@ -197,8 +210,8 @@ def check_filled(model: PreTrainedModel) -> None:
                 (offloaded if parameter.is_meta else missing).append(f"{path}.{name}")
     if offloaded:
         raise ValueError(
-            f"{len(offloaded)} tensors were offloaded to disk ({offloaded[0]}, ...), which a prepared model does not "
-            "support; use a device_map without disk."
+            f"{len(offloaded)} tensors were offloaded to disk ({offloaded[0]}, ...), which a "
+            "prepared model does not support; use a device_map without disk."
         )
     if missing:
         raise missing_error(missing)
@@ -206,20 +219,24 @@ def check_filled(model: PreTrainedModel) -> None:
 
 def missing_error(missing: list[str]) -> ValueError:
     return ValueError(
-        f"{len(missing)} tensors that config.json describes are missing in the checkpoint: {', '.join(missing[:5])}. "
-        "It is damaged or incomplete: copy or save it again."
+        f"{len(missing)} tensors that config.json describes are missing in the checkpoint: "
+        f"{', '.join(missing[:5])}. It is damaged or incomplete: copy or save it again."
     )
 
 
 def check_scales(model: PreTrainedModel) -> None:
-    """Raise if scales or mixing weights are NaN or infinite; preparing makes none of these from finite weights."""
+    """Raise if scales or mixing weights are NaN or infinite; preparing makes none of these from
+    finite weights.
+    """
     parameters = adapted_parameters(model)
     for path in _raw_floats(parameters):
         _check_finite(path, parameters[path])
 
 
 def _raw_floats(parameters: dict[str, nn.Parameter]) -> Iterator[str]:
-    """Paths of float32 numbers that are stored as raw bytes; not scales in 8 bits, which have scales themselves."""
+    """Paths of float32 numbers that are stored as raw bytes; not scales in 8 bits, which have
+    scales themselves.
+    """
     for path, parameter in parameters.items():
         if parameter.dtype == torch.uint8 and f"{path}_state" not in parameters:
             yield path

@@ -1,4 +1,6 @@
-"""The config.json of a prepared folder, read and checked before transformers builds anything from it. Torch-free."""
+"""The config.json of a prepared folder, read and checked before transformers builds anything from
+it. Torch-free.
+"""
 
 import re
 from collections.abc import Iterator
@@ -14,10 +16,12 @@ _WINDOW = re.compile(r"window|mtp|nextn")  # numbers of layers that no loop runs
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The config.json of a prepared model's folder, with settings that are safe to build a model from.
+    """The config.json of a prepared model's folder, with settings that are safe to build a model
+    from.
 
     Raises:
-        ValueError: if there is none, it is damaged, out of range, or belongs to another kind of model.
+        ValueError: if there is none, it is damaged, out of range, or belongs to another kind of
+            model.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -33,7 +37,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     method = (settings or {}).get("quant_method")
     if method != "qrefta":
         raise ValueError(
-            f"{folder} holds no qrefta model (quant_method is {method!r}); load it with transformers."
+            f"{folder} holds no qrefta model (quant_method is {method!r}); load it with "
+            "transformers."
         )
     if not isinstance(config.get("architectures") or [""], list):
         raise ValueError(
@@ -44,10 +49,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def check_config(config: dict[str, Any]) -> None:
-    """Refuse a config.json whose model would be built for hours, or from code that transformers fetches from a hub.
+    """Refuse a config.json whose model would be built for hours, or from code that transformers
+    fetches from a hub.
 
-    A flipped digit turns twelve blocks into a million. An attention or experts implementation with a slash in its name
-    is a hub's kernel; to use one, pass `attn_implementation`.
+    A flipped digit turns twelve blocks into a million. An attention or experts implementation with
+    a slash in its name is a hub's kernel; to use one, pass `attn_implementation`.
 
     Raises:
         ValueError: naming the setting.
@@ -71,8 +77,8 @@ def check_counts(config: dict[str, Any]) -> None:
         limit = _LARGEST_COUNTS if name == "num_labels" else _MOST_BLOCKS
         if count > limit:
             raise ValueError(
-                f"config.json has {name} {count:,}, and {limit:,} is the largest that is built; it is damaged: copy or "
-                "save it again."
+                f"config.json has {name} {count:,}, and {limit:,} is the largest that is built; "
+                "it is damaged: copy or save it again."
             )
 
 

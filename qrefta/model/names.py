@@ -1,10 +1,10 @@
-"""Weights of a model -> the matrices of a checkpoint that they are made of, as transformers would load them.
+"""Weights of a model -> the matrices of a checkpoint that fill them, as transformers would load them.
 
-transformers renames what it reads, and merges: a checkpoint may hold the experts of a block as matrices of their own, a
-gate and an up projection each, where the model has one fused parameter. Which it does is read from its own tables.
+transformers renames the tensors that it reads, and merges some: a checkpoint may hold the experts
+of a block as separate matrices, a gate and an up projection each, where the model has one fused
+parameter. Its tables of renamings and conversions say which.
 """
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from qrefta._compat.transformers import (
@@ -23,30 +23,30 @@ from qrefta.model.stacks import LayerStack
 def weight_parts(
     model: PreTrainedModel, checkpoint: Checkpoint, stacks: list[LayerStack]
 ) -> dict[str, list[Part]]:
-    """The checkpoint's matrices of every stacked weight, below one another, by the path of its adapted linear.
+    """The checkpoint's matrices of every stacked weight, below one another, by the path of its
+    adapted layer.
 
     Raises:
-        ValueError: if the checkpoint lacks a weight, has it in another shape, or merges it in a way unknown here.
+        ValueError: if a weight is missing in the checkpoint, has another shape there, or is merged
+            in a way unknown here.
     """
-    found = sources(model, checkpoint)
+    tensors = sources(model, checkpoint)
     parts: dict[str, list[Part]] = {}
-    paths = [path for stack in stacks for path in stack.modules]
-    missing = []
+    missing: list[str] = []
     for stack in stacks:
         matrices = []
         for path in stack.modules:
-            tensors = found.get(path if stack.experts else f"{path}.weight", [])
-            own = [[Part(name) for name in names] for names in tensors]
-            if stack.experts and own and len(shape := checkpoint.shape(tensors[0][0])) == 3:
-                own = [[Part(tensors[0][0], expert)] for expert in range(shape[0])]
-            if len(own) != max(stack.experts, 1):
+            module_parts = _module_parts(checkpoint, stack, path, tensors)
+            if len(module_parts) != max(stack.experts, 1):
                 missing.append(path)
-            matrices += own
+            matrices += module_parts
         parts |= zip(stack.adapted, matrices, strict=False)
     if missing:
+        total = sum(len(stack.modules) for stack in stacks)
         raise ValueError(
-            f"The checkpoint has no tensor for {len(missing)} of the {len(paths)} linears, the first is {missing[0]}; "
-            "it is incomplete, or stores them merged: then load the model and prepare it in memory."
+            f"The checkpoint has no tensor for {len(missing)} of the {total} linear layers, the "
+            f"first is {missing[0]}; it is incomplete, or stores them merged: then load the model "
+            "and prepare it in memory."
         )
     for stack in stacks:
         for path in stack.adapted:
@@ -54,37 +54,53 @@ def weight_parts(
     return parts
 
 
+def _module_parts(
+    checkpoint: Checkpoint, stack: LayerStack, path: str, tensors: dict[str, list[list[str]]]
+) -> list[list[Part]]:
+    """The matrices of a linear layer, or of every expert in a fused parameter."""
+    names = tensors.get(path if stack.experts else f"{path}.weight", [])
+    if stack.experts and names:
+        fused = names[0][0]
+        shape = checkpoint.shape(fused)
+        if len(shape) == 3:
+            return [[Part(fused, expert)] for expert in range(shape[0])]
+    return [[Part(name) for name in rows] for rows in names]
+
+
 def _check_shape(checkpoint: Checkpoint, stack: LayerStack, parts: list[Part]) -> None:
     wanted = (stack.out_features, stack.in_features)
-    shapes = [checkpoint.matrix_shape(part)[:: -1 if stack.transposed else 1] for part in parts]
+    order = -1 if stack.transposed else 1
+    shapes = [checkpoint.matrix_shape(part)[::order] for part in parts]
     fits = all(len(shape) == 2 and shape[1] == wanted[1] for shape in shapes)
     if not fits or sum(rows for rows, _ in shapes) != wanted[0]:
         stored = " and ".join(str(list(checkpoint.shape(part.name))) for part in parts)
         raise ValueError(
-            f"{parts[0].name} has the shape {stored} in the checkpoint and {list(wanted)} by its config.json."
+            f"{parts[0].name} has the shape {stored} in the checkpoint and {list(wanted)} by its "
+            "config.json."
         )
 
 
-def sources(model: nn.Module, checkpoint: Checkpoint) -> dict[str, list[list[str]]]:
-    """Parameter or buffer of a model -> the tensors of a checkpoint that transformers fills it with.
+def sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, list[list[str]]]:
+    """Parameter or buffer of a model -> the tensors of a checkpoint from which transformers fills it.
 
-    transformers renames keys as it loads: old names of an architecture, and the base model's prefix that one of the two
-    may lack. A fused parameter may be made of matrices of its experts: then there is a list for each expert, in order,
-    with the tensors whose rows follow one another. Otherwise there is one name. Parameters that transformers makes of
-    several tensors in other ways are left out.
+    transformers renames keys as it loads: old names of an architecture, and the base model's prefix
+    that only one of the two may have. A fused parameter may be made of matrices of its experts:
+    then there is a list for each expert, in order, with the tensors whose rows follow one another.
+    Otherwise there is one name. Parameters that transformers makes of several tensors in other ways
+    are left out.
     """
     state = model.state_dict()
     renamings, converters = _weight_mapping(model)
-    found: dict[str, list[list[str]]] = {}
+    filled: dict[str, list[list[str]]] = {}
     merged: dict[str, dict[str, list[str]]] = {}
     for name in sorted(checkpoint.names, key=dot_natural_key):
         for renames, converts in ((renamings, converters), ([], [])):
             renamed, pattern = rename_source_key(
-                name, renames, converts, model.base_model_prefix, state
+                name, renames, converts, str(model.base_model_prefix), state
             )
             if renamed in state:
                 if pattern is None:
-                    found[renamed] = [[name]]
+                    filled[renamed] = [[name]]
                 else:
                     merged.setdefault(renamed, {}).setdefault(pattern, []).append(name)
                 break
@@ -94,10 +110,9 @@ def sources(model: nn.Module, checkpoint: Checkpoint) -> dict[str, list[list[str
         )
         if _fuses_experts(converter):
             matrices = [names.get(pattern, []) for pattern in converter.source_patterns]
-            found[parameter] = [
-                list(rows) for rows in zip(*matrices, strict=False)
-            ]  # what lacks is told by the count
-    return found
+            # a missing matrix shows in the number of experts
+            filled[parameter] = [list(rows) for rows in zip(*matrices, strict=False)]
+    return filled
 
 
 def _fuses_experts(converter: WeightConverter) -> bool:
@@ -105,15 +120,15 @@ def _fuses_experts(converter: WeightConverter) -> bool:
     steps = [
         (type(operation), getattr(operation, "dim", None)) for operation in converter.operations
     ]
-    stacked = [(MergeModulelist, 0)]
-    return steps == (
-        stacked if len(converter.source_patterns) == 1 else [*stacked, (Concatenate, 1)]
-    )
+    stacked: list[tuple[type, int | None]] = [(MergeModulelist, 0)]
+    if len(converter.source_patterns) > 1:
+        stacked.append((Concatenate, 1))
+    return steps == stacked
 
 
-def _weight_mapping(model: nn.Module) -> tuple[list[WeightRenaming], list[WeightConverter]]:
-    """Transformers' own renamings and conversions for a model."""
+def _weight_mapping(model: PreTrainedModel) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    """The renamings and conversions of transformers for a model."""
     mapping = get_model_conversion_mapping(model)
-    return [m for m in mapping if isinstance(m, WeightRenaming)], [
-        m for m in mapping if isinstance(m, WeightConverter)
-    ]
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    return renamings, converters

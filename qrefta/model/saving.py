@@ -1,4 +1,6 @@
-"""The checksums of a model that transformers is about to save, by the names that its files will have."""
+"""The checksums of a model that transformers is about to save, by the names that its files will
+have.
+"""
 
 import json
 import os
@@ -18,9 +20,9 @@ _THREADS = min(8, os.cpu_count() or 1)  # each holds a tensor of a GPU in CPU me
 def saved_checksums(model: PreTrainedModel, state: dict[str, Tensor]) -> Checksums:
     """Checksums of config.json and of every tensor in `state`.
 
-    transformers renames tensors as it saves (old names of an architecture, a base model's prefix), and splits some that
-    it merged on loading; `save_pretrained(save_original_format=False)` does neither. The hook does not know which, so
-    there are checksums under both names.
+    transformers renames tensors as it saves (old names of an architecture, a base model's prefix),
+    and splits some that it merged on loading; `save_pretrained(save_original_format=False)` does
+    neither. The hook does not know which, so there are checksums under both names.
     """
     converted = revert_weight_conversion(model, dict(state))
     tensors = state | {
@@ -53,7 +55,9 @@ def _identity(tensor: Tensor) -> tuple[object, ...]:
 
 
 def _config_checksum(model: PreTrainedModel) -> str:
-    """The checksum of the config.json that transformers writes next; dtype and architectures are set as it sets them."""
+    """The checksum of the config.json that transformers writes next; dtype and architectures are
+    set as it sets them.
+    """
     config = model.config
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__.removeprefix("FSDP")]

@@ -38,10 +38,11 @@ class VerifiedFile(NamedTuple):
 def verify(folder: str | Path) -> list[VerifiedFile]:
     """The files of a prepared folder, each with how it was checked; all of them are whole.
 
-    Reads every byte of the weights once, a few megabytes at a time. Checked are: config.json (its settings, and that it
-    is the one saved with the weights), the index, the checksum of every tensor, that the tensors are those of the model
-    that config.json describes, that scales are finite, that no file is missing or left over, and that other JSON files
-    can be read. `QREFTA_VERIFY` is ignored.
+    Reads every byte of the weights once, a few megabytes at a time. Checked are: config.json (its
+    settings, and that it is the one saved with the weights), the index, the checksum of every
+    tensor, that the tensors are those of the model that config.json describes, that scales are
+    finite, that no file is missing or left over, and that other JSON files can be read.
+    `QREFTA_VERIFY` is ignored.
 
     Raises:
         ValueError: for the first fault; it names the file and the fix.
@@ -50,9 +51,10 @@ def verify(folder: str | Path) -> list[VerifiedFile]:
     settings = read_config(folder)
     if (folder / _UNFINISHED).exists():
         raise ValueError(
-            f"{folder} is unfinished: it holds {_UNFINISHED}. Run the same prepare command again, which goes on."
+            f"{folder} is unfinished: it holds {_UNFINISHED}. Run the same prepare command again, "
+            "which goes on."
         )
-    config = QReftaConfig.from_dict(settings["quantization_config"])
+    config = QReftaConfig(**settings["quantization_config"])
     check_layout(folder)
     paths = weight_files(folder)
     files = [str(path) for path in paths]
@@ -73,10 +75,11 @@ def verify(folder: str | Path) -> list[VerifiedFile]:
 
 
 def check_weights(folder: Path) -> None:
-    """Refuse weights of a prepared folder that differ from what was saved; a folder without weights is passed over.
+    """Refuse weights of a prepared folder that differ from what was saved; a folder without weights
+    is passed over.
 
-    Checkpoints that several processes wrote in parts (FSDP2's sharded ones) are such folders. `QREFTA_VERIFY=0` in the
-    environment switches this off.
+    Checkpoints that several processes wrote in parts (FSDP2's sharded ones) are such folders.
+    `QREFTA_VERIFY=0` in the environment switches this off.
 
     Raises:
         ValueError: naming the file.
@@ -111,8 +114,8 @@ def _empty_model(folder: Path, settings: dict[str, Any], config: QReftaConfig) -
             model = kind(model_config)
     except Exception as error:
         raise ValueError(
-            f"The config.json of {folder} makes no model ({type(error).__name__}: {error}); it is damaged, or of "
-            "another version of transformers: copy it again."
+            f"The config.json of {folder} makes no model ({type(error).__name__}: {error}); it is "
+            "damaged, or of another version of transformers: copy it again."
         ) from error
     placements = [
         Placement.of(located(model, report.stack), report.rank) for report in config.stacks

@@ -1,4 +1,6 @@
-"""Checksums in the files' headers: written by every way of saving, checked before anything is made of the files."""
+"""Checksums in the files' headers: written by every way of saving, checked before anything is made
+of the files.
+"""
 
 import contextlib
 import copy
@@ -96,7 +98,9 @@ def header(path):
 
 
 def assert_whole(folder):
-    """Every tensor has its checksum, and zlib agrees; the folder loads without a warning, and is verified."""
+    """Every tensor has its checksum, and zlib agrees; the folder loads without a warning, and is
+    verified.
+    """
     for path in folder.glob("*.safetensors"):
         checksums = header(path)["tensors"]
         for name, tensor in load_file(path).items():
@@ -128,7 +132,9 @@ def test_every_shard_has_the_checksums_of_all(tmp_path):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("original", [True, False])
 def test_names_are_those_in_the_files(architecture, original, tmp_path):
-    """Fused experts, renamed architectures, tied weights; in the checkpoint's names and in the model's."""
+    """Fused experts, renamed architectures, tied weights; in the checkpoint's names and in the
+    model's.
+    """
     model = prepared_architecture(ARCHITECTURES[architecture], rank=3)
     model.save_pretrained(tmp_path, save_original_format=original)
     names = load_file(tmp_path / "model.safetensors").keys()
@@ -201,7 +207,9 @@ def test_an_adapter_that_is_saved_into_a_prepared_folder_leaves_the_weights(fold
 
 
 def test_uploaded_files_carry_checksums(tmp_path, monkeypatch):
-    """`save_pretrained(push_to_hub=True)` uploads before it returns; `push_to_hub` saves to a temporary folder."""
+    """`save_pretrained(push_to_hub=True)` uploads before it returns; `push_to_hub` saves to a
+    temporary folder.
+    """
     sent = []
     api = SimpleNamespace(
         create_repo=lambda *args, **kwargs: SimpleNamespace(repo_id="me/model"),
@@ -245,7 +253,9 @@ def test_a_flipped_bit_is_refused(folder, load, name):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_a_bit_flipped_anywhere_is_refused(folder, name):
-    """Plain from_pretrained, at 60 places over the whole file: lengths, names, checksums, tensors, settings."""
+    """Plain from_pretrained, at 60 places over the whole file: lengths, names, checksums, tensors,
+    settings.
+    """
     path = folder / name
     whole = path.read_bytes()
     config = (folder / "config.json").read_bytes()

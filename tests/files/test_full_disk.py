@@ -1,4 +1,5 @@
-"""Disks that are full or read-only: a clear error, files that were there stay whole, nothing half-done stays.
+"""Disks that are full or read-only: a clear error, files that were there stay whole, nothing
+half-done stays.
 
 On a small file system in memory, mounted for the test; skipped where that is not allowed.
 """
@@ -103,7 +104,7 @@ def test_what_is_written_to_a_new_folder_is_there_whole_or_not_at_all(disk, dens
 
 
 def test_preparing_goes_on_once_there_is_room(disk, tmp_path):
-    """What was written before the disk was full is not computed again, and the result is the same."""
+    """Stacks written before the disk was full are not computed again; the result is the same."""
     tiny_bert(hidden=256).save_pretrained(tmp_path / "dense")
     settings = {"rank": 8, "refine": 0, "progress": False}
     qrefta.prepare_checkpoint(tmp_path / "dense", tmp_path / "whole", **settings)
