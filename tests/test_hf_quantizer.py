@@ -119,7 +119,7 @@ def test_round_trip_of_every_setting(settings, tmp_path):
     config = loaded.config.quantization_config
     assert config.to_dict() == model.config.quantization_config.to_dict()
     if "modules_to_save" not in settings:  # those become whole paths
-        assert {name: getattr(config, name) for name in settings} == settings
+        assert {name: config.to_dict()[name] for name in settings} == settings
 
 
 def test_saving_again_writes_the_same_bytes(tmp_path):
@@ -335,7 +335,7 @@ def test_a_head_on_a_prepared_base_model_is_fresh_and_trains(tmp_path):
 @pytest.mark.parametrize("model_class", [RobertaForSequenceClassification, GPT2LMHeadModel])
 def test_another_architecture_is_refused(checkpoint, model_class):
     message = (
-        f"was prepared on a model that has {QUERY}; .* has no such linear. "
+        f"was prepared on a model that has {QUERY}; .* has no such linear layer. "
         "Load it with the class that saved it"
     )
     with pytest.raises(ValueError, match=message):
@@ -525,6 +525,10 @@ def cut(name):
     return edit_tensors(lambda state: state.update({name: state[name][:-1].clone()}))
 
 
+def first_stack(**values):
+    return edit_config(lambda config: config["stacks"][0]["stack"].update(values))
+
+
 def first_row(**values):
     return edit_config(lambda config: config["stacks"][0].update(values))
 
@@ -603,20 +607,20 @@ DAMAGE = {
         "method is 'x'; it must be one of refta",
     ),
     "row key": (
-        edit_config(lambda c: c["stacks"][0].pop("ratio")),
+        edit_config(lambda c: c["stacks"][0].pop("bytes")),
         ValueError,
         "stack of the qrefta config is",
     ),
     "row is a number": (edit_config(lambda c: c.update(stacks=[3])), ValueError, "stack"),
     "row shape": (
-        first_row(shape=[5, 5]),
+        first_stack(out_features=5, in_features=5),
         ValueError,
         rf"{QUERY} has the shape \[32, 32\], but .* with \[5, 5\]",
     ),
     "row path": (
-        first_row(modules=["nope"]),
+        first_stack(modules=["nope"]),
         ValueError,
-        "has nope; BertForSequenceClassification has no such linear",
+        "has nope; BertForSequenceClassification has no such linear layer",
     ),
     "row of another rank": (
         first_row(rank=4),

@@ -343,7 +343,7 @@ REFUSALS = {
     "all on meta": (
         lambda: tiny_bert().to("meta"),
         {},
-        "on the meta device .* or give its folder and `out`",
+        "on the meta device .* or call prepare_checkpoint on its folder",
     ),
     "float64": (
         lambda: tiny_bert().double(),
@@ -625,18 +625,17 @@ def test_dense_weights_are_released_stack_by_stack(monkeypatch):
         for s in find_stacks(model)
     }
     module = sys.modules["qrefta._prepare"]  # `qrefta.prepare` is the function
-    one_stack = module._prepare_stack
+    one_stack = module._ModelSink.write
     done = []
 
-    def watched(model, stack, *rest):
-        row = one_stack(model, stack, *rest)
-        done.append(stack.name)
+    def watched(sink, split):
+        one_stack(sink, split)
+        done.append(split.stack.name)
         assert all(
             (ref() is None) == (name in done) for name, refs in dense.items() for ref in refs
         )
-        return row
 
-    monkeypatch.setattr(module, "_prepare_stack", watched)
+    monkeypatch.setattr(module._ModelSink, "write", watched)
     qrefta.prepare(model, rank=3)
     assert done == list(dense)
 
@@ -733,7 +732,7 @@ def test_prepare_merge_prepare_again(architecture):
 
 
 def test_the_progress_bar_counts_stacks_of_what_takes_long(capsys, monkeypatch):
-    module = sys.modules["qrefta._prepare"]
+    module = sys.modules["qrefta.split.loop"]
     assert module.PROGRESS_DELAY_S > 0
     monkeypatch.setattr(
         module, "PROGRESS_DELAY_S", 600.0

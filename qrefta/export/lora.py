@@ -1,7 +1,7 @@
 """A prepared model as a LoRA in PEFT's format, and the base that it goes on, for LoRA servers.
 
 On the residual the LoRA is Delta_l itself, and the base is dequant(Q_l), dense or in bitsandbytes'
-4-bit format, with the same bits. On the original model it is what training changed (see
+4-bit format, with the same bits. On the original model it is the change by training (see
 `qrefta.export.updates`). Then the quantization error of the residual, with which the model was
 trained, is left out. The nearest matrix of the same rank to the whole difference from the original
 would include some of this error, but the error is by far the larger part and does not fit a low

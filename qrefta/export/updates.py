@@ -1,7 +1,7 @@
 """The update of every target of a prepared model, as two thin factors.
 
 On its residual a layer's update is Delta_l, of rank r: (up core_l, down). On the original weight
-W_l it is what training changed, Delta_l minus Delta_l at the start, of rank 2r: for ReFTA
+W_l it is the change by training, Delta_l minus Delta_l at the start, of rank 2r: for ReFTA
 [A' diag(u_l), -A diag(u_l)] and [B'; B].
 
 The factors at the start come from the prepared model before training. Without it the original is

@@ -87,7 +87,7 @@ def select_stacks(
     if isinstance(target_modules, str):
         return _matching(stacks, target_modules, _compile(target_modules).fullmatch)
     if not target_modules:
-        raise _no_match(stacks, target_modules)
+        raise _no_match(stacks, list(target_modules))
     chosen = [_matching(stacks, name, partial(ends_with, name=name)) for name in target_modules]
     return [stack for stack in stacks if any(stack in found for found in chosen)]
 

@@ -100,7 +100,7 @@ def test_the_4_bit_base_holds_the_same_bits(build, tmp_path):
 @pytest.mark.parametrize(
     ("method", "settings"), [("refta", {}), ("craft", {}), ("refta", {"bits": 16})]
 )
-def test_on_the_original_it_is_what_training_changed(method, settings, tmp_path):
+def test_on_the_original_the_lora_is_the_change_by_training(method, settings, tmp_path):
     """Every layer against Delta minus its start.
 
     The start comes from splitting again, or from the prepared folder.
@@ -189,7 +189,7 @@ def test_a_start_that_is_another_is_refused(tmp_path):
     assert not (tmp_path / "lora").exists()
 
 
-def test_tera_is_cut_to_a_rank_and_says_what_it_lacks(tmp_path):
+def test_tera_is_cut_to_a_rank_and_reports_the_missing_part(tmp_path):
     model = trained(tmp_path / "original", method="tera", rank=8, steps=30)
     deltas = [
         m.factors.delta(m._adapter[2]) for m in model.modules() if isinstance(m, AdaptedLinear)
@@ -205,7 +205,7 @@ def test_tera_is_cut_to_a_rank_and_says_what_it_lacks(tmp_path):
     assert errors[2] < 1e-10
 
 
-def test_what_lacks_rank_may_be_as_far_off_as_an_approximation(tmp_path):
+def test_a_cut_rank_gets_the_tolerance_of_an_approximation(tmp_path):
     """The error is larger than by rounding, for which the bound is 0.15."""
     model = trained(tmp_path / "original", method="tera", rank=8, steps=0)
     with torch.no_grad():
@@ -249,7 +249,7 @@ def test_a_head_that_trained_is_in_the_adapter_and_said(tmp_path):
     assert any("classifier trained whole, in" in note for note in written.notes)
 
 
-def test_a_rank_beyond_what_servers_take_is_said(tmp_path):
+def test_a_rank_too_large_for_servers_is_noted(tmp_path):
     model = trained(tmp_path / "original", tiny_llama, rank=5)
     assert qrefta.export_lora(model, tmp_path / "lora").notes == []
     wide = trained(
@@ -285,7 +285,7 @@ def test_a_rank_beyond_what_servers_take_is_said(tmp_path):
         ),
     ],
 )
-def test_what_is_refused_leaves_nothing(settings, message, tmp_path):
+def test_a_refused_export_leaves_nothing(settings, message, tmp_path):
     model = trained(tmp_path / "original")
     with pytest.raises(ValueError, match=message):
         qrefta.export_lora(model, tmp_path / "lora", **settings)
@@ -293,7 +293,7 @@ def test_what_is_refused_leaves_nothing(settings, message, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{"bits": 16}, {"quant_type": "int4"}])
-def test_formats_that_bitsandbytes_lacks_are_refused_in_4_bits(settings, tmp_path):
+def test_formats_unknown_to_bitsandbytes_are_refused_in_4_bits(settings, tmp_path):
     model = trained(tmp_path / "original", **settings)
     with pytest.raises(
         ValueError, match=r'bitsandbytes has no format for residuals in .*; give base="residual"'
@@ -353,7 +353,7 @@ def test_a_full_folder_a_dense_model_and_no_factors_are_refused(tmp_path):
         qrefta.export_lora(tiny_bert(), tmp_path / "lora")
 
 
-def test_without_peft_the_error_says_what_to_install(tmp_path, monkeypatch):
+def test_without_peft_the_error_names_the_package_to_install(tmp_path, monkeypatch):
     model = trained(tmp_path / "original")
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match="pip install peft"):

@@ -70,7 +70,7 @@ def test_merged_logits_equal_the_trained_models(architecture):
 
 
 @all_architectures
-def test_merged_weights_are_the_layers_own(architecture):
+def test_merged_weights_equal_the_dense_weights_of_layers(architecture):
     """Every merged weight and bias, against the layer that it replaces, bit for bit in float32."""
     model = prepared(architecture)
     expected = {
@@ -88,7 +88,7 @@ def test_merged_weights_are_the_layers_own(architecture):
 
 
 @all_architectures
-def test_module_classes_and_names_are_those_of_the_original(architecture):
+def test_module_classes_and_names_equal_the_original(architecture):
     original = ARCHITECTURES[architecture]()
     merged = qrefta.merge(prepared(architecture))
     assert classes(merged) == classes(original)
@@ -179,7 +179,7 @@ def test_a_loaded_model_merges_to_the_same_weights(tmp_path):
         assert torch.equal(loaded[name], tensor)
 
 
-def test_merged_weights_take_gradients_and_memory_of_their_own():
+def test_merged_weights_take_gradients_and_share_no_memory():
     merged = qrefta.merge(prepared("bert", bits=16), dtype=torch.float32)
     merged(**inputs(merged)).logits.square().mean().backward()
     assert all(
@@ -240,7 +240,7 @@ def test_a_merged_loaded_model_says_nothing_of_quantization(tmp_path):
     assert merged.config.dtype == torch.float32
 
 
-def test_what_the_model_wants_in_float32_stays_so(tmp_path):
+def test_modules_that_the_model_wants_in_float32_stay_in_float32(tmp_path):
     """T5's wo overflows in fp16; from_pretrained(dtype=float16) keeps it in float32 too."""
     merged = qrefta.merge(prepared("t5"), torch.float16)
     merged.save_pretrained(tmp_path)
@@ -254,7 +254,7 @@ def test_what_the_model_wants_in_float32_stays_so(tmp_path):
 
 
 @all_architectures
-def test_a_written_folder_holds_what_merging_in_place_gives(architecture, tmp_path):
+def test_a_written_folder_equals_merging_in_place(architecture, tmp_path):
     """Tensor by tensor and bit for bit, in as many files as it takes; the model stays prepared."""
     model = take_steps(prepared(architecture))
     expected = logits(model)
@@ -310,7 +310,7 @@ def test_writing_holds_a_shard_and_a_linear_at_a_time(tmp_path):
     assert peak < 0.2 * dense
 
 
-def test_what_lies_beside_the_weights_is_copied(tmp_path):
+def test_other_files_of_the_folder_are_copied(tmp_path):
     tiny_folder(tmp_path / "dense")
     qrefta.prepare_checkpoint(tmp_path / "dense", tmp_path / "4bit", rank=4, progress=False)
     written = qrefta.merge(qrefta.load(tmp_path / "4bit"), out=tmp_path / "merged").folder

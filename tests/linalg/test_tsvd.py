@@ -98,7 +98,7 @@ def test_residual_and_principal_part_are_orthogonal(shape, transform):
 
 @grid
 @all_transforms
-def test_kept_energy_is_that_of_the_largest_values_over_all_slices(shape, transform):
+def test_kept_energy_is_the_energy_of_the_largest_values_of_all_slices(shape, transform):
     stack = random_stack(shape)
     rank = max(1, max_rank(stack) // 2)
     largest = (

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import qrefta
+from qrefta.config import RankBudget
 from qrefta._compat.transformers import enable_checkpointing
 from qrefta.memory.footprint import _AsOnCuda, _Ledger
 from qrefta.memory.meta_model import Outline
@@ -362,12 +363,12 @@ def test_models_that_cannot_be_planned_say_why():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": "auto"}, "give a number"),
+        ({"rank": RankBudget(error_ratio=0.5)}, "give a number"),
         ({"rank": 65}, "largest allowed rank is 64"),
         ({"batch": 0}, "batch is 0"),
         ({"gpu": "24 bananas"}, "gpu is '24 bananas'"),
         ({"gpu": "1GB", "reserve": "2GB"}, "nothing is left"),
-        ({"dtype": "int8"}, "float32, bfloat16, float16"),
+        ({"dtype": "int8"}, "bfloat16, float16, float32"),
         ({"optimizer": "sgd"}, "adamw, adamw_8bit"),
         ({"target_modules": ["nothing"]}, "the stacks are"),
         ({"modules_to_save": "nothing"}, "match no module"),

@@ -1,4 +1,4 @@
-"""Every tensor method, compared with dense definitions of its update, and through a model's life."""
+"""Every tensor method: compared with dense definitions, prepared, saved, merged and trained."""
 
 import copy
 import re
@@ -291,7 +291,7 @@ def test_craft_quantizes_less_than_whole_weights():
 @pytest.mark.parametrize(
     ("method", "rank"), [("refta", 7), ("craft", (2, 5, 6)), ("craft", (4, 12, 20))]
 )
-def test_what_a_fit_takes_away_is_the_energy_it_states(method, rank):
+def test_a_fit_reports_the_energy_that_it_takes_away(method, rank):
     """The squared norms of the projection and of the rest add up to ||W||^2 over all layers."""
     stack = decaying(4, 12, 20)
     U = transform_of(stack, "lsm3")
@@ -302,7 +302,7 @@ def test_what_a_fit_takes_away_is_the_energy_it_states(method, rank):
     assert_close(left.item(), stack.square().sum().item() - found.energy, rtol=1e-5, atol=1e-5)
 
 
-def test_craft_splits_under_the_layers_own_basis():
+def test_craft_splits_under_the_lsm3_basis_of_the_layers():
     """The principal energy equals the energy of an HOSVD whose layer mode is cut to one."""
     model = ARCHITECTURES["bert"]()
     stack = find_stacks(model)[0]
@@ -355,7 +355,7 @@ def test_craft_trains_the_papers_count():
         ((6, 384, 384), 16, (6, 16, 16)),
     ],
 )
-def test_crafts_ranks_are_capped_at_what_a_stack_has(shape, asked, given):
+def test_crafts_ranks_are_capped_by_the_stack(shape, asked, given):
     assert CRAFT.rank_of(*shape, asked) == given
 
 
@@ -552,7 +552,7 @@ def test_hosvd_is_tensorlys(ranks, blocks):
         assert_close(found.core.square().sum().sqrt().item(), np.linalg.norm(core))
 
 
-def test_the_iterated_basis_captures_what_the_exact_one_does():
+def test_the_iterated_basis_captures_as_much_as_the_exact_basis():
     """Measured: 0.05 % of the energy less; and a start on the last basis loses nothing."""
     stack = decaying(4, 60, 200)
     found, _ = tucker_of(stack, (4, 10, 10))

@@ -110,7 +110,7 @@ def experts_module(module_class):
 
 
 @pytest.mark.parametrize("module_class", MODULES)
-def test_the_pass_through_layers_is_the_modules_own(module_class):
+def test_the_pass_through_layers_equals_the_fused_pass(module_class):
     """With and without gate, bias, transposition and norm.
 
     The fused parameters come back as they were.
@@ -270,7 +270,7 @@ def test_checkpointing_changes_no_bit():
     assert all(torch.equal(a, b) for a, b in zip(gradients(), expected, strict=True))
 
 
-def test_a_compiled_block_has_the_same_gradients_and_is_not_compiled_anew():
+def test_a_compiled_block_has_the_same_gradients_and_does_not_recompile():
     """Experts are not compiled: the number of tokens of each differs in every step."""
     block = moved(prepared("mixtral", target_modules=["experts.down_proj"])).model.layers[0].mlp
     torch.compiler.reset()
@@ -428,7 +428,7 @@ def masked_batch():
 
 
 @all_models
-def test_moments_are_those_of_the_experts_inputs(name):
+def test_moments_belong_to_the_inputs_of_the_experts(name):
     """First weights see each token once, second weights see it once for each of its experts."""
     model = EXPERTS[name]()
     batch = masked_batch()

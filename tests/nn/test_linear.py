@@ -171,7 +171,7 @@ def test_residual_is_dequantized_straight_to_the_dtype(fmt, dtype):
 
 
 @all_formats
-def test_gradients_are_those_of_the_dense_definition(fmt):
+def test_gradients_equal_the_dense_definition(fmt):
     """The gradients of three layers add up in the shared factors.
 
     Float32, measured up to 9e-6 apart (7 formats, 5 seeds).
@@ -351,7 +351,7 @@ def test_state_dict_fills_an_empty_layer(fmt):
     assert torch.equal(empty(randn(3, IN)), layer(randn(3, IN)))
 
 
-def test_a_layer_shows_what_it_is():
+def test_a_layer_prints_its_format_and_rank():
     assert repr(Adapted(QuantFormat("int4")).layers[0]).endswith(
         "40, out_features=24, int4, block 64, rank=5)"
     )
@@ -368,7 +368,7 @@ def evaluated(model, x):
 
 
 @all_formats
-def test_evaluation_is_what_a_pass_with_gradients_computes(fmt):
+def test_evaluation_equals_a_pass_with_gradients(fmt):
     model = Adapted(fmt).moved()
     x = randn(3, IN)
     assert_close(evaluated(model, x), model.train()(x).detach(), rtol=1e-5, atol=1e-5)

@@ -184,7 +184,7 @@ def test_compiled_layer_runs_through_inductor(role, fresh_compiler):
 
 
 @decoders
-def test_gradients_accumulate_to_those_of_the_whole_batch(architecture):
+def test_accumulated_gradients_equal_the_whole_batch(architecture):
     model = prepared(architecture)
     batch = tokens(4)
     expected = gradients(model, batch)[1:]

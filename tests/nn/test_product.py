@@ -299,7 +299,7 @@ def test_a_step_keeps_no_more_than_its_gradients_need(trained, tokens):
     assert ((tokens, IN) in kept_operands) == (trained in ("all", "down"))
 
 
-def test_backward_inside_autocast_is_that_outside():
+def test_backward_is_the_same_inside_autocast():
     """The function computes in the dtype of its gradient, whatever is switched on around it."""
     fmt = QuantFormat()
     packed = packed_weight(fmt)

@@ -109,7 +109,7 @@ def test_dequantize_gives_every_dtype(fmt, dtype):
 @all_formats
 @awkward
 @pytest.mark.parametrize("block", BLOCK_SIZES)
-def test_packed_sizes_are_those_that_quantize_makes(fmt, shape, block):
+def test_packed_sizes_are_the_sizes_that_quantize_makes(fmt, shape, block):
     fmt = QuantFormat(fmt.quant_type, block, fmt.double_quant)
     tensors = quantize(gaussian(*shape), fmt).tensors()
     sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
@@ -231,7 +231,7 @@ def test_zero_matrix_stays_zero(fmt):
 
 
 @all_types
-def test_an_outlier_is_kept_and_harms_its_own_block_only(kind):
+def test_an_outlier_is_kept_and_harms_only_its_block(kind):
     """INT4 keeps the outlier to 1 %: its nearest clip is 1.01. The others keep it exactly."""
     matrix = gaussian(4, 64)
     expected = round_trip(matrix, QuantFormat(kind))
@@ -293,7 +293,7 @@ def test_rounded_is_quantized_and_back_to_the_bit(quant_type, double_quant, bloc
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_rounded_agrees_at_the_boundaries_between_levels(quant_type):
-    """Midpoints of levels, their neighbours among floats, the edges of cells; extreme scales too."""
+    """Midpoints of levels, their neighbouring floats, edges of cells; extreme scales too."""
     fmt = QuantFormat(quant_type)
     levels = bnb.get_4bit_type(quant_type, device="cpu").float().sort().values
     middles = (levels[1:] + levels[:-1]) / 2
