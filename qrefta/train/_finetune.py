@@ -20,8 +20,8 @@ from transformers import (
 
 from qrefta._deprecations import deprecated_keywords
 from qrefta.distributed import check_sharding, processes, whole_state
-from qrefta.files.checksums import DIGESTS, check_digests
-from qrefta.hf_quantizer import is_prepared, prepared_config
+from qrefta.hf_quantizer import is_prepared, prepared_config, saved_state
+from qrefta.model.verify import check_weights
 from qrefta.model_card import write_card
 from qrefta.nn.factors import BANK
 from qrefta.train.arguments import run_arguments
@@ -231,7 +231,7 @@ def _train(
 ) -> FinetuneResult:
     """Train, evaluate and write the model."""
     run = Path(arguments.output_dir)
-    checkpoint = _checkpoint_of(run, resume)
+    checkpoint = _checkpoint_of(run, resume, is_prepared(model))
     evaluations = _Evaluations()
     trainer = _trainer(model, processor, recipe, arguments, [*callbacks, evaluations])
     outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -255,7 +255,7 @@ def _train(
     )
 
 
-def _checkpoint_of(run: Path, resume: bool) -> Path | None:
+def _checkpoint_of(run: Path, resume: bool, prepared: bool) -> Path | None:
     """The checkpoint to resume from; None for a new run."""
     if processes().is_main_process:
         clear_unfinished(run)
@@ -269,8 +269,8 @@ def _checkpoint_of(run: Path, resume: bool) -> Path | None:
             f"{run} holds {checkpoint.name} of an earlier run, which could be taken for one of "
             "this run. Continue that run with resume=True, give another output_dir, or remove it."
         )
-    if (checkpoint / DIGESTS).is_file():  # Trainer does not load weights through the plug-in
-        check_digests(checkpoint, checkpoint.glob("model*.safetensors"))
+    if prepared:  # Trainer does not load weights through the plug-in
+        check_weights(checkpoint)
     return checkpoint
 
 
@@ -312,7 +312,8 @@ def _save(
     if not write:
         return
     with writing(run, "the model") as folder:
-        model.save_pretrained(folder, state_dict=state)
+        with saved_state(model, state):
+            model.save_pretrained(folder, state_dict=state)
         processor.save_pretrained(folder)
         if is_prepared(model):
             write_card(folder, prepared_config(model), training)
