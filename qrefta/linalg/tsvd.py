@@ -163,8 +163,8 @@ def t_svd(slices: Slices, rank: int, seed: int) -> tuple[TSVD, list[Tensor]]:
 def refit(slices: Slices, rank: int, starts: list[Tensor]) -> tuple[TSVD, list[Tensor]]:
     """The best `rank` components within right subspaces, and subspaces for the next refit.
 
-    One pass. It is for slices that changed little since the subspaces were found, as between rounds of
-    refinement. The subspaces that it returns hold the kept components, so that the next refit
+    One pass. It is for slices that changed little since the subspaces were found, as between rounds
+    of refinement. The subspaces that it returns hold the kept components, so that the next refit
     cannot do worse than keep them, and T^T T times these, so that it can do better (a step of the
     block conjugate-gradient method without its memory).
 

@@ -168,7 +168,7 @@ class Factors(nn.Module, ABC):
             parameter.copy_(parameter.to(self.dtype))
 
     def _without_autocast(self) -> AbstractContextManager[Any]:
-        """A context for small products among the parameters: autocast does not change their dtype."""
+        """A context in which autocast does not change the dtype of products of parameters."""
         device = next(self.parameters()).device.type
         if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
             return nullcontext()
