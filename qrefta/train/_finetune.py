@@ -230,7 +230,7 @@ def _train(
     callbacks: Sequence[TrainerCallback],
 ) -> FinetuneResult:
     """Train, evaluate and write the model."""
-    run = Path(arguments.output_dir)
+    run = Path(str(arguments.output_dir))
     checkpoint = _checkpoint_of(run, resume)
     evaluations = _Evaluations()
     trainer = _trainer(model, processor, recipe, arguments, [*callbacks, evaluations])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -32,13 +33,13 @@ def whole_checkpoints(kind: type[Trainer]) -> type[Trainer]:
     class WholeCheckpoints(kind):
         """All processes write to `unfinished`; when all are done, the first process renames."""
 
-        def _save_checkpoint(self, *args: Any) -> None:
-            run = Path(self.args.output_dir)
+        def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+            run = Path(str(self.args.output_dir))
             step = self.state.global_step
             with writing(run, f"the checkpoint of step {step}") as folder:
                 self.args.output_dir = str(folder)
                 try:
-                    super()._save_checkpoint(*args)
+                    super()._save_checkpoint(model, trial)
                 finally:
                     self.args.output_dir = str(run)
                 checkpoint = folder / f"checkpoint-{step}"
