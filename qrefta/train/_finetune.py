@@ -180,7 +180,7 @@ def finetune(
 
 
 def round_masters(model: nn.Module) -> None:
-    """Round every factor's float32 master to the value of the forward pass; no-op without factors."""
+    """Round every factor's float32 master to the value of the forward pass, if there are any."""
     if isinstance(model, FSDPModule):
         model.reshard()  # round the shards, not their gathered copy
     for factors in getattr(model, BANK, {}).values():

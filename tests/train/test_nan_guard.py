@@ -1,4 +1,4 @@
-"""A run stops before a step that is not finite, names step and layer, and keeps the last good checkpoint."""
+"""A run stops before a step that is not finite, and names the step and the layer."""
 
 import pytest
 import torch
