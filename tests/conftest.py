@@ -1,9 +1,9 @@
-"""What all tests share."""
+"""Set up for all tests."""
 
 import gc
 
 
 def pytest_collection_finish() -> None:
-    """Imported libraries are never garbage, and a Trainer looks for garbage among all there is at the end of a run."""
+    """Exclude the imported libraries from garbage collection, which every Trainer asks for."""
     gc.collect()
     gc.freeze()

@@ -1,4 +1,4 @@
-"""The same code on a GPU: equal to the CPU up to rounding. Skipped where there is none."""
+"""The same code on a GPU: equal to the CPU up to rounding. Skipped without a GPU."""
 
 import copy
 
@@ -50,7 +50,7 @@ def test_preparing_on_the_gpu_removes_the_same_error(architecture):
 
 @pytest.mark.parametrize("options", [{}, {"quant_type": "int4"}, {"calibration": True}], ids=str)
 def test_a_stack_at_a_time_goes_to_the_gpu_and_comes_back(options):
-    """Same seed, same device: same bits. The model stays where it was; the error is that of the CPU."""
+    """Same seed and device: same bits. The model stays on the CPU; the error equals the CPU's."""
     model = ARCHITECTURES["llama_gqa"]
     if "calibration" in options:
         options = {"calibration": [inputs(model())]}
@@ -92,7 +92,7 @@ def test_preparing_with_a_gpu_holds_a_stack_there_and_not_the_model():
     assert torch.cuda.memory_allocated() - before < layers * largest
 
 
-def test_gradients_are_those_of_the_cpu():
+def test_gradients_equal_the_cpus():
     on_cpu = qrefta.prepare(ARCHITECTURES["bert"](), rank=5)
     on_gpu = copy.deepcopy(on_cpu).cuda()
     for model in (on_cpu, on_gpu):
@@ -125,8 +125,9 @@ def test_saving_from_the_gpu_and_loading_on_the_cpu_keeps_the_bits(tmp_path):
     "fmt", [None, QuantFormat(), QuantFormat("fp4"), QuantFormat("int4")], ids=repr
 )
 def test_an_adapted_product_is_the_same_on_both_devices(fmt, tokens, dtype):
-    """Few tokens go through bitsandbytes' fused kernel, many through either form of adding the update."""
-    packed, grad = packed_weight(fmt), torch.ones(tokens, 48, dtype=dtype)
+    """Few tokens use bitsandbytes' fused kernel, many tokens either form of adding the update."""
+    packed = packed_weight(fmt)
+    grad = torch.ones(tokens, 48, dtype=dtype)
     found = []
     for device in ("cpu", "cuda"):
         made = [tensor.to(device, dtype).requires_grad_() for tensor in operands(tokens)]
@@ -176,8 +177,15 @@ def test_gradients_on_two_devices_are_judged_together():
 
 def split_map(first, second):
     """A device map of the tiny Llama without an entry for the factors."""
-    return {"model.embed_tokens": first, "model.layers.0": first, "model.layers.1": second, "model.layers.2": second,
-            "model.norm": second, "model.rotary_emb": second, "lm_head": second}  # fmt: skip
+    return {
+        "model.embed_tokens": first,
+        "model.layers.0": first,
+        "model.layers.1": second,
+        "model.layers.2": second,
+        "model.norm": second,
+        "model.rotary_emb": second,
+        "lm_head": second,
+    }
 
 
 @pytest.mark.parametrize("second", [1, "cpu"])
@@ -189,8 +197,9 @@ def test_a_model_over_two_devices_computes_and_trains_the_same(second, tmp_path)
     whole.save_pretrained(tmp_path)
     parts = qrefta.load(tmp_path, device_map=split_map(0, second))
     batch = inputs(whole)
-    assert_close(parts(**{name: part.cuda() for name, part in batch.items()}).logits.cpu(), whole(**batch).logits,
-                 rtol=1e-3, atol=1e-3)  # fmt: skip
+    on_gpu = {name: part.cuda() for name, part in batch.items()}
+    found = parts(**on_gpu).logits.cpu()
+    assert_close(found, whole(**batch).logits, rtol=1e-3, atol=1e-3)
     found = []
     for model in (whole, parts):
         ids = batch["input_ids"].to(model.get_input_embeddings().weight.device)

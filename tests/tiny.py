@@ -1,4 +1,4 @@
-"""A tiny classifier on disk, with its tokenizer, and a task that it can learn: which of two words a sentence holds."""
+"""A tiny classifier with its tokenizer, and a task for it: does a sentence hold red or blue?"""
 
 import random
 
@@ -42,6 +42,7 @@ def color_rows(count, seed):
 def color_data(train=96, test=32):
     splits = {"train": color_rows(train, seed=1), "test": color_rows(test, seed=2)}
     label = ClassLabel(names=["red", "blue"])
-    return DatasetDict(
-        {name: Dataset.from_list(rows).cast_column("label", label) for name, rows in splits.items()}
-    )
+    data = DatasetDict()
+    for name, rows in splits.items():
+        data[name] = Dataset.from_list(rows).cast_column("label", label)
+    return data

@@ -180,7 +180,7 @@ def finetune(
 
 
 def round_masters(model: nn.Module) -> None:
-    """Round every factor's float32 master to the value of the forward pass; no-op without factors."""
+    """Round every factor's float32 master to the value of the forward pass, if there are any."""
     if isinstance(model, FSDPModule):
         model.reshard()  # round the shards, not their gathered copy
     for factors in getattr(model, BANK, {}).values():
@@ -230,7 +230,7 @@ def _train(
     callbacks: Sequence[TrainerCallback],
 ) -> FinetuneResult:
     """Train, evaluate and write the model."""
-    run = Path(arguments.output_dir)
+    run = Path(str(arguments.output_dir))
     checkpoint = _checkpoint_of(run, resume, is_prepared(model))
     evaluations = _Evaluations()
     trainer = _trainer(model, processor, recipe, arguments, [*callbacks, evaluations])

@@ -59,8 +59,11 @@ def training_arguments(
         ImportError: for sft, if TRL is not installed.
     """
     kind = arguments_class(task)
-    values = _default_values(task, settings) | {"output_dir": str(output_dir)}
-    return kind(**values | _device_values(values) | _checkpointing_values(kind, values))
+    values = _default_values(task, settings)
+    values["output_dir"] = str(output_dir)
+    values |= _device_values(values)
+    values |= _checkpointing_values(kind, values)
+    return kind(**values)
 
 
 def run_arguments(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import nn
 from transformers import Trainer
 
 from qrefta._compat.transformers import rotate_checkpoints
@@ -37,13 +38,13 @@ def whole_checkpoints(kind: type[Trainer]) -> type[Trainer]:
             with saved_state(self.model, state_dict):
                 super()._save(output_dir, state_dict)
 
-        def _save_checkpoint(self, *args: Any) -> None:
-            run = Path(self.args.output_dir)
+        def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+            run = Path(str(self.args.output_dir))
             step = self.state.global_step
             with writing(run, f"the checkpoint of step {step}") as folder:
                 self.args.output_dir = str(folder)
                 try:
-                    super()._save_checkpoint(*args)
+                    super()._save_checkpoint(model, trial)
                 finally:
                     self.args.output_dir = str(run)
                 checkpoint = folder / f"checkpoint-{step}"

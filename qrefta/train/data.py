@@ -88,7 +88,8 @@ def pick_splits(splits: DatasetDict, source: str | Path) -> DatasetDict:
     Raises:
         ValueError: if one of them is empty.
     """
-    picked = DatasetDict(train=_pick(splits, _TRAIN_NAMES) or next(iter(splits.values())))
+    train = _pick(splits, _TRAIN_NAMES) or next(iter(splits.values()))
+    picked = DatasetDict({"train": train})
     test = _pick(splits, _TEST_NAMES)
     if test is not None:
         picked["test"] = test
@@ -203,7 +204,7 @@ def _encode_labels(parts: DatasetDict) -> DatasetDict:
     feature = parts["train"].features["label"]
     if isinstance(feature, ClassLabel):
         classes = feature.names
-        index_of: dict[Any, int] = {index: index for index in range(feature.num_classes)}
+        index_of: dict[Any, int] = {index: index for index in range(len(classes))}
     else:
         values = _classes(parts["train"].unique("label"))
         classes = [str(value) for value in values]

@@ -37,7 +37,7 @@ def evaluate(
         ImportError: if lm-evaluation-harness is not installed.
     """
     try:
-        from lm_eval import simple_evaluate  # heavy
+        from lm_eval.evaluator import simple_evaluate  # heavy
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ImportError(
@@ -48,7 +48,7 @@ def evaluate(
         include_defaults=include_path is None,  # the harness' 13,000 files take seconds to list
     )
     _check_tasks(tasks, manager.all_tasks, include_path)
-    return simple_evaluate(
+    results = simple_evaluate(
         model="hf",
         model_args={"pretrained": str(model), "dtype": "auto"},
         tasks=list(tasks),
@@ -59,6 +59,7 @@ def evaluate(
         task_manager=manager,
         verbosity="ERROR",
     )
+    return dict(results or {})  # None in all processes but the first
 
 
 def _check_tasks(

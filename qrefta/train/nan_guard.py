@@ -32,10 +32,16 @@ def finite_steps(kind: type[Trainer]) -> type[Trainer]:
             super().__init__(*args, **kwargs)
             self.add_callback(_BeforeStep(self))
 
-        def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
+        def training_step(
+            self,
+            model: nn.Module,
+            inputs: dict[str, Any],
+            num_items_in_batch: Tensor | int | None = None,
+        ) -> Tensor:
             self._inputs = dict(inputs)
-            loss = super().training_step(model, inputs, *args)
+            loss = super().training_step(model, inputs, num_items_in_batch)
             losses = self.accelerator.gather(loss.reshape(1))  # of all processes
+            assert isinstance(losses, Tensor)
             if not losses.isfinite().all():
                 broken = losses[~losses.isfinite()][0].item()
                 self.refuse(model, f"the loss is {broken}")
@@ -46,7 +52,7 @@ def finite_steps(kind: type[Trainer]) -> type[Trainer]:
             origin = self._origin(self.accelerator.unwrap_model(model))
             if origin:
                 problem = f"{problem}; {origin}"
-            checkpoint = last_checkpoint(self.args.output_dir)
+            checkpoint = last_checkpoint(str(self.args.output_dir))
             if checkpoint:
                 saved = f"the last checkpoint is {checkpoint}"
             else:
@@ -65,8 +71,14 @@ def finite_steps(kind: type[Trainer]) -> type[Trainer]:
             problem = _of_first_process(problem)
             if problem:
                 return problem
+
+            def compute_loss() -> Tensor:
+                loss = self.compute_loss(model, inputs)
+                assert isinstance(loss, Tensor)  # a tuple only if outputs are asked for
+                return loss
+
             with self.compute_loss_context_manager():
-                return find_origin(model, lambda: self.compute_loss(model, inputs))
+                return find_origin(model, compute_loss)
 
     return FiniteSteps
 

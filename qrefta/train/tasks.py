@@ -138,7 +138,8 @@ def load_trl() -> tuple[type[Trainer], type[TrainingArguments]]:
         ImportError: if TRL is not installed.
     """
     try:
-        from trl import SFTConfig, SFTTrainer  # heavy, and optional
+        # heavy, and optional
+        from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
     except ImportError as error:
         raise ImportError("The task sft needs TRL: pip install trl") from error
     return SFTTrainer, SFTConfig
@@ -246,8 +247,8 @@ def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: 
     columns = [name for name in ("text", "text_pair") if name in data["train"].column_names]
 
     def encode(rows: dict[str, list[str]]) -> BatchEncoding:
-        texts = [rows[name] for name in columns]
-        return tokenizer(*texts, truncation=True, max_length=max_length)
+        pairs = rows["text_pair"] if "text_pair" in columns else None
+        return tokenizer(rows["text"], pairs, truncation=True, max_length=max_length)
 
     return data.map(encode, batched=True, remove_columns=columns, desc="Tokenizing")
 
@@ -261,7 +262,7 @@ def check_labels(model: PreTrainedModel, data: DatasetDict) -> None:
             "qrefta.train.data.load_classification."
         )
     labels = model.config.num_labels
-    classes = feature.num_classes
+    classes = len(feature.names)
     if labels != classes:
         raise ValueError(
             f"The model has {labels} labels and the data {classes} classes; load the model with "

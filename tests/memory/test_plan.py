@@ -22,8 +22,8 @@ from transformers import (
 )
 
 import qrefta
-from qrefta.config import RankBudget
 from qrefta._compat.transformers import enable_checkpointing
+from qrefta.config import RankBudget
 from qrefta.memory.footprint import _AsOnCuda, _Ledger
 from qrefta.memory.meta_model import Outline
 from qrefta.memory.plan import _Case, _largest, _plan, plan

@@ -286,7 +286,10 @@ def test_damaged_sources_are_refused_and_named(saved, tmp_path, damage, message)
 
 @pytest.mark.parametrize(
     ("max_memory", "message"),
-    [("10MB", "this model needs 0.30 GB"), ("plenty", "give a positive number of bytes, or text like")],
+    [
+        ("10MB", "this model needs 0.30 GB"),
+        ("plenty", "give a positive number of bytes, or text like"),
+    ],
 )
 def test_too_little_memory_is_refused_with_what_is_needed(saved, tmp_path, max_memory, message):
     with pytest.raises(ValueError, match=message):

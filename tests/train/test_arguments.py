@@ -1,4 +1,4 @@
-"""The arguments of a run: from keywords, from TrainingArguments, from both, and from older keywords."""
+"""Arguments of a run: from keywords, from TrainingArguments, from both, from older keywords."""
 
 import pytest
 from transformers import TrainingArguments
@@ -85,7 +85,7 @@ def test_keywords_fill_the_fields_that_args_leave_at_their_defaults(model):
     ],
     ids=str,
 )
-def test_what_contradicts_args_is_refused(given, keywords, message, model):
+def test_contradictions_of_args_are_refused(given, keywords, message, model):
     args = TrainingArguments("out", **given)
     with pytest.raises(ValueError, match=message):
         finetune(model, None, "no-such-file.csv", args=args, **keywords)

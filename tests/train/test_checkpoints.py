@@ -1,4 +1,4 @@
-"""Checkpoints are there whole or not at all: whatever file was the last to be written, whatever went wrong."""
+"""Checkpoints are whole or not there, at whatever file a run stops."""
 
 import json
 import os
@@ -9,26 +9,30 @@ import pytest
 import torch
 from transformers import AutoModel, Trainer, TrainingArguments
 
-import qrefta
 from qrefta.train import checkpoints
 from qrefta.train.checkpoints import UNFINISHED, last_checkpoint, publish, whole_checkpoints
-from tests.models import tiny_bert
+from tests.models import prepared, tiny_bert
 
-ROWS = [
-    {"input_ids": torch.tensor([2, 3, 4, 5]), "labels": torch.tensor(at % 2)} for at in range(8)
-]
+IDS = torch.tensor([2, 3, 4, 5])
+ROWS = [{"input_ids": IDS, "labels": torch.tensor(index % 2)} for index in range(8)]
 
 
 class Killed(BaseException):
-    """As a signal would end a run: nothing catches it."""
+    """Ends a run as a signal does: nothing catches it."""
 
 
 def trainer(folder, **settings):
-    model = qrefta.prepare(tiny_bert(), rank=4, refine=0, progress=False)
+    model = prepared(tiny_bert, rank=4, refine=0)
+    settings = {"max_steps": 4, "save_steps": 1} | settings
     arguments = TrainingArguments(
-        str(folder), **{"max_steps": 4, "save_steps": 1, "save_total_limit": 2, "report_to": "none"} | settings,
-        per_device_train_batch_size=2, disable_tqdm=True, use_cpu=True,
-    )  # fmt: skip
+        str(folder),
+        per_device_train_batch_size=2,
+        save_total_limit=2,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        **settings,
+    )
     return whole_checkpoints(Trainer)(model, arguments, train_dataset=ROWS)
 
 
@@ -36,10 +40,8 @@ def test_checkpoints_are_where_trainer_puts_them_and_no_more_than_asked(tmp_path
     trainer(tmp_path).train()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-4"]
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
-    assert (
-        json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["global_step"]
-        == 4
-    )
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["global_step"] == 4
 
 
 @pytest.mark.parametrize("written", ["_save_optimizer_and_scheduler", "_save_rng_state"])
@@ -64,7 +66,8 @@ def test_a_run_that_ends_within_a_save_leaves_the_checkpoint_before(tmp_path, mo
 def test_files_are_on_the_disk_before_they_get_their_place(tmp_path, monkeypatch):
     """Every file is synced, and then its folder, before the rename; the run's folder after it."""
     done = []
-    sync, rename = os.fsync, Path.rename
+    sync = os.fsync
+    rename = Path.rename
 
     def noted_sync(descriptor):
         done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
@@ -102,9 +105,8 @@ def test_a_disk_that_is_full_is_told_and_the_checkpoint_before_stays(tmp_path, m
         save(folder)
 
     monkeypatch.setattr(run, "_save_optimizer_and_scheduler", full)
-    with pytest.raises(
-        OSError, match=r"the checkpoint of step 3 to .*No space left on device.*whole; make room"
-    ):
+    message = r"the checkpoint of step 3 to .*No space left on device.*whole; make room"
+    with pytest.raises(OSError, match=message):
         run.train()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
 
@@ -112,7 +114,11 @@ def test_a_disk_that_is_full_is_told_and_the_checkpoint_before_stays(tmp_path, m
 @pytest.mark.parametrize("text", ["CUDA error", "writev [127.0.0.1]:1: Broken pipe"])
 def test_an_error_that_is_not_of_writing_stays_what_it_is(tmp_path, monkeypatch, text):
     run = trainer(tmp_path)
-    monkeypatch.setattr(run, "_save_rng_state", lambda _: (_ for _ in ()).throw(RuntimeError(text)))
+
+    def fail(_):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(run, "_save_rng_state", fail)
     with pytest.raises(RuntimeError, match=re.escape(text)):
         run.train()
 
@@ -121,9 +127,11 @@ def test_an_error_that_is_not_of_writing_stays_what_it_is(tmp_path, monkeypatch,
 def test_torch_save_on_a_full_disk_is_told_as_one(tmp_path, monkeypatch, numbers):
     """Its errors for few and for many bytes are of two kinds."""
     run = trainer(tmp_path)
-    monkeypatch.setattr(
-        run, "_save_rng_state", lambda _: torch.save(torch.zeros(numbers), "/dev/full")
-    )
+
+    def fill(_):
+        torch.save(torch.zeros(numbers), "/dev/full")
+
+    monkeypatch.setattr(run, "_save_rng_state", fill)
     with pytest.raises(OSError, match="Cannot write the checkpoint of step 1 "):
         run.train()
 
@@ -137,18 +145,19 @@ def saved(folder, layers, **options):
 def test_a_model_takes_the_place_of_an_older_one_of_more_or_fewer_files(tmp_path, old, new):
     run = saved(tmp_path / "run", 2, max_shard_size=old)
     publish(saved(run / UNFINISHED, 3, max_shard_size=new), run)
-    expected, loaded = tiny_bert(layers=3).base_model, AutoModel.from_pretrained(run)
+    expected = tiny_bert(layers=3).base_model
+    loaded = AutoModel.from_pretrained(run)
     assert loaded.config.num_hidden_layers == 3
-    for (name, parameter), other in zip(
-        expected.named_parameters(), loaded.parameters(), strict=True
-    ):
+    pairs = zip(expected.named_parameters(), loaded.parameters(), strict=True)
+    for (name, parameter), other in pairs:
         assert torch.equal(parameter, other), name
     assert not (run / UNFINISHED).exists()
 
 
 def test_between_two_models_there_is_none(tmp_path, monkeypatch):
-    """Ended at any of its moves, the run's folder holds the older model, none or the new one."""
-    replace, moves = Path.replace, []
+    """Stopped at any move, the run's folder holds the older model, none or the new model."""
+    replace = Path.replace
+    moves = []
 
     def ends(path, target):
         if len(moves) == after:
@@ -172,7 +181,10 @@ def test_between_two_models_there_is_none(tmp_path, monkeypatch):
 def test_a_models_files_are_on_the_disk_before_the_older_model_goes(tmp_path, monkeypatch):
     run = saved(tmp_path / "run", 2)
     new = saved(run / UNFINISHED, 3)
-    files, done, sync, unlink = set(new.iterdir()), set(), os.fsync, Path.unlink
+    files = set(new.iterdir())
+    done = set()
+    sync = os.fsync
+    unlink = Path.unlink
 
     def noted_sync(descriptor):
         done.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
