@@ -161,7 +161,7 @@ class QReftaConfig(QuantizationConfigMixin):
 
 
 def _one_of(name: str, value: Any, allowed: Any) -> Any:
-    if value not in tuple(allowed):
+    if value not in tuple(allowed) or isinstance(value, float):
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
     return value
 

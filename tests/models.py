@@ -5,6 +5,7 @@ logits. Preparing one takes most of a test's time: `prepared` does it once for a
 """
 
 import copy
+import json
 from functools import cache
 
 import torch
@@ -318,3 +319,10 @@ def scores(model):
 def logits(model):
     """`scores` without gradients, on the CPU."""
     return scores(model).cpu()
+
+
+def header_and_data(path):
+    """A safetensors file, whatever the order in which its metadata is written."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]), content[end:]

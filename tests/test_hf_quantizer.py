@@ -37,6 +37,7 @@ from tests.models import (
     VOCAB,
     build,
     encoder_sizes,
+    header_and_data,
     inputs,
     logits,
     prepared,
@@ -129,13 +130,8 @@ def test_saving_again_writes_the_same_bytes(tmp_path):
     qrefta.load(tmp_path / "first").save_pretrained(tmp_path / "second")
     first, second = tmp_path / "first", tmp_path / "second"
     assert (first / "config.json").read_bytes() == (second / "config.json").read_bytes()
-    assert header_and_data(first) == header_and_data(second)
-
-
-def header_and_data(folder):
-    content = (folder / "model.safetensors").read_bytes()
-    end = 8 + int.from_bytes(content[:8], "little")
-    return json.loads(content[8:end]), content[end:]
+    written, again = (header_and_data(one / "model.safetensors") for one in (first, second))
+    assert written == again
 
 
 def test_saving_leaves_the_model_as_it_was(tmp_path):
