@@ -22,7 +22,7 @@ _MEASURED = (
 
 @dataclass(frozen=True)
 class StackRow:
-    """One stack of a prepared model, and what preparing it did; the rows of `quant_report`.
+    """One stack of a prepared model and its measurements; the rows of `quant_report`.
 
     Attributes:
         stack: module path with `*` for the layer number.
@@ -38,11 +38,11 @@ class StackRow:
         residual_error: ||W_res - Q(W_res)||_F^2 over the stack, as stored; 0 with 16 bits.
         ratio: residual_error / baseline_error; 1 where there is no error to remove.
         principal_energy: ||principal part||_F^2 / ||W||_F^2.
-        bytes: packed weights, scales, and factors with trained numbers at `factor_dtype`.
+        bytes: packed weights, scales, and factors with trainable parameters at `factor_dtype`.
         bits_per_weight: 8 bytes / (K out in).
-        output_error: sum_l E||x (W_l - stored W_l)^T||^2 over the inputs of the calibration, of an
-            expert those of all experts in its block; None without one.
-        output_ratio: output_error / that of quantizing the whole weight.
+        output_error: sum_l E||x (W_l - stored W_l)^T||^2 over the inputs of the calibration, for
+            an expert over the inputs of all experts in its block; None without a calibration.
+        output_ratio: output_error / the same error with the whole weight quantized.
     """
 
     stack: str
@@ -76,7 +76,7 @@ class StackRow:
         )
 
     def report(self) -> dict[str, Any]:
-        """The row as `quant_report` shows it: without what only loading needs."""
+        """The row as `quant_report` shows it: without the attributes that only loading needs."""
         return {
             key: value
             for key, value in asdict(self).items()

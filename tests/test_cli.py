@@ -166,7 +166,7 @@ def test_existing_output_is_never_overwritten(dense, tmp_path):
 
 
 def test_expected_errors_are_one_line_and_exit_code_2(dense, tmp_path, monkeypatch, capsys):
-    """No traceback for what the user can mend, and brackets are not taken for markup."""
+    """No traceback for mistakes of the user, and brackets are not taken for markup."""
     words = ["prepare", str(dense), str(tmp_path / "out"), "--target-regex", ".*[qv]_x"]
     monkeypatch.setattr(sys, "argv", ["qrefta", *words])
     with pytest.raises(SystemExit) as exit:
