@@ -4,7 +4,7 @@ sharding are refused.
 DDP and FSDP2 work. Under FSDP2 the packed weights of a block are gathered, 4 bits a weight, while
 the block runs; the factors belong to the root's group and are there from the first block's forward
 pass to its backward pass. FSDP1 has one flat tensor for the parameters of a block, and packed bytes
-cannot be part of it. DeepSpeed ZeRO-3 gathers a module's parameters for this module's own forward
+cannot be part of it. DeepSpeed ZeRO-3 gathers a module's parameters for this module's forward
 pass, but the layers read the factors outside of theirs.
 """
 
@@ -69,7 +69,7 @@ def check_sharding() -> None:
         )
     if zero == "3" or is_deepspeed_zero3_enabled():
         raise ValueError(
-            "DeepSpeed ZeRO-3 gathers parameters for their own module's forward pass only, and "
+            "DeepSpeed ZeRO-3 gathers parameters for their module's forward pass only, and "
             "every layer reads the shared factors; use DDP, or FSDP2 to shard the weights: "
             "fsdp=True with torchrun."
         )

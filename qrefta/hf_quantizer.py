@@ -8,7 +8,7 @@ frozen again, because the loader makes every float parameter require grad.
 
 This module is imported while transformers imports its models (see `qrefta._plugin`). So nothing at
 module level may import `transformers.modeling_utils`, nor bitsandbytes, which takes seconds: the
-functions import what they need.
+functions import the rest.
 """
 
 import tempfile
@@ -167,7 +167,7 @@ class QReftaQuantizer(HfQuantizer):
         """Correct a device map that transformers inferred; no other hook lies between inferring and
         loading.
 
-        Before that, it is called with the user's own map, which `update_device_map` corrects in a
+        Before that, it is called with the user's map, which `update_device_map` corrects in a
         copy.
         """
         from qrefta.distributed import check_sharding
@@ -224,7 +224,7 @@ class QReftaQuantizer(HfQuantizer):
         model.
 
         The file is checked too where it can be found (a local folder, or the hub's cache), because
-        a kernel's name in the object may be the user's own argument.
+        a kernel's name in the object may be the user's argument.
 
         Raises:
             ValueError: for settings out of range, code from a hub, or a file that differs from the
@@ -344,11 +344,11 @@ def _plain_tensors() -> Iterator[None]:
 
 
 def place_bank(device_map: dict[str, Any]) -> dict[str, Any]:
-    """The entry that a device map needs for the factors; empty if its own entry serves.
+    """The entry that a device map needs for the factors; empty if the map has one that serves.
 
-    Layers on every device read the factors, so these need a device of their own: the first
+    Layers on every device read the factors, so these go to one device: the first
     accelerator in the map. Offloaded, they would be on meta when a layer reads them, since only a
-    module's own forward pass brings it back.
+    module's forward pass brings its tensors back.
     """
     accelerator = _accelerator(device_map)
     entries = {

@@ -6,6 +6,7 @@ once per process.
 """
 
 import copy
+import json
 from functools import cache
 
 import torch
@@ -321,3 +322,10 @@ def scores(model):
 def logits(model):
     """`scores` without gradients, on the CPU."""
     return scores(model).cpu()
+
+
+def header_and_data(path):
+    """A safetensors file, whatever the order in which its metadata is written."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]), content[end:]

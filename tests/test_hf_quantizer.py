@@ -36,6 +36,7 @@ from tests.models import (
     VOCAB,
     build,
     encoder_sizes,
+    header_and_data,
     inputs,
     logits,
     prepared,
@@ -58,7 +59,7 @@ A, B, MIX = (
 
 
 def assert_same_state(model, other):
-    """Names, dtypes, bits, what trains, and the logits."""
+    """Names, dtypes, bits, trainable parameters, and the logits."""
     state, reference = model.state_dict(), other.state_dict()
     assert set(state) == set(reference)
     for name, tensor in state.items():
@@ -129,13 +130,8 @@ def test_saving_again_writes_the_same_bytes(tmp_path):
     qrefta.load(tmp_path / "first").save_pretrained(tmp_path / "second")
     first, second = tmp_path / "first", tmp_path / "second"
     assert (first / "config.json").read_bytes() == (second / "config.json").read_bytes()
-    assert header_and_data(first) == header_and_data(second)
-
-
-def header_and_data(folder):
-    content = (folder / "model.safetensors").read_bytes()
-    end = 8 + int.from_bytes(content[:8], "little")
-    return json.loads(content[8:end]), content[end:]
+    written, again = (header_and_data(one / "model.safetensors") for one in (first, second))
+    assert written == again
 
 
 def test_saving_leaves_the_model_as_it_was(tmp_path):
@@ -307,7 +303,7 @@ def checkpoint(saved, monkeypatch):
 
 @pytest.mark.parametrize("model_class", [BertModel, AutoModel])
 def test_the_base_model_loads_from_a_checkpoint_with_a_head(checkpoint, model_class, tmp_path):
-    """And saves, with paths of its own, a checkpoint that loads as either."""
+    """It saves, under its paths, a checkpoint that loads as either class."""
     whole = qrefta.load(checkpoint).eval()
     base = model_class.from_pretrained(checkpoint).eval()
     batch = inputs(whole)
@@ -394,7 +390,7 @@ def test_offloading_to_disk_is_refused_and_not_called_damage(checkpoint, tmp_pat
 
 
 def test_casting_the_model_keeps_the_masters():
-    """`.bfloat16()`, or an evaluation in bf16, must not round what the optimizer has gathered."""
+    """`.bfloat16()`, or an evaluation in bf16, must not round the optimizer's updates away."""
     model = qrefta.prepare(tiny_bert(), rank=3)
     for factors in getattr(model, BANK).values():
         with torch.no_grad():
@@ -533,11 +529,8 @@ def first_row(**values):
     return edit_config(lambda config: config["stacks"][0].update(values))
 
 
-# The last five errors are transformers' own: it sees them before the plug-in is asked.
-OTHER_SHAPE = (
-    RuntimeError,
-    ValueError,
-)  # transformers' own error, or ours where it compares no shapes
+# The last five errors come from transformers, which sees them before the plug-in is asked.
+OTHER_SHAPE = (RuntimeError, ValueError)  # ours where transformers compares no shapes
 DAMAGE = {
     "truncated": (
         truncate,
@@ -699,7 +692,7 @@ def test_a_missing_shard_is_refused(tmp_path):
         qrefta.load(tmp_path)
 
 
-def test_load_says_what_the_folder_lacks(checkpoint, tmp_path):
+def test_load_says_what_is_missing_in_the_folder(checkpoint, tmp_path):
     with pytest.raises(ValueError, match=r"nowhere has no config.json; give the folder"):
         qrefta.load(tmp_path / "nowhere")
     tiny_bert().save_pretrained(tmp_path / "plain")
@@ -728,9 +721,11 @@ class Rows(torch.utils.data.Dataset):
     def __init__(self, size=64):
         generator = torch.Generator().manual_seed(0)
         self.labels = torch.randint(0, 3, (size,), generator=generator)
-        own = 2 + 30 * self.labels[:, None] + torch.randint(0, 30, (size, 3), generator=generator)
+        telling = (
+            2 + 30 * self.labels[:, None] + torch.randint(0, 30, (size, 3), generator=generator)
+        )
         self.tokens = torch.cat(
-            [own, torch.randint(2, VOCAB, (size, 5), generator=generator)], dim=1
+            [telling, torch.randint(2, VOCAB, (size, 5), generator=generator)], dim=1
         )
 
     def __len__(self):
@@ -804,7 +799,7 @@ def test_a_checkpoint_of_the_trainer_loads_as_a_model(tmp_path):
 
 
 def test_evaluation_between_steps_changes_nothing(tmp_path):
-    """bitsandbytes' own linear repacks its weight in an evaluation, and later gradients are wrong.
+    """bitsandbytes' linear layer repacks its weight in an evaluation; later gradients are wrong.
 
     Without dropout: an evaluation of Trainer's draws random numbers, whatever the model.
     """

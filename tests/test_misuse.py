@@ -1,4 +1,4 @@
-"""What users do to a model besides training it: it works, or says what to do in its place."""
+"""Uses of a model besides training: each works, or the error says which call to use."""
 
 import copy
 import gc
@@ -47,7 +47,7 @@ def by_torch_save(model):
     "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), by_torch_save]
 )
 def test_a_copy_is_equal_and_on_its_own(model, copied):
-    """Its layers use its own factors: training the copy leaves the original, and it saves, as a
+    """Its layers use the copy's factors: training the copy leaves the original, and it saves, as a
     prepared model does.
     """
     before = bytes_of(model)
@@ -218,11 +218,11 @@ def test_a_model_that_is_deleted_frees_its_memory_at_once(model, tmp_path):
     collector.
     """
     model.save_pretrained(tmp_path)
-    own = [qrefta.prepare(tiny_bert(), rank=4, refine=0, progress=False), qrefta.load(tmp_path)]
-    seen = [weakref.ref(one) for one in own]
+    models = [qrefta.prepare(tiny_bert(), rank=4, refine=0, progress=False), qrefta.load(tmp_path)]
+    seen = [weakref.ref(model) for model in models]
     gc.disable()
     try:
-        own.clear()
-        assert [one() for one in seen] == [None, None]
+        models.clear()
+        assert [reference() for reference in seen] == [None, None]
     finally:
         gc.enable()

@@ -23,6 +23,7 @@ from eval.memory import peak, resident, restart_peak
 from eval.rows import append
 from qrefta.cli import guarded
 from qrefta.files.safetensors import Checkpoint, write_index, write_shard
+from qrefta.model.config_file import read_config
 
 SHAPES = {
     "tiny": {
@@ -163,9 +164,7 @@ def _prepare(place: Path, settings: dict[str, Any], threads: int) -> dict[str, f
     start = perf_counter()
     qrefta.prepare_checkpoint(place / "dense", place / "out", progress=False, **settings)
     seconds = perf_counter() - start
-    config = qrefta.QReftaConfig.from_dict(
-        qrefta.hf_quantizer.read_config(place / "out")["quantization_config"]
-    )
+    config = qrefta.QReftaConfig.from_dict(read_config(place / "out")["quantization_config"])
     baseline = sum(row.baseline_error for row in config.stacks)
     return {
         "seconds": seconds,

@@ -24,9 +24,8 @@ from torch import Tensor
 KEY = "qrefta_checksums"  # in the metadata of a safetensors file
 PLACEHOLDER = "0" * 16  # as long as a checksum
 _ALGORITHM = "crc32"
-_VOLATILE = (
-    "auto_map"  # transformers adds it to config.json later, for models with code of their own
-)
+# transformers adds it to config.json later, for models whose code is in their folder
+_VOLATILE = "auto_map"
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def form_checksum(dtype: torch.dtype, shape: Iterable[int]) -> str:
 
 
 def settings_checksum(settings: dict[str, Any]) -> str:
-    """The checksum of what a config.json holds, whatever its layout."""
+    """The checksum of the settings in a config.json, whatever its layout."""
     covered = {name: value for name, value in settings.items() if name != _VOLATILE}
     return f"{zlib.crc32(json.dumps(covered, sort_keys=True).encode()):08x}"
 

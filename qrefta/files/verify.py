@@ -62,7 +62,7 @@ def check_layout(folder: Path) -> None:
 
 
 def check_saved(files: Sequence[str | Path], version: int, listed: Path | None = None) -> None:
-    """Refuse files that differ from what was saved, in one pass over their bytes.
+    """Refuse files that differ from those saved, in one pass over their bytes.
 
     Args:
         files: all files of weights that are to be loaded, in one folder.
@@ -99,7 +99,7 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Refuse settings (the content of config.json) that differ from those saved with a folder's
     weights.
 
-    Folders without weights are passed over: what is missing there is said where they are loaded.
+    Folders without weights are passed over: loading them says which file is missing.
 
     Raises:
         ValueError: if they differ.
@@ -116,8 +116,8 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def write_checksums(folder: str | Path) -> None:
-    """Write the files of a prepared folder again, with checksums of what they and config.json hold
-    now.
+    """Write the weights of a prepared folder again, with checksums of their present content and of
+    the present config.json.
 
     Call it on a folder that was changed on purpose. It copies every file of weights once.
 

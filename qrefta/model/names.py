@@ -1,4 +1,4 @@
-"""Weights of a model -> the matrices of a checkpoint that fill them, as transformers would load them.
+"""Weights of a model -> the matrices of a checkpoint that fill them when transformers loads them.
 
 transformers renames the tensors that it reads, and merges some: a checkpoint may hold the experts
 of a block as separate matrices, a gate and an up projection each, where the model has one fused
@@ -81,7 +81,7 @@ def _check_shape(checkpoint: Checkpoint, stack: LayerStack, parts: list[Part]) -
 
 
 def sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, list[list[str]]]:
-    """Parameter or buffer of a model -> the tensors of a checkpoint from which transformers fills it.
+    """Parameter or buffer of a model -> the tensors of a checkpoint that transformers uses for it.
 
     transformers renames keys as it loads: old names of an architecture, and the base model's prefix
     that only one of the two may have. A fused parameter may be made of matrices of its experts:

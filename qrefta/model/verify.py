@@ -75,11 +75,10 @@ def verify(folder: str | Path) -> list[VerifiedFile]:
 
 
 def check_weights(folder: Path) -> None:
-    """Refuse weights of a prepared folder that differ from what was saved; a folder without weights
-    is passed over.
+    """Refuse weights of a prepared folder that differ from those saved.
 
-    Checkpoints that several processes wrote in parts (FSDP2's sharded ones) are such folders.
-    `QREFTA_VERIFY=0` in the environment switches this off.
+    A folder without weights is passed over, for example a checkpoint that FSDP2's processes wrote
+    in parts. `QREFTA_VERIFY=0` in the environment switches this off.
 
     Raises:
         ValueError: naming the file.

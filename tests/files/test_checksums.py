@@ -263,7 +263,7 @@ def test_a_bit_flipped_anywhere_is_refused(folder, name):
     loaded = []
     for number, place in enumerate(places):
         flip(path, place, bit=number % 8)
-        # transformers has errors of its own for what it reads first
+        # some of the errors come from transformers, which reads config.json first
         with contextlib.suppress(ValueError, OSError, TypeError, KeyError, RuntimeError):
             AutoModelForSequenceClassification.from_pretrained(folder)
             loaded.append(place)

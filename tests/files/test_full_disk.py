@@ -42,7 +42,7 @@ def dense(tmp_path_factory):
 
 
 def fill(disk, free=FREE):
-    """Leave so many bytes."""
+    """Leave `free` bytes."""
     state = os.statvfs(disk)
     (disk / "filler").write_bytes(b"x" * max(state.f_bavail * state.f_frsize - free, 0))
 

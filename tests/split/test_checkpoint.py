@@ -106,7 +106,7 @@ def test_a_missing_expert_is_told(saved, tmp_path):
     save_file(tensors, dense / "model.safetensors", {"format": "pt"})
     with pytest.raises(
         ValueError,
-        match=r"no tensor for 1 of the 12 linears, .* model\.layers\.1\.mlp\.experts\.gate_up",
+        match=r"no tensor for 1 of the 12 linear layers, .* model\.layers\.1\.mlp\.experts\.gate_up",
     ):
         qrefta.prepare_checkpoint(dense, tmp_path / "out", rank=2, progress=False)
 
@@ -264,7 +264,7 @@ def damage_pickle(folder):
         (damage_nan, "layer.1.attention.self.key.weight holds NaN"),
         (
             damage_missing,
-            "no tensor for 1 of the 18 linears, the first is .*layer.1.attention.self.key",
+            "no tensor for 1 of the 18 linear layers, the first is .*layer.1.attention.self.key",
         ),
         (
             damage_rows,
