@@ -39,7 +39,8 @@ IN_TURN = list(
 # NF4, block 64, refine 0: squared error of the residual relative to quantizing the whole stack, by
 # R, from an independent implementation.
 RANKS = (5, 15, 48, 96, 192)
-QUERY, UP = "encoder.layer.*.attention.self.query", "encoder.layer.*.intermediate.dense"
+QUERY = "encoder.layer.*.attention.self.query"
+UP = "encoder.layer.*.intermediate.dense"
 REFERENCE = {
     (QUERY, "lsm3"): (0.973, 0.932, 0.835, 0.726, 0.573),
     (QUERY, "dct"): (0.983, 0.947, 0.858, 0.757, 0.614),
@@ -223,7 +224,8 @@ def test_rows_describe_what_is_stored(architecture, double_quant):
 def test_stacks_without_factors_hold_the_baseline(architecture):
     """A target's `baseline_error` is the error of the same stack as a non-target."""
     stacks = [stack.name for stack in find_stacks(original(architecture))]
-    first, rest = stacks[0], stacks[1:]
+    first = stacks[0]
+    rest = stacks[1:]
     targeted = {row["stack"]: row for row in qrefta.quant_report(prepared(architecture, rank=7))}
     model = prepared(
         architecture, rank=7, target_modules=first.replace(".", r"\.").replace("*", r"\d+")

@@ -87,7 +87,8 @@ def test_a_number_is_off_by_half_the_widest_gap_of_its_block_at_most(
     assert found.isfinite().all()
     sizes = {name: tensor.nbytes for name, tensor in packed.tensors().items()}
     assert sizes == fmt.packed_sizes(matrix.numel())
-    flat, error = matrix.flatten(), (found - matrix).flatten().abs()
+    flat = matrix.flatten()
+    error = (found - matrix).flatten().abs()
     for start in range(0, len(flat), fmt.block_size):
         largest = flat[start : start + fmt.block_size].abs().max().item()
         allowed = HALF_GAP[fmt.quant_type] * largest
@@ -204,7 +205,8 @@ def test_prepare_save_load_and_merge_agree(
         vocab_size=96,
     )
     dense = build(LlamaForCausalLM, config)
-    expected, scale = logits(dense), logits(dense).abs().max()
+    expected = logits(dense)
+    scale = logits(dense).abs().max()
     model = qrefta.prepare(
         dense, bits=bits, rank=rank, quant_type=quant_type, refine=1, progress=False
     )
@@ -291,11 +293,9 @@ def test_a_run_moves_only_trainable_parameters_and_writes_the_stated_model(
     )
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    out, data, tokenizer = (
-        tmp_path_factory.mktemp("run"),
-        color_data(train=24, test=10),
-        tiny_tokenizer(),
-    )
+    out = tmp_path_factory.mktemp("run")
+    data = color_data(train=24, test=10)
+    tokenizer = tiny_tokenizer()
     args = training_arguments(
         "classify",
         out,

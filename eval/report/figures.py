@@ -51,16 +51,14 @@ STYLE = {
     "lines.linewidth": 1.6,
     "lines.markersize": 5.5,
 }
-BLACK, GREY, ORANGE, SKY, GREEN, BLUE, RED, PINK = (
-    "#000000",
-    "#777777",
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    "#0072B2",
-    "#D55E00",
-    "#CC79A7",
-)
+BLACK = "#000000"
+GREY = "#777777"
+ORANGE = "#E69F00"
+SKY = "#56B4E9"
+GREEN = "#009E73"
+BLUE = "#0072B2"
+RED = "#D55E00"
+PINK = "#CC79A7"
 BROWN = "#8C564B"
 STARTS = {"one shot": (SKY, "o"), "refined": (BLUE, "s"), "calibrated": (GREEN, "D")}
 CRAFT = {"one shot": (BROWN, "<"), "refined": (BROWN, ">")}

@@ -11,7 +11,8 @@ TIE = 0.01  # relative; errors that differ by less are level
 TIMING = 0.1  # relative; times that differ by less are equal
 PAPER = "lsm3"  # the paper's transform, and the default
 SHOWN_RANK = 48  # the R of pictures that show one R, if it was measured
-DRAWN_SHARED, DRAWN_LORA = (15, 48), (1, 8)  # R and r in the picture of trainable parameters
+DRAWN_SHARED = (15, 48)  # R and r in the picture of trainable parameters
+DRAWN_LORA = (1, 8)
 COMPONENTS = (15, 48, 96, 192)  # of a spectrum's table
 NAMES = {
     "refta": "ReFTA",
@@ -318,7 +319,8 @@ def layers_title(rows: list[Row], rank: int) -> str:
         for row in layer_rows(rows, rank)
         for layer, ratio in enumerate(row["layer_ratios"], start=1)
     }
-    low, high = min(cells, key=cells.__getitem__), max(cells, key=cells.__getitem__)
+    low = min(cells, key=cells.__getitem__)
+    high = max(cells, key=cells.__getitem__)
     above = sum(ratio >= 1 for ratio in cells.values())
     words = (
         f"{above} of {len(cells)} linear layers have no less error than whole"
@@ -425,8 +427,11 @@ def trainable_parameters(
 
 def depth_title(stacks: list[tuple[int, int, int]]) -> str:
     """ReFTA against LoRA at the model's depth, and the depth where both are equal."""
-    R, r, layers = min(DRAWN_SHARED), min(DRAWN_LORA), max(depth for depth, _, _ in stacks)
-    ours, theirs = trainable_parameters(stacks, R=R), trainable_parameters(stacks, r=r)
+    R = min(DRAWN_SHARED)
+    r = min(DRAWN_LORA)
+    layers = max(depth for depth, _, _ in stacks)
+    ours = trainable_parameters(stacks, R=R)
+    theirs = trainable_parameters(stacks, r=r)
     word = (
         "more parameters than"
         if ours > theirs
@@ -460,7 +465,8 @@ def cost_title(rows: list[Row]) -> str:
     ]
     for row in ours:
         for peer in pick(peers, trained_parameters=row["trained_parameters"]):
-            time, peak = row["step_s"] / peer["step_s"], row["peak_bytes"] / peer["peak_bytes"]
+            time = row["step_s"] / peer["step_s"]
+            peak = row["peak_bytes"] / peer["peak_bytes"]
             word = (
                 "slower than"
                 if time > 1 + TIMING

@@ -55,7 +55,7 @@ td:first-child { min-width: 8.5em; }
 .verdicts td:nth-child(3) { white-space: nowrap; }
 .word { padding: .1em .5em; border: 1.5px solid; border-radius: .3em; font-weight: 600; }
 .holds { color: #00664b; } .holds-in-part { color: #7a5300; } .does-not-hold { color: #a63c00; }
-.cannot-be-told-here { color: #555; }
+.cannot-be-decided-here { color: #555; }
 @media (max-width: 46rem) {
   :root { font-size: 16px; }
   .verdicts thead { display: none; }

@@ -117,7 +117,8 @@ def one_setting(rows: list[Row], path: Path) -> list[Row]:
 
 def sections(files: dict[str, list[Row]]) -> list[Section]:
     """Every section that the rows allow."""
-    errors, cost = files.get("quant_error", []), files.get("cost", [])
+    errors = files.get("quant_error", [])
+    cost = files.get("cost", [])
     found = []
     for model in distinct(pick(errors, kind=("stack", "model", "spectrum")), "model"):
         found += error_sections(pick(errors, model=model), slug(model))
@@ -243,7 +244,8 @@ def bytes_section(rows: list[Row], name: str) -> Section:
 def stacks_section(rows: list[Row], name: str) -> Section:
     """Error by stack at one R."""
     rows = pick(rows, quant_type=rows[0]["quant_type"])
-    rank, title = findings.shown_rank(rows), findings.stacks_title(rows)
+    rank = findings.shown_rank(rows)
+    title = findings.stacks_title(rows)
     text = f"{FORMATS[rows[0]['quant_type']]}. A stack holds the weights of one role in all layers."
     picture = figures.stack_dots(
         rows, rank, f"stacks-{name}", f"Weight error by stack at R = {rank}. {title}"

@@ -77,13 +77,13 @@ class Difference(NamedTuple):
 
     @property
     def word(self) -> str:
-        """better, worse, level, or untold: one seed, a diverged run, or too much noise."""
+        """better, worse, level, or undecided: one seed, a diverged run, or too much noise."""
         if self.standard_error is None or not isfinite(self.standard_error):
-            return "untold"
+            return "undecided"
         margin = t.ppf((1 + CONFIDENCE) / 2, self.seeds - 1) * self.standard_error
         if abs(self.mean) > margin:
             return "better" if self.mean > 0 else "worse"
-        return "untold" if self.gain is not None and self.gain <= margin else "level"
+        return "undecided" if self.gain is not None and self.gain <= margin else "level"
 
     def __str__(self) -> str:
         """For example: refta R=15 bits=16 minus lora r=8: +0.1 ± 0.1 points (level; 0.31 times the
@@ -214,7 +214,7 @@ def score_title(name: str, methods: dict[str, Score]) -> str:
         "better": "beats",
         "worse": "loses to",
         "level": "is level with",
-        "untold": "cannot be told from",
+        "undecided": "is not distinguishable from",
     }
     result = f"{pair.ours.method} {words[pair.word]} {pair.theirs.method}"
     return f"{name}: {result} with {pair.numbers} ({pair.amount})"

@@ -19,7 +19,10 @@ from eval.report.findings import (
 )
 from eval.report.scores import CONFIDENCE, Difference, Score, Study, differences, scores
 
-HOLDS, IN_PART, FAILS, UNTOLD = "holds", "holds in part", "does not hold", "cannot be told here"
+HOLDS = "holds"
+IN_PART = "holds in part"
+FAILS = "does not hold"
+UNDECIDED = "cannot be decided here"
 NAMED = 4  # exceptions that are named
 CELL = ("model", "stack", "quant_type", "transform", "rank")
 
@@ -28,7 +31,7 @@ THRESHOLDS = (
     f"Score differences "
     f"are paired over seeds and count if their {CONFIDENCE:.0%} interval (Student's t) excludes "
     f"zero. If half the "
-    "interval is as wide as the rival's gain over the head alone, the task cannot tell (untold). "
+    "interval is as wide as the rival's gain over the head alone, the task cannot decide (undecided). "
     "A claim holds if "
     "no cell contradicts it, does not hold if no cell supports it, and holds in part otherwise. "
     "Level means that "
@@ -41,7 +44,7 @@ class Verdict(NamedTuple):
 
     Attributes:
         measured: lines with numbers from rows.
-        word: HOLDS, IN_PART, FAILS or UNTOLD.
+        word: HOLDS, IN_PART, FAILS or UNDECIDED.
     """
 
     claim: str
@@ -52,9 +55,11 @@ class Verdict(NamedTuple):
 
 def verdicts(files: dict[str, list[Row]]) -> list[Verdict]:
     """All verdicts: the paper's claims, then ours, then the rivals."""
-    errors, cost = files.get("quant_error", []), files.get("cost", [])
+    errors = files.get("quant_error", [])
+    cost = files.get("cost", [])
     studies = scores(files.get("accuracy", []))
-    stacks, models = pick(errors, kind="stack"), pick(errors, kind="model")
+    stacks = pick(errors, kind="stack")
+    models = pick(errors, kind="model")
     return [
         below_baseline(stacks),
         falls_with_rank(stacks),
@@ -79,14 +84,15 @@ def verdicts(files: dict[str, list[Row]]) -> list[Verdict]:
 def judge(for_it: int, against: int) -> str:
     """The verdict for the numbers of supporting and contradicting cells."""
     if for_it + against == 0:
-        return UNTOLD
+        return UNDECIDED
     return HOLDS if against == 0 else FAILS if for_it == 0 else IN_PART
 
 
 def below_baseline(stacks: list[Row]) -> Verdict:
     """The paper's headline claim, for one-shot splits of every stack."""
     splits = [row for row in pick(stacks, method="refta", start="one shot") if row["rank"]]
-    lines, below = [], 0
+    lines = []
+    below = 0
     for name in distinct(splits, "quant_type"):
         ratios = [row["ratio"] for row in pick(splits, quant_type=name)]
         below += sum(ratio < 1 for ratio in ratios)
@@ -109,7 +115,8 @@ def below_baseline(stacks: list[Row]) -> Verdict:
 def falls_with_rank(stacks: list[Row]) -> Verdict:
     """Strict decrease, for every stack, format, transform and start."""
     count, exceptions = monotone(stacks)
-    good, bad = count - len(exceptions), len(exceptions)
+    good = count - len(exceptions)
+    bad = len(exceptions)
     return Verdict(
         "The error falls as R grows",
         [f"{good} of {count} series fall at every step of R", *exception_lines(exceptions)],
@@ -153,7 +160,7 @@ def beside_lora(studies: dict[Study, dict[str, Score]], ours: str, theirs: str) 
         one: [pair for pair in found if pair.ours.adapter <= pair.theirs.adapter]
         for one, found in pairs.items()
     }
-    told = [pair for found in shown.values() for pair in found if pair.word != "untold"]
+    told = [pair for found in shown.values() for pair in found if pair.word != "undecided"]
     fewer = [pair for pair in told if pair.ours.adapter < pair.theirs.adapter]
     good = sum(pair.word != "worse" for pair in fewer)
     equal = [pair for pair in told if pair.ours.adapter == pair.theirs.adapter]
@@ -182,7 +189,8 @@ def score_lines(pairs: dict[Study, list[Difference]]) -> list[str]:
 def one_knob(models: list[Row]) -> Verdict:
     """Errors of the whole model when only R changes."""
     count, exceptions = monotone(models)
-    good, bad = count - len(exceptions), len(exceptions)
+    good = count - len(exceptions)
+    bad = len(exceptions)
     return Verdict(
         "One number, R, trades size for error",
         [
@@ -198,9 +206,12 @@ def one_knob(models: list[Row]) -> Verdict:
 
 def no_rebuilding(cost: list[Row]) -> Verdict:
     """Time and peak memory of building a dense weight in every step, relative to qrefta."""
-    ours, dense = pick(cost, method="qrefta R=64"), pick(cost, method="rebuilding R=64")
+    ours = pick(cost, method="qrefta R=64")
+    dense = pick(cost, method="rebuilding R=64")
     match = ("setting", "device", "threads", "dtype", "checkpointing")
-    lines, good, bad = [], 0, 0
+    lines = []
+    good = 0
+    bad = 0
     for row in dense:
         for other in pick(ours, **{key: row[key] for key in match}):
             time = row["step_s"] / other["step_s"]
@@ -235,7 +246,7 @@ def transform_errors(models: list[Row]) -> Verdict:
         HOLDS: f"{PAPER} beats identity everywhere.",
         IN_PART: f"identity is as good or better in {cells - found.wins} of {cells} cells.",
         FAILS: "identity, which mixes no layers, is as good or better everywhere.",
-        UNTOLD: "Both must be measured at the same R.",
+        UNDECIDED: "Both must be measured at the same R.",
     }
     verdict = from_duel(
         f"The learned transform ({PAPER}) leaves less error than none (identity)", found, ""
@@ -301,7 +312,7 @@ def from_scores(
         ]
         for one, methods in studies.items()
     }
-    told = [pair.word for found in pairs.values() for pair in found if pair.word != "untold"]
+    told = [pair.word for found in pairs.values() for pair in found if pair.word != "undecided"]
     better = told.count("better")
     return Verdict(
         claim,

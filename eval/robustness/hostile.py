@@ -276,7 +276,8 @@ def _duplicates(folder: Path, rng: random.Random) -> None:
         return
     header, data = split(path)
     names = [name for name in header if name != "__metadata__"]
-    text, other = json.dumps(header), rng.choice(names)
+    text = json.dumps(header)
+    other = rng.choice(names)
     join(
         path, text[:-1] + f", {json.dumps(rng.choice(names))}: {json.dumps(header[other])}}}", data
     )
@@ -339,7 +340,8 @@ def _paths(folder: Path, rng: random.Random) -> None:
 
     def change(index: dict[str, Any]) -> None:
         every = rng.random() < 0.3
-        chosen, path = rng.choice(list(index["weight_map"])), rng.choice(paths)
+        chosen = rng.choice(list(index["weight_map"]))
+        path = rng.choice(paths)
         index["weight_map"] = {
             k: path if every or k == chosen else v for k, v in index["weight_map"].items()
         }
@@ -667,8 +669,9 @@ def _compared(model: PreTrainedModel, folder: Path, base: Path, state: str) -> s
 
 
 def _compared_source(folder: Path, base: Path, out: Path) -> str:
-    """What was read of a dense folder beside what safetensors' own reader sees in it, and beside the good folder."""
-    checkpoint, written = Checkpoint(folder), Checkpoint(out)
+    """Compare the tensors read from a dense folder with safetensors' reader and the good folder."""
+    checkpoint = Checkpoint(folder)
+    written = Checkpoint(out)
     files = {checkpoint.file(name) for name in checkpoint.names}
     says = {
         name: tensor for file in files for name, tensor in safetensors.torch.load_file(file).items()

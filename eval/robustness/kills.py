@@ -112,7 +112,8 @@ def run(
 
 def jobs(place: Path) -> dict[str, Job]:
     """Training with a checkpoint every step, preparing out of core, and merging."""
-    dense, prepared = place / "dense", place / "prepared"
+    dense = place / "dense"
+    prepared = place / "prepared"
     # In a fork, because torch's threads in this process would not survive later forks.
     _done(_fork(lambda: write_decoder(dense)))
     text = numbers()
@@ -174,7 +175,8 @@ def kill(job: Job, place: Path, kills: int, chance: random.Random) -> Tally:
     tally = Tally()
     while tally.kills < kills:
         folder = place / str(tally.runs)
-        before, start = tally.kills, time.monotonic()
+        before = tally.kills
+        start = time.monotonic()
         for _ in range(CHAIN):
             if attempt(job, folder, chance, seconds, tally):
                 break
@@ -234,7 +236,8 @@ def attempt(job: Job, folder: Path, chance: random.Random, seconds: float, tally
 def check(job: Job, folder: Path, expected: dict[str, Digests], tally: Tally) -> None:
     """Load complete-looking checkpoints and compare them with the undisturbed run."""
     for path in job.whole(folder):
-        found, wanted = digests(path, job.volatile), expected.get(str(path.relative_to(folder)))
+        found = digests(path, job.volatile)
+        wanted = expected.get(str(path.relative_to(folder)))
         tally.half_written += wanted is not None and any(
             found.get(name) != one for name, one in wanted.items()
         )

@@ -335,7 +335,9 @@ PEERS = {
 def build(method: str, task: Task, seed: int) -> nn.Module:
     """The model of a method, ready to train; its random numbers depend on `seed` only."""
     name, options = parse(method)
-    model, heads, rank = task.model(seed), task.heads, options.get("r", 0)
+    model = task.model(seed)
+    heads = task.heads
+    rank = options.get("r", 0)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         match name:

@@ -134,7 +134,8 @@ def run(
         for name in method_names(setting, ranks)
         if any(text in name for text in only.split(",")) or name in ALWAYS
     ]
-    counts, peaks = {}, {}
+    counts = {}
+    peaks = {}
     for name in names:
         counts[name], peaks[name] = _alone(name, settings, memory)
     medians = _medians(names, settings, repetitions) if time else {}
@@ -218,7 +219,8 @@ def build(name: str, settings: Run) -> nn.Module:
         enable_checkpointing(model, {"use_reentrant": False})
     if kind in ("qlora", "lora"):
         chosen = dict(option.split("=") for option in options)
-        rank, dropout = int(chosen["r"]), float(chosen.get("dropout", 0))
+        rank = int(chosen["r"])
+        dropout = float(chosen.get("dropout", 0))
         model.requires_grad_(False)
         if kind == "lora":
             return lora(model, rank, alpha=rank, dropout=dropout).train()
@@ -263,7 +265,8 @@ class Rebuilding(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        factors, index = self.layer.factors, self.layer._adapter[2]
+        factors = self.layer.factors
+        index = self.layer._adapter[2]
         up, down = (
             factor.to(factors.dtype).to(x.dtype) for factor in (factors.up(), factors.down())
         )

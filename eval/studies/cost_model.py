@@ -106,17 +106,16 @@ def measure(
     """Seconds of a forward and backward pass, by form; a frozen layer has one form."""
     cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    fmt, shape = QuantFormat(), (out_features, in_features)
+    fmt = QuantFormat()
+    shape = (out_features, in_features)
     generator = torch.Generator().manual_seed(0)
 
     def randn(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=generator).to(device)
 
     packed = quantize(randn(*shape), fmt)
-    x, grad = (
-        randn(tokens, in_features).to(dtype).requires_grad_(),
-        randn(tokens, out_features).to(dtype),
-    )
+    x = randn(tokens, in_features).to(dtype).requires_grad_()
+    grad = randn(tokens, out_features).to(dtype)
     factors: list[torch.Tensor | None] = [None, None, None]
     if rank:
         factors = [

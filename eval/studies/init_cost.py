@@ -151,7 +151,8 @@ def pissa(initialization: str, stack: Tensor, rank: int) -> Measured:
 
 def qrefta(refine: int, stack: Tensor, rank: int) -> Measured:
     """Split by qrefta; the decomposition is timed without the rounds."""
-    config, weights = Settings(refine=refine, rank=rank), Weights.of(stack)
+    config = Settings(refine=refine, rank=rank)
+    weights = Weights.of(stack)
     slices, _ = _transformed(stack)
     blocks = [(slice(0, stack.shape[1]), slices)]
     start = perf_counter()

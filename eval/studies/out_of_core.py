@@ -110,7 +110,8 @@ def write_checkpoint(folder: Path, config: LlamaConfig) -> None:
     def matrix(out_features: int, in_features: int) -> torch.Tensor:
         return torch.randn(out_features, in_features, generator=generator).mul_(0.02).bfloat16()
 
-    hidden, inner = config.hidden_size, config.intermediate_size
+    hidden = config.hidden_size
+    inner = config.intermediate_size
     kv = config.num_key_value_heads * (hidden // config.num_attention_heads)
     files = []
     for layer in range(config.num_hidden_layers):
@@ -150,7 +151,8 @@ def write_checkpoint(folder: Path, config: LlamaConfig) -> None:
 def _bandwidth(folder: Path) -> float:
     """Bytes per second of one pass over the files."""
     checkpoint = Checkpoint(folder)
-    start, total = perf_counter(), 0
+    start = perf_counter()
+    total = 0
     for name in checkpoint.names:
         for chunk in checkpoint.bytes_of(name):
             total += len(chunk)
@@ -159,7 +161,8 @@ def _bandwidth(folder: Path) -> float:
 
 def _prepare(place: Path, settings: dict[str, Any], threads: int) -> dict[str, float]:
     torch.set_num_threads(threads)
-    before, read = resident(), _read_bytes()
+    before = resident()
+    read = _read_bytes()
     restart_peak()
     start = perf_counter()
     qrefta.prepare_checkpoint(place / "dense", place / "out", progress=False, **settings)

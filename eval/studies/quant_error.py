@@ -134,7 +134,8 @@ def run(
     quiet_libraries()
     start = perf_counter()
     known = read(rows) if rows.exists() and not again else []
-    name, source = model or "all-MiniLM-L6-v2", model or str(model_folder())
+    name = model or "all-MiniLM-L6-v2"
+    source = model or str(model_folder())
     dense = AutoModel.from_pretrained(source, dtype=torch.float32)
     stacks = find_stacks(dense)
     numbers = [int(rank) for rank in ranks.split(",")]
@@ -303,9 +304,12 @@ def measure(source: str, folder: str, cells: list[Cell]) -> list[dict[str, Any]]
     """The rows of one stack."""
     model, stacks = open_model(source)
     calibration, test = (load_moments(Path(folder) / file) for file in MOMENTS)
-    stack, fits, rows = stacks[cells[0].stack], {}, []
+    stack = stacks[cells[0].stack]
+    fits = {}
+    rows = []
     for quant_type, group in groupby(cells, lambda cell: cell.quant_type):
-        job, weights = list(group), model_weights(model, stack)
+        job = list(group)
+        weights = model_weights(model, stack)
         study = StackErrors(stack, weights, QuantFormat(quant_type), calibration, test, fits)
         rows += [{"kind": "stack"} | cell._asdict() | study.row(cell) for cell in job]
     return rows
@@ -340,13 +344,16 @@ class StackErrors:
         test: Moments,
         fits: dict[tuple[Any, ...], Fit],
     ) -> None:
-        self.weights, self.fmt = weights, fmt
+        self.weights = weights
+        self.fmt = fmt
         self.layers = [weights.layer(index) for index in range(weights.shape[0])]
         self.moments = [test.of(path) for path in stack.modules]
         self.metric = shared_metric(calibration, stack)
         self.whole = torch.stack([weight - rounded(weight, fmt) for weight in self.layers])
         self.baseline = self.sums(self.whole)
-        self.stack, self.calibration, self.fits = stack, calibration, fits
+        self.stack = stack
+        self.calibration = calibration
+        self.fits = fits
 
     @cached_property
     def metrics(self) -> list[Metric]:
@@ -360,7 +367,8 @@ class StackErrors:
         nuclear = cell.method in ("pissa", "loftq") or (
             cell.transform == PAPER and cell.quant_type == "nf4"
         )
-        found, baseline = self.sums(errors, nuclear), self.baseline
+        found = self.sums(errors, nuclear)
+        baseline = self.baseline
         numel = self.whole.numel()
         bits = 4 + 32 / self.fmt.block_size + 8 * factor_bytes / numel
         if cell.method in SMALL_BLOCKS:
@@ -395,7 +403,8 @@ class StackErrors:
         if cell.method in METHODS:
             return self.split(cell)
         if cell.method in SMALL_BLOCKS:
-            block, scale_bits = self.small_block(cell), SMALL_BLOCKS[cell.method]
+            block = self.small_block(cell)
+            scale_bits = SMALL_BLOCKS[cell.method]
             return torch.stack([w - small_block(w, block, scale_bits) for w in self.layers]), 0, 0
         ranks = [cell.rank // layers + (index < cell.rank % layers) for index in range(layers)]
         if cell.method == "qera":

@@ -191,7 +191,8 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
     down, right = torch.randint(2 * SHIFT + 1, (2, images, 1), generator=generator)
     flipped = torch.rand(images, 1, generator=generator) < 0.5
     places = torch.arange(SIDE)
-    y, x = down + places, right + torch.where(flipped, places.flip(0), places)
+    y = down + places
+    x = right + torch.where(flipped, places.flip(0), places)
     return padded[
         torch.arange(images)[:, None, None, None],
         torch.arange(3)[:, None, None],

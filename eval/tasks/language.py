@@ -204,7 +204,8 @@ def _encode(
     """The last `length` tokens of instruction and output; only the output has labels."""
     question = tokenizer(row["instruction"] + "\n\n")["input_ids"]
     answer = tokenizer(row["output"], add_special_tokens=False)["input_ids"]
-    ids, labels = question + answer, [IGNORED] * len(question) + answer
+    ids = question + answer
+    labels = [IGNORED] * len(question) + answer
     return {"input_ids": ids[-length:], "labels": labels[-length:]}
 
 

@@ -235,7 +235,8 @@ def accuracy(prediction: PredictionOutput) -> float:
 
 def matthews(prediction: PredictionOutput) -> float:
     """Matthews correlation for any number of classes (Gorodkin 2004); 0 if one side is constant."""
-    found, labels = _classes(prediction), np.asarray(prediction.label_ids)
+    found = _classes(prediction)
+    labels = np.asarray(prediction.label_ids)
     classes = range(int(max(found.max(), labels.max())) + 1)
     told, true = (
         np.stack([values == index for index in classes]).astype(float) for values in (found, labels)

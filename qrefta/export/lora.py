@@ -200,7 +200,7 @@ def _write_base(
 
 def _residual_tensors(layer: AdaptedLinear, row: StackReport) -> dict[str, Tensor]:
     residual = layer.residual(torch.float32)
-    return {"weight": residual.T if row.stack.name.transposed else residual}
+    return {"weight": residual.T if row.stack.transposed else residual}
 
 
 def _kept_dense(model: PreTrainedModel, config: QReftaConfig) -> dict[str, nn.Module]:
@@ -300,7 +300,7 @@ def _lora_config(
         alpha_pattern=others,
         target_modules=_names(model, set(ranks)),
         modules_to_save=saved or None,
-        fan_in_fan_out=any(row.stack.name.transposed for row in config.stacks),
+        fan_in_fan_out=any(row.stack.transposed for row in config.stacks),
         base_model_name_or_path=source,
         inference_mode=True,
     )

@@ -110,8 +110,8 @@ def starting_factors(
         layers = [cast(AdaptedLinear, model.get_submodule(path)) for path in row.stack.modules]
         if start is None:
             weights = model_weights(bare, row.stack)
-            split = split_stack(weights, config, row.rank)
-            residuals = (layer.residual for layer in split_layers(weights, split, config))
+            split = split_stack(weights, config.settings, row.rank)
+            residuals = (layer.residual for layer in split_layers(weights, split, config.settings))
             factors = split.factors
         else:
             begun = [cast(AdaptedLinear, start.get_submodule(path)) for path in row.stack.modules]

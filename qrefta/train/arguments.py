@@ -120,8 +120,8 @@ def fsdp2_config(model: PreTrainedModel) -> dict[str, Any]:
         return config
     blocks = set()
     for row in prepared_config(model).stacks:
-        depth = row.stack.split(".").index("*") + 1
-        for path in row.modules:
+        depth = row.stack.name.split(".").index("*") + 1
+        for path in row.stack.modules:
             block = ".".join(path.split(".")[:depth])
             blocks.add(type(model.get_submodule(block)).__name__)
     return config | {"transformer_layer_cls_to_wrap": sorted(blocks)}

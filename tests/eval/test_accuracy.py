@@ -235,7 +235,8 @@ def test_rates_are_chosen_on_one_seed_and_run_on_others(source, model, tmp_path,
 
 def test_a_stopped_study_resumes(source, model, tmp_path, monkeypatch):
     """Runs with a row are not repeated unless requested; missing runs are done."""
-    file, ran = tmp_path / "rows.jsonl", []
+    file = tmp_path / "rows.jsonl"
+    ran = []
     monkeypatch.setattr(
         accuracy,
         "measure",
@@ -392,7 +393,8 @@ def output(found, labels):
 
 def test_metrics_against_their_definitions():
     rng = np.random.default_rng(0)
-    labels, found = rng.integers(0, 2, 300), rng.integers(0, 2, 300)
+    labels = rng.integers(0, 2, 300)
+    found = rng.integers(0, 2, 300)
     given = output(found, labels)
     assert METRICS["accuracy"].score(given) == pytest.approx((found == labels).mean())
     assert METRICS["matthews"].score(given) == pytest.approx(np.corrcoef(found, labels)[0, 1])
@@ -406,7 +408,8 @@ def test_matthews_of_several_classes_is_gorodkins():
     rng = np.random.default_rng(1)
     labels = rng.integers(0, 4, 500)
     found = np.where(rng.random(500) < 0.6, labels, rng.integers(0, 4, 500))
-    told, true = np.bincount(found), np.bincount(labels)
+    told = np.bincount(found)
+    true = np.bincount(labels)
     expected = (labels == found).sum() * 500 - (told * true).sum()
     expected /= np.sqrt((500**2 - (told**2).sum()) * (500**2 - (true**2).sum()))
     assert METRICS["matthews"].score(output(found, labels)) == pytest.approx(expected)

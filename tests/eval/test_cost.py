@@ -14,7 +14,8 @@ def test_tensor_peak_counts_what_lives_and_the_most_that_a_step_adds():
     def step():
         first = torch.zeros(1 << 20)
         del first
-        second, third = torch.zeros(1 << 19), torch.zeros(1 << 20)
+        second = torch.zeros(1 << 19)
+        third = torch.zeros(1 << 20)
         del second, third
 
     nothing = tensor_peak(lambda: None, "cpu")

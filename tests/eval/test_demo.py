@@ -128,7 +128,8 @@ def test_sizes_are_honoured_and_the_classes_are_even(data):
 
 def test_a_smaller_size_is_a_subset_in_the_same_order(sides):
     train, _ = sides
-    small, large = demo.balanced(train, 100), demo.balanced(train, 1000)
+    small = demo.balanced(train, 100)
+    large = demo.balanced(train, 1000)
     kept = set(small)
     assert [row for row in large if row in kept] == small
     assert demo.balanced(train, None) == train

@@ -157,7 +157,8 @@ def test_a_sparse_file_of_gigabytes_is_not_read(prepared):
     header, data = hostile.split(path)
     first = header.pop("bert.pooler.dense.weight")
     kept = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    begin, size = first["data_offsets"][0], first["data_offsets"][1] - first["data_offsets"][0]
+    begin = first["data_offsets"][0]
+    size = first["data_offsets"][1] - first["data_offsets"][0]
     for entry in kept.values():
         entry["data_offsets"] = [at - size if at > begin else at for at in entry["data_offsets"]]
     end = len(data) - size

@@ -30,14 +30,16 @@ from eval.tasks.task import Sizes, in_order
 from tests.models import VOCAB, build, encoder_sizes
 
 SIZES = Sizes(train=64, validation=16, test=20)
-KNOWN, NEW = NAMES[:6], NAMES[6:]
+KNOWN = NAMES[:6]
+NEW = NAMES[6:]
 
 
 def photos(count, seed, side=32):
     """JPEG files and labels: a colour per class with noise, all classes in turn."""
     rng = np.random.default_rng(seed)
     colors = np.indices((3, 3, 2)).reshape(3, -1).T[4:14] * (100, 100, 200)
-    files, labels = [], [index % len(NAMES) for index in range(count)]
+    files = []
+    labels = [index % len(NAMES) for index in range(count)]
     for label in labels:
         pixels = np.clip(colors[label] + rng.normal(0, 20, (side, side, 3)), 0, 255).astype(
             np.uint8
@@ -94,7 +96,8 @@ def run(source, out, **options):
 
 def test_pretraining_learns_saves_and_reports(source, tmp_path):
     """Guessing has accuracy 1/6; the reloaded model has the accuracy of the row."""
-    file, out = tmp_path / "rows.jsonl", tmp_path / "vit"
+    file = tmp_path / "rows.jsonl"
+    out = tmp_path / "vit"
     run(source, out, rows=file)
     (row,) = read(file)
     assert [row[key] for key in ("study", "kind", "steps", "images", "n", "seed", "metric")] == [

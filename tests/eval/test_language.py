@@ -134,7 +134,8 @@ def test_the_harness_scores_the_most_likely_choice(folder, questions):
     """Compared with sums of log probabilities."""
     pytest.importorskip("lm_eval")
     task = choice_task("mine", str(questions), folder, None, SIZES, 0)
-    model, tokenizer = task.model(0).eval(), language.AutoTokenizer.from_pretrained(folder)
+    model = task.model(0).eval()
+    tokenizer = language.AutoTokenizer.from_pretrained(folder)
     right = 0
     for row in task.test:
         scores = []

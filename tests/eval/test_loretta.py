@@ -27,7 +27,8 @@ def test_a_train_is_a_product_of_its_cores_slices():
 def test_the_layer_adds_its_update():
     torch.manual_seed(0)
     linear = nn.Linear(12, 18)
-    layer, x = LoRETTALinear(linear, 3), torch.randn(5, 12)
+    layer = LoRETTALinear(linear, 3)
+    x = torch.randn(5, 12)
     torch.testing.assert_close(layer(x), linear(x), rtol=0, atol=0)
     nn.init.normal_(layer.up[-1])
     update = matrix(layer.up).view(18, BOTTLENECK) @ matrix(layer.down).view(BOTTLENECK, 12)

@@ -9,7 +9,7 @@ import pytest
 
 from eval.report import findings, scores
 from eval.report.report import read_all, run, sections
-from eval.report.verdicts import FAILS, HOLDS, IN_PART, UNTOLD, verdicts
+from eval.report.verdicts import FAILS, HOLDS, IN_PART, UNDECIDED, verdicts
 
 ROWS = Path(__file__).parents[2] / "eval" / "rows"
 CONTEXT = {
@@ -388,12 +388,12 @@ def test_nothing_is_told_where_lora_gains_nothing_or_one_seed_ran():
     blind = score_rows({"head-only": 0.01})
     assert (
         word("ReFTA: LoRA's score or better with fewer trainable parameters (16", accuracy=blind)
-        == UNTOLD
+        == UNDECIDED
     )
     single = score_rows(seeds=1)
     assert (
         word("ReFTA: LoRA's score or better with fewer trainable parameters (16", accuracy=single)
-        == UNTOLD
+        == UNDECIDED
     )
 
 
@@ -435,7 +435,8 @@ def test_a_run_that_diverged_is_shown_and_decides_nothing():
     (methods,) = scores.scores(rows).values()
     assert "nan" in scores.shown(methods["lora r=8"])
     assert (
-        scores.difference(methods["refta R=48 bits=16"], methods["lora r=8"], None).word == "untold"
+        scores.difference(methods["refta R=48 bits=16"], methods["lora r=8"], None).word
+        == "undecided"
     )
 
 
@@ -507,7 +508,7 @@ def test_a_model_that_is_scored_as_it_is_has_no_peak():
 def test_rivals_for_the_same_bytes():
     assert word("PiSSA", quant_error=error_rows()) == HOLDS
     assert word("PiSSA", quant_error=error_rows(rivals={"pissa": 0.8})) == FAILS
-    assert word("PiSSA", quant_error=error_rows(rivals={})) == UNTOLD
+    assert word("PiSSA", quant_error=error_rows(rivals={})) == UNDECIDED
     assert word("smaller block", quant_error=error_rows(smaller=2)) == HOLDS
     assert word("smaller block", quant_error=error_rows(smaller=0.3)) == FAILS
     title = findings.bytes_title(model_rows(error_rows(smaller=0.3)))
@@ -519,7 +520,7 @@ def test_rivals_for_the_same_bytes():
 def test_rebuilding_must_cost_more_for_its_claim():
     assert word("rebuilding a dense weight", cost=cost_rows(1.5)) == HOLDS
     assert word("rebuilding a dense weight", cost=cost_rows(0.9)) == FAILS
-    assert word("rebuilding a dense weight") == UNTOLD
+    assert word("rebuilding a dense weight") == UNDECIDED
 
 
 def test_counted_parameters_equal_those_of_training_runs():
@@ -680,7 +681,8 @@ def browser():
 def test_page_opens_in_a_browser(report, browser, width):
     """Pictures are visible, nothing is wider than the screen, no requests, no console messages."""
     opened = browser.new_page(viewport={"width": width, "height": 900})
-    requests, complaints = [], []
+    requests = []
+    complaints = []
     opened.on("request", lambda request: requests.append(request.url))
     opened.on("console", lambda message: complaints.append(message.text))
     opened.on("pageerror", lambda error: complaints.append(str(error)))

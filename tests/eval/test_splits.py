@@ -35,7 +35,8 @@ def test_pissa_splits_without_loss():
 
 def test_loftq_is_its_published_iteration():
     """The iteration by SVD from AB = 0; the returned pair is fitted to the returned Q."""
-    matrix, pair = weight(48, 64), torch.zeros(48, 64)
+    matrix = weight(48, 64)
+    pair = torch.zeros(48, 64)
     for _ in range(3):
         quantized = rounded(matrix - pair, NF4)
         left, values, right = torch.linalg.svd(matrix - quantized)

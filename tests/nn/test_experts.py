@@ -27,7 +27,7 @@ from qrefta.model.stacks import find_stacks, model_weights, select_stacks
 from qrefta.nn.experts import add_expert, fused_names, is_experts, restore_fused, route_evenly
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.split.calibrate import gather_moments
-from tests.models import EXPERTS, VOCAB, inputs, logits, tiny_mixtral
+from tests.models import EXPERTS, VOCAB, header_and_data, inputs, logits, tiny_mixtral
 
 all_models = pytest.mark.parametrize("name", EXPERTS)
 MODULES = [MixtralExperts, GptOssExperts, AriaExperts, NemotronHExperts, MuseSparkExperts]
