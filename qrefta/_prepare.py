@@ -1,4 +1,6 @@
-"""prepare(): a dense transformers model -> a 4-bit residual and trainable factors, in memory or out of core."""
+"""prepare(): a dense transformers model -> a 4-bit residual and trainable factors, in memory or out
+of core.
+"""
 
 import warnings
 from collections.abc import Iterable
@@ -46,31 +48,34 @@ def prepare(
 ) -> PreTrainedModel:
     """The same model with every linear layer of its blocks in 4 bits, ready to train factors.
 
-    Each stack of linear layers W_l (one role over all layers) becomes dequant(Q_l) + Delta_l: Delta_l is its tensor
-    rank-R principal part (trained), and Q_l the quantized residual (frozen). Example:
+    Each stack of linear layers W_l (one role over all layers) becomes dequant(Q_l) + Delta_l:
+    Delta_l is its tensor rank-R principal part (trained), and Q_l the quantized residual (frozen).
 
+    Example:
         model = qrefta.prepare(AutoModelForCausalLM.from_pretrained(name), bits=4, rank=64)
 
-    It works in place; the peak is the model plus about its largest stack in float32. A model that is refused is left
-    exactly as it was.
+    It works in place; the peak is the model plus about its largest stack in float32. A model that
+    is refused is left exactly as it was.
 
     Args:
         model: any transformers model with its weights in memory, float32, bf16 or fp16.
         bits, rank, settings: see `qrefta.config.Settings`.
-        calibration: batches of model inputs (a few hundred samples of text are enough). The split then keeps the
-            outputs of the layers close to the original, instead of the weights.
-        moments: second moments of the inputs, gathered before (`qrefta.split.calibrate`), or their file.
-        device: where each stack is worked on, for example "cuda" for a model in CPU memory; default: the device of
-            its weights.
+        calibration: batches of model inputs (a few hundred samples of text are enough). The split
+            then keeps the outputs of the layers close to the original, instead of the weights.
+        moments: second moments of the inputs, gathered before (`qrefta.split.calibrate`), or their
+            file.
+        device: where each stack is worked on, for example "cuda" for a model in CPU memory;
+            default: the device of its weights.
         progress: show a progress bar over the stacks, if it takes more than two seconds.
 
     Returns:
-        The model, the same object; `save_pretrained`, `from_pretrained` and `Trainer` work on it as on any other.
+        The model, the same object; `save_pretrained`, `from_pretrained` and `Trainer` work on it as
+        on any other.
 
     Raises:
-        ValueError: for a setting that is not allowed, a rank that is too large for a stack, targets that match
-            nothing, weights that are NaN, infinite or on the meta device, or a model that is already prepared,
-            quantized or under PEFT.
+        ValueError: for a setting that is not allowed, a rank that is too large for a stack, targets
+            that match nothing, weights that are NaN, infinite or on the meta device, or a model
+            that is already prepared, quantized or under PEFT.
         TypeError: for an unknown keyword.
     """
     if isinstance(model, str | Path):
@@ -86,12 +91,14 @@ def prepare(
         )
     if "out" in settings:
         raise ValueError(
-            "`out` goes with prepare_checkpoint and a folder or hub name; save this model with save_pretrained."
+            "`out` goes with prepare_checkpoint and a folder or hub name; save this model with "
+            "save_pretrained."
         )
     chosen = settings_of_call("prepare", {"bits": bits, "rank": rank, **settings})
     if calibration is not None and moments is not None:
         raise ValueError(
-            "calibration and moments are both given; moments are gathered from calibration: give one of the two."
+            "calibration and moments are both given; moments are gathered from calibration: give "
+            "one of the two."
         )
     _check_model(model)
     source = _ModelSource(model, None if device is None else torch.device(device))
@@ -126,10 +133,11 @@ def prepare_checkpoint(
     progress: bool = True,
     **settings: Any,
 ) -> Path:
-    """The folder of a prepared checkpoint, made from a dense one a few rows at a time; no model is held in memory.
+    """The folder of a prepared checkpoint, made from a dense one a few rows at a time; no model is
+    held in memory.
 
-    The result equals `prepare` on the loaded model bit for bit. An interrupted run resumes if it is called again with
-    the same settings. The source is only read.
+    The result equals `prepare` on the loaded model bit for bit. An interrupted run resumes if it is
+    called again with the same settings. The source is only read.
 
     Args:
         source: folder or hub name of a transformers model in safetensors files.
@@ -137,12 +145,13 @@ def prepare_checkpoint(
         bits, rank, settings: see `qrefta.config.Settings`.
         moments: see `prepare`; gathered on a model in memory.
         device: where each stack is worked on.
-        max_memory: bytes, or text like "3GB", that preparing may take besides the imported libraries.
+        max_memory: bytes, or text like "3GB", that preparing may take besides the imported
+            libraries.
         progress: show a progress bar over the stacks, if it takes more than two seconds.
 
     Raises:
-        ValueError: as `prepare`; and if `out` holds something else, the checkpoint is damaged or a weight is missing,
-            or `max_memory` is too small.
+        ValueError: as `prepare`; and if `out` holds something else, the checkpoint is damaged or a
+            weight is missing, or `max_memory` is too small.
         TypeError: for an unknown keyword.
     """
     chosen = settings_of_call("prepare_checkpoint", {"bits": bits, "rank": rank, **settings})
@@ -161,9 +170,9 @@ def _old_call_with_folder(
     out = keywords.pop("out", None)
     if out is None or calibration is not None:
         raise ValueError(
-            f"prepare got the folder or hub name {str(source)!r}. Load the model and give that, or call "
-            "prepare_checkpoint(source, out), which needs `out`, the folder to write, and takes `moments` instead of "
-            "`calibration`."
+            f"prepare got the folder or hub name {str(source)!r}. Load the model and give that, or "
+            "call prepare_checkpoint(source, out), which needs `out`, the folder to write, and "
+            "takes `moments` instead of `calibration`."
         )
     warnings.warn(
         "prepare(folder, out=...) is deprecated; call qrefta.prepare_checkpoint(folder, out).",
@@ -235,22 +244,23 @@ def _check_model(model: nn.Module) -> None:
         )
     if any(isinstance(module, AdaptedLinear | FactorBank) for module in model.modules()):
         raise ValueError(
-            "A part of the model is already prepared, or an earlier prepare was interrupted; load the model again."
+            "A part of the model is already prepared, or an earlier prepare was interrupted; load "
+            "the model again."
         )
     if getattr(model, "peft_config", None) or has_peft_adapter(model):
         raise ValueError("The model carries PEFT adapters; call merge_and_unload() on it first.")
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
         method = getattr(model, "quantization_method", "unknown")
         raise ValueError(
-            f"The model is already quantized ({method}); load it without quantization_config: prepare quantizes it "
-            "itself."
+            f"The model is already quantized ({method}); load it without quantization_config: "
+            "prepare quantizes it itself."
         )
     for path, module in model.named_modules():
         kind = type(module)
         if kind.__module__.startswith(("bitsandbytes.", "peft.")):
             raise ValueError(
-                f"{path} is a {kind.__module__}.{kind.__name__}; prepare needs the plain dense model: load it without "
-                "quantization, or merge and unload the adapters."
+                f"{path} is a {kind.__module__}.{kind.__name__}; prepare needs the plain dense "
+                "model: load it without quantization, or merge and unload the adapters."
             )
 
 
@@ -258,8 +268,9 @@ def _check_weights(model: PreTrainedModel, stacks: list[LayerStack]) -> None:
     absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if absent:
         raise ValueError(
-            f"{len(absent)} parameters are on the meta device ({absent[0]}, ...): the model has no weights, or a "
-            "device_map offloads them. Load it whole, without device_map, or call prepare_checkpoint on its folder."
+            f"{len(absent)} parameters are on the meta device ({absent[0]}, ...): the model has no "
+            "weights, or a device_map offloads them. Load it whole, without device_map, or call "
+            "prepare_checkpoint on its folder."
         )
     for stack in stacks:
         for path in stack.modules:

@@ -2,8 +2,8 @@
 
 Nothing here imports torch: the command line, the model card and the plug-in read the same settings.
 
-To add a setting, add a field to `Settings`. `prepare`, `prepare_checkpoint`, `plan`, the command line, the
-saved config and the model card take it from there.
+To add a setting, add a field to `Settings`. `prepare`, `prepare_checkpoint`, `plan`, the command
+line, the saved config and the model card take it from there.
 """
 
 import inspect
@@ -49,12 +49,12 @@ class RankBudget:
     """A rule that chooses the ranks of all stacks; give exactly one of the three.
 
     Attributes:
-        bytes: the ranks whose factors take at most this many bytes in all and remove the most quantization
-            error. An int, or text such as "8MB" (10^6 bytes) or "8MiB".
-        error_ratio: the smallest ranks with at most this squared error, relative to quantizing unsplit
-            weights; of the outputs, if the split is calibrated.
-        trainable_parameters: the largest rank, equal for all stacks, with at most this many trainable
-            parameters in all factors.
+        bytes: the ranks whose factors take at most this many bytes in all and remove the most
+            quantization error. An int, or text such as "8MB" (10^6 bytes) or "8MiB".
+        error_ratio: the smallest ranks with at most this squared error, relative to quantizing
+            unsplit weights; of the outputs, if the split is calibrated.
+        trainable_parameters: the largest rank, equal for all stacks, with at most this many
+            trainable parameters in all factors.
 
     Raises:
         ValueError: if none or several are given, or a value is not allowed.
@@ -77,8 +77,8 @@ class RankBudget:
             ratio = _positive("RankBudget error_ratio", self.error_ratio)
             if ratio > 1:
                 raise ValueError(
-                    f"RankBudget error_ratio is {ratio!r}; it is a share of the error of quantizing "
-                    "unsplit weights and must be at most 1"
+                    f"RankBudget error_ratio is {ratio!r}; it is a share of the error of "
+                    "quantizing unsplit weights and must be at most 1"
                 )
             object.__setattr__(self, "error_ratio", ratio)
         if self.trainable_parameters is not None:
@@ -95,7 +95,8 @@ RankSetting = int | Sequence[int] | RankBudget
 
 
 def parse_rank(text: str) -> RankSetting:
-    """A rank from the command line: `16`, `24,100,100`, `bytes=8MB`, `error=0.5` or `parameters=300000`.
+    """A rank from the command line: `16`, `24,100,100`, `bytes=8MB`, `error=0.5` or
+    `parameters=300000`.
 
     Raises:
         ValueError: for any other text.
@@ -115,8 +116,8 @@ def parse_rank(text: str) -> RankSetting:
         if "RankBudget" in str(error):
             raise
     raise ValueError(
-        f"rank is {text!r}; it must be a whole number (16), three for craft (24,100,100), or a budget: "
-        "bytes=8MB, error=0.5 or parameters=300000"
+        f"rank is {text!r}; it must be a whole number (16), three for craft (24,100,100), or a "
+        "budget: bytes=8MB, error=0.5 or parameters=300000"
     )
 
 
@@ -157,9 +158,9 @@ def with_new_rank(keywords: dict[str, Any]) -> dict[str, Any]:
         return kept
     if len(given) != 1:
         raise ValueError(
-            f'rank is {rank!r} with {given or "no budget"}; rank="auto" needs either budget_mb or error_ratio, '
-            "and of ranks, trained_params, budget_mb and error_ratio only one can be given. A RankBudget as rank "
-            "replaces all of them."
+            f'rank is {rank!r} with {given or "no budget"}; rank="auto" needs either budget_mb or '
+            "error_ratio, and of ranks, trained_params, budget_mb and error_ratio only one can be "
+            "given. A RankBudget as rank replaces all of them."
         )
     ((name, value),) = given.items()
     if (name in ("budget_mb", "error_ratio")) != (rank == "auto"):
@@ -264,23 +265,26 @@ class Settings:
 
     Attributes:
         bits: 4, or 16 to keep the residual in 16 bits (an ablation without quantization error).
-        rank: R, the number of components that every target stack keeps over all its layers together; a stack
-            has R (in + out) trainable parameters. A tuple (layers, outputs, inputs) for method craft, each
-            capped at the stack's size. A `RankBudget` chooses the ranks.
-        method: refta; craft, which trains three small square matrices a stack; or tera, lotr and lorta, which
-            start from a zero update and quantize unsplit weights.
-        transform: mode-3 transform: lsm3 (from the data), dct, or identity (each layer by itself). craft
-            takes lsm3; methods that start from zero take none.
+        rank: R, the number of components that every target stack keeps over all its layers
+            together; a stack has R (in + out) trainable parameters. A tuple (layers, outputs,
+            inputs) for method craft, each capped at the stack's size. A `RankBudget` chooses the
+            ranks.
+        method: refta; craft, which trains three small square matrices a stack; or tera, lotr and
+            lorta, which start from a zero update and quantize unsplit weights.
+        transform: mode-3 transform: lsm3 (from the data), dct, or identity (each layer by itself).
+            craft takes lsm3; methods that start from zero take none.
         quant_type: 4-bit format.
         block_size: weights that share a scale.
         double_quant: store the scales in 8 bits, as QLoRA does.
-        target_modules: linear layers that get factors. None: all in the repeated blocks. A list: module paths
-            that end in one of the names ("q_proj", "self_attn.q_proj"). A string: a regular expression that
-            matches whole paths. All other linear layers of the blocks are only quantized. Fused experts are
-            named by their parameters ("experts.down_proj"); such a stack has one slice for each expert of each
-            layer, and the cost of the transform grows with the square of that number.
-        modules_to_save: path ends of further modules to train in full, such as a new "pooler". A task head
-            outside the base model trains without being named, unless it is a language-model head.
+        target_modules: linear layers that get factors. None: all in the repeated blocks. A list:
+            module paths that end in one of the names ("q_proj", "self_attn.q_proj"). A string: a
+            regular expression that matches whole paths. All other linear layers of the blocks are
+            only quantized. Fused experts are named by their parameters ("experts.down_proj"); such
+            a stack has one slice for each expert of each layer, and the cost of the transform grows
+            with the square of that number.
+        modules_to_save: path ends of further modules to train in full, such as a new "pooler". A
+            task head outside the base model trains without being named, unless it is a
+            language-model head.
         refine: rounds that refit the factors and the quantized residual to each other.
         seed: seed of random starts.
         factor_dtype: dtype that the factors are rounded to; float32 does not round.
@@ -342,13 +346,13 @@ class Settings:
         weighs_error = isinstance(self.rank, RankBudget) and self.rank.trainable_parameters is None
         if weighs_error and self.bits == 16:
             raise ValueError(
-                "A RankBudget of bytes or error_ratio weighs quantization error, and 16 bits have none; give a "
-                "number as rank"
+                "A RankBudget of bytes or error_ratio weighs quantization error, and 16 bits have "
+                "none; give a number as rank"
             )
         if weighs_error and self.method != "refta":
             raise ValueError(
-                f"A RankBudget of bytes or error_ratio weighs the components of method refta, and method is "
-                f"{self.method!r}; give a number or RankBudget(trainable_parameters=...)"
+                "A RankBudget of bytes or error_ratio weighs the components of method refta, and "
+                f"method is {self.method!r}; give a number or RankBudget(trainable_parameters=...)"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -368,7 +372,9 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def shows_settings(function: _Function) -> _Function:
-    """Show the settings that a function takes as `**settings` in its signature, with types and defaults."""
+    """Show the settings that a function takes as `**settings` in its signature, with types and
+    defaults.
+    """
     signature = inspect.signature(function, eval_str=True)
     listed = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     known = {parameter.name for parameter in listed}
@@ -388,7 +394,8 @@ def shows_settings(function: _Function) -> _Function:
 
 
 def settings_of_call(function: str, keywords: dict[str, Any]) -> Settings:
-    """Checked settings from the keywords of a call; the rank settings of qrefta 0.1 are taken with a warning.
+    """Checked settings from the keywords of a call; the rank settings of qrefta 0.1 are taken with
+    a warning.
 
     Args:
         function: name of the public function, which calls this directly.
@@ -420,11 +427,15 @@ class LayerStack:
     """The K linear layers of one role and one shape.
 
     Attributes:
-        name: module path with `*` for the layer number, e.g. `encoder.layer.*.attention.self.query`.
-        modules: module paths in layer order; of experts the paths of their fused parameters, one a block.
+        name: module path with `*` for the layer number, e.g.
+            `encoder.layer.*.attention.self.query`.
+        modules: module paths in layer order; of experts the paths of their fused parameters, one a
+            block.
         out_features, in_features: shape of every weight, always read as (out, in).
-        transposed: weights are stored as (in, out): by `Conv1D` (GPT-2), and in some fused parameters.
-        experts: slices of every fused parameter, which follow one another among the K; 0 for linear layers.
+        transposed: weights are stored as (in, out): by `Conv1D` (GPT-2), and in some fused
+            parameters.
+        experts: slices of every fused parameter, which follow one another among the K; 0 for linear
+            layers.
     """
 
     name: str
@@ -454,7 +465,9 @@ class LayerStack:
         )
 
     def place(self, index: int) -> tuple[str, int]:
-        """The entry of `modules` that holds weight number `index`, and its expert (0 for a linear layer)."""
+        """The entry of `modules` that holds weight number `index`, and its expert (0 for a linear
+        layer).
+        """
         module, expert = divmod(index, max(self.experts, 1))
         return self.modules[module], expert
 
@@ -473,15 +486,17 @@ class StackReport:
     Attributes:
         stack: the linear layers.
         rank: R, or the several ranks of a method; 0 for a stack that is only quantized.
-        slice_ranks: components of each transformed slice, which sum to `rank`; empty for methods without.
+        slice_ranks: components of each transformed slice, which sum to `rank`; empty for methods
+            without.
         transform: mode-3 transform; None if the factors are not fitted to the weights.
         quant_type: 4-bit format; None with 16 bits.
-        baseline_error: ||W - Q(W)||_F^2, the error of quantizing unsplit weights (a Gaussian-zero start).
+        baseline_error: ||W - Q(W)||_F^2, the error of quantizing unsplit weights (a Gaussian-zero
+            start).
         residual_error: ||W_res - Q(W_res)||_F^2, as stored; 0 with 16 bits.
         principal_energy: ||principal part||_F^2 / ||W||_F^2.
         bytes: bytes of packed weights, scales, and factors stored at `factor_dtype`.
-        output_error: sum over layers of E||x (W_l - stored W_l)^T||^2 on the calibration inputs; None without
-            calibration. Experts of a block share the inputs of the block.
+        output_error: sum over layers of E||x (W_l - stored W_l)^T||^2 on the calibration inputs;
+            None without calibration. Experts of a block share the inputs of the block.
         output_baseline: the same for quantized unsplit weights.
     """
 
@@ -504,7 +519,9 @@ class StackReport:
 
     @property
     def output_ratio(self) -> float | None:
-        """output_error / output_baseline; 1 if there is no error to remove, None without calibration."""
+        """output_error / output_baseline; 1 if there is no error to remove, None without
+        calibration.
+        """
         if self.output_error is None or self.output_baseline is None:
             return None
         return self.output_error / self.output_baseline if self.output_baseline else 1.0
@@ -569,7 +586,8 @@ class StackReport:
         if wrong is not None:
             value = getattr(report, wrong, getattr(stack, wrong, None))
             raise ValueError(
-                f"A stack of the qrefta config has {wrong} {value!r}, which no stack has. {_RESTORE}"
+                f"A stack of the qrefta config has {wrong} {value!r}, which no stack has. "
+                f"{_RESTORE}"
             )
         return report
 
@@ -584,7 +602,8 @@ def _from_format_1(row: dict[str, Any]) -> dict[str, Any]:
     shape = row.get("shape")
     if not needed <= row.keys() or not isinstance(shape, list) or len(shape) != 2:
         raise ValueError(
-            f"A stack of the qrefta config is {row!r}; needed are the keys {sorted(needed)}. {_RESTORE}"
+            f"A stack of the qrefta config is {row!r}; needed are the keys {sorted(needed)}. "
+            f"{_RESTORE}"
         )
     structure = {
         "name": row["stack"],
@@ -603,7 +622,8 @@ def _from_format_1(row: dict[str, Any]) -> dict[str, Any]:
     )
     if row["layers"] != count:
         raise ValueError(
-            f"A stack of the qrefta config has {row['layers']!r} layers for its {count} weights. {_RESTORE}"
+            f"A stack of the qrefta config has {row['layers']!r} layers for its {count} weights. "
+            f"{_RESTORE}"
         )
     error, ratio = row.get("output_error"), row.get("output_ratio")
     if error is not None:
@@ -616,12 +636,15 @@ def _check_keys(kind: type, saved: Any) -> None:
     needed = {entry.name for entry in fields(kind) if entry.default is MISSING}
     if not isinstance(saved, dict) or not needed <= saved.keys() <= names:
         raise ValueError(
-            f"A stack of the qrefta config is {saved!r}; needed are the keys {sorted(needed)}. {_RESTORE}"
+            f"A stack of the qrefta config is {saved!r}; needed are the keys {sorted(needed)}. "
+            f"{_RESTORE}"
         )
 
 
 def _fitting(report: StackReport) -> dict[str, bool]:
-    """Whether the values that a model is built from are ones that `prepare` writes, by attribute."""
+    """Whether the values that a model is built from are ones that `prepare` writes, by
+    attribute.
+    """
     stack = report.stack
     ranks = report.rank if isinstance(report.rank, tuple) and report.rank else (report.rank,)
     measured = (

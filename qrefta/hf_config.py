@@ -1,7 +1,8 @@
-"""transformers' quantization config of a prepared model: the settings, and a report for every stack.
+"""transformers' quantization config of a prepared model: the settings, and a report for every
+stack.
 
-`qrefta.hf_quantizer` registers it. This module is imported while transformers imports its models (see `qrefta._plugin`),
-so it imports neither `transformers.modeling_utils` nor bitsandbytes.
+`qrefta.hf_quantizer` registers it. This module is imported while transformers imports its models
+(see `qrefta._plugin`), so it imports neither `transformers.modeling_utils` nor bitsandbytes.
 """
 
 from collections.abc import Sequence
@@ -27,11 +28,13 @@ class QReftaConfig(QuantizationConfigMixin):
         calibrated: whether second moments of the inputs weighted the split.
         base_model: folder or hub name of the dense model that was prepared, if it is known.
         stacks: a `StackReport` (or its dict) for every stack; empty before the model is prepared.
-        format_version: of the checkpoint. Version 1 is migrated; a newer version than this package writes is refused.
+        format_version: of the checkpoint. Version 1 is migrated; a newer version than this package
+            writes is refused.
         keywords: settings, if `settings` is not given.
 
     Raises:
-        ValueError: for a value that is not allowed, an unknown setting, or a newer or damaged format.
+        ValueError: for a value that is not allowed, an unknown setting, or a newer or damaged
+            format.
     """
 
     def __init__(
@@ -47,8 +50,8 @@ class QReftaConfig(QuantizationConfigMixin):
     ) -> None:
         if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
             raise ValueError(
-                f"The checkpoint has qrefta format version {format_version!r}; this package reads 1 to "
-                f"{FORMAT_VERSION}. Update it: pip install -U qrefta"
+                f"The checkpoint has qrefta format version {format_version!r}; this package reads "
+                f"1 to {FORMAT_VERSION}. Update it: pip install -U qrefta"
             )
         if stacks is not None and not isinstance(stacks, list | tuple):
             raise ValueError(

@@ -1,10 +1,13 @@
-"""The model card: what was done to a model, in the words and fields that a model's page shows."""
+"""The model card: how a model was prepared, in the words and fields that the page of a model
+shows.
+"""
 
 from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
+from qrefta.config import Settings
 from qrefta.files.safetensors import replace_text
 from qrefta.hf_config import QReftaConfig
 
@@ -20,20 +23,21 @@ model = qrefta.load("this-folder")
 
 
 def write_card(folder: Path, config: QReftaConfig, did: str = "", use: str = _USE) -> None:
-    """Write README.md into a folder of a prepared model, or of what was made of one; one that is there is kept.
+    """Write README.md into the folder of a prepared, trained or exported model; keep an existing
+    file.
 
     Args:
-        folder: where the model was written.
+        folder: of the model.
         config: of the prepared model.
-        did: sentences on what was done beyond preparing it: training, merging.
-        use: how the folder is loaded, Markdown.
+        did: sentences about later steps, such as training or merging.
+        use: how to load the folder, Markdown.
     """
     if not (folder / NAME).exists():
         replace_text(folder / NAME, model_card(config, did, use))
 
 
 def model_card(config: QReftaConfig, did: str = "", use: str = _USE) -> str:
-    """The card as Markdown with a header that model hubs read: base model, its licence, what was done, error table."""
+    """The card as Markdown, with a header that model hubs read: base model, licence, errors."""
     settings = config.settings
     data = ModelCardData(
         base_model=config.base_model,
@@ -42,22 +46,16 @@ def model_card(config: QReftaConfig, did: str = "", use: str = _USE) -> str:
         tags=["qrefta", settings.method, *([settings.quant_type] if settings.bits == 4 else [])],
     )
     source = config.base_model or "a model that was not named"
-    stored = (
-        f"{settings.quant_type.upper()} in blocks of {settings.block_size}"
-        if settings.bits == 4
-        else "16 bits"
-    )
-    if settings.bits == 4 and settings.double_quant:
-        stored += ", scales in 8 bits"
-    licence = data.license or "see its own page; it holds for these weights too"
+    licence = data.license or "see the page of the base model; it covers these weights too"
     return "\n\n".join(
         [
             f"---\n{data.to_yaml()}\n---",
             f"# {Path(source).name}, prepared with qrefta",
-            f"The linears of the blocks of {source} are stored as {stored}, less what {settings.method} keeps in "
-            f"trainable factors shared by all layers of a role. {did}".rstrip(),
+            f"The linear layers in the blocks of {source} are stored as {_format(settings)}, "
+            f"without the part that {settings.method} keeps in trainable factors, which all layers "
+            f"of a role share. {did}".rstrip(),
             f"Licence of the base model: {licence}.",
-            "Squared quantization error, of the residual and of whole weights:",
+            "Squared quantization error, of the residual and of unsplit weights:",
             error_table(config),
             "## Use",
             use,
@@ -66,23 +64,34 @@ def model_card(config: QReftaConfig, did: str = "", use: str = _USE) -> str:
     )
 
 
+def _format(settings: Settings) -> str:
+    """The format of the weights, in words."""
+    if settings.bits == 16:
+        return "16 bits"
+    scales = ", scales in 8 bits" if settings.double_quant else ""
+    return f"{settings.quant_type.upper()} in blocks of {settings.block_size}{scales}"
+
+
 def error_table(config: QReftaConfig) -> str:
     """One row a stack, Markdown."""
     lines = [
-        "| stack | shape | rank | whole weights | residual | ratio | bits a weight |",
+        "| stack | shape | rank | unsplit weights | residual | ratio | bits per weight |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in config.stacks:
         shape = "x".join(map(str, [row.stack.layers, *row.stack.shape[1:]]))
         lines.append(
-            f"| {row.stack.name.replace('*', '&#42;')} | {shape} | {row.rank} | {row.baseline_error:.4g} | "
-            f"{row.residual_error:.4g} | {row.ratio:.3f} | {row.bits_per_weight:.2f} |"
+            f"| {row.stack.name.replace('*', '&#42;')} | {shape} | {row.rank} "
+            f"| {row.baseline_error:.4g} | {row.residual_error:.4g} | {row.ratio:.3f} "
+            f"| {row.bits_per_weight:.2f} |"
         )
     return "\n".join(lines)
 
 
 def base_license(source: str | None) -> str | None:
-    """The licence that a model's own card names, in its folder or the hub's cache; None where there is none."""
+    """The licence that the card of a model names, in its folder or the hub's cache; None
+    without.
+    """
     if source is None:
         return None
     file = Path(source) / NAME
@@ -91,5 +100,5 @@ def base_license(source: str | None) -> str | None:
             cached = try_to_load_from_cache(source, NAME)
             file = Path(cached) if isinstance(cached, str) else file
     with suppress(ValueError, OSError):
-        return ModelCard.load(file).data.license
+        return ModelCard.load(file).data.to_dict().get("license")
     return None

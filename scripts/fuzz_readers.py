@@ -1,10 +1,12 @@
-"""Drive the readers of files with a coverage-guided fuzzer: any bytes are refused by a ValueError or OSError, or read.
+"""Drive the readers of files with a coverage-guided fuzzer: any bytes are refused by a ValueError
+or OSError, or read.
 
     pip install atheris                                    # no dependency of the project
     python scripts/fuzz_readers.py -max_total_time=600     # further arguments are libFuzzer's
     python scripts/fuzz_readers.py --rows eval/rows/fuzz.jsonl -max_total_time=600
 
-The first byte chooses a reader: a safetensors file, an index, checksums in a header, settings, or config.json.
+The first byte chooses a reader: a safetensors file, an index, checksums in a header, settings, or
+    config.json.
 safetensors itself must take every file that our reader takes, with the same bytes in every tensor.
 """
 

@@ -1,4 +1,6 @@
-"""Settings, reports and the saved config: allowed values, refused values, JSON and back, migration."""
+"""Settings, reports and the saved config: allowed values, refused values, JSON and back,
+migration.
+"""
 
 import inspect
 import json

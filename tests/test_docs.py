@@ -1,4 +1,6 @@
-"""The pages under docs are true: code runs, links lead somewhere. tests/eval checks their tables."""
+"""The pages under docs are true: code runs, links lead somewhere. tests/eval checks their
+tables.
+"""
 
 import inspect
 import re

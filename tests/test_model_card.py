@@ -33,7 +33,7 @@ def test_the_header_is_what_hubs_read(tmp_path):
 
 def test_every_stack_has_its_errors(tmp_path):
     config = prepared(tmp_path)
-    assert "NF4 in blocks of 64, less" in model_card(config)
+    assert "NF4 in blocks of 64, without" in model_card(config)
     lines = [line for line in model_card(config).splitlines() if line.startswith("| bert.")]
     assert len(lines) == len(config.stacks)
     for line, row in zip(lines, config.stacks, strict=True):

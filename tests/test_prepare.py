@@ -440,7 +440,8 @@ REFUSALS = {
     "bitsandbytes module": (
         changed(some_bitsandbytes),
         {},
-        "bert.encoder.layer.0.intermediate.dense is a bitsandbytes.nn.modules.Linear4bit; .* without quantization",
+        "bert.encoder.layer.0.intermediate.dense is a bitsandbytes.nn.modules.Linear4bit; .* "
+        "without quantization",
     ),
     "adapters": (with_adapters, {}, "carries PEFT adapters; call merge_and_unload"),
     "PEFT model": (peft_model, {}, "takes a transformers PreTrainedModel, not PeftModel"),
@@ -458,7 +459,9 @@ REFUSALS = {
 
 
 def expression(message):
-    """`message` as a regular expression in which `.*` stands for anything and `|` for or, and all else for itself."""
+    """`message` as a regular expression in which `.*` stands for anything and `|` for or, and all
+    else for itself.
+    """
     escaped = ".*".join(re.escape(part) for part in message.split(" .* "))
     return escaped.replace(r"\|", "|")
 
@@ -503,7 +506,9 @@ def test_a_model_that_a_device_map_put_on_one_device_is_prepared(tmp_path):
 
 
 def test_an_interrupted_prepare_is_not_taken_for_a_whole_model(monkeypatch):
-    """Out of memory in the third stack: the half-prepared model is refused, not finished with a second bank."""
+    """Out of memory in the third stack: the half-prepared model is refused, not finished with a
+    second bank.
+    """
     model = tiny_llama()
     count = iter(range(100))
     real = qrefta.split.stack_split.split_stack
@@ -592,7 +597,9 @@ def test_training_mode_is_kept(mode):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @all_architectures
 def test_half_models_are_split_as_their_float32_copies(architecture, dtype):
-    """Computed in float32 whatever the model's dtype; the rest keeps its dtype, the masters are float32."""
+    """Computed in float32 whatever the model's dtype; the rest keeps its dtype, the masters are
+    float32.
+    """
     half = ARCHITECTURES[architecture]().to(dtype)
     single = copy.deepcopy(half).float()
     qrefta.prepare(half, rank=3, refine=1)
@@ -607,7 +614,8 @@ def test_half_models_are_split_as_their_float32_copies(architecture, dtype):
     assert half.dtype == dtype
     expected, found = logits(single), logits(half)
     assert found.dtype == dtype
-    # Rounding of all activations: relative root difference measured up to 0.012 in bf16 and 0.0015 in fp16.
+    # Rounding of all activations: relative root difference measured up to 0.012 in bf16 and 0.0015
+    # in fp16.
     limit = 0.03 if dtype == torch.bfloat16 else 0.004
     assert (found.float() - expected).norm() < limit * expected.norm()
 
@@ -618,7 +626,9 @@ def test_16_bit_residuals_are_stored_in_the_models_dtype():
 
 
 def test_dense_weights_are_released_stack_by_stack(monkeypatch):
-    """At no time are the dense weights of two finished stacks alive: a second full copy is never held."""
+    """At no time are the dense weights of two finished stacks alive: a second full copy is never
+    held.
+    """
     model = tiny_bert()
     dense = {
         s.name: [weakref.ref(model.get_submodule(path).weight) for path in s.modules]
@@ -640,13 +650,14 @@ def test_dense_weights_are_released_stack_by_stack(monkeypatch):
     assert done == list(dense)
 
 
-# Peak in float32 stacks of the largest role, measured: 1.94 with rounds or without; the model is 4 such stacks.
+# Peak in float32 stacks of the largest role, measured: 1.94 with rounds or without; the model is 4
+# such stacks.
 @pytest.mark.parametrize("settings", [{"refine": 0}, {"refine": 1}, {"bits": 16}], ids=str)
 def test_peak_memory_is_a_stack_not_the_model(settings, tmp_path, monkeypatch):
     """Allocated while preparing, less what stays, as torch's profiler counts it.
 
-    It does not see the dense weights being released, which only makes the figure larger. Blocks of rows
-    have a fixed size, which is made small here as the model is.
+    It does not see the dense weights being released, which only makes the figure larger. Blocks of
+    rows have a fixed size, which is made small here as the model is.
     """
     monkeypatch.setattr(qrefta.model.stacks, "BLOCK_BYTES", 256 << 10)
     model = tiny_bert(hidden=256, layers=12)

@@ -1,4 +1,6 @@
-"""The README is true: its code runs. tests/eval checks that its numbers come from committed rows."""
+"""The README is true: its code runs. tests/eval checks that its numbers come from committed
+rows.
+"""
 
 from tests.pages import ROOT, run_blocks, small_models, write_data
 

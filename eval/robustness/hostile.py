@@ -1,16 +1,22 @@
-"""python -m eval.robustness.hostile: damaged and hostile checkpoints, thousands of them, read in processes with limits.
+"""python -m eval.robustness.hostile: damaged and hostile checkpoints, thousands of them, read in
+processes with limits.
 
-Each mutant is a copy of a tiny checkpoint with one thing wrong. A prepared folder is read by `qrefta.load` and by
-`from_pretrained`, with its checksums kept as they were (damage), removed (an older folder) or written again (malice);
-a dense folder by `qrefta.prepare_checkpoint`. What may come of it:
+Each mutant is a copy of a tiny checkpoint with one thing wrong. A prepared folder is read by
+`qrefta.load` and by `from_pretrained`, with its checksums kept as they were (damage), removed (an
+older folder) or written again (malice); a dense folder by `qrefta.prepare_checkpoint`. What may
+come of it:
 
-- refused: a ValueError or OSError of ours; by_transformers: one of transformers', before the plug-in is asked;
+- refused: a ValueError or OSError of ours; by_transformers: one of transformers', before the
+plug-in is asked;
 - identical: the model that was saved, bit for bit;
-- as_written: other tensors or settings, and the files say so (safetensors' own reader is the witness). Nothing can tell
+- as_written: other tensors or settings, and the files say so (safetensors' own reader is the
+witness). Nothing can tell
   such a file from a good one without checksums; with them it must not happen;
-- unclear: another exception; a fault but in `from_pretrained`, where transformers reads config.json before the plug-in
+- unclear: another exception; a fault but in `from_pretrained`, where transformers reads config.json
+before the plug-in
   is asked;
-- differs (from what the files say, or from what was saved although the checksums were kept), crashed, hung, memory (over
+- differs (from what the files say, or from what was saved although the checksums were kept),
+crashed, hung, memory (over
   2 GB), wrote (outside of its folder): faults.
 """
 

@@ -1,18 +1,22 @@
 """The memory of a training step, counted without running it.
 
-The model is made of fake tensors: they have shape, dtype and device but no values, and every operation on them does the
-bookkeeping of a real operation, autograd included. A storage counts from the operation that makes it until the last
-tensor on it is gone, which Python and autograd decide as in a real step. So the count follows the code that will run,
-whatever the architecture; there is no formula for the activations of a model. Integers such as token ids are real:
-code may look at their values.
+The model is made of fake tensors: they have shape, dtype and device but no values, and every
+    operation on them does the
+bookkeeping of a real operation, autograd included. A storage counts from the operation that makes
+it until the last tensor on it is gone, which Python and autograd decide as in a real step. So the
+count follows the code that will run, whatever the architecture; there is no formula for the
+activations of a model. Integers such as token ids are real: code may look at their values.
 
-A model of many equal blocks is counted with three of them. At the border between two blocks, in the forward and in the
-backward pass, a new segment of the count begins; the segments of the second block stand for all blocks between the
-first and the last. This is exact, since each of those blocks adds and releases the same bytes.
+A model of many equal blocks is counted with three of them. At the border between two blocks, in the
+forward and in the backward pass, a new segment of the count begins; the segments of the second
+block stand for all blocks between the first and the last. This is exact, since each of those blocks
+adds and releases the same bytes.
 
-The count is for a GPU: attention is a fused kernel, which keeps its operands, its output and a number a row, and sums
-the gradient of the queries in float32; dropout keeps one byte an element. Memory inside other kernels is not counted:
-bitsandbytes' product dequantizes its weight there, but this is below the peak, since the backward pass dequantizes it
+The count is for a GPU: attention is a fused kernel, which keeps its operands, its output and a
+    number a row, and sums
+the gradient of the queries in float32; dropout keeps one byte an element. Memory inside other
+kernels is not counted: bitsandbytes' product dequantizes its weight there, but this is below the
+    peak, since the backward pass dequantizes it
 outside the kernel, together with more tensors.
 """
 
@@ -65,13 +69,15 @@ def count_step(
     make_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
     repeated: Mapping[str, int],
 ) -> Footprint:
-    """Footprint of a training step after the first, on the mean cross-entropy of the first output, in float32.
+    """Footprint of a training step after the first, on the mean cross-entropy of the first output,
+    in float32.
 
     Args:
         model: in training mode, of fake tensors.
         inputs: of its forward pass; integers are real.
         make_optimizer: makes an optimizer of the trainable parameters, if there are any.
-        repeated: paths of the lists of blocks that were cut to `COUNTED_BLOCKS`, with their number of blocks.
+        repeated: paths of the lists of blocks that were cut to `COUNTED_BLOCKS`, with their number
+            of blocks.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(trainable) if trainable else None
@@ -218,7 +224,9 @@ def _enter_block(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
-    """A block begins; the backward pass of the block before begins when the gradient of this input is complete."""
+    """A block begins; the backward pass of the block before begins when the gradient of this input
+    is complete.
+    """
     if ledger.turned:
         return
     ledger.begin(between if index == 1 else 1)
@@ -255,7 +263,9 @@ def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = F
 
 
 class _FusedAttention(torch.autograd.Function):
-    """The tensors that a fused attention kernel takes and keeps; a boolean mask becomes an additive one."""
+    """The tensors that a fused attention kernel takes and keeps; a boolean mask becomes an additive
+    one.
+    """
 
     @staticmethod
     def forward(

@@ -1,7 +1,9 @@
-"""A config -> the model that `prepare` would make of it, without storage: its sizes, and a part of it to count.
+"""A config -> the model that `prepare` would make of it, without storage: its sizes, and a part of
+it to count.
 
-Sizes are counted for the whole model. Of a list of equal blocks only the first three are kept to run, with the factors
-of all blocks (see `qrefta.memory.footprint`); a list of different blocks is kept whole.
+Sizes are counted for the whole model. Of a list of equal blocks only the first three are kept to
+run, with the factors of all blocks (see `qrefta.memory.footprint`); a list of different blocks is
+kept whole.
 """
 
 import copy
@@ -27,7 +29,9 @@ ModelSource = PreTrainedModel | PreTrainedConfig | str | Path
 
 
 class Sizes(NamedTuple):
-    """Bytes of a prepared model: packed weights and scales of the blocks, everything that stays dense, factors."""
+    """Bytes of a prepared model: packed weights and scales of the blocks, everything that stays
+    dense, factors.
+    """
 
     linears: int
     rest: int
@@ -62,7 +66,8 @@ class Outline:
             cut: whether to cut lists of blocks.
 
         Raises:
-            ValueError: if the source is something else, is quantized, or names no model class of transformers.
+            ValueError: if the source is something else, is quantized, or names no model class of
+                transformers.
         """
         model = _without_storage(source)
         stacks = find_stacks(model)
@@ -81,7 +86,9 @@ class Outline:
         return cls(model, blocks, stacks, numbers, others)
 
     def prepared(self, settings: Settings, dtype: torch.dtype) -> tuple[PreTrainedModel, Sizes]:
-        """The cut model as `prepare` would make it, on the meta device, and the sizes of the whole model."""
+        """The cut model as `prepare` would make it, on the meta device, and the sizes of the whole
+        model.
+        """
         model = copy.deepcopy(self.model).to(dtype)
         targets = select_stacks(self.stacks, settings.target_modules)
         ranks = given_ranks(targets, settings)
@@ -134,7 +141,8 @@ class Outline:
         size = getattr(config, "image_size", None)
         if seq is not None:
             raise ValueError(
-                f"seq is {seq!r}, but {name} takes images, whose size its config states: leave seq out"
+                f"seq is {seq!r}, but {name} takes images, whose size its config states: leave seq "
+                "out"
             )
         if size is None:
             raise ValueError(
@@ -160,14 +168,16 @@ def _without_storage(source: ModelSource) -> PreTrainedModel:
         config = copy.deepcopy(source)
     else:
         raise ValueError(
-            f"plan takes a transformers model, its config, or a hub name or folder, not a {type(source).__name__}."
+            "plan takes a transformers model, its config, or a hub name or folder, not a "
+            f"{type(source).__name__}."
         )
     if getattr(config, "quantization_config", None):
         raise ValueError("The model is already quantized; plan from the config of the dense model.")
     if kind is None:
         if not config.architectures:
             raise ValueError(
-                f"This {type(config).__name__} names no model class; set its `architectures`, such as "
+                f"This {type(config).__name__} names no model class; set its `architectures`, such "
+                "as "
                 '["LlamaForCausalLM"], or give a model, which may be on the meta device.'
             )
         kind = model_class(config.architectures[0], "it")

@@ -1,7 +1,10 @@
-"""plan(): the memory that fine-tuning a model takes on a GPU, whether it fits, and changes that make it fit.
+"""plan(): the memory that fine-tuning a model takes on a GPU, whether it fits, and changes that
+make it fit.
 
-Everything comes from the config: the model is made without storage, with adapted layers as `prepare` makes them
-(`qrefta.memory.meta_model`), and a training step is counted (`qrefta.memory.footprint`). No weight is read.
+Everything comes from the config: the model is made without storage, with adapted layers as
+    `prepare` makes them
+(`qrefta.memory.meta_model`), and a training step is counted (`qrefta.memory.footprint`). No weight
+is read.
 """
 
 import math
@@ -51,12 +54,14 @@ class Plan:
         rest_bytes: everything that stays dense: embeddings, norms, biases, heads, buffers.
         factors_bytes: factors of all stacks, trainable parameters as float32 masters.
         optimizer_bytes: state of the optimizer.
-        activations_bytes: activations that the forward pass keeps for the backward pass, inputs included.
-        temporary_bytes: temporary tensors at the peak: gradients, dequantized weights, logits in float32 and others.
+        activations_bytes: activations that the forward pass keeps for the backward pass, inputs
+            included.
+        temporary_bytes: temporary tensors at the peak: gradients, dequantized weights, logits in
+            float32 and others.
         gradients_bytes: gradients of all trainable parameters after the backward pass.
         available_bytes: memory of the GPU minus the reserve; None without a GPU.
-        largest_batch, largest_rank: the largest that fits with all other settings unchanged; 0 if not even 1 fits.
-            None without a GPU; the rank is also None if it is not one number.
+        largest_batch, largest_rank: the largest that fits with all other settings unchanged; 0 if
+            not even 1 fits. None without a GPU; the rank is also None if it is not one number.
         savings: changes that take less memory, the largest saving first; empty if it fits.
     """
 
@@ -98,27 +103,33 @@ def plan(
     rank: RankSetting = 16,
     **settings: Any,
 ) -> Plan:
-    """Memory of a training step of the model that `prepare` would make, and whether it fits on a GPU.
+    """Memory of a training step of the model that `prepare` would make, and whether it fits on a
+    GPU.
 
-    It counts the tensors that torch's allocator holds in a step after the first, without padding masks and without
-    gradient accumulation (which adds `gradients_bytes` at most). It does not count memory outside the allocator (the
-    context and libraries of CUDA, about half a GB), workspaces, and fragmentation. `reserve` is for those.
+    It counts the tensors that torch's allocator holds in a step after the first, without padding
+    masks and without gradient accumulation (which adds `gradients_bytes` at most). It does not
+    count memory outside the allocator (the context and libraries of CUDA, about half a GB),
+    workspaces, and fragmentation. `reserve` is for those.
 
     Args:
-        model: hub name or folder of a dense model, whose config.json alone is read; its config; or the model, whose
-            weights may be on the meta device.
+        model: hub name or folder of a dense model, whose config.json alone is read; its config; or
+            the model, whose weights may be on the meta device.
         batch: sequences, or images, of one pass.
-        seq: tokens of a sequence; in an encoder-decoder on both sides. None for images, whose size the config states.
+        seq: tokens of a sequence; in an encoder-decoder on both sides. None for images, whose size
+            the config states.
         gpu: memory of the GPU, in bytes or as text: "24GB" (10^9 bytes), "24GiB".
         reserve: memory left to everything that is not counted.
-        dtype: bfloat16, float16 or float32 for dense parameters and computation; None: the dtype of the model.
-        gradient_checkpointing: recompute the activations of the blocks in the backward pass instead of keeping them.
+        dtype: bfloat16, float16 or float32 for dense parameters and computation; None: the dtype of
+            the model.
+        gradient_checkpointing: recompute the activations of the blocks in the backward pass instead
+            of keeping them.
         optimizer: adamw or adamw_8bit.
-        bits, rank, settings: see `qrefta.config.Settings`; a `RankBudget` must be of trainable parameters.
+        bits, rank, settings: see `qrefta.config.Settings`; a `RankBudget` must be of trainable
+            parameters.
 
     Raises:
-        ValueError: for a setting that is not allowed, or a model that takes neither text nor images, is quantized
-            already, or cannot be counted since its code depends on values.
+        ValueError: for a setting that is not allowed, or a model that takes neither text nor
+            images, is quantized already, or cannot be counted since its code depends on values.
         TypeError: for an unknown keyword.
     """
     chosen = settings_of_call("plan", {"bits": bits, "rank": rank, **settings})
@@ -238,7 +249,8 @@ def _largest(
     """The largest number whose total is available, or 0.
 
     Args:
-        total: bytes by number. They grow about linearly, and the line through the last two says which number to try.
+        total: bytes by number. They grow about linearly, and the line through the last two says
+            which number to try.
         available: bytes.
         without: about the total of 0.
         asked: a number and its total.

@@ -1,10 +1,14 @@
-"""The rank of every stack: given, or chosen by a budget of bytes, of error or of trainable parameters.
+"""The rank of every stack: given, or chosen by a budget of bytes, of error or of trainable
+parameters.
 
-A component of a stack with tensor singular value s removes s^2 of the squared norm of the quantized weights.
-Quantization error is nearly proportional to that norm, so the component removes about c s^2 of it, where c is the
-stack's ratio of quantization error to norm, and costs the bytes of one component. Components of all stacks are taken in
-order of error removed per byte: the best choice for this model of the error, since the values of each stack fall.
-Refinement removes more, by a factor that differs little between stacks: for a budget of error, splits are made and
+A component of a stack with tensor singular value s removes s^2 of the squared norm of the quantized
+weights. Quantization error is nearly proportional to that norm, so the component removes about c
+s^2 of it, where c is the stack's ratio of quantization error to norm, and costs the bytes of one
+component. Components of all stacks are taken in
+order of error removed per byte: the best choice for this model of the error, since the values of
+    each stack fall.
+Refinement removes more, by a factor that differs little between stacks: for a budget of error,
+    splits are made and
 measured, and the factor is corrected until the measured ratio is just below the ratio asked for.
 """
 
@@ -28,7 +32,8 @@ from qrefta.split.stack_split import StackSplit
 _DEPTH = 3  # values computed at first, relative to an even share of the budget
 _FIRST_DEPTH = 64  # values of every stack computed at first, without a budget of bytes
 _MOST_TRIALS = 6  # measured allocations
-_CAUTION = 0.995  # of the measured gain over the model, so that the next trial errs below the error asked for
+# of the measured gain over the model, so that the next trial errs below the error asked for
+_CAUTION = 0.995
 _CLOSE = 0.98  # an allocation with at least this share of the error asked for is good enough
 
 
@@ -37,7 +42,8 @@ class Allocation(NamedTuple):
 
     Attributes:
         ranks: by stack.
-        splits: of stacks that were split with their rank to measure an error; they need no second split.
+        splits: of stacks that were split with their rank to measure an error; they need no second
+            split.
     """
 
     ranks: dict[LayerStack, Rank]
@@ -51,7 +57,8 @@ def choose_ranks(
     moments: Moments | None,
     show: bool,
 ) -> Allocation:
-    """The rank of every target stack; `show` prints the ranks that a budget of bytes or error chose.
+    """The rank of every target stack; `show` prints the ranks that a budget of bytes or error
+    chose.
 
     Raises:
         ValueError: if a rank is too large for a stack, or the budget cannot be met.
@@ -76,10 +83,12 @@ def choose_ranks(
 
 
 def given_ranks(targets: list[LayerStack], settings: Settings) -> dict[LayerStack, Rank]:
-    """Ranks that need no weights: the given rank, or the largest within a budget of trainable parameters.
+    """Ranks that need no weights: the given rank, or the largest within a budget of trainable
+    parameters.
 
     Raises:
-        ValueError: if the rank is too large for a stack, needs weights, or the budget is below rank 1.
+        ValueError: if the rank is too large for a stack, needs weights, or the budget is below rank
+            1.
     """
     method = METHODS[settings.method]
     rank = settings.rank
@@ -95,9 +104,9 @@ def given_ranks(targets: list[LayerStack], settings: Settings) -> dict[LayerStac
     if isinstance(rank, int) and rank > largest:
         layers, out_features, in_features = smallest.shape
         raise ValueError(
-            f"rank is {rank}, but for {smallest.name} ({layers} layers of {out_features} x {in_features}) and "
-            f"method {settings.method} the largest allowed rank is {largest}: give a smaller rank, or leave the "
-            "stack out of target_modules"
+            f"rank is {rank}, but for {smallest.name} ({layers} layers of {out_features} x "
+            f"{in_features}) and method {settings.method} the largest allowed rank is {largest}: "
+            "give a smaller rank, or leave the stack out of target_modules"
         )
     return {stack: method.rank_of(*stack.shape, rank) for stack in targets}
 
@@ -105,7 +114,9 @@ def given_ranks(targets: list[LayerStack], settings: Settings) -> dict[LayerStac
 def _ranks_for_parameters(
     targets: list[LayerStack], method: type[Factors], most: int
 ) -> dict[LayerStack, Rank]:
-    """The largest common rank within a budget of trainable parameters, capped for stacks that take less."""
+    """The largest common rank within a budget of trainable parameters, capped for stacks that take
+    less.
+    """
 
     def ranks(rank: int) -> list[Rank]:
         return [
@@ -122,8 +133,8 @@ def _ranks_for_parameters(
 
     if count(1) > most:
         raise ValueError(
-            f"The budget is {most} trainable parameters, but rank 1 of the {len(targets)} stacks has {count(1)}; give "
-            "a larger budget, or fewer target_modules"
+            f"The budget is {most} trainable parameters, but rank 1 of the {len(targets)} stacks "
+            f"has {count(1)}; give a larger budget, or fewer target_modules"
         )
     largest = max(method.largest_rank(*stack.shape) for stack in targets)
     rank = bisect_right(range(1, largest + 1), most, key=count)
@@ -147,7 +158,9 @@ class _Trials:
         self._latest: dict[LayerStack, tuple[int, Split, StackReport]] = {}
 
     def ratio(self, ranks: list[int]) -> float:
-        """The measured error relative to unsplit weights: of the outputs if calibrated, else of the weights."""
+        """The measured error relative to unsplit weights: of the outputs if calibrated, else of the
+        weights.
+        """
         for stack, weights, rank in zip(self.targets, self.weights, ranks, strict=True):
             if stack not in self._latest or self._latest[stack][0] != rank:
                 self._measure(stack, weights, rank)
@@ -197,7 +210,8 @@ def _ranks_for_error(spectra: "_Spectra", trials: _Trials, error_ratio: float) -
             return ranks
         if reached > error_ratio and ranks == spectra.largest:
             raise ValueError(
-                f"error_ratio is {error_ratio}, but the largest ranks reach only {reached:.3f}; ask for a larger ratio"
+                f"error_ratio is {error_ratio}, but the largest ranks reach only {reached:.3f}; "
+                "ask for a larger ratio"
             )
         gain = _CAUTION * (1 - reached) / (1 - spectra.predicted(ranks))
     return best or spectra.largest
@@ -226,7 +240,8 @@ class _Spectra:
         self.values: list[list[float]] = [[] for _ in stacks]
 
     def ranks(self, budget_bytes: int) -> list[int]:
-        """Components in order of error removed per byte, until no further one fits; at least one a stack.
+        """Components in order of error removed per byte, until no further one fits; at least one a
+        stack.
 
         Raises:
             ValueError: if the budget does not hold one component of every stack.
@@ -234,8 +249,9 @@ class _Spectra:
         least = sum(self.costs)
         if budget_bytes < least:
             raise ValueError(
-                f"The budget is {budget_bytes / 1e6:.3f} MB, but one component of each of the {len(self.stacks)} stacks "
-                f"takes {least / 1e6:.3f} MB; give a larger budget, or fewer target_modules"
+                f"The budget is {budget_bytes / 1e6:.3f} MB, but one component of each of the "
+                f"{len(self.stacks)} stacks takes {least / 1e6:.3f} MB; give a larger budget, or "
+                "fewer target_modules"
             )
         self._deepen_all(int(_DEPTH * budget_bytes / least))
         while True:
@@ -249,7 +265,9 @@ class _Spectra:
                 return ranks
 
     def ranks_for(self, ratio: float) -> list[int]:
-        """The first components in order of error removed per byte whose predicted ratio is at most `ratio`."""
+        """The first components in order of error removed per byte whose predicted ratio is at most
+        `ratio`.
+        """
         self._deepen_all(_FIRST_DEPTH)
         while True:
             ranks = [1] * len(self.stacks)
@@ -263,7 +281,9 @@ class _Spectra:
                 return ranks
 
     def predicted(self, ranks: list[int]) -> float:
-        """The model's ratio of errors: the principal parts remove the same share of the error as of the norm."""
+        """The model's ratio of errors: the principal parts remove the same share of the error as of
+        the norm.
+        """
         removed = [
             self._removed(index, component)
             for index, rank in enumerate(ranks)
@@ -285,7 +305,9 @@ class _Spectra:
         return [index for _, index in sorted(entries)]
 
     def _cut_short(self, ranks: list[int]) -> bool:
-        """Whether a stack got all of its known values and may want more, which are then computed."""
+        """Whether a stack got all of its known values and may want more, which are then
+        computed.
+        """
         ended = [
             index
             for index, rank in enumerate(ranks)

@@ -1,8 +1,10 @@
-"""Calibration text -> second moments E[x^T x] of the inputs of stacked linears, and the metric that a role shares.
+"""Calibration text -> second moments E[x^T x] of the inputs of linear layers, and the metric of a
+stack.
 
-A user feels E||x W^T - x What^T||^2 = tr(E S E^T) with E = W - What and S = E[x^T x], not ||E||_F^2. One pass over a
-few hundred sentences gives S for every linear; a stack's layers share one (`shared_metric`), so that its factors stay
-shared as well.
+A user notices the output error E||x W^T - x What^T||^2 = tr(E S E^T) with E = W - What and
+S = E[x^T x], and not the weight error ||E||_F^2. One pass over a few hundred sentences gives S for
+every linear layer. The layers of a stack share one metric (`shared_metric`), so that they can share
+their factors.
 """
 
 import inspect
@@ -29,8 +31,9 @@ from qrefta.linalg.metric import Metric, normalized, roots
 from qrefta.model.stacks import ends_with
 from qrefta.nn.experts import fused_inputs
 
-FULL_WIDTH = 4096  # wider inputs keep only the diagonal: the full matrix and its roots would cost more than they give
-DOUBLE_WIDTH = 1024  # sums up to this width are float64; beyond, float32 halves the memory
+# Wider inputs keep only the diagonal: the full matrix and its roots would cost more than they give.
+FULL_WIDTH = 4096
+DOUBLE_WIDTH = 1024  # sums up to this width are float64; wider sums are float32, in half the memory
 FORMAT = "qrefta-moments-1"
 
 Batch = Mapping[str, Any] | BatchEncoding | Tensor
@@ -38,12 +41,15 @@ Batch = Mapping[str, Any] | BatchEncoding | Tensor
 
 @dataclass(frozen=True)
 class Moments:
-    """E[x^T x] of the inputs of linears, by module path; linears that receive the same tensors share one.
+    """E[x^T x] of the inputs of linear layers, by module path.
+
+    Linear layers that receive the same tensors share one moment.
 
     Attributes:
         owners: module path -> the path that its moment is stored under.
         tokens: stored path -> tokens that the mean was taken over.
-        read: stored path -> (in, in), or its diagonal (in,); float32, on the CPU. From a file, one at a time.
+        read: stored path -> (in, in), or its diagonal (in,); float32, on the CPU. From a file, one
+            at a time.
     """
 
     owners: dict[str, str]
@@ -54,25 +60,27 @@ class Moments:
     )
 
     def of(self, path: str) -> Tensor:
-        """Moment of one linear, (in, in) or (in,).
+        """Moment of one linear layer, (in, in) or (in,).
 
         Raises:
-            ValueError: if no linear, or more than one, has that path.
+            ValueError: if no linear layer, or more than one, has that path.
         """
         return self.read(self.owner(path))
 
     def owner(self, path: str) -> str:
-        """What a linear's moment is stored under; a base model's prefix may be missing on either side."""
-        matches = (
-            [path]
-            if path in self.owners
-            else [known for known in self.owners if _same_module(known, path)]
-        )
+        """The path that stores the moment of a linear layer.
+
+        The prefix of a base model may be missing on either side.
+        """
+        if path in self.owners:
+            return self.owners[path]
+        matches = [known for known in self.owners if _same_module(known, path)]
         if len(matches) != 1:
             known = ", ".join(matches or [*list(self.owners)[:4], "..."])
             problem = "fits several" if matches else "has none"
             raise ValueError(
-                f"{path} {problem} of the gathered moments ({known}); gather them on the model to prepare"
+                f"{path} {problem} of the gathered moments ({known}); gather them on the model to "
+                "prepare"
             )
         return self.owners[matches[0]]
 
@@ -104,44 +112,53 @@ def load_moments(path: str | Path) -> Moments:
         raise ValueError(f"There is no file {path}; write one with Moments.save.")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata, keys = file.metadata() or {}, set(file.keys())
+            metadata = file.metadata() or {}
+            keys = set(file.keys())
     except SafetensorError as error:
         raise ValueError(
             f"{path} is damaged or no safetensors file ({error}); gather the moments again."
         ) from error
     if metadata.get("format") != FORMAT:
         raise ValueError(
-            f"{path} has the format {metadata.get('format')!r}, needed is {FORMAT!r}: a file of Moments.save"
+            f"{path} has the format {metadata.get('format')!r}; it must be {FORMAT!r}: give a file "
+            "that Moments.save wrote"
         )
-    owners, tokens = json.loads(metadata["owners"]), json.loads(metadata["tokens"])
+    owners = json.loads(metadata["owners"])
+    tokens = json.loads(metadata["tokens"])
     if not keys == set(tokens) == set(owners.values()):
-        raise ValueError(f"{path} lacks moments that it lists, or holds others; gather them again.")
+        raise ValueError(
+            f"The moments in {path} are not the moments that it lists; gather them again."
+        )
     return Moments(owners, tokens, partial(_read_tensor, path))
 
 
 def gather_moments(
     model: nn.Module, stacks: list[LayerStack], batches: Iterable[Batch], *, progress: bool = True
 ) -> Moments:
-    """Second moments of the inputs of every linear of `stacks`, over the tokens that no mask leaves out. One pass.
+    """Second moments of the inputs of every linear layer of `stacks`, in one pass over the batches.
 
-    The experts of a block share the moments of all that they receive: of each token once for their first weights, of
-    each token and expert that it chose for their second, which takes computing the first weights' products twice.
+    Tokens that a mask leaves out do not count. The experts of a block share their moments: each
+    token counts once for the first weights of the block, and once for each chosen expert for the
+    second weights. For that, the products with the first weights are computed twice.
 
-    Products are float32; sums are float64 up to DOUBLE_WIDTH wide, float32 beyond, and live where the inputs do: 4
-    in^2 bytes for each distinct input of width 1025 .. FULL_WIDTH. A linear's diagonal alone is kept beyond that.
+    Products are float32. Sums are float64 for inputs up to DOUBLE_WIDTH wide and float32 for wider
+    inputs, on the device of the inputs: 4 in^2 bytes for each distinct input of width
+    1025 .. FULL_WIDTH. Wider inputs keep only the diagonal.
 
     Args:
-        model: any model; left in the mode it is in.
-        stacks: of `find_stacks`.
-        batches: what the model's forward takes (names that it does not take are dropped), tensors of its main input,
-            or the rows of a tokenized data set. An encoder-decoder without decoder inputs gets those of its encoder.
+        model: any model; its mode is restored.
+        stacks: from `find_stacks`.
+        batches: inputs of the model's forward pass (other names are dropped), tensors of its main
+            input, or the rows of a tokenized data set. An encoder-decoder without decoder inputs
+            gets the inputs of its encoder.
         progress: show a progress bar.
 
     Raises:
-        ValueError: if there are no batches, a batch has no tensors for the model, an input holds NaN or infinity, or
-            no token reached a linear.
+        ValueError: if there are no batches, a batch has no tensors for the model, an input holds
+            NaN or infinity, or no token reached a linear layer.
     """
-    sums, count = _Sums(), 0
+    sums = _Sums()
+    count = 0
     with _hooked(model, stacks, sums) as masks, torch.no_grad():
         for batch in tqdm(batches, desc="Calibrating", unit="batch", disable=not progress):
             inputs = _inputs(model, batch)
@@ -157,65 +174,67 @@ def gather_moments(
 
 
 class _Sums:
-    """Sums of x^T x, one for each group of linears that received the very same tensors."""
+    """Sums of x^T x, one for each group of linear layers that received the same tensors."""
 
     def __init__(self) -> None:
         self.sums: dict[tuple[str, ...], Tensor] = {}
         self.tokens: Counter[tuple[str, ...]] = Counter()
-        self._group: list[
-            str
-        ] = []  # that received the last input; the product waits for the group to be complete
-        self._last: Tensor | None = (
-            None  # held, so that no other tensor can take its place in memory
-        )
+        # Linear layers that received the last input; the product waits until the group is complete.
+        self._group: list[str] = []
+        # Kept alive, so that no other tensor can take its place in memory.
+        self._last: Tensor | None = None
         self._version: int | None = None
         self._product: Tensor | None = None
         self._rows = 0
 
     def add(self, path: str, x: Tensor, mask: Tensor | None) -> None:
-        version = (
-            None if x.is_inference() else version_counter(x)
-        )  # the same tensor, written to, is another input
+        # A tensor that was written to since is another input.
+        version = None if x.is_inference() else version_counter(x)
         if x is not self._last or version != self._version or path in self._group:
             self.flush()
             rows = _tokens(x, mask).float()
-            self._product = (
-                rows.T @ rows if rows.shape[1] <= FULL_WIDTH else rows.double().square().sum(0)
-            )
-            self._last, self._version, self._rows = x, version, len(rows)
+            self._product = _moment_sum(rows)
+            self._last = x
+            self._version = version
+            self._rows = len(rows)
             diagonal = self._product.diagonal() if self._product.dim() == 2 else self._product
             if not diagonal.isfinite().all():
                 raise ValueError(
-                    f"The input of {path} holds NaN or infinity; try the model in float32 or bfloat16."
+                    f"The input of {path} holds NaN or infinity; try the model in float32 or "
+                    "bfloat16."
                 )
         self._group.append(path)
 
     def flush(self) -> None:
-        """Book the last product for the group that received it."""
+        """Add the last product to the sum of the group that received it."""
         if self._product is not None:
             group = tuple(self._group)
-            dtype = (
-                torch.float32 if DOUBLE_WIDTH < len(self._product) <= FULL_WIDTH else torch.float64
-            )
-            product = self._product.to(dtype)
+            wide = DOUBLE_WIDTH < len(self._product) <= FULL_WIDTH
+            product = self._product.to(torch.float32 if wide else torch.float64)
             self.sums[group] = self.sums[group].add_(product) if group in self.sums else product
             self.tokens[group] += self._rows
-        self._group, self._last, self._product = [], None, None
+        self._group = []
+        self._last = None
+        self._product = None
 
     def moments(self, paths: list[str]) -> Moments:
-        """Means on the CPU; empties the sums. A linear's sum is that of all groups that it is in, mostly one."""
+        """Means on the CPU; empties the sums.
+
+        A linear layer may be in several groups; its sum adds up the sums of these groups.
+        """
         groups = {path: tuple(group for group in self.sums if path in group) for path in paths}
         idle = [path for path in paths if sum(self.tokens[group] for group in groups[path]) == 0]
         if idle:
             raise ValueError(
-                f"No token reached {len(idle)} linears ({', '.join(idle[:3])}); leave their stacks out, or calibrate "
-                "with more text"
+                f"No token reached {len(idle)} linear layers ({', '.join(idle[:3])}); leave their "
+                "stacks out, or calibrate with more text"
             )
         first: dict[tuple[tuple[str, ...], ...], str] = {}
         for path, key in groups.items():
             first.setdefault(key, path)
         uses = Counter(group for key in first for group in key)
-        tokens, tensors = {}, {}
+        tokens: dict[str, int] = {}
+        tensors: dict[str, Tensor] = {}
         for key, owner in first.items():
             tokens[owner] = sum(self.tokens[group] for group in key)
             tensors[owner] = (sum(self.sums[group] for group in key) / tokens[owner]).float().cpu()
@@ -228,14 +247,22 @@ class _Sums:
         )
 
 
+def _moment_sum(rows: Tensor) -> Tensor:
+    """The sum of x^T x over rows (tokens, in): (in, in), or its diagonal (in,) for wide inputs."""
+    if rows.shape[1] <= FULL_WIDTH:
+        return rows.T @ rows
+    return rows.double().square().sum(0)
+
+
 @contextmanager
 def _hooked(
     model: nn.Module, stacks: list[LayerStack], sums: _Sums
 ) -> Iterator[dict[str, Tensor | None]]:
-    """`model` in eval mode, adding every input of the linears to `sums`; yields the masks, to be set for each batch.
+    """Put the model in eval mode and add every input of its linear layers to `sums`.
 
-    Inside the encoder of an encoder-decoder, and for its output (cross-attention's keys and values), attention_mask
-    holds; elsewhere in it, decoder_attention_mask.
+    It yields the masks, which the caller sets for each batch. Inside the encoder of an
+    encoder-decoder, and for its output (keys and values of cross-attention), attention_mask
+    applies; elsewhere in an encoder-decoder, decoder_attention_mask.
     """
     seq2seq = _is_seq2seq(model)
     encoder = model.get_encoder() if seq2seq else model
@@ -252,9 +279,9 @@ def _hooked(
     def before_experts(
         path: str, inside: bool, module: nn.Module, args: tuple[Tensor, ...]
     ) -> None:
-        hidden_states, top_k_index = (
-            _tokens(tensor, mask_of(inside, args[0])) for tensor in args[:2]
-        )
+        mask = mask_of(inside, args[0])
+        hidden_states = _tokens(args[0], mask)
+        top_k_index = _tokens(args[1], mask)
         for name, x in fused_inputs(module, hidden_states, top_k_index):
             sums.add(f"{path}.{name}", x, None)
 
@@ -262,19 +289,20 @@ def _hooked(
         encoded[:] = [output[0]]
 
     modes = {module: module.training for module in model.modules()}
-    inner, handles = set(encoder.modules()), []
+    inner = set(encoder.modules())
+    handles = []
     try:
         model.eval()
         if seq2seq:
             handles.append(encoder.register_forward_hook(after_encoder))
-        linears = {path: before for stack in stacks if not stack.experts for path in stack.modules}
-        fused = {
-            path.rpartition(".")[0]: before_experts
-            for stack in stacks
-            if stack.experts
-            for path in stack.modules
-        }
-        for path, hook in (linears | fused).items():
+        hooks: dict[str, Callable[..., None]] = {}
+        for stack in stacks:
+            for path in stack.modules:
+                if stack.experts:
+                    hooks[path.rpartition(".")[0]] = before_experts
+                else:
+                    hooks[path] = before
+        for path, hook in hooks.items():
             module = model.get_submodule(path)
             handles.append(module.register_forward_pre_hook(partial(hook, path, module in inner)))
         yield masks
@@ -286,12 +314,13 @@ def _hooked(
 
 
 def _inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """The tensors of a batch by name, on the model's device, with inputs for the decoder where there is one."""
+    """The tensors of a batch by name, on the model's device, with inputs for a decoder."""
     if isinstance(batch, Tensor):
         batch = {getattr(model, "main_input_name", "input_ids"): batch}
     if not isinstance(batch, Mapping):
         raise ValueError(
-            f"A batch is a {type(batch).__name__}; give a dict of tensors or a tensor (see read_calibration)"
+            f"A batch is a {type(batch).__name__}; give a dict of tensors or a tensor (see "
+            "read_calibration)"
         )
     device = next(model.parameters()).device
     inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
@@ -313,11 +342,12 @@ def _inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 
 
 def _accepted(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
-    """What the model's forward takes of `inputs`; labels only where decoder inputs are made of them."""
+    """The inputs that the model's forward pass takes; labels only if decoder inputs are made of
+    them.
+    """
     names = inspect.signature(model.forward).parameters
-    wrapped = (
-        getattr(model, "main_input_name", "input_ids") not in names and "kwargs" in names
-    )  # forward(**kwargs)
+    # Some models define forward(**kwargs).
+    wrapped = getattr(model, "main_input_name", "input_ids") not in names and "kwargs" in names
     wants_labels = _is_seq2seq(model) and "decoder_input_ids" not in inputs
     accepted: dict[str, Any] = {
         name: value
@@ -326,10 +356,11 @@ def _accepted(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
     }
     if not accepted:
         raise ValueError(
-            f"A batch holds no tensors for the model: it has {list(inputs)}, needed is {list(names)[:3]} ..."
+            f"A batch holds no tensors for the model: it has {list(inputs)}; it must have some of "
+            f"{list(names)[:3]} ..."
         )
     if "logits_to_keep" in names:
-        accepted["logits_to_keep"] = 1  # logits over the whole vocabulary would outweigh all else
+        accepted["logits_to_keep"] = 1  # logits over the whole vocabulary would take most memory
     return accepted
 
 
@@ -338,7 +369,10 @@ def _is_seq2seq(model: nn.Module) -> bool:
 
 
 def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
-    """(batch, length, in), or flat (batch * length, in), -> (tokens that `mask` keeps, in). Other shapes: all rows."""
+    """The tokens that a mask keeps, (tokens, in), of x (batch, length, in) or (batch * length, in).
+
+    All rows, if the mask has another shape.
+    """
     rows = x.detach().reshape(-1, x.shape[-1])
     if mask is None or mask.dim() != 2:
         return rows
@@ -360,19 +394,21 @@ def shared_metric(
 ) -> Metric:
     """The metric of a stack's inputs: S = mean over its layers of S_l / mean(diag S_l).
 
-    S_l = E[x^T x] + RIDGE mean(diag) I, in float64; a layer whose inputs are all zero counts as the identity. Every
-    eigenvalue is RIDGE / (1 + RIDGE) or more, so that S^(-1/2), about 100 at most, amplifies no rounding. The latest
-    metric is kept with the moments: neighbouring stacks (query, key, value) have the same inputs.
+    S_l = E[x^T x] + RIDGE mean(diag) I, in float64. A layer whose inputs are all zero counts as the
+    identity. Every eigenvalue is RIDGE / (1 + RIDGE) or more, so that S^(-1/2), about 100 at most,
+    amplifies no rounding. The latest metric is kept with the moments, because neighbouring stacks
+    (query, key, value) have the same inputs.
 
     Args:
         moments: of every layer of `stack`.
-        stack: whose layers share the metric.
-        device: where the eigenvectors are found and the metric lies; None: the CPU.
+        stack: the layers that share the metric.
+        device: where the eigenvectors are computed and the metric is kept; None: the CPU.
 
     Raises:
-        ValueError: if a layer has no moment, or one of another width.
+        ValueError: if a layer has no moment, or a moment of another width.
     """
-    latest, key = moments._latest, (device, stack.in_features, *map(moments.owner, stack.modules))
+    latest = moments._latest
+    key = (device, stack.in_features, *map(moments.owner, stack.modules))
     if key in latest:
         return latest[key]
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -380,8 +416,8 @@ def shared_metric(
         moment = moments.of(path)
         if moment.shape[0] != stack.in_features:
             raise ValueError(
-                f"The moment of {path} is {moment.shape[0]} wide, its weight {stack.in_features}; gather the moments "
-                "on the model to prepare"
+                f"The moment of {path} is {moment.shape[0]} wide and its weight "
+                f"{stack.in_features}; gather the moments on the model to prepare"
             )
         total = total + normalized(moment.to(total)) / len(stack.modules)
     latest.clear()

@@ -1,10 +1,11 @@
-"""A checkpoint folder -> a prepared checkpoint folder, with little memory: no model and no whole stack is held.
+"""A checkpoint folder -> a prepared checkpoint folder, with little memory: no model and no whole
+stack is held.
 
-The linear layers are found on a copy of the model without storage (the meta device). Their weights are read from the
-safetensors files a few rows at a time, again in every pass. The packed layers and factors of each stack are written,
-about `_PART_BYTES` at a time, and entered in a journal once the stack is complete. An interrupted run resumes from the
-stacks in the journal. config.json is written last: until then no loader takes the folder for a model. The source is
-only read.
+The linear layers are found on a copy of the model without storage (the meta device). Their weights
+are read from the safetensors files a few rows at a time, again in every pass. The packed layers and
+factors of each stack are written, about `_PART_BYTES` at a time, and entered in a journal once the
+stack is complete. An interrupted run resumes from the stacks in the journal. config.json is written
+last: until then no loader takes the folder for a model. The source is only read.
 """
 
 import json
@@ -63,10 +64,12 @@ def convert(
     progress: bool,
     base_model: str | None = None,
 ) -> Path:
-    """Prepare the model in `source` (folder or hub name) into `out`; the arguments of `qrefta.prepare_checkpoint`.
+    """Prepare the model in `source` (folder or hub name) into `out`; the arguments of
+    `qrefta.prepare_checkpoint`.
 
-    The result equals preparing in memory bit for bit on the same device, unless `max_memory` makes blocks smaller than
-    `BLOCK_BYTES`, or the checkpoint holds tensors of another dtype than the model is loaded in.
+    The result equals preparing in memory bit for bit on the same device, unless `max_memory` makes
+    blocks smaller than `BLOCK_BYTES`, or the checkpoint holds tensors of another dtype than the
+    model is loaded in.
 
     Args:
         base_model: name of the source to keep in the config; default: `source`.
@@ -105,7 +108,8 @@ class CheckpointSource:
         settings: with the paths of all modules that train in full.
 
     Raises:
-        ValueError: if the folder holds no dense model, a weight is missing, or `max_memory` is too small.
+        ValueError: if the folder holds no dense model, a weight is missing, or `max_memory` is too
+            small.
     """
 
     def __init__(
@@ -137,7 +141,8 @@ class CheckpointSource:
 
 
 class FolderSink:
-    """A folder that a prepared checkpoint is written to, with a journal of the stacks that are complete.
+    """A folder that a prepared checkpoint is written to, with a journal of the stacks that are
+    complete.
 
     Attributes:
         ranks, reports: see `qrefta.split.loop.Sink`.
@@ -201,7 +206,8 @@ class FolderSink:
     def _write_rest(self, settings: str) -> str:
         """Copy all other tensors unchanged: embeddings, norms, biases, heads; the name of the file.
 
-        Its header holds the checksums of all files and of config.json too, so that files of two runs are told apart.
+        Its header holds the checksums of all files and of config.json too, so that files of two
+        runs are told apart.
         """
         known: dict[str, str | None] = {}
         for file in self._files:
@@ -237,8 +243,8 @@ class FolderSink:
         ]
         if changed:
             raise ValueError(
-                f"{self.out} holds an unfinished run with another {', '.join(changed)}; give the same settings to "
-                "resume it, or remove the folder."
+                f"{self.out} holds an unfinished run with another {', '.join(changed)}; give the "
+                "same settings to resume it, or remove the folder."
             )
         strange = [
             file for file in state["files"] if not isinstance(file, str) or Path(file).name != file
@@ -253,7 +259,9 @@ class FolderSink:
 
 
 def _is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing but a journal that was not complete when its run was killed."""
+    """Whether a folder holds nothing but a journal that was not complete when its run was
+    killed.
+    """
     return folder.is_dir() and all(path.name == f"{JOURNAL}.tmp" for path in folder.iterdir())
 
 
@@ -276,7 +284,9 @@ def _model_without_storage(folder: Path, checkpoint: Checkpoint) -> PreTrainedMo
 
 
 def _read_config(folder: Path) -> PreTrainedConfig:
-    """config.json as transformers reads it; a number out of range is refused first, since building would not end."""
+    """config.json as transformers reads it; a number out of range is refused first, since building
+    would not end.
+    """
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise ValueError(
@@ -291,24 +301,28 @@ def _read_config(folder: Path) -> PreTrainedConfig:
 
 def _no_model(folder: Path, error: Exception) -> ValueError:
     return ValueError(
-        f"The config.json of {folder} makes no model ({type(error).__name__}: {error}); it is damaged, or of another "
-        "version of transformers: copy it again."
+        f"The config.json of {folder} makes no model ({type(error).__name__}: {error}); it is "
+        "damaged, or of another version of transformers: copy it again."
     )
 
 
 def _check_bytes(folder: Path, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
-    """Refuse files that hold far more than the model: a sparse file of terabytes would be copied, zero by zero."""
+    """Refuse files that hold far more than the model: a sparse file of terabytes would be copied,
+    zero by zero.
+    """
     held = sum(map(checkpoint.nbytes, checkpoint.names))
     wanted = sum(tensor.numel() * tensor.itemsize for tensor in model.state_dict().values())
     if held > max(FRESH_BYTES, FRESH_SHARE * wanted):
         raise ValueError(
-            f"The files of {folder} hold {held / 1e9:.1f} GB, and the model of its config.json {wanted / 1e9:.3f} GB; "
-            "they do not belong together: copy the folder again."
+            f"The files of {folder} hold {held / 1e9:.1f} GB, and the model of its config.json "
+            f"{wanted / 1e9:.3f} GB; they do not belong together: copy the folder again."
         )
 
 
 def _fingerprint(checkpoint: Checkpoint, settings: Settings, calibrated: bool) -> dict[str, Any]:
-    """Facts that an unfinished run must agree with: the settings, and the tensors and file times of the source."""
+    """Facts that an unfinished run must agree with: the settings, and the tensors and file times of
+    the source.
+    """
     facts = {
         "settings": settings.to_dict() | {"calibrated": calibrated},
         "source": checkpoint.fingerprint(),
@@ -326,7 +340,8 @@ def _block_bytes(stacks: list[LayerStack], targets: list[LayerStack], max_memory
     if max_memory < needed:
         most_layers = max(stack.layers for stack in stacks)
         raise ValueError(
-            f"max_memory is {max_memory / 1e9:.2f} GB, but this model needs {needed / 1e9:.2f} GB: its largest linear "
-            f"layer has {layer / 4e6:.1f} million weights, its largest stack {most_layers} linear layers"
+            f"max_memory is {max_memory / 1e9:.2f} GB, but this model needs {needed / 1e9:.2f} GB: "
+            f"its largest linear layer has {layer / 4e6:.1f} million weights, its largest stack "
+            f"{most_layers} linear layers"
         )
     return min(BLOCK_BYTES, (max_memory - fixed) // _BLOCKS)

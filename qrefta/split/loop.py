@@ -1,7 +1,7 @@
 """The way from dense weights to a prepared model: one loop over stacks, from a source to a sink.
 
-A source is a model in memory or a checkpoint on disk; a sink is a model in memory or a folder. Both preparing in memory
-and preparing out of core run this loop, so they give the same bits.
+A source is a model in memory or a checkpoint on disk; a sink is a model in memory or a folder. Both
+preparing in memory and preparing out of core run this loop, so they give the same bits.
 """
 
 from typing import Protocol

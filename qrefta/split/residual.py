@@ -1,9 +1,11 @@
 """A stack of weights -> factors and a frozen residual for each layer: W_l ~ dequant(Q_l) + Delta_l.
 
-A stack is read in blocks of rows of all its layers and is never needed as a whole. A split keeps the factors that were
-subtracted before quantizing: Q_l = quantize(W_l - Delta_l) can be computed again from them, a layer or a few rows at a
-time. So refinement stores only factors between its passes, and the same code serves weights in memory and in files, on
-a CPU and on a GPU.
+A stack is read in blocks of rows of all its layers and is never needed as a whole. A split keeps
+the factors that were
+subtracted before quantizing: Q_l = quantize(W_l - Delta_l) can be computed again from them, a layer
+    or a few rows at a
+time. So refinement stores only factors between its passes, and the same code serves weights in
+memory and in files, on a CPU and on a GPU.
 """
 
 import math
@@ -24,11 +26,13 @@ from qrefta.nn.quantized import DenseWeight, FrozenWeight, QuantFormat, quantize
 
 
 class Split(NamedTuple):
-    """A split stack: Q_l = quantize(W_l - base.delta(l)), and W_l ~ dequant(Q_l) + factors.delta(l).
+    """A split stack: Q_l = quantize(W_l - base.delta(l)), and W_l ~ dequant(Q_l) +
+    factors.delta(l).
 
     Attributes:
         factors: None if the stack is only quantized.
-        base: `factors`, or after a last refit the factors of the round before; None: unsplit weights.
+        base: `factors`, or after a last refit the factors of the round before; None: unsplit
+            weights.
     """
 
     factors: Factors | None = None
@@ -53,7 +57,9 @@ class SplitLayer(NamedTuple):
 
 
 def one_shot(weights: Weights, settings: Settings, rank: Rank, metric: Metric | None = None) -> Fit:
-    """The factors nearest to unsplit weights, whatever the format: the paper's split, and the start of refinement."""
+    """The factors nearest to unsplit weights, whatever the format: the paper's split, and the start
+    of refinement.
+    """
     return _Whole(weights, settings).fit(rank, metric)
 
 
@@ -66,11 +72,12 @@ def split_stack(
 ) -> Split:
     """Factors of a stack, and the factors that its residuals are computed with.
 
-    The principal part of W comes first. Each of the `settings.refine` rounds then refits the factors to W - dequant(Q)
-    and quantizes W - Delta again, under the transform of W throughout: with a fixed transform, a refit cannot raise the
-    error (up to the rounding of the factors). A last refit follows. A refit starts from the subspaces of the refit
-    before and makes one pass. Without a metric the state with the lowest squared error is returned; with a metric, the
-    last state.
+    The principal part of W comes first. Each of the `settings.refine` rounds then refits the
+    factors to W - dequant(Q) and quantizes W - Delta again, under the transform of W throughout:
+    with a fixed transform, a refit cannot raise the error (up to the rounding of the factors). A
+    last refit follows. A refit starts from the subspaces of the refit before and makes one pass.
+    Without a metric the state with the lowest squared error is returned; with a metric, the last
+    state.
 
     Args:
         weights: finite.
@@ -174,7 +181,9 @@ class _Whole:
         return _fit(self.weights, self.settings, rank, self.transform, metric, self.blocks(), None)
 
     def blocks(self) -> Blocks:
-        """Passes over the transformed slices: kept in memory if that is allowed, else computed in each pass."""
+        """Passes over the transformed slices: kept in memory if that is allowed, else computed in
+        each pass.
+        """
         if not self.weights.keep:
             return self._mixed
         blocks = list(self._mixed())
@@ -185,7 +194,8 @@ class _Whole:
 
 
 class _Target:
-    """W - dequant(quantize(W - Delta)), the stack that a refit approximates, with its errors after a pass.
+    """W - dequant(quantize(W - Delta)), the stack that a refit approximates, with its errors after
+    a pass.
 
     Attributes:
         norm: its squared norm.
@@ -246,7 +256,9 @@ def _read(weights: Weights, rows: int) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _rows_per_block(weights: Weights, fmt: QuantFormat | None) -> int:
-    """Rows of every layer in a block, so many that quantizing a block gives the bits of quantizing the matrix."""
+    """Rows of every layer in a block, so many that quantizing a block gives the bits of quantizing
+    the matrix.
+    """
     layers, out_features, in_features = weights.shape
     together = 1 if fmt is None else fmt.block_size // math.gcd(in_features, fmt.block_size)
     rows = weights.block_bytes // (4 * layers * in_features)

@@ -18,7 +18,8 @@ class StackSplit:
         stack, weights: the stack to split.
         settings: of the split.
         rank: as the method takes it; 0 quantizes only.
-        moments: second moments of the layers' inputs; they weight the split and measure the output error.
+        moments: second moments of the layers' inputs; they weight the split and measure the output
+            error.
         split: the result of `split_stack` for the same arguments, if it was made before.
     """
 

@@ -1,4 +1,6 @@
-"""Damaged and hostile files: a few mutants of every kind of `eval.robustness.hostile`, and by name what it found."""
+"""Damaged and hostile files: a few mutants of every kind of `eval.robustness.hostile`, and by name
+what it found.
+"""
 
 import ast
 import builtins
@@ -76,7 +78,9 @@ def test_mutants_of_every_kind_are_refused_or_load_as_what_they_are(root, reader
 
 
 def test_the_faults_are_seen(root, monkeypatch):
-    """A reader that does what none may do; without this the rows of `eval.robustness.hostile` would say nothing."""
+    """A reader that does what none may do; without this the rows of `eval.robustness.hostile` would
+    say nothing.
+    """
     faults = {
         "crashed": lambda folder: os.kill(os.getpid(), signal.SIGKILL),
         "hung": lambda folder: time.sleep(60),
@@ -141,7 +145,9 @@ def test_a_config_that_is_given_as_an_object_is_checked_too(prepared):
 
 
 def test_a_config_with_gigabytes_of_positions_takes_no_memory(prepared, monkeypatch):
-    """transformers draws at random what the files do not fill, before it says that the sizes differ."""
+    """transformers draws at random what the files do not fill, before it says that the sizes
+    differ.
+    """
     monkeypatch.setattr("torch.empty_like", lambda *args, **kwargs: pytest.fail("memory was taken"))
     edit_config(prepared, max_position_embeddings=10**8)
     refused(prepared, r"config\.json describes 14.4 GB of tensors that the files .* do not hold")
@@ -302,7 +308,9 @@ def test_two_tensors_of_one_name_are_refused(dense):
 
 
 def test_the_one_file_goes_before_a_stale_index_as_in_transformers(tmp_path):
-    """Saving one file over shards leaves their index; it was read first, and the shards it names were missing."""
+    """Saving one file over shards leaves their index; it was read first, and the shards it names
+    were missing.
+    """
     model = ARCHITECTURES["bert"]()
     model.save_pretrained(tmp_path, max_shard_size="30KB")
     with torch.no_grad():
@@ -345,7 +353,9 @@ def test_what_is_written_does_not_go_through_a_planted_link(tmp_path):
 
 
 def test_the_package_neither_unpickles_nor_evaluates_nor_trusts_remote_code():
-    """Weights are safetensors only; whoever wants a hub's code passes trust_remote_code to transformers."""
+    """Weights are safetensors only; whoever wants a hub's code passes trust_remote_code to
+    transformers.
+    """
     modules = {
         "pickle",
         "cPickle",
@@ -375,7 +385,8 @@ def test_the_package_neither_unpickles_nor_evaluates_nor_trusts_remote_code():
                 assert not {alias.name.split(".")[0] for alias in node.names} & modules, path
             elif isinstance(node, ast.ImportFrom):
                 module = (node.module or "").split(".")[0]
-                # these two import modules of the package and of transformers, by names that they hold themselves
+                # these two import modules of the package and of transformers, by names that they
+                # hold themselves
                 by_name = module == "importlib" and path.name in ("__init__.py", "_plugin.py")
                 assert by_name or module not in modules, path
             elif isinstance(node, ast.Name):

@@ -52,7 +52,9 @@ def randint(seq):
 
 
 def prepared_step(model, checkpointing, **settings):
-    """Prepare a model; its inputs, optimizer, and a step with the loss that transformers computes."""
+    """Prepare a model; its inputs, optimizer, and a step with the loss that transformers
+    computes.
+    """
     qrefta.prepare(model, refine=0, progress=False, **settings)
     if checkpointing:
         # the states of the CPU's generator, five KB a block, are in no GPU's memory
@@ -85,7 +87,9 @@ def prepared_step(model, checkpointing, **settings):
     ],
 )
 def test_a_plan_is_what_a_step_takes(make, checkpointing, settings):
-    """The model's bytes and the optimizer's to the byte; the peak but for what lies within kernels."""
+    """The model's bytes and the optimizer's to the byte; the peak but for what lies within
+    kernels.
+    """
     model = make(hidden=64)
     seq = None if make is tiny_vit else SEQ
     planned = plan(model, batch=BATCH, seq=seq, gradient_checkpointing=checkpointing, **settings)
@@ -129,7 +133,8 @@ def two_lists_of_blocks():
     [(one_list_of_blocks, True, "intermediate.dense"), (two_lists_of_blocks, False, "fc1")],
 )
 def test_three_blocks_stand_for_all(make, checkpointing, target, batch, seq):
-    """Cut or whole, a model has the same plan, to the byte; factors so large that the gradients in flight matter.
+    """Cut or whole, a model has the same plan, to the byte; factors so large that the gradients in
+    flight matter.
 
     With one token the optimizer's step is the peak.
     """
@@ -222,7 +227,9 @@ def test_tied_embeddings_that_train_count_once():
 
 
 def test_logits_are_kept_in_float32():
-    """Of a bf16 model, by the loss: four bytes for each further entry of the vocabulary and token."""
+    """Of a bf16 model, by the loss: four bytes for each further entry of the vocabulary and
+    token.
+    """
     few, many = (
         plan(small(vocab_size=size), seq=64, dtype="bfloat16").activations_bytes
         for size in (1024, 2048)
@@ -231,7 +238,9 @@ def test_logits_are_kept_in_float32():
 
 
 def test_attention_is_counted_as_on_a_gpu():
-    """Kept is its output and a float32 number a row; going back the queries' gradient is there in float32 too."""
+    """Kept is its output and a float32 number a row; going back the queries' gradient is there in
+    float32 too.
+    """
     query, key, value = (
         torch.zeros(2, 4, 8, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
     )
@@ -248,7 +257,9 @@ def test_attention_is_counted_as_on_a_gpu():
 
 
 def test_dropout_is_counted_as_on_a_gpu():
-    """A byte an element of the hidden states, twice a block, and none for that within the attention kernel."""
+    """A byte an element of the hidden states, twice a block, and none for that within the attention
+    kernel.
+    """
     hidden, layers = 32, 2
     model = tiny_bert(hidden, layers)
     with_dropout = plan(model, batch=BATCH, seq=SEQ).activations_bytes

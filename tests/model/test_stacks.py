@@ -148,7 +148,9 @@ def test_one_block_is_a_stack_of_one():
 
 
 def test_lists_in_a_task_head_are_no_blocks():
-    """SegFormer's decode_head.linear_projections; DETR's bbox_predictor and MusicGen's lm_heads are the same."""
+    """SegFormer's decode_head.linear_projections; DETR's bbox_predictor and MusicGen's lm_heads are
+    the same.
+    """
     assert not any(name.startswith("decode_head") for name in shapes(tiny_segformer()))
 
 
@@ -164,7 +166,9 @@ def test_multihead_attention_projection_is_left_out():
 
 
 def test_weights_that_their_parent_reads_are_left_out():
-    """torch's encoder layer hands linear1.weight to a fused kernel; Mamba multiplies with dt_proj.weight."""
+    """torch's encoder layer hands linear1.weight to a fused kernel; Mamba multiplies with
+    dt_proj.weight.
+    """
     model = nn.TransformerEncoder(
         nn.TransformerEncoderLayer(32, 4, 64), 3, enable_nested_tensor=False
     )

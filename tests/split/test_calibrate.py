@@ -108,7 +108,9 @@ def test_padding_is_left_out(build):
 
 @pytest.mark.parametrize("decoder_length", [7, 9])
 def test_t5_counts_encoder_and_decoder_tokens_by_their_own_masks(decoder_length):
-    """Also where both are of one length: cross-attention's keys and values read the encoder's output."""
+    """Also where both are of one length: cross-attention's keys and values read the encoder's
+    output.
+    """
     model = tiny_t5()
     ids, mask = padded_batch([5, 9], 9)
     decoder_ids, decoder_mask = padded_batch([decoder_length, 2], decoder_length, 4)
@@ -135,7 +137,7 @@ def test_t5_gets_decoder_inputs_from_labels_or_from_its_encoder():
         assert moments.tokens[moments.owners[path]] == expected
 
 
-def test_linears_with_the_same_input_share_one_moment():
+def test_linear_layers_with_the_same_input_share_one_moment():
     moments = gather(tiny_llama(), [inputs(tiny_llama())])
     layer = "model.layers.1."
     owners = [moments.owners[f"{layer}self_attn.{name}_proj"] for name in "qkv"]
@@ -146,7 +148,7 @@ def test_linears_with_the_same_input_share_one_moment():
 
 
 class Fickle(nn.Module):
-    """Two linears that share their input in some calls only, once written to in between."""
+    """Two linear layers that share their input in some calls only, once written to in between."""
 
     def __init__(self):
         super().__init__()
@@ -258,7 +260,7 @@ def test_missing_damaged_and_foreign_files_are_refused(tmp_path):
         "tokens": json.dumps({"b": 1}),
     }
     save_file({"c": torch.ones(2)}, file, metadata)
-    with pytest.raises(ValueError, match="lacks moments"):
+    with pytest.raises(ValueError, match="are not the moments that it lists"):
         load_moments(file)
 
 
@@ -305,7 +307,7 @@ def test_a_linear_that_no_token_reached_is_named():
     stacks = [LayerStack("*", ("left", "right"), 4, 4)]
     model = Fickle()
     model.forward = lambda input_ids: model.left(input_ids)
-    with pytest.raises(ValueError, match=r"No token reached 1 linears \(right\)"):
+    with pytest.raises(ValueError, match=r"No token reached 1 linear layers \(right\)"):
         gather_moments(model, stacks, [torch.randn(3, 4)], progress=False)
 
 

@@ -92,7 +92,9 @@ def test_16_bits_of_conv1d_are_equal_too(saved, tmp_path):
     ids=["one by one", "fused", "many", "transposed"],
 )
 def test_experts_are_read_one_by_one_or_fused(saved, tmp_path, architecture, options, bits):
-    """transformers stores the experts of most models as matrices of their own, in shards of any size."""
+    """transformers stores the experts of most models as matrices of their own, in shards of any
+    size.
+    """
     dense = saved(architecture, max_shard_size="40KB", **options)
     settings = {"rank": 5, "refine": 0, "bits": bits}
     qrefta.prepare_checkpoint(dense, tmp_path / "out", progress=False, **settings)
@@ -177,7 +179,9 @@ def test_a_run_that_was_killed_while_it_finished_goes_on(saved, tmp_path, monkey
 
 
 def test_a_killed_run_goes_on(saved, tmp_path):
-    """Signal 9 at some moment: nothing that loads is left, and the second run ends as an undisturbed one."""
+    """Signal 9 at some moment: nothing that loads is left, and the second run ends as an
+    undisturbed one.
+    """
     dense, out, whole = saved("bert"), tmp_path / "out", tmp_path / "whole"
     # not a fork, which has locks of other threads but not the threads
     process = subprocess.Popen([sys.executable, "-m", "qrefta", "prepare", dense, out, "--rank=5"])
@@ -268,7 +272,8 @@ def damage_pickle(folder):
         ),
         (
             damage_rows,
-            r"layer.1.attention.self.key.weight has the shape \[31, 32\] .* and \[32, 32\] by its config",
+            r"layer.1.attention.self.key.weight has the shape \[31, 32\] .* and \[32, 32\] by its "
+            r"config",
         ),
         (damage_truncate, "damaged, truncated or unreadable"),
         (damage_index, "names gone.safetensors, which is missing"),

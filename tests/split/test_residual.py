@@ -88,7 +88,9 @@ def test_error_is_that_of_the_factors_and_residuals_returned(
 
 
 def numpy_delta(stack, rank):
-    """The tensor rank-R part of a stack under the orthonormal DCT, by a loop of numpy SVDs, rounded to bf16."""
+    """The tensor rank-R part of a stack under the orthonormal DCT, by a loop of numpy SVDs, rounded
+    to bf16.
+    """
     W, layers = stack.double().numpy(), len(stack)
     U = np.array(
         [
@@ -115,7 +117,9 @@ def numpy_delta(stack, rank):
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_one_shot_error_equals_an_independent_loop(quant_type):
-    """numpy's SVD, bitsandbytes' quantizer. An entry near the middle of two bf16 values may round the other way."""
+    """numpy's SVD, bitsandbytes' quantizer. An entry near the middle of two bf16 values may round
+    the other way.
+    """
     stack = random_stack()
     expected = 0.0
     for rest in stack - numpy_delta(stack, rank=9):
@@ -146,7 +150,8 @@ def test_refined_is_never_worse_than_one_shot_and_one_shot_than_no_factors(
 
 @all_transforms
 def test_the_factors_returned_are_those_nearest_to_what_the_residuals_leave(transform):
-    """The last refit's: an exact decomposition of W - dequant(Q) would win 0.0055 of the error at most, as measured.
+    """The last refit's: an exact decomposition of W - dequant(Q) would win 0.0055 of the error at
+    most, as measured.
 
     Of residuals taken anew with the last factors it would win 0.018 and more.
     """
@@ -208,7 +213,9 @@ def test_the_stack_is_left_as_it_was():
 @on_grid
 @pytest.mark.parametrize("keep", [True, False])
 def test_blocks_of_rows_give_what_one_block_gives(quant_type, double_quant, transform, keep):
-    """Rows of 50 numbers, so that a block of 64 spans them: rows are read in groups that hold whole blocks."""
+    """Rows of 50 numbers, so that a block of 64 spans them: rows are read in groups that hold whole
+    blocks.
+    """
     stack = random_stack(out=96, inner=50)
     config = Settings(
         rank=9, quant_type=quant_type, double_quant=double_quant, transform=transform, refine=2
