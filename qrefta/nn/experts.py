@@ -216,9 +216,9 @@ def _forward_evenly(
     first, _ = fused_names(self)
     choices = torch.arange(top_k_index.numel())
     dealt = choices.remainder(len(_adapted(self, first))).view(top_k_index.shape)
-    return _forward(self, hidden_states, dealt, top_k_weights)
+    # `torch.compiler.disable` hides the signature from type checkers.
+    return cast(Any, _forward)(self, hidden_states, dealt, top_k_weights)
 
 
-# Type checkers misread the signature of `register`.
-cast(Any, ALL_EXPERTS_FUNCTIONS).register(IMPLEMENTATION, _forward)
-cast(Any, ALL_EXPERTS_FUNCTIONS).register(_EVEN, _forward_evenly)
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward)
+ALL_EXPERTS_FUNCTIONS.register(_EVEN, _forward_evenly)
