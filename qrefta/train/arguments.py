@@ -47,8 +47,7 @@ CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # new an
 def training_arguments(
     task: TaskName, output_dir: str | Path, **settings: Any
 ) -> TrainingArguments:
-    """TrainingArguments with qrefta's defaults (for sft an SFTConfig), to pass to `finetune` as
-    `args`.
+    """TrainingArguments (for sft an SFTConfig) with qrefta's defaults, for `finetune(args=...)`.
 
     Args:
         task: classify, lm, sft or image.
@@ -109,9 +108,9 @@ def arguments_class(task: TaskName) -> type[TrainingArguments]:
 
 
 def fsdp2_config(model: PreTrainedModel) -> dict[str, Any]:
-    """Trainer's `fsdp_config` to shard a model block by block; every process writes its part of a
-    checkpoint.
+    """Trainer's `fsdp_config` to shard a model block by block.
 
+    Every process writes its part of a checkpoint.
     The blocks of a prepared model are named here. The blocks that BERT's class names contain its
     embeddings, on which accelerate 1.15 fails.
     """

@@ -42,8 +42,9 @@ def load_classification(
     test_share: float = 0.1,
     seed: int = 0,
 ) -> DatasetDict:
-    """Labelled text with the splits train and test; columns text (and text_pair) and label, a
-    `ClassLabel`.
+    """Labelled text with the splits train and test.
+
+    The columns are text (and text_pair) and label, a `ClassLabel`.
 
     Args:
         source: a file (csv, tsv, json, jsonl, parquet), a folder with one file a split
@@ -73,8 +74,9 @@ def load_classification(
 
 
 def read_splits(source: str | Path, header: list[str] | None = None) -> DatasetDict:
-    """The rows of a file, folder or hub name (see `load_classification`) as train and, if the
-    source has it, test.
+    """The rows of a file, folder or hub name as train and, if the source has it, test.
+
+    The same sources as for `load_classification`.
 
     Raises:
         ValueError: if a file or split is missing, or a split is empty.

@@ -17,8 +17,7 @@ def evaluate(
     batch_size: int | str = 8,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """The results of `lm_eval.simple_evaluate` for a causal language model; needs
-    lm-evaluation-harness.
+    """The results of `lm_eval.simple_evaluate` for a causal language model.
 
     The harness loads the model through transformers, which reads prepared folders after `import
     qrefta`. The command `lm_eval` does not import qrefta, so it cannot read them.

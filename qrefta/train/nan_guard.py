@@ -95,8 +95,9 @@ class _BeforeStep(TrainerCallback):
 
 
 def find_origin(model: nn.Module, compute_loss: Callable[[], Tensor]) -> str | None:
-    """The place of the first value that is not finite, forwards or backwards, in words; None if all
-    are finite.
+    """The place of the first value that is not finite, in words; None if all are finite.
+
+    Values are checked forwards, then backwards.
 
     All processes call it together and get the same answer, from the first process that found a
     place.

@@ -87,8 +87,9 @@ def classify(
 def language_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DatasetDict, max_length: int
 ) -> Recipe:
-    """Next-token prediction on running text, in blocks of `max_length` tokens; every text ends with
-    an end token.
+    """Next-token prediction on running text, in blocks of `max_length` tokens.
+
+    Every text ends with an end-of-text token.
 
     Raises:
         ValueError: if a split has less text than one block.
@@ -114,8 +115,9 @@ def language_model(
 def chat(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DatasetDict, max_length: int
 ) -> Recipe:
-    """Supervised fine-tuning by TRL, which reads `max_length` from its SFTConfig; the loss is on
-    the last answer.
+    """Supervised fine-tuning by TRL, with the loss on the last answer.
+
+    TRL reads `max_length` from its SFTConfig.
 
     Raises:
         ValueError: for conversations and a tokenizer without a chat template.
@@ -148,8 +150,9 @@ def load_trl() -> tuple[type[Trainer], type[TrainingArguments]]:
 def images(
     model: PreTrainedModel, processor: BaseImageProcessor, data: DatasetDict, max_length: int = 0
 ) -> Recipe:
-    """Image classification, which has no use for `max_length`; the metric is accuracy. Images are
-    read when needed.
+    """Image classification; the metric is accuracy.
+
+    Images are read when they are needed; `max_length` is not used.
 
     Raises:
         ValueError: if the classes of the data are not the labels of the model.
@@ -194,8 +197,9 @@ def load_chat(source: str | Path, seed: int) -> DatasetDict:
 
 
 def load_images(source: str | Path, seed: int) -> DatasetDict:
-    """Images with the splits train and test, columns image and label: a folder with a folder a
-    class, or a hub name.
+    """Images with the splits train and test, columns image and label.
+
+    The source is a folder with one folder a class, or a hub name.
 
     Raises:
         ValueError: if the columns image and label are missing.
