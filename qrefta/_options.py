@@ -1,4 +1,6 @@
-"""Command-line options for the settings of `prepare`, made from the fields of `qrefta.config.Settings`."""
+"""Command-line options for the settings of `prepare`, made from the fields of
+`qrefta.config.Settings`.
+"""
 
 import inspect
 from collections.abc import Callable

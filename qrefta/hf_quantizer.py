@@ -57,7 +57,9 @@ def prepared_config(model: nn.Module) -> QReftaConfig:
 
 
 def register(model: "PreTrainedModel", config: QReftaConfig) -> None:
-    """Mark a model that was prepared in memory as quantized, as transformers does for a model that it loads."""
+    """Mark a model that was prepared in memory as quantized, as transformers does for a model that
+    it loads.
+    """
     model.hf_quantizer = QReftaQuantizer(config)
     model.is_quantized = True
     model.quantization_method = config.quant_method

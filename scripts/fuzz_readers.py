@@ -108,10 +108,22 @@ def one_input(data: bytes) -> None:
 def seeds() -> list[bytes]:
     """A good input for every reader."""
     row = {
-        "stack": "layer.*.query", "modules": ["layer.0.query"], "transposed": False, "layers": 1, "shape": [4, 4],
-        "rank": 2, "slice_ranks": [2], "transform": "lsm3", "quant_type": "nf4", "baseline_error": 1.0,
-        "residual_error": 0.5, "ratio": 0.5, "principal_energy": 0.5, "bytes": 100, "bits_per_weight": 5.0,
-    }  # fmt: skip
+        "stack": "layer.*.query",
+        "modules": ["layer.0.query"],
+        "transposed": False,
+        "layers": 1,
+        "shape": [4, 4],
+        "rank": 2,
+        "slice_ranks": [2],
+        "transform": "lsm3",
+        "quant_type": "nf4",
+        "baseline_error": 1.0,
+        "residual_error": 0.5,
+        "ratio": 0.5,
+        "principal_energy": 0.5,
+        "bytes": 100,
+        "bits_per_weight": 5.0,
+    }
     good = QReftaConfig(rank=2, stacks=[row]).to_dict()
     file = safetensors.torch.save(
         {"a": torch.zeros(3), "b": torch.ones(2, 2, dtype=torch.bfloat16)}, {"format": "pt"}

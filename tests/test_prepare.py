@@ -546,10 +546,21 @@ def test_linears_that_are_read_stay_dense_and_the_function_is_kept():
 def test_a_head_next_to_an_unnamed_base_model_trains():
     """WhisperForAudioClassification has no attribute for its base model."""
     config = WhisperConfig(
-        vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, num_mel_bins=8, num_labels=3,
-        pad_token_id=0, bos_token_id=1, eos_token_id=1, decoder_start_token_id=1,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        num_mel_bins=8,
+        num_labels=3,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+        decoder_start_token_id=1,
+    )
     model = qrefta.prepare(build(WhisperForAudioClassification, config), rank=3)
     assert {name.split(".")[0] for name in trained(model)} == {"projector", "classifier"}
 

@@ -1,4 +1,6 @@
-"""python -m eval.report.readme_table: fill the tables of the README and of docs/ from committed rows."""
+"""python -m eval.report.readme_table: fill the tables of the README and of docs/ from committed
+rows.
+"""
 
 import re
 from collections.abc import Callable

@@ -85,9 +85,31 @@ PREPARED_ONLY = {
     "adapter",
 }
 VALUES = [
-    None, True, False, 0, -1, 3, 1.5, -0.0, float("nan"), 10**6, 2**31, 2**63, 10**30, "", "abc", "../..", "\0", [], {},
-    [1], ["a"], {"a": 1}, [[]], "x" * 10_000,
-]  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    -1,
+    3,
+    1.5,
+    -0.0,
+    float("nan"),
+    10**6,
+    2**31,
+    2**63,
+    10**30,
+    "",
+    "abc",
+    "../..",
+    "\0",
+    [],
+    {},
+    [1],
+    ["a"],
+    {"a": 1},
+    [[]],
+    "x" * 10_000,
+]
 
 
 def mutation(name: str) -> Callable[[Mutation], Mutation]:
@@ -206,9 +228,23 @@ def _shapes(folder: Path, rng: random.Random) -> None:
     def change(entry: dict[str, Any], _: list[Any]) -> None:
         shape = entry["shape"]
         entry["shape"] = rng.choice(
-            [shape[::-1], [*shape, 1], shape[1:], [-n for n in shape], [float(n) for n in shape], list(map(str, shape)),
-             [0, 2**62], [2**32, 2**32], [1, *shape], [True, *shape], None, 5, "22", [shape]]
-        )  # fmt: skip
+            [
+                shape[::-1],
+                [*shape, 1],
+                shape[1:],
+                [-n for n in shape],
+                [float(n) for n in shape],
+                list(map(str, shape)),
+                [0, 2**62],
+                [2**32, 2**32],
+                [1, *shape],
+                [True, *shape],
+                None,
+                5,
+                "22",
+                [shape],
+            ]
+        )
 
     _edit_entry(folder, rng, change)
 
@@ -243,9 +279,21 @@ def _offsets(folder: Path, rng: random.Random) -> None:
         start, end = entry["data_offsets"]
         other = rng.choice([one for one in others if "data_offsets" in one])["data_offsets"]
         entry["data_offsets"] = rng.choice(
-            [other, [end, start], [start + 1, end + 1], [start, end - 1], [-1, end], [2**63, 2**63 + end - start],
-             [start], [start, end, end], [None, end], "ab", [float(start), float(end)], [start, 2**64]]
-        )  # fmt: skip
+            [
+                other,
+                [end, start],
+                [start + 1, end + 1],
+                [start, end - 1],
+                [-1, end],
+                [2**63, 2**63 + end - start],
+                [start],
+                [start, end, end],
+                [None, end],
+                "ab",
+                [float(start), float(end)],
+                [start, 2**64],
+            ]
+        )
 
     _edit_entry(folder, rng, change)
 
@@ -338,9 +386,23 @@ def _index(folder: Path, rng: random.Random) -> None:
 def _paths(folder: Path, rng: random.Random) -> None:
     """To a good file outside of the folder, and to what would be read for ever."""
     shutil.copy(weights_of(folder)[0], folder.parent / "outside.safetensors")
-    paths = ["../outside.safetensors", str(folder.parent / "outside.safetensors"), "/dev/zero", "/dev/stdin", "..", ".",
-             "", "a\0b", "x" * 5000 + ".safetensors", f"../{folder.name}/{SINGLE}", "sub/../../outside.safetensors",
-             "//outside.safetensors", "~/x.safetensors", "%2e%2e/outside.safetensors", "model.bin"]  # fmt: skip
+    paths = [
+        "../outside.safetensors",
+        str(folder.parent / "outside.safetensors"),
+        "/dev/zero",
+        "/dev/stdin",
+        "..",
+        ".",
+        "",
+        "a\0b",
+        "x" * 5000 + ".safetensors",
+        f"../{folder.name}/{SINGLE}",
+        "sub/../../outside.safetensors",
+        "//outside.safetensors",
+        "~/x.safetensors",
+        "%2e%2e/outside.safetensors",
+        "model.bin",
+    ]
     if not (folder / INDEX).exists():
         _to_index(folder)
 
@@ -415,23 +477,38 @@ def _remote_code(folder: Path, rng: random.Random) -> None:
     (folder / "custom_generate" / "generate.py").write_text(code)
     autos = ("AutoConfig", "AutoModel", "AutoModelForSequenceClassification")
     keys = rng.choice(
-        [{"auto_map": dict.fromkeys(autos, "evil.Evil")}, {"architectures": ["evil.Evil"]},
-         {"architectures": ["__import__('evil')"]}, {"auto_map": dict.fromkeys(autos, f"{folder}--evil.Evil")},
-         {"model_type": "evil", "auto_map": dict.fromkeys(autos, "evil.Evil")}, {"custom_pipelines": {"x": "evil"}},
-         {"attn_implementation": "evil/evil"}, {"_attn_implementation": "evil/evil"}, {"architectures": ["os"]},
-         {"quantization_config": {"quant_method": "evil.Evil"}}]
-    )  # fmt: skip
+        [
+            {"auto_map": dict.fromkeys(autos, "evil.Evil")},
+            {"architectures": ["evil.Evil"]},
+            {"architectures": ["__import__('evil')"]},
+            {"auto_map": dict.fromkeys(autos, f"{folder}--evil.Evil")},
+            {"model_type": "evil", "auto_map": dict.fromkeys(autos, "evil.Evil")},
+            {"custom_pipelines": {"x": "evil"}},
+            {"attn_implementation": "evil/evil"},
+            {"_attn_implementation": "evil/evil"},
+            {"architectures": ["os"]},
+            {"quantization_config": {"quant_method": "evil.Evil"}},
+        ]
+    )
     edit_json(folder / "config.json", lambda config: config.update(keys))
 
 
 @mutation("foreign config")
 def _foreign(folder: Path, rng: random.Random) -> None:
     keys = rng.choice(
-        [{"model_type": rng.choice(["llama", "t5", "gpt2", "vit", "nothing", "clip"])},
-         {"architectures": rng.choice([["LlamaForCausalLM"], ["BertModel"], ["AutoModel"], [], None, "x", [5], [""]])},
-         {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, {"quantization_config": None},
-         {"quantization_config": rng.choice(VALUES)}, {"transformers_weights": "../outside.safetensors"}]
-    )  # fmt: skip
+        [
+            {"model_type": rng.choice(["llama", "t5", "gpt2", "vit", "nothing", "clip"])},
+            {
+                "architectures": rng.choice(
+                    [["LlamaForCausalLM"], ["BertModel"], ["AutoModel"], [], None, "x", [5], [""]]
+                )
+            },
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            {"quantization_config": None},
+            {"quantization_config": rng.choice(VALUES)},
+            {"transformers_weights": "../outside.safetensors"},
+        ]
+    )
     edit_json(folder / "config.json", lambda config: config.update(keys))
 
 
@@ -557,9 +634,15 @@ def _adapter(folder: Path, rng: random.Random) -> None:
 def make_bases(root: Path) -> None:
     """The good folders, in `root`/bases: prepared ones, one file and shards, and dense ones."""
     config = BertConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=32, num_labels=3, initializer_range=0.1,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        num_labels=3,
+        initializer_range=0.1,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         dense = BertForSequenceClassification(config)
@@ -703,10 +786,11 @@ def _compared_source(folder: Path, base: Path, out: Path) -> str:
 def _same(state: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     """Names, dtypes and bits."""
     return state.keys() == other.keys() and all(
-        tensor.dtype == other[name].dtype and tensor.shape == other[name].shape
+        tensor.dtype == other[name].dtype
+        and tensor.shape == other[name].shape
         and _bytes(tensor) == _bytes(other[name])
         for name, tensor in state.items()
-    )  # fmt: skip
+    )
 
 
 def _bytes(tensor: Tensor) -> bytes:
@@ -716,9 +800,11 @@ def _bytes(tensor: Tensor) -> bytes:
 def run_mutants(
     root: Path, reader: str, kind: str, state: str, seeds: range
 ) -> Iterator[tuple[int, str, int]]:
-    """Seed, outcome and memory taken, bytes, of mutants that a forked process reads one after the other.
+    """Seed, outcome and memory taken, bytes, of mutants that a forked process reads one after the
+    other.
 
-    A process that dies or stands still is answered for by its last mutant, and the next one goes on after that.
+    A process that dies or stands still is answered for by its last mutant, and the next one goes on
+    after that.
     """
     left = list(seeds)
     while left:
@@ -748,7 +834,9 @@ def run_mutants(
 def _read_and_exit(
     sender: int, root: Path, reader: str, kind: str, state: str, seeds: list[int]
 ) -> None:
-    """In the forked process: without a terminal, in a folder of its own, with limits; a line a mutant."""
+    """In the forked process: without a terminal, in a folder of its own, with limits; a line a
+    mutant.
+    """
     try:
         home = root / "tmp"
         home.mkdir(exist_ok=True)

@@ -254,7 +254,9 @@ def digests(folder: Path, volatile: tuple[str, ...]) -> Digests:
 
 
 def _content(path: Path) -> bytes:
-    """A file's bytes; of safetensors with the header's entries in order, since metadata is written in any."""
+    """A file's bytes; of safetensors with the header's entries in order, since metadata is written
+    in any.
+    """
     data = path.read_bytes()
     if path.suffix != ".safetensors" or len(data) < 8:
         return data

@@ -77,10 +77,16 @@ def measure(place: Path, kind: str, steps: int, save_steps: int, threads: int) -
     result = finetune(
         model, tokenizer(), numbers(), task="lm", args=args, max_length=16, callbacks=[watch]
     )
-    row = {"model": kind, "steps": result.steps,
-           "save_steps": save_steps, "evaluations": watch.evaluations, "saves": watch.saves,
-           "test_loss_before": result.test_loss_before, "test_loss": result.test_loss,
-           "finite": all(map(math.isfinite, watch.losses))}  # fmt: skip
+    row = {
+        "model": kind,
+        "steps": result.steps,
+        "save_steps": save_steps,
+        "evaluations": watch.evaluations,
+        "saves": watch.saves,
+        "test_loss_before": result.test_loss_before,
+        "test_loss": result.test_loss,
+        "finite": all(map(math.isfinite, watch.losses)),
+    }
     for name, values in (("memory", watch.memory), ("time", watch.seconds)):
         slope, error, median = trend(values)
         row |= {f"{name}_slope": slope, f"{name}_slope_error": error, f"{name}_median": median}

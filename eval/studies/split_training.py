@@ -76,7 +76,7 @@ def run(
                 modules_to_save=HEAD,
                 **options,
                 calibration=batches if name == "calibrated" else None,
-            )  # fmt: skip
+            )
             args = training_arguments("classify", out / f"{name} {seed}", **settings)
             results[name] = finetune(model, tokenizer, data, args=args)
         found = [row(name, result, len(data["test"])) for name, result in results.items()]

@@ -34,8 +34,14 @@ from tests.models import decoder_sizes, tiny_bert, tiny_llama, tiny_mixtral, tin
 from tests.peak import added_peak
 
 BATCH, SEQ = 8, 64
-LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
-         "vocab_size": 96, "num_hidden_layers": 1}  # fmt: skip
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "vocab_size": 96,
+    "num_hidden_layers": 1,
+}
 
 
 def small(**changed):
@@ -312,9 +318,14 @@ def test_savings_are_what_the_changes_bring_the_most_first():
     assert (found.largest_batch, found.largest_rank) == (0, 0)
     savings = {saving.change: saving.saved_bytes for saving in found.savings}
     assert set(savings) == {
-        "gradient checkpointing", "batch 1", "seq 32", "rank 16", "optimizer adamw_8bit", "double_quant",
+        "gradient checkpointing",
+        "batch 1",
+        "seq 32",
+        "rank 16",
+        "optimizer adamw_8bit",
+        "double_quant",
         "dtype bfloat16",
-    }  # fmt: skip
+    }
     assert list(savings.values()) == sorted(savings.values(), reverse=True)
     assert min(savings.values()) > 0
     checkpointed = plan(config, gradient_checkpointing=True, **asked)
