@@ -119,6 +119,13 @@ class AdaptedLinear(nn.Module):
         return f"{sizes}, {stored}, rank={rank}"
 
 
+def adapted_layer(model: nn.Module, path: str) -> AdaptedLinear:
+    """The adapted linear layer at a module path of a prepared model."""
+    layer = model.get_submodule(path)
+    assert isinstance(layer, AdaptedLinear), f"{path} is not an adapted linear layer"
+    return layer
+
+
 def _autocast(x: Tensor) -> Tensor:
     """The input in autocast's dtype, if autocast is on; float64 stays as it is."""
     device = x.device.type
