@@ -90,8 +90,16 @@ def plan_table(plan: "Plan") -> Table:
     table = _table("Memory of a training step")
     table.add_column("part")
     table.add_column("GB", justify="right")
-    for name in ("linears", "rest", "factors", "optimizer", "activations", "temporary"):
-        table.add_row(name, f"{getattr(plan, f'{name}_bytes') / 1e9:.3f}")
+    parts = {
+        "linear layers": plan.linears_bytes,
+        "rest": plan.rest_bytes,
+        "factors": plan.factors_bytes,
+        "optimizer": plan.optimizer_bytes,
+        "activations": plan.activations_bytes,
+        "temporary": plan.temporary_bytes,
+    }
+    for name, nbytes in parts.items():
+        table.add_row(name, f"{nbytes / 1e9:.3f}")
     table.add_section()
     table.add_row("peak", f"{plan.total_bytes / 1e9:.3f}")
     return table

@@ -463,7 +463,7 @@ def test_preparing_while_loading_holds_no_dense_copy(tmp_path, monkeypatch):
 def test_settings_that_do_not_fit_are_refused_while_loading(tmp_path):
     tiny_bert().save_pretrained(tmp_path)
     config = qrefta.QReftaConfig(target_modules=["q_proj"])
-    with pytest.raises(ValueError, match="matches no linear; the stacks are"):
+    with pytest.raises(ValueError, match="matches no linear layer; the stacks are"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path, quantization_config=config)
     with pytest.raises(ValueError, match="There is no checkpoint to prepare"):
         type(tiny_bert()).from_pretrained(

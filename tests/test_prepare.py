@@ -373,23 +373,23 @@ REFUSALS = {
     "no target": (
         tiny_bert,
         {"target_modules": ["q_proj"]},
-        "'q_proj' matches no linear; the stacks are: bert.enc",
+        "'q_proj' matches no linear layer; the stacks are: bert.enc",
     ),
     "one target of two": (
         tiny_bert,
         {"target_modules": ["query", "up"]},
-        "'up' matches no linear; the stacks are: bert.enc",
+        "'up' matches no linear layer; the stacks are: bert.enc",
     ),
     "part of a name": (tiny_bert, {"target_modules": ["uery"]}, "'uery' matches no linear"),
     "empty targets": (
         tiny_bert,
         {"target_modules": []},
-        "[] matches no linear; the stacks are: bert.encoder.layer.*",
+        "[] matches no linear layer; the stacks are: bert.encoder.layer.*",
     ),
     "regex without match": (
         tiny_bert,
         {"target_modules": "query"},
-        "'query' matches no linear; the stacks are: bert",
+        "'query' matches no linear layer; the stacks are: bert",
     ),
     "one layer": (
         tiny_bert,

@@ -1,7 +1,7 @@
 """Every private name of torch, transformers, accelerate and bitsandbytes that qrefta uses.
 
 There is one module for each package. A private name can change in any release. The names stand
-here, each with the reason, the oldest release in which it was checked, and what to do if it goes.
+here, each with the reason, the oldest release in which it was checked, and a replacement.
 tests/test_compat.py checks that no other module has one. pyproject.toml admits releases up to the
 newest with which all tests passed.
 
@@ -10,7 +10,7 @@ is imported here.
 """
 
 # Private methods that subclasses in qrefta override, because the packages offer no other hook. They
-# are called as `super()._name`, where the class is.
+# are called as `super()._name` in the subclass.
 OVERRIDDEN = {
     # torch: called by `module.to`, `.half` and others. Factors must keep their float32 masters. In
     # 2.8 or earlier.

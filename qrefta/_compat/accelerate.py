@@ -1,4 +1,4 @@
-"""Private names of accelerate. The module `accelerate.state` is not documented in whole."""
+"""Private names of accelerate. The module `accelerate.state` is only partly documented."""
 
 from accelerate.state import AcceleratorState, is_initialized
 

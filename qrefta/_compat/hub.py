@@ -1,4 +1,7 @@
-"""Private names of transformers about the hub, apart from the others: importing this file loads no model code."""
+"""Private names of transformers about the hub.
+
+They are apart from the others, because importing this file loads no model code.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -21,8 +24,8 @@ def commit_hash(config: "PreTrainedConfig") -> str | None:
 def cached_hub_file(name: str, file: str, config: "PreTrainedConfig") -> str | None:
     """Path of a hub's file in the local cache; None if the hub has no such file.
 
-    It is of the commit that `config` came from. If the two keywords go: `hf_hub_download` of huggingface_hub and its
-    exceptions.
+    It is of the commit that `config` came from. If the two keywords go: `hf_hub_download` of
+    huggingface_hub and its exceptions.
     """
     return cached_file(
         name,

@@ -79,6 +79,6 @@ def is_replica(module: nn.Module) -> bool:
 def default_store() -> Any:
     """The key-value store of the default process group, which waits for no other process.
 
-    If it goes: `torch.distributed.TCPStore` on a port of its own.
+    If it goes: `torch.distributed.TCPStore` on another port.
     """
     return dist.distributed_c10d._get_default_store()

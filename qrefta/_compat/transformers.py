@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 
-# What transformers renames and merges when it reads a checkpoint: qrefta reads checkpoints without
-# building the model's weights, and must find the same tensors. If they go: load the
-# model and prepare it in memory.
+# Renamings and conversions of the tensors in a checkpoint. qrefta reads checkpoints without
+# building the model's weights, and must find the same tensors. If they go: load the model and
+# prepare it in memory.
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,

@@ -10,7 +10,7 @@ rank: on SST-2 the logits are then 0.064 of their size from the trained model's,
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -131,12 +131,10 @@ def export_lora(
             bare = _write_base(model, config, folder / "base", base, dtype)
         written = _write_adapter(model, config, folder, updates, source, dtype)
         if base == "original":
-            bare = cast(Any, bare).to(dtype)
+            bare = _moved(bare, dtype)
         exact = base != "original" and written.error == 0
         default = ROUNDING_TOLERANCE if exact else APPROXIMATION_TOLERANCE
-        difference = _difference(
-            model, _with_adapter(cast(PreTrainedModel, bare), folder), inputs, base
-        )
+        difference = _difference(model, _with_adapter(bare, folder), inputs, base)
         agreed(difference, default if tolerance is None else tolerance, _FIXES[base])
         copy_tokenizer(model, folder)
         largest = max(written.ranks)
@@ -149,9 +147,11 @@ def _original(model: PreTrainedModel, source: str | Path | None) -> PreTrainedMo
     """The dense model that was prepared, with new heads if its checkpoint has none."""
     if source is None:
         raise ValueError(
-            "The prepared model does not say what it was prepared from; give it as `original`."
+            "The prepared model does not name the model that it was prepared from; give it as "
+            "`original`."
         )
-    bare, loaded = cast(Any, type(model)).from_pretrained(
+    model_class: Any = type(model)  # the annotation of from_pretrained knows no loading info
+    bare, loaded = model_class.from_pretrained(
         source,
         config=plain_config(model, model.dtype, None),
         dtype=model.dtype,
@@ -164,8 +164,8 @@ def _original(model: PreTrainedModel, source: str | Path | None) -> PreTrainedMo
         for path in row.stack.modules:
             if (path if row.stack.experts else f"{path}.weight") in unusable:
                 raise ValueError(
-                    f"{source} has no {path}.weight of the prepared model's shape; give the model "
-                    "that was prepared as `original`."
+                    f"{source} has no {path}.weight in the shape of the prepared model; give the "
+                    "model that was prepared as `original`."
                 )
     return bare.to(model.device)
 
@@ -177,8 +177,7 @@ def _write_base(
     folder.mkdir()
     if base == "residual":
         write_model(model, folder, dtype, _residual_tensors)
-        written = type(model).from_pretrained(folder, dtype=dtype)
-        return cast(Any, written).to(model.device)
+        return _moved(type(model).from_pretrained(folder, dtype=dtype), model.device)
     dense = _kept_dense(model, config)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -196,6 +195,12 @@ def _write_base(
 
     write_model(model, folder, dtype, stored, quantization)
     return type(model).from_pretrained(folder, dtype=dtype, device_map={"": model.device})
+
+
+def _moved(model: PreTrainedModel, target: torch.device | torch.dtype) -> PreTrainedModel:
+    """The model on a device or in a dtype."""
+    untyped: Any = model  # type checkers lose `self` of PreTrainedModel.to in its decorator
+    return untyped.to(target)
 
 
 def _residual_tensors(layer: AdaptedLinear, row: StackReport) -> dict[str, Tensor]:
@@ -253,7 +258,7 @@ def _write_adapter(
     source: str,
     dtype: torch.dtype,
 ) -> _Written:
-    """Write adapter_config.json and the adapter's tensors, with the modules that trained whole."""
+    """Write adapter_config.json and the adapter's tensors, and modules that trained in full."""
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     missing = 0.0
@@ -358,10 +363,11 @@ def _notes(config: QReftaConfig, ranks: list[int], base: LoraBase) -> list[str]:
             f"linear layers have different ranks ({ranks[0]} to {ranks[-1]}); a server must read "
             "rank_pattern"
         )
-    if config.settings.modules_to_save:
+    trained = ", ".join(config.settings.modules_to_save)
+    if trained:
         notes.append(
-            f"{', '.join(config.settings.modules_to_save)} trained whole, in the adapter: PEFT takes it, "
-            "vLLM does not"
+            f"modules that trained in full are in the adapter ({trained}): PEFT takes them, vLLM "
+            "does not"
         )
     return notes
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from qrefta.model.stacks import replace_module
 from qrefta.model_card import write_card
 from qrefta.nn.experts import expert_path, restore_fused
 from qrefta.nn.factors import BANK
-from qrefta.nn.linear import AdaptedLinear
+from qrefta.nn.linear import AdaptedLinear, adapted_layer
 
 # Relative difference of logits that rounding to bf16 may make. Measured: 0.012 on small random
 # models; on MiniLM trained on SST-2 0.005 on its text and 0.053 on random tokens. A wrong merge is
@@ -185,11 +185,12 @@ def _merge_in_place(
             if row.stack.experts:
                 _restore_experts(model, path, row.stack.experts, wanted_dtype(model, path, dtype))
             else:
-                layer = cast(AdaptedLinear, model.get_submodule(path))
+                layer = adapted_layer(model, path)
                 replace_module(model, path, _dense_linear(layer, row).train(layer.training))
     delattr(model, BANK)
     set_always_float32(model, always_float32(model) - {BANK})
-    cast(Any, model).hf_quantizer.remove_quantization_config(model)
+    quantizer: Any = model.hf_quantizer  # an attribute that from_pretrained and `register` set
+    quantizer.remove_quantization_config(model)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             unmark_quantized(module.config)
@@ -202,8 +203,8 @@ def _merge_in_place(
 def _restore_experts(model: PreTrainedModel, path: str, count: int, dtype: torch.dtype) -> None:
     """Put back a fused parameter of experts, in its final dtype: it may be very large."""
     owner, _, name = path.rpartition(".")
-    layers = (model.get_submodule(expert_path(path, expert)) for expert in range(count))
-    weights = (cast(AdaptedLinear, layer).dense_weight() for layer in layers)
+    layers = (adapted_layer(model, expert_path(path, expert)) for expert in range(count))
+    weights = (layer.dense_weight() for layer in layers)
     restore_fused(model.get_submodule(owner), name, weights, dtype)
 
 

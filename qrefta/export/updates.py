@@ -10,7 +10,7 @@ split again, and equal packed weights prove that the split is the same.
 
 from collections.abc import Iterable, Iterator
 from itertools import repeat
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from qrefta.linalg.slices import Slices
 from qrefta.linalg.tsvd import t_svd
 from qrefta.model.stacks import model_weights
 from qrefta.nn.factors import Factors, LowRankFactors
-from qrefta.nn.linear import AdaptedLinear
+from qrefta.nn.linear import AdaptedLinear, adapted_layer
 from qrefta.nn.quantized import FrozenWeight
 from qrefta.split.residual import split_layers, split_stack
 
@@ -63,18 +63,20 @@ def layer_updates(
     rows = [row for row in config.stacks if row.rank]
     for row, start in zip(rows, repeat(None) if starts is None else starts, strict=False):
         for index, path in enumerate(row.stack.modules):
-            factors = cast(AdaptedLinear, model.get_submodule(path)).factors
+            factors = adapted_layer(model, path).factors
             assert factors is not None, "a stack with a rank has factors"
             yield path, _layer_update(factors, start, index, rank)
 
 
 def _layer_update(factors: Factors, start: Factors | None, layer: int, rank: int | None) -> Update:
     if not isinstance(factors, LowRankFactors):
-        own_rank = cast(int, factors.rank)
-        return _nearest(factors.delta(layer), rank or own_rank)
+        width = rank or factors.rank
+        assert isinstance(width, int), "a method with several ranks has low-rank factors"
+        return _nearest(factors.delta(layer), width)
     left, right = factors.pair(layer)
     if start is not None:
-        first_left, first_right = cast(LowRankFactors, start).pair(layer)
+        assert isinstance(start, LowRankFactors), "the factors are of the same method"
+        first_left, first_right = start.pair(layer)
         left = torch.cat([left, -first_left.to(left)], dim=1)
         right = torch.cat([right, first_right.to(right)])
     elif rank is None:
@@ -107,14 +109,14 @@ def starting_factors(
     for row in config.stacks:
         if not row.rank:
             continue
-        layers = [cast(AdaptedLinear, model.get_submodule(path)) for path in row.stack.modules]
+        layers = [adapted_layer(model, path) for path in row.stack.modules]
         if start is None:
             weights = model_weights(bare, row.stack)
             split = split_stack(weights, config.settings, row.rank)
             residuals = (layer.residual for layer in split_layers(weights, split, config.settings))
             factors = split.factors
         else:
-            begun = [cast(AdaptedLinear, start.get_submodule(path)) for path in row.stack.modules]
+            begun = [adapted_layer(start, path) for path in row.stack.modules]
             residuals = [layer.frozen_weight() for layer in begun]
             factors = begun[0].factors
         _check_same(row, layers, residuals)

@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import cast
 
 import torch
 from accelerate.utils.modeling import convert_file_size_to_int
@@ -30,7 +29,7 @@ from qrefta.files.safetensors import (
 from qrefta.hf_quantizer import prepared_config
 from qrefta.nn.experts import expert_path
 from qrefta.nn.factors import BANK
-from qrefta.nn.linear import AdaptedLinear
+from qrefta.nn.linear import AdaptedLinear, adapted_layer
 
 # The tensors of an adapted linear layer, without its bias, by their names in the module.
 Stored = Callable[[AdaptedLinear, StackReport], Mapping[str, Tensor]]
@@ -134,16 +133,12 @@ def _plain_tensors(
                 fused_path = first_experts[path]
                 yield fused_path, _fused(model, fused_path, row, dtype, stored)
         elif name == "weight":
-            for key, value in stored(_adapted(model, path), row).items():
+            for key, value in stored(adapted_layer(model, path), row).items():
                 full_name = f"{path}.{key}"
                 # Scales are float32, whatever the dtype of the model.
                 if not (quantized and key != "weight") and value.is_floating_point():
                     value = value.to(wanted_dtype(model, full_name, dtype))
                 yield full_name, value
-
-
-def _adapted(model: PreTrainedModel, path: str) -> AdaptedLinear:
-    return cast(AdaptedLinear, model.get_submodule(path))
 
 
 def _converted(model: PreTrainedModel, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -160,7 +155,7 @@ def _fused(
     wanted = wanted_dtype(model, path, dtype)
     weights = []
     for expert in range(row.stack.experts):
-        layer = _adapted(model, expert_path(path, expert))
+        layer = adapted_layer(model, expert_path(path, expert))
         weights.append(stored(layer, row)["weight"].to(wanted))
     return torch.stack(weights)
 

@@ -1,4 +1,4 @@
-"""The modules of a prepared model: adapted linear layers, a factor bank at the root, and what trains."""
+"""The modules of a prepared model: adapted linear layers, the factor bank, and trained modules."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qrefta._compat.transformers import always_float32, set_always_float32
 from qrefta.config import LayerStack, Rank, Settings
 from qrefta.methods import METHODS
-from qrefta.model.stacks import ends_with, read_slice, replace_module
+from qrefta.model.stacks import ends_with, linear_layer, read_slice, replace_module
 from qrefta.nn.experts import add_expert
 from qrefta.nn.factors import BANK, FactorBank, factor_dtype, frozen
 from qrefta.nn.linear import AdaptedLinear
@@ -24,8 +24,8 @@ class Placement(NamedTuple):
 
     Attributes:
         stack: linear layers that the model has.
-        rank: of its factors; 0 for none.
-        layers: K of its factors. A model that was cut to its first blocks has fewer layers than its factors.
+        rank: rank of the factors; 0 for a stack without factors.
+        layers: K of the factors. A model that was cut to its first blocks has fewer linear layers.
     """
 
     stack: LayerStack
@@ -39,14 +39,17 @@ class Placement(NamedTuple):
 
 
 def build(model: PreTrainedModel, settings: Settings, placements: Sequence[Placement]) -> None:
-    """Replace the linear layers of some stacks by empty `AdaptedLinear`s and add an empty factor bank.
+    """Replace the linear layers of some stacks by empty `AdaptedLinear`s, and add an empty factor
+    bank.
 
     Raises:
-        ValueError: if there are no stacks, or a linear layer is missing in the model or has another shape.
+        ValueError: if there are no stacks, or a linear layer is missing in the model or has another
+            shape.
     """
     if not placements:
         raise ValueError(
-            "The checkpoint's quantization_config lists no stacks: config.json is damaged; restore it."
+            "The checkpoint's quantization_config lists no stacks: config.json is damaged; restore "
+            "it."
         )
     for placement in placements:
         for path in placement.stack.modules:
@@ -82,13 +85,17 @@ def model_class(name: str, source: str | Path) -> type[PreTrainedModel]:
 def bank_key(index: int) -> str:
     """Name of the factors of stack number `index`.
 
-    Not the stack's own name: transformers renames keys on saving and loading by patterns that may match a part of it.
+    It is not the name of the stack: transformers renames keys on saving and loading, by patterns
+    that may match a part of the stack's name.
     """
     return f"stack{index}"
 
 
 def attach_bank(model: PreTrainedModel) -> None:
-    """Add an empty factor bank at the root; its masters keep float32 whatever dtype the model is loaded in."""
+    """Add an empty factor bank at the root.
+
+    Its masters stay float32 if the model is loaded in another dtype.
+    """
     setattr(model, BANK, FactorBank())
     set_always_float32(model, always_float32(model) | {BANK})
 
@@ -96,15 +103,16 @@ def attach_bank(model: PreTrainedModel) -> None:
 def adapt(
     model: PreTrainedModel, stack: LayerStack, index: int, fmt: QuantFormat | None, key: str | None
 ) -> AdaptedLinear:
-    """Replace weight number `index` of a stack by an `AdaptedLinear` that uses the factors `key` of the bank.
+    """Replace weight number `index` of a stack by an `AdaptedLinear` with the factors `key`.
 
-    Its weight is empty and its bias is the old one. Experts must come in order: a fused parameter goes with the last.
+    The new weight is empty, and the bias is the old bias. Experts must come in order: the last
+    expert removes the fused parameter.
     """
     weight = read_slice(model, stack, index)
     path, _ = stack.place(index)
     owner, _, name = path.rpartition(".")
     old = model.get_submodule(owner if stack.experts else path)
-    bias = None if stack.experts else old.bias
+    bias: Tensor | None = None if stack.experts else linear_layer(model, path).bias
     with weight.device:
         layer = AdaptedLinear(
             stack.in_features, stack.out_features, bias is not None, fmt, weight.dtype
@@ -122,7 +130,10 @@ def adapt(
 
 
 def freeze(model: PreTrainedModel, modules_to_save: Sequence[str]) -> None:
-    """Freeze everything but the trainable factors and the modules in `modules_to_save` that the model has."""
+    """Freeze everything but the trainable parameters of the factors and `modules_to_save`.
+
+    Names of modules that the model does not have are ignored.
+    """
     model.requires_grad_(False)
     for factors in getattr(model, BANK).values():
         for parameter in factors.trained():
@@ -134,10 +145,11 @@ def freeze(model: PreTrainedModel, modules_to_save: Sequence[str]) -> None:
 
 
 def task_head(model: PreTrainedModel) -> list[str]:
-    """Top-level modules of a task head: they lie outside the base model and are not the output of a language model.
+    """Names of the top-level modules of a task head.
 
-    If a class does not name its base model (`WhisperForAudioClassification`), every child that holds parameters, but
-    neither repeated blocks nor embeddings, counts as a head.
+    They lie outside the base model and are not the output of a language model. If a class does not
+    name its base model (`WhisperForAudioClassification`), every child with parameters, but without
+    repeated blocks and embeddings, counts as a head.
     """
     output = model.get_output_embeddings()
     children = dict(model.named_children())
@@ -163,7 +175,9 @@ def _holds_body(module: nn.Module) -> bool:
 def with_trained_modules(
     model: PreTrainedModel, settings: Settings, stacks: Sequence[LayerStack]
 ) -> Settings:
-    """The settings with the paths of all modules that train in full: the task head and `modules_to_save`.
+    """The settings with the paths of all modules that train in full as `modules_to_save`.
+
+    These are the task head and the modules that the settings name.
 
     Raises:
         ValueError: if a name matches no module, or a module that is quantized.
@@ -181,16 +195,17 @@ def with_trained_modules(
     for path in named:
         if any(inner.startswith(f"{path}.") for inner in quantized):
             raise ValueError(
-                f"modules_to_save names {path}, which is or holds linear layers that are quantized; they cannot train "
-                "in full. Give them factors with target_modules instead."
+                f"modules_to_save names {path}, which is or holds linear layers that are "
+                "quantized; they cannot train in full. Give them factors with target_modules "
+                "instead."
             )
     return replace(settings, modules_to_save=tuple(dict.fromkeys(task_head(model) + named)))
 
 
 def located(model: PreTrainedModel, stack: LayerStack) -> LayerStack:
-    """A stack with the paths of this class.
+    """A stack with the paths that its modules have in this model.
 
-    A base model has paths without the prefix that a model with a head has.
+    In a model with a head, paths begin with a prefix that they do not have in the base model.
     """
     prefix = f"{model.base_model_prefix}."
     first = stack.modules[0]
@@ -212,9 +227,14 @@ def _has(model: PreTrainedModel, stack: LayerStack, path: str) -> bool:
 
 
 def _stored_shape(model: PreTrainedModel, stack: LayerStack, path: str) -> list[int]:
-    """Shape of the weight of a linear layer, or of a fused parameter; AttributeError if the model has none."""
-    stored = model.get_parameter(path) if stack.experts else model.get_submodule(path).weight
-    return list(stored.shape)
+    """Shape of the weight of a linear layer, or of a fused parameter.
+
+    Raises:
+        AttributeError: if the model has none at this path.
+    """
+    if stack.experts:
+        return list(model.get_parameter(path).shape)
+    return list(linear_layer(model, path).weight.shape)
 
 
 def _check_weight(model: PreTrainedModel, path: str, stack: LayerStack) -> None:
@@ -222,8 +242,8 @@ def _check_weight(model: PreTrainedModel, path: str, stack: LayerStack) -> None:
         shape = _stored_shape(model, stack, path)
     except AttributeError:
         raise ValueError(
-            f"The checkpoint was prepared on a model that has {path}; {type(model).__name__} has no such linear layer. "
-            "Load it with the class that saved it (qrefta.load does)."
+            f"The checkpoint was prepared on a model that has {path}; {type(model).__name__} has "
+            "no such linear layer. Load it with the class that saved it (qrefta.load does)."
         ) from None
     matrix = [stack.out_features, stack.in_features]
     if stack.transposed:

@@ -1,9 +1,8 @@
-"""Checks of a prepared checkpoint: before a tensor of it takes memory, and again once all tensors
-are read.
+"""Checks of a prepared checkpoint, before its tensors take memory and again after they are read.
 
-transformers builds the model that config.json describes and then fills it; tensors that the files
-do not hold are drawn at random. So config and files are compared first, while numbers out of a
-damaged config still cost nothing.
+transformers builds the model that config.json describes and then fills it. Tensors that the files
+do not hold are drawn at random. So config and files are compared first, before wrong numbers in a
+damaged config can cost memory.
 """
 
 import os
@@ -28,11 +27,12 @@ FRESH_SHARE = 4
 
 
 def check_files(files: list[str], source: str | Path | None) -> None:
-    """Refuse all but whole safetensors files in the folder that is loaded, before a byte of a
-    tensor is read.
+    """Refuse files that are not whole safetensors files in the folder that is loaded.
+
+    No byte of a tensor is read.
 
     Args:
-        files: as transformers found them, by an index that may name anything.
+        files: as transformers found them, by an index that may name any path.
         source: the folder; None, or a hub name, where transformers placed the files itself.
     """
     for file in files:
@@ -49,8 +49,8 @@ def check_files(files: list[str], source: str | Path | None) -> None:
                 )
         if not os.path.isfile(file):
             raise ValueError(
-                f"{file} is damaged or truncated: it is missing, or no file at all; copy or save "
-                "it again."
+                f"{file} is damaged or truncated: it is missing or is not a file; copy or save it "
+                "again."
             )
         try:
             Checkpoint.of_files([file])
@@ -102,7 +102,7 @@ def check_headers(model: PreTrainedModel, files: list[str]) -> None:
 
 
 def missing_tensors(model: PreTrainedModel, files: list[str]) -> list[str]:
-    """Paths of the tensors in an empty model that no file fills; of tied tensors one is enough."""
+    """Paths of the tensors in an empty model that no file fills; one of tied tensors is enough."""
     found = sources(model, Checkpoint.of_files(files))
     state = model.state_dict(keep_vars=True)
     filled = {id(tensor) for path, tensor in state.items() if found.get(path)}
@@ -124,7 +124,7 @@ def check_stored_scales(model: PreTrainedModel, files: list[str]) -> None:
 
 
 def _single_sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
-    """The tensor of the checkpoint that fills each tensor of the model, where it is exactly one."""
+    """The tensor of the checkpoint for each tensor of the model that is filled by exactly one."""
     return {
         path: names[0][0]
         for path, names in sources(model, checkpoint).items()
@@ -133,7 +133,7 @@ def _single_sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str,
 
 
 def _distinct_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a model, of tied ones the first."""
+    """All tensors of a model; only the first of tied tensors."""
     seen = set()
     state = model.state_dict(keep_vars=True)
     for path, tensor in [*state.items(), *model.named_non_persistent_buffers()]:
@@ -163,8 +163,9 @@ def _other_shape(path: str, stored: tuple[int, ...], expected: tuple[int, ...]) 
 
 
 def adapted_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of adapted layers and factors, by path; not the biases, which the dense model has
-    too.
+    """Parameters of adapted layers and factors, by path.
+
+    Biases are left out: the dense model has them too.
     """
     parameters = {}
     for path, module in model.named_modules():
@@ -191,12 +192,11 @@ def check_form(model: PreTrainedModel, expected: dict[str, tuple[torch.Size, tor
 
 
 def check_filled(model: PreTrainedModel) -> None:
-    """Raise if a tensor of ours is missing in the checkpoint; transformers only warns and leaves it
-    random.
+    """Raise if a tensor of an adapted layer or of the factors is missing in the checkpoint.
 
-    In the class that saved the checkpoint no other tensor may be missing either; another class may
-    have a fresh head. transformers marks each tensor that it filled with `_is_hf_initialized` (the
-    only trace left after loading).
+    transformers only warns, and leaves the tensor random. In the class that saved the checkpoint no
+    other tensor may be missing either; another class may have a new head. transformers marks each
+    tensor that it filled with `_is_hf_initialized`, the only trace left after loading.
     """
     same_class = type(model).__name__ in (model.config.architectures or [])
     missing = []
@@ -207,7 +207,8 @@ def check_filled(model: PreTrainedModel) -> None:
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if not was_initialized(parameter):
-                (offloaded if parameter.is_meta else missing).append(f"{path}.{name}")
+                problems = offloaded if parameter.is_meta else missing
+                problems.append(f"{path}.{name}")
     if offloaded:
         raise ValueError(
             f"{len(offloaded)} tensors were offloaded to disk ({offloaded[0]}, ...), which a "
@@ -225,8 +226,9 @@ def missing_error(missing: list[str]) -> ValueError:
 
 
 def check_scales(model: PreTrainedModel) -> None:
-    """Raise if scales or mixing weights are NaN or infinite; preparing makes none of these from
-    finite weights.
+    """Raise if scales or mixing weights are NaN or infinite.
+
+    Preparing finite weights never makes them so.
     """
     parameters = adapted_parameters(model)
     for path in _raw_floats(parameters):
@@ -234,8 +236,9 @@ def check_scales(model: PreTrainedModel) -> None:
 
 
 def _raw_floats(parameters: dict[str, nn.Parameter]) -> Iterator[str]:
-    """Paths of float32 numbers that are stored as raw bytes; not scales in 8 bits, which have
-    scales themselves.
+    """Paths of float32 numbers that are stored as raw bytes.
+
+    Scales in 8 bits are left out: they have scales themselves.
     """
     for path, parameter in parameters.items():
         if parameter.dtype == torch.uint8 and f"{path}_state" not in parameters:

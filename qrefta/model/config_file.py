@@ -1,5 +1,6 @@
-"""The config.json of a prepared folder, read and checked before transformers builds anything from
-it. Torch-free.
+"""The config.json of a prepared folder, read and checked before transformers builds a model.
+
+Nothing here imports torch.
 """
 
 import re
@@ -32,7 +33,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     settings = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(config, dict) or not isinstance(settings, dict | None):
         raise ValueError(
-            f"{path} is damaged: it holds no settings by name; restore it from where it was saved."
+            f"{path} is damaged: it is not a JSON object of settings; copy it again from the "
+            "folder that was saved."
         )
     method = (settings or {}).get("quant_method")
     if method != "qrefta":
@@ -63,7 +65,7 @@ def check_config(config: dict[str, Any]) -> None:
         if name.endswith("_implementation") and "/" in str(value):
             raise ValueError(
                 f"config.json has {name} {value!r}, which is code from a hub; remove it, and pass "
-                "attn_implementation=... to load it all the same."
+                "attn_implementation=... to use a kernel from a hub."
             )
 
 
@@ -83,7 +85,7 @@ def check_counts(config: dict[str, Any]) -> None:
 
 
 def _counts(config: dict[str, Any]) -> Iterator[tuple[str, int | float]]:
-    """Settings that count modules or classes."""
+    """Names and values of the settings that count modules or classes."""
     for name, value in _settings(config):
         if not _COUNTED.search(name) or _WINDOW.search(name):
             continue
@@ -93,7 +95,7 @@ def _counts(config: dict[str, Any]) -> Iterator[tuple[str, int | float]]:
 
 
 def _settings(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Names and values, of nested configs too."""
+    """Names and values of all settings, including nested configs."""
     for name, value in config.items():
         if isinstance(value, dict) and name != "quantization_config":
             yield from _settings(value)

@@ -1,4 +1,4 @@
-"""Weights of a model -> the matrices of a checkpoint that fill them when transformers loads them.
+"""The matrices of a checkpoint that fill each weight of a model when transformers loads it.
 
 transformers renames the tensors that it reads, and merges some: a checkpoint may hold the experts
 of a block as separate matrices, a gate and an up projection each, where the model has one fused
@@ -23,8 +23,9 @@ from qrefta.model.stacks import LayerStack
 def weight_parts(
     model: PreTrainedModel, checkpoint: Checkpoint, stacks: list[LayerStack]
 ) -> dict[str, list[Part]]:
-    """The checkpoint's matrices of every stacked weight, below one another, by the path of its
-    adapted layer.
+    """The checkpoint's matrices of every stacked weight, by the path of its adapted layer.
+
+    The rows of the matrices follow one another in the weight.
 
     Raises:
         ValueError: if a weight is missing in the checkpoint, has another shape there, or is merged
@@ -45,8 +46,8 @@ def weight_parts(
         total = sum(len(stack.modules) for stack in stacks)
         raise ValueError(
             f"The checkpoint has no tensor for {len(missing)} of the {total} linear layers, the "
-            f"first is {missing[0]}; it is incomplete, or stores them merged: then load the model "
-            "and prepare it in memory."
+            f"first is {missing[0]}. It is incomplete, or it stores them merged; in that case "
+            "load the model and prepare it in memory."
         )
     for stack in stacks:
         for path in stack.adapted:

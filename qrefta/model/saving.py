@@ -1,6 +1,4 @@
-"""The checksums of a model that transformers is about to save, by the names that its files will
-have.
-"""
+"""The checksums of a model that transformers is about to save, by the names in its files."""
 
 import json
 import os
@@ -47,7 +45,7 @@ def saved_checksums(model: PreTrainedModel, state: dict[str, Tensor]) -> Checksu
 
 
 def _identity(tensor: Tensor) -> tuple[object, ...]:
-    """Equal for two views of the same memory."""
+    """A key that is equal for two views of the same memory."""
     place = id(tensor) if tensor.is_meta else tensor.data_ptr()
     if not tensor.is_meta and tensor.numel() == 0:
         place = id(tensor)
@@ -55,8 +53,9 @@ def _identity(tensor: Tensor) -> tuple[object, ...]:
 
 
 def _config_checksum(model: PreTrainedModel) -> str:
-    """The checksum of the config.json that transformers writes next; dtype and architectures are
-    set as it sets them.
+    """The checksum of the config.json that transformers writes next.
+
+    dtype and architectures are set as transformers sets them.
     """
     config = model.config
     config.dtype = str(model.dtype).removeprefix("torch.")

@@ -1,9 +1,10 @@
-"""Model -> stacks: the linear layers of one role and one shape, in layer order.
+"""The stacks of a model: linear layers of one role and one shape, in layer order.
 
-A transformers model is a run of repeated blocks. The same linear of every block (its module path without the layer
-number) makes one stack; the K weights of a stack are the frontal slices of the third-order tensor that a tensor
-method decomposes. A fused parameter of a block's experts is as many slices as there are experts. Only what lies inside
-repeated blocks is found: embeddings, norms, lm_head, poolers and task heads lie outside and are left alone.
+A transformers model is a run of repeated blocks. The same linear layer of every block (its module
+path without the layer number) makes one stack. The K weights of a stack are the frontal slices of
+the third-order tensor that a tensor method decomposes. A fused parameter of a block's experts
+gives one slice for each expert. Only repeated blocks are searched: embeddings, norms, lm_head,
+poolers and task heads lie outside and stay as they are.
 """
 
 import inspect
@@ -11,9 +12,9 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Self
+from typing import Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -21,62 +22,77 @@ from transformers import Conv1D
 
 from qrefta._compat.torch import direct_children
 from qrefta.config import LayerStack
-from qrefta.nn.experts import fused_names, is_experts
+from qrefta.nn.experts import Experts, fused_names, is_experts
 
 LARGEST_WEIGHT = 1e12
 BLOCK_BYTES = 64 << 20
 
+PlainLinear = nn.Linear | Conv1D
+
 
 def find_stacks(model: nn.Module) -> list[LayerStack]:
-    """Stacks of all linears and fused experts in the repeated blocks of `model`, in the order of its modules.
+    """Stacks of all linear layers and fused experts in the repeated blocks of `model`.
 
-    A number in a module path is a layer number when it indexes repeated blocks (see `_is_repeated`); other numbers
-    are part of the role: T5's `encoder.block.*.layer.0.SelfAttention.q` keeps its 0. Left out are
+    They come in the order of the model's modules. A number in a module path is a layer number when
+    it indexes repeated blocks (see `_is_repeated`). Other numbers are part of the role: T5's
+    `encoder.block.*.layer.0.SelfAttention.q` keeps its 0. Left out are
 
-    - subclasses of `nn.Linear`, such as the output projection of `nn.MultiheadAttention`: they may compute otherwise;
-    - linears whose weight their parent reads itself (Mamba's dt_proj), which a packed weight would break;
-    - experts whose code is their model's own (Llama 4), and not transformers' interface (see `is_experts`);
-    - all outside the base model: task heads may hold lists of linears too (SegFormer's decode_head).
+    - subclasses of `nn.Linear`, such as the output projection of `nn.MultiheadAttention`, because
+      they may compute something else;
+    - linear layers whose weight is read by the code of their parent (Mamba's dt_proj), because a
+      packed weight would break that code;
+    - experts that are computed by their model's code (Llama 4) and not by transformers' interface
+      (see `is_experts`);
+    - everything outside the base model, because task heads may hold lists of linear layers too
+      (SegFormer's decode_head).
     """
+    members: dict[LayerStack, list[str]] = {}  # module paths, by their stack without modules
+    for path, stack in _stacked_weights(model):
+        members.setdefault(stack, []).append(path)
+    return [replace(stack, modules=tuple(paths)) for stack, paths in members.items()]
+
+
+def _stacked_weights(model: nn.Module) -> Iterator[tuple[str, LayerStack]]:
+    """Paths of linear layers and fused parameters, each with its stack, still without modules."""
     base = set(getattr(model, "base_model", model).modules())
     sources: dict[type, str] = {}
-    members: dict[tuple[str, int, int, bool, int], list[str]] = {}
-
-    def add(role: str, path: str, stored: torch.Size, transposed: bool, experts: int = 0) -> None:
-        out_features, in_features = stored[::-1] if transposed else stored
-        members.setdefault((role, out_features, in_features, transposed, experts), []).append(path)
-
     for path, module in model.named_modules():
-        fused = is_experts(module)
-        if (
-            not (fused or _is_plain(module))
-            or module not in base
-            or "*" not in (role := _role(model, path))
-        ):
+        if module not in base:
             continue
-        if fused:
-            for name in fused_names(module):
-                experts, *shape = getattr(module, name).shape
-                add(
-                    f"{role}.{name}",
-                    f"{path}.{name}",
-                    torch.Size(shape),
-                    module.is_transposed,
-                    experts,
-                )
-        elif not _is_read(model, path, sources):
-            add(role, path, module.weight.shape, type(module) is Conv1D)
-    return [LayerStack(role, tuple(paths), *kind) for (role, *kind), paths in members.items()]
+        role = _role(model, path)
+        if "*" not in role:
+            continue
+        if is_experts(module):
+            for name, stack in _fused_weights(module, role):
+                yield f"{path}.{name}", stack
+        elif _is_plain(module) and not _is_read(model, path, sources):
+            transposed = type(module) is Conv1D
+            yield path, _empty_stack(role, module.weight.shape, transposed)
+
+
+def _fused_weights(experts: Experts, role: str) -> Iterator[tuple[str, LayerStack]]:
+    """Names of the fused parameters of a block's experts, each with its stack."""
+    for name in fused_names(experts):
+        count, *shape = getattr(experts, name).shape
+        yield name, _empty_stack(f"{role}.{name}", shape, experts.is_transposed, count)
+
+
+def _empty_stack(
+    role: str, stored: Sequence[int], transposed: bool, experts: int = 0
+) -> LayerStack:
+    """A stack without modules, by the shape in which its weights are stored."""
+    out_features, in_features = reversed(stored) if transposed else stored
+    return LayerStack(role, (), out_features, in_features, transposed, experts)
 
 
 def select_stacks(
     stacks: list[LayerStack], target_modules: str | Sequence[str] | None
 ) -> list[LayerStack]:
-    """Stacks whose modules `target_modules` names (see `qrefta.prepare`).
+    """The stacks whose modules `target_modules` names (see `qrefta.prepare`).
 
     Raises:
-        ValueError: if there is no stack, a name or the expression matches none (lists what there is), or it matches
-            some layers of a stack only.
+        ValueError: if there is no stack, if a name or the expression matches no stack (the message
+            lists all stacks), or if it matches only some layers of a stack.
     """
     if not stacks:
         raise ValueError(
@@ -89,20 +105,21 @@ def select_stacks(
     if not target_modules:
         raise _no_match(stacks, list(target_modules))
     chosen = [_matching(stacks, name, partial(ends_with, name=name)) for name in target_modules]
-    return [stack for stack in stacks if any(stack in found for found in chosen)]
+    return [stack for stack in stacks if any(stack in matching for matching in chosen)]
 
 
 def _matching(
     stacks: list[LayerStack], target: str, matches: Callable[[str], object]
 ) -> list[LayerStack]:
-    """Stacks all of whose modules match."""
+    """The stacks whose modules all match."""
     chosen = []
     for stack in stacks:
         count = sum(bool(matches(path)) for path in stack.modules)
         if 0 < count < len(stack.modules):
             raise ValueError(
-                f"target_modules {target!r} matches {count} of the {len(stack.modules)} layers of {stack.name}; "
-                "factors are shared by all layers of a stack, so name all of them or none"
+                f"target_modules {target!r} matches {count} of the {len(stack.modules)} layers of "
+                f"{stack.name}; factors are shared by all layers of a stack, so name all of them "
+                "or none"
             )
         if count:
             chosen.append(stack)
@@ -113,7 +130,9 @@ def _matching(
 
 def _no_match(stacks: list[LayerStack], target: str | Sequence[str]) -> ValueError:
     available = ", ".join(stack.name for stack in stacks)
-    return ValueError(f"target_modules {target!r} matches no linear; the stacks are: {available}")
+    return ValueError(
+        f"target_modules {target!r} matches no linear layer; the stacks are: {available}"
+    )
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
@@ -125,30 +144,44 @@ def _compile(pattern: str) -> re.Pattern[str]:
         ) from error
 
 
-def read_weight(module: nn.Module) -> Tensor:
-    """Weight of a linear as (out, in), without a copy."""
-    return module.weight.detach().T if type(module) is Conv1D else module.weight.detach()
+def linear_layer(model: nn.Module, path: str) -> PlainLinear:
+    """The linear layer at a module path.
+
+    Raises:
+        AttributeError: if the model has no linear layer there.
+    """
+    layer = model.get_submodule(path)
+    if not isinstance(layer, PlainLinear):
+        raise AttributeError(f"{path} is a {type(layer).__name__}, not a linear layer")
+    return layer
+
+
+def read_weight(layer: PlainLinear) -> Tensor:
+    """The weight of a linear layer as (out, in), without a copy."""
+    weight = layer.weight.detach()
+    return weight.T if type(layer) is Conv1D else weight
 
 
 def read_slice(model: nn.Module, stack: LayerStack, index: int) -> Tensor:
     """Weight number `index` of a stack as (out, in), without a copy."""
     path, expert = stack.place(index)
     if not stack.experts:
-        return read_weight(model.get_submodule(path))
+        return read_weight(linear_layer(model, path))
     weight = model.get_parameter(path).detach()[expert]
     return weight.T if stack.transposed else weight
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a stack, wherever they lie, read a few rows at a time.
+    """The weights of a stack, read a few rows at a time from memory or from a file.
 
     Attributes:
         shape: (layers, out, in).
-        read: (layer, first row, row after the last) -> (rows, in), any floating dtype, any device; not to be written.
+        read: (layer, first row, row after the last) -> (rows, in), of any floating dtype and on
+            any device; the result must not be written to.
         device: where the work is done.
-        block_bytes: of one block of rows of all layers in float32; about six such exist at once. Another size changes
-            results by float32 rounding.
+        block_bytes: bytes of one block of rows of all layers in float32; about six blocks exist at
+            once. Another size changes results by float32 rounding.
         keep: whether one copy of the stack in float32 may be held between passes.
     """
 
@@ -160,10 +193,13 @@ class Weights:
 
     @classmethod
     def of(cls, stack: Tensor) -> Self:
-        """Those of a tensor (layers, out, in)."""
-        return cls(
-            tuple(stack.shape), lambda layer, start, stop: stack[layer, start:stop], stack.device
-        )
+        """The weights of a tensor (layers, out, in)."""
+        layers, out_features, in_features = stack.shape
+
+        def read(layer: int, start: int, stop: int) -> Tensor:
+            return stack[layer, start:stop]
+
+        return cls((layers, out_features, in_features), read, stack.device)
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Some rows of every layer, (layers, rows, in), float32, a copy."""
@@ -175,38 +211,48 @@ class Weights:
 
     def layer(self, index: int) -> Tensor:
         """One weight, (out, in), float32, a copy."""
-        return torch.empty(self.shape[1:], device=self.device).copy_(
-            self.read(index, 0, self.shape[1])
-        )
+        _, out_features, in_features = self.shape
+        copy = torch.empty(out_features, in_features, device=self.device)
+        return copy.copy_(self.read(index, 0, out_features))
 
 
 def check_values(name: str, weight: Tensor) -> None:
     """Refuse a weight that cannot be split.
 
     Raises:
-        ValueError: if its dtype is not float32, bfloat16 or float16, or it holds NaN, infinity or what is so large that
-            products of two overflow.
+        ValueError: if its dtype is not float32, bfloat16 or float16, or it holds NaN, infinity, or
+            numbers so large that the product of two overflows.
     """
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"{name} is {weight.dtype}; prepare takes float32, bfloat16 or float16.")
     if weight.numel() == 0:
         return
-    low, high = (value.item() for value in weight.detach().aminmax())
+    extremes = weight.detach().aminmax()
+    low = extremes.min.item()
+    high = extremes.max.item()
     if math.isnan(low + high) or math.inf in (-low, high):
         raise ValueError(f"{name} holds NaN or infinite values; the checkpoint is damaged.")
-    if max(-low, high) > LARGEST_WEIGHT:
+    largest = max(-low, high)
+    if largest > LARGEST_WEIGHT:
         raise ValueError(
-            f"{name} holds numbers up to {max(-low, high):.0e}; prepare takes up to {LARGEST_WEIGHT:.0e}, as products "
-            "of larger ones overflow float32. The checkpoint is damaged, or to be scaled."
+            f"{name} holds numbers up to {largest:.0e}; prepare takes up to {LARGEST_WEIGHT:.0e}, "
+            "because products of larger numbers overflow float32. The checkpoint is damaged, or "
+            "its weights must be scaled down."
         )
 
 
 def model_weights(
     model: nn.Module, stack: LayerStack, device: torch.device | None = None
 ) -> Weights:
-    """The weights of a stack of a model in memory; worked on at `device`, by default where the first layer is.
+    """The weights of a stack of a model in memory.
 
-    No copy is held of experts, which are most of a model: a pass over them mixes them anew.
+    No copy of experts is held, since they are most of a model; each pass over them mixes them
+    again.
+
+    Args:
+        model: dense.
+        stack: of the model.
+        device: where the work is done; default: the device of the first layer.
     """
 
     def read(layer: int, start: int, stop: int) -> Tensor:
@@ -217,7 +263,10 @@ def model_weights(
 
 
 def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
-    """Put `new` wherever `model` holds the module at `path` (a shared module has several owners)."""
+    """Put `new` wherever `model` holds the module at `path`.
+
+    A shared module has several parents.
+    """
     old = model.get_submodule(path)
     for parent in list(model.modules()):
         for name, child in list(direct_children(parent)):
@@ -230,16 +279,24 @@ def ends_with(path: str, name: str) -> bool:
     return path == name or path.endswith("." + name)
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a module computes x W^T + bias and no more. `FalconLinear` does, in two steps."""
+def _is_plain(module: nn.Module) -> TypeGuard[PlainLinear]:
+    """Whether a module computes x W^T + bias and nothing else.
+
+    `FalconLinear` computes it in two steps.
+    """
     return type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "FalconLinear"
 
 
 def _is_read(model: nn.Module, path: str, sources: dict[type, str]) -> bool:
-    """Whether the code of a linear's parent uses its weight other than by calling the linear.
+    """Whether the code of a linear layer's parent reads the weight itself.
 
-    Reading the device is harmless, and code that names `torch.int8` (T5's feed-forward) expects packed weights.
-    `sources` keeps what was read of every class.
+    Reading the device is harmless, and code that names `torch.int8` (T5's feed-forward) expects
+    packed weights.
+
+    Args:
+        model: the model.
+        path: of the linear layer.
+        sources: source code of the parents' classes so far; new classes are added.
     """
     parent, _, name = path.rpartition(".")
     parent_class = type(model.get_submodule(parent))
@@ -253,19 +310,20 @@ def _is_read(model: nn.Module, path: str, sources: dict[type, str]) -> bool:
 
 
 def _source(module_class: type) -> str:
-    """Source of the methods of a class and its bases; those without source (made at run time) are passed over.
+    """Source code of the methods of a class and its bases.
 
-    Method by method: `inspect.getsource` of a class parses its whole file.
+    Methods without source code (made at run time) are left out. It is read method by method,
+    because `inspect.getsource` of a class parses its whole file.
     """
-    bases = [base for base in module_class.__mro__ if base not in (nn.Module, object)]
-    methods = [
-        method for base in bases for method in vars(base).values() if inspect.isfunction(method)
-    ]
-    found = []
-    for method in methods:
-        with suppress(OSError):
-            found.append(inspect.getsource(method))
-    return "".join(found)
+    sources = []
+    for base in module_class.__mro__:
+        if base in (nn.Module, object):
+            continue
+        for method in vars(base).values():
+            if inspect.isfunction(method):
+                with suppress(OSError):
+                    sources.append(inspect.getsource(method))
+    return "".join(sources)
 
 
 def _role(model: nn.Module, path: str) -> str:
@@ -274,7 +332,7 @@ def _role(model: nn.Module, path: str) -> str:
 
 
 def _walk(model: nn.Module, path: str) -> Iterator[tuple[str, bool]]:
-    """Parts of a module path, each with whether it is an index of repeated blocks."""
+    """The parts of a module path, each with whether it is an index of repeated blocks."""
     parent = model
     for part in path.split("."):
         yield part, part.isdigit() and _is_repeated(parent)
@@ -282,16 +340,16 @@ def _walk(model: nn.Module, path: str) -> Iterator[tuple[str, bool]]:
 
 
 def _is_repeated(container: nn.Module) -> bool:
-    """Whether a container holds repeated blocks: one block, or some class more than once.
+    """Whether a container holds repeated blocks: one block, or several of the same class.
 
-    T5 keeps the different sublayers of one block in a `ModuleList` (all of different classes), and an MLP written as
-    `nn.Sequential(Linear, GELU, Linear)` holds leaves: neither is repeated. Hybrid models (attention and state-space
-    blocks in one list) are.
+    T5 keeps the different sublayers of one block in a `ModuleList`, all of different classes, and
+    an MLP written as `nn.Sequential(Linear, GELU, Linear)` holds modules without children: neither
+    is repeated. Hybrid models (attention and state-space blocks in one list) are.
     """
+    if not isinstance(container, nn.ModuleList | nn.Sequential):
+        return False
     children = list(container.children())
-    if not isinstance(container, nn.ModuleList | nn.Sequential) or not any(
-        list(child.children()) for child in children
-    ):
+    if not any(list(child.children()) for child in children):
         return False
     classes = {type(child) for child in children}
     return len(children) == 1 or len(classes) < len(children)

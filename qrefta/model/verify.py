@@ -38,10 +38,14 @@ class VerifiedFile(NamedTuple):
 def verify(folder: str | Path) -> list[VerifiedFile]:
     """The files of a prepared folder, each with how it was checked; all of them are whole.
 
-    Reads every byte of the weights once, a few megabytes at a time. Checked are: config.json (its
-    settings, and that it is the one saved with the weights), the index, the checksum of every
-    tensor, that the tensors are those of the model that config.json describes, that scales are
-    finite, that no file is missing or left over, and that other JSON files can be read.
+    Reads every byte of the weights once, a few megabytes at a time. It checks that
+
+    - config.json has valid settings and was saved together with the weights;
+    - the index is valid, and no file is missing or left over;
+    - the checksum of every tensor is right;
+    - the tensors fit the model that config.json describes, and scales are finite;
+    - other JSON files can be read.
+
     `QREFTA_VERIFY` is ignored.
 
     Raises:
@@ -51,8 +55,8 @@ def verify(folder: str | Path) -> list[VerifiedFile]:
     settings = read_config(folder)
     if (folder / _UNFINISHED).exists():
         raise ValueError(
-            f"{folder} is unfinished: it holds {_UNFINISHED}. Run the same prepare command again, "
-            "which goes on."
+            f"{folder} is unfinished: it holds {_UNFINISHED}. Run the same prepare command again "
+            "to resume it."
         )
     config = QReftaConfig(**settings["quantization_config"])
     check_layout(folder)
@@ -75,9 +79,9 @@ def verify(folder: str | Path) -> list[VerifiedFile]:
 
 
 def check_weights(folder: Path) -> None:
-    """Refuse weights of a prepared folder that differ from those saved.
+    """Refuse weights of a prepared folder that differ from the saved weights.
 
-    A folder without weights is passed over, for example a checkpoint that FSDP2's processes wrote
+    A folder without weights is not checked, for example a checkpoint that FSDP2's processes wrote
     in parts. `QREFTA_VERIFY=0` in the environment switches this off.
 
     Raises:
@@ -92,7 +96,7 @@ def check_weights(folder: Path) -> None:
 
 
 def _check_left_over(folder: Path, paths: list[Path], version: int) -> None:
-    """Refuse weights that no loader reads: they are of another save."""
+    """Refuse weight files that no loader reads: they are left from another save."""
     expected = {path.name for path in paths}
     left = sorted(path.name for path in folder.glob("model*.safetensors"))
     left = [name for name in left if name not in expected]

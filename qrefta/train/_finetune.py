@@ -291,9 +291,8 @@ def _trainer(
         processing_class=processor,
         callbacks=callbacks,
     )
-    if (
-        recipe.mean_loss
-    ):  # Trainer assumes a sum over tokens for models whose forward takes **kwargs
+    if recipe.mean_loss:
+        # Trainer assumes a sum over tokens for models whose forward takes **kwargs.
         trainer.model_accepts_loss_kwargs = False
     if arguments.fsdp and not trainer.is_fsdp_enabled:
         raise ValueError("fsdp shards a model over GPUs, and there are none here; leave it out.")
@@ -308,7 +307,7 @@ def _save(
     write: bool,
 ) -> None:
     """Write the model, its processor and a card; all processes call it, some `write`."""
-    state = whole_state(model)
+    state = dict(whole_state(model))
     if not write:
         return
     with writing(run, "the model") as folder:

@@ -153,9 +153,8 @@ def _given_values(
             given = settings[field.name]
         values[field.name] = given
     for name in ("activation_checkpointing", "activation_checkpointing_kwargs"):
-        values.pop(
-            name, None
-        )  # a copy of the field with the old name, which a keyword may have changed
+        # They copy the fields with the old name, which a keyword may have changed.
+        values.pop(name, None)
     return values
 
 

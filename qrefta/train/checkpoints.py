@@ -35,6 +35,7 @@ def whole_checkpoints(kind: type[Trainer]) -> type[Trainer]:
         """All processes write to `unfinished`; when all are done, the first process renames."""
 
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+            assert self.model is not None, "Trainer does not start without a model"
             with saved_state(self.model, state_dict):
                 super()._save(output_dir, state_dict)
 

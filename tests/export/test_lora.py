@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -181,9 +182,9 @@ def test_a_start_that_is_another_is_refused(tmp_path):
         ValueError, match=r"was calibrated, .*; give the prepared model before training"
     ):
         qrefta.export_lora(model, tmp_path / "lora", "original")
-    prepared_config(model).calibrated = False
-    prepared_config(model).seed = 5
-    prepared_config(model).refine = 0
+    config = prepared_config(model)
+    config.calibrated = False
+    config.settings = replace(config.settings, seed=5, refine=0)
     with pytest.raises(ValueError, match="differ from the start's"):
         qrefta.export_lora(model, tmp_path / "lora", "original")
     assert not (tmp_path / "lora").exists()
@@ -216,7 +217,7 @@ def test_a_cut_rank_gets_the_tolerance_of_an_approximation(tmp_path):
 
 
 def test_ranks_that_differ_are_in_the_pattern(tmp_path):
-    model = trained(tmp_path / "original", rank="auto", budget_mb=0.02)
+    model = trained(tmp_path / "original", rank=qrefta.RankBudget(bytes="20KB"))
     written = qrefta.export_lora(model, tmp_path / "lora", dtype=torch.float32)
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert written.difference < 2e-5
@@ -246,7 +247,7 @@ def test_a_head_that_trained_is_in_the_adapter_and_said(tmp_path):
     written = qrefta.export_lora(model, tmp_path / "lora")
     adapter = load_file(tmp_path / "lora" / ADAPTER)
     assert torch.equal(adapter["base_model.model.classifier.weight"], model.classifier.weight)
-    assert any("classifier trained whole, in" in note for note in written.notes)
+    assert any("trained in full are in the adapter (classifier)" in note for note in written.notes)
 
 
 def test_a_rank_too_large_for_servers_is_noted(tmp_path):
@@ -340,7 +341,7 @@ def test_another_original_is_refused(tmp_path):
         qrefta.export_lora(model, tmp_path / "lora", "original", original=tmp_path / "other")
     unnamed = qrefta.prepare(tiny_bert(), rank=5)
     with pytest.raises(
-        ValueError, match="does not say what it was prepared from; give it as `original`"
+        ValueError, match="does not name the model that it was prepared from; give it as `original`"
     ):
         qrefta.export_lora(unnamed, tmp_path / "lora", "original")
 

@@ -300,7 +300,8 @@ def test_a_name_matches_whole_path_parts_only():
 def test_targets_that_match_nothing_are_refused_with_what_there_is(targets):
     """One bad name among good ones is refused too; an expression must match the whole path."""
     with pytest.raises(
-        ValueError, match=r"match.* no linear; the stacks are: bert\.encoder\.layer\.\*\.attention"
+        ValueError,
+        match=r"match.* no linear layer; the stacks are: bert\.encoder\.layer\.\*\.attention",
     ):
         select_stacks(find_stacks(tiny_bert()), targets)
 
