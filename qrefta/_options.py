@@ -85,12 +85,31 @@ def _option(
 
 def _settings(values: dict[str, Any]) -> dict[str, Any]:
     """Keywords of `prepare` from the values of the options."""
-    old = {name: values.pop(name) for name in OLD_RANK_SETTINGS}
     regex = values.pop(_REGEX)
     if regex is not None:
         values["target_modules"] = regex
-    if values["rank"] != "auto":  # of qrefta 0.1
-        values["rank"] = parse_rank(values["rank"])
-    if old["ranks"] is not None:
-        old["ranks"] = [int(part) for part in old["ranks"].split(",")]
-    return values | {name: value for name, value in old.items() if value is not None}
+    old = {name: values.pop(name) for name in OLD_RANK_SETTINGS}
+    given = {name: value for name, value in old.items() if value is not None}
+    if given or values["rank"] == "auto":
+        values["rank"] = _rank_of_old_options(values["rank"], given)
+    values["rank"] = parse_rank(values["rank"])
+    return values
+
+
+def _rank_of_old_options(rank: str, given: dict[str, Any]) -> str:
+    """The text of --rank that the options of qrefta 0.1 stand for, with a note on stderr."""
+    if len(given) != 1:
+        raise ValueError(
+            f"--rank {rank} came with {given or 'no budget'}; give one rank or budget: --rank 16, "
+            "24,100,100, bytes=8MB, error=0.5 or parameters=300000"
+        )
+    ((name, value),) = given.items()
+    text = {
+        "ranks": f"{value}",
+        "trained_params": f"parameters={value}",
+        "budget_mb": f"bytes={round(float(value) * 1e6) if name == 'budget_mb' else 0}",
+        "error_ratio": f"error={value}",
+    }[name]
+    flag = f"--{name.replace('_', '-')}"
+    typer.echo(f"{flag} is deprecated; use --rank {text}", err=True)
+    return text

@@ -6,7 +6,7 @@ stack.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -57,7 +57,7 @@ class QReftaConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"stacks is {stacks!r}; it must be a list. config.json is damaged: restore it."
             )
-        self.quant_method = quant_method
+        self.quant_method = quant_method  # pyright: ignore[reportAttributeAccessIssue]
         self.format_version = format_version
         self.settings = settings or _settings(keywords)
         self.calibrated = calibrated
@@ -66,6 +66,11 @@ class QReftaConfig(QuantizationConfigMixin):
             stack if isinstance(stack, StackReport) else StackReport.from_dict(stack)
             for stack in stacks or []
         ]
+
+    @classmethod
+    def of(cls, model_config: dict[str, Any]) -> Self:
+        """The config in the content of a prepared model's config.json."""
+        return cls(**model_config["quantization_config"])
 
     def to_dict(self) -> dict[str, Any]:
         """The config as config.json holds it."""

@@ -60,9 +60,13 @@ def register(model: "PreTrainedModel", config: QReftaConfig) -> None:
     """Mark a model that was prepared in memory as quantized, as transformers does for a model that
     it loads.
     """
-    model.hf_quantizer = QReftaQuantizer(config)
-    model.is_quantized = True
-    model.quantization_method = config.quant_method
+    marks = {
+        "hf_quantizer": QReftaQuantizer(config),
+        "is_quantized": True,
+        "quantization_method": config.quant_method,
+    }
+    for name, value in marks.items():
+        setattr(model, name, value)
     model.config.quantization_config = config
 
 
@@ -321,7 +325,7 @@ class QReftaQuantizer(HfQuantizer):
                 base_model=model.name_or_path,
             )
         files[:] = [str(file) for file in sorted(out.glob("*.safetensors"))]
-        config = QReftaConfig.from_dict(read_config(out)["quantization_config"])
+        config = QReftaConfig.of(read_config(out))
         self.quantization_config = config
         model.config.quantization_config = config
         self.pre_quantized = True  # from here on it is a prepared checkpoint like any other

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import qrefta
 from qrefta.cli import app, main
+from qrefta.config import parse_rank
 from qrefta.hf_quantizer import quant_report
 from qrefta.model.stacks import find_stacks
 from qrefta.split.calibrate import gather_moments
@@ -72,7 +73,7 @@ def test_prepare_inspect_merge_round_trip(dense, tmp_path):
 def test_other_methods_are_prepared_and_trained(dense, rows, tmp_path):
     """CRAFT with three ranks, from a checkpoint; TeRA with a count of numbers, trained at once."""
     result = invoke(
-        "prepare", dense, tmp_path / "craft", "--method", "craft", "--ranks", "2,5,6", "--refine", 1
+        "prepare", dense, tmp_path / "craft", "--method", "craft", "--rank", "2,5,6", "--refine", 1
     )
     assert result.exit_code == 0
     shown = " ".join(invoke("inspect", tmp_path / "craft").output.split())
@@ -85,8 +86,8 @@ def test_other_methods_are_prepared_and_trained(dense, rows, tmp_path):
         tmp_path / "tera",
         "--method",
         "tera",
-        "--trained-params",
-        500,
+        "--rank",
+        "parameters=500",
         "--max-steps",
         2,
     )
@@ -95,15 +96,37 @@ def test_other_methods_are_prepared_and_trained(dense, rows, tmp_path):
     (rank,) = {row["rank"] for row in reports}
     assert rank == 500 // (4 * sum(row["layers"] for row in reports))
     assert {row["ratio"] for row in reports} == {1.0}
-    with pytest.raises(ValueError, match="ranks is 'auto,2,3'; it must be whole numbers"):
-        invoke("prepare", dense, tmp_path / "none", "--method", "craft", "--ranks", "auto,2,3")
+    with pytest.raises(ValueError, match="rank is 'auto,2,3'; it must be a whole number"):
+        invoke("prepare", dense, tmp_path / "none", "--method", "craft", "--rank", "auto,2,3")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (["--ranks", "2,5,6"], "2,5,6"),
+        (["--trained-params", 500], "parameters=500"),
+        (["--rank", "auto", "--budget-mb", 0.02], "bytes=20000"),
+        (["--rank", "auto", "--error-ratio", 0.8], "error=0.8"),
+    ],
+    ids=str,
+)
+def test_old_rank_options_work_and_name_the_new_one(old, new, dense, tmp_path, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(
+        "qrefta._prepare.prepare_checkpoint", lambda *args, **settings: chosen.append(settings)
+    )
+    monkeypatch.setattr("qrefta.cli._read_rows", lambda folder: [])
+    monkeypatch.setattr("qrefta.tables.report_table", lambda rows: "")
+    result = invoke("prepare", dense, tmp_path / "out", *old)
+    assert f"use --rank {new}" in result.output
+    assert chosen[0]["rank"] == parse_rank(new)
 
 
 def test_calibration_moments_and_rank_by_need(dense, rows, tmp_path):
     """Text gathers moments while preparing; a folder is prepared out of core, also from moments in
     a file.
     """
-    common = ["--rank", "auto", "--error-ratio", 0.8, "--refine", 1]
+    common = ["--rank", "error=0.8", "--refine", 1]
     result = invoke(
         "prepare", dense, tmp_path / "a", *common, "--calibration", rows, "--max-memory", "2GB"
     )

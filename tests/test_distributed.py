@@ -311,7 +311,7 @@ def counted():
     received = 7 / 8
     gradients = [8 * factors, 8 * lora, 4 * factors, 4 * lora, 2 * everything]
     return {
-        "trained numbers": [1e3 * factors, 1e3 * lora, 1e3 * factors, 1e3 * lora, everything],
+        "trainable parameters": [1e3 * factors, 1e3 * lora, 1e3 * factors, 1e3 * lora, everything],
         "frozen weights": [weights, weights, weights / 8, weights / 8],
         "masters": [16 * factors, 16 * lora, 2 * factors, 2 * lora, 2 * everything],
         "a gathered block": [block, block + 2 * lora / 80, 2 * dense],

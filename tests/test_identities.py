@@ -125,7 +125,10 @@ def test_bits_16_keep_the_function(architecture, transform, rank):
     assert_close(logits(model), original_logits(architecture), rtol=1e-5, atol=1e-5)
     for row in rows(model):
         assert_close(
-            dense_stack(model, row), original_stacks(architecture)[row.stack], rtol=1e-6, atol=1e-6
+            dense_stack(model, row),
+            original_stacks(architecture)[row.stack.name],
+            rtol=1e-6,
+            atol=1e-6,
         )
         assert (row.baseline_error, row.residual_error, row.ratio, row.quant_type) == (
             0,
@@ -148,7 +151,7 @@ def test_4_bits_differ_by_the_stated_error_and_no_more(
     )
     for row, report in zip(rows(model), qrefta.quant_report(model), strict=True):
         error = (
-            (dense_stack(model, row) - original_stacks(architecture)[row.stack])
+            (dense_stack(model, row) - original_stacks(architecture)[row.stack.name])
             .double()
             .square()
             .sum()
@@ -207,7 +210,7 @@ def test_rows_describe_what_is_stored(architecture, double_quant):
     state, metadata = model.hf_quantizer.get_state_dict_and_metadata(model)
     assert set(metadata) == {KEY}
     for row, report in zip(rows(model), qrefta.quant_report(model), strict=True):
-        weights = original_stacks(architecture)[row.stack]
+        weights = original_stacks(architecture)[row.stack.name]
         assert set(report) == keys
         assert [report["layers"], *report["shape"]] == list(weights.shape)
         assert report["rank"] == sum(report["slice_ranks"]) == 7
@@ -251,7 +254,7 @@ def test_principal_energy_and_residual_energy_add_up_to_1(architecture, transfor
     """U and singular vectors are orthogonal; float32 factors avoid rounding."""
     model = prepared(architecture, bits=16, rank=11, transform=transform, factor_dtype="float32")
     for row in rows(model):
-        weights = original_stacks(architecture)[row.stack]
+        weights = original_stacks(architecture)[row.stack.name]
         residual = torch.stack(
             [model.get_submodule(path).residual(torch.float32) for path in row.stack.modules]
         )
@@ -267,7 +270,7 @@ def test_refinement_lowers_the_stated_error_and_the_statement_stays_true(archite
     model = prepared(architecture, rank=7, quant_type=quant_type, refine=2)
     for before, row in zip(one_shot, rows(model), strict=True):
         error = (
-            (dense_stack(model, row) - original_stacks(architecture)[row.stack])
+            (dense_stack(model, row) - original_stacks(architecture)[row.stack.name])
             .double()
             .square()
             .sum()
@@ -292,7 +295,7 @@ def test_models_of_several_towers_keep_the_promises(architecture, tmp_path):
     model = prepared(architecture, rank=5)
     for row in rows(model):
         error = (
-            (dense_stack(model, row) - original_stacks(architecture)[row.stack])
+            (dense_stack(model, row) - original_stacks(architecture)[row.stack.name])
             .double()
             .square()
             .sum()

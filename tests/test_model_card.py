@@ -48,7 +48,7 @@ def test_a_model_without_a_name_has_a_card_too():
     assert page.data.base_model is None
     assert "a model that was not named" in page.text
     assert "16 bits" in page.text
-    assert "Licence of the base model: see its own page" in page.text
+    assert "Licence of the base model: see the page of the base model" in page.text
 
 
 def test_a_card_that_is_there_is_kept(tmp_path):
@@ -77,7 +77,7 @@ def test_a_licence_is_looked_for_where_the_base_is(tmp_path, monkeypatch):
 def test_preparing_a_folder_merging_and_exporting_write_cards(tmp_path):
     tiny_folder(tmp_path / "dense")
     (tmp_path / "dense" / "README.md").write_text(LICENSED)
-    qrefta.prepare(tmp_path / "dense", out=tmp_path / "4bit", rank=4, progress=False)
+    qrefta.prepare_checkpoint(tmp_path / "dense", tmp_path / "4bit", rank=4, progress=False)
     model = qrefta.load(tmp_path / "4bit")
     qrefta.merge(model, out=tmp_path / "merged")
     qrefta.export_lora(model, tmp_path / "lora")

@@ -51,6 +51,7 @@ from eval.tasks.task import (
     text_task,
 )
 from qrefta.cli import guarded, quiet_libraries
+from qrefta.config import RankBudget, RankSetting
 from qrefta.methods import METHODS
 
 CORE = [
@@ -300,6 +301,13 @@ def parse(method: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
+def _rank(options: dict[str, Any]) -> RankSetting:
+    """The rank of a method's options, which are taken out."""
+    if "trained_params" in options:
+        return RankBudget(trainable_parameters=options.pop("trained_params"))
+    return options.pop("ranks") if "ranks" in options else options.pop("R")
+
+
 def _value(text: str) -> int | bool | str | tuple[int, ...]:
     parts = text.split("/")
     if all(part.isdigit() for part in parts):
@@ -361,8 +369,7 @@ def build(method: str, task: Task, seed: int) -> nn.Module:
                 return qlora(model, rank, alpha=rank, heads=heads, split=loftq)
         if options.pop("calibrated", False):
             options["calibration"] = list(calibration(task))
-        if "R" in options:
-            options["rank"] = options.pop("R")
+        options["rank"] = _rank(options)
         return qrefta.prepare(
             model, method=name, modules_to_save=heads, seed=seed, progress=False, **options
         )

@@ -275,8 +275,10 @@ class _FusedAttention(torch.autograd.Function):
         # The kernels lay out their output as (..., tokens, heads, width).
         out = query.new_empty(*others, tokens, heads, value.shape[-1]).transpose(-2, -3)
         rows = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        added = None if mask is None else mask.to(query.dtype)
-        ctx.save_for_backward(query, key, value, out, rows, added)
+        kept = [query, key, value, out, rows]
+        if mask is not None:
+            kept.append(mask.to(query.dtype))
+        ctx.save_for_backward(*kept)
         return out
 
     @staticmethod

@@ -89,7 +89,7 @@ class Outline:
         """The cut model as `prepare` would make it, on the meta device, and the sizes of the whole
         model.
         """
-        model = copy.deepcopy(self.model).to(dtype)
+        model = _in_dtype(copy.deepcopy(self.model), dtype)
         targets = select_stacks(self.stacks, settings.target_modules)
         ranks = given_ranks(targets, settings)
         settings = with_trained_modules(model, settings, self.stacks)
@@ -184,7 +184,12 @@ def _without_storage(source: ModelSource) -> PreTrainedModel:
     config.use_cache = False
     with torch.device("meta"):
         model = kind(config)
-    return model if config.dtype is None else model.to(config.dtype)
+    return model if config.dtype is None else _in_dtype(model, config.dtype)
+
+
+def _in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model in a dtype; transformers' wrapper of `to` hides its parameters."""
+    return model.to(dtype)  # pyright: ignore[reportArgumentType]
 
 
 def _alike_blocks(

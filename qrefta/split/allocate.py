@@ -108,7 +108,8 @@ def given_ranks(targets: list[LayerStack], settings: Settings) -> dict[LayerStac
             f"{in_features}) and method {settings.method} the largest allowed rank is {largest}: "
             "give a smaller rank, or leave the stack out of target_modules"
         )
-    return {stack: method.rank_of(*stack.shape, rank) for stack in targets}
+    asked = rank if isinstance(rank, int) else tuple(rank)
+    return {stack: method.rank_of(*stack.shape, asked) for stack in targets}
 
 
 def _ranks_for_parameters(

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -237,7 +237,10 @@ class _Sums:
         tensors: dict[str, Tensor] = {}
         for key, owner in first.items():
             tokens[owner] = sum(self.tokens[group] for group in key)
-            tensors[owner] = (sum(self.sums[group] for group in key) / tokens[owner]).float().cpu()
+            total = self.sums[key[0]]
+            for group in key[1:]:
+                total = total + self.sums[group]
+            tensors[owner] = (total / tokens[owner]).float().cpu()
             uses.subtract(key)
             for group in key:
                 if uses[group] == 0:
@@ -265,7 +268,7 @@ def _hooked(
     applies; elsewhere in an encoder-decoder, decoder_attention_mask.
     """
     seq2seq = _is_seq2seq(model)
-    encoder = model.get_encoder() if seq2seq else model
+    encoder = cast(Any, model).get_encoder() if seq2seq else model
     masks: dict[str, Tensor | None] = {}
     encoded: list[Tensor] = []
 

@@ -118,7 +118,7 @@ def test_a_pipe_in_the_index_is_not_waited_for(prepared):
     name = next(iter(index["weight_map"].values()))
     (prepared / name).unlink()
     os.mkfifo(prepared / name)
-    refused(prepared, "damaged or truncated: it is missing, or no file at all")
+    refused(prepared, "damaged or truncated: it is missing or is not a file")
 
 
 def test_an_index_does_not_lead_outside_of_the_folder(prepared):
@@ -188,7 +188,7 @@ def test_a_sparse_source_of_gigabytes_is_not_copied(dense):
     }
     hostile.join(dense / SINGLE, header, data)
     os.truncate(dense / SINGLE, (dense / SINGLE).stat().st_size + (1 << 37))
-    refused(dense, "hold 137.4 GB, and its config", out_of_core)
+    refused(dense, "hold 137.4 GB, and the model of its config", out_of_core)
 
 
 def test_scales_that_are_nan_are_refused(prepared):
@@ -225,20 +225,21 @@ def test_a_config_does_not_fetch_code_from_a_hub(prepared, dense):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"shape": [10**30, 32]}, "has shape"),
-        ({"layers": "x"}, "has layers 'x'"),
-        ({"layers": 7}, "7 layers for the 2 weights"),
+        ({"stack": {"out_features": 10**30}}, "has out_features"),
+        ({"stack": {"in_features": "x"}}, "has in_features 'x'"),
         ({"rank": -1}, "has rank -1"),
-        ({"modules": []}, r"has modules \[\]"),
-        ({"transposed": 0}, "has transposed 0"),
-        ({"experts": 10**30}, "has experts"),
+        ({"stack": {"modules": []}}, r"has modules \(\)"),
+        ({"stack": {"transposed": 0}}, "has transposed 0"),
+        ({"stack": {"experts": 10**30}}, "has experts"),
         ({"slice_ranks": None}, "has slice_ranks None"),
-        ({"ratio": "x"}, "has ratio 'x'"),
+        ({"bytes": "x"}, "has bytes 'x'"),
     ],
 )
 def test_rows_of_the_config_that_no_stack_has_are_refused(prepared, row, message):
+    row = dict(row)
     settings = json.loads((prepared / "config.json").read_text())["quantization_config"]
-    settings["stacks"][0] |= row
+    structure = settings["stacks"][0]["stack"] | row.pop("stack", {})
+    settings["stacks"][0] |= row | {"stack": structure}
     edit_config(prepared, quantization_config=settings)
     refused(prepared, message)
 
@@ -333,7 +334,7 @@ def test_a_damaged_journal_is_refused(dense, content):
 
 def test_a_journal_does_not_lead_outside_of_its_folder(dense, monkeypatch):
     out = dense.parent / "out"
-    monkeypatch.setattr("qrefta.split.checkpoint._finish", lambda *args: None)
+    monkeypatch.setattr("qrefta.split.checkpoint.FolderSink.finish", lambda *args: None)
     out_of_core(dense)
     state = json.loads((out / "qrefta_unfinished.json").read_text())
     state["files"].append("../outside.safetensors")

@@ -23,7 +23,7 @@ from transformers import (
 
 import qrefta
 from qrefta._compat.transformers import enable_checkpointing
-from qrefta.config import RankBudget
+from qrefta.config import RankBudget, Settings
 from qrefta.memory.footprint import _AsOnCuda, _Ledger
 from qrefta.memory.meta_model import Outline
 from qrefta.memory.plan import _Case, _largest, _plan, plan
@@ -150,7 +150,7 @@ def test_three_blocks_stand_for_all(make, checkpointing, target, batch, seq):
         "bfloat16",
         checkpointing,
         "adamw",
-        {"rank": 90, "bits": 16, "target_modules": [target]},
+        Settings(rank=90, bits=16, target_modules=[target]),
     )
     cut, whole = Outline.of(make()), Outline.of(make(), cut=False)
     assert cut.blocks

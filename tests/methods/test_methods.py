@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qrefta
 from qrefta._compat.transformers import enable_checkpointing
+from qrefta.config import RankBudget
 from qrefta.linalg.metric import Metric
 from qrefta.linalg.tucker import hosvd
 from qrefta.methods import METHODS
@@ -31,7 +32,7 @@ from tests.stacks import slices_of, transform_of
 
 RANKS = {
     "refta": {"rank": 5},
-    "craft": {"ranks": (2, 5, 6)},
+    "craft": {"rank": (2, 5, 6)},
     "tera": {"rank": 4},
     "lotr": {"rank": 4},
     "lorta": {"rank": 4},
@@ -52,7 +53,7 @@ def fitted(method, stack, rank, dtype=torch.bfloat16, seed=0):
 
 
 def rank_of(method):
-    return RANKS[method].get("ranks") or RANKS[method]["rank"]
+    return RANKS[method]["rank"]
 
 
 def moved(factors, size=0.1, seed=1):
@@ -279,7 +280,7 @@ def test_craft_quantizes_less_than_whole_weights():
         [
             row["ratio"]
             for row in qrefta.quant_report(
-                prepared("bert", "craft", ranks=(3, 12, 12), refine=rounds)
+                prepared("bert", "craft", rank=(3, 12, 12), refine=rounds)
             )
         ]
         for rounds in (0, 5)
@@ -309,7 +310,7 @@ def test_craft_splits_under_the_lsm3_basis_of_the_layers():
     weights = model_weights(model, stack).rows(0, stack.out_features).double()
     found, _ = tucker_of(weights, (1, 32, 32))
     (row, *_) = qrefta.quant_report(
-        qrefta.prepare(model, method="craft", ranks=(1, 32, 32), refine=0, progress=False)
+        qrefta.prepare(model, method="craft", rank=(1, 32, 32), refine=0, progress=False)
     )
     expected = found.core.square().sum() / weights.square().sum()
     assert row["principal_energy"] == pytest.approx(expected.item(), rel=1e-3)
@@ -321,7 +322,7 @@ def test_craft_is_calibrated():
     generator = torch.Generator().manual_seed(3)
     batches = [{"input_ids": torch.randint(9, (8, 12), generator=generator)} for _ in range(4)]
     moments = gather_moments(model, find_stacks(model), batches, progress=False)
-    options = {"method": "craft", "ranks": (3, 12, 12), "progress": False}
+    options = {"method": "craft", "rank": (3, 12, 12), "progress": False}
     found = qrefta.quant_report(qrefta.prepare(model, moments=moments, **options))
     plain = qrefta.quant_report(qrefta.prepare(ARCHITECTURES["bert"](), **options))
     assert sum(row["output_ratio"] for row in found) / len(found) < sum(
@@ -360,10 +361,12 @@ def test_crafts_ranks_are_capped_by_the_stack(shape, asked, given):
 
 
 @all_methods
-def test_trained_params_is_kept_and_used(method):
+def test_a_budget_of_trainable_parameters_is_kept_and_used(method):
     """The largest rank within the budget: one more would exceed it."""
-    options = {"method": method, "trained_params": 5000, "progress": False, "refine": 0}
-    model = qrefta.prepare(ARCHITECTURES["bert"](), **options)
+    budget = RankBudget(trainable_parameters=5000)
+    model = qrefta.prepare(
+        ARCHITECTURES["bert"](), rank=budget, method=method, refine=0, progress=False
+    )
     bank = getattr(model, BANK)
     count = sum(factors.trained_count for factors in bank.values())
     assert count <= 5000
@@ -376,33 +379,31 @@ def test_trained_params_is_kept_and_used(method):
     assert more > 5000 or more == count
 
 
-def test_trained_params_gives_crafts_ranks():
-    model = prepared("bert", "craft", ranks=None, trained_params=2000)
+def test_a_budget_of_trainable_parameters_gives_crafts_ranks():
+    model = prepared("bert", "craft", rank=RankBudget(trainable_parameters=2000))
     (ranks,) = {tuple(row["rank"]) for row in qrefta.quant_report(model)}
     assert ranks == (3, 12, 12)  # six stacks of 9 + 144 + 144
 
 
 def test_bad_settings_are_refused():
     for settings, message in [
-        ({"method": "refta", "ranks": (2, 3, 4)}, "ReFTA has one rank; give one whole number"),
-        ({"method": "tera", "ranks": (2, 3, 4)}, "TeRA has one rank; give one whole number"),
-        ({"method": "craft", "ranks": (2, 3)}, "CRAFT takes one whole number, or three"),
-        ({"method": "craft", "ranks": (2, 3, 0)}, "each of ranks is 0"),
+        ({"method": "refta", "rank": (2, 3, 4)}, "ReFTA has one rank; give one whole number"),
+        ({"method": "tera", "rank": (2, 3, 4)}, "TeRA has one rank; give one whole number"),
+        ({"method": "craft", "rank": (2, 3)}, "CRAFT takes one whole number, or three"),
+        ({"method": "craft", "rank": (2, 3, 0)}, "each number of rank is 0"),
         (
             {"method": "craft", "transform": "dct"},
             r"transform \(with method craft\) is 'dct'; it must be one of lsm3",
         ),
         (
-            {"method": "craft", "rank": "auto", "budget_mb": 1},
-            'rank="auto" weighs ReFTA\'s components',
-        ),
-        (
-            {"method": "craft", "ranks": (2, 3, 4), "trained_params": 9},
-            "ranks and trained_params are both given",
+            {"method": "craft", "rank": RankBudget(bytes="1MB")},
+            "weighs the components of method refta",
         ),
         ({"method": "lotr", "rank": 33}, "method lotr the largest allowed rank is 32"),
-        ({"trained_params": 10}, r"rank 1 of the 6 stacks trains \d+ numbers; give more"),
-        ({"trained_params": 0}, "trained_params is 0; it must be a whole number, 1 or more"),
+        (
+            {"rank": RankBudget(trainable_parameters=10)},
+            r"budget is 10 trainable parameters, but rank 1 of the 6 stacks has \d+; give",
+        ),
         ({"method": "loha"}, "method is 'loha'; it must be one of refta, craft, tera, lotr, lorta"),
     ]:
         model = ARCHITECTURES["bert"]()
@@ -440,7 +441,7 @@ def test_round_trip_and_merge(method, architecture, tmp_path):
 def test_a_checkpoint_is_prepared_as_a_model_in_memory(method, tmp_path):
     ARCHITECTURES["bert"]().save_pretrained(tmp_path / "dense")
     options = {"method": method, "progress": False, "refine": 2} | RANKS[method]
-    qrefta.prepare(tmp_path / "dense", out=tmp_path / "out", **options)
+    qrefta.prepare_checkpoint(tmp_path / "dense", tmp_path / "out", **options)
     ours = qrefta.load(tmp_path / "out")
     theirs = prepared("bert", method, refine=2)
     assert qrefta.quant_report(ours) == qrefta.quant_report(theirs)

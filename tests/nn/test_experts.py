@@ -328,9 +328,11 @@ def test_round_trip(name, tmp_path):
 def test_rows_name_fused_parameters_and_not_every_expert(tmp_path):
     prepared("mixtral").save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["stacks"]
-    row = next(row for row in saved if row["stack"].endswith("experts.down_proj"))
-    assert row["modules"] == [f"model.layers.{layer}.mlp.experts.down_proj" for layer in range(2)]
-    assert (row["experts"], row["layers"]) == (4, 8)
+    row = next(row for row in saved if row["stack"]["name"].endswith("experts.down_proj"))
+    assert row["stack"]["modules"] == [
+        f"model.layers.{layer}.mlp.experts.down_proj" for layer in range(2)
+    ]
+    assert row["stack"]["experts"] == 4
 
 
 def test_the_base_model_loads_from_a_checkpoint_with_a_head(tmp_path):

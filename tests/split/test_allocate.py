@@ -99,6 +99,7 @@ def test_the_choice_is_printed_stored_and_loaded(tmp_path, capsys):
     assert loaded.config.quantization_config.settings.rank == RankBudget(bytes=20_000)
 
 
+@pytest.mark.filterwarnings("ignore:.* deprecated; give a tuple:DeprecationWarning")
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
