@@ -215,10 +215,10 @@ def test_rows_describe_what_is_stored(architecture, double_quant):
         assert [report["layers"], *report["shape"]] == list(weights.shape)
         assert report["rank"] == sum(report["slice_ranks"]) == 7
         assert len(report["slice_ranks"]) == report["layers"]
-        key = model.get_submodule(row.modules[0])._adapter[1]
+        key = model.get_submodule(row.stack.modules[0])._adapter[1]
         stored = [f"{BANK}.{key}.{name}" for name in ("A", "B", "mix")]
         packed = ("weight", "absmax", "absmax_state") if double_quant else ("weight", "absmax")
-        stored += [f"{path}.{name}" for path in row.modules for name in packed]
+        stored += [f"{path}.{name}" for path in row.stack.modules for name in packed]
         assert report["bytes"] == sum(state[name].nbytes for name in stored)
         assert report["bits_per_weight"] == 8 * report["bytes"] / weights.numel()
 
@@ -344,10 +344,10 @@ def test_minilm_report_states_those_ratios():
     assert report[QUERY]["ratio"] == pytest.approx(0.835, abs=0.003)
     assert report[UP]["ratio"] == pytest.approx(0.874, abs=0.003)
     for row in rows(model):
-        weights = minilm_stack(row.stack)
+        weights = minilm_stack(row.stack.name)
         error = (dense_stack(model, row) - weights).double().square().sum().item()
         assert row.residual_error == pytest.approx(error, rel=1e-4)
-        assert row.rank == (48 if row.stack in (QUERY, UP) else 0)
+        assert row.rank == (48 if row.stack.name in (QUERY, UP) else 0)
 
 
 @needs_minilm

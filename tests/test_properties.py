@@ -286,7 +286,7 @@ def test_a_run_moves_only_trainable_parameters_and_writes_the_stated_model(
     seed,
 ):
     """For all settings: frozen bits stay, and the folder holds the model in memory."""
-    ranks = {"ranks": (2, 3, 3)} if method == "craft" else {"rank": 3}
+    ranks = {"rank": (2, 3, 3)} if method == "craft" else {"rank": 3}
     model = load_classifier(str(tiny), ["red", "blue"], seed=0)
     model = qrefta.prepare(
         model, bits=bits, method=method, refine=0, seed=seed, progress=False, **ranks

@@ -390,7 +390,7 @@ def test_dead_inputs_count_as_the_identity(shape):
 def test_a_metric_needs_moments_of_the_stacks_width():
     moments, stack = fixed_moments(random_moment(24, 40, 0))
     wider = LayerStack(stack.name, stack.modules, 8, 32)
-    with pytest.raises(ValueError, match="24 wide, its weight 32"):
+    with pytest.raises(ValueError, match="24 wide and its weight 32"):
         shared_metric(moments, wider)
 
 
