@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -55,6 +55,20 @@ class Export:
     notes: list[str] = field(default_factory=list)
 
 
+@overload
+def merge(
+    model: PreTrainedModel, dtype: torch.dtype = ..., *, out: None = None
+) -> PreTrainedModel: ...
+@overload
+def merge(
+    model: PreTrainedModel,
+    dtype: torch.dtype = ...,
+    *,
+    out: str | Path,
+    inputs: Mapping[str, Any] | None = ...,
+    tolerance: float = ...,
+    max_shard_size: int | str = ...,
+) -> Export: ...
 def merge(
     model: PreTrainedModel,
     dtype: torch.dtype = torch.bfloat16,

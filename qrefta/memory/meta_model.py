@@ -187,7 +187,7 @@ def _without_storage(source: ModelSource) -> PreTrainedModel:
     return model if config.dtype is None else _in_dtype(model, config.dtype)
 
 
-def _in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+def _in_dtype(model: PreTrainedModel, dtype: str | torch.dtype) -> PreTrainedModel:
     """The model in a dtype; transformers' wrapper of `to` hides its parameters."""
     return model.to(dtype)  # pyright: ignore[reportArgumentType]
 
