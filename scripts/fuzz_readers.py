@@ -156,7 +156,7 @@ def fuzz(arguments: list[str]) -> None:
 
 
 def counted(arguments: list[str]) -> dict[str, Any]:
-    """What a process that fuzzes says at its end, as a row."""
+    """The row that a process writes when it stops fuzzing."""
     command = [sys.executable, __file__, *arguments, "-print_final_stats=1"]
     start = time.monotonic()
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace") as child:
