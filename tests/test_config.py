@@ -104,7 +104,7 @@ def test_rank_settings_of_format_1_are_migrated(old, rank):
     assert config.settings.rank == rank
 
 
-def test_a_report_states_ratios_and_bits_and_leaves_out_what_only_loading_needs():
+def test_a_report_states_ratios_and_bits_without_loading_details():
     shown = REPORT.report()
     assert set(ROW_OF_FORMAT_1) - set(shown) == {"modules", "transposed"}
     assert shown.keys() <= ROW_OF_FORMAT_1.keys()
@@ -149,7 +149,7 @@ def test_a_report_states_ratios_and_bits_and_leaves_out_what_only_loading_needs(
         ({"stacks": {"a": 1}}, "it must be a list"),
     ],
 )
-def test_what_is_not_allowed_is_named_with_what_is(settings, message):
+def test_errors_name_the_given_and_the_allowed_values(settings, message):
     with pytest.raises(ValueError, match=message):
         QReftaConfig(**settings)
 

@@ -40,7 +40,7 @@ def test_a_prepared_model_computes_the_same_on_both_devices(architecture):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_preparing_on_the_gpu_removes_the_same_error(architecture):
-    """Singular vectors may differ where values are close; what they remove may not."""
+    """Singular vectors may differ where values are close; the removed energy may not."""
     on_cpu = qrefta.prepare(ARCHITECTURES[architecture](), rank=5)
     on_gpu = qrefta.prepare(ARCHITECTURES[architecture]().cuda(), rank=5)
     for ours, theirs in zip(qrefta.quant_report(on_gpu), qrefta.quant_report(on_cpu), strict=True):

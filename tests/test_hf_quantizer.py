@@ -174,7 +174,7 @@ def test_a_folder_with_its_tokenizer_works_as_pushed(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{}, {"double_quant": True}, {"bits": 16}], ids=str)
-def test_what_was_bf16_stays_bf16(settings, tmp_path):
+def test_bf16_tensors_stay_bf16(settings, tmp_path):
     tiny_llama().save_pretrained(tmp_path / "plain")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.bfloat16)
     model = nudge(qrefta.prepare(plain, rank=5, **settings))
@@ -224,7 +224,7 @@ def test_casting_the_model_rounds_neither_scales_nor_mixing_weights(dtype):
         assert torch.equal(model.state_dict()[name], tensor)
 
 
-def test_loading_freezes_what_was_frozen_and_trains_on(tmp_path):
+def test_loading_keeps_frozen_parameters_frozen_and_trains_on(tmp_path):
     model = qrefta.prepare(
         tiny_bert(), rank=5, target_modules=["query"], modules_to_save=["pooler"]
     )
@@ -661,7 +661,7 @@ def test_mismatched_sizes_cannot_be_ignored_for_our_tensors(checkpoint, tmp_path
     [(lambda weight: weight.float(), None), (lambda weight: weight[:-1], "do not belong together")],
     ids=["cast", "shape"],
 )
-def test_what_transformers_5_0_does_to_packed_bytes_is_undone_or_refused(
+def test_packed_bytes_changed_by_transformers_5_0_are_restored_or_refused(
     checkpoint, monkeypatch, older, error
 ):
     """It casts them in modules that it keeps in float32 (T5's `wo`), and compares no shapes of
@@ -692,7 +692,7 @@ def test_a_missing_shard_is_refused(tmp_path):
         qrefta.load(tmp_path)
 
 
-def test_load_says_what_is_missing_in_the_folder(checkpoint, tmp_path):
+def test_load_names_the_missing_files(checkpoint, tmp_path):
     with pytest.raises(ValueError, match=r"nowhere has no config.json; give the folder"):
         qrefta.load(tmp_path / "nowhere")
     tiny_bert().save_pretrained(tmp_path / "plain")

@@ -194,7 +194,7 @@ def test_ratio_is_at_most_1_and_falls_with_the_rank(architecture, transform, qua
 
 @all_architectures
 @pytest.mark.parametrize("double_quant", [False, True])
-def test_rows_describe_what_is_stored(architecture, double_quant):
+def test_rows_describe_the_stored_tensors(architecture, double_quant):
     model = prepared(architecture, rank=7, double_quant=double_quant)
     keys = "stack layers shape rank slice_ranks transform quant_type "
     keys += "baseline_error residual_error ratio"
@@ -331,7 +331,7 @@ def test_minilm_ratios_are_those_of_the_reference(stack, transform):
 
 @needs_minilm
 @pytest.mark.parametrize(("rank", "removed"), [(48, 0.29), (192, 0.64)])
-def test_8_rounds_of_refinement_remove_what_they_promise(rank, removed):
+def test_8_rounds_of_refinement_remove_the_promised_share(rank, removed):
     assert minilm_ratio(QUERY, rank, refine=8) <= 1 - removed
 
 

@@ -1,4 +1,4 @@
-"""The model card names the base, its licence, what was done and the errors."""
+"""The model card names the base, its licence, the steps taken and the errors."""
 
 from huggingface_hub import ModelCard
 
@@ -20,7 +20,7 @@ def prepared(folder, **settings):
     )
 
 
-def test_the_header_is_what_hubs_read(tmp_path):
+def test_hubs_can_read_the_header(tmp_path):
     config = prepared(tmp_path, double_quant=True)
     page = ModelCard(model_card(config, "It was trained."))
     assert page.data.base_model == str(tmp_path)

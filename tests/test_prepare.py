@@ -73,7 +73,7 @@ def with_factors(model):
 
 
 def trained(model):
-    """Names of what trains outside the bank."""
+    """Names of the trainable parameters outside the bank."""
     return {
         name
         for name, p in model.named_parameters()
@@ -112,7 +112,7 @@ def assert_unchanged(model, before):
     assert after == before
 
 
-# What is quantized and what trains
+# Quantized weights and trainable parameters
 
 
 @all_architectures
@@ -166,7 +166,7 @@ def test_targets_by_suffix_or_expression(targets, expected):
 
 
 @all_architectures
-def test_what_trains_is_the_factors_and_the_head(architecture):
+def test_the_factors_and_the_head_train(architecture):
     model = qrefta.prepare(ARCHITECTURES[architecture](), rank=3, refine=0)
     head = {"classifier.weight", "classifier.bias"} if hasattr(model, "classifier") else set()
     if architecture == "roberta":
@@ -753,7 +753,7 @@ def test_prepare_merge_prepare_again(architecture):
     assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_progress_bar_counts_stacks_of_what_takes_long(capsys, monkeypatch):
+def test_the_progress_bar_counts_stacks(capsys, monkeypatch):
     module = sys.modules["qrefta.split.loop"]
     assert module.PROGRESS_DELAY_S > 0
     monkeypatch.setattr(

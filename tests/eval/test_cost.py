@@ -8,7 +8,7 @@ from eval.rows import read
 from eval.studies import cost, cost_model, decoding
 
 
-def test_tensor_peak_counts_what_lives_and_the_most_that_a_step_adds():
+def test_tensor_peak_counts_live_tensors_and_the_most_that_a_step_adds():
     living = torch.zeros(1 << 18)  # 1 MiB
 
     def step():

@@ -16,7 +16,7 @@ def packed(model, kind):
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_mixtral])
-def test_counted_is_what_the_tools_quantize(make, tmp_path):
+def test_counts_equal_the_layers_that_the_tools_quantize(make, tmp_path):
     dense = make()
     counted = coverage(dense.config)
     dense.save_pretrained(tmp_path)

@@ -63,7 +63,7 @@ def edit_header(path, change):
     ("reader", "state"),
     [("load", "kept"), ("load", "rewritten"), ("from_pretrained", "kept"), ("prepare", "removed")],
 )
-def test_mutants_of_every_kind_are_refused_or_load_as_what_they_are(root, reader, state):
+def test_mutants_of_every_kind_are_refused_or_load_correctly(root, reader, state):
     kinds = [kind for kind, found in hostile.combinations(reader) if found == state]
     assert len(kinds) > 20
     for kind in kinds:
@@ -78,9 +78,7 @@ def test_mutants_of_every_kind_are_refused_or_load_as_what_they_are(root, reader
 
 
 def test_the_faults_are_seen(root, monkeypatch):
-    """A reader that does what none may do; without this the rows of `eval.robustness.hostile` would
-    say nothing.
-    """
+    """A faulty reader is reported; otherwise the rows of the study would mean nothing."""
     faults = {
         "crashed": lambda folder: os.kill(os.getpid(), signal.SIGKILL),
         "hung": lambda folder: time.sleep(60),
@@ -99,7 +97,7 @@ def test_the_faults_are_seen(root, monkeypatch):
         assert found == [fault]
 
 
-# What was found
+# Faults that mutants found
 
 
 def refused(folder, message, read=qrefta.load):
@@ -145,9 +143,7 @@ def test_a_config_that_is_given_as_an_object_is_checked_too(prepared):
 
 
 def test_a_config_with_gigabytes_of_positions_takes_no_memory(prepared, monkeypatch):
-    """transformers draws at random what the files do not fill, before it says that the sizes
-    differ.
-    """
+    """transformers initializes missing tensors at random before it reports that sizes differ."""
     monkeypatch.setattr("torch.empty_like", lambda *args, **kwargs: pytest.fail("memory was taken"))
     edit_config(prepared, max_position_embeddings=10**8)
     refused(prepared, r"config\.json describes 14.4 GB of tensors that the files .* do not hold")
@@ -249,7 +245,7 @@ def test_an_architecture_that_is_no_name_is_refused(prepared):
     refused(prepared, "transformers has no model class 5")
 
 
-def test_what_transformers_makes_of_a_config_is_told_as_ours(prepared):
+def test_config_errors_of_transformers_are_raised_as_ours(prepared):
     """A number of heads of 0 is a ZeroDivisionError in its code."""
     edit_config(prepared, num_attention_heads=0)
     refused(prepared, "cannot be loaded as BertForSequenceClassification: ZeroDivisionError")
@@ -342,7 +338,7 @@ def test_a_journal_does_not_lead_outside_of_its_folder(dense, monkeypatch):
     refused(dense, "outside its folder", out_of_core)
 
 
-def test_what_is_written_does_not_go_through_a_planted_link(tmp_path):
+def test_writing_does_not_follow_a_planted_link(tmp_path):
     (tmp_path / "victim").write_text("kept")
     (tmp_path / "x.json.tmp").symlink_to(tmp_path / "victim")
     replace_text(tmp_path / "x.json", "new")

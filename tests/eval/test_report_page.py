@@ -637,7 +637,7 @@ def test_a_part_of_the_rows_makes_a_report(tmp_path, kept):
     assert "## The claims" in (tmp_path / "REPORT.md").read_text()
 
 
-def test_the_committed_report_is_what_the_committed_rows_give(tmp_path):
+def test_the_committed_report_follows_from_the_committed_rows(tmp_path):
     """Pictures are compared by their texts, because matplotlib versions draw differently."""
     run(ROWS, tmp_path / "REPORT.md", None)
     committed = ROWS.parent

@@ -7,7 +7,7 @@ import pytest
 from eval.rows import SCHEMA, append, find, read
 
 
-def test_rows_carry_their_context_and_are_added_to_what_is_there(tmp_path):
+def test_rows_carry_their_context_and_are_appended(tmp_path):
     file = tmp_path / "new" / "rows.jsonl"
     append(file, [{"value": 1.5}], seed=3)
     append(file, [{"value": 2.5}, {"value": 3.5}], seed=4)

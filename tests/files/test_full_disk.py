@@ -82,7 +82,7 @@ def test_checkpoints_and_the_model_of_a_run_stay_whole(disk, dense, spoil):
 
 
 @pytest.mark.parametrize("spoil", [fill, make_read_only])
-def test_what_is_written_to_a_new_folder_is_there_whole_or_not_at_all(disk, dense, spoil, tmp_path):
+def test_a_new_folder_is_complete_or_absent(disk, dense, spoil, tmp_path):
     """Merged, exported as a LoRA, prepared out of core."""
     model = qrefta.prepare(tiny_bert(hidden=256), rank=8, refine=0, progress=False)
     (disk / "kept").write_text("kept")

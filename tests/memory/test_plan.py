@@ -1,4 +1,4 @@
-"""Planned memory: beside a real step's, the whole count, and what plan() makes of it."""
+"""Planned memory: compared with a real step, the whole count, and the report of plan()."""
 
 import time
 
@@ -92,7 +92,7 @@ def prepared_step(model, checkpointing, **settings):
         ),
     ],
 )
-def test_a_plan_is_what_a_step_takes(make, checkpointing, settings):
+def test_a_plan_equals_the_memory_of_a_step(make, checkpointing, settings):
     """The model's bytes and the optimizer's to the byte; the peak but for what lies within
     kernels.
     """
@@ -158,7 +158,7 @@ def test_three_blocks_stand_for_all(make, checkpointing, target, batch, seq):
     assert _plan(cut, case) == _plan(whole, case)
 
 
-def test_what_stays_as_it_is_counts_buffers_of_integers_too():
+def test_unquantized_bytes_include_integer_buffers():
     model = tiny_bert()
     stacked = sum(
         model.get_submodule(path).weight.nbytes
@@ -273,7 +273,7 @@ def test_dropout_is_counted_as_on_a_gpu():
     without = plan(model, batch=BATCH, seq=SEQ).activations_bytes
     before_the_head = (
         BATCH * hidden * (1 + 4)
-    )  # the mask, and what it leaves, which is another tensor then
+    )  # the mask and its output, which is another tensor then
     assert with_dropout - without == 2 * layers * BATCH * SEQ * hidden + before_the_head
 
 
@@ -308,7 +308,7 @@ def test_the_largest_is_found_in_few_tries(slope, bend, most, largest):
         assert len(tried) <= 6
 
 
-def test_savings_are_what_the_changes_bring_the_most_first():
+def test_savings_equal_the_effect_of_each_change_largest_first():
     asked = {"batch": 2, "seq": 64, "rank": 32, "dtype": "float32", "target_modules": ["up_proj"]}
     config = small(
         vocab_size=4096

@@ -74,7 +74,7 @@ def test_weights_are_read_as_out_by_in_in_layer_order(name):
     model = MODELS[name]()
     for stack in (
         stack for stack in find_stacks(model) if not stack.experts
-    ):  # those have tests of their own
+    ):  # these have separate tests
         modules = [model.get_submodule(path) for path in stack.modules]
         unit, zero = torch.eye(stack.in_features), torch.zeros(1, stack.in_features)
         with torch.no_grad():
@@ -297,7 +297,7 @@ def test_a_name_matches_whole_path_parts_only():
 
 
 @pytest.mark.parametrize("targets", [["query", "q_proj"], "q_proj", "query", ["query", ""], []])
-def test_targets_that_match_nothing_are_refused_with_what_there_is(targets):
+def test_targets_that_match_nothing_are_refused_with_the_available_names(targets):
     """One bad name among good ones is refused too; an expression must match the whole path."""
     with pytest.raises(
         ValueError,

@@ -77,7 +77,7 @@ def test_gradient_checkpointing_changes_no_bit(architecture, length):
 
 
 def test_a_checkpointed_model_keeps_the_inputs_of_its_blocks_only():
-    """Of what is as large as a hidden state; the last norm adds its own input in two forms."""
+    """Only tensors as large as a hidden state count; the last norm keeps its input in two forms."""
     model, batch = prepared().train(), tokens(2, 16)
     enable_checkpointing(model)
     kept = []

@@ -198,7 +198,7 @@ def test_sums_are_the_same_in_single_precision(monkeypatch):
         assert_close(gather(model, batches).of(path), full.of(path))
 
 
-def test_batches_may_be_tensors_and_hold_what_the_model_does_not_take():
+def test_batches_may_be_tensors_and_hold_unused_keys():
     model = tiny_llama()
     batch = inputs(model)
     expected = gather(model, [batch])

@@ -92,7 +92,7 @@ def test_16_bits_of_conv1d_are_equal_too(saved, tmp_path):
     ids=["one by one", "fused", "many", "transposed"],
 )
 def test_experts_are_read_one_by_one_or_fused(saved, tmp_path, architecture, options, bits):
-    """transformers stores the experts of most models as matrices of their own, in shards of any
+    """transformers stores the experts of most models as separate matrices, in shards of any
     size.
     """
     dense = saved(architecture, max_shard_size="40KB", **options)
@@ -296,7 +296,7 @@ def test_damaged_sources_are_refused_and_named(saved, tmp_path, damage, message)
         ("plenty", "give a positive number of bytes, or text like"),
     ],
 )
-def test_too_little_memory_is_refused_with_what_is_needed(saved, tmp_path, max_memory, message):
+def test_too_little_memory_is_refused_with_the_needed_bytes(saved, tmp_path, max_memory, message):
     with pytest.raises(ValueError, match=message):
         qrefta.prepare_checkpoint(saved("bert"), tmp_path / "out", rank=2, max_memory=max_memory)
 

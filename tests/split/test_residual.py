@@ -149,11 +149,11 @@ def test_refined_is_never_worse_than_one_shot_and_one_shot_than_no_factors(
 
 
 @all_transforms
-def test_the_factors_returned_are_those_nearest_to_what_the_residuals_leave(transform):
+def test_returned_factors_are_nearest_to_weights_minus_residuals(transform):
     """The last refit's: an exact decomposition of W - dequant(Q) would win 0.0055 of the error at
     most, as measured.
 
-    Of residuals taken anew with the last factors it would win 0.018 and more.
+    With residuals computed again from the last factors it would win at least 0.018.
     """
     stack = random_stack()
     config = Settings(rank=9, transform=transform, refine=3, factor_dtype="float32")
@@ -212,7 +212,7 @@ def test_the_stack_is_left_as_it_was():
 
 @on_grid
 @pytest.mark.parametrize("keep", [True, False])
-def test_blocks_of_rows_give_what_one_block_gives(quant_type, double_quant, transform, keep):
+def test_blocks_of_rows_equal_one_block(quant_type, double_quant, transform, keep):
     """Rows of 50 numbers, so that a block of 64 spans them: rows are read in groups that hold whole
     blocks.
     """

@@ -30,7 +30,7 @@ def split(weights, rank, moments=None, **options):
 @pytest.mark.parametrize(
     "options", [{}, {"quant_type": "int4", "refine": 0}, {"double_quant": True}], ids=str
 )
-def test_the_row_states_the_error_of_what_is_stored(weights, rank, options):
+def test_the_row_states_the_error_of_the_stored_weights(weights, rank, options):
     dense = weights.rows(0, 24)
     row, restored = split(weights, rank, **options)
     whole, whole_restored = split(weights, 0, **options)

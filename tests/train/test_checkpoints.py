@@ -112,7 +112,7 @@ def test_a_disk_that_is_full_is_told_and_the_checkpoint_before_stays(tmp_path, m
 
 
 @pytest.mark.parametrize("text", ["CUDA error", "writev [127.0.0.1]:1: Broken pipe"])
-def test_an_error_that_is_not_of_writing_stays_what_it_is(tmp_path, monkeypatch, text):
+def test_errors_unrelated_to_writing_are_raised_unchanged(tmp_path, monkeypatch, text):
     run = trainer(tmp_path)
 
     def fail(_):

@@ -1,4 +1,4 @@
-"""load_classification: every format, found columns, and what is refused."""
+"""load_classification: every format, found columns, and refused input."""
 
 import json
 
@@ -94,7 +94,7 @@ def test_file_without_header_takes_its_names_from_the_caller(tmp_path):
         (ROWS, {"text_columns": ["sentence"] * 3}, "one column, or two"),
     ],
 )
-def test_unusable_columns_are_refused_with_what_is_there(tmp_path, rows, options, message):
+def test_unusable_columns_are_refused_with_the_columns_found(tmp_path, rows, options, message):
     with pytest.raises(ValueError, match=message):
         load_classification(write(tmp_path / "rows.jsonl", rows), **options)
 

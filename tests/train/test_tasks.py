@@ -287,7 +287,7 @@ def test_an_unknown_task_is_refused(tokenizer, tmp_path):
         qrefta.finetune(tiny_llama(), tokenizer, "x", tmp_path, task="chat")
 
 
-def test_sft_without_trl_says_what_to_install(tokenizer, tmp_path, monkeypatch):
+def test_sft_without_trl_names_the_extra_to_install(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     data = load_chat(write_rows(tmp_path / "chat.jsonl", chat_rows(20)), 0)
     with pytest.raises(ImportError, match="pip install trl"):
