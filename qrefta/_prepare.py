@@ -5,7 +5,7 @@ of core.
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from qrefta.config import (
     LayerStack,
     Rank,
     RankSetting,
+    SettingsKeywords,
     StackReport,
     settings_of_call,
     shows_settings,
@@ -44,7 +45,7 @@ def prepare(
     moments: Moments | str | Path | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
-    **settings: Any,
+    **settings: Unpack[SettingsKeywords],
 ) -> PreTrainedModel:
     """The same model with every linear layer of its blocks in 4 bits, ready to train factors.
 
@@ -131,7 +132,7 @@ def prepare_checkpoint(
     device: torch.device | str = "cpu",
     max_memory: int | str = "2GB",
     progress: bool = True,
-    **settings: Any,
+    **settings: Unpack[SettingsKeywords],
 ) -> Path:
     """The folder of a prepared checkpoint, made from a dense one a few rows at a time; no model is
     held in memory.

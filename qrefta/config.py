@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypedDict, TypeVar
 
 from qrefta.choices import (
     BITS,
@@ -369,6 +369,21 @@ class Settings:
 SETTING_NAMES = frozenset(setting.name for setting in fields(Settings))
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class SettingsKeywords(TypedDict, total=False):
+    """The keywords of `Settings` besides `bits` and `rank`, for type checkers and editors."""
+
+    method: Method
+    transform: Transform
+    quant_type: QuantType
+    block_size: int
+    double_quant: bool
+    target_modules: str | Sequence[str] | None
+    modules_to_save: Sequence[str]
+    refine: int
+    seed: int
+    factor_dtype: FactorDtype
 
 
 def shows_settings(function: _Function) -> _Function:

@@ -16,6 +16,7 @@ from qrefta.config import (
     LayerStack,
     RankBudget,
     Settings,
+    SettingsKeywords,
     StackReport,
     parse_bytes,
     parse_rank,
@@ -227,7 +228,7 @@ def test_format_and_dtype():
 
 @pytest.mark.parametrize("function", [qrefta.prepare, qrefta.prepare_checkpoint, qrefta.plan])
 def test_every_setting_is_a_documented_argument(function):
-    """Adding a field to Settings is all that a new setting takes."""
+    """A new setting is a field of Settings and a line of SettingsKeywords."""
     parameters = inspect.signature(function).parameters
     shown = {name: parameter.default for name, parameter in parameters.items()}
     for setting in fields(Settings):
@@ -235,6 +236,12 @@ def test_every_setting_is_a_documented_argument(function):
         assert f"        {setting.name}:" in inspect.getdoc(Settings).replace("    ", "        ")
         assert setting.metadata["help"].endswith(".")
     assert QReftaConfig().to_dict().keys() >= {setting.name for setting in fields(Settings)}
+
+
+def test_type_checkers_see_every_setting():
+    types = inspect.get_annotations(Settings, eval_str=True)
+    del types["bits"], types["rank"]
+    assert inspect.get_annotations(SettingsKeywords, eval_str=True) == types
 
 
 @pytest.mark.parametrize(

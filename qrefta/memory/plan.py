@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportPrivateImportUsage]
@@ -19,7 +19,14 @@ from torch.optim import AdamW
 
 from qrefta._compat.transformers import enable_checkpointing
 from qrefta.choices import DTYPES, OPTIMIZER_NAMES, Bits, Dtype, Optimizer
-from qrefta.config import RankSetting, Settings, parse_bytes, settings_of_call, shows_settings
+from qrefta.config import (
+    RankSetting,
+    Settings,
+    SettingsKeywords,
+    parse_bytes,
+    settings_of_call,
+    shows_settings,
+)
 from qrefta.memory.footprint import CHECKPOINTING, count_step, fake
 from qrefta.memory.meta_model import ModelSource, Outline
 from qrefta.methods import METHODS
@@ -101,7 +108,7 @@ def plan(
     optimizer: Optimizer = "adamw",
     bits: Bits = 4,
     rank: RankSetting = 16,
-    **settings: Any,
+    **settings: Unpack[SettingsKeywords],
 ) -> Plan:
     """Memory of a training step of the model that `prepare` would make, and whether it fits on a
     GPU.
