@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qrefta.config import OLD_RANK_SETTINGS, Settings, parse_rank
+from qrefta.config import Settings, parse_rank
 
 # Fields whose option has another type or name than the field.
 _SPECIAL: dict[str, tuple[Any, Any, str]] = {
@@ -19,11 +19,12 @@ _SPECIAL: dict[str, tuple[Any, Any, str]] = {
     "modules_to_save": (list[str] | None, None, "--modules-to-save"),
 }
 _REGEX = "target_regex"
-_OLD_TYPES: dict[str, type] = {
-    "ranks": str,
-    "trained_params": int,
-    "budget_mb": float,
-    "error_ratio": float,
+# Options of qrefta 0.1 that chose the rank: their type, and the text of --rank that replaces them.
+_OLD_OPTIONS: dict[str, tuple[type, str]] = {
+    "ranks": (str, "{}"),
+    "trained_params": (int, "parameters={}"),
+    "budget_mb": (float, "bytes={}"),
+    "error_ratio": (float, "error={}"),
 }
 
 
@@ -70,7 +71,7 @@ def _old_options() -> list[inspect.Parameter]:
     """The options of qrefta 0.1 that chose the rank; they work and are not listed."""
     return [
         _option(name, kind | None, None, f"--{name.replace('_', '-')}", "Use --rank.", hidden=True)
-        for name, kind in _OLD_TYPES.items()
+        for name, (kind, _) in _OLD_OPTIONS.items()
     ]
 
 
@@ -88,7 +89,7 @@ def _settings(values: dict[str, Any]) -> dict[str, Any]:
     regex = values.pop(_REGEX)
     if regex is not None:
         values["target_modules"] = regex
-    old = {name: values.pop(name) for name in OLD_RANK_SETTINGS}
+    old = {name: values.pop(name) for name in _OLD_OPTIONS}
     given = {name: value for name, value in old.items() if value is not None}
     if given or values["rank"] == "auto":
         values["rank"] = _rank_of_old_options(values["rank"], given)
@@ -104,12 +105,9 @@ def _rank_of_old_options(rank: str, given: dict[str, Any]) -> str:
             "24,100,100, bytes=8MB, error=0.5 or parameters=300000"
         )
     ((name, value),) = given.items()
-    text = {
-        "ranks": f"{value}",
-        "trained_params": f"parameters={value}",
-        "budget_mb": f"bytes={round(float(value) * 1e6) if name == 'budget_mb' else 0}",
-        "error_ratio": f"error={value}",
-    }[name]
+    if name == "budget_mb":
+        value = round(value * 1e6)
+    text = _OLD_OPTIONS[name][1].format(value)
     flag = f"--{name.replace('_', '-')}"
     typer.echo(f"{flag} is deprecated; use --rank {text}", err=True)
     return text

@@ -2,8 +2,9 @@
 
 Nothing here imports torch: the command line, the model card and the plug-in read the same settings.
 
-To add a setting, add a field to `Settings`. `prepare`, `prepare_checkpoint`, `plan`, the command
-line, the saved config and the model card take it from there.
+To add a setting, add a field to `Settings` and its type to `SettingsKeywords`. `prepare`,
+`prepare_checkpoint`, `plan`, the command line, the saved config and the model card take it from
+there.
 """
 
 import inspect
@@ -213,9 +214,8 @@ def _check_method(name: str, value: Any) -> Any:
 def _check_rank(name: str, value: Any) -> RankSetting:
     if isinstance(value, RankBudget):
         return value
-    if (
-        isinstance(value, dict) and value.keys() <= vars(RankBudget(bytes=1)).keys()
-    ):  # from a saved config
+    budgets = {budget.name for budget in fields(RankBudget)}
+    if isinstance(value, dict) and value.keys() <= budgets:  # from a saved config
         return RankBudget(**value)
     if isinstance(value, Sequence) and not isinstance(value, str):
         return tuple(_whole(f"each number of {name}", number, 1) for number in value)
@@ -494,7 +494,7 @@ def expert_path(path: str, expert: int) -> str:
 
 @dataclass(frozen=True)
 class StackReport:
-    """What preparing did to one stack; the rows of `quant_report`.
+    """The result of preparing one stack; the rows of `quant_report`.
 
     Errors are squared Frobenius norms over all layers of the stack.
 

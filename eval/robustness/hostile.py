@@ -834,7 +834,7 @@ def run_mutants(
 def _read_and_exit(
     sender: int, root: Path, reader: str, kind: str, state: str, seeds: list[int]
 ) -> None:
-    """In the forked process: without a terminal, in a folder of its own, with limits; a line a
+    """In the forked process: without a terminal, in a separate folder, with limits; a line a
     mutant.
     """
     try:
