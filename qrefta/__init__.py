@@ -1,4 +1,4 @@
-"""4-bit fine-tuning with shared tensor factors: prepare, train, save, load, merge, export, report.
+"""4-bit fine-tuning with shared tensor factors: prepare, train, save, load, merge, export, compare.
 
 The names are imported on first use. `import qrefta` imports neither torch nor transformers; it
 makes sure that transformers will know prepared models (see `qrefta._plugin`).
@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from qrefta.export.merge import merge
     from qrefta.hf_config import QReftaConfig
     from qrefta.hf_quantizer import load, quant_report
+    from qrefta.measure.compare import TextComparison, compare
+    from qrefta.measure.harness import evaluate
     from qrefta.memory.plan import plan
     from qrefta.model.verify import verify
     from qrefta.train._finetune import FinetuneResult, finetune
-    from qrefta.train.evaluate import evaluate
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "QReftaConfig",
     "RankBudget",
     "Settings",
+    "TextComparison",
+    "compare",
     "evaluate",
     "export_lora",
     "finetune",
@@ -41,7 +44,8 @@ __all__ = [
 
 _MODULES = {
     "QReftaConfig": "qrefta.hf_config",
-    "evaluate": "qrefta.train.evaluate",
+    "compare": "qrefta.measure.compare",
+    "evaluate": "qrefta.measure.harness",
     "export_lora": "qrefta.export.lora",
     "FinetuneResult": "qrefta.train._finetune",
     "finetune": "qrefta.train._finetune",
@@ -53,6 +57,7 @@ _MODULES = {
     "prepare": "qrefta._prepare",
     "prepare_checkpoint": "qrefta._prepare",
     "quant_report": "qrefta.hf_quantizer",
+    "TextComparison": "qrefta.measure.compare",
     "verify": "qrefta.model.verify",
 }
 

@@ -366,26 +366,60 @@ def plan(
 
 @app.command()
 def evaluate(
-    folder: Annotated[
+    model: Annotated[
         str,
-        typer.Argument(help="Folder or hub name of a language model: prepared, merged or plain."),
+        typer.Argument(
+            help="Language model: folder, hub name or .gguf file; prepared, merged or plain."
+        ),
     ],
-    tasks: Annotated[list[str], typer.Argument(help="Tasks of lm-evaluation-harness.")],
+    tasks: Annotated[
+        list[str] | None, typer.Argument(help="Tasks of lm-evaluation-harness.")
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Text file: measure perplexity. Repeat the option for more files."),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="With --text: model to compare with, by KL divergence."),
+    ] = None,
+    window: Annotated[int, typer.Option(help="With --text: tokens of a window.")] = 512,
+    card: Annotated[
+        bool,
+        typer.Option("--card", help="With --reference: write the result to MODEL's model card."),
+    ] = False,
     include_path: Annotated[
         Path | None, typer.Option(help="Folder with further task files.")
     ] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Questions of each task.")] = None,
-    batch_size: Annotated[str, typer.Option(help="Rows at a time, or auto.")] = "8",
+    limit: Annotated[
+        int | None, typer.Option(help="Questions of each task; windows of each text.")
+    ] = None,
+    batch_size: Annotated[str, typer.Option(help="Rows of a task at a time, or auto.")] = "8",
     device: Annotated[str | None, typer.Option(help="Device, such as cuda.")] = None,
 ) -> None:
-    """Score a language model with lm-evaluation-harness."""
-    quiet_libraries()
+    """Measure a language model: its distance to a reference on texts, or its scores on tasks.
+
+    Tasks are run by lm-evaluation-harness.
+    """
+    if reference is not None and not text:
+        raise ValueError("--reference needs a text to compare on; add --text FILE")
+    if card and reference is None:
+        raise ValueError("--card writes a comparison; add --reference BASE and --text FILE")
+    if not tasks and not text:
+        raise ValueError("nothing to measure; give tasks, or a text file by --text")
+    if not tasks and (include_path is not None or num_fewshot is not None):
+        raise ValueError("--include-path and --num-fewshot belong to tasks, and no task is given")
+    quiet_libraries(data=bool(tasks))
+    if text:
+        _compare(model, reference, text, card, window=window, limit=limit, device=device)
+    if not tasks:
+        return
+    from qrefta.measure.harness import evaluate as evaluate_model
     from qrefta.tables import scores_table
-    from qrefta.train.evaluate import evaluate as evaluate_model
 
     scores = evaluate_model(
-        folder,
+        model,
         tasks,
         include_path=include_path,
         num_fewshot=num_fewshot,
@@ -394,6 +428,22 @@ def evaluate(
         device=device,
     )
     console.print(scores_table(scores["results"]))
+
+
+def _compare(
+    model: str, reference: str | None, texts: list[str], card: bool, **options: Any
+) -> None:
+    """Measure a model on texts, print the result and, if asked, write it to the model card."""
+    from qrefta.measure.card import check_card, write_comparison
+    from qrefta.measure.compare import compare
+    from qrefta.tables import comparison_table
+
+    if card:
+        check_card(model)  # before minutes of measuring
+    comparisons = compare(model, reference, texts, **options)
+    console.print(comparison_table(comparisons))
+    if card:
+        write_comparison(model, comparisons)
 
 
 def quiet_libraries(data: bool = True) -> None:
@@ -418,7 +468,7 @@ def guarded(command: Callable[[], object]) -> None:
     """Run a command; an expected failure is one line on stderr and exit code 2, not a traceback."""
     try:
         command()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False)
         raise SystemExit(2) from error
 

@@ -7,6 +7,7 @@ from rich import box
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from qrefta.measure.compare import TextComparison
     from qrefta.memory.plan import Plan
     from qrefta.train._finetune import FinetuneResult
 
@@ -120,6 +121,19 @@ def scores_table(scores: Mapping[str, Mapping[str, Any]]) -> Table:
             error = metrics.get(f"{metric}_stderr,{variant}")
             shown = f"{error:.2g}" if isinstance(error, float) else ""
             table.add_row(task, metric, f"{value:.4g}", shown)
+    return table
+
+
+def comparison_table(comparisons: Sequence["TextComparison"]) -> Table:
+    """A model on texts, next to its reference if there is one: one column a text."""
+    first = comparisons[0]
+    against = "" if first.reference is None else f" compared with {first.reference}"
+    table = _table(f"{first.model}{against}, windows of {first.window} tokens")
+    table.add_column("", overflow="fold")
+    for comparison in comparisons:
+        table.add_column(comparison.text, justify="right", overflow="fold")
+    for name in first.to_text():
+        table.add_row(name, *(comparison.to_text()[name] for comparison in comparisons))
     return table
 
 

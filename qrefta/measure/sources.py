@@ -1,0 +1,115 @@
+"""Causal language models and tokenizers from a folder, a hub name, a GGUF file or an object."""
+
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from qrefta.files.safetensors import resolve_folder
+from qrefta.model.build import model_class
+
+
+def source_name(source: PreTrainedModel | str | Path) -> str:
+    """The folder, file or hub name; for an object the name it was loaded from, or its class."""
+    if isinstance(source, str | Path):
+        return str(source)
+    return source.name_or_path or type(source).__name__
+
+
+def load_causal_model(
+    source: PreTrainedModel | str | Path, device: str | None = None
+) -> PreTrainedModel:
+    """A causal language model: an object as it is, a name or file loaded in the dtype it has.
+
+    A model is loaded as the class that its config names. Another class, such as one with a head
+    that the checkpoint lacks, would have random weights.
+
+    Args:
+        source: an object; a folder or hub name, dense, prepared, merged or in bitsandbytes' 4 bits;
+            or a `.gguf` file, whose weights transformers dequantizes to float32.
+        device: for a name or file, such as "cuda:1"; default: the GPU, on a machine without one the
+            CPU.
+
+    Raises:
+        ValueError: if the model does not predict the next token of a text.
+        ImportError: for a GGUF file, if the package gguf is not installed.
+    """
+    if not isinstance(source, str | Path):
+        _check_causal(source)
+        return source
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options: dict[str, Any] = {"dtype": "auto", "device_map": place}
+    if _is_gguf(source):
+        options |= _gguf_options(source)
+        return AutoModelForCausalLM.from_pretrained(Path(source).parent, **options)
+    names = AutoConfig.from_pretrained(source).architectures or [""]
+    kind = model_class(names[0], source)
+    _check_class(kind, source)
+    model = kind.from_pretrained(source, use_safetensors=True, **options)
+    _check_causal(model)
+    return model
+
+
+def load_tokenizer(source: PreTrainedModel | str | Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer next to a model; None if there is none.
+
+    Raises:
+        ImportError: for a GGUF file, if the package gguf is not installed.
+    """
+    name = source if isinstance(source, str | Path) else source.name_or_path or ""
+    if name == "":
+        return None
+    if _is_gguf(name):
+        return AutoTokenizer.from_pretrained(Path(name).parent, **_gguf_options(name))
+    with suppress(ValueError, OSError, ImportError, KeyError):
+        folder = resolve_folder(name, weights=False)
+        if any(folder.glob("tokenizer*")):
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return None
+
+
+def _is_gguf(source: str | Path) -> bool:
+    return Path(source).suffix == ".gguf"
+
+
+def _gguf_options(source: str | Path) -> dict[str, str]:
+    """The argument of `from_pretrained` that names a GGUF file in its folder."""
+    if not Path(source).is_file():
+        raise ValueError(f"There is no file {source}.")
+    if find_spec("gguf") is None:
+        raise ImportError(f"Reading {source} needs the package gguf: pip install gguf")
+    return {"gguf_file": Path(source).name}
+
+
+def _check_class(kind: type[PreTrainedModel], source: str | Path) -> None:
+    """Refuse a class without a causal head before its weights are read."""
+    if kind.can_generate() and kind.main_input_name == "input_ids":
+        return
+    raise ValueError(_refusal(f"{source} is a {kind.__name__}"))
+
+
+def _check_causal(model: PreTrainedModel) -> None:
+    """Refuse a model that does not predict the next token of a text."""
+    config: Any = model.config
+    takes_text = model.main_input_name == "input_ids" and not config.is_encoder_decoder
+    # BERT and its relatives have a head for the next token, which sees the next token unless
+    # `is_decoder` is set. Configs of causal models have no such entry.
+    if takes_text and model.can_generate() and getattr(config, "is_decoder", True):
+        return
+    raise ValueError(_refusal(f"This model is a {type(model).__name__}"))
+
+
+def _refusal(given: str) -> str:
+    return (
+        f"{given}; needed is a causal language model, which predicts the next token of a text. "
+        "Encoder-decoder models, encoders, classifiers, and models of images or sound do not."
+    )
