@@ -17,7 +17,8 @@ from qrefta.model.stacks import find_stacks
 from qrefta.split.calibrate import gather_moments
 from qrefta.train.data import read_calibration
 from qrefta.train.models import load_classifier
-from tests.models import logits
+from tests.models import logits, tiny_llama
+from tests.pages import language_tokenizer
 from tests.tiny import color_rows, tiny_folder, tiny_tokenizer
 
 
@@ -239,3 +240,87 @@ def test_verify_prints_a_line_a_file_and_refuses_with_the_fix(dense, tmp_path, m
     message = " ".join(capsys.readouterr().err.split())
     assert "the checksum of" in message
     assert "copy the folder again" in message
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory):
+    """A folder with a dense and a prepared language model, and a text."""
+    root = tmp_path_factory.mktemp("language")
+    tiny_llama().save_pretrained(root / "dense")
+    language_tokenizer().save_pretrained(root / "dense")
+    invoke("prepare", root / "dense", root / "4bit", "--rank", 2, "--refine", 0)
+    (root / "text.txt").write_text(" ".join(f"w{30 + index * index % 60}" for index in range(90)))
+    (root / "more.txt").write_text("w40 w50 w60")
+    return root
+
+
+def test_evaluate_measures_the_distance_to_a_reference(language):
+    """The numbers are those of `qrefta.compare`, one column a text; the card takes them."""
+    texts = ["--text", language / "text.txt", "--text", language / "more.txt"]
+    words = ["evaluate", language / "4bit", "--reference", language / "dense", *texts]
+    shown = invoke(*words, "--window", 16, "--limit", 3, "--card").output
+    for found in qrefta.compare(
+        language / "4bit",
+        language / "dense",
+        [language / "text.txt", language / "more.txt"],
+        window=16,
+        limit=3,
+        progress=False,
+    ):
+        assert found.kl_mean > 0
+        for value in found.to_text().values():
+            assert value in shown
+    card = (language / "4bit" / "README.md").read_text()
+    assert card.count("## Kept of the base model") == 1
+    assert f"{found.kl_mean:.4g}" in card
+
+
+def test_evaluate_measures_perplexity_alone(language):
+    shown = invoke("evaluate", language / "4bit", "--text", language / "more.txt").output
+    assert "perplexity" in shown
+    assert "KL" not in shown
+    assert "reference" not in shown
+
+
+def test_evaluate_measures_texts_and_tasks_together(language, monkeypatch):
+    asked = []
+
+    def scores(model, tasks, **options):
+        asked.append((model, tasks, options["limit"]))
+        return {"results": {"colors": {"acc,none": 0.25}}}
+
+    monkeypatch.setattr("qrefta.measure.harness.evaluate", scores)
+    model = str(language / "dense")
+    shown = invoke("evaluate", model, "colors", "--text", language / "more.txt", "--limit", 1)
+    assert asked == [(model, ["colors"], 1)]
+    assert "0.25" in shown.output
+    assert "perplexity" in shown.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "nothing to measure; give tasks, or a text file by --text"),
+        (["--reference", "base"], "--reference needs a text"),
+        (["colors", "--reference", "base"], "--reference needs a text"),
+        (["--text", "a.txt", "--card"], "--card writes a comparison; add --reference"),
+        (["--text", "a.txt", "--num-fewshot", 1], "belong to tasks, and no task is given"),
+        (["--text", "a.txt", "--include-path", "tasks"], "belong to tasks, and no task is given"),
+        (["--text", "a.txt", "--reference", "b", "--card"], "has no model card by qrefta"),
+    ],
+    ids=str,
+)
+def test_evaluate_refuses_options_that_do_not_fit(options, message, language):
+    with pytest.raises(ValueError, match=message):
+        invoke("evaluate", language / "dense", *options)
+
+
+def test_a_missing_package_is_one_line(language, monkeypatch, capsys):
+    (language / "model.gguf").touch()
+    monkeypatch.setattr("qrefta.measure.sources.find_spec", lambda name: None)
+    words = ["evaluate", str(language / "model.gguf"), "--text", str(language / "more.txt")]
+    monkeypatch.setattr(sys, "argv", ["qrefta", *words])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 2
+    assert "pip install gguf" in " ".join(capsys.readouterr().err.split())

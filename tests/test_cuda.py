@@ -12,6 +12,7 @@ from qrefta.nn.quantized import QuantFormat, quantize
 from qrefta.train.nan_guard import _all_finite
 from tests.models import ARCHITECTURES, inputs, logits
 from tests.nn.test_product import operands, packed_weight, product
+from tests.pages import language_tokenizer
 from tests.stacks import slices_of, transform_of
 
 pytestmark = [
@@ -209,3 +210,17 @@ def test_a_model_over_two_devices_computes_and_trains_the_same(second, tmp_path)
         )
     for ours, theirs in zip(*found, strict=True):
         assert (ours - theirs).norm() <= 1e-3 * theirs.norm()
+
+
+def test_models_on_two_devices_compare_as_on_one(tmp_path):
+    """The distance to a reference does not depend on the device of either."""
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{30 + 7 * index % 60}" for index in range(100)))
+    reference = ARCHITECTURES["llama_gqa"]()
+    model = qrefta.prepare(ARCHITECTURES["llama_gqa"](), rank=5)
+    options = {"tokenizer": language_tokenizer(), "window": 16, "progress": False}
+    (expected,) = qrefta.compare(model, reference, text, **options)
+    for one, other in ((model.cuda(), reference), (model, reference.cuda())):
+        (found,) = qrefta.compare(one, other, text, **options)
+        assert found.kl_mean == pytest.approx(expected.kl_mean, rel=1e-2)
+        assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-2)

@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import ModelCard
+from yaml import YAMLError  # raised by ModelCard; huggingface-hub installs it
 
 from qrefta.files.safetensors import replace_text
 from qrefta.measure.compare import TextComparison
@@ -23,7 +24,7 @@ def check_card(folder: str | Path) -> None:
     file = Path(folder) / NAME
     tags = None
     if file.is_file():
-        with suppress(ValueError):  # a damaged header
+        with suppress(ValueError, YAMLError):  # a damaged header
             tags = ModelCard.load(file).data.to_dict().get("tags")
     if "qrefta" not in (tags or []):
         raise ValueError(

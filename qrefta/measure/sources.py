@@ -44,19 +44,17 @@ def load_causal_model(
         ImportError: for a GGUF file, if the package gguf is not installed.
     """
     if not isinstance(source, str | Path):
-        _check_causal(source)
+        _check_causal(source, source.config, type(source).__name__)
         return source
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {"dtype": "auto", "device_map": place}
     if _is_gguf(source):
         options |= _gguf_options(source)
         return AutoModelForCausalLM.from_pretrained(Path(source).parent, **options)
-    names = AutoConfig.from_pretrained(source).architectures or [""]
-    kind = model_class(names[0], source)
-    _check_class(kind, source)
-    model = kind.from_pretrained(source, use_safetensors=True, **options)
-    _check_causal(model)
-    return model
+    config = AutoConfig.from_pretrained(source)
+    kind = model_class((config.architectures or [""])[0], source)
+    _check_causal(kind, config, f"{source} ({kind.__name__})")
+    return kind.from_pretrained(source, use_safetensors=True, **options)
 
 
 def load_tokenizer(source: PreTrainedModel | str | Path) -> PreTrainedTokenizerBase | None:
@@ -90,26 +88,21 @@ def _gguf_options(source: str | Path) -> dict[str, str]:
     return {"gguf_file": Path(source).name}
 
 
-def _check_class(kind: type[PreTrainedModel], source: str | Path) -> None:
-    """Refuse a class without a causal head before its weights are read."""
-    if kind.can_generate() and kind.main_input_name == "input_ids":
-        return
-    raise ValueError(_refusal(f"{source} is a {kind.__name__}"))
+def _check_causal(model: Any, config: Any, name: str) -> None:
+    """Refuse a model that does not predict the next token of a text.
 
-
-def _check_causal(model: PreTrainedModel) -> None:
-    """Refuse a model that does not predict the next token of a text."""
-    config: Any = model.config
+    Args:
+        model: an object, or a class before its weights are read.
+        config: of the model.
+        name: of the model or class.
+    """
     takes_text = model.main_input_name == "input_ids" and not config.is_encoder_decoder
     # BERT and its relatives have a head for the next token, which sees the next token unless
     # `is_decoder` is set. Configs of causal models have no such entry.
     if takes_text and model.can_generate() and getattr(config, "is_decoder", True):
         return
-    raise ValueError(_refusal(f"This model is a {type(model).__name__}"))
-
-
-def _refusal(given: str) -> str:
-    return (
-        f"{given}; needed is a causal language model, which predicts the next token of a text. "
-        "Encoder-decoder models, encoders, classifiers, and models of images or sound do not."
+    raise ValueError(
+        f"{name} is not a causal language model, which predicts the next token of a text. "
+        "Encoder-decoder models, encoders, classifiers, and models of images or sound cannot be "
+        "compared."
     )

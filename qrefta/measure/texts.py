@@ -32,7 +32,9 @@ def read_text(file: str | Path) -> Text:
     try:
         return Text(Path(*path.parts[-2:]).as_posix(), path.read_bytes().decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text ({error.reason} at {error.start}).") from error
+        raise ValueError(
+            f"{file} is not UTF-8 text ({error.reason} at byte {error.start})."
+        ) from error
 
 
 def cut_windows(

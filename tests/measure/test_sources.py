@@ -1,0 +1,125 @@
+"""Models by object, folder and GGUF file; models that predict no next token are refused."""
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    LlamaModel,
+)
+
+import qrefta
+from qrefta.measure import sources
+from qrefta.measure.sources import load_causal_model, load_tokenizer, source_name
+from tests.models import (
+    VOCAB,
+    build,
+    decoder_sizes,
+    encoder_sizes,
+    tiny_bert,
+    tiny_clip,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_qwen3_moe,
+    tiny_t5,
+    tiny_vit,
+    tiny_whisper,
+)
+
+NO_NEXT_TOKEN = {
+    "encoder-decoder": tiny_t5,
+    "speech": tiny_whisper,
+    "classifier": tiny_bert,
+    "image classifier": tiny_vit,
+    "two towers": tiny_clip,
+    "no head": lambda: build(LlamaModel, LlamaConfig(**decoder_sizes(32))),
+    "classifier of a causal model": lambda: build(
+        LlamaForSequenceClassification, LlamaConfig(**decoder_sizes(32))
+    ),
+    "encoder with a head": lambda: build(
+        BertLMHeadModel, BertConfig(vocab_size=VOCAB, **encoder_sizes(32))
+    ),
+}
+
+
+@pytest.mark.parametrize("make", NO_NEXT_TOKEN.values(), ids=NO_NEXT_TOKEN)
+def test_models_that_predict_no_next_token_are_refused(make, tmp_path):
+    model = make()
+    name = type(model).__name__
+    with pytest.raises(ValueError, match=rf"{name} is not a causal language model"):
+        load_causal_model(model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"\({name}\) is not a causal language model"):
+        load_causal_model(tmp_path)
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_qwen3_moe])
+def test_causal_models_are_taken(make):
+    model = make()
+    assert load_causal_model(model) is model
+
+
+def test_an_encoder_that_was_made_a_decoder_is_taken():
+    config = BertConfig(vocab_size=VOCAB, is_decoder=True, **encoder_sizes(32))
+    load_causal_model(build(BertLMHeadModel, config))
+
+
+def test_folders_are_loaded_in_their_dtype_and_kind(tmp_path):
+    dense = tiny_llama().bfloat16()
+    dense.save_pretrained(tmp_path / "dense")
+    qrefta.prepare_checkpoint(tmp_path / "dense", tmp_path / "4bit", rank=2, progress=False)
+    assert load_causal_model(tmp_path / "dense", "cpu").dtype == torch.bfloat16
+    prepared = load_causal_model(str(tmp_path / "4bit"), "cpu")
+    assert qrefta.quant_report(prepared)
+
+
+def test_an_unknown_class_is_refused(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace("LlamaForCausalLM", "MyModel"))
+    with pytest.raises(ValueError, match="no model class 'MyModel'"):
+        load_causal_model(tmp_path)
+
+
+def test_a_gguf_file_is_loaded_from_its_folder(tmp_path, monkeypatch):
+    """transformers reads it; here its arguments are checked, since gguf need not be installed."""
+    file = tmp_path / "model.gguf"
+    file.touch()
+    asked = []
+
+    def from_pretrained(folder, **options):
+        asked.append((folder, options))
+        return folder
+
+    monkeypatch.setattr(sources, "find_spec", lambda name: name)
+    monkeypatch.setattr(sources.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(sources.AutoTokenizer, "from_pretrained", from_pretrained)
+    assert load_causal_model(str(file), "cpu") == tmp_path
+    assert load_tokenizer(file) == tmp_path
+    assert asked == [
+        (tmp_path, {"gguf_file": "model.gguf", "dtype": "auto", "device_map": "cpu"}),
+        (tmp_path, {"gguf_file": "model.gguf"}),
+    ]
+
+
+def test_gguf_without_its_package_or_file_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"There is no file .*model\.gguf"):
+        load_causal_model(tmp_path / "model.gguf")
+    (tmp_path / "model.gguf").touch()
+    monkeypatch.setattr(sources, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install gguf"):
+        load_causal_model(tmp_path / "model.gguf")
+
+
+def test_names_and_tokenizers_of_sources(folder, tmp_path):
+    model = tiny_llama()
+    assert source_name(model) == "LlamaForCausalLM"
+    assert source_name(folder) == source_name(str(folder)) == str(folder)
+    assert load_tokenizer(model) is None
+    model.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path) is None
+    loaded = load_causal_model(folder)
+    assert source_name(loaded) == str(folder)
+    assert len(load_tokenizer(loaded)) == VOCAB
