@@ -410,6 +410,8 @@ def evaluate(
         raise ValueError("nothing to measure; give tasks, or a text file by --text")
     if not tasks and (include_path is not None or num_fewshot is not None):
         raise ValueError("--include-path and --num-fewshot belong to tasks, and no task is given")
+    if tasks and model.endswith(".gguf"):
+        raise ValueError(f"tasks need a folder or hub name, and {model} is a file; use --text")
     quiet_libraries(data=bool(tasks))
     if text:
         _compare(model, reference, text, card, window=window, limit=limit, device=device)

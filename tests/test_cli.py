@@ -324,3 +324,8 @@ def test_a_missing_package_is_one_line(language, monkeypatch, capsys):
         main()
     assert exit.value.code == 2
     assert "pip install gguf" in " ".join(capsys.readouterr().err.split())
+
+
+def test_tasks_on_a_gguf_file_are_refused():
+    with pytest.raises(ValueError, match=r"tasks need a folder or hub name, and model\.gguf"):
+        invoke("evaluate", "model.gguf", "colors")

@@ -220,7 +220,11 @@ def test_models_on_two_devices_compare_as_on_one(tmp_path):
     model = qrefta.prepare(ARCHITECTURES["llama_gqa"](), rank=5)
     options = {"tokenizer": language_tokenizer(), "window": 16, "progress": False}
     (expected,) = qrefta.compare(model, reference, text, **options)
-    for one, other in ((model.cuda(), reference), (model, reference.cuda())):
+    pairs = [
+        (copy.deepcopy(model).cuda(), reference),
+        (model, copy.deepcopy(reference).cuda()),
+    ]
+    for one, other in pairs:
         (found,) = qrefta.compare(one, other, text, **options)
         assert found.kl_mean == pytest.approx(expected.kl_mean, rel=1e-2)
         assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-2)

@@ -250,7 +250,7 @@ def _model_losses(model: PreTrainedModel, windows: Iterable[Tensor]) -> list[Ten
     losses = []
     for window in windows:
         losses.append(token_losses(_logits(model, window), window[1:]))
-        _check_finite("model", losses[-1])
+        _check_finite("The loss of the model", losses[-1])
     return losses
 
 
@@ -261,9 +261,9 @@ def _statistics(
     measured = []
     for window in windows:
         compared = compare_logits(_logits(model, window), _logits(reference, window), window[1:])
-        _check_finite("model", compared.loss)
-        _check_finite("reference", compared.reference_loss)
-        _check_finite("comparison", compared.divergence)
+        _check_finite("The loss of the model", compared.loss)
+        _check_finite("The loss of the reference", compared.reference_loss)
+        _check_finite("The KL divergence", compared.divergence)
         measured.append(compared)
     return measured
 
@@ -297,8 +297,8 @@ def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
 def _check_finite(name: str, values: Tensor) -> None:
     if not values.isfinite().all():
         raise ValueError(
-            f"The logits of the {name} are infinite or not a number for "
-            f"{int((~values.isfinite()).sum())} of {len(values)} tokens of a window."
+            f"{name} is infinite or not a number for {int((~values.isfinite()).sum())} of "
+            f"{len(values)} tokens of a window; the logits of a model are not finite."
         )
 
 

@@ -98,6 +98,18 @@ def test_half_a_section_is_refused_and_kept(removed, card):
     assert card.read_text() == before
 
 
+@pytest.mark.parametrize("comment", ["kept of the base model", "end of kept of the base model"])
+@pytest.mark.parametrize("place", ["## Use", "\n| wikitext2"])
+def test_a_second_comment_is_refused(comment, place, card):
+    """It is not clear which text lies between the comments."""
+    write_comparison(card.parent, [COMPARISON])
+    card.write_text(card.read_text().replace(place, f"<!-- {comment} -->\n{place}"))
+    before = card.read_text()
+    with pytest.raises(ValueError, match="remove both comments"):
+        write_comparison(card.parent, [COMPARISON])
+    assert card.read_text() == before
+
+
 @pytest.mark.parametrize(
     "comparisons",
     [[], [replace(COMPARISON, reference=None)], [COMPARISON, replace(COMPARISON, reference="b")]],

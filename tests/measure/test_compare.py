@@ -175,6 +175,7 @@ def test_mode_and_cache_are_as_before(dense, prepared, text):
 def test_dropout_is_off(folder, dense, text):
     wild = LlamaForCausalLM.from_pretrained(folder, attention_dropout=0.9).train()
     assert measured(wild, dense, text, window=32).kl_mean == 0
+    assert measured(dense, wild, text, window=32).kl_mean == 0
 
 
 def test_several_texts_come_in_order(folder, text, tmp_path):
@@ -209,8 +210,25 @@ def test_logits_that_are_not_finite_are_refused(side, dense, prepared, text):
     with torch.no_grad():
         models[side].lm_head.weight[3] = math.nan
     name = ("model", "reference")[side]
-    with pytest.raises(ValueError, match=rf"logits of the {name} are .* 31 of 31 tokens"):
+    with pytest.raises(ValueError, match=rf"loss of the {name} is .* 31 of 31 tokens"):
         measured(*models, text, window=32)
+    with pytest.raises(ValueError, match=r"loss of the model is .* 31 of 31 tokens"):
+        measured(models[side], None, text, window=32)
+
+
+def test_a_divergence_that_is_infinite_is_refused(dense, prepared, text, monkeypatch):
+    """The model rules out a token that the text does not have; the losses stay finite."""
+    logits = module._logits
+
+    def without_a_token(model, window):
+        found = logits(model, window)
+        if model is prepared:
+            found[:, 20] = -math.inf
+        return found
+
+    monkeypatch.setattr(module, "_logits", without_a_token)
+    with pytest.raises(ValueError, match=r"KL divergence is .* 31 of 31 tokens"):
+        measured(prepared, dense, text, window=32)
 
 
 def test_two_sizes_of_vocabulary_are_refused(dense, text):

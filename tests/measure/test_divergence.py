@@ -143,7 +143,7 @@ def test_the_standard_error_is_the_scatter_of_repeated_measurements():
     estimates = []
     for _ in range(2000):
         windows = [
-            torch.randn(1, generator=generator) + torch.randn(length, generator=generator)
+            3 + torch.randn(1, generator=generator) + torch.randn(length, generator=generator)
             for length in lengths
         ]
         estimates.append(mean_over_tokens(windows))

@@ -5,9 +5,13 @@ import torch
 from transformers import (
     BertConfig,
     BertLMHeadModel,
+    BlipConfig,
+    BlipForConditionalGeneration,
     LlamaConfig,
     LlamaForSequenceClassification,
     LlamaModel,
+    T5GemmaConfig,
+    T5GemmaForConditionalGeneration,
 )
 
 import qrefta
@@ -26,10 +30,15 @@ from tests.models import (
     tiny_t5,
     tiny_vit,
     tiny_whisper,
+    towers,
 )
 
 NO_NEXT_TOKEN = {
     "encoder-decoder": tiny_t5,
+    "encoder-decoder with a config of two": lambda: build(
+        T5GemmaForConditionalGeneration,
+        T5GemmaConfig(encoder=decoder_sizes(32), decoder=decoder_sizes(32), vocab_size=VOCAB),
+    ),
     "speech": tiny_whisper,
     "classifier": tiny_bert,
     "image classifier": tiny_vit,
@@ -37,6 +46,9 @@ NO_NEXT_TOKEN = {
     "no head": lambda: build(LlamaModel, LlamaConfig(**decoder_sizes(32))),
     "classifier of a causal model": lambda: build(
         LlamaForSequenceClassification, LlamaConfig(**decoder_sizes(32))
+    ),
+    "captions of images": lambda: build(
+        BlipForConditionalGeneration, BlipConfig(projection_dim=16, **towers(32))
     ),
     "encoder with a head": lambda: build(
         BertLMHeadModel, BertConfig(vocab_size=VOCAB, **encoder_sizes(32))
