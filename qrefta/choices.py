@@ -24,7 +24,7 @@ LORA_BASES: tuple[LoraBase, ...] = get_args(LoraBase)
 OPTIMIZER_NAMES: tuple[Optimizer, ...] = get_args(Optimizer)
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
-BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 # Methods whose factors are fitted to the weights, with the mode-3 transforms that they take.
 FITTED: dict[Method, tuple[Transform, ...]] = {"refta": TRANSFORMS, "craft": ("lsm3",)}

@@ -36,7 +36,8 @@ from qrefta.methods import METHODS
 from qrefta.model_card import write_card
 from qrefta.nn.factors import Factors
 from qrefta.nn.linear import AdaptedLinear
-from qrefta.nn.quantized import QuantizedWeight, bnb_code
+from qrefta.nn.grid import level_table
+from qrefta.nn.quantized import QuantizedWeight
 
 # A cut rank or a missing quantization error changes the function: this only refuses results that
 # are not even close.
@@ -229,7 +230,7 @@ def _bnb_tensors(layer: AdaptedLinear) -> dict[str, Tensor]:
     weight = layer.frozen_weight()
     assert isinstance(weight, QuantizedWeight), "settings were checked"
     state = weight.bnb_state(torch.bfloat16)
-    state.code = bnb_code(weight.format).to(weight.codes.device)
+    state.code = level_table(weight.format.quant_type).to(weight.codes.device)
     used_bytes = -(-layer.out_features * layer.in_features // 2)
     codes = weight.codes.view(torch.uint8)[:used_bytes].unsqueeze(1)
     tensors = {"weight": codes}

@@ -5,7 +5,7 @@ Quantizing, dequantizing and multiplying are done by the kernels of bitsandbytes
 Storage. A matrix is flattened row by row, padded with zeros to whole blocks, and every block of
 `block_size` values has one float32 scale. Two codes share a byte. With `double_quant` the scales
 are stored in 8 bits too, in blocks of 256 (QLoRA, section 3). NF4 and FP4 are bitsandbytes'
-formats; for INT4 see `qrefta.nn.int4`.
+formats; INT4 is ours. The levels and the choice of scales are in `qrefta.nn.grid`.
 
 Products. `matmul` computes x W^T in the dtype of x, in one of two ways:
 - bitsandbytes' `matmul_4bit`: NF4 and FP4 whose rows are whole blocks. On CUDA its kernels for few
@@ -23,8 +23,10 @@ Workarounds for bitsandbytes 0.50:
 """
 
 import functools
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import bitsandbytes.functional as bnb
 import torch
@@ -32,12 +34,22 @@ from bitsandbytes import matmul_4bit  # pyright: ignore[reportPrivateImportUsage
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from qrefta._compat.bitsandbytes import levels_4bit, levels_8bit, nest_scales
+from qrefta._compat.bitsandbytes import levels_8bit, nest_scales
 from qrefta.choices import BLOCK_SIZES, QUANT_TYPES, QuantType
 from qrefta.config import Settings
-from qrefta.nn import int4
+from qrefta.linalg.feedback import round_columns
+from qrefta.nn.grid import (
+    CHUNK,
+    Grid,
+    absmax_scales,
+    grid_of,
+    inverse,
+    level_table,
+    nearest,
+    searched_scales,
+)
 
-_CELLS = 1024  # of the look-up table in `rounded`; narrower than the least distance between levels
+_FEEDBACK_VALUES = 1 << 24  # of a matrix, worked on at once with error feedback
 _SCALE_BLOCK = 256  # scales that share one second-level scale, as in QLoRA
 _SCALE_VALUES = levels_8bit()  # of the 8-bit codes of scales; torch.compile cannot trace the call
 
@@ -195,7 +207,7 @@ class QuantizedWeight:
         nibbles = torch.stack([codes >> 4, codes & 15], dim=-1).view(-1)
         state = bnb.QuantState(
             self.block_scales(),
-            code=int4.table(codes.device),
+            code=_int4_table(codes.device),
             blocksize=self.format.block_size,
             dtype=dtype,
         )
@@ -268,76 +280,139 @@ def frozen_weight(
     return QuantizedWeight(weight, absmax, absmax_state, fmt, shape)
 
 
-def quantize(matrix: Tensor, fmt: QuantFormat) -> QuantizedWeight:
+class Rounding(NamedTuple):
+    """How the values of a matrix are rounded to a format; the default is bitsandbytes' way.
+
+    Attributes:
+        search: choose the scale of a block by search, and not by its largest magnitude.
+        weights: importance of every column in that search, (in,), positive; None: all equal.
+        unit: M of `qrefta.linalg.feedback`, (in, in), for codes with error feedback; None: every
+            value takes its nearest level.
+    """
+
+    search: bool = False
+    weights: Tensor | None = None
+    unit: Tensor | None = None
+
+
+PLAIN = Rounding()
+
+
+def quantize(matrix: Tensor, fmt: QuantFormat, rounding: Rounding = PLAIN) -> QuantizedWeight:
     """A matrix in 4 bits.
 
     Args:
-        matrix: any shape, finite. Computed in float32.
+        matrix: any shape, finite; (out, in) if the rounding has weights or feedback. Computed in
+            float32.
         fmt: the format.
+        rounding: the choice of scales and codes.
     """
     blocks = _blocks(matrix, fmt.block_size)
-    if fmt.quant_type == "int4":
-        scales, scale_state = _store_scales(int4.best_scales(blocks), fmt)
-        # Codes are chosen for the scales as stored, which differ if they have 8 bits.
-        stored_scales = _load_scales(scales, scale_state)[: len(blocks)]
-        codes = int4.codes(blocks, stored_scales)
+    grid = grid_of(fmt.quant_type, blocks.device)
+    chosen = _choose_scales(blocks, grid, rounding)
+    scales, scale_state = _store_scales(chosen, fmt)
+    stored = _load_scales(scales, scale_state)[: len(blocks)]
+    nibbles = torch.empty(blocks.shape, dtype=torch.uint8, device=blocks.device)
+    if rounding.unit is None:
+        inverse_scales = inverse(_code_scales(chosen, stored, rounding))
+        for part, inverse_scale, out in _chunks(blocks, inverse_scales, nibbles):
+            out.copy_(grid.codes[nearest(part, inverse_scale.unsqueeze(1), grid)])
     else:
-        row = blocks.view(1, -1)
-        codes, state = bnb.quantize_4bit(row, blocksize=fmt.block_size, quant_type=fmt.quant_type)
-        scales, scale_state = _store_scales(state.absmax, fmt)
-    codes = codes.view(-1).view(torch.int8)
+        zero = nearest(blocks.new_zeros(()), blocks.new_ones(()), grid)
+        nibbles.fill_(grid.codes[zero])  # the padding
+        values = nibbles.view(-1)[: matrix.numel()].view(matrix.shape)
+        _feed_back(matrix.detach().float(), stored, fmt.block_size, grid, rounding.unit, values)
+    pairs = nibbles.view(-1, 2)
+    codes = (pairs[:, 0] << 4 | pairs[:, 1]).view(torch.int8)
     return QuantizedWeight(codes, scales, scale_state, fmt, tuple(matrix.shape))
 
 
-def bnb_code(fmt: QuantFormat) -> Tensor:
-    """The 16 levels of NF4 or FP4 in bitsandbytes' order, (16,), float32, on the CPU."""
-    return levels_4bit(fmt.quant_type)
+def rounded(matrix: Tensor, fmt: QuantFormat, rounding: Rounding = PLAIN) -> Tensor:
+    """The bits of quantize(matrix, fmt, rounding).dequantize(torch.float32), without feedback.
 
-
-def rounded(matrix: Tensor, fmt: QuantFormat) -> Tensor:
-    """The bits of quantize(matrix, fmt).dequantize(torch.float32), on a CPU a few times as fast.
-
-    No codes are packed.
+    No codes are packed. That is faster, and some rows of a matrix give the same values as the whole
+    matrix does, if they are whole blocks and scales have 32 bits.
     """
-    if fmt.double_quant or matrix.device.type != "cpu":
-        return quantize(matrix, fmt).dequantize(torch.float32)
-    flat = _blocks(matrix, fmt.block_size)
-    values = torch.empty_like(flat)
-    rows = max(int4.CHUNK // fmt.block_size, 1)
-    for blocks, out in zip(flat.split(rows), values.split(rows), strict=True):
-        if fmt.quant_type == "int4":
-            scales = int4.best_scales(blocks)
-            levels = int4.levels(blocks, scales).div_(8)
-            torch.mul(levels, scales.unsqueeze(1), out=out)
-        else:
-            _round_to_levels(blocks, fmt.quant_type, out)
+    assert rounding.unit is None, "error feedback needs whole codes; call quantize"
+    blocks = _blocks(matrix, fmt.block_size)
+    grid = grid_of(fmt.quant_type, blocks.device)
+    chosen = _choose_scales(blocks, grid, rounding)
+    stored = _load_scales(*_store_scales(chosen, fmt))[: len(blocks)]
+    values = torch.empty_like(blocks)
+    inverse_scales = inverse(_code_scales(chosen, stored, rounding))
+    for part, scale, inverse_scale, out in _chunks(blocks, stored, inverse_scales, values):
+        levels = torch.take(grid.levels, nearest(part, inverse_scale.unsqueeze(1), grid))
+        torch.mul(levels, scale.unsqueeze(1), out=out)
     return values.view(-1)[: matrix.numel()].view(matrix.shape)
 
 
-def _round_to_levels(blocks: Tensor, quant_type: QuantType, out: Tensor) -> None:
-    """Write to `out` the nearest NF4 or FP4 value of every value.
+def _choose_scales(blocks: Tensor, grid: Grid, rounding: Rounding) -> Tensor:
+    """The scale of every block, (blocks,), float32, before it is stored."""
+    if not rounding.search:
+        return absmax_scales(blocks, grid)
+    scales = blocks.new_empty(len(blocks))
+    if rounding.weights is None:
+        for part, out in _chunks(blocks, scales):
+            out.copy_(searched_scales(part, grid))
+        return scales
+    # Columns repeat with every row, and blocks may span rows: chunks of rows that are whole blocks.
+    block_size = blocks.shape[1]
+    width = len(rounding.weights)
+    period = block_size // math.gcd(width, block_size)
+    rows = max(CHUNK // (width * period), 1) * period
+    weights = rounding.weights.to(blocks).repeat(rows).view(-1, block_size)
+    count = len(weights)
+    for part, out in zip(blocks.split(count), scales.split(count), strict=True):
+        out.copy_(searched_scales(part, grid, weights[: len(part)]))
+    return scales
 
-    [-1, 1] is cut into cells that hold at most one boundary between two levels. The level of a
-    value is the level of its cell, or the next one if the value lies beyond the boundary. That
-    takes two look-ups, where bitsandbytes searches all levels.
+
+def _code_scales(chosen: Tensor, stored: Tensor, rounding: Rounding) -> Tensor:
+    """The scales that nearest levels are chosen for: as stored, which may be in 8 bits.
+
+    bitsandbytes chooses them before it stores the scales, so plain rounding does too.
     """
-    boundary, level = _cell_tables(quant_type)
-    absmax = blocks.abs().amax(1, keepdim=True)
-    scaled = blocks * (1.0 / absmax.clamp(min=1e-38))
-    scaled.clamp_(-1, 1)
-    cells = torch.add(torch.tensor(_CELLS / 2), scaled, alpha=_CELLS / 2).long()
-    cells += scaled > torch.take(boundary, cells)
-    torch.mul(torch.take(level, cells), absmax, out=out)
+    return stored if rounding.search else chosen
 
 
-@functools.cache
-def _cell_tables(quant_type: QuantType) -> tuple[Tensor, Tensor]:
-    """For every cell of [-1, 1]: the next boundary after its start, and the level at its start."""
-    levels = levels_4bit(quant_type).float().sort().values
-    bounds = (levels[1:] + levels[:-1]) / 2
-    first = torch.bucketize(torch.linspace(-1, 1, _CELLS + 1), bounds)
-    bounds = torch.cat([bounds, torch.full((1,), torch.inf)])
-    return bounds[first], levels[first]
+def _feed_back(
+    matrix: Tensor, scales: Tensor, block_size: int, grid: Grid, unit: Tensor, codes: Tensor
+) -> None:
+    """Write codes that are chosen with error feedback, for given scales.
+
+    Rows are independent; a fixed number of values is worked on at once, so the result does not
+    depend on the memory at hand.
+
+    Args:
+        matrix: (out, in), float32.
+        scales: of every block of the flat matrix, as stored.
+        block_size: weights that share a scale.
+        grid: the levels.
+        unit: see `Rounding`.
+        codes: (out, in), uint8, written to.
+    """
+    width = matrix.shape[1]
+    rows = max(_FEEDBACK_VALUES // width, 1)
+    inverse_scales = inverse(scales)
+    for start in range(0, len(matrix), rows):
+        part = matrix[start : start + rows]
+        chosen = torch.empty(width, len(part), dtype=torch.uint8, device=matrix.device)
+        starts = torch.arange(start, start + len(part), device=matrix.device) * width
+
+        def round_column(k: int, target: Tensor, starts: Tensor = starts, out: Tensor = chosen):
+            block = (starts + k) // block_size
+            index = nearest(target, inverse_scales[block], grid)
+            out[k] = grid.codes[index]
+            return grid.levels[index] * scales[block]
+
+        round_columns(part, unit, round_column)
+        codes[start : start + rows] = chosen.T
+
+
+def _chunks(blocks: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Blocks and other tensors with one row a block, so few at a time that they stay in a cache."""
+    rows = max(CHUNK // blocks.shape[1], 1) if blocks.device.type == "cpu" else len(blocks)
+    return zip(*(tensor.split(rows) for tensor in (blocks, *tensors)), strict=True)
 
 
 def _blocks(matrix: Tensor, block_size: int) -> Tensor:
@@ -384,6 +459,12 @@ def _state(
         quant_type=fmt.quant_type,
         dtype=dtype,
     )
+
+
+@functools.cache
+def _int4_table(device: torch.device) -> Tensor:
+    """The levels of INT4, padded to the 256 entries that the blockwise kernel reads."""
+    return pad(level_table("int4"), (0, 240)).to(device)
 
 
 @functools.cache
