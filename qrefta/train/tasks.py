@@ -30,7 +30,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from qrefta.train.data import load_classification, pick_splits, read_splits, text_column, with_test
+from qrefta.files.tables import text_column
+from qrefta.split.texts import token_stream
+from qrefta.train.data import load_classification, pick_splits, read_splits, with_test
 
 TaskName = Literal["classify", "lm", "sft", "image"]
 
@@ -288,10 +290,7 @@ def _blocks(
 ) -> dict[str, list[list[int]]]:
     """Blocks of `length` tokens across the texts; the rest at the end is dropped."""
     (texts,) = rows.values()
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids: list[int] = []
-    for text in tokenizer(texts, verbose=False)["input_ids"]:
-        ids += [*text, *end]
+    ids = token_stream(texts, tokenizer)
     blocks = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
     return {"input_ids": blocks, "labels": blocks}
 
