@@ -170,6 +170,31 @@ def prepare_checkpoint(
     return convert(source, Path(out), chosen, loaded, torch.device(device), max_memory, progress)
 
 
+def calibrate(
+    model: PreTrainedModel,
+    calibration: Calibration,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Moments:
+    """Second moments of the inputs of a dense model, for `prepare` or `prepare_checkpoint`.
+
+    Args:
+        model, calibration, tokenizer: as for `prepare`.
+        seed: of the choice of texts.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: if `prepare` would refuse the model or the calibration.
+    """
+    _check_model(model)
+    stacks = find_stacks(model)
+    _check_weights(model, stacks)
+    batches = calibration_batches(model, calibration, tokenizer, seed=seed)
+    return gather_moments(model, stacks, batches, progress=progress)
+
+
 def _old_call_with_folder(
     source: str | Path,
     bits: Bits,

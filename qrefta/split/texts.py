@@ -178,17 +178,22 @@ def rows_of_text(
     """
     _check_counts(rows=rows, max_length=max_length)
     chosen = random.Random(seed).sample(texts, min(rows, len(texts)))
+    length = min(max_length, tokenizer.model_max_length)
+    encode = partial(tokenizer, truncation=True, max_length=length)
+    return padded_batches([dict(encode(text)) for text in chosen], tokenizer)
+
+
+def padded_batches(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """Batches of tokenized rows of similar length, padded on the right.
+
+    Without a pad token the end-of-text token pads; without both every row is a batch.
+    """
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
-    length = min(max_length, tokenizer.model_max_length)
-    encode = partial(tokenizer, truncation=True, max_length=length)
-    encoded = [dict(encode(text)) for text in chosen]
-    padded = tokenizer.pad_token is not None
-    return batches_by_length(
-        encoded, DataCollatorWithPadding(tokenizer), BATCH_TOKENS if padded else 1
-    )
+    tokens = 1 if tokenizer.pad_token is None else BATCH_TOKENS
+    return batches_by_length(rows, DataCollatorWithPadding(tokenizer), tokens)
 
 
 def batches_by_length(

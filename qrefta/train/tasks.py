@@ -126,13 +126,32 @@ def chat(
         ImportError: if TRL is not installed.
     """
     trainer, _ = load_trl()
-    is_conversation = not isinstance(data["train"][0]["prompt"], str)
-    if is_conversation and tokenizer.chat_template is None:
+    _check_template(data["train"][0], tokenizer)
+    return Recipe(data["train"], data["test"], trainer)
+
+
+def chat_ids(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token ids of a prompt and its completion, as TRL makes them.
+
+    Raises:
+        ValueError: for conversations and a tokenizer without a chat template.
+    """
+    _check_template(row, tokenizer)
+    both = row["prompt"] + row["completion"]
+    if isinstance(both, str):
+        encoded: Any = tokenizer(f"{both}{tokenizer.eos_token or ''}")
+    else:
+        encoded = tokenizer.apply_chat_template(both, return_dict=True)
+    return encoded["input_ids"]
+
+
+def _check_template(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError for a conversation and a tokenizer without a chat template."""
+    if not isinstance(row["prompt"], str) and tokenizer.chat_template is None:
         raise ValueError(
             "The data are conversations and the tokenizer has no chat template; set "
             "tokenizer.chat_template, or give columns prompt and completion of plain text."
         )
-    return Recipe(data["train"], data["test"], trainer)
 
 
 def load_trl() -> tuple[type[Trainer], type[TrainingArguments]]:
