@@ -192,24 +192,22 @@ def padded_batches(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBas
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
-    tokens = 1 if tokenizer.pad_token is None else BATCH_TOKENS
-    return batches_by_length(rows, DataCollatorWithPadding(tokenizer), tokens)
+    if tokenizer.pad_token is None:
+        return [{name: torch.tensor([value]) for name, value in row.items()} for row in rows]
+    return batches_by_length(rows, DataCollatorWithPadding(tokenizer))
 
 
-def batches_by_length(
-    rows: list[dict[str, Any]], collate: Callable[[list[Any]], Any], tokens: int = BATCH_TOKENS
-) -> list[Any]:
-    """Batches of rows of similar length, with at most `tokens` tokens or one row each.
+def batches_by_length(rows: list[dict[str, Any]], collate: Callable[[list[Any]], Any]) -> list[Any]:
+    """Batches of rows of similar length, with BATCH_TOKENS tokens, padding included, or one row.
 
     Args:
         rows: with `input_ids`, any number of tokens.
         collate: rows to a batch, padded to the longest.
-        tokens: of a batch, padding included.
     """
     batches: list[list[dict[str, Any]]] = []
     for row in sorted(rows, key=lambda row: len(row["input_ids"])):
         # The last row is the longest of its batch.
-        if batches and (len(batches[-1]) + 1) * len(row["input_ids"]) <= tokens:
+        if batches and (len(batches[-1]) + 1) * len(row["input_ids"]) <= BATCH_TOKENS:
             batches[-1].append(row)
         else:
             batches.append([row])

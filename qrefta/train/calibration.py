@@ -32,7 +32,8 @@ def task_batches(
     """Batches of the training split, processed as `qrefta.finetune` processes them for the task.
 
     They hold ROWS rows, or fewer with TOKENS tokens in all; for images, IMAGES of them. Packing of
-    sft leaves the tokens as they are, so conversations are not packed here.
+    sft leaves the tokens as they are, so conversations are not packed here. TRL drops rows whose
+    answer is beyond `max_length`; here they stay.
 
     Example:
         batches = task_batches("classify", model, tokenizer, data)

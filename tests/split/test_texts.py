@@ -89,7 +89,7 @@ def test_long_texts_are_read_in_evenly_spread_pieces():
     texts = ["".join(chr(0x4E00 + i) for i in range(10_000)), "a", "b" * 10_000]
     spread = texts_module._spread(texts, 640)
     joined = "".join(spread)
-    assert len(joined) == 640
+    assert 600 < len(joined) <= 640  # a piece may hold the end of a text
     assert 300 <= joined.count("b") <= 340  # half of the characters are b
     assert texts_module._spread(texts, 10**6) is texts
 
@@ -107,19 +107,20 @@ def test_rows_are_chosen_by_seed_and_padded_with_texts_of_like_length(monkeypatc
     assert counts[0] == counts[1] != counts[2]
 
 
-@pytest.mark.parametrize(("eos", "shapes"), [("[UNK]", [(2, 3)]), (None, [(1, 1), (1, 3)])])
+@pytest.mark.parametrize(("eos", "shapes"), [("[UNK]", [(2, 3)]), (None, [(1, 3), (1, 1)])])
 def test_a_tokenizer_without_pad_token_stays_without(eos, shapes):
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token, tokenizer.eos_token = None, eos
     batches = rows_of_text(["red", "red blue red"], tokenizer)
-    assert [tuple(batch["input_ids"].shape) for batch in batches] == shapes
+    assert sorted(tuple(batch["input_ids"].shape) for batch in batches) == sorted(shapes)
     assert sum(int(batch["attention_mask"].sum()) for batch in batches) == 4
     assert tokenizer.pad_token is None
 
 
-def test_a_row_longer_than_the_budget_is_a_batch():
+def test_a_row_longer_than_the_budget_is_a_batch(monkeypatch):
+    monkeypatch.setattr(texts_module, "BATCH_TOKENS", 10)
     rows = [{"input_ids": [0] * length} for length in (5, 1, 30, 2)]
-    batches = batches_by_length(rows, lambda batch: [len(row["input_ids"]) for row in batch], 10)
+    batches = batches_by_length(rows, lambda batch: [len(row["input_ids"]) for row in batch])
     assert batches == [[1, 2], [5], [30]]
 
 

@@ -19,6 +19,12 @@ from tests.tiny import color_rows, tiny_tokenizer
 from tests.train.test_tasks import chat_rows, pictures, tokenizer  # noqa: F401 (fixtures)
 
 
+def tiny_classifier():
+    model = tiny_bert()
+    model.config.num_labels = 2
+    return model
+
+
 def sequences(batches):
     """The rows of all batches without their padding, in order of their tokens."""
     rows = []
@@ -36,7 +42,7 @@ def reviews(tmp_path):
 
 
 def test_classification_rows_are_those_of_the_recipe(reviews):
-    model = tiny_bert()
+    model = tiny_classifier()
     batches = task_batches("classify", model, tiny_tokenizer(), reviews, max_length=5)
     recipe = classify(model, tiny_tokenizer(), reviews, 5)
     assert sequences(batches) == sorted(recipe.train["input_ids"])
@@ -44,7 +50,7 @@ def test_classification_rows_are_those_of_the_recipe(reviews):
 
 
 def test_rows_are_chosen_by_seed_and_stop_at_the_tokens(reviews, monkeypatch):
-    model = tiny_bert()
+    model = tiny_classifier()
     monkeypatch.setattr(calibration, "ROWS", 10)
     one, same, other = (
         sequences(task_batches("classify", model, tiny_tokenizer(), reviews, seed=seed))
@@ -76,11 +82,11 @@ def test_conversations_are_the_tokens_of_trl(plain, tokenizer, tmp_path):  # noq
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = load_chat(file, seed=0)
     model = tiny_llama()
-    found = sequences(task_batches("sft", model, tokenizer, data, max_length=7))
-    recipe = chat(model, tokenizer, data, 7)
+    found = sequences(task_batches("sft", model, tokenizer, data, max_length=32))
+    recipe = chat(model, tokenizer, data, 32)
     trainer = recipe.trainer(
         model=model,
-        args=training_arguments("sft", tmp_path / "out", max_length=7),
+        args=training_arguments("sft", tmp_path / "out", max_length=32),
         train_dataset=recipe.train,
         processing_class=tokenizer,
     )
