@@ -178,6 +178,13 @@ def test_many_batches_differ_from_float64_by_rounding_alone(width, tokens):
     assert (moment - expected).norm() / expected.norm() < 1e-6
 
 
+def test_the_upper_half_completes_a_matrix():
+    """Also where a product's panels on the diagonal are not symmetric to the last bit."""
+    matrix = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
+    expected = matrix.triu() + matrix.triu(1).T
+    assert torch.equal(moments_module._mirrored(matrix.clone()), expected)
+
+
 def test_too_few_tokens_are_one_warning():
     model = tiny_llama()
     with pytest.warns(UserWarning, match="saw 16 tokens") as warned:
