@@ -202,10 +202,10 @@ def finetune(
                 batches = task_batches(
                     task, loaded, processor, data, max_length=max_length, seed=seed
                 )
-                gathered = _calibrated(loaded, batches, "the training data", seed)
+                gathered = _calibrated(loaded, batches, "the training data")
             elif calibration != NONE:
                 batches = calibration_batches(loaded, calibration, processor, seed=seed)
-                gathered = _calibrated(loaded, list(batches), calibration, seed)
+                gathered = _calibrated(loaded, list(batches), calibration)
             prepare_model(loaded, moments=gathered, **settings)
             if state.num_processes > 1:  # the others load it, whole or not at all
                 loaded.save_pretrained(f"{start}.partial")
@@ -477,19 +477,18 @@ def _gather(model: str, calibration: str, seed: int) -> "Moments":
 
     names = AutoConfig.from_pretrained(model).architectures or [""]
     dense = model_class(names[0], model).from_pretrained(model, dtype="auto", use_safetensors=True)
-    return _calibrated(
-        dense, list(calibration_batches(dense, calibration, seed=seed)), calibration, seed
-    )
+    batches = calibration_batches(dense, calibration, seed=seed)
+    return _calibrated(dense, list(batches), calibration)
 
 
-def _calibrated(model: "PreTrainedModel", batches: list[Any], source: str, seed: int) -> "Moments":
+def _calibrated(model: "PreTrainedModel", batches: list[Any], source: str) -> "Moments":
     """Moments of a dense model's inputs on batches from `source`; prints the cost."""
     from time import perf_counter
 
     from qrefta._prepare import calibrate
 
     start = perf_counter()
-    gathered = calibrate(model, batches, seed=seed)
+    gathered = calibrate(model, batches)
     seconds = perf_counter() - start
     rows = sum(len(next(iter(batch.values()))) for batch in batches)
     tokens = next(iter(gathered.tokens.values()))

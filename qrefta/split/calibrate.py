@@ -211,7 +211,8 @@ def gather_moments(
 
 def _row_count(inputs: dict[str, Any]) -> int:
     """Rows of a batch."""
-    return max(len(value) for value in inputs.values() if isinstance(value, Tensor))
+    tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
+    return max(len(value) for value in tensors if value.dim())
 
 
 def _warn_of_few_tokens(moments: Moments, stacks: list[LayerStack]) -> None:

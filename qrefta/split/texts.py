@@ -43,7 +43,9 @@ def read_texts(path: str | Path) -> list[str]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"There is no file {path} to calibrate with.")
+        raise ValueError(
+            f'There is no file {path} to calibrate with; the word "text" stands for generic text.'
+        )
     texts: Iterable[str | None] = []
     if path.suffix == ".txt":
         texts = path.read_text(encoding="utf-8-sig").split("\n")
