@@ -22,6 +22,9 @@ class Entry(NamedTuple):
 STUDIES = {
     "accuracy": Entry("eval.studies.accuracy", "fine-tune with every method and score"),
     "quant_error": Entry("eval.studies.quant_error", "quantization error by method and rank"),
+    "calibration_cost": Entry(
+        "eval.studies.calibration_cost", "time of gathering second moments in forward passes"
+    ),
     "cost": Entry("eval.studies.cost", "time and memory of a training step"),
     "cost_model": Entry("eval.studies.cost_model", "measured times against counted operations"),
     "decoding": Entry("eval.studies.decoding", "tokens per second of generation"),
