@@ -88,8 +88,11 @@ def split_stack(
     Without a metric the state with the lowest squared error is returned; with a metric, the last
     state.
 
-    The rounds take nearest levels. If the residual is then stored with error feedback, no refit
-    follows: it would destroy the compensation between the columns of Q.
+    If the residual is stored with error feedback, the rounds start from the unsplit weights: the
+    first fit is the best correction of their quantization error (QERA, Zhang et al. 2024, with
+    factors that layers share). Error feedback leaves a principal part nothing to gain. The rounds
+    take nearest levels, and no refit follows the feedback: it would destroy the compensation
+    between the columns of Q.
 
     Args:
         weights: finite.
@@ -102,12 +105,14 @@ def split_stack(
     rounding = rounding or StackRounding(settings)
     fmt = QuantFormat.of(settings)
     whole = _Whole(weights, settings)
+    if rounding.feeds_back and settings.refine and METHODS[settings.method].fits:
+        return _correction(whole, rank, metric, rounding)
     fit = first or whole.fit(rank, metric)
     best = Split(fit.factors, fit.factors)
     if fmt is None or not settings.refine or not fit.factors.fits:
         return best
     best_error: float | None = None
-    for _ in range(settings.refine + (0 if rounding.feeds_back else 1)):
+    for _ in range(settings.refine + 1):
         base = fit.factors
         of_base = best_error is None
         target = _Target(weights, whole.rows, base, whole.mixing, fmt, rounding, of_base)
@@ -118,9 +123,25 @@ def split_stack(
         if metric is not None or error < best_error:
             best = Split(fit.factors, base)
             best_error = error
-    if rounding.feeds_back:
-        return Split(best.factors, best.factors)
     return best
+
+
+def _correction(
+    whole: "_Whole", rank: Rank, metric: Metric | None, rounding: StackRounding
+) -> Split:
+    """Factors that correct the error of quantizing what they leave over, for error feedback."""
+    weights, settings = whole.weights, whole.settings
+    fmt = QuantFormat.of(settings)
+    assert fmt is not None, "16 bits have no error to correct"
+    factors: Factors | None = None
+    starts: list[Tensor] | None = None
+    for _ in range(settings.refine):
+        target = _Target(weights, whole.rows, factors, whole.mixing, fmt, rounding, of_base=False)
+        blocks = target.blocks if starts else _kept(target.blocks, weights)  # a refit is one pass
+        fit = _fit(weights, settings, rank, whole.transform, metric, blocks, starts)
+        factors = fit.factors
+        starts = fit.starts
+    return Split(factors, factors)
 
 
 def tensor_values(weights: Weights, settings: Settings, rank: int) -> Tensor:
@@ -214,10 +235,7 @@ class _Whole:
         """Passes over the transformed slices: kept in memory if that is allowed, else computed in
         each pass.
         """
-        if not self.weights.keep:
-            return self._mixed
-        blocks = list(self._mixed())
-        return lambda: blocks
+        return _kept(self._mixed, self.weights)
 
     def _mixed(self) -> Iterator[tuple[slice, Tensor]]:
         return ((rows, mix(block, self.mixing)) for rows, block in _read(self.weights, self.rows))
@@ -225,7 +243,7 @@ class _Whole:
 
 class _Target:
     """W - dequant(quantize(W - Delta)), the stack that a refit approximates, with its errors after
-    a pass.
+    a pass. Without a base, Delta is zero.
 
     Attributes:
         norm: its squared norm.
@@ -236,7 +254,7 @@ class _Target:
         self,
         weights: Weights,
         rows: int,
-        base: Factors,
+        base: Factors | None,
         mixing: Tensor,
         fmt: QuantFormat,
         rounding: StackRounding,
@@ -257,10 +275,11 @@ class _Target:
         self.error = 0.0
         for rows, block in _read(self.weights, self.rows):
             for layer, weight in enumerate(block):
-                delta = self.base.delta(layer, rows)
-                weight.sub_(rounded(weight - delta, self.fmt, self.roundings[layer]))
+                delta = None if self.base is None else self.base.delta(layer, rows)
+                rest = weight if delta is None else weight - delta
+                weight.sub_(rounded(rest, self.fmt, self.roundings[layer]))
                 self.norm += squared_norm(weight)
-                if self.of_base:
+                if self.of_base and delta is not None:
                     self.error += squared_norm(delta.sub_(weight))
             yield rows, mix(block, self.mixing)
 
@@ -277,6 +296,14 @@ def _fit(
     slices = Slices(blocks, weights.shape, weights.device, metric)
     method = METHODS[settings.method]
     return method.fit(slices, rank, transform, factor_dtype(settings), settings.seed, starts)
+
+
+def _kept(blocks: Blocks, weights: Weights) -> Blocks:
+    """The same passes, from memory if a copy of the stack is allowed there."""
+    if not weights.keep:
+        return blocks
+    kept = list(blocks())
+    return lambda: kept
 
 
 def _read(weights: Weights, rows: int) -> Iterator[tuple[slice, Tensor]]:

@@ -12,8 +12,10 @@ from torch.testing import assert_close
 import qrefta
 from qrefta.files import safetensors as shards
 from qrefta.model.build import model_class
+from qrefta.model.stacks import find_stacks
 from qrefta.split import checkpoint as convert_module
-from tests.models import ARCHITECTURES, EXPERTS
+from qrefta.split.calibrate import gather_moments
+from tests.models import ARCHITECTURES, EXPERTS, inputs
 
 CHOSEN = ["bert", "llama_gqa", "gpt2", "vit", "t5"]
 
@@ -32,7 +34,8 @@ def in_memory(folder, **settings):
     model = model_class(
         json.loads((folder / "config.json").read_text())["architectures"][0], folder
     )
-    return qrefta.prepare(model.from_pretrained(folder, dtype="auto"), progress=False, **settings)
+    settings = {"progress": False} | settings
+    return qrefta.prepare(model.from_pretrained(folder, dtype="auto"), **settings)
 
 
 def assert_equal(folder, model):
@@ -72,6 +75,31 @@ def test_other_dtypes_and_formats_are_equal_too(saved, tmp_path, dtype, settings
     dense = saved("llama_gqa", dtype)
     qrefta.prepare_checkpoint(dense, tmp_path / "out", rank=4, progress=False, **settings)
     assert_equal(tmp_path / "out", in_memory(dense, rank=4, **settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"double_quant": True}, {"quant_type": "int4"}, {"quant_type": "fp4"}, {"rank": 0}],
+    ids=str,
+)
+@pytest.mark.parametrize("architecture", ["llama_gqa", "gpt2", "mixtral"])
+def test_error_feedback_is_equal_out_of_core(saved, tmp_path, architecture, settings):
+    """Moments from a file; widths of 32, 36, 64 and more: blocks span rows in some layers."""
+    dense = saved(architecture)
+    settings = {"rank": 4, "refine": 1, "progress": False} | settings
+    model = (ARCHITECTURES | EXPERTS)[architecture]()
+    batches = [inputs(model)] * 20
+    gather_moments(model, find_stacks(model), batches, progress=False).save(tmp_path / "moments")
+    moments = {"moments": tmp_path / "moments"}
+    qrefta.prepare_checkpoint(dense, tmp_path / "out", **settings, **moments)
+    prepared = in_memory(dense, **(settings | moments))
+    loaded = assert_equal(tmp_path / "out", prepared)
+    assert loaded.config.quantization_config.calibrated
+    rounded = in_memory(dense, **(settings | moments), rounding="nearest")
+    assert all(
+        fed["output_error"] < nearest["output_error"]
+        for fed, nearest in zip(qrefta.quant_report(prepared), qrefta.quant_report(rounded))
+    )
 
 
 def test_16_bits_of_conv1d_are_equal_too(saved, tmp_path):
