@@ -22,6 +22,10 @@ class Entry(NamedTuple):
 STUDIES = {
     "accuracy": Entry("eval.studies.accuracy", "fine-tune with every method and score"),
     "quant_error": Entry("eval.studies.quant_error", "quantization error by method and rank"),
+    "kld": Entry("eval.studies.kld", "KL divergence of 4-bit bases to the 16-bit model"),
+    "cosine": Entry(
+        "eval.studies.cosine", "sentence embeddings of 4-bit bases and the 16-bit model"
+    ),
     "cost": Entry("eval.studies.cost", "time and memory of a training step"),
     "cost_model": Entry("eval.studies.cost_model", "measured times against counted operations"),
     "decoding": Entry("eval.studies.decoding", "tokens per second of generation"),
