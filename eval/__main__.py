@@ -26,6 +26,9 @@ STUDIES = {
     "cosine": Entry(
         "eval.studies.cosine", "sentence embeddings of 4-bit bases and the 16-bit model"
     ),
+    "calibration_cost": Entry(
+        "eval.studies.calibration_cost", "time of gathering second moments in forward passes"
+    ),
     "cost": Entry("eval.studies.cost", "time and memory of a training step"),
     "cost_model": Entry("eval.studies.cost_model", "measured times against counted operations"),
     "decoding": Entry("eval.studies.decoding", "tokens per second of generation"),

@@ -3,13 +3,12 @@ of core.
 """
 
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Unpack
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta._compat.transformers import has_peft_adapter
 from qrefta.choices import Bits
@@ -32,6 +31,7 @@ from qrefta.nn.quantized import QuantFormat
 from qrefta.split.calibrate import Moments, gather_moments, load_moments
 from qrefta.split.checkpoint import convert
 from qrefta.split.loop import split_stacks
+from qrefta.split.sources import Calibration, calibration_batches
 from qrefta.split.stack_split import StackSplit
 
 
@@ -41,8 +41,9 @@ def prepare(
     bits: Bits = 4,
     rank: RankSetting = 16,
     *,
-    calibration: Iterable[Any] | None = None,
+    calibration: Calibration | None = None,
     moments: Moments | str | Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
     **settings: Unpack[SettingsKeywords],
@@ -61,10 +62,15 @@ def prepare(
     Args:
         model: any transformers model with its weights in memory, float32, bf16 or fp16.
         bits, rank, settings: see `qrefta.config.Settings`.
-        calibration: batches of model inputs (a few hundred samples of text are enough). The split
-            then keeps the outputs of the layers close to the original, instead of the weights.
+        calibration: text of the kind that the model will read: a file (txt, csv, tsv, jsonl,
+            parquet), a list of strings, a `datasets.Dataset` with a column of text or tokenized
+            rows, or the word "text" for generic text. Or batches of model inputs; images and audio
+            always. The split then keeps the outputs of the layers close to the original, instead
+            of the weights.
         moments: second moments of the inputs, gathered before (`qrefta.split.calibrate`), or their
             file.
+        tokenizer: of the model, for calibration on text; default: the tokenizer in the folder or
+            hub name that the model was loaded from.
         device: where each stack is worked on, for example "cuda" for a model in CPU memory;
             default: the device of its weights.
         progress: show a progress bar over the stacks, if it takes more than two seconds.
@@ -85,6 +91,7 @@ def prepare(
             bits,
             rank,
             calibration,
+            tokenizer,
             moments=moments,
             device=device,
             progress=progress,
@@ -106,8 +113,11 @@ def prepare(
     chosen = with_trained_modules(model, chosen, source.stacks)
     _check_weights(model, source.stacks)
     if calibration is not None:
-        moments = gather_moments(model, source.stacks, calibration, progress=progress)
+        batches = calibration_batches(model, calibration, tokenizer, seed=chosen.seed)
+        moments = gather_moments(model, source.stacks, batches, progress=progress)
     loaded = _moments(moments)
+    if calibration is None and loaded is not None:
+        loaded.check(source.stacks)
     sink = _ModelSink(model, source.stacks, QuantFormat.of(chosen))
     split_stacks(source, sink, chosen, loaded, progress)
     freeze(model, chosen.modules_to_save)
@@ -160,16 +170,42 @@ def prepare_checkpoint(
     return convert(source, Path(out), chosen, loaded, torch.device(device), max_memory, progress)
 
 
+def calibrate(
+    model: PreTrainedModel,
+    calibration: Calibration,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Moments:
+    """Second moments of the inputs of a dense model, for `prepare` or `prepare_checkpoint`.
+
+    Args:
+        model, calibration, tokenizer: as for `prepare`.
+        seed: of the choice of texts.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: if `prepare` would refuse the model or the calibration.
+    """
+    _check_model(model)
+    stacks = find_stacks(model)
+    _check_weights(model, stacks)
+    batches = calibration_batches(model, calibration, tokenizer, seed=seed)
+    return gather_moments(model, stacks, batches, progress=progress)
+
+
 def _old_call_with_folder(
     source: str | Path,
     bits: Bits,
     rank: RankSetting,
-    calibration: Iterable[Any] | None,
+    calibration: Calibration | None,
+    tokenizer: PreTrainedTokenizerBase | None,
     **keywords: Any,
 ) -> Any:
     """prepare("folder", out=...), the call of qrefta 0.1 for a checkpoint."""
     out = keywords.pop("out", None)
-    if out is None or calibration is not None:
+    if out is None or calibration is not None or tokenizer is not None:
         raise ValueError(
             f"prepare got the folder or hub name {str(source)!r}. Load the model and give that, or "
             "call prepare_checkpoint(source, out), which needs `out`, the folder to write, and "

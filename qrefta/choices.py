@@ -7,6 +7,8 @@ from typing import Literal, get_args
 Method = Literal["refta", "craft", "tera", "lotr", "lorta"]
 Transform = Literal["lsm3", "dct", "identity"]
 QuantType = Literal["nf4", "fp4", "int4"]
+Scales = Literal["searched", "absmax"]
+Codes = Literal["feedback", "nearest"]
 Bits = Literal[4, 16]
 FactorDtype = Literal["bfloat16", "float32"]
 Task = Literal["classify", "lm", "sft", "image"]
@@ -17,6 +19,8 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 METHOD_NAMES: tuple[Method, ...] = get_args(Method)
 TRANSFORMS: tuple[Transform, ...] = get_args(Transform)
 QUANT_TYPES: tuple[QuantType, ...] = get_args(QuantType)
+SCALES: tuple[Scales, ...] = get_args(Scales)
+CODES: tuple[Codes, ...] = get_args(Codes)
 BITS: tuple[Bits, ...] = get_args(Bits)
 FACTOR_DTYPES: tuple[FactorDtype, ...] = get_args(FactorDtype)
 TASK_NAMES: tuple[Task, ...] = get_args(Task)

@@ -18,6 +18,8 @@ from qrefta._options import with_settings
 from qrefta.choices import Dtype, LoraBase, Optimizer, Task
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from qrefta.export.merge import Export
     from qrefta.split.calibrate import Moments
 
@@ -26,12 +28,11 @@ app = typer.Typer(
 )
 console = Console()
 
-Calibration = Annotated[
-    str | None,
-    typer.Option(
-        help="Text (txt, csv, tsv, jsonl, parquet): keep the outputs on it, instead of the weights."
-    ),
-]
+NONE = "none"
+ROWS = "data"  # rows of the training data
+DEFAULT_OF_PREPARE = NONE  # "text" would calibrate on generic text
+DEFAULT_OF_FINETUNE = ROWS
+_KINDS = "a file (txt, csv, tsv, jsonl, parquet), text (generic text) or none"
 
 
 @app.command()
@@ -43,7 +44,12 @@ def prepare(
         typer.Argument(help="Folder to write: new, empty, or left by an interrupted run."),
     ],
     settings: dict[str, Any],
-    calibration: Calibration = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Text on which the outputs are kept: {_KINDS}; default: {DEFAULT_OF_PREPARE}."
+        ),
+    ] = None,
     moments: Annotated[
         Path | None,
         typer.Option(help="File of moments: written with --calibration, read without it."),
@@ -66,7 +72,9 @@ def prepare(
     from qrefta.tables import report_table
 
     gathered = None
-    if calibration is not None:
+    if calibration is None:
+        calibration = DEFAULT_OF_PREPARE if moments is None else NONE
+    if calibration != NONE:
         gathered = _gather(model, calibration, settings["seed"])
         if moments is not None:
             gathered.save(moments)
@@ -91,7 +99,10 @@ def finetune(
     ],
     out: Annotated[Path, typer.Argument(help="Folder for checkpoints and the trained model.")],
     settings: dict[str, Any],
-    calibration: Calibration = None,
+    calibration: Annotated[
+        str,
+        typer.Option(help=f"Keep the outputs on rows of the training data (data), {_KINDS}."),
+    ] = DEFAULT_OF_FINETUNE,
     task: Annotated[
         Task,
         typer.Option(
@@ -143,10 +154,11 @@ def finetune(
     from qrefta.export.merge import check_new
     from qrefta.files.safetensors import weights_bytes
     from qrefta.hf_quantizer import is_prepared, quant_report
+    from qrefta.split.sources import calibration_batches
     from qrefta.tables import report_table, results_table
     from qrefta.train._finetune import finetune as finetune_model
     from qrefta.train.arguments import training_arguments
-    from qrefta.train.data import read_calibration
+    from qrefta.train.calibration import task_batches
     from qrefta.train.models import load_model
     from qrefta.train.tasks import TASKS
 
@@ -185,10 +197,16 @@ def finetune(
                 raise ValueError(
                     f"{start} is not seen here; OUT must be a folder that all nodes share."
                 )
-            batches = None
-            if calibration is not None:
-                batches = read_calibration(calibration, processor, seed=seed)
-            prepare_model(loaded, calibration=batches, **settings)
+            gathered = None
+            if calibration == ROWS:
+                batches = task_batches(
+                    task, loaded, processor, data, max_length=max_length, seed=seed
+                )
+                gathered = _calibrated(loaded, batches, "the training data")
+            elif calibration != NONE:
+                batches = calibration_batches(loaded, calibration, processor, seed=seed)
+                gathered = _calibrated(loaded, list(batches), calibration)
+            prepare_model(loaded, moments=gathered, **settings)
             if state.num_processes > 1:  # the others load it, whole or not at all
                 loaded.save_pretrained(f"{start}.partial")
                 Path(f"{start}.partial").rename(start)
@@ -503,20 +521,34 @@ def _read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def _gather(model: str, calibration: str, seed: int) -> "Moments":
-    """Moments of a dense model's inputs on a file of text; the model is in memory while they are
-    gathered.
-    """
-    from transformers import AutoConfig, AutoTokenizer
+    """Moments of a dense model's inputs on text; the model is in memory while they are gathered."""
+    from transformers import AutoConfig
 
     from qrefta.model.build import model_class
-    from qrefta.model.stacks import find_stacks
-    from qrefta.split.calibrate import gather_moments
-    from qrefta.train.data import read_calibration
+    from qrefta.split.sources import calibration_batches
 
-    batches = read_calibration(calibration, AutoTokenizer.from_pretrained(model), seed=seed)
     names = AutoConfig.from_pretrained(model).architectures or [""]
     dense = model_class(names[0], model).from_pretrained(model, dtype="auto", use_safetensors=True)
-    return gather_moments(dense, find_stacks(dense), batches)
+    batches = calibration_batches(dense, calibration, seed=seed)
+    return _calibrated(dense, list(batches), calibration)
+
+
+def _calibrated(model: "PreTrainedModel", batches: list[Any], source: str) -> "Moments":
+    """Moments of a dense model's inputs on batches from `source`; prints the cost."""
+    from time import perf_counter
+
+    from qrefta._prepare import calibrate
+
+    start = perf_counter()
+    gathered = calibrate(model, batches)
+    seconds = perf_counter() - start
+    rows = sum(len(next(iter(batch.values()))) for batch in batches)
+    tokens = next(iter(gathered.tokens.values()))
+    console.print(
+        f"Calibrated on {rows:,} rows of {source} ({tokens:,} tokens) in {seconds:.0f} s; "
+        "--calibration none turns it off."
+    )
+    return gathered
 
 
 def _megabytes(size: int) -> str:

@@ -19,19 +19,23 @@ from typing import Any, Self, TypedDict, TypeVar
 from qrefta.choices import (
     BITS,
     BLOCK_SIZES,
+    CODES,
     FACTOR_DTYPES,
     FITTED,
     METHOD_NAMES,
     QUANT_TYPES,
+    SCALES,
     TRANSFORMS,
     Bits,
+    Codes,
     FactorDtype,
     Method,
     QuantType,
+    Scales,
     Transform,
 )
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 BANK = "qrefta_factors"  # name of the factor bank at the root of a model
 EXPERTS_SUFFIX = "_adapted"  # of the list of linear layers that replaces a fused parameter
 OLD_RANK_SETTINGS = (
@@ -219,7 +223,7 @@ def _check_rank(name: str, value: Any) -> RankSetting:
         return RankBudget(**value)
     if isinstance(value, Sequence) and not isinstance(value, str):
         return tuple(_whole(f"each number of {name}", number, 1) for number in value)
-    return _whole(name, value, 1)
+    return _whole(name, value, 0)
 
 
 def _check_targets(name: str, value: Any) -> str | tuple[str, ...] | None:
@@ -266,7 +270,7 @@ class Settings:
     Attributes:
         bits: 4, or 16 to keep the residual in 16 bits (an ablation without quantization error).
         rank: R, the number of components that every target stack keeps over all its layers
-            together; a stack has R (in + out) trainable parameters. A tuple (layers, outputs,
+            together; a stack has R (in + out) trainable parameters. 0 quantizes only. A tuple (layers, outputs,
             inputs) for method craft, each capped at the stack's size. A `RankBudget` chooses the
             ranks.
         method: refta; craft, which trains three small square matrices a stack; or tera, lotr and
@@ -276,6 +280,11 @@ class Settings:
         quant_type: 4-bit format.
         block_size: weights that share a scale.
         double_quant: store the scales in 8 bits, as QLoRA does.
+        scales: searched: the scale of every block is the best of twelve, of both signs, weighted by
+            the second moments of the inputs if they are known. absmax: the largest magnitude.
+        rounding: feedback: with moments, the columns of a residual are rounded one after the other
+            and take in the errors of the columns before (GPTQ, arXiv 2210.17323); without moments
+            it is nearest. nearest: the nearest level.
         target_modules: linear layers that get factors. None: all in the repeated blocks. A list:
             module paths that end in one of the names ("q_proj", "self_attn.q_proj"). A string: a
             regular expression that matches whole paths. All other linear layers of the blocks are
@@ -312,6 +321,14 @@ class Settings:
     )
     double_quant: bool = field(
         default=False, metadata=_one_of((False, True), "Store the scales in 8 bits.")
+    )
+    scales: Scales = field(
+        default="searched",
+        metadata=_one_of(SCALES, "Choice of every block's scale; absmax: the largest magnitude."),
+    )
+    rounding: Codes = field(
+        default="feedback",
+        metadata=_one_of(CODES, "Rounding to levels: with error feedback if calibrated, or not."),
     )
     target_modules: str | Sequence[str] | None = field(
         default=None,
@@ -379,6 +396,8 @@ class SettingsKeywords(TypedDict, total=False):
     quant_type: QuantType
     block_size: int
     double_quant: bool
+    scales: Scales
+    rounding: Codes
     target_modules: str | Sequence[str] | None
     modules_to_save: Sequence[str]
     refine: int

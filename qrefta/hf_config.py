@@ -28,7 +28,7 @@ class QReftaConfig(QuantizationConfigMixin):
         calibrated: whether second moments of the inputs weighted the split.
         base_model: folder or hub name of the dense model that was prepared, if it is known.
         stacks: a `StackReport` (or its dict) for every stack; empty before the model is prepared.
-        format_version: of the checkpoint. Version 1 is migrated; a newer version than this package
+        format_version: of the checkpoint. Versions 1 and 2 are migrated; a newer version than this package
             writes is refused.
         keywords: settings, if `settings` is not given.
 
@@ -59,7 +59,7 @@ class QReftaConfig(QuantizationConfigMixin):
             )
         self.quant_method = quant_method  # pyright: ignore[reportAttributeAccessIssue]
         self.format_version = format_version
-        self.settings = settings or _settings(keywords)
+        self.settings = settings or _settings(keywords, format_version)
         self.calibrated = calibrated
         self.base_model = base_model
         self.stacks = [
@@ -84,8 +84,15 @@ class QReftaConfig(QuantizationConfigMixin):
         }
 
 
-def _settings(keywords: dict[str, Any]) -> Settings:
-    """Settings from the keywords of a saved config, of format 1 or 2, or of a call."""
+def _settings(keywords: dict[str, Any], format_version: int) -> Settings:
+    """Settings from the keywords of a saved config, of format 1 to 3, or of a call.
+
+    Formats 1 and 2 had one way of rounding; INT4 had searched scales.
+    """
+    if format_version < 3:
+        searched = keywords.get("quant_type") == "int4"
+        older = {"scales": "searched" if searched else "absmax", "rounding": "nearest"}
+        keywords = older | keywords
     unknown = sorted(set(keywords) - SETTING_NAMES - set(OLD_RANK_SETTINGS))
     if unknown:
         raise ValueError(

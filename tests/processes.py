@@ -30,6 +30,7 @@ from qrefta.cli import quiet_libraries
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.train._finetune import finetune, round_masters
 from qrefta.train.arguments import training_arguments
+from qrefta.train.calibration import task_batches
 from qrefta.train.checkpoints import whole_checkpoints
 from qrefta.train.data import load_classification
 from qrefta.train.models import load_classifier
@@ -103,6 +104,14 @@ def _command(folder, *options):
         runpy.run_module("qrefta", run_name="__main__")
 
 
+def _prepared_as_by_the_command(folder):
+    """Calibrated on the training rows."""
+    dense = load_classifier(str(folder / "tiny"), ["0", "1"], seed=0)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tiny")
+    batches = task_batches("classify", dense, tokenizer, _data(folder))
+    return qrefta.prepare(dense, rank=8, calibration=batches)
+
+
 def everything(folder):
     """All other runs; saves their results by name."""
     quiet_libraries()
@@ -119,7 +128,7 @@ def replicated(folder):
     model = start(folder)
     yield "ddp", (tune(folder, "ddp", model, 8), trained(model))
     yield "ddp stops", stops(folder, "ddp-stops", torch.inf)
-    model = qrefta.prepare(load_classifier(str(folder / "tiny"), ["0", "1"], seed=0), rank=8)
+    model = _prepared_as_by_the_command(folder)
     settings = {
         "max_steps": COMMAND_STEPS,
         "save_steps": 0.25,

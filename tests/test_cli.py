@@ -1,6 +1,7 @@
 """The command line, as `python -m qrefta` and through typer's runner."""
 
 import json
+import re
 import runpy
 import sys
 
@@ -15,7 +16,7 @@ from qrefta.config import parse_rank
 from qrefta.hf_quantizer import quant_report
 from qrefta.model.stacks import find_stacks
 from qrefta.split.calibrate import gather_moments
-from qrefta.train.data import read_calibration
+from qrefta.split.sources import calibration_batches
 from qrefta.train.models import load_classifier
 from tests.models import logits, tiny_llama
 from tests.pages import language_tokenizer
@@ -135,12 +136,14 @@ def test_calibration_moments_and_rank_by_need(dense, rows, tmp_path):
     assert "Ranks: " in result.output
     model = AutoModelForSequenceClassification.from_pretrained(dense)
     tokenizer = AutoTokenizer.from_pretrained(dense)
-    gathered = gather_moments(model, find_stacks(model), read_calibration(rows, tokenizer))
+    batches = calibration_batches(model, rows, tokenizer)
+    gathered = gather_moments(model, find_stacks(model), batches)
     gathered.save(tmp_path / "moments.safetensors")
     result = invoke(
         "prepare", dense, tmp_path / "b", *common, "--moments", tmp_path / "moments.safetensors"
     )
     assert result.exit_code == 0
+    assert "Calibrated" not in result.output
     report, again = (qrefta.quant_report(qrefta.load(tmp_path / name)) for name in "ab")
     assert report == again
     assert sum(row["output_ratio"] for row in report) / len(report) < 0.9
@@ -166,6 +169,37 @@ def test_finetune_prepares_trains_and_resumes(dense, rows, tmp_path):
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     again = invoke("finetune", tmp_path / "out", rows, tmp_path / "out", *options, "--resume")
     assert again.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "source"), [(None, "the training data"), ("text", "text"), ("rows", "rows.jsonl")]
+)
+def test_finetune_calibrates_on_its_training_rows_by_default(option, source, dense, rows, tmp_path):
+    words = [] if option is None else ["--calibration", rows if option == "rows" else option]
+    result = invoke(
+        "finetune", dense, rows, tmp_path / "out", "--max-steps", 1, "--rank", 2, *words
+    )
+    shown = "".join(result.output.split())
+    count = r"54rowsofthetrainingdata" if option is None else r"\d+rowsof\S*" + re.escape(source)
+    assert re.search(rf"Calibratedon{count}\([\d,]+tokens\)in\d+s;--calibrationnone", shown)
+    assert qrefta.load(tmp_path / "out").config.quantization_config.calibrated
+    again = invoke("finetune", tmp_path / "out", rows, tmp_path / "more", "--max-steps", 1)
+    assert "Calibrated on" not in again.output
+
+
+def test_calibration_can_be_turned_off(dense, rows, tmp_path):
+    options = ["--max-steps", 1, "--rank", 2, "--calibration", "none"]
+    result = invoke("finetune", dense, rows, tmp_path / "out", *options)
+    assert "Calibrated" not in result.output
+    assert not qrefta.load(tmp_path / "out").config.quantization_config.calibrated
+
+
+def test_prepare_calibrates_on_generic_text_when_asked(dense, tmp_path):
+    result = invoke("prepare", dense, tmp_path / "a", "--rank", 2)
+    assert "Calibrated" not in result.output
+    result = invoke("prepare", dense, tmp_path / "b", "--rank", 2, "--calibration", "text")
+    assert "Calibrated on 256 rows of text" in " ".join(result.output.split())
+    assert qrefta.load(tmp_path / "b").config.quantization_config.calibrated
 
 
 def test_a_prepared_base_model_is_fine_tuned(dense, rows, tmp_path):

@@ -44,6 +44,8 @@ import qrefta.linalg.tsvd
 from qrefta.model.stacks import find_stacks
 from qrefta.nn.factors import BANK
 from qrefta.nn.linear import AdaptedLinear
+from qrefta.split.calibrate import gather_moments
+from qrefta.split.sources import calibration_batches
 from tests.models import (
     ARCHITECTURES,
     VOCAB,
@@ -58,6 +60,7 @@ from tests.models import (
     tiny_whisper,
 )
 from tests.peers import add_adapter
+from tests.tiny import color_rows, tiny_tokenizer
 
 all_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
@@ -773,3 +776,33 @@ def test_rows_of_config_are_json():
         tiny_t5(), rank=3, target_modules=("q", "v"), modules_to_save=("final_layer_norm",)
     )
     json.loads(model.config.to_json_string())
+
+
+def test_prepare_calibrates_on_strings_with_a_tokenizer(tmp_path):
+    """The same model as with the batches of these strings."""
+    texts = [row["text"] for row in color_rows(40, seed=5)]
+    tokenizer = tiny_tokenizer()
+    batches = calibration_batches(tiny_llama(), texts, tokenizer)
+    options = {"rank": 2, "refine": 1, "progress": False}
+    given = qrefta.prepare(tiny_llama(), calibration=texts, tokenizer=tokenizer, **options)
+    expected = qrefta.prepare(tiny_llama(), calibration=batches, **options)
+    assert torch.equal(logits(given), logits(expected))
+    model = tiny_llama()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        qrefta.prepare(model, calibration=texts, **options)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_unusable_moments_leave_the_model_as_it_was():
+    """The layer is the last of the model, so a check at its turn would be too late."""
+    model = tiny_llama()
+    before = copy.deepcopy(model.state_dict())
+    ids = torch.arange(2, 18)[None]
+    moments = gather_moments(model, find_stacks(model), [ids] * 4, progress=False)
+    path = find_stacks(model)[-1].modules[-1]
+    moments.of(path)[0, 1] = float("nan")
+    with pytest.raises(ValueError, match=f"{re.escape(path)} holds NaN or infinity"):
+        qrefta.prepare(model, rank=2, refine=0, moments=moments, progress=False)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -1,4 +1,4 @@
-"""4-bit bases of a model, ours and the peers', as dense weights; and which of them a study measures.
+"""4-bit bases of a model, ours and the peers', as dense weights; and which of them are measured.
 
 A base replaces the weights of all linear layers of the blocks. It is computed on a fresh dense
 model and written back to it, dequantized and with its factors added: on a CPU a dense product is
@@ -34,6 +34,7 @@ PLAIN = QuantFormat("nf4")  # errors are relative to this format's plain roundin
 TEXT = 32_768  # tokens to calibrate with
 LITTLE_TEXT = 4_096
 R = 64  # of our bases where one R is measured
+DEFAULT_RANK = 16
 RANKS = (16, 64, 128, 240)
 PEER_RANKS = (64, 240)
 LOFTQ_ROUNDS = 5
@@ -128,8 +129,8 @@ def _peers() -> list[Base]:
 
 
 def _default() -> list[Base]:
-    """`prepare` without a setting but R."""
-    return [Base(rank=rank, calibration=tokens) for tokens in (0, TEXT) for rank in (16, R)]
+    """`prepare` with its defaults: nothing but a model, and with calibration."""
+    return [Base(rank=DEFAULT_RANK), Base(rank=DEFAULT_RANK, calibration=TEXT)]
 
 
 def _refinements() -> list[Base]:

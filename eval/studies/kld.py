@@ -232,8 +232,8 @@ def calibration_windows(
     used = max(texts.tokens, HELD_OUT) if shared else 0
     if len(whole) * length < count * length + used:
         raise ValueError(
-            f"{texts.calibration} has {len(whole)} windows of {length} tokens; {tokens:,} tokens to "
-            f"calibrate on and {used:,} to measure on are needed."
+            f"{texts.calibration} has {len(whole)} windows of {length} tokens; {tokens:,} tokens "
+            f"to calibrate on and {used:,} to measure on are needed."
         )
     return whole[-count:] if shared else whole[:count]
 

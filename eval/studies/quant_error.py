@@ -56,7 +56,7 @@ from qrefta.split.calibrate import (
     shared_metric,
 )
 from qrefta.split.residual import one_shot, split_stack, tensor_values
-from qrefta.train.data import read_calibration
+from qrefta.split.texts import read_texts, rows_of_text
 
 SEEDS = 20  # Gaussian matrices a format
 SPECTRUM = 192  # tensor singular values a row
@@ -68,7 +68,6 @@ STARTS = {
 PAPER = "lsm3"  # the transform for calibration and the nuclear norm
 SMALL_BLOCKS = {"smaller block": 32, "smaller block, 8-bit scales": 8}  # bits of a scale
 LOFTQ_ROUNDS = 5
-BATCH = 32  # texts at a time
 MOMENTS = ("calibration", "test")
 SUMMED = (
     "baseline_error",
@@ -243,24 +242,17 @@ def gather(
     samples: int,
     max_length: int,
 ) -> tuple[Moments, Moments]:
-    """Second moments of the inputs over the even and over the odd batches of text."""
-    with TemporaryDirectory() as folder:
-        if text is None:
-            text = Path(folder) / "sentences.txt"
-            text.write_text(
-                "\n".join(docstring_sentences(train_size=2 * samples)["train"]["text"]),
-                encoding="utf-8",
-            )
-        batches = read_calibration(
-            text,
-            AutoTokenizer.from_pretrained(source),
-            samples=2 * samples,
-            max_length=max_length,
-            batch_size=BATCH,
-        )
-    first, second = (
-        gather_moments(model, stacks, batches[start::2], progress=False) for start in (0, 1)
-    )
+    """Second moments of the inputs over `samples` of the even and of the odd texts."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if text is None:
+        texts = docstring_sentences(train_size=2 * samples)["train"]["text"]
+    else:
+        texts = read_texts(text)
+    halves = [
+        rows_of_text(list(texts)[start::2], tokenizer, rows=samples, max_length=max_length)
+        for start in (0, 1)
+    ]
+    first, second = (gather_moments(model, stacks, half, progress=False) for half in halves)
     return first, second
 
 

@@ -92,6 +92,8 @@ def given_ranks(targets: list[LayerStack], settings: Settings) -> dict[LayerStac
     """
     method = METHODS[settings.method]
     rank = settings.rank
+    if rank == 0:
+        return dict.fromkeys(targets, 0)
     if isinstance(rank, RankBudget):
         if rank.trainable_parameters is None:
             raise ValueError(

@@ -10,6 +10,7 @@ their factors.
 import inspect
 import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,9 +32,12 @@ from qrefta.linalg.metric import Metric, normalized, roots
 from qrefta.model.stacks import ends_with
 from qrefta.nn.experts import fused_inputs
 
-# Wider inputs keep only the diagonal: the full matrix and its roots would cost more than they give.
-FULL_WIDTH = 4096
+# Wider inputs keep only the diagonal: a full matrix of this width has 1.1 GB.
+FULL_WIDTH = 16384
+# Stacks with wider inputs share a diagonal metric: the roots of a full one would take hours.
+METRIC_WIDTH = 4096
 DOUBLE_WIDTH = 1024  # sums up to this width are float64; wider sums are float32, in half the memory
+PANEL = 128  # columns of x^T x that are computed at once; narrower products are slower
 FORMAT = "qrefta-moments-1"
 
 Batch = Mapping[str, Any] | BatchEncoding | Tensor
@@ -63,9 +67,31 @@ class Moments:
         """Moment of one linear layer, (in, in) or (in,).
 
         Raises:
-            ValueError: if no linear layer, or more than one, has that path.
+            ValueError: if no linear layer, or more than one, has that path, or its moment holds NaN
+                or infinity.
         """
-        return self.read(self.owner(path))
+        moment = self.read(self.owner(path))
+        if not moment.isfinite().all():
+            raise ValueError(
+                f"The moment of the inputs of {path} holds NaN or infinity; gather the moments "
+                "again, with the model in float32 or bfloat16."
+            )
+        return moment
+
+    def check(self, stacks: list[LayerStack]) -> None:
+        """Read the moment of every linear layer of `stacks` once.
+
+        Raises:
+            ValueError: if one is missing, has another width than its weight, or holds NaN or
+                infinity.
+        """
+        seen = set()
+        for stack in stacks:
+            for path in stack.modules:
+                owner = self.owner(path)
+                if (owner, stack.in_features) not in seen:
+                    _check_width(path, self.of(path), stack)
+                    seen.add((owner, stack.in_features))
 
     def owner(self, path: str) -> str:
         """The path that stores the moment of a linear layer.
@@ -141,9 +167,14 @@ def gather_moments(
     token counts once for the first weights of the block, and once for each chosen expert for the
     second weights. For that, the products with the first weights are computed twice.
 
-    Products are float32. Sums are float64 for inputs up to DOUBLE_WIDTH wide and float32 for wider
-    inputs, on the device of the inputs: 4 in^2 bytes for each distinct input of width
-    1025 .. FULL_WIDTH. Wider inputs keep only the diagonal.
+    Products are float32, and only their upper half is computed. Sums are float64 for inputs up to
+    DOUBLE_WIDTH wide, and float32 for wider inputs. They are on the CPU, also for a model on an
+    accelerator: 8 in^2 bytes for each distinct input up to DOUBLE_WIDTH wide, 4 in^2 bytes up to
+    FULL_WIDTH (22 GB for a Llama of 7B parameters), and 4 in^2 bytes for one product on the device
+    of the model. Wider inputs keep only the diagonal.
+
+    A layer whose inputs are wider than there are tokens has a singular moment. A warning says so,
+    because damping then decides what the tokens leave open.
 
     Args:
         model: any model; its mode is restored.
@@ -151,26 +182,55 @@ def gather_moments(
         batches: inputs of the model's forward pass (other names are dropped), tensors of its main
             input, or the rows of a tokenized data set. An encoder-decoder without decoder inputs
             gets the inputs of its encoder.
-        progress: show a progress bar.
+        progress: show a progress bar, with the rows and tokens so far.
 
     Raises:
         ValueError: if there are no batches, a batch has no tensors for the model, an input holds
             NaN or infinity, or no token reached a linear layer.
     """
     sums = _Sums()
-    count = 0
-    with _hooked(model, stacks, sums) as masks, torch.no_grad():
-        for batch in tqdm(batches, desc="Calibrating", unit="batch", disable=not progress):
+    rows = 0
+    bar = tqdm(batches, desc="Calibrating", unit="batch", disable=not progress)
+    with _hooked(model, stacks, sums) as masks, torch.no_grad(), bar:
+        for batch in bar:
             inputs = _inputs(model, batch)
             masks.update(
                 {name: inputs.get(name) for name in ("attention_mask", "decoder_attention_mask")}
             )
-            model(**_accepted(model, inputs))
+            accepted = _accepted(model, inputs)
+            model(**accepted)
             sums.flush()
-            count += 1
-    if count == 0:
+            rows += _row_count(accepted)
+            bar.set_postfix_str(f"{rows:,} rows, {sums.most_tokens:,} tokens")
+    if rows == 0:
         raise ValueError("There are no batches to calibrate with; give at least one.")
-    return sums.moments([path for stack in stacks for path in stack.modules])
+    moments = sums.moments([path for stack in stacks for path in stack.modules])
+    _warn_of_few_tokens(moments, stacks)
+    return moments
+
+
+def _row_count(inputs: dict[str, Any]) -> int:
+    """Rows of a batch."""
+    tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
+    return max(len(value) for value in tensors if value.dim())
+
+
+def _warn_of_few_tokens(moments: Moments, stacks: list[LayerStack]) -> None:
+    """Warn once if a linear layer has wider inputs than tokens."""
+    short = [
+        (moments.tokens[moments.owner(path)], stack.in_features, path)
+        for stack in stacks
+        for path in stack.modules
+        if moments.tokens[moments.owner(path)] < stack.in_features
+    ]
+    if short:
+        tokens, width, path = min(short)
+        warnings.warn(
+            f"Calibration saw {tokens:,} tokens at {path}, whose inputs are {width:,} wide, and "
+            f"fewer tokens than inputs at {len(short)} linear layers in all. Give more text for a "
+            "better result.",
+            stacklevel=3,
+        )
 
 
 class _Sums:
@@ -193,7 +253,7 @@ class _Sums:
         if x is not self._last or version != self._version or path in self._group:
             self.flush()
             rows = _tokens(x, mask).float()
-            self._product = _moment_sum(rows)
+            self._product = _moment_sum(rows)  # the upper half, if it is a matrix
             self._last = x
             self._version = version
             self._rows = len(rows)
@@ -209,13 +269,21 @@ class _Sums:
         """Add the last product to the sum of the group that received it."""
         if self._product is not None:
             group = tuple(self._group)
-            wide = DOUBLE_WIDTH < len(self._product) <= FULL_WIDTH
-            product = self._product.to(torch.float32 if wide else torch.float64)
-            self.sums[group] = self.sums[group].add_(product) if group in self.sums else product
+            product = self._product.cpu()
+            if group in self.sums:
+                self.sums[group].add_(product)
+            else:
+                wide = DOUBLE_WIDTH < len(product) <= FULL_WIDTH
+                self.sums[group] = product.to(torch.float32 if wide else torch.float64)
             self.tokens[group] += self._rows
         self._group = []
         self._last = None
         self._product = None
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the linear layer that saw most."""
+        return max(self.tokens.values(), default=0)
 
     def moments(self, paths: list[str]) -> Moments:
         """Means on the CPU; empties the sums.
@@ -240,7 +308,7 @@ class _Sums:
             total = self.sums[key[0]]
             for group in key[1:]:
                 total = total + self.sums[group]
-            tensors[owner] = (total / tokens[owner]).float().cpu()
+            tensors[owner] = _mirrored((total / tokens[owner]).float())
             uses.subtract(key)
             for group in key:
                 if uses[group] == 0:
@@ -251,10 +319,32 @@ class _Sums:
 
 
 def _moment_sum(rows: Tensor) -> Tensor:
-    """The sum of x^T x over rows (tokens, in): (in, in), or its diagonal (in,) for wide inputs."""
-    if rows.shape[1] <= FULL_WIDTH:
-        return rows.T @ rows
-    return rows.double().square().sum(0)
+    """The sum of x^T x over rows (tokens, in), by panels of PANEL columns.
+
+    Returns:
+        (in, in), zero below the panels on the diagonal: `_mirrored` completes it. For inputs wider
+        than FULL_WIDTH the diagonal (in,).
+    """
+    width = rows.shape[1]
+    if width > FULL_WIDTH:
+        return rows.double().square().sum(0)
+    upper = rows.new_zeros(width, width)
+    for start in range(0, width, PANEL):
+        stop = min(start + PANEL, width)
+        torch.mm(rows[:, :stop].T, rows[:, start:stop], out=upper[:stop, start:stop])
+    return upper
+
+
+def _mirrored(upper: Tensor) -> Tensor:
+    """The symmetric matrix with this upper half, in place; a diagonal (in,) as it is."""
+    if upper.dim() == 1:
+        return upper
+    for start in range(0, len(upper), PANEL):
+        stop = start + PANEL
+        block = upper[start:stop, start:stop]
+        block.copy_(block.triu() + block.triu(1).T)
+        upper[stop:, start:stop] = upper[start:stop, stop:].T
+    return upper
 
 
 @contextmanager
@@ -322,8 +412,7 @@ def _inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         batch = {getattr(model, "main_input_name", "input_ids"): batch}
     if not isinstance(batch, Mapping):
         raise ValueError(
-            f"A batch is a {type(batch).__name__}; give a dict of tensors or a tensor (see "
-            "read_calibration)"
+            f"A batch is a {type(batch).__name__}; give a dict of tensors or a tensor."
         )
     device = next(model.parameters()).device
     inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
@@ -380,7 +469,8 @@ def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None or mask.dim() != 2:
         return rows
     fits = x.shape[:-1] == mask.shape or (x.dim() == 2 and len(rows) == mask.numel())
-    return rows[mask.reshape(-1).bool().to(x.device)] if fits else rows
+    kept = mask.reshape(-1).bool().to(x.device)
+    return rows[kept] if fits and not kept.all() else rows
 
 
 def _same_module(known: str, path: str) -> bool:
@@ -392,6 +482,15 @@ def _read_tensor(file_path: str | Path, key: str) -> Tensor:
         return file.get_tensor(key)
 
 
+def _check_width(path: str, moment: Tensor, stack: LayerStack) -> None:
+    """Raise ValueError unless a moment has the width of the stack's inputs."""
+    if moment.shape[0] != stack.in_features:
+        raise ValueError(
+            f"The moment of {path} is {moment.shape[0]} wide and its weight "
+            f"{stack.in_features}; gather the moments on the model to prepare"
+        )
+
+
 def shared_metric(
     moments: Moments, stack: LayerStack, device: torch.device | None = None
 ) -> Metric:
@@ -399,8 +498,8 @@ def shared_metric(
 
     S_l = E[x^T x] + RIDGE mean(diag) I, in float64. A layer whose inputs are all zero counts as the
     identity. Every eigenvalue is RIDGE / (1 + RIDGE) or more, so that S^(-1/2), about 100 at most,
-    amplifies no rounding. The latest metric is kept with the moments, because neighbouring stacks
-    (query, key, value) have the same inputs.
+    amplifies no rounding. Inputs wider than METRIC_WIDTH share the diagonal of S. The latest metric
+    is kept with the moments, because neighbouring stacks (query, key, value) have the same inputs.
 
     Args:
         moments: of every layer of `stack`.
@@ -417,11 +516,9 @@ def shared_metric(
     total = torch.zeros((), dtype=torch.float64, device=device)
     for path in stack.modules:
         moment = moments.of(path)
-        if moment.shape[0] != stack.in_features:
-            raise ValueError(
-                f"The moment of {path} is {moment.shape[0]} wide and its weight "
-                f"{stack.in_features}; gather the moments on the model to prepare"
-            )
+        _check_width(path, moment, stack)
+        if moment.dim() == 2 and stack.in_features > METRIC_WIDTH:
+            moment = moment.diagonal()
         total = total + normalized(moment.to(total)) / len(stack.modules)
     latest.clear()
     latest[key] = Metric(*(root.float() for root in roots(total)))

@@ -12,6 +12,7 @@ from qrefta.config import LayerStack, Rank, Settings, StackReport
 from qrefta.model.stacks import Weights, select_stacks
 from qrefta.split.allocate import choose_ranks
 from qrefta.split.calibrate import Moments
+from qrefta.split.rounding import warn_of_few_tokens
 from qrefta.split.stack_split import StackSplit
 
 PROGRESS_DELAY_S = 2.0
@@ -61,6 +62,8 @@ def split_stacks(
     """
     targets = select_stacks(source.stacks, settings.target_modules)
     splits = {}
+    if moments is not None and settings.rounding == "feedback" and settings.bits == 4:
+        warn_of_few_tokens(moments, source.stacks)
     if sink.ranks is None:
         weights = [source.weights(stack) for stack in targets]
         allocation = choose_ranks(targets, weights, settings, moments, progress)

@@ -22,7 +22,15 @@ from qrefta.linalg.tsvd import mix, squared_norm, t_svd, transform_matrix
 from qrefta.methods import METHODS
 from qrefta.model.stacks import Weights
 from qrefta.nn.factors import Factors, Fit, factor_dtype
-from qrefta.nn.quantized import DenseWeight, FrozenWeight, QuantFormat, quantize, rounded
+from qrefta.nn.quantized import (
+    DenseWeight,
+    FrozenWeight,
+    QuantFormat,
+    Rounding,
+    quantize,
+    rounded,
+)
+from qrefta.split.rounding import StackRounding
 
 
 class Split(NamedTuple):
@@ -45,7 +53,7 @@ class SplitLayer(NamedTuple):
     Attributes:
         residual: Q_l in 4 bits; dense float32 with 16 bits.
         error: W_l - dequant(Q_l) - Delta_l, (out, in), float32; zero with 16 bits.
-        whole_error: W_l - dequant(quantize(W_l)), the error of quantizing the unsplit weight.
+        whole_error: W_l - dequant(quantize(W_l)), the error of plain rounding of the unsplit weight.
         norm, principal_norm: ||W_l||_F^2 and ||Delta_l||_F^2 at the start.
     """
 
@@ -69,6 +77,7 @@ def split_stack(
     rank: Rank,
     metric: Metric | None = None,
     first: Fit | None = None,
+    rounding: StackRounding | None = None,
 ) -> Split:
     """Factors of a stack, and the factors that its residuals are computed with.
 
@@ -79,13 +88,18 @@ def split_stack(
     Without a metric the state with the lowest squared error is returned; with a metric, the last
     state.
 
+    The rounds take nearest levels. If the residual is then stored with error feedback, no refit
+    follows: it would destroy the compensation between the columns of Q.
+
     Args:
         weights: finite.
         settings: method, transform, format, rounds and seed.
         rank: as the method takes it.
         metric: of the inputs, for an activation-aware split.
         first: the result of `one_shot` for the same arguments, if it was computed before.
+        rounding: of the residuals; default: as the settings say, without moments.
     """
+    rounding = rounding or StackRounding(settings)
     fmt = QuantFormat.of(settings)
     whole = _Whole(weights, settings)
     fit = first or whole.fit(rank, metric)
@@ -93,9 +107,10 @@ def split_stack(
     if fmt is None or not settings.refine or not fit.factors.fits:
         return best
     best_error: float | None = None
-    for _ in range(settings.refine + 1):
+    for _ in range(settings.refine + (0 if rounding.feeds_back else 1)):
         base = fit.factors
-        target = _Target(weights, whole.rows, base, whole.mixing, fmt, of_base=best_error is None)
+        of_base = best_error is None
+        target = _Target(weights, whole.rows, base, whole.mixing, fmt, rounding, of_base)
         fit = _fit(weights, settings, rank, whole.transform, metric, target.blocks, fit.starts)
         if best_error is None:
             best_error = target.error
@@ -103,6 +118,8 @@ def split_stack(
         if metric is not None or error < best_error:
             best = Split(fit.factors, base)
             best_error = error
+    if rounding.feeds_back:
+        return Split(best.factors, best.factors)
     return best
 
 
@@ -113,17 +130,24 @@ def tensor_values(weights: Weights, settings: Settings, rank: int) -> Tensor:
     return svd.values
 
 
-def split_layers(weights: Weights, split: Split, settings: Settings) -> Iterator[SplitLayer]:
-    """The layers of a stack as stored, in order. Memory: about five layers in float32."""
+def split_layers(
+    weights: Weights, split: Split, settings: Settings, rounding: StackRounding | None = None
+) -> Iterator[SplitLayer]:
+    """The layers of a stack as stored, in order.
+
+    Memory: about five layers in float32; with error feedback, two second moments more.
+    """
+    rounding = rounding or StackRounding(settings)
     fmt = QuantFormat.of(settings)
     for index in range(weights.shape[0]):
         weight = weights.layer(index)
         if fmt is None:
             yield _dense_layer(weight, split.factors, index)
         elif split.factors is None or split.base is None:
-            yield _quantized_layer(weight, fmt)
+            yield _quantized_layer(weight, fmt, rounding.stored(index))
         else:
-            yield _residual_layer(weight, split.factors, split.base, index, fmt)
+            way = rounding.stored(index)
+            yield _residual_layer(weight, split.factors, split.base, index, fmt, way)
 
 
 def _dense_layer(weight: Tensor, factors: Factors | None, index: int) -> SplitLayer:
@@ -137,21 +161,27 @@ def _dense_layer(weight: Tensor, factors: Factors | None, index: int) -> SplitLa
     return SplitLayer(DenseWeight(weight), zero, zero, norm, principal_norm)
 
 
-def _quantized_layer(weight: Tensor, fmt: QuantFormat) -> SplitLayer:
+def _quantized_layer(weight: Tensor, fmt: QuantFormat, rounding: Rounding) -> SplitLayer:
     norm = squared_norm(weight)
-    residual = quantize(weight, fmt)
+    residual = quantize(weight, fmt, rounding)
+    whole_error = weight - rounded(weight, fmt)
     error = weight.sub_(residual.dequantize(torch.float32))
-    return SplitLayer(residual, error, error, norm, 0.0)
+    return SplitLayer(residual, error, whole_error, norm, 0.0)
 
 
 def _residual_layer(
-    weight: Tensor, factors: Factors, base: Factors, index: int, fmt: QuantFormat
+    weight: Tensor,
+    factors: Factors,
+    base: Factors,
+    index: int,
+    fmt: QuantFormat,
+    rounding: Rounding,
 ) -> SplitLayer:
     norm = squared_norm(weight)
     delta = factors.delta(index)
     principal_norm = squared_norm(delta)
     whole_error = weight - rounded(weight, fmt)
-    residual = quantize(weight - base.delta(index), fmt)
+    residual = quantize(weight - base.delta(index), fmt, rounding)
     error = weight.sub_(residual.dequantize(torch.float32)).sub_(delta)
     return SplitLayer(residual, error, whole_error, norm, principal_norm)
 
@@ -209,6 +239,7 @@ class _Target:
         base: Factors,
         mixing: Tensor,
         fmt: QuantFormat,
+        rounding: StackRounding,
         of_base: bool,
     ) -> None:
         self.weights = weights
@@ -216,6 +247,7 @@ class _Target:
         self.base = base
         self.mixing = mixing
         self.fmt = fmt
+        self.roundings = [rounding.nearest(layer) for layer in range(weights.shape[0])]
         self.of_base = of_base
         self.norm = 0.0
         self.error = 0.0
@@ -226,7 +258,7 @@ class _Target:
         for rows, block in _read(self.weights, self.rows):
             for layer, weight in enumerate(block):
                 delta = self.base.delta(layer, rows)
-                weight.sub_(rounded(weight - delta, self.fmt))
+                weight.sub_(rounded(weight - delta, self.fmt, self.roundings[layer]))
                 self.norm += squared_norm(weight)
                 if self.of_base:
                     self.error += squared_norm(delta.sub_(weight))

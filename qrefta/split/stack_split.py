@@ -9,6 +9,7 @@ from qrefta.model.stacks import Weights
 from qrefta.nn.quantized import FrozenWeight, QuantFormat
 from qrefta.split.calibrate import Moments, shared_metric
 from qrefta.split.residual import Split, SplitLayer, split_layers, split_stack
+from qrefta.split.rounding import StackRounding
 
 
 class StackSplit:
@@ -36,13 +37,15 @@ class StackSplit:
         self.weights = weights
         self.settings = settings
         self.moments = moments
+        self.rounding = StackRounding(settings, stack, moments)
         self.split = split or self._make(rank)
         self._clear()
 
     def residuals(self) -> Iterator[FrozenWeight]:
         """The frozen weight of each layer, in order; dense float32 with 16 bits."""
         self._clear()
-        for index, layer in enumerate(split_layers(self.weights, self.split, self.settings)):
+        layers = split_layers(self.weights, self.split, self.settings, self.rounding)
+        for index, layer in enumerate(layers):
             self._add(index, layer)
             yield layer.residual
 
@@ -71,7 +74,7 @@ class StackSplit:
         metric = None
         if self.moments is not None:
             metric = shared_metric(self.moments, self.stack, self.weights.device)
-        return split_stack(self.weights, self.settings, rank, metric)
+        return split_stack(self.weights, self.settings, rank, metric, rounding=self.rounding)
 
     def _clear(self) -> None:
         self.residual_error = 0.0

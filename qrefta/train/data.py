@@ -1,36 +1,16 @@
-"""Data from a hub name, folder or file: labelled text with train and test split, or batches."""
+"""Data from a hub name, folder or file: the splits train and test, of labelled text or any rows."""
 
-import copy
-import csv
-import random
-from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
-from datasets.exceptions import DatasetGenerationError
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 
-_BUILDERS = {
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-    ".txt": "text",
-}
+from qrefta.files.tables import BUILDERS, TEXT_NAMES, is_text, read_files
+
 _TRAIN_NAMES = ("train", "training")
 # validation first, since test splits on the hub may be unlabelled
 _TEST_NAMES = ("validation", "valid", "val", "dev", "eval", "test", "test-labeled")
 _LABEL_NAMES = ("label", "labels", "target", "class")
-_TEXT_NAMES = (
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("text",),
-    ("sentence",),
-    ("content",),
-)
 
 
 def load_classification(
@@ -116,10 +96,10 @@ def with_test(parts: DatasetDict, test_share: float, seed: int) -> DatasetDict:
 def _read(source: str | Path, header: list[str] | None) -> DatasetDict:
     path = Path(source)
     if path.is_file():
-        return _read_files({"train": path}, header)
+        return read_files({"train": path}, header)
     if path.is_dir():
-        return _read_files(_split_files(path), header)
-    if path.suffix in _BUILDERS or path.is_absolute() or str(source).startswith("."):
+        return read_files(_split_files(path), header)
+    if path.suffix in BUILDERS or path.is_absolute() or str(source).startswith("."):
         raise ValueError(f"There is no file or folder {source}.")
     name, _, config = str(source).partition(":")
     return load_dataset(name, config or None)
@@ -129,32 +109,15 @@ def _split_files(folder: Path) -> dict[str, Path]:
     """The files of a folder that hold a split, by its name."""
     files = {}
     for file in sorted(folder.iterdir()):
-        if file.suffix in _BUILDERS and file.stem in _TRAIN_NAMES + _TEST_NAMES:
+        if file.suffix in BUILDERS and file.stem in _TRAIN_NAMES + _TEST_NAMES:
             files[file.stem] = file
     if not any(name in files for name in _TRAIN_NAMES):
         raise ValueError(
             f"{folder} has no train file; it holds "
             f"{sorted(file.name for file in folder.iterdir())}, needed is "
-            f"train{{{','.join(_BUILDERS)}}} and, better, one of {', '.join(_TEST_NAMES)}"
+            f"train{{{','.join(BUILDERS)}}} and, better, one of {', '.join(_TEST_NAMES)}"
         )
     return files
-
-
-def _read_files(files: dict[str, Path], header: list[str] | None) -> DatasetDict:
-    splits = DatasetDict()
-    for name, file in files.items():
-        builder = _BUILDERS.get(file.suffix)
-        if builder is None:
-            raise ValueError(
-                f"{file} ends in {file.suffix!r}; it must be one of {', '.join(_BUILDERS)}"
-            )
-        options: dict[str, Any] = {}
-        if file.suffix == ".tsv":  # GLUE's files hold quotation marks that open no quotation
-            options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-        if header is not None and builder == "csv":
-            options["column_names"] = header
-        splits[name] = load_dataset(builder, data_files=str(file), split="train", **options)
-    return splits
 
 
 def _pick(splits: DatasetDict, names: tuple[str, ...]) -> Dataset | None:
@@ -169,20 +132,15 @@ def _find_label(data: Dataset) -> str:
 
 
 def _find_texts(data: Dataset, label_column: str) -> list[str]:
-    for names in _TEXT_NAMES:
+    for names in TEXT_NAMES:
         if all(name in data.column_names for name in names):
             return list(names)
-    textual = [name for name in data.column_names if _is_text(data, name) and name != label_column]
+    textual = [name for name in data.column_names if is_text(data, name) and name != label_column]
     if len(textual) != 1:
         raise ValueError(
             f"Which of the columns {data.column_names} is the text? Name it with text_columns."
         )
     return textual
-
-
-def _is_text(data: Dataset, column: str) -> bool:
-    feature = data.features[column]
-    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
 
 def _select(data: Dataset, text_columns: list[str], label_column: str) -> Dataset:
@@ -194,7 +152,7 @@ def _select(data: Dataset, text_columns: list[str], label_column: str) -> Datase
         {old: new for old, new in names.items() if old != new}
     )
     for name in ("text", "text_pair")[: len(text_columns)]:
-        if not _is_text(data, name):
+        if not is_text(data, name):
             raise ValueError(f"The column of {name} holds {data.features[name]}, not text.")
         if None in data.unique(name):
             raise ValueError(f"The column of {name} has rows without text.")
@@ -233,86 +191,3 @@ def _classes(values: list[Any]) -> list[Any]:
             f"{sorted(map(str, values))[:10]} ..."
         )
     return sorted(values)
-
-
-def read_calibration(
-    source: str | Path,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    samples: int = 256,
-    max_length: int = 512,
-    batch_size: int = 8,
-    seed: int = 0,
-) -> list[BatchEncoding]:
-    """Batches of tokenized text, padded on the right; texts of similar length share a batch.
-
-    Args:
-        source: a .txt file with one text a line, or csv, tsv, json, jsonl, parquet with a column of
-            text: text, sentence or content, else the first column of strings. Empty texts are left
-            out.
-        tokenizer: of the model; left as it is. Without a pad token it pads with its end-of-text
-            token.
-        samples: number of texts; all texts, if there are fewer.
-        max_length: tokens kept of a text, or fewer if the tokenizer has a lower limit.
-        batch_size: texts in a batch.
-        seed: of the choice of texts.
-
-    Raises:
-        ValueError: if the file is missing or has no text, or a number is less than 1.
-    """
-    if min(samples, max_length, batch_size) < 1:
-        raise ValueError(
-            f"samples, max_length, batch_size are {samples}, {max_length}, {batch_size}; each "
-            "must be >= 1"
-        )
-    texts = _read_texts(Path(source))
-    chosen = random.Random(seed).sample(texts, min(samples, len(texts)))
-    chosen.sort(key=len)
-    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.pad_token = tokenizer.eos_token
-    padded = tokenizer.pad_token is not None
-    encode = partial(
-        tokenizer,
-        padding=padded,
-        padding_side="right",
-        truncation=True,
-        max_length=min(max_length, tokenizer.model_max_length),
-        return_tensors="pt",
-    )
-    size = batch_size if padded else 1
-    return [encode(chosen[start : start + size]) for start in range(0, len(chosen), size)]
-
-
-def _read_texts(path: Path) -> list[str]:
-    """The texts of a file that are not empty."""
-    if not path.is_file():
-        raise ValueError(f"There is no file {path} to calibrate with.")
-    texts: Iterable[str | None] = []
-    if path.suffix == ".txt":
-        texts = path.read_text(encoding="utf-8-sig").split("\n")
-    elif path.stat().st_size:  # datasets fails on a file of no bytes
-        try:
-            data = _read_files({"train": path}, None)["train"]
-        except (ValueError, DatasetGenerationError) as error:  # ValueError: a header without rows
-            raise ValueError(f"{path} cannot be read as a table with rows: {error}") from error
-        texts = data[text_column(data, path)]
-    stripped = [text.strip() for text in texts if text]
-    filled = [text for text in stripped if text]
-    if not filled:
-        raise ValueError(
-            f"{path} holds no text; calibration needs sentences of the kind that the model will "
-            "read."
-        )
-    return filled
-
-
-def text_column(data: Dataset, path: str | Path) -> str:
-    """The column of text: the column with a usual name, else the first column of strings."""
-    textual = [name for name in data.column_names if _is_text(data, name)]
-    if not textual:
-        raise ValueError(f"{path} has no column of text; its columns are {data.features}")
-    for names in _TEXT_NAMES:
-        if len(names) == 1 and names[0] in textual:
-            return names[0]
-    return textual[0]

@@ -30,7 +30,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from qrefta.train.data import load_classification, pick_splits, read_splits, text_column, with_test
+from qrefta.files.tables import text_column
+from qrefta.split.texts import token_stream
+from qrefta.train.data import load_classification, pick_splits, read_splits, with_test
 
 TaskName = Literal["classify", "lm", "sft", "image"]
 
@@ -124,13 +126,32 @@ def chat(
         ImportError: if TRL is not installed.
     """
     trainer, _ = load_trl()
-    is_conversation = not isinstance(data["train"][0]["prompt"], str)
-    if is_conversation and tokenizer.chat_template is None:
+    _check_template(data["train"][0], tokenizer)
+    return Recipe(data["train"], data["test"], trainer)
+
+
+def chat_ids(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token ids of a prompt and its completion, as TRL makes them.
+
+    Raises:
+        ValueError: for conversations and a tokenizer without a chat template.
+    """
+    _check_template(row, tokenizer)
+    both = row["prompt"] + row["completion"]
+    if isinstance(both, str):
+        encoded: Any = tokenizer(f"{both}{tokenizer.eos_token or ''}")
+    else:
+        encoded = tokenizer.apply_chat_template(both, return_dict=True)
+    return encoded["input_ids"]
+
+
+def _check_template(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError for a conversation and a tokenizer without a chat template."""
+    if not isinstance(row["prompt"], str) and tokenizer.chat_template is None:
         raise ValueError(
             "The data are conversations and the tokenizer has no chat template; set "
             "tokenizer.chat_template, or give columns prompt and completion of plain text."
         )
-    return Recipe(data["train"], data["test"], trainer)
 
 
 def load_trl() -> tuple[type[Trainer], type[TrainingArguments]]:
@@ -288,10 +309,7 @@ def _blocks(
 ) -> dict[str, list[list[int]]]:
     """Blocks of `length` tokens across the texts; the rest at the end is dropped."""
     (texts,) = rows.values()
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids: list[int] = []
-    for text in tokenizer(texts, verbose=False)["input_ids"]:
-        ids += [*text, *end]
+    ids = token_stream(texts, tokenizer)
     blocks = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
     return {"input_ids": blocks, "labels": blocks}
 

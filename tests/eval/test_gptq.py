@@ -63,5 +63,5 @@ def test_gptq_lowers_the_output_error_and_raises_the_weight_error():
 
 
 def test_rows_that_are_no_whole_blocks_are_refused():
-    with pytest.raises(ValueError, match="rows have 96 weights; .* whole blocks of 64"):
+    with pytest.raises(ValueError, match=r"rows have 96 weights; .* whole blocks of 64"):
         gptq(weight(4, 96), torch.eye(96))

@@ -1,4 +1,5 @@
 import json
+import warnings
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ from qrefta.split.calibrate import (
     load_moments,
     shared_metric,
 )
-from qrefta.train.data import read_calibration
 from tests.models import (
     ARCHITECTURES,
     TOWERS,
@@ -28,7 +28,6 @@ from tests.models import (
     tiny_llama,
     tiny_t5,
 )
-from tests.tiny import color_rows, tiny_tokenizer
 
 DOUBLE = torch.float64
 
@@ -162,6 +161,46 @@ class Fickle(nn.Module):
             self.left(x), self.right(x.clone() * 2), self.left(x), self.left(x)
         else:
             self.left(x), self.right(x.mul_(2))
+
+
+@pytest.mark.parametrize(("width", "tokens"), [(40, 3), (300, 900), (1100, 500)])
+def test_many_batches_differ_from_float64_by_rounding_alone(width, tokens):
+    """Below, between and beyond the widths of one panel and of float64 sums; measured: 2e-7."""
+    stacks = [LayerStack("*", ("left",), 2, width)]
+    model = Fickle()
+    model.left = nn.Linear(width, 2)
+    model.forward = lambda input_ids: model.left(input_ids)
+    generator = torch.Generator().manual_seed(0)
+    xs = [torch.randn(tokens, width, generator=generator) + 0.5 for _ in range(4)]
+    moment = gather_moments(model, stacks, xs, progress=False).of("left")
+    expected, _ = explicit(xs)
+    assert torch.equal(moment, moment.T)
+    assert (moment - expected).norm() / expected.norm() < 1e-6
+
+
+def test_the_upper_half_completes_a_matrix():
+    """Also where a product's panels on the diagonal are not symmetric to the last bit."""
+    matrix = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
+    expected = matrix.triu() + matrix.triu(1).T
+    assert torch.equal(moments_module._mirrored(matrix.clone()), expected)
+
+
+def test_too_few_tokens_are_one_warning():
+    model = tiny_llama()
+    with pytest.warns(UserWarning, match="saw 16 tokens") as warned:
+        gather(model, [inputs(model)])
+    assert len(warned) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gather(model, [inputs(model)] * 4)  # 64 tokens, and the widest inputs are 64 wide
+
+
+def test_progress_counts_rows_and_tokens(capsys):
+    model = tiny_llama()
+    gather_moments(model, find_stacks(model), [inputs(model)] * 3)
+    shown = capsys.readouterr().err
+    assert "Calibrating" in shown
+    assert "6 rows, 48 tokens" in shown
 
 
 def test_sharing_that_ends_changes_no_moment():
@@ -366,6 +405,46 @@ def test_a_diagonal_metric_is_the_full_one_of_a_diagonal_matrix():
     assert_close(thin.apply_inverse(V), full.apply_inverse(V))
 
 
+@pytest.mark.parametrize("second_is_full", [True, False])
+def test_a_wide_stack_shares_the_diagonal_of_full_moments(monkeypatch, second_is_full):
+    """Also with diagonals from files that were written when wide inputs kept no more."""
+    tensors = [random_moment(24, 40, seed).float() for seed in range(2)]
+    expected = shared_metric(*fixed_moments(*(tensor.diagonal() for tensor in tensors)))
+    if not second_is_full:
+        tensors[1] = tensors[1].diagonal()
+    monkeypatch.setattr(moments_module, "METRIC_WIDTH", 23)
+    metric = shared_metric(*fixed_moments(*tensors))
+    assert_close(metric.root, expected.root)
+
+
+def test_full_moments_are_kept_up_to_16384_and_used_up_to_4096():
+    """The error feedback of wide layers needs them; the shared factors do not."""
+    assert moments_module.FULL_WIDTH == 16384
+    assert moments_module.METRIC_WIDTH == 4096
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_moment_with_nan_or_infinity_names_its_layer(value, tmp_path):
+    broken = random_moment(24, 40, 0).float()
+    broken[3, 5] = value
+    moments, stack = fixed_moments(random_moment(24, 40, 1).float(), broken)
+    moments.save(tmp_path / "m.safetensors")
+    for found in moments, load_moments(tmp_path / "m.safetensors"):
+        with pytest.raises(ValueError, match=r"layers\.1\.q holds NaN or infinity"):
+            found.check([stack])
+        with pytest.raises(ValueError, match=r"layers\.1\.q holds NaN or infinity"):
+            shared_metric(found, stack)
+
+
+def test_check_refuses_moments_of_another_model():
+    moments, stack = fixed_moments(random_moment(24, 40, 0).float())
+    moments.check([stack])
+    with pytest.raises(ValueError, match="24 wide and its weight 32"):
+        moments.check([LayerStack(stack.name, stack.modules, 8, 32)])
+    with pytest.raises(ValueError, match="has none"):
+        moments.check([LayerStack(stack.name, ("layers.7.q",), 8, 24)])
+
+
 def test_stacks_with_the_same_inputs_share_a_metric():
     model = tiny_bert()
     moments = gather(model, [inputs(model)])
@@ -392,81 +471,3 @@ def test_a_metric_needs_moments_of_the_stacks_width():
     wider = LayerStack(stack.name, stack.modules, 8, 32)
     with pytest.raises(ValueError, match="24 wide and its weight 32"):
         shared_metric(moments, wider)
-
-
-def test_calibration_reads_text_and_tables(tmp_path):
-    texts = [row["text"] for row in color_rows(12, seed=5)]
-    (tmp_path / "a.txt").write_text("\n\n".join(texts) + "\n   \n")
-    (tmp_path / "a.jsonl").write_text(
-        "\n".join(json.dumps({"id": i, "note": t}) for i, t in enumerate(texts))
-    )
-    (tmp_path / "a.csv").write_text(
-        "title,sentence\n" + "\n".join(f"blue,{text}" for text in texts)
-    )
-    (tmp_path / "a.tsv").write_text("title\ttext\n" + "\n".join(f"blue\t{text}" for text in texts))
-    tokenizer = tiny_tokenizer()
-    first = read_calibration(tmp_path / "a.txt", tokenizer, batch_size=5, max_length=5)
-    assert [tuple(batch["input_ids"].shape) for batch in first] == [(5, 5), (5, 5), (2, 5)]
-    for name in "a.jsonl", "a.csv", "a.tsv":
-        batches = read_calibration(tmp_path / name, tokenizer, batch_size=5, max_length=5)
-        for batch, other in zip(batches, first, strict=True):
-            assert torch.equal(batch["input_ids"], other["input_ids"])
-
-
-def test_calibration_samples_by_seed_and_feeds_a_model(tmp_path):
-    file = tmp_path / "a.txt"
-    file.write_text(
-        "\n".join(row["text"][: 20 + i] for i, row in enumerate(color_rows(30, seed=5)))
-    )
-    tokenizer = tiny_tokenizer()
-    one, same, other = (
-        read_calibration(file, tokenizer, samples=10, seed=seed) for seed in (0, 0, 1)
-    )
-    assert sum(len(batch["input_ids"]) for batch in one) == 10
-    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(one, same, strict=True))
-    assert any(
-        not torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(one, other, strict=True)
-    )
-    file.write_text(
-        "\n".join(("red ", "blue ")[words % 2] * words for words in (5, 2, 8, 1, 6, 3, 7, 4))
-    )
-    widths = [
-        batch["input_ids"].shape[1] for batch in read_calibration(file, tokenizer, batch_size=2)
-    ]
-    assert widths == [2, 4, 6, 8]  # texts of like length together
-    model = tiny_llama()
-    tokens = sum(int(batch["attention_mask"].sum()) for batch in one)
-    assert set(gather(model, one).tokens.values()) == {tokens}
-
-
-@pytest.mark.parametrize(("eos", "shapes"), [("[UNK]", [(2, 3)]), (None, [(1, 1), (1, 3)])])
-def test_a_tokenizer_without_pad_token_stays_without(tmp_path, eos, shapes):
-    (tmp_path / "a.txt").write_text("red\nred blue red")
-    tokenizer = tiny_tokenizer()
-    tokenizer.pad_token, tokenizer.eos_token = None, eos
-    batches = read_calibration(tmp_path / "a.txt", tokenizer)
-    assert [tuple(batch["input_ids"].shape) for batch in batches] == shapes
-    assert sum(int(batch["attention_mask"].sum()) for batch in batches) == 4
-    assert tokenizer.pad_token is None
-
-
-def test_files_without_text_are_refused(tmp_path):
-    tokenizer = tiny_tokenizer()
-    with pytest.raises(ValueError, match="no file"):
-        read_calibration(tmp_path / "none.txt", tokenizer)
-    for name, content in ("a.txt", "\n \n"), ("a.csv", ""), ("a.jsonl", '{"text": ""}\n'):
-        (tmp_path / name).write_text(content)
-        with pytest.raises(ValueError, match="holds no text"):
-            read_calibration(tmp_path / name, tokenizer)
-    for name, content in ("b.csv", "text\n"), ("b.jsonl", '{"text": '):
-        (tmp_path / name).write_text(content)
-        with pytest.raises(ValueError, match="cannot be read as a table"):
-            read_calibration(tmp_path / name, tokenizer)
-    (tmp_path / "n.csv").write_text("n\n1\n")
-    with pytest.raises(ValueError, match="no column of text"):
-        read_calibration(tmp_path / "n.csv", tokenizer)
-    (tmp_path / "a.pdf").write_text("x")
-    with pytest.raises(ValueError, match="ends in"):
-        read_calibration(tmp_path / "a.pdf", tokenizer)
-    with pytest.raises(ValueError, match="must be >= 1"):
-        read_calibration(tmp_path / "a.txt", tokenizer, samples=0)

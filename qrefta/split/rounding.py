@@ -1,0 +1,129 @@
+"""How the residuals of a stack are rounded: by the settings, and by the moments of its inputs.
+
+- Scales are searched (`scales="searched"`), weighted by the second moments of the inputs where they
+  are known, or the largest magnitude (`"absmax"`).
+- Codes take the error of earlier columns in (`rounding="feedback"`), where the full second moment
+  of a layer's inputs is known, or are the nearest levels (`"nearest"`).
+
+Error feedback needs the covariance of the inputs, so it has a rule for few tokens. With fewer
+tokens than inputs the moment has no full rank, and the damping rises by inputs / tokens. With fewer
+than an eighth of the inputs a layer is rounded to nearest levels. Experts of a block share their
+moments; the rule counts the tokens of the block.
+"""
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from qrefta.config import LayerStack, Settings
+from qrefta.linalg.feedback import unit_factor
+from qrefta.nn.quantized import Rounding
+from qrefta.split.calibrate import Moments
+
+# Share of the mean second moment that is added to all of them, as in GPTQ.
+DAMPING = 0.01
+# Fewer tokens than this share of the inputs say too little of their covariance.
+LEAST_TOKENS = 1 / 8
+_MORE_DAMPING = 10.0
+
+
+class StackRounding:
+    """How every layer of a stack is rounded.
+
+    Args:
+        settings: scales and rounding.
+        stack, moments: the layers and the second moments of their inputs; None without calibration.
+
+    Attributes:
+        feeds_back: whether some layer is rounded with error feedback.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        stack: LayerStack | None = None,
+        moments: Moments | None = None,
+    ) -> None:
+        self.search = settings.scales == "searched"
+        self.stack = stack
+        self.moments = moments
+        wanted = settings.bits == 4 and settings.rounding == "feedback"
+        self.feeds_back = (
+            wanted
+            and stack is not None
+            and moments is not None
+            and any(has_feedback(moments, path) for path in stack.modules)
+        )
+
+    def nearest(self, layer: int) -> Rounding:
+        """The rounding of a layer without feedback: between the rounds of refinement."""
+        if not self.search:
+            return Rounding()
+        moment = self._moment(layer)
+        return Rounding(True, None if moment is None else _column_weights(moment))
+
+    def stored(self, layer: int) -> Rounding:
+        """The rounding of a layer as it is stored."""
+        moment = self._moment(layer)
+        if moment is None:
+            return Rounding(self.search)
+        weights = _column_weights(moment) if self.search else None
+        if not self.feeds_back or not has_feedback(self.moments, self._path(layer)):
+            return Rounding(self.search, weights)
+        return Rounding(self.search, weights, self._unit(layer, moment))
+
+    def _path(self, layer: int) -> str:
+        assert self.stack is not None, "moments come with their stack"
+        path, _ = self.stack.place(layer)
+        return path
+
+    def _moment(self, layer: int) -> Tensor | None:
+        return None if self.moments is None else self.moments.of(self._path(layer))
+
+    def _unit(self, layer: int, moment: Tensor) -> Tensor:
+        """The factor of a layer's damped moment; the damping rises until it is found."""
+        assert self.moments is not None, "a moment comes from moments"
+        damping = DAMPING * max(1.0, len(moment) / _tokens(self.moments, self._path(layer)))
+        while True:
+            try:
+                return unit_factor(moment, damping)
+            except torch.linalg.LinAlgError:
+                damping *= _MORE_DAMPING
+
+
+def has_feedback(moments: Moments, path: str) -> bool:
+    """Whether the moment of a linear layer is full and has tokens enough for error feedback."""
+    moment = moments.of(path)
+    return moment.dim() == 2 and _tokens(moments, path) >= LEAST_TOKENS * len(moment)
+
+
+def warn_of_few_tokens(moments: Moments, stacks: list[LayerStack]) -> None:
+    """Say once if layers have fewer tokens than inputs, or too few for error feedback."""
+    short = {}
+    for stack in stacks:
+        for path in stack.modules:
+            if _tokens(moments, path) < stack.in_features:
+                short[path] = _tokens(moments, path)
+    if not short:
+        return
+    path = min(short, key=short.__getitem__)
+    warnings.warn(
+        f"{len(short)} linear layers were calibrated on fewer tokens than they have inputs "
+        f"({path}: {short[path]} tokens); error feedback is damped more for them, and left out "
+        f"with less than an eighth. Calibrate on more text.",
+        stacklevel=2,
+    )
+
+
+def _column_weights(moment: Tensor) -> Tensor:
+    """The second moments of a layer's inputs, damped, (in,)."""
+    diagonal = moment.diagonal() if moment.dim() == 2 else moment
+    mean = diagonal.mean()
+    if mean <= 0:
+        return torch.ones_like(diagonal)
+    return diagonal / mean + DAMPING
+
+
+def _tokens(moments: Moments, path: str) -> int:
+    return moments.tokens[moments.owner(path)]

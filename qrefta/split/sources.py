@@ -1,0 +1,134 @@
+"""The values of `prepare(calibration=...)` -> batches of model inputs."""
+
+import inspect
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from qrefta.split.calibrate import Batch
+from qrefta.split.texts import (
+    MAX_LENGTH,
+    filled,
+    generic_texts,
+    read_texts,
+    rows_of_text,
+    windows_of_text,
+)
+
+GENERIC = "text"  # stands for `generic_texts`
+
+Calibration = Iterable[Any] | str | Path
+
+
+def calibration_batches(
+    model: PreTrainedModel,
+    calibration: Calibration,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    seed: int = 0,
+) -> Iterable[Batch]:
+    """Batches of model inputs to calibrate with.
+
+    Text becomes windows of running text for causal language models (`windows_of_text`), and one
+    row a text for other models (`rows_of_text`).
+
+    Args:
+        model: the model to prepare.
+        calibration: a file of text or a table; the word "text" for generic text; a list of strings;
+            a `Dataset`, or the training split of a `DatasetDict`, with a column of text or with
+            tokenized rows; or batches, which are returned as they are.
+        tokenizer: of the model, for text; None: the tokenizer of the folder or hub name that the
+            model was loaded from.
+        seed: of the choice of texts.
+
+    Raises:
+        ValueError: if there is no text, the model does not read text, or the tokenizer is missing
+            or belongs to another model.
+    """
+    from datasets import DatasetDict  # takes a second to import
+
+    if isinstance(calibration, DatasetDict):
+        calibration = calibration.get("train") or next(iter(calibration.values()))
+    if isinstance(calibration, Mapping):
+        return [calibration]
+    texts = _texts(calibration)
+    if texts is None:
+        return calibration  # type: ignore[return-value]
+    _check_reads_text(model)
+    tokenizer = tokenizer or _tokenizer_of(model)
+    length = _max_length(model)
+    if model.can_generate() and not model.config.is_encoder_decoder:
+        batches = windows_of_text(texts, tokenizer, max_length=length, seed=seed)
+    else:
+        batches = rows_of_text(texts, tokenizer, max_length=length, seed=seed)
+    _check_ids(model, batches)
+    return batches
+
+
+def _texts(calibration: Calibration) -> list[str] | None:
+    """The texts of a calibration; None if it has batches or tokenized rows."""
+    from datasets import Dataset
+
+    from qrefta.files.tables import is_text, text_column
+
+    if isinstance(calibration, str) and calibration == GENERIC:
+        return generic_texts()
+    if isinstance(calibration, str | Path):
+        return read_texts(calibration)
+    if isinstance(calibration, Dataset):
+        textual = any(is_text(calibration, name) for name in calibration.column_names)
+        if "input_ids" in calibration.column_names or not textual:
+            return None
+        return filled(calibration[text_column(calibration, "The data set")], "The data set")
+    if isinstance(calibration, list | tuple) and any(isinstance(one, str) for one in calibration):
+        strange = [one for one in calibration if not isinstance(one, str)]
+        if strange:
+            raise ValueError(
+                f"calibration holds strings and a {type(strange[0]).__name__}; give strings alone, "
+                "or batches."
+            )
+        return filled(calibration, "The list")
+    return None
+
+
+def _check_reads_text(model: PreTrainedModel) -> None:
+    """Raise ValueError if the model takes no token ids."""
+    names = inspect.signature(model.forward).parameters
+    if model.main_input_name != "input_ids" and "input_ids" not in names:
+        raise ValueError(
+            f"{type(model).__name__} reads {model.main_input_name}, not text; give calibration as "
+            f"batches: dicts with a tensor {model.main_input_name}."
+        )
+
+
+def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    name = model.name_or_path
+    problem: Exception | None = None
+    if name:
+        try:
+            return AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            problem = error
+    raise ValueError(
+        f"Calibration on text needs a tokenizer, and none was found for {name or 'this model'!r}; "
+        "give it: prepare(model, ..., tokenizer=tokenizer)."
+    ) from problem
+
+
+def _max_length(model: PreTrainedModel) -> int:
+    """Tokens of a row that the model has positions for, at most `MAX_LENGTH`."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(MAX_LENGTH, positions or MAX_LENGTH)
+
+
+def _check_ids(model: PreTrainedModel, batches: list[Any]) -> None:
+    """Raise ValueError if a token has no embedding."""
+    embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    largest = max(int(batch["input_ids"].max()) for batch in batches)
+    if embeddings is not None and largest >= embeddings:
+        raise ValueError(
+            f"The tokenizer gives the token {largest} and the model has {embeddings} embeddings; "
+            "give the tokenizer of this model."
+        )

@@ -1,0 +1,98 @@
+"""The training rows of a task -> batches to calibrate with, before the model is prepared."""
+
+import random
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+from transformers import BaseImageProcessor, PreTrainedModel
+
+from qrefta.choices import Task
+from qrefta.split.texts import (
+    ROWS,
+    TOKENS,
+    batches_by_length,
+    padded_batches,
+    windows_of_text,
+)
+from qrefta.train.tasks import chat_ids, classify, images
+
+IMAGES = 128  # an image has some 200 tokens
+IMAGE_BATCH = 16
+
+
+def task_batches(
+    task: Task,
+    model: PreTrainedModel,
+    processor: Any,
+    data: DatasetDict,
+    *,
+    max_length: int = 128,
+    seed: int = 0,
+) -> list[Any]:
+    """Batches of the training split, processed as `qrefta.finetune` processes them for the task.
+
+    They hold ROWS rows, or fewer with TOKENS tokens in all; for images, IMAGES of them. Packing of
+    sft leaves the tokens as they are, so conversations are not packed here. TRL drops rows whose
+    answer is beyond `max_length`; here they stay.
+
+    Example:
+        batches = task_batches("classify", model, tokenizer, data)
+        model = qrefta.prepare(model, calibration=batches)
+
+    Args:
+        task: classify, lm, sft or image.
+        model: of the task's class, to be prepared.
+        processor: the model's tokenizer; for images its image processor.
+        data: from the task's loader, see `qrefta.finetune`.
+        max_length: tokens of a row, as in `qrefta.finetune`.
+        seed: of the choice of rows.
+
+    Raises:
+        ValueError: if the labels of the data are not the labels of the model, or conversations meet
+            a tokenizer without a chat template.
+    """
+    train = data["train"]
+    if task == "lm":
+        (column,) = train.column_names
+        return windows_of_text(list(train[column]), processor, max_length=max_length, seed=seed)
+    sample = _sample(train, IMAGES if task == "image" else ROWS, seed)
+    # A recipe has two splits.
+    splits = DatasetDict({"train": sample, "test": sample})
+    if task == "image":
+        return _image_batches(model, processor, splits)
+    if task == "sft":
+        rows: list[Any] = [chat_ids(dict(row), processor)[:max_length] for row in sample]
+        return padded_batches(_within([{"input_ids": ids} for ids in rows]), processor)
+    recipe = classify(model, processor, splits, max_length)
+    assert recipe.collate is not None, "text with labels has a collator"
+    tokenized: list[Any] = list(recipe.train)
+    return batches_by_length(_within(tokenized), recipe.collate)
+
+
+def _sample(train: Dataset, count: int, seed: int) -> Dataset:
+    """Rows chosen by the seed, in order; all, if there are fewer."""
+    count = min(count, len(train))
+    return train.select(sorted(random.Random(seed).sample(range(len(train)), count)))
+
+
+def _within(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first rows that have TOKENS tokens together, at least one row."""
+    kept = []
+    room = TOKENS
+    for row in rows:
+        room -= len(row["input_ids"])
+        if kept and room < 0:
+            break
+        kept.append(row)
+    return kept
+
+
+def _image_batches(
+    model: PreTrainedModel, processor: BaseImageProcessor, some: DatasetDict
+) -> list[Any]:
+    """Batches of images, by the collator of the task."""
+    recipe = images(model, processor, some)
+    assert recipe.collate is not None, "images have a collator"
+    rows = [recipe.train[index] for index in range(len(recipe.train))]
+    starts = range(0, len(rows), IMAGE_BATCH)
+    return [recipe.collate(rows[start : start + IMAGE_BATCH]) for start in starts]

@@ -1,0 +1,88 @@
+"""Every value of `prepare(calibration=...)`, and the values that are refused."""
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+
+from qrefta.model.stacks import find_stacks
+from qrefta.split.calibrate import gather_moments
+from qrefta.split.sources import calibration_batches
+from tests.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit
+from tests.tiny import color_rows, tiny_tokenizer
+
+TEXTS = [row["text"] for row in color_rows(40, seed=5)]
+
+
+def ids(batches):
+    return [batch["input_ids"].tolist() for batch in batches]
+
+
+@pytest.mark.parametrize("build", [tiny_bert, tiny_llama])
+def test_file_list_and_data_set_of_the_same_texts_give_the_same_batches(build, tmp_path):
+    model = build()
+    (tmp_path / "a.txt").write_text("\n\n".join(TEXTS))
+    table = Dataset.from_dict({"n": list(range(len(TEXTS))), "text": TEXTS})
+    splits = DatasetDict(test=table.select([0]), train=table)
+    expected = ids(calibration_batches(model, TEXTS, tiny_tokenizer()))
+    for source in (tmp_path / "a.txt", str(tmp_path / "a.txt"), table, splits, tuple(TEXTS)):
+        assert ids(calibration_batches(model, source, tiny_tokenizer())) == expected
+
+
+@pytest.mark.parametrize(
+    ("build", "running"),
+    [(tiny_llama, True), (tiny_gpt2, True), (tiny_bert, False), (tiny_t5, False)],
+)
+def test_causal_language_models_read_windows_and_others_rows(build, running):
+    model = build()
+    batches = calibration_batches(model, TEXTS, tiny_tokenizer())
+    rows = sum(len(batch["input_ids"]) for batch in batches)
+    assert ("attention_mask" not in batches[0]) == running
+    assert (rows < len(TEXTS)) == running
+    moments = gather_moments(model, find_stacks(model), batches, progress=False)
+    assert min(moments.tokens.values()) > 0
+
+
+def test_generic_text_needs_no_data():
+    batches = calibration_batches(tiny_llama(), "text", tiny_tokenizer())
+    assert sum(batch["input_ids"].numel() for batch in batches) > 1000
+
+
+def test_the_tokenizer_is_found_where_the_model_was_loaded_from(tmp_path):
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="needs a tokenizer, and none was found for 'this model'"):
+        calibration_batches(model, TEXTS)
+    model.name_or_path = str(tmp_path)
+    with pytest.raises(ValueError, match="tokenizer=tokenizer"):
+        calibration_batches(model, TEXTS)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert ids(calibration_batches(model, TEXTS)) == ids(
+        calibration_batches(model, TEXTS, tiny_tokenizer())
+    )
+
+
+def test_batches_and_tokenized_rows_are_left_as_they_are():
+    model = tiny_llama()
+    batch = {"input_ids": torch.tensor([[2, 3, 4]])}
+    batches = [batch, batch]
+    assert calibration_batches(model, batches) is batches
+    assert calibration_batches(model, batch) == [batch]
+    rows = Dataset.from_dict({"text": ["a", "b"], "input_ids": [[2, 3], [4]]})
+    found = calibration_batches(model, DatasetDict(train=rows))
+    moments = gather_moments(model, find_stacks(model), found, progress=False)
+    assert set(moments.tokens.values()) == {3}
+
+
+def test_unusable_calibrations_are_refused(tmp_path):
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="no file"):
+        calibration_batches(model, "nosuch.txt", tiny_tokenizer())
+    with pytest.raises(ValueError, match="holds no text"):
+        calibration_batches(model, ["", "  "], tiny_tokenizer())
+    with pytest.raises(ValueError, match="strings and a int"):
+        calibration_batches(model, ["red", 3], tiny_tokenizer())
+    with pytest.raises(ValueError, match="reads pixel_values, not text"):
+        calibration_batches(tiny_vit(), "text", tiny_tokenizer())
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"word{index}" for index in range(300)])
+    with pytest.raises(ValueError, match=r"token \d+ and the model has \d+ embeddings"):
+        calibration_batches(model, ["word299"], tokenizer)
