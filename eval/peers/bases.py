@@ -69,8 +69,10 @@ class Base(NamedTuple):
         words += ["double quantization"] if self.double_quant else []
         words += [f"R={self.rank}"] if self.rank else []
         words += [word for word in (self.scales, self.rounding) if word]
+        words += ["defaults"] if self.maker == "qrefta" and self.scales is None else []
         words += [f"refine={self.refine}"] if self.refine is not None else []
-        words += [f"calibrated on {self.calibration:,} tokens"] if self.calibration else []
+        words += ["calibrated"] if self.calibration else []
+        words += [f"on {self.calibration:,} tokens"] if self.calibration not in (0, TEXT) else []
         return " ".join(words)
 
     @property
@@ -150,11 +152,14 @@ def _refinements() -> list[Base]:
 
 
 def _ranks() -> list[Base]:
-    """Without and with calibration, by R."""
-    ranks = [rank for rank in RANKS if rank != R]
-    plain = [Base(rank=r, scales="absmax", rounding="nearest", refine=5) for r in ranks]
-    searched = [UNCALIBRATED(rank=r, refine=5) for r in ranks]
-    return [*plain, *searched, *(CALIBRATED(rank=r, refine=5) for r in ranks)]
+    """Without and with calibration, by R; `_refinements` and `_default` have the other two R."""
+    ranks = [rank for rank in RANKS if rank not in (DEFAULT_RANK, R)]
+    plain = [
+        Base(rank=rank, scales="absmax", rounding="nearest", refine=5)
+        for rank in (DEFAULT_RANK, *ranks)
+    ]
+    searched = [UNCALIBRATED(rank=rank, refine=5) for rank in ranks]
+    return [*plain, *searched, *(CALIBRATED(rank=rank, refine=5) for rank in ranks)]
 
 
 def _formats() -> list[Base]:
