@@ -35,6 +35,7 @@ import qrefta
 from eval.peers.bases import (
     LITTLE_TEXT,
     TEXT,
+    Base,
     base_row,
     chosen_bases,
     largest_rank,
@@ -137,7 +138,7 @@ def run(
             console.print(f"{base.label}: {shown(row)} [{perf_counter() - start:.0f} s]")
 
 
-def bases_of(sets: list[str] | None) -> list[Any]:
+def bases_of(sets: list[str] | None) -> list[Base]:
     """The bases of the named sets.
 
     Raises:

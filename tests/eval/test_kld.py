@@ -20,6 +20,7 @@ from tests.models import tiny_llama
 from tests.pages import language_tokenizer
 from tests.tiny import color_rows, tiny_folder
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*fewer tokens than", "ignore:Calibration saw")
 SMALL = {"calibration": 64}
 PEERS = [
     Base("bitsandbytes"),
