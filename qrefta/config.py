@@ -270,9 +270,9 @@ class Settings:
     Attributes:
         bits: 4, or 16 to keep the residual in 16 bits (an ablation without quantization error).
         rank: R, the number of components that every target stack keeps over all its layers
-            together; a stack has R (in + out) trainable parameters. 0 quantizes only. A tuple (layers, outputs,
-            inputs) for method craft, each capped at the stack's size. A `RankBudget` chooses the
-            ranks.
+            together; a stack has R (in + out) trainable parameters. 0 quantizes only. A tuple
+            (layers, outputs, inputs) for method craft, each capped at the stack's size. A
+            `RankBudget` chooses the ranks.
         method: refta; craft, which trains three small square matrices a stack; or tera, lotr and
             lorta, which start from a zero update and quantize unsplit weights.
         transform: mode-3 transform: lsm3 (from the data), dct, or identity (each layer by itself).

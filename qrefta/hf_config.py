@@ -28,8 +28,8 @@ class QReftaConfig(QuantizationConfigMixin):
         calibrated: whether second moments of the inputs weighted the split.
         base_model: folder or hub name of the dense model that was prepared, if it is known.
         stacks: a `StackReport` (or its dict) for every stack; empty before the model is prepared.
-        format_version: of the checkpoint. Versions 1 and 2 are migrated; a newer version than this package
-            writes is refused.
+        format_version: of the checkpoint. Versions 1 and 2 are migrated; a newer version than this
+            package writes is refused.
         keywords: settings, if `settings` is not given.
 
     Raises:

@@ -329,7 +329,7 @@ def peft_model():
 
 
 VALUE = "bert.encoder.layer.2.attention.self.value"
-BLOCKS = "64, 128, 256, 512, 1024, 2048, 4096"
+BLOCKS = "32, 64, 128, 256, 512, 1024, 2048, 4096"
 REFUSALS = {
     "NaN": (spoil(VALUE, torch.nan), {}, f"{VALUE}.weight holds NaN or infinite values"),
     "infinity": (spoil(VALUE, -torch.inf), {}, f"{VALUE}.weight holds NaN or infinite values"),
@@ -353,7 +353,7 @@ REFUSALS = {
         {},
         "weight is torch.float64; prepare takes float32, bfloat16 or",
     ),
-    "rank 0": (tiny_bert, {"rank": 0}, "rank is 0; it must be a whole number, 1 or more"),
+    "rank below 0": (tiny_bert, {"rank": -1}, "rank is -1; it must be a whole number, 0 or more"),
     "rank -1": (tiny_bert, {"rank": -1}, "rank is -1"),
     "rank 2.5": (tiny_bert, {"rank": 2.5}, "rank is 2.5; it must be a whole number"),
     "rank True": (tiny_bert, {"rank": True}, "rank is True"),

@@ -422,7 +422,7 @@ class StackErrors:
         key = (cell.method, cell.transform, rank, metric is None)
         if key not in self.fits:
             self.fits[key] = one_shot(self.weights, config, rank, metric)
-        split = split_stack(self.weights, config, rank, metric, self.fits[key])
+        split = split_stack(self.weights, config, rank, metric, first=self.fits[key])
         errors = [
             weight
             - rounded(weight - split.base.delta(index), self.fmt)

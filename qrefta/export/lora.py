@@ -35,8 +35,8 @@ from qrefta.hf_quantizer import load, prepared_config
 from qrefta.methods import METHODS
 from qrefta.model_card import write_card
 from qrefta.nn.factors import Factors
-from qrefta.nn.linear import AdaptedLinear
 from qrefta.nn.grid import level_table
+from qrefta.nn.linear import AdaptedLinear
 from qrefta.nn.quantized import QuantizedWeight
 
 # A cut rank or a missing quantization error changes the function: this only refuses results that

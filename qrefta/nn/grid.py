@@ -142,8 +142,6 @@ def _peaks(blocks: Tensor) -> Tensor:
 
 def _fine_levels(scaled: Tensor, factor: float, grid: Grid) -> Tensor:
     """The level of scaled * factor, which may miss the nearest within 1/8192 of a midpoint."""
-    cells = torch.add(
-        scaled.new_tensor(_FINE_CELLS / 2), scaled, alpha=factor * _FINE_CELLS / 2
-    )
+    cells = torch.add(scaled.new_tensor(_FINE_CELLS / 2), scaled, alpha=factor * _FINE_CELLS / 2)
     cells = cells.clamp_(0, _FINE_CELLS).int()
     return grid.fine.index_select(0, cells.view(-1)).view(scaled.shape)

@@ -49,7 +49,7 @@ from qrefta.nn.grid import (
     searched_scales,
 )
 
-_FEEDBACK_VALUES = 1 << 24  # of a matrix, worked on at once with error feedback
+_FEEDBACK_VALUES = 1 << 23  # of a matrix, worked on at once with error feedback
 _SCALE_BLOCK = 256  # scales that share one second-level scale, as in QLoRA
 _SCALE_VALUES = levels_8bit()  # of the 8-bit codes of scales; torch.compile cannot trace the call
 
@@ -399,7 +399,9 @@ def _feed_back(
         chosen = torch.empty(width, len(part), dtype=torch.uint8, device=matrix.device)
         starts = torch.arange(start, start + len(part), device=matrix.device) * width
 
-        def round_column(k: int, target: Tensor, starts: Tensor = starts, out: Tensor = chosen):
+        def round_column(
+            k: int, target: Tensor, starts: Tensor = starts, out: Tensor = chosen
+        ) -> Tensor:
             block = (starts + k) // block_size
             index = nearest(target, inverse_scales[block], grid)
             out[k] = grid.codes[index]

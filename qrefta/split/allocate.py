@@ -7,7 +7,8 @@ s^2 of it, where c is the stack's ratio of quantization error to norm, and costs
 component. Components of all stacks are taken in
 order of error removed per byte: the best choice for this model of the error, since the values of
     each stack fall.
-Refinement removes more, by a factor that differs little between stacks: for a budget of error,
+The error without factors, under the chosen rounding, is measured first. Refinement removes more
+than the model says, by a factor that differs little between stacks: for a budget of error,
     splits are made and
 measured, and the factor is corrected until the measured ratio is just below the ratio asked for.
 """
@@ -34,6 +35,7 @@ _FIRST_DEPTH = 64  # values of every stack computed at first, without a budget o
 _MOST_TRIALS = 6  # measured allocations
 # of the measured gain over the model, so that the next trial errs below the error asked for
 _CAUTION = 0.995
+_LEAST_GAIN = 1e-3  # of factors that a trial found of no use
 _CLOSE = 0.98  # an allocation with at least this share of the error asked for is good enough
 
 
@@ -198,12 +200,13 @@ def _ranks_for_error(spectra: "_Spectra", trials: _Trials, error_ratio: float) -
     Raises:
         ValueError: if the largest ranks do not reach it.
     """
+    without_factors = trials.ratio([0] * len(trials.targets))
     gain = 1.0
     best: list[int] | None = None
     ranks: list[int] = []
     for _ in range(_MOST_TRIALS):
         before = ranks
-        ranks = spectra.ranks_for(1 - (1 - error_ratio) / gain)
+        ranks = spectra.ranks_for(1 - (1 - error_ratio / without_factors) / gain)
         if ranks == before:
             break
         reached = trials.ratio(ranks)
@@ -216,7 +219,8 @@ def _ranks_for_error(spectra: "_Spectra", trials: _Trials, error_ratio: float) -
                 f"error_ratio is {error_ratio}, but the largest ranks reach only {reached:.3f}; "
                 "ask for a larger ratio"
             )
-        gain = _CAUTION * (1 - reached) / (1 - spectra.predicted(ranks))
+        removed = 1 - reached / without_factors
+        gain = max(_CAUTION * removed / (1 - spectra.predicted(ranks)), _LEAST_GAIN)
     return best or spectra.largest
 
 

@@ -10,7 +10,6 @@ their factors.
 import inspect
 import json
 import os
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -173,9 +172,6 @@ def gather_moments(
     FULL_WIDTH (22 GB for a Llama of 7B parameters), and 4 in^2 bytes for one product on the device
     of the model. Wider inputs keep only the diagonal.
 
-    A layer whose inputs are wider than there are tokens has a singular moment. A warning says so,
-    because damping then decides what the tokens leave open.
-
     Args:
         model: any model; its mode is restored.
         stacks: from `find_stacks`.
@@ -204,33 +200,13 @@ def gather_moments(
             bar.set_postfix_str(f"{rows:,} rows, {sums.most_tokens:,} tokens")
     if rows == 0:
         raise ValueError("There are no batches to calibrate with; give at least one.")
-    moments = sums.moments([path for stack in stacks for path in stack.modules])
-    _warn_of_few_tokens(moments, stacks)
-    return moments
+    return sums.moments([path for stack in stacks for path in stack.modules])
 
 
 def _row_count(inputs: dict[str, Any]) -> int:
     """Rows of a batch."""
     tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
     return max(len(value) for value in tensors if value.dim())
-
-
-def _warn_of_few_tokens(moments: Moments, stacks: list[LayerStack]) -> None:
-    """Warn once if a linear layer has wider inputs than tokens."""
-    short = [
-        (moments.tokens[moments.owner(path)], stack.in_features, path)
-        for stack in stacks
-        for path in stack.modules
-        if moments.tokens[moments.owner(path)] < stack.in_features
-    ]
-    if short:
-        tokens, width, path = min(short)
-        warnings.warn(
-            f"Calibration saw {tokens:,} tokens at {path}, whose inputs are {width:,} wide, and "
-            f"fewer tokens than inputs at {len(short)} linear layers in all. Give more text for a "
-            "better result.",
-            stacklevel=3,
-        )
 
 
 class _Sums:

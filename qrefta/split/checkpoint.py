@@ -38,7 +38,7 @@ from qrefta.model.names import weight_parts
 from qrefta.model.stacks import BLOCK_BYTES, Weights, check_values, find_stacks, select_stacks
 from qrefta.model_card import write_card
 from qrefta.nn.factors import BANK, stored_factors
-from qrefta.split.calibrate import Moments
+from qrefta.split.calibrate import FULL_WIDTH, Moments
 from qrefta.split.loop import split_stacks
 from qrefta.split.stack_split import StackSplit
 
@@ -52,6 +52,7 @@ _LAYERS = 6  # layers in float32 that exist at once
 _BASIS = 50  # columns of the basis of a slice in the tensor SVD, about, besides those for the rank
 _LEAST_BLOCK_BYTES = 4 << 20
 _OVERHEAD_BYTES = 256 << 20
+_MOMENTS = 2  # second moments of the inputs of a layer that exist at once, with error feedback
 
 
 def convert(
@@ -80,9 +81,9 @@ def convert(
     Raises:
         ValueError: as `qrefta.prepare_checkpoint`.
     """
-    checkpoint = CheckpointSource(resolve_folder(source), settings, device, max_memory)
-    settings = checkpoint.settings
     calibrated = moments is not None
+    checkpoint = CheckpointSource(resolve_folder(source), settings, device, max_memory, calibrated)
+    settings = checkpoint.settings
     folder = FolderSink(out, checkpoint, calibrated)
     split_stacks(checkpoint, folder, settings, moments, progress)
     config = QReftaConfig(
@@ -103,6 +104,7 @@ class CheckpointSource:
         settings: what to prepare.
         device: where a stack is worked on.
         max_memory: bytes that preparing may take.
+        calibrated: whether residuals may be rounded with error feedback.
 
     Attributes:
         settings: with the paths of all modules that train in full.
@@ -113,7 +115,12 @@ class CheckpointSource:
     """
 
     def __init__(
-        self, folder: Path, settings: Settings, device: torch.device, max_memory: int | str
+        self,
+        folder: Path,
+        settings: Settings,
+        device: torch.device,
+        max_memory: int | str,
+        calibrated: bool,
     ) -> None:
         self.folder = folder
         self.device = device
@@ -126,7 +133,8 @@ class CheckpointSource:
         _check_bytes(folder, self.checkpoint, model)
         self.parts = weight_parts(model, self.checkpoint, self.stacks)
         limit = parse_bytes("max_memory", max_memory)
-        self._block_bytes = _block_bytes(self.stacks, targets, limit)
+        feedback = calibrated and settings.bits == 4 and settings.rounding == "feedback"
+        self._block_bytes = _block_bytes(self.stacks, targets, limit, feedback)
 
     def weights(self, stack: LayerStack) -> Weights:
         adapted = stack.adapted
@@ -330,12 +338,17 @@ def _fingerprint(checkpoint: Checkpoint, settings: Settings, calibrated: bool) -
     return json.loads(json.dumps(facts))
 
 
-def _block_bytes(stacks: list[LayerStack], targets: list[LayerStack], max_memory: int) -> int:
+def _block_bytes(
+    stacks: list[LayerStack], targets: list[LayerStack], max_memory: int, feedback: bool
+) -> int:
     """Bytes of a block of rows that keep within `max_memory`."""
     layer = 4 * max(stack.out_features * stack.in_features for stack in stacks)
     row = 4 * max(stack.layers * stack.in_features for stack in stacks)  # large with many experts
     basis = 4 * _BASIS * max(stack.layers * stack.in_features for stack in targets)
     fixed = _OVERHEAD_BYTES + basis
+    if feedback:
+        widest = max(min(stack.in_features, FULL_WIDTH) for stack in stacks)
+        fixed += 4 * _MOMENTS * widest**2
     needed = fixed + max(_LAYERS * layer, _BLOCKS * max(_LEAST_BLOCK_BYTES, row))
     if max_memory < needed:
         most_layers = max(stack.layers for stack in stacks)

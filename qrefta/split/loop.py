@@ -62,7 +62,7 @@ def split_stacks(
     """
     targets = select_stacks(source.stacks, settings.target_modules)
     splits = {}
-    if moments is not None and settings.rounding == "feedback" and settings.bits == 4:
+    if moments is not None:
         warn_of_few_tokens(moments, source.stacks)
     if sink.ranks is None:
         weights = [source.weights(stack) for stack in targets]

@@ -53,7 +53,7 @@ class SplitLayer(NamedTuple):
     Attributes:
         residual: Q_l in 4 bits; dense float32 with 16 bits.
         error: W_l - dequant(Q_l) - Delta_l, (out, in), float32; zero with 16 bits.
-        whole_error: W_l - dequant(quantize(W_l)), the error of plain rounding of the unsplit weight.
+        whole_error: W_l - dequant(quantize(W_l)), the error of the unsplit weight, rounded plainly.
         norm, principal_norm: ||W_l||_F^2 and ||Delta_l||_F^2 at the start.
     """
 
@@ -76,8 +76,8 @@ def split_stack(
     settings: Settings,
     rank: Rank,
     metric: Metric | None = None,
-    first: Fit | None = None,
     rounding: StackRounding | None = None,
+    first: Fit | None = None,
 ) -> Split:
     """Factors of a stack, and the factors that its residuals are computed with.
 
@@ -96,8 +96,8 @@ def split_stack(
         settings: method, transform, format, rounds and seed.
         rank: as the method takes it.
         metric: of the inputs, for an activation-aware split.
-        first: the result of `one_shot` for the same arguments, if it was computed before.
         rounding: of the residuals; default: as the settings say, without moments.
+        first: the result of `one_shot` for the same arguments, if it was computed before.
     """
     rounding = rounding or StackRounding(settings)
     fmt = QuantFormat.of(settings)

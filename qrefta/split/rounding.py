@@ -50,10 +50,7 @@ class StackRounding:
         self.moments = moments
         wanted = settings.bits == 4 and settings.rounding == "feedback"
         self.feeds_back = (
-            wanted
-            and stack is not None
-            and moments is not None
-            and any(has_feedback(moments, path) for path in stack.modules)
+            wanted and stack is not None and any(map(self._has_feedback, stack.modules))
         )
 
     def nearest(self, layer: int) -> Rounding:
@@ -69,9 +66,17 @@ class StackRounding:
         if moment is None:
             return Rounding(self.search)
         weights = _column_weights(moment) if self.search else None
-        if not self.feeds_back or not has_feedback(self.moments, self._path(layer)):
+        if not self.feeds_back or not self._has_feedback(self._path(layer)):
             return Rounding(self.search, weights)
         return Rounding(self.search, weights, self._unit(layer, moment))
+
+    def _has_feedback(self, path: str) -> bool:
+        """Whether the moment of a linear layer is full and has tokens enough for feedback."""
+        if self.moments is None:
+            return False
+        moment = self.moments.of(path)
+        enough = LEAST_TOKENS * moment.shape[0]
+        return moment.dim() == 2 and _tokens(self.moments, path) >= enough
 
     def _path(self, layer: int) -> str:
         assert self.stack is not None, "moments come with their stack"
@@ -92,28 +97,22 @@ class StackRounding:
                 damping *= _MORE_DAMPING
 
 
-def has_feedback(moments: Moments, path: str) -> bool:
-    """Whether the moment of a linear layer is full and has tokens enough for error feedback."""
-    moment = moments.of(path)
-    return moment.dim() == 2 and _tokens(moments, path) >= LEAST_TOKENS * len(moment)
-
-
 def warn_of_few_tokens(moments: Moments, stacks: list[LayerStack]) -> None:
-    """Say once if layers have fewer tokens than inputs, or too few for error feedback."""
-    short = {}
-    for stack in stacks:
-        for path in stack.modules:
-            if _tokens(moments, path) < stack.in_features:
-                short[path] = _tokens(moments, path)
-    if not short:
-        return
-    path = min(short, key=short.__getitem__)
-    warnings.warn(
-        f"{len(short)} linear layers were calibrated on fewer tokens than they have inputs "
-        f"({path}: {short[path]} tokens); error feedback is damped more for them, and left out "
-        f"with less than an eighth. Calibrate on more text.",
-        stacklevel=2,
-    )
+    """Warn once if linear layers have wider inputs than tokens."""
+    short = [
+        (_tokens(moments, path), stack.in_features, path)
+        for stack in stacks
+        for path in stack.modules
+        if _tokens(moments, path) < stack.in_features
+    ]
+    if short:
+        tokens, width, path = min(short)
+        warnings.warn(
+            f"Calibration saw {tokens:,} tokens at {path}, whose inputs are {width:,} wide, and "
+            f"fewer tokens than inputs at {len(short)} linear layers in all; error feedback is "
+            "damped more there, and left out below an eighth. Give more text for a better result.",
+            stacklevel=2,
+        )
 
 
 def _column_weights(moment: Tensor) -> Tensor:

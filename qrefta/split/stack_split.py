@@ -74,7 +74,7 @@ class StackSplit:
         metric = None
         if self.moments is not None:
             metric = shared_metric(self.moments, self.stack, self.weights.device)
-        return split_stack(self.weights, self.settings, rank, metric, rounding=self.rounding)
+        return split_stack(self.weights, self.settings, rank, metric, self.rounding)
 
     def _clear(self) -> None:
         self.residual_error = 0.0

@@ -29,10 +29,11 @@ def gaussian(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+PLAIN = Rounding()
 SEARCHED = Rounding(search=True)
 
 
-def round_trip(matrix, fmt, dtype=torch.float32, rounding=Rounding()):
+def round_trip(matrix, fmt, dtype=torch.float32, rounding=PLAIN):
     return quantize(matrix, fmt, rounding).dequantize(dtype)
 
 

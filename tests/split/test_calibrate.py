@@ -1,5 +1,4 @@
 import json
-import warnings
 
 import pytest
 import torch
@@ -183,16 +182,6 @@ def test_the_upper_half_completes_a_matrix():
     matrix = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
     expected = matrix.triu() + matrix.triu(1).T
     assert torch.equal(moments_module._mirrored(matrix.clone()), expected)
-
-
-def test_too_few_tokens_are_one_warning():
-    model = tiny_llama()
-    with pytest.warns(UserWarning, match="saw 16 tokens") as warned:
-        gather(model, [inputs(model)])
-    assert len(warned) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        gather(model, [inputs(model)] * 4)  # 64 tokens, and the widest inputs are 64 wide
 
 
 def test_progress_counts_rows_and_tokens(capsys):

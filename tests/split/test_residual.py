@@ -10,8 +10,9 @@ from qrefta.choices import TRANSFORMS
 from qrefta.config import Settings
 from qrefta.linalg.metric import Metric
 from qrefta.model.stacks import Weights
-from qrefta.nn.quantized import QUANT_TYPES, QuantFormat, rounded
+from qrefta.nn.quantized import QUANT_TYPES, QuantFormat, Rounding, rounded
 from qrefta.split.residual import _rows_per_block, _Target, split_layers, split_stack
+from qrefta.split.rounding import StackRounding
 from tests.stacks import Splitted, split_and_error, svd_of, transform_of
 
 all_transforms = pytest.mark.parametrize("transform", TRANSFORMS)
@@ -125,9 +126,8 @@ def test_one_shot_error_equals_an_independent_loop(quant_type):
     for rest in stack - numpy_delta(stack, rank=9):
         codes, state = bnb.quantize_4bit(rest, blocksize=64, quant_type=quant_type)
         expected += (rest - bnb.dequantize_4bit(codes, state)).square().sum().item()
-    split = split_and_error(
-        stack, Settings(rank=9, quant_type=quant_type, transform="dct", refine=0)
-    )
+    config = Settings(rank=9, quant_type=quant_type, transform="dct", refine=0, scales="absmax")
+    split = split_and_error(stack, config)
     assert split.error == pytest.approx(expected, rel=2e-3)
 
 
@@ -175,11 +175,13 @@ def test_a_round_states_the_errors_before_and_of_its_target():
         base,
         transform_of(stack, "lsm3").float(),
         QuantFormat.of(config),
+        StackRounding(config),
         of_base=True,
     )
     assert sum(block.shape[1] for _, block in target.blocks()) == 48
     rest = stack - deltas(Splitted(base, [], 0.0), stack)
-    stored = torch.stack([rounded(matrix, QuantFormat.of(config)) for matrix in rest])
+    searched = Rounding(search=True)
+    stored = torch.stack([rounded(matrix, QuantFormat.of(config), searched) for matrix in rest])
     assert target.error == pytest.approx((rest - stored).square().sum().item())
     assert target.norm == pytest.approx((stack - stored).square().sum().item())
 
