@@ -22,6 +22,10 @@ class Entry(NamedTuple):
 STUDIES = {
     "accuracy": Entry("eval.studies.accuracy", "fine-tune with every method and score"),
     "quant_error": Entry("eval.studies.quant_error", "quantization error by method and rank"),
+    "kld": Entry("eval.studies.kld", "KL divergence of 4-bit bases to the 16-bit model"),
+    "cosine": Entry(
+        "eval.studies.cosine", "sentence embeddings of 4-bit bases and the 16-bit model"
+    ),
     "calibration_cost": Entry(
         "eval.studies.calibration_cost", "time of gathering second moments in forward passes"
     ),

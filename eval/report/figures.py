@@ -29,6 +29,7 @@ from eval.report.findings import (
     stack_label,
     trainable_parameters,
 )
+from eval.report.kept import Points, front
 from eval.report.scores import RANK_WORDS, Score, kind
 
 WIDTH = 4.2  # inches
@@ -78,6 +79,16 @@ PEERS = {
     "qlora": (RED, "s"),
     "qpissa": (ORANGE, "v"),
     "loftq": (PINK, "D"),
+}
+KEPT = {
+    "bitsandbytes": (GREY, "s"),
+    "GPTQ": (BLACK, "X"),
+    "PiSSA": (ORANGE, "^"),
+    "LoftQ": (RED, "v"),
+    "QERA": (PINK, "P"),
+    "qrefta without text": (SKY, "o"),
+    "qrefta, calibrated": (BLUE, "D"),
+    "qrefta, error feedback": (GREEN, "*"),
 }
 TENSOR_COLORS = {"refta": GREEN, "craft": BROWN, "tera": BLACK}  # others: grey
 TENSOR_MARKERS = "P*X<>hp8"
@@ -382,6 +393,35 @@ def near(points: list[Score]) -> list[list[Score]]:
         else:
             groups.append([score])
     return groups
+
+
+def kept_points(points: dict[str, Points], value: str, text: str, name: str, alt: str) -> Picture:
+    """A distance to the 16-bit model over bits a weight, one point a base, and the best of them.
+
+    Args:
+        points: (bits, value) by series.
+        value: name of the distance.
+        text: that it was measured on.
+        name, alt: of the picture.
+    """
+    figure, axes = canvas(4.4, "bits a weight, scales and factors included", value)
+    best = front(point for found in points.values() for point in found)
+    axes.plot(*zip(*best), color=GREY, linewidth=1, zorder=1)
+    for maker, (color, marker) in KEPT.items():
+        if maker in points:
+            axes.plot(
+                *zip(*points[maker]),
+                color=color,
+                marker=marker,
+                markersize=8 if marker == "*" else 5.5,
+                linestyle="",
+                alpha=0.85,
+                label=maker,
+            )
+    axes.set_title(text, fontsize=9.5)
+    axes.set_ylim(bottom=0)
+    add_legend(figure, axes)
+    return render(figure, name, alt)
 
 
 def depth_lines(

@@ -91,10 +91,12 @@ class Report(NamedTuple):
     """The content of a page.
 
     Attributes:
+        first: sections before the claims.
         missing: commands that measure rows which are missing.
         measured: commands, commits, machines and versions of the rows.
     """
 
+    first: list[Section]
     verdicts: list[Verdict]
     sections: list[Section]
     missing: list[str]
@@ -106,17 +108,28 @@ def markdown(report: Report, folder: str) -> str:
     told = [
         [one.claim, "\n".join(one.measured), f"**{one.word}**", one.why] for one in report.verdicts
     ]
-    parts = [f"# {NAME}", LEAD, "## The claims", markdown_table(Table(COLUMNS, told)), THRESHOLDS]
+    parts = [f"# {NAME}", LEAD]
+    for section in report.first:
+        parts += markdown_section(section, folder)
+    parts += ["## The claims", markdown_table(Table(COLUMNS, told)), THRESHOLDS]
     for section in report.sections:
-        parts += [f"## {section.title}", section.text]
-        parts += [f"![{picture.alt}]({folder}/{picture.name}.svg)" for picture in section.pictures]
-        parts += [folded(name, table) for name, table in section.tables.items()]
+        parts += markdown_section(section, folder)
     parts += [f"Not measured yet: run `{command}`." for command in report.missing]
     parts += [
         "## How it was measured",
         folded("Commands, commits, machines and versions", report.measured),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def markdown_section(section: Section, folder: str) -> list[str]:
+    """Title, text, pictures and folded tables of a section; `folder` holds its pictures."""
+    return [
+        f"## {section.title}",
+        section.text,
+        *(f"![{picture.alt}]({folder}/{picture.name}.svg)" for picture in section.pictures),
+        *(folded(name, table) for name, table in section.tables.items()),
+    ]
 
 
 def folded(name: str, table: Table) -> str:
@@ -135,6 +148,7 @@ def html_page(report: Report) -> str:
     """The report as one HTML page that loads no other file."""
     parts = [
         f"<h1>{NAME}</h1>\n<p>{LEAD}</p>",
+        *(html_section(section) for section in report.first),
         f"<section><h2>The claims</h2>\n{verdict_table(report.verdicts)}\n"
         f"<p>{escape(THRESHOLDS)}</p></section>",
         *(html_section(section) for section in report.sections),

@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from eval.report import figures, findings, scores
+from eval.peers.bases import Base
+from eval.report import figures, findings, kept, scores
 from eval.report.findings import FORMATS, Row, distinct, pick
 from eval.report.pages import Report, Section, html_page, markdown
 from eval.report.verdicts import verdicts
@@ -24,12 +25,15 @@ MAKES = {
     "quant_error": "python -m eval quant_error --rows eval/rows/quant_error.jsonl",
     "accuracy": "python -m eval accuracy --task sst2 --task cola --rows eval/rows/accuracy.jsonl",
     "cost": "python -m eval cost --rows eval/rows/cost.jsonl",
+    "kld": "python -m eval kld --rows eval/rows/kld.jsonl",
 }
 NEEDED = {
     "stack": ("model", "method", "start", "text"),
     "model": ("model", "method", "start", "text"),
     "score": ("task", "metric", "test_rows"),
     "step": ("setting", "of_floor"),
+    "language": ("model", "measured", "tokens", "window", "texts", *Base._fields),
+    "encoder": ("model", "measured", "cosine_mean", *Base._fields),
 }  # fields that older rows of a kind do not have
 SETTING = ("text", "samples", "max_length")  # must be equal in all rows of a model
 LAYERS = [1, 2, 4, 6, 12, 24, 48, 96]
@@ -46,6 +50,7 @@ def run(
     """Write the report."""
     files = read_all(rows)
     report = Report(
+        first=language_sections(files)[:1],
         verdicts=verdicts(files),
         sections=sections(files),
         missing=[command for name, command in MAKES.items() if name not in files],
@@ -53,7 +58,7 @@ def run(
     )
     folder = page or out.parent / "page"
     folder.mkdir(parents=True, exist_ok=True)
-    for section in report.sections:
+    for section in [*report.first, *report.sections]:
         for picture in section.pictures:
             (folder / f"{picture.name}.svg").write_text(picture.svg, encoding="utf-8")
     link = Path(os.path.relpath(folder, out.parent)).as_posix()
@@ -116,10 +121,10 @@ def one_setting(rows: list[Row], path: Path) -> list[Row]:
 
 
 def sections(files: dict[str, list[Row]]) -> list[Section]:
-    """Every section that the rows allow."""
+    """Every section that the rows allow, but the first on the page."""
     errors = files.get("quant_error", [])
     cost = files.get("cost", [])
-    found = []
+    found = [*language_sections(files)[1:], *encoder_sections(files)]
     for model in distinct(pick(errors, kind=("stack", "model", "spectrum")), "model"):
         found += error_sections(pick(errors, model=model), slug(model))
     for study, methods in scores.scores(files.get("accuracy", [])).items():
@@ -129,6 +134,50 @@ def sections(files: dict[str, list[Row]]) -> list[Section]:
         found.append(depth_section(findings.shapes(pick(errors, model=model)), model, scored))
     for setting, device in dict.fromkeys((row["setting"], row["device"]) for row in cost):
         found.append(cost_section(pick(cost, setting=setting, device=device)))
+    return found
+
+
+def language_sections(files: dict[str, list[Row]]) -> list[Section]:
+    """How much of language models is kept; the study with the most bases first."""
+    return [language_section(group) for group in kept.groups(files.get("kld", []), "language")]
+
+
+def language_section(group: kept.Group) -> Section:
+    """KL divergence of every base of a language model, one picture a text."""
+    title = kept.title(group)
+    name = f"kld-{slug(group.model)}-{group.tokens}-{group.window}"
+    pictures = []
+    for text in group.measured:
+        values = [kept.divergence(row, text) for row in group.rows]
+        pictures.append(
+            figures.kept_points(
+                kept.series_points(group.rows, values),
+                "mean KL divergence to the 16-bit model",
+                text,
+                f"{name}-{slug(text)}",
+                f"KL divergence by bits a weight, {text}. {title}",
+            )
+        )
+    return Section(
+        title, kept.reading_aid(group), pictures, {"All bases": kept.language_table(group)}
+    )
+
+
+def encoder_sections(files: dict[str, list[Row]]) -> list[Section]:
+    """How much of sentence encoders is kept."""
+    found = []
+    for group in kept.groups(files.get("kld", []), "encoder"):
+        title = kept.encoder_title(group)
+        values = [1 - row["cosine_mean"] for row in group.rows]
+        picture = figures.kept_points(
+            kept.series_points(group.rows, values),
+            "1 - mean cosine to the 16-bit model",
+            group.measured[0],
+            f"cosine-{slug(group.model)}",
+            f"Cosine of embeddings by bits a weight. {title}",
+        )
+        table = kept.encoder_table(group)
+        found.append(Section(title, kept.encoder_aid(group), [picture], {"All bases": table}))
     return found
 
 

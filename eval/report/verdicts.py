@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from eval.peers.bases import DEFAULT_RANK, Base
 from eval.report.findings import (
     FORMATS,
     NAMES,
@@ -17,12 +18,23 @@ from eval.report.findings import (
     pick,
     transforms_duel,
 )
+from eval.report.kept import (
+    TARGETS,
+    Group,
+    Target,
+    base_of,
+    divergence,
+    groups,
+    rank_correlation,
+)
 from eval.report.scores import CONFIDENCE, Difference, Score, Study, differences, scores
+from eval.tasks.smollm2 import NAME as SMOLLM2
 
 HOLDS = "holds"
 IN_PART = "holds in part"
 FAILS = "does not hold"
 UNDECIDED = "cannot be decided here"
+PREDICTS = 0.9  # rank correlation from which one number stands for another
 NAMED = 4  # exceptions that are named
 CELL = ("model", "stack", "quant_type", "transform", "rank")
 
@@ -55,13 +67,17 @@ class Verdict(NamedTuple):
 
 
 def verdicts(files: dict[str, list[Row]]) -> list[Verdict]:
-    """All verdicts: the paper's claims, then ours, then the rivals."""
+    """All verdicts: how much of a model is kept, the paper's claims, ours, then the rivals."""
     errors = files.get("quant_error", [])
     cost = files.get("cost", [])
     studies = scores(files.get("accuracy", []))
     stacks = pick(errors, kind="stack")
     models = pick(errors, kind="model")
+    languages = groups(files.get("kld", []), "language")
     return [
+        *(kept_target(languages, target) for target in TARGETS),
+        default_against_bitsandbytes(languages),
+        weight_error_predicts(languages),
         below_baseline(stacks),
         falls_with_rank(stacks),
         fewer_numbers(studies),
@@ -87,6 +103,83 @@ def judge(for_it: int, against: int) -> str:
     if for_it + against == 0:
         return UNDECIDED
     return HOLDS if against == 0 else FAILS if for_it == 0 else IN_PART
+
+
+def kept_target(languages: list[Group], target: Target) -> Verdict:
+    """Whether a base of SmolLM2 has at most the KL divergences that were aimed at."""
+    lines = []
+    good = 0
+    bad = 0
+    for group in languages:
+        for row in group.rows:
+            if group.model != SMOLLM2 or base_of(row) != target.base:
+                continue
+            for text in set(target.limits) & set(group.measured):
+                found = divergence(row, text)
+                limit = target.limits[text]
+                met = found <= limit
+                good += met
+                bad += not met
+                lines.append(
+                    f"{text}, {group.tokens:,} tokens: {found:.3f}, {limit:.3f} was aimed at, "
+                    f"{row['bits_per_weight']:.2f} bits"
+                )
+    limits = " and ".join(f"{limit:.3f} on {text}" for text, limit in target.limits.items())
+    return Verdict(
+        f"{target.base.label}: KL divergence to 16 bits of at most {limits}",
+        sorted(lines) or ["not measured"],
+        judge(good, bad),
+        f"{SMOLLM2}; the limits were set before this was measured.",
+    )
+
+
+def default_against_bitsandbytes(languages: list[Group]) -> Verdict:
+    """KL divergence of `prepare` without text and settings, and of bitsandbytes' NF4."""
+    lines = []
+    good = 0
+    bad = 0
+    for group in languages:
+        plain = pick(group.rows, **Base("bitsandbytes")._asdict())
+        ours = pick(group.rows, **Base(rank=DEFAULT_RANK)._asdict())
+        for text in group.measured if plain and ours else []:
+            found = divergence(ours[0], text)
+            theirs = divergence(plain[0], text)
+            good += found <= theirs
+            bad += found > theirs
+            lines.append(f"{group.model}, {text}: {found:.3f}, bitsandbytes {theirs:.3f}")
+    return Verdict(
+        "Without text to calibrate on, the default keeps at least as much as bitsandbytes NF4",
+        lines or ["not measured"],
+        judge(good, bad),
+        f"R = {DEFAULT_RANK}, mean KL divergence to the 16-bit model.",
+    )
+
+
+def weight_error_predicts(languages: list[Group]) -> Verdict:
+    """Rank correlation of squared weight error and KL divergence over the bases of each model."""
+    lines = []
+    good = 0
+    bad = 0
+    for group in languages:
+        for text in group.measured:
+            weight = rank_correlation(group.rows, "weight_error", text)
+            output = rank_correlation(group.rows, "output_error", text)
+            if weight is None or output is None:
+                continue
+            good += weight >= PREDICTS
+            bad += weight < PREDICTS
+            lines.append(
+                f"{group.model}, {text}: {weight:.2f} over {len(group.rows)} bases; output error "
+                f"{output:.2f}"
+            )
+    return Verdict(
+        "Weight error tells which base keeps the model",
+        lines or ["not measured"],
+        judge(good, bad),
+        "Spearman's rank correlation of squared weight error and mean KL divergence; it tells if "
+        f"it is at least {PREDICTS}. The last number is the same for the squared error of the "
+        "layers' outputs.",
+    )
 
 
 def below_baseline(stacks: list[Row]) -> Verdict:

@@ -1,0 +1,65 @@
+"""GPTQ (Frantar et al., arXiv 2210.17323) onto the grid of NF4: scales by absolute maximum, no
+search, no factors.
+
+This is the published algorithm with the inverse of the moment. qrefta's rounding with error
+feedback is written differently (`qrefta.linalg.feedback`), so that each checks the other.
+"""
+
+import torch
+from torch import Tensor
+
+from qrefta.nn.grid import Grid, grid_of, inverse, nearest
+
+DAMPING = 0.01  # share of the mean of the moment's diagonal that is added to it, as GPTQ does
+
+
+def gptq(weight: Tensor, moment: Tensor, block: int = 64, damping: float = DAMPING) -> Tensor:
+    """A matrix rounded to NF4, column by column; the columns after it make up for each error.
+
+    With the Cholesky factor U of the inverse moment, inv(S) = U^T U, a column's error e gives
+    W_j -= e U_kj / U_kk for all later columns j. The scale of a block is the largest magnitude of
+    its weights at the time when its first column is rounded.
+
+    Args:
+        weight: (out, in), float32.
+        moment: S = E[x^T x] of the inputs, (in, in).
+        block: weights that share a scale, in a row.
+        damping: see DAMPING.
+
+    Raises:
+        ValueError: if rows are not whole blocks.
+    """
+    width = weight.shape[1]
+    if width % block:
+        raise ValueError(f"rows have {width} weights; they must be whole blocks of {block}")
+    grid = grid_of("nf4", weight.device)
+    factor = _inverse_factor(moment, damping)
+    rest = weight.clone()
+    result = torch.empty_like(weight)
+    for start in range(0, width, block):
+        part = slice(start, start + block)
+        result[:, part], errors = _round_block(rest[:, part], factor[part, part], grid)
+        rest[:, start + block :] -= errors @ factor[part, start + block :]
+    return result
+
+
+def _inverse_factor(moment: Tensor, damping: float) -> Tensor:
+    """U, upper triangular, with inv(S + damping mean(diag) I) = U^T U; float32."""
+    damped = moment.to(torch.float64, copy=True)
+    damped.diagonal().add_(damping * damped.diagonal().mean())
+    inverse_moment = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse_moment, upper=True).float()
+
+
+def _round_block(rest: Tensor, factor: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """A block of columns rounded, and the error of every column over its diagonal entry of U."""
+    columns = rest.T.contiguous()
+    scales = columns.abs().amax(0)
+    inverse_scales = inverse(scales)
+    rounded = torch.empty_like(columns)
+    errors = torch.empty_like(columns)
+    for k, column in enumerate(columns):
+        rounded[k] = grid.levels[nearest(column, inverse_scales, grid)] * scales
+        errors[k] = (column - rounded[k]) / factor[k, k]
+        columns[k + 1 :].addr_(factor[k, k + 1 :], errors[k], alpha=-1)
+    return rounded.T, errors.T
