@@ -294,7 +294,8 @@ class Settings:
         modules_to_save: path ends of further modules to train in full, such as a new "pooler". A
             task head outside the base model trains without being named, unless it is a
             language-model head.
-        refine: rounds that refit the factors and the quantized residual to each other.
+        refine: rounds that refit the factors and the quantized residual to each other. None: 5, or
+            1 if error feedback follows, since more rounds do not change the model's outputs then.
         seed: seed of random starts.
         factor_dtype: dtype that the factors are rounded to; float32 does not round.
 
@@ -342,8 +343,12 @@ class Settings:
             _check_modules, "Path end of a module to train in full; repeat for more."
         ),
     )
-    refine: int = field(
-        default=5, metadata=_at_least(0, "Rounds that refit factors and residual to each other.")
+    refine: int | None = field(
+        default=None,
+        metadata=_checked(
+            lambda name, value: None if value is None else _whole(name, value, 0),
+            "Rounds that refit factors and residual to each other; default: 5, calibrated 1.",
+        ),
     )
     seed: int = field(default=0, metadata=_at_least(0, "Seed of everything random."))
     factor_dtype: FactorDtype = field(
@@ -400,7 +405,7 @@ class SettingsKeywords(TypedDict, total=False):
     rounding: Codes
     target_modules: str | Sequence[str] | None
     modules_to_save: Sequence[str]
-    refine: int
+    refine: int | None
     seed: int
     factor_dtype: FactorDtype
 

@@ -323,6 +323,8 @@ OPTIONS = {
     "quant_type",
     "block_size",
     "double_quant",
+    "scales",
+    "rounding",
     "refine",
     "factor_dtype",
     "calibrated",

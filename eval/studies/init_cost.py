@@ -34,7 +34,7 @@ from qrefta.config import Settings
 from qrefta.linalg.slices import Slices
 from qrefta.linalg.tsvd import mix, t_svd, transform_matrix
 from qrefta.model.stacks import Weights, find_stacks, model_weights
-from qrefta.nn.quantized import rounded
+from qrefta.nn.quantized import QuantFormat, rounded
 from qrefta.split.residual import split_layers, split_stack
 
 console = Console()
@@ -151,7 +151,7 @@ def pissa(initialization: str, stack: Tensor, rank: int) -> Measured:
 
 def qrefta(refine: int, stack: Tensor, rank: int) -> Measured:
     """Split by qrefta; the decomposition is timed without the rounds."""
-    config = Settings(refine=refine, rank=rank)
+    config = Settings(refine=refine, rank=rank, scales="absmax")
     weights = Weights.of(stack)
     slices, _ = _transformed(stack)
     blocks = [(slice(0, stack.shape[1]), slices)]
@@ -194,7 +194,7 @@ def _transformed(stack: Tensor) -> tuple[Tensor, Tensor]:
 
 def _error(stack: Tensor) -> float:
     """||W - Q(W)||_F^2, NF4."""
-    fmt = Settings().format
+    fmt = QuantFormat("nf4")
     return sum((weight - rounded(weight, fmt)).double().square().sum().item() for weight in stack)
 
 

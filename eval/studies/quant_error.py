@@ -55,15 +55,15 @@ from qrefta.split.calibrate import (
     load_moments,
     shared_metric,
 )
-from qrefta.split.residual import one_shot, split_stack, tensor_values
+from qrefta.split.residual import ROUNDS, one_shot, split_stack, tensor_values
 from qrefta.split.texts import read_texts, rows_of_text
 
 SEEDS = 20  # Gaussian matrices a format
 SPECTRUM = 192  # tensor singular values a row
 STARTS = {
     "one shot": 0,
-    "refined": Settings().refine,
-    "calibrated": Settings().refine,
+    "refined": ROUNDS,
+    "calibrated": ROUNDS,
 }  # rounds of each
 PAPER = "lsm3"  # the transform for calibration and the nuclear norm
 SMALL_BLOCKS = {"smaller block": 32, "smaller block, 8-bit scales": 8}  # bits of a scale
@@ -417,6 +417,8 @@ class StackErrors:
             transform=cell.transform or PAPER,
             quant_type=cell.quant_type,
             refine=STARTS[cell.start],
+            scales="absmax",  # as in the papers that are compared
+            rounding="nearest",
         )
         metric = self.metric if cell.start == "calibrated" else None
         key = (cell.method, cell.transform, rank, metric is None)
@@ -429,7 +431,7 @@ class StackErrors:
             - split.factors.delta(index)
             for index, weight in enumerate(self.layers)
         ]
-        return torch.stack(errors), split.factors.stored_bytes, config.refine
+        return torch.stack(errors), split.factors.stored_bytes, STARTS[cell.start]
 
     def craft_rank(self, cell: Cell) -> int:
         """The largest rank over outputs and inputs whose factors take at most refta's bytes."""

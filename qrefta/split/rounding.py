@@ -97,7 +97,7 @@ class StackRounding:
         while True:
             try:
                 return unit_factor(moment, damping)
-            except torch.linalg.LinAlgError:
+            except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
                 damping *= _MORE_DAMPING
 
 
