@@ -37,7 +37,7 @@ from torch.nn.functional import linear, pad
 from qrefta._compat.bitsandbytes import levels_8bit, nest_scales
 from qrefta.choices import BLOCK_SIZES, QUANT_TYPES, QuantType
 from qrefta.config import Settings
-from qrefta.linalg.feedback import round_columns
+from qrefta.linalg.feedback import Feedback, round_columns
 from qrefta.nn.grid import (
     CHUNK,
     Grid,
@@ -286,13 +286,12 @@ class Rounding(NamedTuple):
     Attributes:
         search: choose the scale of a block by search, and not by its largest magnitude.
         weights: importance of every column in that search, (in,), positive; None: all equal.
-        unit: M of `qrefta.linalg.feedback`, (in, in), for codes with error feedback; None: every
-            value takes its nearest level.
+        feedback: for codes with error feedback; None: every value takes its nearest level.
     """
 
     search: bool = False
     weights: Tensor | None = None
-    unit: Tensor | None = None
+    feedback: Feedback | None = None
 
 
 PLAIN = Rounding()
@@ -313,7 +312,7 @@ def quantize(matrix: Tensor, fmt: QuantFormat, rounding: Rounding = PLAIN) -> Qu
     scales, scale_state = _store_scales(chosen, fmt)
     stored = _load_scales(scales, scale_state)[: len(blocks)]
     nibbles = torch.empty(blocks.shape, dtype=torch.uint8, device=blocks.device)
-    if rounding.unit is None:
+    if rounding.feedback is None:
         inverse_scales = inverse(_code_scales(chosen, stored, rounding))
         for part, inverse_scale, out in _chunks(blocks, inverse_scales, nibbles):
             out.copy_(grid.codes[nearest(part, inverse_scale.unsqueeze(1), grid)])
@@ -321,7 +320,7 @@ def quantize(matrix: Tensor, fmt: QuantFormat, rounding: Rounding = PLAIN) -> Qu
         zero = nearest(blocks.new_zeros(()), blocks.new_ones(()), grid)
         nibbles.fill_(grid.codes[zero])  # the padding
         values = nibbles.view(-1)[: matrix.numel()].view(matrix.shape)
-        _feed_back(matrix.detach().float(), stored, fmt.block_size, grid, rounding.unit, values)
+        _feed_back(matrix.detach().float(), stored, fmt.block_size, grid, rounding.feedback, values)
     pairs = nibbles.view(-1, 2)
     codes = (pairs[:, 0] << 4 | pairs[:, 1]).view(torch.int8)
     return QuantizedWeight(codes, scales, scale_state, fmt, tuple(matrix.shape))
@@ -333,7 +332,7 @@ def rounded(matrix: Tensor, fmt: QuantFormat, rounding: Rounding = PLAIN) -> Ten
     No codes are packed. That is faster, and some rows of a matrix give the same values as the whole
     matrix does, if they are whole blocks and scales have 32 bits.
     """
-    assert rounding.unit is None, "error feedback needs whole codes; call quantize"
+    assert rounding.feedback is None, "error feedback needs whole codes; call quantize"
     blocks = _blocks(matrix, fmt.block_size)
     grid = grid_of(fmt.quant_type, blocks.device)
     chosen = _choose_scales(blocks, grid, rounding)
@@ -376,7 +375,7 @@ def _code_scales(chosen: Tensor, stored: Tensor, rounding: Rounding) -> Tensor:
 
 
 def _feed_back(
-    matrix: Tensor, scales: Tensor, block_size: int, grid: Grid, unit: Tensor, codes: Tensor
+    matrix: Tensor, scales: Tensor, block_size: int, grid: Grid, feedback: Feedback, codes: Tensor
 ) -> None:
     """Write codes that are chosen with error feedback, for given scales.
 
@@ -388,7 +387,7 @@ def _feed_back(
         scales: of every block of the flat matrix, as stored.
         block_size: weights that share a scale.
         grid: the levels.
-        unit: see `Rounding`.
+        feedback: see `Rounding`.
         codes: (out, in), uint8, written to.
     """
     width = matrix.shape[1]
@@ -407,7 +406,7 @@ def _feed_back(
             out[k] = grid.codes[index]
             return grid.levels[index] * scales[block]
 
-        round_columns(part, unit, round_column)
+        round_columns(part, feedback, round_column)
         codes[start : start + rows] = chosen.T
 
 

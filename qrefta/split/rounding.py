@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qrefta.config import LayerStack, Settings
-from qrefta.linalg.feedback import unit_factor
+from qrefta.linalg.feedback import Feedback, feedback_of
 from qrefta.nn.quantized import PLAIN, Rounding
 from qrefta.split.calibrate import Moments
 
@@ -72,7 +72,7 @@ class StackRounding:
         weights = _column_weights(moment) if self.search else None
         if not self.feeds_back or not self._has_feedback(self._path(layer)):
             return Rounding(self.search, weights)
-        return Rounding(self.search, weights, self._unit(layer, moment))
+        return Rounding(self.search, weights, self._feedback(layer, moment))
 
     def _has_feedback(self, path: str) -> bool:
         """Whether the moment of a linear layer is full and has tokens enough for feedback."""
@@ -90,13 +90,13 @@ class StackRounding:
     def _moment(self, layer: int) -> Tensor | None:
         return None if self.moments is None else self.moments.of(self._path(layer))
 
-    def _unit(self, layer: int, moment: Tensor) -> Tensor:
-        """The factor of a layer's damped moment; the damping rises until it is found."""
+    def _feedback(self, layer: int, moment: Tensor) -> Feedback:
+        """The feedback of a layer's damped moment; the damping rises until it is found."""
         assert self.moments is not None, "a moment comes from moments"
         damping = DAMPING * max(1.0, len(moment) / _tokens(self.moments, self._path(layer)))
         while True:
             try:
-                return unit_factor(moment, damping)
+                return feedback_of(moment, damping)
             except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
                 damping *= _MORE_DAMPING
 

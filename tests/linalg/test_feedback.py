@@ -3,7 +3,7 @@ import torch
 from torch.testing import assert_close
 
 from qrefta.linalg import feedback
-from qrefta.linalg.feedback import round_columns, unit_factor
+from qrefta.linalg.feedback import Feedback, feedback_of, round_columns
 
 
 def moment_of(width, tokens=200, seed=0, dtype=torch.float64):
@@ -33,8 +33,11 @@ def gptq(matrix, moment, damping, rounded):
 def test_the_factor_multiplies_back_to_the_damped_moment(monkeypatch, panel, width):
     monkeypatch.setattr(feedback, "_FACTOR_PANEL", panel)
     moment = moment_of(width)
-    unit = unit_factor(moment, 0.1).double()
+    order, unit = feedback_of(moment, 0.1)
+    unit = unit.double()
+    assert order.tolist() == sorted(range(width), key=lambda k: -moment[k, k])
     damped = moment + 0.1 * moment.diagonal().mean() * torch.eye(width)
+    damped = damped[order][:, order]
     assert_close(unit.diagonal(), torch.ones(width, dtype=torch.float64))
     assert_close(unit, unit.triu())
     # D from the last column back: damped - M D M^T must vanish for the only D that fits.
@@ -45,22 +48,23 @@ def test_the_factor_multiplies_back_to_the_damped_moment(monkeypatch, panel, wid
 
 def test_wide_moments_are_factorized_in_float32_as_well():
     moment = moment_of(2050, tokens=300, dtype=torch.float32)
-    unit = unit_factor(moment, 0.05)
-    reference = torch.linalg.cholesky(
-        (moment.double() + 0.05 * moment.diagonal().mean() * torch.eye(2050)).flip(0, 1)
-    ).flip(0, 1)
+    order, unit = feedback_of(moment, 0.05)
+    damped = moment.double() + 0.05 * moment.diagonal().mean() * torch.eye(2050)
+    reference = torch.linalg.cholesky(damped[order][:, order].flip(0, 1)).flip(0, 1)
     reference = reference / reference.diagonal()
     assert (unit.double() - reference).norm() / reference.norm() < 1e-4
 
 
 def test_a_moment_of_zeros_gives_the_identity():
-    assert torch.equal(unit_factor(torch.zeros(6, 6), 0.01), torch.eye(6))
+    order, unit = feedback_of(torch.zeros(6, 6), 0.01)
+    assert order.tolist() == list(range(6))
+    assert torch.equal(unit, torch.eye(6))
 
 
 def test_an_indefinite_moment_is_an_error():
     moment = torch.ones(4, 4) - 3 * torch.eye(4) + torch.diag(torch.tensor([9.0, 0, 0, 0]))
     with pytest.raises(torch.linalg.LinAlgError):
-        unit_factor(moment, 0.0)
+        feedback_of(moment, 0.0)
 
 
 @pytest.mark.parametrize("panel", [4, 64])
@@ -75,20 +79,23 @@ def test_columns_are_rounded_as_by_gptq(monkeypatch, panel, rows, width):
         found[:, k] = (target * 2).round() / 2
         return found[:, k]
 
-    round_columns(matrix, unit_factor(moment, 0.01), round_column)
-    expected = gptq(matrix, moment, 0.01, lambda column: (column * 2).round() / 2)
-    assert_close(found.double(), expected)
+    round_columns(matrix, feedback_of(moment, 0.01), round_column)
+    order = moment.diagonal().argsort(descending=True)
+    permuted = moment[order][:, order]
+    expected = gptq(matrix[:, order], permuted, 0.01, lambda column: (column * 2).round() / 2)
+    assert_close(found.double()[:, order], expected)
 
 
-def test_columns_are_visited_in_order_and_the_first_is_untouched():
-    matrix = torch.randn(3, 10, generator=torch.Generator().manual_seed(1))
+def test_columns_are_visited_in_the_order_of_the_feedback_and_the_first_is_untouched():
+    matrix = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
+    order = torch.tensor([3, 0, 4, 2, 1])
     seen = []
 
     def round_column(k, target):
         seen.append(k)
-        if k == 0:
-            assert torch.equal(target, matrix[:, 0])
+        if k == 3:
+            assert torch.equal(target, matrix[:, 3])
         return target
 
-    round_columns(matrix, unit_factor(moment_of(10), 0.01), round_column)
-    assert seen == list(range(10))
+    round_columns(matrix, Feedback(order, torch.eye(5)), round_column)
+    assert seen == order.tolist()

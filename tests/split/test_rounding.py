@@ -53,7 +53,7 @@ def test_feedback_has_less_output_error_than_the_nearest_levels(fmt, shape, scal
     stack = stack_of(*shape)
     moments = moments_of(stack)
     chosen = rounding_of(stack, moments, scales=scales).stored(0)
-    assert chosen.unit is not None
+    assert chosen.feedback is not None
     for seed in range(5):
         matrix = matrix_of(*shape, seed)
         errors = [
@@ -61,7 +61,7 @@ def test_feedback_has_less_output_error_than_the_nearest_levels(fmt, shape, scal
                 matrix - quantize(matrix, fmt, way).dequantize(torch.float32),
                 moments.of(stack.modules[0]),
             )
-            for way in (chosen, chosen._replace(unit=None))
+            for way in (chosen, chosen._replace(feedback=None))
         ]
         assert errors[0] < 0.8 * errors[1]
 
@@ -69,7 +69,10 @@ def test_feedback_has_less_output_error_than_the_nearest_levels(fmt, shape, scal
 @formats
 @pytest.mark.parametrize("shape", [(16, 64), (11, 40)], ids=str)
 def test_feedback_equals_a_plain_loop(fmt, shape):
-    """Each value takes the level nearest to itself plus the weighted errors of its row so far."""
+    """Each value takes the level nearest to itself plus the weighted errors of its row so far.
+
+    Columns with large moments come first.
+    """
     stack = stack_of(*shape)
     rounding = rounding_of(stack, moments_of(stack)).stored(0)
     matrix = matrix_of(*shape)
@@ -77,16 +80,17 @@ def test_feedback_equals_a_plain_loop(fmt, shape):
     scales = packed.block_scales().double()
     levels = quantize(torch.zeros(64), fmt)  # of the format, for its table
     table = torch.tensor(sorted(level_values(levels)), dtype=torch.float64)
-    unit = rounding.unit.double()
+    order = rounding.feedback.order.tolist()
+    unit = rounding.feedback.unit.double()
     found = packed.dequantize(torch.float64)
     errors = torch.zeros(shape, dtype=torch.float64)
     for row in range(shape[0]):
-        for k in range(shape[1]):
-            target = matrix[row, k].double() + errors[row, :k] @ unit[:k, k]
+        for place, k in enumerate(order):
+            target = matrix[row, k].double() + errors[row, :place] @ unit[:place, place]
             scale = scales[(row * shape[1] + k) // 64]
             gaps = (target - table * scale).abs()
             assert gaps.min() >= (target - found[row, k]).abs() - 1e-5 * scale.abs()
-            errors[row, k] = matrix[row, k].double() - found[row, k]
+            errors[row, place] = matrix[row, k].double() - found[row, k]
 
 
 def level_values(packed):
@@ -108,7 +112,7 @@ def test_a_diagonal_moment_and_fixed_scales_give_the_nearest_levels(fmt):
     chosen = rounding_of(stack, moments).stored(0)
     matrix = matrix_of(24, 96)
     with_feedback = quantize(matrix, fmt, chosen).tensors()
-    assert_close(with_feedback, quantize(matrix, fmt, chosen._replace(unit=None)).tensors())
+    assert_close(with_feedback, quantize(matrix, fmt, chosen._replace(feedback=None)).tensors())
 
 
 def test_settings_choose_scales_and_codes():
@@ -119,24 +123,26 @@ def test_settings_choose_scales_and_codes():
     both = rounding_of(stack, moments).stored(1)
     assert both.search
     assert_close(both.weights, weights)
-    assert both.unit is not None
+    assert both.feedback is not None
     scales_only = rounding_of(stack, moments, rounding="nearest")
-    assert scales_only.stored(1).unit is None
+    assert scales_only.stored(1).feedback is None
     assert_close(scales_only.stored(1).weights, weights)
     codes_only = rounding_of(stack, moments, scales="absmax").stored(1)
     assert (codes_only.search, codes_only.weights) == (False, None)
-    assert codes_only.unit is not None
+    assert codes_only.feedback is not None
     plain = rounding_of(stack, moments, scales="absmax", rounding="nearest")
     assert plain.stored(1) == Rounding()
     assert not plain.feeds_back
 
 
-def test_rounds_of_refinement_have_no_feedback():
+def test_rounds_of_refinement_search_scales_only_if_no_feedback_follows():
     stack = stack_of(24, 64)
-    way = rounding_of(stack, moments_of(stack)).nearest(0)
+    moments = moments_of(stack)
+    assert rounding_of(stack, moments).nearest(0) == Rounding()
+    way = rounding_of(stack, moments, rounding="nearest").nearest(0)
     assert way.search
     assert way.weights is not None
-    assert way.unit is None
+    assert way.feedback is None
 
 
 @pytest.mark.parametrize("known", ["nothing", "diagonal", "few tokens"])
@@ -150,7 +156,7 @@ def test_without_a_full_moment_levels_are_nearest(known):
     }[known]
     rounding = rounding_of(stack, moments)
     assert not rounding.feeds_back
-    assert rounding.stored(0).unit is None
+    assert rounding.stored(0).feedback is None
     assert (rounding.stored(0).weights is None) == (moments is None)
     if known == "few tokens":
         assert rounding_of(stack, moments_of(stack, tokens=8)).feeds_back
@@ -160,7 +166,7 @@ def test_fewer_tokens_are_damped_more(monkeypatch):
     stack = stack_of(24, 64)
     seen = []
     monkeypatch.setattr(
-        rounding_module, "unit_factor", lambda moment, damping: seen.append(damping)
+        rounding_module, "feedback_of", lambda moment, damping: seen.append(damping)
     )
     for tokens in (1000, 64, 16):
         rounding_of(stack, moments_of(stack, tokens=tokens)).stored(0)
@@ -173,7 +179,7 @@ def test_damping_rises_until_a_moment_can_be_factorized():
     indefinite = torch.eye(64)
     indefinite[0, 1] = indefinite[1, 0] = 1.05
     moments = Moments(dict.fromkeys(stack.modules, "x"), {"x": 64}, lambda _: indefinite)
-    unit = rounding_of(stack, moments).stored(0).unit
+    unit = rounding_of(stack, moments).stored(0).feedback.unit
     assert unit.isfinite().all()
     assert unit[0, 1] == pytest.approx(1.05 / 1.1, rel=1e-5)
 
