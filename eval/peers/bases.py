@@ -32,6 +32,7 @@ from qrefta.split.calibrate import Moments, shared_metric
 
 PLAIN = QuantFormat("nf4")  # errors are relative to this format's plain rounding
 TEXT = 32_768  # tokens to calibrate with
+HALF_TEXT = 16_384  # of `prepare` by default
 LITTLE_TEXT = 4_096
 R = 64  # of our bases where one R is measured
 DEFAULT_RANK = 16
@@ -49,6 +50,7 @@ class Base(NamedTuple):
         calibration: tokens of text; 0 for none.
         quant_type, block_size, double_quant: the 4-bit format.
         scales, rounding, refine: of qrefta; None for its defaults.
+        generic: calibrated on `prepare`'s generic text instead of text like the first measured one.
     """
 
     maker: str = "qrefta"
@@ -60,6 +62,7 @@ class Base(NamedTuple):
     scales: str | None = None
     rounding: str | None = None
     refine: int | None = None
+    generic: bool = False
 
     @property
     def label(self) -> str:
@@ -73,6 +76,7 @@ class Base(NamedTuple):
         words += [f"refine={self.refine}"] if self.refine is not None else []
         words += ["calibrated"] if self.calibration else []
         words += [f"on {self.calibration:,} tokens"] if self.calibration not in (0, TEXT) else []
+        words += ["of generic text"] if self.generic else []
         return " ".join(words)
 
     @property
@@ -111,6 +115,10 @@ def sets_of_bases() -> dict[str, list[Base]]:
             Base("gptq", calibration=LITTLE_TEXT),
             CALIBRATED(calibration=LITTLE_TEXT),
             CALIBRATED(rank=R, calibration=LITTLE_TEXT),
+            CALIBRATED(calibration=HALF_TEXT),
+            CALIBRATED(rank=R, calibration=HALF_TEXT),
+            CALIBRATED(calibration=HALF_TEXT, generic=True),
+            CALIBRATED(rank=R, calibration=HALF_TEXT, generic=True),
         ],
     }
 
@@ -147,7 +155,8 @@ def _refinements() -> list[Base]:
             base = Base(calibration=tokens, scales=scale, rounding=rounding)
             plain = scale == "absmax" and rounding == "nearest"
             found += [] if plain else [base]
-            found += [base._replace(rank=R, refine=rounds) for rounds in (0, 5)]
+            rounds = (0, 1, 3) if rounding == "feedback" else (0, 5)
+            found += [base._replace(rank=R, refine=count) for count in rounds]
     return found
 
 
@@ -159,7 +168,7 @@ def _ranks() -> list[Base]:
         for rank in (DEFAULT_RANK, *ranks)
     ]
     searched = [UNCALIBRATED(rank=rank, refine=5) for rank in ranks]
-    return [*plain, *searched, *(CALIBRATED(rank=rank, refine=5) for rank in ranks)]
+    return [*plain, *searched, *(CALIBRATED(rank=rank, refine=1) for rank in ranks)]
 
 
 def _formats() -> list[Base]:
@@ -174,7 +183,7 @@ def _formats() -> list[Base]:
     found = []
     for one in formats:
         found += [Base(scales="absmax", rounding="nearest", **one)]
-        found += [UNCALIBRATED(**one), CALIBRATED(**one), CALIBRATED(rank=R, refine=5, **one)]
+        found += [UNCALIBRATED(**one), CALIBRATED(**one), CALIBRATED(rank=R, refine=1, **one)]
     bitsandbytes = ({"double_quant": True}, {"quant_type": "fp4"})  # these are in `_peers`
     same = [Base(scales="absmax", rounding="nearest", **one) for one in bitsandbytes]
     return [base for base in found if base not in same]
@@ -190,7 +199,7 @@ def encoder_bases() -> list[Base]:
         CALIBRATED(),
         *(Base(rank=r, scales="absmax", rounding="nearest", refine=5) for r in ranks),
         *(UNCALIBRATED(rank=r, refine=5) for r in ranks),
-        *(CALIBRATED(rank=r, refine=5) for r in ranks),
+        *(CALIBRATED(rank=r, refine=1) for r in ranks),
     ]
 
 
@@ -357,7 +366,7 @@ def base_row(
     base: Base,
     model: PreTrainedModel,
     dense: PreTrainedModel,
-    moments: dict[int, Moments],
+    moments: dict[tuple[int, bool], Moments],
     held_out: Moments,
     plain: Errors,
 ) -> dict[str, Any]:
@@ -367,11 +376,11 @@ def base_row(
         base: how to make it.
         model: dense; it gets the weights of the base.
         dense: the same model, which stays as it is.
-        moments: to calibrate with, by tokens of text.
+        moments: to calibrate with, by tokens of text and whether it is generic.
         held_out: moments to measure the output error with.
         plain: the errors of plain rounding to NF4.
     """
-    made = make_base(model, base, moments.get(base.calibration))
+    made = make_base(model, base, moments.get((base.calibration, base.generic)))
     found = errors_of(model, dense, held_out)
     return {
         **base._asdict(),

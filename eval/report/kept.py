@@ -39,7 +39,7 @@ SHAKESPEARE = "tinyshakespeare/input.txt"
 ROUNDED = Base(calibration=TEXT, scales="searched", rounding="feedback")
 TARGETS = (
     Target(ROUNDED, {WIKITEXT: 0.115, SHAKESPEARE: 0.175}),
-    Target(ROUNDED._replace(rank=R, refine=5), {WIKITEXT: 0.090, SHAKESPEARE: 0.135}),
+    Target(ROUNDED._replace(rank=R, refine=1), {WIKITEXT: 0.090, SHAKESPEARE: 0.135}),
     Target(ROUNDED._replace(double_quant=True), {WIKITEXT: 0.13}),
 )
 
@@ -76,7 +76,7 @@ def groups(rows: Iterable[Row], kind: str) -> list[Group]:
 
 def base_of(row: Row) -> Base:
     """The base of a row."""
-    return Base(*(row[name] for name in Base._fields))
+    return Base(**{name: row[name] for name in Base._fields if name in row})
 
 
 def label(row: Row) -> str:

@@ -72,7 +72,7 @@ def run(
     measured = batches_of(sentences(dev), tokenizer)
     texts = enough(sentences(train), tokenizer, TEXT)
     cache = cache_folder(cache)
-    moments = {TEXT: cached_moments(dense, batches_of(texts, tokenizer), cache)}
+    moments = {(TEXT, False): cached_moments(dense, batches_of(texts, tokenizer), cache)}
     held_out = cached_moments(dense, measured, cache)
     plain = plain_errors(dense, held_out)
     expected = embeddings(dense, measured)

@@ -33,6 +33,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 import qrefta
 from eval.peers.bases import (
+    HALF_TEXT,
     LITTLE_TEXT,
     TEXT,
     Base,
@@ -49,9 +50,14 @@ from qrefta.cli import guarded, quiet_libraries
 from qrefta.measure.texts import cut_windows, read_text
 from qrefta.model.stacks import find_stacks
 from qrefta.split.calibrate import Moments, gather_moments, load_moments
+from qrefta.split.texts import generic_texts, windows_of_text
 
 SETS = tuple(sets_of_bases())
-WINDOWS = {LITTLE_TEXT: 256, TEXT: 512}  # tokens of a window to calibrate with, by tokens of text
+WINDOWS = {
+    LITTLE_TEXT: 256,
+    HALF_TEXT: 512,
+    TEXT: 512,
+}  # tokens of a window to calibrate with, by tokens of text
 HELD_OUT = 4096  # tokens that the output error is measured on
 BATCH_TOKENS = 2048  # read at a time to calibrate with
 console = Console()
@@ -124,7 +130,7 @@ def run(
         return
     tokenizer = AutoTokenizer.from_pretrained(folder)
     moments, held_out = moments_of(
-        dense, tokenizer, texts, {base.calibration for base in bases} - {0}, cache
+        dense, tokenizer, texts, {(base.calibration, base.generic) for base in bases}, cache
     )
     plain = plain_errors(dense, held_out)
     with TemporaryDirectory() as logits:
@@ -201,16 +207,25 @@ def moments_of(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Texts,
-    sizes: Iterable[int],
+    sizes: Iterable[tuple[int, bool]],
     cache: Path,
-) -> tuple[dict[int, Moments], Moments]:
-    """Moments to calibrate with by tokens of text, and moments of the first measured text."""
+) -> tuple[dict[tuple[int, bool], Moments], Moments]:
+    """Moments to calibrate with, and moments of the first measured text.
+
+    Args:
+        sizes: pairs of tokens of text (0: none), and whether it is generic text.
+    """
     positions = model.config.max_position_embeddings
     found = {}
-    for size in sorted(sizes):
+    for size, generic in sorted(sizes):
+        if size == 0:
+            continue
         length = min(WINDOWS[size], positions)
-        windows = calibration_windows(texts, tokenizer, size, length)
-        found[size] = cached_moments(model, batches_of_windows(windows), cache)
+        if generic:
+            batches = windows_of_text(generic_texts(), tokenizer, tokens=size, max_length=length)
+        else:
+            batches = batches_of_windows(calibration_windows(texts, tokenizer, size, length))
+        found[size, generic] = cached_moments(model, batches, cache)
     length = min(texts.window, positions)
     windows = cut_windows(read_text(texts.measured[0]), tokenizer, length, HELD_OUT // length)
     whole = [window for window in windows if len(window) == length]
