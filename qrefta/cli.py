@@ -30,8 +30,9 @@ console = Console()
 
 NONE = "none"
 ROWS = "data"  # rows of the training data
-DEFAULT_OF_PREPARE = NONE  # "text" would calibrate on generic text
+GENERIC_TEXT = "text"
 DEFAULT_OF_FINETUNE = ROWS
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
 _KINDS = "a file (txt, csv, tsv, jsonl, parquet), text (generic text) or none"
 
 
@@ -47,7 +48,8 @@ def prepare(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help=f"Text on which the outputs are kept: {_KINDS}; default: {DEFAULT_OF_PREPARE}."
+            help=f"Text on which the outputs are kept: {_KINDS}; default: text, if the model has a "
+            "tokenizer and its files fit in --max-memory."
         ),
     ] = None,
     moments: Annotated[
@@ -73,7 +75,7 @@ def prepare(
 
     gathered = None
     if calibration is None:
-        calibration = DEFAULT_OF_PREPARE if moments is None else NONE
+        calibration = NONE if moments is not None else _calibration_of(model, max_memory)
     if calibration != NONE:
         gathered = _gather(model, calibration, settings["seed"])
         if moments is not None:
@@ -518,6 +520,24 @@ def _read_rows(folder: Path) -> list[dict[str, Any]]:
 
     config = QReftaConfig(**read_config(folder)["quantization_config"])
     return [row.report() for row in config.stacks]
+
+
+def _calibration_of(model: str, max_memory: str) -> str:
+    """The text to calibrate on if none is named: the model is loaded for it, so it has to fit."""
+    from qrefta.config import parse_bytes
+    from qrefta.files.safetensors import resolve_folder, weights_bytes
+
+    folder = resolve_folder(model)
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return NONE
+    size = weights_bytes(folder)
+    if size <= parse_bytes("max_memory", max_memory):
+        return GENERIC_TEXT
+    console.print(
+        f"Not calibrated: the model takes {_megabytes(size)}, more than --max-memory "
+        f"{max_memory}. --calibration text loads it and keeps its outputs better."
+    )
+    return NONE
 
 
 def _gather(model: str, calibration: str, seed: int) -> "Moments":

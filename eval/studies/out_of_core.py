@@ -3,7 +3,9 @@
 Writes a Llama-shaped checkpoint of random bf16 weights into a temporary folder and prepares it in a
 separate process. Measured are the peak memory of this process above the imported libraries, its
 time, and the bytes it reads. The floor of the time is reading these bytes at the bandwidth measured
-before on the same files. The files are deleted afterwards.
+before on the same files. With `--calibrated` residuals are rounded with error feedback, by moments
+of random inputs with outlier channels, which all layers of one width share. The files are deleted
+afterwards.
 """
 
 import multiprocessing
@@ -24,6 +26,7 @@ from eval.rows import append
 from qrefta.cli import guarded
 from qrefta.files.safetensors import Checkpoint, write_index, write_shard
 from qrefta.model.config_file import read_config
+from qrefta.split.calibrate import Moments
 
 SHAPES = {
     "tiny": {
@@ -60,6 +63,7 @@ def run(
     refine: Annotated[int, typer.Option(help="Rounds of refinement.")] = 0,
     transform: Annotated[str, typer.Option(help="Mode-3 transform.")] = "lsm3",
     max_memory: Annotated[str, typer.Option(help="Memory limit, as in qrefta.prepare.")] = "1.5GB",
+    calibrated: Annotated[bool, typer.Option(help="Give moments of the inputs.")] = False,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     rows: Annotated[Path | None, typer.Option(help="JSON lines file; rows are added.")] = None,
 ) -> None:
@@ -75,6 +79,8 @@ def run(
             "transform": transform,
             "max_memory": max_memory,
         }
+        if calibrated:
+            write_moments(place / "moments.safetensors", SHAPES[shape])
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             measured = pool.apply(_prepare, (place, settings, threads))
         packed_bytes = sum(file.stat().st_size for file in (place / "out").glob("*.safetensors"))
@@ -87,6 +93,7 @@ def run(
         "packed_bytes": packed_bytes,
         **settings,
         **measured,
+        "calibrated": calibrated,
         "read_bytes_per_s": bandwidth,
         "floor_s": measured["read_bytes"] / bandwidth,
         "passes": measured["read_bytes"] / dense_bytes,
@@ -148,6 +155,29 @@ def write_checkpoint(folder: Path, config: LlamaConfig) -> None:
     config.save_pretrained(folder)
 
 
+def write_moments(file: Path, shape: dict[str, int]) -> None:
+    """Write moments of 8,192 random inputs for every linear layer of a shape."""
+    generator = torch.Generator().manual_seed(0)
+    moments = {}
+    for width in (shape["hidden_size"], shape["intermediate_size"]):
+        inputs = torch.randn(8192, width, generator=generator)
+        inputs[:, ::97] *= 10
+        moments[str(width)] = inputs.T @ inputs / len(inputs)
+    owners = {}
+    for layer in range(shape["num_hidden_layers"]):
+        for name in (
+            "self_attn.q",
+            "self_attn.k",
+            "self_attn.v",
+            "self_attn.o",
+            "mlp.gate",
+            "mlp.up",
+        ):
+            owners[f"model.layers.{layer}.{name}_proj"] = str(shape["hidden_size"])
+        owners[f"model.layers.{layer}.mlp.down_proj"] = str(shape["intermediate_size"])
+    Moments(owners, dict.fromkeys(moments, 8192), moments.__getitem__).save(file)
+
+
 def _bandwidth(folder: Path) -> float:
     """Bytes per second of one pass over the files."""
     checkpoint = Checkpoint(folder)
@@ -165,6 +195,8 @@ def _prepare(place: Path, settings: dict[str, Any], threads: int) -> dict[str, f
     read = _read_bytes()
     restart_peak()
     start = perf_counter()
+    moments = place / "moments.safetensors"
+    settings = settings | ({"moments": moments} if moments.exists() else {})
     qrefta.prepare_checkpoint(place / "dense", place / "out", progress=False, **settings)
     seconds = perf_counter() - start
     config = qrefta.QReftaConfig.from_dict(read_config(place / "out")["quantization_config"])
