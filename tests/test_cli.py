@@ -92,6 +92,10 @@ def test_other_methods_are_prepared_and_trained(dense, rows, tmp_path):
         "parameters=500",
         "--max-steps",
         2,
+        "--scales",
+        "absmax",
+        "--rounding",
+        "nearest",
     )
     assert result.exit_code == 0
     reports = quant_report(qrefta.load(tmp_path / "tera"))

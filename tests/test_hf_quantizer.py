@@ -585,9 +585,9 @@ DAMAGE = {
         r"Unknown qrefta settings \['zzz'\]",
     ),
     "newer": (
-        edit_config(lambda c: c.update(format_version=3)),
+        edit_config(lambda c: c.update(format_version=4)),
         ValueError,
-        "format version 3; .* 1 to 2. Update it",
+        "format version 4; .* 1 to 3. Update it",
     ),
     "no version": (
         edit_config(lambda c: c.update(format_version=None)),

@@ -1,7 +1,6 @@
 """Causal language models and tokenizers from a folder, a hub name, a GGUF file or an object."""
 
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import is_gguf_available
 
 from qrefta.files.safetensors import resolve_folder
 from qrefta.model.build import model_class
@@ -83,7 +83,7 @@ def _gguf_options(source: str | Path) -> dict[str, str]:
     """The argument of `from_pretrained` that names a GGUF file in its folder."""
     if not Path(source).is_file():
         raise ValueError(f"There is no file {source}.")
-    if find_spec("gguf") is None:
+    if not is_gguf_available():
         raise ImportError(f"Reading {source} needs the package gguf: pip install gguf")
     return {"gguf_file": Path(source).name}
 

@@ -58,6 +58,7 @@ def test_errors_equal_the_report_of_prepare(folder, file):
             rank=8,
             refine=rounds,
             transform="identity",
+            scales="absmax",
             progress=False,
         )
         for told in quant_report(model):

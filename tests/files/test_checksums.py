@@ -333,7 +333,7 @@ def test_files_without_checksums_are_refused(folder, load):
     weights = folder / "model.safetensors"
     save_file(load_file(weights), weights, metadata={"format": "pt"})
     with pytest.raises(
-        ValueError, match=r"has no checksums, but config\.json says format version 2"
+        ValueError, match=r"has no checksums, but config\.json says format version 3"
     ):
         load(folder)
 
@@ -511,7 +511,7 @@ def test_a_damaged_list_is_refused(old, content, message):
 def test_an_old_folder_that_is_saved_again_has_checksums(old, tmp_path):
     qrefta.load(old).save_pretrained(tmp_path / "new")
     config = json.loads((tmp_path / "new" / "config.json").read_text())
-    assert config["quantization_config"]["format_version"] == 2
+    assert config["quantization_config"]["format_version"] == 3
     assert_whole(tmp_path / "new")
 
 

@@ -105,7 +105,7 @@ def test_a_gguf_file_is_loaded_from_its_folder(tmp_path, monkeypatch):
         asked.append((folder, options))
         return folder
 
-    monkeypatch.setattr(sources, "find_spec", lambda name: name)
+    monkeypatch.setattr(sources, "is_gguf_available", lambda: True)
     monkeypatch.setattr(sources.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     monkeypatch.setattr(sources.AutoTokenizer, "from_pretrained", from_pretrained)
     assert load_causal_model(str(file), "cpu") == tmp_path
@@ -120,7 +120,7 @@ def test_gguf_without_its_package_or_file_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"There is no file .*model\.gguf"):
         load_causal_model(tmp_path / "model.gguf")
     (tmp_path / "model.gguf").touch()
-    monkeypatch.setattr(sources, "find_spec", lambda name: None)
+    monkeypatch.setattr(sources, "is_gguf_available", lambda: False)
     with pytest.raises(ImportError, match="pip install gguf"):
         load_causal_model(tmp_path / "model.gguf")
 
