@@ -820,7 +820,7 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
         "learning_rate": 0.5,
         "lr_scheduler_type": "constant",
     }
-    run = trainer(prepared(tiny_bert, rank=5), tmp_path, **settings)
+    run = trainer(prepared(tiny_bert, rank=5, scales="absmax"), tmp_path, **settings)
     run.train()
     losses = {
         entry["step"]: entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry

@@ -27,7 +27,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def start(folder):
     """A prepared classifier; copy it before training."""
-    return qrefta.prepare(load_classifier(str(folder), ["red", "blue"], seed=0), rank=8)
+    return qrefta.prepare(
+        load_classifier(str(folder), ["red", "blue"], seed=0), rank=8, scales="absmax"
+    )
 
 
 @pytest.fixture(scope="module")
