@@ -7,7 +7,6 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
-from qrefta.config import Settings
 from qrefta.files.safetensors import replace_text
 from qrefta.hf_config import QReftaConfig
 
@@ -51,11 +50,13 @@ def model_card(config: QReftaConfig, did: str = "", use: str = _USE) -> str:
         [
             f"---\n{data.to_yaml()}\n---",
             f"# {Path(source).name}, prepared with qrefta",
-            f"The linear layers in the blocks of {source} are stored as {_format(settings)}, "
+            f"The linear layers in the blocks of {source} are stored as {_format(config)}, "
             f"without the part that {settings.method} keeps in trainable factors, which all layers "
             f"of a role share. {did}".rstrip(),
             f"Licence of the base model: {licence}.",
-            "Squared quantization error, of the residual and of unsplit weights:",
+            "Squared quantization error, of the residual and of unsplit weights that are rounded "
+            "plainly"
+            + (", and of the outputs on the calibration text:" if config.calibrated else ":"),
             error_table(config),
             "## Use",
             use,
@@ -64,27 +65,35 @@ def model_card(config: QReftaConfig, did: str = "", use: str = _USE) -> str:
     )
 
 
-def _format(settings: Settings) -> str:
-    """The format of the weights, in words."""
+def _format(config: QReftaConfig) -> str:
+    """The format of the weights and how they were rounded, in words."""
+    settings = config.settings
     if settings.bits == 16:
         return "16 bits"
-    scales = ", scales in 8 bits" if settings.double_quant else ""
-    return f"{settings.quant_type.upper()} in blocks of {settings.block_size}{scales}"
+    words = f"{settings.quant_type.upper()} in blocks of {settings.block_size}"
+    if settings.double_quant:
+        words += ", scales in 8 bits"
+    if settings.scales == "searched":
+        words += ", scales searched"
+    if config.calibrated and settings.rounding == "feedback":
+        words += ", rounded with error feedback"
+    return words
 
 
 def error_table(config: QReftaConfig) -> str:
     """One row a stack, Markdown."""
-    lines = [
-        "| stack | shape | rank | unsplit weights | residual | ratio | bits per weight |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    measured = any(row.output_ratio is not None for row in config.stacks)
+    names = ["stack", "shape", "rank", "unsplit weights", "residual", "ratio"]
+    names += ["ratio of outputs"] if measured else []
+    names += ["bits per weight"]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for row in config.stacks:
         shape = "x".join(map(str, [row.stack.layers, *row.stack.shape[1:]]))
-        lines.append(
-            f"| {row.stack.name.replace('*', '&#42;')} | {shape} | {row.rank} "
-            f"| {row.baseline_error:.4g} | {row.residual_error:.4g} | {row.ratio:.3f} "
-            f"| {row.bits_per_weight:.2f} |"
-        )
+        cells = [row.stack.name.replace("*", "&#42;"), shape, str(row.rank)]
+        cells += [f"{row.baseline_error:.4g}", f"{row.residual_error:.4g}", f"{row.ratio:.3f}"]
+        cells += [f"{row.output_ratio:.3f}"] if row.output_ratio is not None else []
+        cells += [f"{row.bits_per_weight:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

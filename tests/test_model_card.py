@@ -6,7 +6,7 @@ import qrefta
 from qrefta import model_card as card
 from qrefta.hf_quantizer import prepared_config
 from qrefta.model_card import base_license, model_card, write_card
-from tests.models import tiny_bert
+from tests.models import inputs, tiny_bert
 from tests.tiny import tiny_folder
 
 LICENSED = "---\nlicense: mit\n---\n# Base\n"
@@ -33,7 +33,8 @@ def test_hubs_can_read_the_header(tmp_path):
 
 def test_every_stack_has_its_errors(tmp_path):
     config = prepared(tmp_path)
-    assert "NF4 in blocks of 64, without" in model_card(config)
+    assert "NF4 in blocks of 64, scales searched, without" in model_card(config)
+    assert "ratio of outputs" not in model_card(config)
     lines = [line for line in model_card(config).splitlines() if line.startswith("| bert.")]
     assert len(lines) == len(config.stacks)
     for line, row in zip(lines, config.stacks, strict=True):
@@ -41,6 +42,16 @@ def test_every_stack_has_its_errors(tmp_path):
             f"| {row.stack.name.replace('*', '&#42;')} |"
         )  # two stars in a row of a table make it bold
         assert f"{row.baseline_error:.4g} | {row.residual_error:.4g} | {row.ratio:.3f}" in line
+
+
+def test_a_calibrated_model_states_its_rounding_and_output_errors():
+    model = tiny_bert()
+    config = prepared_config(qrefta.prepare(model, rank=5, calibration=[inputs(model)] * 10))
+    card = model_card(config)
+    assert "NF4 in blocks of 64, scales searched, rounded with error feedback, without" in card
+    assert "| ratio | ratio of outputs | bits per weight |" in card
+    for row in config.stacks:
+        assert f"| {row.ratio:.3f} | {row.output_ratio:.3f} | {row.bits_per_weight:.2f} |" in card
 
 
 def test_a_model_without_a_name_has_a_card_too():
