@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from scipy.stats import spearmanr
 
-from eval.peers.bases import TEXT, Base, R
+from eval.peers.bases import DEFAULT_RANK, HALF_TEXT, TEXT, Base, R
 from eval.report.findings import Row, Table, number, pick
 from eval.tasks.smollm2 import NAME
 
@@ -42,6 +42,25 @@ TARGETS = (
     Target(ROUNDED._replace(rank=R, refine=1), {WIKITEXT: 0.090, SHAKESPEARE: 0.135}),
     Target(ROUNDED._replace(double_quant=True), {WIKITEXT: 0.13}),
 )
+
+
+# Of the short table: the name of each base there.
+SELECTED = {
+    "bitsandbytes NF4": Base("bitsandbytes"),
+    "bitsandbytes NF4, double quantization": Base("bitsandbytes", double_quant=True),
+    f"PiSSA, R = {R}": Base("pissa", R),
+    f"LoftQ, R = {R}": Base("loftq", R),
+    f"QERA, R = {R}": Base("qera", R, TEXT),
+    "GPTQ on NF4": Base("gptq", calibration=TEXT),
+    f"qrefta, R = {DEFAULT_RANK}, without calibration": Base(rank=DEFAULT_RANK),
+    f"qrefta, R = {R}, calibrated on generic text": ROUNDED._replace(
+        rank=R, refine=1, calibration=HALF_TEXT, generic=True
+    ),
+    "qrefta, R = 0, double quantization": ROUNDED._replace(double_quant=True),
+    "qrefta, R = 0": ROUNDED,
+    f"qrefta, R = {R}": ROUNDED._replace(rank=R, refine=1),
+    "qrefta, R = 240": ROUNDED._replace(rank=240, refine=1),
+}
 
 
 class Group(NamedTuple):
@@ -183,6 +202,35 @@ def language_table(group: Group) -> Table:
         cells = [cell for found in row["texts"] for cell in _text_cells(found)]
         lines.append([label(row), number(row["bits_per_weight"]), *cells, *_cost_cells(row)])
     return Table(header, lines)
+
+
+def short_table(rows: list[Row]) -> tuple[Table, str]:
+    """The selected bases of SmolLM2 that were measured, and the caption."""
+    group = next(group for group in groups(rows, "language") if group.model == NAME)
+    by_base = {base_of(row): row for row in group.rows}
+    names = [text.split("/")[0] for text in group.measured]
+    header = ["base", "bits a weight"]
+    header += [f"{name}: KL divergence" for name in names]
+    header += [f"{name}: perplexity" for name in names]
+    lines = []
+    for name, base in SELECTED.items():
+        if base not in by_base:
+            continue
+        row = by_base[base]
+        texts = row["texts"]
+        cells = [f"{text['kl_mean']:.3f} ± {text['kl_stderr']:.3f}" for text in texts]
+        cells += [f"{text['perplexity']:.1f}" for text in texts]
+        lines.append([name, f"{row['bits_per_weight']:.2f}", *cells])
+    exact = " and ".join(f"{text['reference_perplexity']:.1f}" for text in group.rows[0]["texts"])
+    caption = (
+        f"{group.model}, all linear layers of the blocks in 4 bits, before any training. Mean KL "
+        f"divergence to the 16-bit model in nats (± standard error) and perplexity (16 bits: "
+        f"{exact}) over {group.tokens:,} tokens of {' and '.join(group.measured)}, in windows of "
+        f"{group.window}. Calibrated bases, GPTQ and QERA read {TEXT:,} tokens of "
+        f"wikitext2/valid.txt; generic text is {HALF_TEXT:,} tokens of the docstrings of Python's "
+        "standard library."
+    )
+    return Table(header, lines), caption
 
 
 def _text_cells(found: Row) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.report.comparison import comparison_table
+from eval.report.kept import short_table
 from eval.report.pages import markdown_table
 from eval.report.scores import score_table, scores
 from eval.rows import read
@@ -127,6 +128,12 @@ def comparison(accuracy: list[dict[str, Any]], quant_error: list[dict[str, Any]]
     return f"{markdown_table(table)}\n\n{caption}"
 
 
+def kept_table(rows: list[dict[str, Any]]) -> str:
+    """In Markdown: KL divergence of 4-bit bases of a language model, with the caption."""
+    table, caption = short_table(rows)
+    return f"{markdown_table(table)}\n\n{caption}"
+
+
 def insert(page: str) -> str:
     """A page with its tables filled from the committed rows."""
     return PLACE.sub(lambda place: _block(place[1]), page)
@@ -159,6 +166,7 @@ def _caption(rows: list[dict[str, Any]], run: dict[str, Any], files: dict[str, A
 # By the name in a page's mark: the function, and the rows files that it reads.
 TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "comparison": (comparison, ("accuracy", "quant_error")),
+    "kept": (kept_table, ("kld",)),
     "quickstart": (quickstart_table, ("quickstart",)),
     "quickstart_sst2": (quickstart_table, ("quickstart_sst2",)),
     "cost": (cost_table, ("cost",)),

@@ -2,7 +2,8 @@
 
 The batches are windows of running text (qrefta's default for a language model). Floor and gathering
 alternate; each ratio compares neighbours, and medians are recorded. The error of the moments is
-relative to products and sums in float64, for the linear layers of the first and last block.
+relative to products and sums in float64, for the linear layers of the first and last block. Last,
+the model is prepared with calibration and error feedback, and the time of all of it is recorded.
 """
 
 import time
@@ -18,6 +19,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import qrefta
 from eval.rows import append
 from qrefta.cli import guarded
 from qrefta.config import LayerStack
@@ -25,6 +27,7 @@ from qrefta.model.stacks import find_stacks
 from qrefta.split.calibrate import Moments, gather_moments
 from qrefta.split.texts import generic_texts, read_texts, windows_of_text
 
+RANK = 64  # of the prepared model
 console = Console()
 
 
@@ -57,6 +60,11 @@ def run(
         "n": repetitions,
         "relative_error": _relative_error(dense, stacks, batches[0], moments),
     }
+    start = time.perf_counter()
+    qrefta.prepare(
+        dense, rank=RANK, calibration=text or "text", tokenizer=tokenizer, progress=False
+    )
+    row |= {"prepare_s": time.perf_counter() - start, "prepare_rank": RANK}
     console.print(row)
     if rows is not None:
         append(rows, [{"study": "calibration_cost", "kind": "calibration_cost"} | row], seed=0)
