@@ -27,7 +27,6 @@ from qrefta.model.stacks import find_stacks
 from qrefta.split.calibrate import Moments, gather_moments
 from qrefta.split.texts import generic_texts, read_texts, windows_of_text
 
-RANK = 64  # of the prepared model
 console = Console()
 
 
@@ -36,6 +35,7 @@ def run(
     text: Annotated[Path | None, typer.Option(help="File of text; default: generic text.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of all windows.")] = 8192,
     repetitions: Annotated[int, typer.Option(help="Alternated repetitions.")] = 3,
+    rank: Annotated[int, typer.Option(help="R of the prepared model.")] = 64,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     rows: Annotated[Path | None, typer.Option(help="JSON lines file; a row is added.")] = None,
 ) -> None:
@@ -62,9 +62,9 @@ def run(
     }
     start = time.perf_counter()
     qrefta.prepare(
-        dense, rank=RANK, calibration=text or "text", tokenizer=tokenizer, progress=False
+        dense, rank=rank, calibration=text or "text", tokenizer=tokenizer, progress=False
     )
-    row |= {"prepare_s": time.perf_counter() - start, "prepare_rank": RANK}
+    row |= {"prepare_s": time.perf_counter() - start, "prepare_rank": rank}
     console.print(row)
     if rows is not None:
         append(rows, [{"study": "calibration_cost", "kind": "calibration_cost"} | row], seed=0)

@@ -18,11 +18,13 @@ def test_a_row_holds_seconds_ratios_and_the_error(tmp_path):
     rows = tmp_path / "rows.jsonl"
     threads = torch.get_num_threads()
     calibration_cost.run(
-        str(tmp_path / "model"), tmp_path / "text.txt", 512, 2, threads=threads, rows=rows
+        str(tmp_path / "model"), tmp_path / "text.txt", 512, 2, 4, threads=threads, rows=rows
     )
     (row,) = read(rows)
     assert row["tokens"] == 512
     assert row["n"] == 2
+    assert row["prepare_rank"] == 4
+    assert row["prepare_s"] > 0
     assert row["ratio"] > 0 < row["cpu_ratio"]
     assert 0 < row["relative_error"] < 1e-5
 
