@@ -7,12 +7,16 @@ import torch
 from torch.testing import assert_close
 
 import qrefta
+from qrefta.config import Settings
+from qrefta.linalg.metric import output_error
 from qrefta.linalg.tsvd import t_svd, t_svd_exact
-from qrefta.nn.quantized import QuantFormat, quantize
+from qrefta.nn.quantized import QuantFormat, Rounding, quantize
+from qrefta.split.rounding import StackRounding
 from qrefta.train.nan_guard import _all_finite
 from tests.models import ARCHITECTURES, inputs, logits
 from tests.nn.test_product import operands, packed_weight, product
 from tests.pages import language_tokenizer
+from tests.split.test_rounding import matrix_of, moments_of, stack_of
 from tests.stacks import slices_of, transform_of
 
 pytestmark = [
@@ -30,6 +34,36 @@ def test_a_matrix_packed_on_the_cpu_reads_the_same_on_the_gpu(quant_type, double
     on_gpu = packed.to("cuda", torch.float32)
     expected = packed.dequantize(torch.float32)
     assert_close(on_gpu.dequantize(torch.float32).cpu(), expected)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
+def test_error_feedback_rounds_on_the_gpu_as_on_the_cpu(quant_type, double_quant):
+    """A target near the middle of two levels may go the other way, and later columns with it."""
+    fmt = QuantFormat(quant_type, 64, double_quant)
+    stack = stack_of(128, 256)
+    moments = moments_of(stack)
+    matrix = matrix_of(128, 256)
+    errors = []
+    for device in ("cpu", "cuda"):
+        rounding = StackRounding(Settings(), stack, moments, torch.device(device)).stored(0)
+        packed = quantize(matrix.to(device), fmt, rounding)
+        assert packed.codes.device.type == device
+        error = matrix - packed.dequantize(torch.float32).cpu()
+        errors.append(output_error(error, moments.of(stack.modules[0])))
+    assert errors[1] == pytest.approx(errors[0], rel=0.01)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_negative_scales_go_through_the_matmul_of_bitsandbytes(tokens):
+    matrix = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    for double_quant in (False, True):
+        fmt = QuantFormat("nf4", 64, double_quant)
+        packed = quantize(matrix, fmt, Rounding(search=True)).to("cuda", torch.float32)
+        assert (packed.block_scales() < 0).any()
+        x = torch.randn(tokens, 128, generator=torch.Generator().manual_seed(1)).cuda()
+        expected = x @ packed.dequantize(torch.float32).T
+        assert_close(packed.matmul(x), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

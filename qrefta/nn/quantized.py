@@ -49,7 +49,8 @@ from qrefta.nn.grid import (
     searched_scales,
 )
 
-_FEEDBACK_VALUES = 1 << 23  # of a matrix, worked on at once with error feedback
+_FEEDBACK_VALUES = 1 << 23  # of a matrix, worked on at once with error feedback on a CPU
+_FEEDBACK_VALUES_OF_ACCELERATOR = 1 << 26  # many rows, since every column takes several launches
 _SCALE_BLOCK = 256  # scales that share one second-level scale, as in QLoRA
 _SCALE_VALUES = levels_8bit()  # of the 8-bit codes of scales; torch.compile cannot trace the call
 
@@ -391,7 +392,8 @@ def _feed_back(
         codes: (out, in), uint8, written to.
     """
     width = matrix.shape[1]
-    rows = max(_FEEDBACK_VALUES // width, 1)
+    on_cpu = matrix.device.type == "cpu"
+    rows = max((_FEEDBACK_VALUES if on_cpu else _FEEDBACK_VALUES_OF_ACCELERATOR) // width, 1)
     inverse_scales = inverse(scales)
     for start in range(0, len(matrix), rows):
         part = matrix[start : start + rows]

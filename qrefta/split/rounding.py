@@ -34,6 +34,7 @@ class StackRounding:
     Args:
         settings: scales and rounding.
         stack, moments: the layers and the second moments of their inputs; None without calibration.
+        device: where the stack is worked on; None: the CPU.
 
     Attributes:
         feeds_back: whether some layer is rounded with error feedback.
@@ -44,10 +45,12 @@ class StackRounding:
         settings: Settings,
         stack: LayerStack | None = None,
         moments: Moments | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.search = settings.scales == "searched"
         self.stack = stack
         self.moments = moments
+        self.device = device
         wanted = settings.bits == 4 and settings.rounding == "feedback"
         self.feeds_back = (
             wanted and stack is not None and any(map(self._has_feedback, stack.modules))
@@ -88,7 +91,7 @@ class StackRounding:
         return path
 
     def _moment(self, layer: int) -> Tensor | None:
-        return None if self.moments is None else self.moments.of(self._path(layer))
+        return None if self.moments is None else self.moments.of(self._path(layer)).to(self.device)
 
     def _feedback(self, layer: int, moment: Tensor) -> Feedback:
         """The feedback of a layer's damped moment; the damping rises until it is found."""

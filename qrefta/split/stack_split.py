@@ -37,7 +37,7 @@ class StackSplit:
         self.weights = weights
         self.settings = settings
         self.moments = moments
-        self.rounding = StackRounding(settings, stack, moments)
+        self.rounding = StackRounding(settings, stack, moments, weights.device)
         self.split = split or self._make(rank)
         self._clear()
 
