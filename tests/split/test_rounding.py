@@ -105,6 +105,19 @@ def level_values(packed):
 
 
 @formats
+def test_padding_is_level_zero_with_and_without_feedback(fmt):
+    """11 x 40 values leave the last 8 of 7 blocks of 64 empty."""
+    stack = stack_of(11, 40)
+    chosen = rounding_of(stack, moments_of(stack)).stored(0)
+    fed, nearest = (
+        quantize(matrix_of(11, 40), fmt, way).codes[-4:]
+        for way in (chosen, chosen._replace(feedback=None))
+    )
+    assert 11 * 40 % 64 == 56
+    assert torch.equal(fed, nearest)
+
+
+@formats
 def test_a_diagonal_moment_and_fixed_scales_give_the_nearest_levels(fmt):
     stack = stack_of(24, 96)
     diagonal = torch.rand(96, generator=torch.Generator().manual_seed(3)) + 0.1
