@@ -157,12 +157,12 @@ def test_bytes_survive_a_dtype_conversion_of_the_model(fmt):
 @pytest.mark.parametrize(
     ("kind", "double", "plain", "searched"),
     [
-        ("nf4", False, (0.09191, 0.00034), (0.08533, 0.00020)),
-        ("nf4", True, (0.09194, 0.00034), (0.08547, 0.00021)),
-        ("fp4", False, (0.12185, 0.00033), (0.11668, 0.00031)),
-        ("fp4", True, (0.12186, 0.00032), (0.11674, 0.00030)),
-        ("int4", False, (0.09488, 0.00044), (0.09100, 0.00042)),
-        ("int4", True, (0.09513, 0.00043), (0.09111, 0.00042)),
+        ("nf4", False, (0.09191, 0.00034), (0.08899, 0.00027)),
+        ("nf4", True, (0.09194, 0.00034), (0.08905, 0.00027)),
+        ("fp4", False, (0.12185, 0.00033), (0.12185, 0.00033)),
+        ("fp4", True, (0.12186, 0.00032), (0.12187, 0.00033)),
+        ("int4", False, (0.09488, 0.00044), (0.09465, 0.00045)),
+        ("int4", True, (0.09513, 0.00043), (0.09470, 0.00045)),
     ],
 )
 def test_error_on_gaussian_weights(kind, double, plain, searched):
@@ -198,7 +198,7 @@ def candidate_errors(blocks, kind, weights):
     peak = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)).double()
     errors = []
     for outermost in {table.min().item(), table.max().item()}:
-        for clip in (1.0, 0.97, 0.94) if weights is None else (1.0, 0.94, 0.88, 0.82, 0.76, 0.70):
+        for clip in (1.0,) if weights is None else (1.0, 0.94, 0.88, 0.82, 0.76, 0.70):
             scale = peak / outermost * clip
             gaps = (blocks.double().unsqueeze(2) - (table * scale.unsqueeze(2))).abs().amin(2)
             errors.append((gaps.square() * (1 if weights is None else weights)).sum(1))
