@@ -29,8 +29,8 @@ CHUNK = 1 << 17  # values whose temporaries stay in the cache of a CPU core
 # Scales that are tried, relative to the scale that puts the largest entry on the outermost level.
 _CLIPS = (1.0, 0.94, 0.88, 0.82, 0.76, 0.70)
 # Without weights of the columns the largest entry stays exact, because it often meets the largest
-# inputs: on SmolLM2 clips of 3 and 6 % raise the output error of down_proj by 8 %, in one layer by a
-# third. The sign alone lowers the output error of every stack by 6 to 11 %.
+# inputs: on SmolLM2 clips of 3 and 6 % raise the output error of down_proj by 8 %, of one layer by
+# a third. The sign alone lowers the output error of every stack by 6 to 11 %.
 _NO_CLIP = (1.0,)
 _CELLS = 1024  # of the look-up table in `nearest`; narrower than the least distance between levels
 _FINE_CELLS = 8192  # of the look-up table in `searched_scales`, which may miss a level near a bound
