@@ -51,10 +51,10 @@ SELECTED = {
     f"PiSSA, R = {R}": Base("pissa", R),
     f"LoftQ, R = {R}": Base("loftq", R),
     f"QERA, R = {R}": Base("qera", R, TEXT),
-    "GPTQ on NF4": Base("gptq", calibration=TEXT),
+    "GPTQ on NF4 (absmax scales, columns in order)": Base("gptq", calibration=TEXT),
     f"qrefta, R = {DEFAULT_RANK}, without calibration": Base(rank=DEFAULT_RANK),
     f"qrefta, R = {R}, calibrated on generic text": ROUNDED._replace(
-        rank=R, refine=1, calibration=HALF_TEXT, generic=True
+        rank=R, calibration=HALF_TEXT, generic=True
     ),
     "qrefta, R = 0, double quantization": ROUNDED._replace(double_quant=True),
     "qrefta, R = 0": ROUNDED,
