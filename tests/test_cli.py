@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from typer.testing import CliRunner
 
 import qrefta
-from qrefta.cli import app, main
+from qrefta.cli import _calibration_of, app, main
 from qrefta.config import parse_rank
 from qrefta.hf_quantizer import quant_report
 from qrefta.model.stacks import find_stacks
@@ -47,6 +47,8 @@ def test_prepare_inspect_merge_round_trip(dense, tmp_path):
         "prepare",
         dense,
         tmp_path / "4bit",
+        "--calibration",
+        "none",
         "--rank",
         8,
         "--transform",
@@ -198,12 +200,20 @@ def test_calibration_can_be_turned_off(dense, rows, tmp_path):
     assert not qrefta.load(tmp_path / "out").config.quantization_config.calibrated
 
 
-def test_prepare_calibrates_on_generic_text_when_asked(dense, tmp_path):
-    result = invoke("prepare", dense, tmp_path / "a", "--rank", 2)
+def test_prepare_calibrates_on_generic_text_if_the_model_fits_in_memory(dense, tmp_path):
+    result = invoke("prepare", dense, tmp_path / "a", "--rank", 2, "--calibration", "none")
     assert "Calibrated" not in result.output
-    result = invoke("prepare", dense, tmp_path / "b", "--rank", 2, "--calibration", "text")
+    result = invoke("prepare", dense, tmp_path / "b", "--rank", 2)
     assert "Calibrated on 256 rows of text" in " ".join(result.output.split())
     assert qrefta.load(tmp_path / "b").config.quantization_config.calibrated
+
+
+def test_prepare_says_that_a_model_is_too_large_to_calibrate(dense, tmp_path, capsys):
+    assert _calibration_of(str(dense), "1GB") == "text"
+    assert _calibration_of(str(dense), "1KB") == "none"
+    assert "Not calibrated" in capsys.readouterr().out
+    BertModel.from_pretrained(dense).save_pretrained(tmp_path)  # without a tokenizer
+    assert _calibration_of(str(tmp_path), "1GB") == "none"
 
 
 def test_a_prepared_base_model_is_fine_tuned(dense, rows, tmp_path):
@@ -355,7 +365,7 @@ def test_evaluate_refuses_options_that_do_not_fit(options, message, language):
 
 def test_a_missing_package_is_one_line(language, monkeypatch, capsys):
     (language / "model.gguf").touch()
-    monkeypatch.setattr("qrefta.measure.sources.find_spec", lambda name: None)
+    monkeypatch.setattr("qrefta.measure.sources.is_gguf_available", lambda: False)
     words = ["evaluate", str(language / "model.gguf"), "--text", str(language / "more.txt")]
     monkeypatch.setattr(sys, "argv", ["qrefta", *words])
     with pytest.raises(SystemExit) as exit:
