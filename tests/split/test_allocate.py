@@ -62,7 +62,7 @@ def test_components_come_in_order_of_error_removed_per_byte():
     assert set(taken.values()) == {7}  # the first is everyone's
 
 
-@pytest.mark.parametrize("asked", [0.5, 0.45])
+@pytest.mark.parametrize("asked", [0.45, 0.3])
 def test_an_error_ratio_is_reached_and_not_overspent(asked):
     model = qrefta.prepare(uneven_bert(), rank=RankBudget(error_ratio=asked), refine=1)
     assert 0.9 * asked <= ratio(model) <= asked
