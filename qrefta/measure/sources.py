@@ -31,7 +31,7 @@ def load_causal_model(
     """A causal language model: an object as it is, a name or file loaded in the dtype it has.
 
     A model is loaded as the class that its config names. Another class, such as one with a head
-    that the checkpoint lacks, would have random weights.
+    missing in the checkpoint, would have random weights.
 
     Args:
         source: an object; a folder or hub name, dense, prepared, merged or in bitsandbytes' 4 bits;

@@ -107,7 +107,8 @@ def absmax_scales(blocks: Tensor, grid: Grid) -> Tensor:
     """
     if grid.levels[0] == -grid.levels[-1]:
         return blocks.abs().amax(1)
-    return _peaks(blocks) / grid.levels[0]
+    peaks = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)).squeeze(1)
+    return peaks / grid.levels[0]
 
 
 def searched_scales(blocks: Tensor, grid: Grid, weights: Tensor | None = None) -> Tensor:
@@ -119,12 +120,12 @@ def searched_scales(blocks: Tensor, grid: Grid, weights: Tensor | None = None) -
         weights: of every value, (blocks, block_size), positive; None: equal, but for the largest
             entry, and clips are small.
     """
+    places = blocks.abs().argmax(1, keepdim=True)
+    peaks = blocks.gather(1, places).squeeze(1)
     clips = _CLIPS
     if weights is None:
         clips = _CAREFUL_CLIPS
-        weights = torch.ones_like(blocks)
-        weights.scatter_(1, blocks.abs().argmax(1, keepdim=True), _WEIGHT_OF_PEAK)
-    peaks = _peaks(blocks)
+        weights = torch.ones_like(blocks).scatter_(1, places, _WEIGHT_OF_PEAK)
     scaled = blocks * inverse(peaks).unsqueeze(1)
     best = torch.ones_like(peaks)
     least = torch.full_like(peaks, torch.inf)
@@ -136,11 +137,6 @@ def searched_scales(blocks: Tensor, grid: Grid, weights: Tensor | None = None) -
             best = torch.where(sums < least, scale, best)
             least = torch.minimum(sums, least)
     return best * peaks
-
-
-def _peaks(blocks: Tensor) -> Tensor:
-    """The entry of largest magnitude of every block, with its sign."""
-    return blocks.gather(1, blocks.abs().argmax(1, keepdim=True)).squeeze(1)
 
 
 def _fine_levels(scaled: Tensor, factor: float, grid: Grid) -> Tensor:

@@ -73,15 +73,17 @@ class StackRounding:
         if moment is None:
             return Rounding(self.search)
         weights = _column_weights(moment) if self.search else None
-        if not self.feeds_back or not self._has_feedback(self._path(layer)):
+        if not self.feeds_back or not self._suffices(moment, self._path(layer)):
             return Rounding(self.search, weights)
         return Rounding(self.search, weights, self._feedback(layer, moment))
 
     def _has_feedback(self, path: str) -> bool:
-        """Whether the moment of a linear layer is full and has tokens enough for feedback."""
-        if self.moments is None:
-            return False
-        moment = self.moments.of(path)
+        """Whether a linear layer can be rounded with feedback."""
+        return self.moments is not None and self._suffices(self.moments.of(path), path)
+
+    def _suffices(self, moment: Tensor, path: str) -> bool:
+        """Whether a moment is full and has tokens enough for feedback."""
+        assert self.moments is not None, "a moment comes from moments"
         enough = LEAST_TOKENS * moment.shape[0]
         return moment.dim() == 2 and _tokens(self.moments, path) >= enough
 

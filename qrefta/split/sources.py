@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from qrefta.choices import GENERIC_TEXT
 from qrefta.split.calibrate import Batch
 from qrefta.split.texts import (
     MAX_LENGTH,
@@ -16,8 +17,6 @@ from qrefta.split.texts import (
     rows_of_text,
     windows_of_text,
 )
-
-GENERIC = "text"  # stands for `generic_texts`
 
 Calibration = Iterable[Any] | str | Path
 
@@ -73,7 +72,7 @@ def _texts(calibration: Calibration) -> list[str] | None:
 
     from qrefta.files.tables import is_text, text_column
 
-    if isinstance(calibration, str) and calibration == GENERIC:
+    if isinstance(calibration, str) and calibration == GENERIC_TEXT:
         return generic_texts()
     if isinstance(calibration, str | Path):
         return read_texts(calibration)
