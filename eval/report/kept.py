@@ -270,8 +270,8 @@ def encoder_aid(group: Group) -> str:
     """How the numbers of an encoder were measured."""
     count = group.rows[0]["sentences"]
     return (
-        f"Cosine of the embeddings of {count:,} sentences of {group.measured[0]} with the "
-        f"16-bit model. The embedding of a sentence is the mean over its tokens."
+        f"Cosine between the embeddings of a sentence by the base and by the 16-bit model, over "
+        f"{count:,} sentences of {group.measured[0]}. The embedding of a sentence is the mean over its tokens."
     )
 
 
