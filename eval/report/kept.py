@@ -271,7 +271,8 @@ def encoder_aid(group: Group) -> str:
     count = group.rows[0]["sentences"]
     return (
         f"Cosine between the embeddings of a sentence by the base and by the 16-bit model, over "
-        f"{count:,} sentences of {group.measured[0]}. The embedding of a sentence is the mean over its tokens."
+        f"{count:,} sentences of {group.measured[0]}. The embedding of a sentence is the "
+        "mean over its tokens."
     )
 
 
