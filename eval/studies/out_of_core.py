@@ -60,7 +60,9 @@ console = Console()
 def run(
     shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "1.1b",
     rank: Annotated[int, typer.Option(help="R.")] = 64,
-    refine: Annotated[int, typer.Option(help="Rounds of refinement.")] = 0,
+    refine: Annotated[
+        int | None, typer.Option(help="Rounds of refinement (default: as in qrefta.prepare).")
+    ] = None,
     transform: Annotated[str, typer.Option(help="Mode-3 transform.")] = "lsm3",
     max_memory: Annotated[str, typer.Option(help="Memory limit, as in qrefta.prepare.")] = "1.5GB",
     calibrated: Annotated[bool, typer.Option(help="Give moments of the inputs.")] = False,
