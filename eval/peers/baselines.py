@@ -1,20 +1,26 @@
 """Peers of the studies: fine-tuning without adapters, and PEFT's methods on 16- and 4-bit weights.
 
+`qlora` is PEFT's recipe on NF4 layers, in its variants: rank-stabilized scaling (rsLoRA), trainable
+magnitudes (DoRA), and splits of the weight (QPiSSA, LoftQ).
+
 PEFT's PiSSA does not accept quantized models, and its LoftQ needs a GPU. QPiSSA and LoftQ are
 therefore built here: a split of the weight, its remainder in bitsandbytes' 4-bit layers, and the
 low-rank pair as the start of PEFT's QLoRA.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import bitsandbytes as bnb
-from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eval.peers.splits import NF4, LowRank
 from qrefta.model.build import task_head
 from qrefta.model.stacks import find_stacks, replace_module
+
+Variant = Literal["rslora", "dora"]
 
 
 def adapted_layers(model: nn.Module) -> list[str]:
@@ -40,6 +46,7 @@ def lora(
     heads: Sequence[str] = (),
     start: str = "",
     targets: list[str] | None = None,
+    variant: Variant | None = None,
 ) -> PeftModel:
     """PEFT's LoRA on every linear layer of the blocks.
 
@@ -51,11 +58,21 @@ def lora(
         lora_dropout=dropout,
         target_modules=targets or adapted_layers(model),
         init_lora_weights=start or True,
+        use_rslora=variant == "rslora",
+        use_dora=variant == "dora",
         modules_to_save=_heads(model, heads),
     )
-    return get_peft_model(
-        model, config, autocast_adapter_dtype=False
-    )  # else a bf16 step runs in float32
+    return _adapted(model, config)
+
+
+def ia3(model: PreTrainedModel, *, heads: Sequence[str] = ()) -> PeftModel:
+    """PEFT's IA3 on NF4 layers: a trainable scale for each output of every linear layer."""
+    targets = adapted_layers(model)
+    quantize_layers(model)
+    config = IA3Config(
+        target_modules=targets, feedforward_modules=[], modules_to_save=_heads(model, heads)
+    )
+    return _adapted(model, config)
 
 
 def vera(model: PreTrainedModel, rank: int, *, heads: Sequence[str] = ()) -> PeftModel:
@@ -63,6 +80,11 @@ def vera(model: PreTrainedModel, rank: int, *, heads: Sequence[str] = ()) -> Pef
     config = VeraConfig(
         r=rank, target_modules=adapted_layers(model), modules_to_save=_heads(model, heads)
     )
+    return _adapted(model, config)
+
+
+def _adapted(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    # With PEFT's cast to float32 a step of a bf16 model runs in float32.
     return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
@@ -75,6 +97,7 @@ def qlora(
     heads: Sequence[str] = (),
     double_quant: bool = False,
     split: Callable[[Tensor, int], LowRank] | None = None,
+    variant: Variant | None = None,
 ) -> PeftModel:
     """PEFT's QLoRA on NF4 layers.
 
@@ -90,7 +113,9 @@ def qlora(
             parts[path] = split(weight.detach(), rank)
             weight.data.copy_(parts[path].rest)
     quantize_layers(model, double_quant)
-    adapted = lora(model, rank, alpha=alpha, dropout=dropout, heads=heads, targets=targets)
+    adapted = lora(
+        model, rank, alpha=alpha, dropout=dropout, heads=heads, targets=targets, variant=variant
+    )
     for path, part in parts.items():
         layer = adapted.get_base_model().get_submodule(path)
         layer.lora_A["default"].weight.data.copy_(part.down)

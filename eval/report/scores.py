@@ -8,11 +8,11 @@ from typing import NamedTuple
 from scipy.stats import t
 
 from eval.report.findings import Row, Table, number, pick
-from eval.tasks.task import METRICS, merit
+from eval.tasks.task import METRICS, best_rate
 
 MINUS = "\N{MINUS SIGN}"
 RANK_WORDS = ("R=", "r=", "ranks=", "trained_params=")  # the words of a method that set its size
-CONFIDENCE = 0.95  # a difference counts if its Student's t interval excludes zero
+CONFIDENCE = 0.95  # of the interval of a difference (Student's t)
 
 
 class Study(NamedTuple):
@@ -76,14 +76,36 @@ class Difference(NamedTuple):
     gain: float | None
 
     @property
-    def word(self) -> str:
-        """better, worse, level, or undecided: one seed, a diverged run, or too much noise."""
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of the mean (Student's t); None for one seed or a diverged run."""
         if self.standard_error is None or not isfinite(self.standard_error):
+            return None
+        half = t.ppf((1 + CONFIDENCE) / 2, self.seeds - 1) * self.standard_error
+        return self.mean - half, self.mean + half
+
+    @property
+    def word(self) -> str:
+        """better, worse, level (no worse than by the metric's margin), or undecided.
+
+        Undecided: one seed, a diverged run, an interval as wide as the rival's gain over the head
+        alone, or one that reaches from above 0 to below the margin.
+        """
+        if self.interval is None:
             return "undecided"
-        margin = t.ppf((1 + CONFIDENCE) / 2, self.seeds - 1) * self.standard_error
-        if abs(self.mean) > margin:
-            return "better" if self.mean > 0 else "worse"
-        return "undecided" if self.gain is not None and self.gain <= margin else "level"
+        low, high = self.interval
+        if self.gain is not None and self.gain <= (high - low) / 2:
+            return "undecided"
+        if low > 0:
+            return "better"
+        if high < 0:
+            return "worse"
+        return "level" if low > -self.margin else "undecided"
+
+    @property
+    def margin(self) -> float:
+        """The loss of score that still counts as none."""
+        metric = METRICS[self.ours.metric]
+        return metric.margin * (abs(self.theirs.mean) if metric.relative else 1)
 
     def __str__(self) -> str:
         """For example: refta R=15 bits=16 minus lora r=8: +0.1 ± 0.1 points (level; 0.31 times the
@@ -136,7 +158,7 @@ def scores(rows: list[Row]) -> dict[Study, dict[str, Score]]:
     found: dict[Study, dict[str, dict[int, Row]]] = defaultdict(lambda: defaultdict(dict))
     for row in pick(rows, kind="score"):
         searched = tried[study(row), row["method"]]
-        if not searched or max(searched, key=merit)["learning_rate"] == row["learning_rate"]:
+        if not searched or best_rate(searched) == row["learning_rate"]:
             found[study(row)][row["method"]][row["seed"]] = row
     return {
         one: {

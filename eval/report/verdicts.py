@@ -29,6 +29,7 @@ from eval.report.kept import (
 )
 from eval.report.scores import CONFIDENCE, Difference, Score, Study, differences, scores
 from eval.tasks.smollm2 import NAME as SMOLLM2
+from eval.tasks.task import METRICS
 
 HOLDS = "holds"
 IN_PART = "holds in part"
@@ -41,14 +42,13 @@ CELL = ("model", "stack", "quant_type", "transform", "rank")
 THRESHOLDS = (
     f"Errors within {TIE:.0%} of each other are level; step times within {TIMING:.0%} are equal. "
     f"Score differences "
-    f"are paired over seeds and count if their {CONFIDENCE:.0%} interval (Student's t) excludes "
-    f"zero. If half the "
-    "interval is as wide as the rival's gain over the head alone, the task cannot decide "
-    "(undecided). "
-    "A claim holds if "
-    "no cell contradicts it, does not hold if no cell supports it, and holds in part otherwise. "
-    "Level means that "
-    "these seeds show no loss; it does not prove that there is none."
+    f"are paired over seeds and judged by their {CONFIDENCE:.0%} interval (Student's t). If half "
+    "of it is as wide as the rival's gain over the head alone, the task cannot decide (undecided). "
+    "Better and worse: the interval excludes zero. Level: a loss above "
+    f"{METRICS['accuracy'].margin:.1%} accuracy ({METRICS['matthews'].margin} Matthews "
+    f"correlation, {METRICS['perplexity'].margin:.1%} of the perplexity) is excluded. Undecided "
+    "otherwise. A claim holds if no cell contradicts it, does not hold if no cell supports it, "
+    "and holds in part otherwise."
 )
 
 

@@ -1,7 +1,9 @@
 """Fine-tune with every method on the same rows, order and steps, and score.
 
-Each method chooses its learning rate from the same grid on validation rows with seed 0. The other
-seeds score on the test rows. Runs with a row in the rows file are not repeated.
+Each method chooses its learning rate by the mean over three seeds on validation rows. All start
+from the same rates. While the best is the lowest or highest tried, the next rate in that direction
+is tried too; rates are 1 and 3 times powers of ten. Other seeds score on the test rows. Runs with a
+row in the rows file are not repeated.
 
 A method is a name with options:
 
@@ -10,7 +12,7 @@ A method is a name with options:
     full           all weights
     lora r=8       PEFT on unquantized weights; likewise pissa r=8, vera r=256
     loretta r=5    tensor trains of rank r on unquantized weights
-    qlora r=8      PEFT on NF4 weights; likewise qpissa r=8, loftq r=8
+    qlora r=8      PEFT on NF4 weights; likewise rslora, dora, qpissa, loftq, and ia3 without r
     refta R=48     qrefta.prepare with its defaults; its options may follow
                    (bits=16 transform=identity quant_type=int4 refine=0), and `calibrated`
     craft R=48     likewise every method of qrefta.methods; alternatives to R=48 are
@@ -32,12 +34,12 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 import qrefta
 from eval.memory import tensor_peak
-from eval.peers.baselines import lora, qlora, train_head_only, vera
+from eval.peers.baselines import ia3, lora, qlora, train_head_only, vera
 from eval.peers.loretta import loretta
 from eval.peers.splits import loftq, pissa
 from eval.rows import append, find, read
 from eval.tasks.image import image_task
-from eval.tasks.language import choice_task, text_lm_task
+from eval.tasks.language import choice_task, prompt_task, text_lm_task
 from eval.tasks.task import (
     METRICS,
     NAMED,
@@ -45,9 +47,9 @@ from eval.tasks.task import (
     Named,
     Sizes,
     Task,
+    best_rate,
     find_data,
     in_order,
-    merit,
     text_task,
 )
 from qrefta.cli import guarded, quiet_libraries
@@ -69,9 +71,16 @@ CORE = [
     "refta R=48",
     "refta R=48 calibrated",
 ]
-KINDS = {"text": text_task, "image": image_task, "language": text_lm_task, "choice": choice_task}
-GRID = "0.0001,0.0003,0.001,0.003,0.01"
-SEARCH_SEED = 0
+KINDS = {
+    "text": text_task,
+    "image": image_task,
+    "language": text_lm_task,
+    "choice": choice_task,
+    "prompt": prompt_task,
+}
+GRID = "0.0003,0.001,0.003"
+SEARCH_SEEDS = (0, 1001, 1002)
+RATES = tuple(float(f"{digit}e{power}") for power in range(-7, 1) for digit in (1, 3))
 CALIBRATION_ROWS = 256
 console = Console()
 
@@ -112,7 +121,7 @@ def run(
         Path | None, typer.Option(help="Folder of data; default: $QREFTA_DATA.")
     ] = None,
     header: HeaderOption = None,
-    learning_rates: Annotated[str, typer.Option(help="Grid of learning rates.")] = GRID,
+    learning_rates: Annotated[str, typer.Option(help="Learning rates to begin with.")] = GRID,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 32,
     train_rows: Annotated[int, typer.Option(min=1, help="Most training rows.")] = 2000,
@@ -153,13 +162,9 @@ def run(
                 "test_rows": test_rows,
                 "max_length": max_length,
             }
-            tried = [
-                study.row(Cell("search", learning_rate=rate, seed=SEARCH_SEED, **fixed))
-                for rate in grid
-            ]
-            best = max(tried, key=merit)
+            rate = study.rate(grid, fixed)
             for seed in range(1, seeds + 1):
-                study.row(Cell("score", learning_rate=best["learning_rate"], seed=seed, **fixed))
+                study.row(Cell("score", learning_rate=rate, seed=seed, **fixed))
 
 
 class Study:
@@ -169,6 +174,33 @@ class Study:
         self.load = cache(load)
         self.rows = rows
         self.known = read(rows) if rows.exists() and not again else []
+
+    def rate(self, grid: list[float], fixed: dict[str, Any]) -> float:
+        """The best learning rate of a method; the grid grows until the best has neighbours.
+
+        Args:
+            grid: rates to begin with; with one rate nothing is searched.
+            fixed: fields of the cells that stay as they are.
+        """
+        if len(grid) == 1:
+            return grid[0]
+        rates = sorted(grid)
+        while True:
+            best = best_rate(
+                [
+                    self.row(Cell("search", learning_rate=rate, seed=seed, **fixed))
+                    for rate in rates
+                    for seed in SEARCH_SEEDS
+                ]
+            )
+            lower = [rate for rate in RATES if rate < rates[0]]
+            higher = [rate for rate in RATES if rate > rates[-1]]
+            if best == rates[0] and lower:
+                rates.insert(0, lower[-1])
+            elif best == rates[-1] and higher:
+                rates.append(higher[0])
+            else:
+                return best
 
     def row(self, cell: Cell) -> dict[str, Any]:
         """The row of a cell; a missing row is measured and added to the file."""
@@ -337,8 +369,11 @@ PEERS = {
     "vera": True,
     "loretta": True,
     "qlora": True,
+    "rslora": True,
+    "dora": True,
     "qpissa": True,
     "loftq": True,
+    "ia3": False,
 }
 
 
@@ -365,6 +400,10 @@ def build(method: str, task: Task, seed: int) -> nn.Module:
                 return loretta(model, rank, heads=heads)
             case "qlora":
                 return qlora(model, rank, alpha=2 * rank, heads=heads)
+            case "rslora" | "dora":
+                return qlora(model, rank, alpha=2 * rank, heads=heads, variant=name)
+            case "ia3":
+                return ia3(model, heads=heads)
             case "qpissa":
                 return qlora(model, rank, alpha=rank, heads=heads, split=pissa)
             case "loftq":

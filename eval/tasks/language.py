@@ -6,13 +6,14 @@ memory, from a task file (multiple_choice.yaml) and the given rows, without a hu
 
 import json
 from functools import partial
+from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import yaml
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -21,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from eval.tasks.task import Sizes, Task, by_length
+from eval.tasks.task import NAMED, Named, Sizes, Task, by_length, load_task
 
 TASK_FILE = Path(__file__).parent / "multiple_choice.yaml"
 TEST_SHARE = 0.1  # of a single text file, at its end
@@ -67,15 +68,45 @@ def choice_task(
     """Multiple-choice questions: lists of {instruction, output, answer} in train.json and
     test.json.
 
-    Trains on the output only; the metric is the accuracy of lm-evaluation-harness.
+    A folder of folders with both files is one task with equally many rows of each. Trains on the
+    output only; the metric is the accuracy of lm-evaluation-harness.
 
     Raises:
         ValueError: if the model, a file or a column is missing.
     """
-    tokenizer = AutoTokenizer.from_pretrained(_named(model, name))
-    parts = {split: _questions(Path(source) / f"{split}.json") for split in ("train", "test")}
-    wanted = sizes.train + sizes.validation
-    train = parts["train"].shuffle(seed).select(range(min(wanted, len(parts["train"]))))
+    folder = Path(source)
+    parts = [folder]
+    if not (folder / "train.json").is_file():
+        parts = sorted(file.parent for file in folder.glob("*/train.json")) or [folder]
+    train = _shares(parts, "train", sizes.train + sizes.validation, seed)
+    test = _shares(parts, "test", sizes.test, None)
+    return _answered(train, test, _named(model, name), source, sizes)
+
+
+def prompt_task(
+    name: str, source: str, model: str | None, header: list[str] | None, sizes: Sizes, seed: int
+) -> Task:
+    """A text classification whose classes are answers in words, as a multiple-choice task.
+
+    Raises:
+        ValueError: if the model or the data are missing, or the task has no answers.
+    """
+    known = NAMED.get(name, Named())
+    rows = load_task(
+        source, header or known.header, seed, sizes.train + sizes.validation, sizes.test
+    )
+    if len(known.answers) != rows["train"].features["label"].num_classes:
+        raise ValueError(
+            f"{name} has {rows['train'].features['label'].num_classes} classes and "
+            f"{len(known.answers)} answers in words; a prompt needs one answer a class."
+        )
+    train, test = (_prompts(rows[part], known.answers) for part in ("train", "test"))
+    return _answered(train, test, _named(model, name), source, sizes)
+
+
+def _answered(train: Dataset, test: Dataset, model: str, source: str, sizes: Sizes) -> Task:
+    """The task of answering questions: columns instruction, output and answer."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
     if len(train) <= sizes.validation:
         raise ValueError(
             f"{source} has {len(train)} training rows and {sizes.validation} are put aside to "
@@ -83,10 +114,7 @@ def choice_task(
             "give more rows or a smaller --validation-rows."
         )
     encode = partial(_encode, tokenizer=tokenizer, length=sizes.length)
-    train, test = (
-        train.map(encode),
-        parts["test"].select(range(min(sizes.test, len(parts["test"])))).map(encode),
-    )
+    train, test = train.map(encode), test.map(encode)
     padding = (
         tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     )
@@ -99,6 +127,34 @@ def choice_task(
         heads=[],
         metric="accuracy",
         judge=partial(choice_accuracy, tokenizer=tokenizer),
+    )
+
+
+def _shares(folders: list[Path], split: str, count: int, seed: int | None) -> Dataset:
+    """About `count` rows, equally many of each folder, shuffled with `seed` if there is one."""
+    share = ceil(count / len(folders))
+    parts = []
+    for folder in folders:
+        rows = _questions(folder / f"{split}.json")
+        rows = rows if seed is None else rows.shuffle(seed)
+        parts.append(rows.select(range(min(share, len(rows)))))
+    rows = concatenate_datasets(parts)
+    return rows if seed is None else rows.shuffle(seed)
+
+
+def _prompts(rows: Dataset, answers: tuple[str, ...]) -> Dataset:
+    """Labelled text as questions, in the layout of LLM-Adapters' commonsense sets."""
+    choices = "/".join(answers)
+    return Dataset.from_list(
+        [
+            {
+                "instruction": f"Please choose the sentiment of the review: {row['text'].strip()}"
+                f"\n\nAnswer format: {choices}",
+                "output": f"the correct answer is {answers[row['label']]}",
+                "answer": answers[row["label"]],
+            }
+            for row in rows
+        ]
     )
 
 

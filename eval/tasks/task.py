@@ -7,16 +7,17 @@ hub.
 import os
 import random
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from math import inf, isfinite
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 import typer
-from datasets import ClassLabel, Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
 from torch import nn
 from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedModel
 from transformers.trainer_utils import PredictionOutput
@@ -33,6 +34,7 @@ HeaderOption = Annotated[
     list[str] | None, typer.Option(help="Column names, in order, of a file without header.")
 ]
 DATA = "QREFTA_DATA"
+FURTHER_TEST = "test-labeled.tsv"
 
 
 class Named(NamedTuple):
@@ -43,9 +45,10 @@ class Named(NamedTuple):
         header: column names of a file without header.
         metric: a name in METRICS.
         balanced: whether to draw equally many training rows per class.
-        kind: text, image, language (running text) or choice.
+        kind: text, image, language (running text), choice or prompt (a classification as choice).
         folder: path below the data folder; "" for the name itself.
         files: content of the folder, for error messages.
+        answers: of a prompt, one a class.
     """
 
     hub: str = ""
@@ -55,11 +58,15 @@ class Named(NamedTuple):
     kind: str = "text"
     folder: str = ""
     files: str = "train.tsv and dev.tsv, GLUE's files"
+    answers: tuple[str, ...] = ()
 
 
 _JSON = "train.json and test.json, LLM-Adapters' lists of {instruction, output, answer}"
 NAMED = {
     "sst2": Named("nyu-mll/glue:sst2"),
+    "sst2-prompt": Named(
+        "nyu-mll/glue:sst2", kind="prompt", folder="sst2", answers=("negative", "positive")
+    ),
     "cola": Named(
         "nyu-mll/glue:cola",
         ["source", "label", "mark", "sentence"],
@@ -71,6 +78,7 @@ NAMED = {
     "wikitext2": Named(
         metric="perplexity", kind="language", files="train.txt and test.txt, or one .txt file"
     ),
+    "commonsense": Named(kind="choice", files=f"folders with {_JSON}"),
     "arc-easy": Named(kind="choice", folder="commonsense/ARC-Easy", files=_JSON),
     "arc-challenge": Named(kind="choice", folder="commonsense/ARC-Challenge", files=_JSON),
     "boolq": Named(kind="choice", folder="commonsense/boolq", files=_JSON),
@@ -117,11 +125,16 @@ def load_task(
 ) -> DatasetDict:
     """Training and test rows drawn with `seed`; docstring sentences if `dataset` is None.
 
-    Data without a test split are split equally for every seed, so test rows never train.
+    Data without a test split are split equally for every seed, so test rows never train. If a
+    folder has a test-labeled.tsv beside its dev.tsv, as SST-2 can have, both are test rows.
     """
     if dataset is None:
         return docstring_sentences(train_size=train_rows, test_size=test_rows)
     data = load_classification(dataset, header=header)
+    further = Path(dataset) / FURTHER_TEST
+    if further.is_file():
+        parts = load_classification(further, header=header).values()
+        data["test"] = concatenate_datasets([data["test"], *parts])
     limits = {"train": train_rows, "test": test_rows}
     return DatasetDict(
         {
@@ -252,25 +265,47 @@ def perplexity(prediction: PredictionOutput) -> float:
 
 
 class Metric(NamedTuple):
-    """A score, whether more is better, and whether it is computed from the loss."""
+    """A score.
+
+    Attributes:
+        score: its value for the predictions of a model.
+        margin: the loss of score that counts as none; absolute, or a share if `relative`.
+        more_is_better: whether a larger value is better.
+        of_loss: whether it is computed from the loss.
+        relative: whether the margin is a share of the score.
+    """
 
     score: Callable[[PredictionOutput], float]
+    margin: float
     more_is_better: bool = True
     of_loss: bool = False
+    relative: bool = False
 
 
 METRICS = {
-    "accuracy": Metric(accuracy),
-    "matthews": Metric(matthews),
-    "perplexity": Metric(perplexity, more_is_better=False, of_loss=True),
+    "accuracy": Metric(accuracy, 0.005),
+    "matthews": Metric(matthews, 0.01),
+    "perplexity": Metric(perplexity, 0.005, more_is_better=False, of_loss=True, relative=True),
 }
 
 
-def merit(row: dict[str, Any]) -> tuple[float, float]:
-    """Order of learning rates: the metric, then the loss; a diverged run is last."""
-    if not isfinite(row["loss"]):
+def best_rate(rows: list[dict[str, Any]]) -> float:
+    """The learning rate of the rows with the best mean metric, then the least mean loss.
+
+    A rate at which one run diverged is last.
+    """
+    by_rate: dict[float, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        by_rate[row["learning_rate"]].append(row)
+    return max(by_rate, key=lambda rate: _merit(by_rate[rate]))
+
+
+def _merit(rows: list[dict[str, Any]]) -> tuple[float, float]:
+    loss = fmean(row["loss"] for row in rows)
+    if not isfinite(loss):
         return -inf, -inf
-    return row["value"] if METRICS[row["metric"]].more_is_better else -row["value"], -row["loss"]
+    value = fmean(row["value"] for row in rows)
+    return value if METRICS[rows[0]["metric"]].more_is_better else -value, -loss
 
 
 def _classes(prediction: PredictionOutput) -> np.ndarray:

@@ -12,8 +12,26 @@ from transformers.trainer_utils import PredictionOutput
 from eval.peers.baselines import lora, qlora
 from eval.rows import SCHEMA, read
 from eval.studies import accuracy
-from eval.studies.accuracy import CORE, Cell, Study, build, calibration, measure, parse
-from eval.tasks.task import METRICS, NAMED, Sizes, balanced, find_data, in_order, merit, text_task
+from eval.studies.accuracy import (
+    CORE,
+    SEARCH_SEEDS,
+    Cell,
+    Study,
+    build,
+    calibration,
+    measure,
+    parse,
+)
+from eval.tasks.task import (
+    METRICS,
+    NAMED,
+    Sizes,
+    balanced,
+    best_rate,
+    find_data,
+    in_order,
+    text_task,
+)
 from tests.models import tiny_mixtral
 from tests.tiny import color_rows, tiny_folder
 
@@ -23,6 +41,9 @@ EVERY = [
     "vera r=4",
     "loretta r=2",
     "loftq r=2",
+    "rslora r=2",
+    "dora r=2",
+    "ia3",
     "refta R=3 quant_type=int4 transform=dct",
     "craft ranks=2/5/6",
     "tera trained_params=300",
@@ -83,7 +104,7 @@ def run(source, model, rows, **options):
         "model": model,
         "data": None,
         "header": None,
-        "learning_rates": "0.001,0.01",
+        "learning_rates": "0.001,0.003,0.01",
         "steps": 2,
         "batch_size": 8,
         "train_rows": 64,
@@ -206,31 +227,54 @@ def test_calibration_has_no_labels(task):
     assert sum(len(batch["input_ids"]) for batch in batches) == 64
 
 
-def test_rates_are_chosen_on_one_seed_and_run_on_others(source, model, tmp_path, monkeypatch):
-    """Validation rows of seed 0 choose the rate of each method; test rows have no influence."""
+def outcome(value, loss=1.0):
+    return {"split": "", "metric": "accuracy", "value": value, "loss": loss, "cpu_s": 0.0}
+
+
+def test_rates_are_chosen_on_search_seeds_and_run_on_others(source, model, tmp_path, monkeypatch):
+    """The mean over the search seeds decides; test rows have no influence."""
     best = {"head-only": 0.01, "lora r=2": 0.001}
 
     def scored(cell, task):
         good = (cell.learning_rate == best[cell.method]) == (cell.kind == "search")
-        return {
-            "split": "",
-            "metric": "accuracy",
-            "value": 0.9 if good else 0.1,
-            "loss": 1.0,
-            "cpu_s": 0.0,
-        }
+        lucky = cell.kind == "search" and cell.learning_rate == 0.003 and cell.seed == 0
+        return outcome(1.0 if lucky else 0.9 if good else 0.1)
 
     monkeypatch.setattr(accuracy, "measure", scored)
     file = tmp_path / "rows.jsonl"
-    run(source, model, file)
+    run(source, model, file, learning_rates="0.0003,0.001,0.003,0.01,0.03")
     for method, rate in best.items():
         rows = [row for row in read(file) if row["method"] == method]
-        assert [(row["kind"], row["learning_rate"], row["seed"]) for row in rows] == [
-            ("search", 0.001, 0),
-            ("search", 0.01, 0),
-            ("score", rate, 1),
-            ("score", rate, 2),
+        seeds = [row["seed"] for row in rows if row["kind"] == "search"]
+        assert seeds == 5 * list(SEARCH_SEEDS)
+        assert [(row["learning_rate"], row["seed"]) for row in rows if row["kind"] == "score"] == [
+            (rate, 1),
+            (rate, 2),
         ]
+
+
+@pytest.mark.parametrize(
+    ("peak", "tried"),
+    [
+        (0.003, [0.001, 0.003, 0.01]),
+        (0.03, [0.001, 0.003, 0.01, 0.03, 0.1]),
+        (0.0003, [0.0001, 0.0003, 0.001, 0.003, 0.01]),
+        (100.0, [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0]),
+    ],
+)
+def test_a_search_grows_until_the_best_rate_has_neighbours(
+    source, model, tmp_path, monkeypatch, peak, tried
+):
+    def scored(cell, task):
+        return outcome(1 / (1 + abs(np.log(cell.learning_rate / peak))))
+
+    monkeypatch.setattr(accuracy, "measure", scored)
+    file = tmp_path / "rows.jsonl"
+    run(source, model, file, methods="lora r=2", learning_rates="0.001,0.003,0.01")
+    searched = {row["learning_rate"] for row in read(file) if row["kind"] == "search"}
+    assert sorted(searched) == tried
+    (rate,) = {row["learning_rate"] for row in read(file) if row["kind"] == "score"}
+    assert rate == min(peak, 3.0)
 
 
 def test_a_stopped_study_resumes(source, model, tmp_path, monkeypatch):
@@ -240,42 +284,44 @@ def test_a_stopped_study_resumes(source, model, tmp_path, monkeypatch):
     monkeypatch.setattr(
         accuracy,
         "measure",
-        lambda cell, task: (
-            ran.append(cell)
-            or {"split": "test", "metric": "accuracy", "value": 0.5, "loss": 1.0, "cpu_s": 0.0}
-        ),
+        lambda cell, task: ran.append(cell) or outcome(abs(cell.learning_rate - 0.003) < 0.002),
     )
     run(source, model, file)
-    assert len(ran) == 2 * (2 + 2)
+    assert len(ran) == 2 * (9 + 2)
     run(source, model, file)
-    assert len(ran) == 8
+    assert len(ran) == 22
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:5] + lines[6:]))
     run(source, model, file)
-    assert ran[8:] == [ran[5]]
+    assert ran[22:] == [ran[5]]
     run(source, model, file, seeds=3)
-    assert len(ran) == 11
+    assert len(ran) == 25
     run(source, model, file, again=True)
-    assert len(ran) == 19
+    assert len(ran) == 47
 
 
 def test_of_equal_scores_the_lower_loss_wins_and_divergence_never():
-    def row(value, loss, metric="accuracy"):
-        return {"value": value, "loss": loss, "metric": metric}
+    def best(*runs, metric="accuracy"):
+        """The best of rates 1, 2, ...; each has a (value, loss) a seed."""
+        return best_rate(
+            [
+                {"learning_rate": rate, "value": value, "loss": loss, "metric": metric}
+                for rate, seeds in enumerate(runs, 1)
+                for value, loss in seeds
+            ]
+        )
 
-    assert (
-        merit(row(0.5, 1.0))
-        > merit(row(0.5, 2.0))
-        > merit(row(0.4, 0.1))
-        > merit(row(0.9, float("nan")))
-    )
-    assert merit(row(3.0, 1.0, "perplexity")) > merit(row(4.0, 1.0, "perplexity"))
+    assert best([(0.5, 2.0)], [(0.5, 1.0)], [(0.4, 0.1)]) == 2
+    assert best([(0.4, 1.0)], [(0.9, 1.0), (0.9, float("nan"))]) == 1
+    assert best([(0.5, 1.0), (0.5, 1.0)], [(0.9, 1.0), (0.2, 1.0)]) == 2  # by the mean
+    assert best([(4.0, 1.0)], [(3.0, 1.0)], metric="perplexity") == 2
 
 
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("dora r=8", r"no method 'dora'; the methods are head-only, .*refta"),
+        ("adalora r=8", r"no method 'adalora'; the methods are head-only, .*refta"),
+        ("ia3 r=8", "ia3 takes no options"),
         ("lora", r"'lora': lora takes r=8"),
         ("lora r=0", "lora takes r=8"),
         ("lora r=8 alpha=2", "lora takes r=8"),
@@ -318,7 +364,7 @@ def test_finished_rows_are_kept_when_a_cell_fails(source, model, tmp_path):
     file = tmp_path / "rows.jsonl"
     with pytest.raises(ValueError, match="rank"):
         run(source, model, file, methods="head-only,refta R=100000", learning_rates="0.001")
-    assert [row["method"] for row in read(file)] == ["head-only"] * 3
+    assert [row["method"] for row in read(file)] == ["head-only"] * 2
 
 
 def test_rows_of_another_schema_are_refused_and_kept(source, model, tmp_path):

@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from eval.studies.accuracy import Cell, measure
 from eval.tasks import language
-from eval.tasks.language import choice_accuracy, choice_task, text_lm_task
-from eval.tasks.task import Sizes
+from eval.tasks.language import choice_accuracy, choice_task, prompt_task, text_lm_task
+from eval.tasks.task import NAMED, Named, Sizes
 
 WORDS = [
     "the",
@@ -155,6 +155,39 @@ def test_labels_are_on_the_answer_alone(folder, questions):
         counted = labels[labels != language.IGNORED]
         assert len(counted) == 5  # the correct answer is blue
         assert torch.equal(counted, ids[labels != language.IGNORED])
+
+
+def test_a_folder_of_question_sets_is_one_task_with_equal_shares(folder, questions, tmp_path):
+    union = tmp_path / "union"
+    for name, answer in (("a", "blue"), ("b", "green")):
+        (union / name).mkdir(parents=True)
+        for split in ("train", "test"):
+            rows = json.loads((questions / f"{split}.json").read_text())
+            kept = [row for row in rows if row["answer"] == answer]
+            (union / name / f"{split}.json").write_text(json.dumps(kept))
+    (union / "untrained").mkdir()
+    (union / "untrained" / "test.json").write_text("[]")
+    task = choice_task("mine", str(union), folder, None, SIZES, 0)
+    for rows, count in ((task.test, 12), (task.train, 40)):
+        answers = rows["answer"]
+        assert len(answers) == count
+        assert abs(answers.count("blue") - count / 2) <= 5  # 10 of 50 drawn rows validate
+    assert task.train["answer"] != sorted(task.train["answer"])
+
+
+def test_a_classification_is_a_prompt_with_answers_in_words(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(NAMED, "mine", Named(answers=("red", "blue")))
+    for name in ("train", "dev", "test-labeled"):
+        lines = [f"the sky {at % 2}\t{at % 2}" for at in range(60 if name == "train" else 6)]
+        (tmp_path / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *lines]))
+    task = prompt_task("mine", str(tmp_path), folder, None, SIZES, 0)
+    assert len(task.test) == 12  # 6 of dev and 6 of test-labeled
+    for row in task.test:
+        assert row["instruction"].endswith("\n\nAnswer format: red/blue")
+        assert row["answer"] == ("blue" if "the sky 1" in row["instruction"] else "red")
+        assert row["output"] == f"the correct answer is {row['answer']}"
+    with pytest.raises(ValueError, match="other has 2 classes and 0 answers"):
+        prompt_task("other", str(tmp_path), folder, None, SIZES, 0)
 
 
 @pytest.mark.parametrize(

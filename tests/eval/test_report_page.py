@@ -377,7 +377,8 @@ def test_a_difference_is_paired_and_has_the_textbook_standard_error():
 
 
 def test_less_perplexity_is_better():
-    rows = score_rows({"refta R=48 bits=16": 0.05, "refta R=15 bits=16": 0.05}, metric="perplexity")
+    shifts = {"head-only": 0.9, "refta R=48 bits=16": 0.05, "refta R=15 bits=16": 0.05}
+    rows = score_rows(shifts, metric="perplexity")
     assert (
         word("ReFTA: LoRA's score or better with fewer trainable parameters (16", accuracy=rows)
         == FAILS
@@ -440,19 +441,39 @@ def test_a_run_that_diverged_is_shown_and_decides_nothing():
     )
 
 
-def test_few_seeds_need_a_wider_margin():
-    """Student's t: with two seeds 12.7 standard errors, with five 2.8."""
-
-    def word(values):
-        ours = score(dict(enumerate(values)))
-        theirs = score(dict.fromkeys(range(len(values)), 0.0))
-        return scores.difference(ours, theirs, None).word
+def judged(values, gain=None, metric="accuracy"):
+    """The word for these differences to a rival that scores 0.8 and gains `gain`."""
 
     def score(values):
-        return scores.Score("refta", "accuracy", values, 10, 1e-3, False, 1.0, None, 100)
+        return scores.Score("refta", metric, values, 10, 1e-3, False, 1.0, None, 100)
 
-    assert word([0.02, 0.03]) == "level"  # 5 standard errors
-    assert word([0.02, 0.03, 0.02, 0.03, 0.025]) == "better"
+    seeds = range(len(values))
+    ours = score({seed: 0.8 + values[seed] for seed in seeds})
+    theirs = score(dict.fromkeys(seeds, 0.8))
+    head = None if gain is None else score(dict.fromkeys(seeds, 0.8 - gain))
+    return scores.difference(ours, theirs, head).word
+
+
+def test_few_seeds_need_a_wider_margin():
+    """Student's t: with two seeds 12.7 standard errors, with five 2.8."""
+    assert judged([0.02, 0.03]) == "undecided"  # 5 standard errors
+    assert judged([0.02, 0.03, 0.02, 0.03, 0.025]) == "better"
+
+
+def test_level_means_that_a_loss_above_the_margin_is_excluded():
+    assert judged([0.001, -0.001, 0.002, -0.002, 0.0]) == "level"
+    assert judged([-0.004, -0.002, -0.003, 0.0005, -0.001]) == "level"  # -0.4 points at worst
+    assert judged([-0.03, 0.03, -0.02, 0.02, 0.0]) == "undecided"
+    assert judged([-0.02, -0.01, 0.001, -0.03, 0.0]) == "undecided"  # clearly below 0, never level
+    assert judged([-0.02, -0.021, -0.019, -0.02, -0.02]) == "worse"
+    assert judged([0.003, -0.003, 0.002, -0.002, 0.0], metric="perplexity") == "level"  # of 0.8
+
+
+def test_a_task_on_which_nothing_is_learned_tells_nothing_either_way():
+    clear = [-0.02, -0.021, -0.019, -0.02, -0.02]
+    assert judged(clear, gain=0.05) == "worse"
+    assert judged(clear, gain=0.0005) == "undecided"
+    assert judged([-value for value in clear], gain=0.0005) == "undecided"
 
 
 def test_starts_are_compared_by_error_and_by_score():
