@@ -117,7 +117,9 @@ def finetune(
     header: Annotated[
         list[str] | None, typer.Option(help="Column names, in order, of a file without header.")
     ] = None,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    learning_rate: Annotated[
+        str, typer.Option(help="Peak learning rate; auto: the best measured one for the method.")
+    ] = "auto",
     epochs: Annotated[float, typer.Option(help="Passes over the training data.")] = 3.0,
     max_steps: Annotated[
         int, typer.Option(help="Optimizer steps; if positive, used instead of --epochs.")
@@ -161,14 +163,15 @@ def finetune(
     from qrefta.train.arguments import training_arguments
     from qrefta.train.calibration import task_batches
     from qrefta.train.models import load_model
+    from qrefta.train.rates import chosen_rate, parse_rate
     from qrefta.train.tasks import TASKS
 
     seed = settings["seed"]
+    rate = parse_rate(learning_rate)
     lengths = {"max_length": max_length, "packing": packing} if task == "sft" else {}
     args = training_arguments(
         task,
         out,
-        learning_rate=learning_rate,
         num_train_epochs=epochs,
         max_steps=max_steps,
         per_device_train_batch_size=batch_size,
@@ -212,6 +215,7 @@ def finetune(
                 loaded.save_pretrained(f"{start}.partial")
                 Path(f"{start}.partial").rename(start)
     console.print(report_table(quant_report(loaded)))
+    args.learning_rate = chosen_rate(loaded, rate, show=state.is_main_process)
     result = finetune_model(
         loaded,
         processor,

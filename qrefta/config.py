@@ -281,8 +281,8 @@ class Settings:
         block_size: weights that share a scale.
         double_quant: store the scales in 8 bits, as QLoRA does.
         scales: searched: the scale of every block is the best of twelve, of both signs, weighted by
-            the second moments of the inputs; without moments the best of six, which change the
-            largest magnitude little. absmax: the largest magnitude.
+            the second moments of the inputs; without moments the best of six for NF4, which
+            change the largest magnitude little. absmax: the largest magnitude.
         rounding: feedback: with moments, the columns of a residual are rounded one after the other
             and take in the errors of the columns before (GPTQ, arXiv 2210.17323); without moments
             it is nearest. nearest: the nearest level.

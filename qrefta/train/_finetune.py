@@ -33,6 +33,7 @@ from qrefta.train.checkpoints import (
     writing,
 )
 from qrefta.train.nan_guard import finite_steps
+from qrefta.train.rates import chosen_rate
 from qrefta.train.tasks import TASKS, Recipe, TaskName
 
 MAX_LENGTH = 128  # tokens, for tasks whose TrainingArguments have no such field
@@ -125,7 +126,9 @@ def finetune(
             `fsdp=True` shards the model over the processes, one a GPU, by FSDP2; else every process
             holds the whole model (DDP). `qrefta.train.arguments.training_arguments` makes one with
             qrefta's defaults.
-        learning_rate: peak, of all trainable parameters; 1e-3.
+        learning_rate: peak, of all trainable parameters; default: the best measured one for the
+            model's method (`qrefta.train.rates`), which is printed. A warning tells of a rate ten
+            times above it.
         epochs, max_steps: length of the run, 3 epochs; a positive `max_steps` wins.
         batch_size: rows of a forward and backward pass in every process; 32.
         max_length: tokens of a row, longer rows are cut; for lm the tokens of a block; 128.
@@ -173,6 +176,9 @@ def finetune(
     if deprecated:
         settings |= _old_settings(deprecated, args)
     together = processes()  # before TrainingArguments, whose processes wait less long for the first
+    if args is None:
+        show = together.is_main_process and progress is not False
+        settings["learning_rate"] = chosen_rate(model, learning_rate, show)
     arguments = run_arguments(model, task, args, output_dir, settings)
     with together.main_process_first():  # the other processes find its cache
         recipe = _recipe(model, processor, dataset, task, arguments.seed, max_length or MAX_LENGTH)

@@ -1,6 +1,8 @@
 """The accuracy study: equal conditions for all methods, resumed studies, refused options."""
 
 import json
+from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from torch.testing import assert_close
 from transformers.trainer_utils import PredictionOutput
 
 from eval.peers.baselines import lora, qlora
+from eval.report.scores import study
 from eval.rows import SCHEMA, read
 from eval.studies import accuracy
 from eval.studies.accuracy import (
@@ -32,9 +35,11 @@ from eval.tasks.task import (
     in_order,
     text_task,
 )
+from qrefta.train.rates import LORA_RATE, RATES
 from tests.models import tiny_mixtral
 from tests.tiny import color_rows, tiny_folder
 
+ROWS = Path(__file__).parents[2] / "eval" / "rows"
 SIZES = Sizes(train=64, validation=16, test=24, length=12)
 EVERY = [
     *CORE,
@@ -497,3 +502,22 @@ def test_peers_adapt_a_mixture_without_its_experts(peer):
         if p.requires_grad
     }
     assert trained == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_the_default_learning_rates_follow_from_the_rows():
+    """Each is the rate of the grid nearest to the geometric mean of a method's best rates."""
+    best = defaultdict(list)
+    for (method, _), rows in searches("sst2", "cifar10").items():
+        best[method.split()[0]].append(np.log(best_rate(rows)))
+    for method, rate in {**RATES, "lora": LORA_RATE, "qlora": LORA_RATE}.items():
+        if best[method]:  # every method but those without rows
+            assert abs(np.mean(best[method]) - np.log(rate)) < np.log(3), method
+
+
+def searches(*tasks):
+    """The search rows of every method and study of some tasks."""
+    found = defaultdict(list)
+    for row in read(ROWS / "accuracy.jsonl"):
+        if row["kind"] == "search" and row["task"] in tasks:
+            found[row["method"], study(row)].append(row)
+    return found

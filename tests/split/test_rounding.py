@@ -206,3 +206,15 @@ def test_few_tokens_are_one_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_few_tokens(moments, stacks[:1])
+
+
+@pytest.mark.parametrize("kind", QUANT_TYPES)
+def test_without_moments_only_the_scales_of_nf4_are_searched(kind):
+    stack = stack_of(8, 64)
+    free = rounding_of(stack, None, quant_type=kind)
+    assert free.stored(0) == free.nearest(0) == Rounding(search=kind == "nf4")
+    for full in (True, False):
+        known = rounding_of(stack, moments_of(stack, full=full), quant_type=kind)
+        assert known.stored(0).search
+    plain = rounding_of(stack, moments_of(stack), quant_type=kind, scales="absmax")
+    assert not plain.stored(0).search

@@ -188,7 +188,7 @@ def test_older_keywords_still_work_with_a_warning(name, model, monkeypatch):
     ):
         finetune(model, None, "no-such-file.csv", "out", **{name: OLD[name]})
     field = "optim" if name == "optimizer" else name
-    assert taken == [{field: OLD[name]}]
+    assert taken == [{field: OLD[name], "learning_rate": 1e-3}]
     assert field in {row.name for row in TrainingArguments.__dataclass_fields__.values()}
 
 

@@ -1,0 +1,83 @@
+"""The learning rate of a run, by what trains.
+
+The rates are the best of the training studies (`eval/rows/accuracy.jsonl`): for each method the
+rate of the grid nearest to the geometric mean of its best rates on SST-2 and CIFAR-10. A principal
+start (refta, craft) wants less than a start from zero.
+"""
+
+import warnings
+from math import inf
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from qrefta.choices import Method
+from qrefta.hf_quantizer import is_prepared, prepared_config
+
+RATES: dict[Method, float] = {
+    "refta": 1e-3,
+    "craft": 1e-3,
+    "tera": 1e-2,
+    "lotr": 1e-2,
+    "lorta": 3e-3,
+}
+LORA_RATE = 3e-3
+FULL_RATE = 1e-4  # of a model whose own weights train
+OTHER_RATE = 1e-3  # of methods from outside the package
+AUTO = "auto"
+_FAR_ABOVE = 10.0
+
+
+def measured_rate(model: PreTrainedModel) -> tuple[float, str]:
+    """The best measured peak learning rate for a model, and the words for what trains in it."""
+    if is_prepared(model):
+        method = prepared_config(model).settings.method
+        return RATES.get(method, OTHER_RATE), f"method {method}"
+    if hasattr(model, "peft_config"):
+        return LORA_RATE, "LoRA"
+    return FULL_RATE, "all weights"
+
+
+def warn_of_rate(model: PreTrainedModel, rate: float) -> None:
+    """Warn of a learning rate that is ten times the best measured one, or more."""
+    best, trained = measured_rate(model)
+    if rate >= _FAR_ABOVE * best:
+        warnings.warn(
+            f"The learning rate {rate:g} is {rate / best:.0f} times {best:g}, the best measured "
+            f"rate for {trained}; training may diverge. Leave it out to take that rate.",
+            stacklevel=2,
+        )
+
+
+def chosen_rate(model: PreTrainedModel, rate: float | None, show: bool) -> float:
+    """The given learning rate, or the measured one, which `show` prints.
+
+    Raises:
+        ValueError: if the given rate is not positive.
+    """
+    if rate is None:
+        rate, trained = measured_rate(model)
+        if show:
+            tqdm.write(f"Learning rate {rate:g}, the best measured for {trained}")
+    elif not 0 < rate < inf:
+        raise ValueError(f"learning_rate is {rate!r}; it must be a positive number")
+    else:
+        warn_of_rate(model, rate)
+    return rate
+
+
+def parse_rate(text: str) -> float | None:
+    """A learning rate from the command line; None for auto.
+
+    Raises:
+        ValueError: if it is neither a positive number nor auto.
+    """
+    if text == AUTO:
+        return None
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < inf:
+        raise ValueError(f"--learning-rate is {text!r}; give a positive number, or {AUTO}")
+    return rate
