@@ -15,7 +15,8 @@ A method is a name with options:
     qlora r=8      PEFT on NF4 weights; likewise rslora, dora, qpissa, loftq, and ia3 without r
     refta R=48     qrefta.prepare with its defaults; its options may follow
                    (bits=16 transform=identity quant_type=int4 refine=0), and `calibrated`
-    craft R=48     likewise every method of qrefta.methods; alternatives to R=48 are
+    craft R=48     likewise every method of qrefta.methods, and every form of eval.peers.forms;
+                   alternatives to R=48 are
                    ranks=6/48/48 (craft) and trained_params=41000
 """
 
@@ -35,6 +36,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 import qrefta
 from eval.memory import tensor_peak
 from eval.peers.baselines import ia3, lora, qlora, train_head_only, vera
+from eval.peers.forms import FORMS
 from eval.peers.loretta import loretta
 from eval.peers.splits import loftq, pissa
 from eval.rows import append, find, read
@@ -314,7 +316,7 @@ def parse(method: str) -> tuple[str, dict[str, Any]]:
             raise ValueError(
                 f"{method!r}: {name} takes {'r=8, for example' if allowed else 'no options'}."
             )
-    elif name in METHODS:
+    elif name in METHODS or name in FORMS:
         unclear = [
             key
             for key, value in options.items()
@@ -328,7 +330,7 @@ def parse(method: str) -> tuple[str, dict[str, Any]]:
             )
     else:
         raise ValueError(
-            f"There is no method {name!r}; the methods are {', '.join([*PEERS, *METHODS])}."
+            f"There is no method {name!r}; the methods are {', '.join([*PEERS, *METHODS, *FORMS])}."
         )
     return name, options
 
@@ -411,6 +413,8 @@ def build(method: str, task: Task, seed: int) -> nn.Module:
         if options.pop("calibrated", False):
             options["calibration"] = list(calibration(task))
         options["rank"] = _rank(options)
+        if name in FORMS:
+            METHODS[name] = FORMS[name]  # pyright: ignore[reportArgumentType]
         return qrefta.prepare(
             model, method=name, modules_to_save=heads, seed=seed, progress=False, **options
         )

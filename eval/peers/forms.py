@@ -1,0 +1,217 @@
+"""Forms of the trainable factors that were tried as the default, for the training studies.
+
+All have the shape of ReFTA and LoRTA, Delta_l = A diag(m_l) B, with A and B shared by the layers of
+a stack. They differ in the start of A, B and the mix m_l, in what trains, and at which rate. A
+factor g w with a fixed number g and a trainable w trains at g times the rate of the others under
+Adam, from any optimizer.
+
+    lorta-signs     from zero, like LoRTA; the mix starts at random signs instead of ones
+    lorta-windows   from zero; every component starts in a window of neighbouring layers
+    lorta-slow      LoRTA whose B trains at a tenth of the rate (as LoRA+, arXiv 2402.12354, has it)
+    refta-mix       ReFTA whose mix trains too
+    refta-unit      the same, with rows of B of length one and all of the singular values in A
+    refta-half      half of the components frozen as ReFTA starts them, half from zero as in LoRTA
+"""
+
+import torch
+from torch import Tensor, nn
+
+from qrefta.linalg.slices import Slices
+from qrefta.linalg.tsvd import TSVD, refit, t_svd
+from qrefta.nn.factors import Factors, Fit, LowRankFactors, frozen
+
+WINDOW = 8  # components of a layer in lorta-windows, if there are that many
+SLOW = 0.1
+
+
+class _Mixed(LowRankFactors):
+    """Delta_l = A diag(m_l + c_l) B. A stack trains R (in + out + K) parameters: A, B and c.
+
+    Attributes:
+        down_rate: rate of B relative to A.
+    """
+
+    down_rate = 1.0
+
+    def __init__(
+        self, layers: int, out_features: int, in_features: int, rank: int, dtype: torch.dtype
+    ) -> None:
+        super().__init__(layers, out_features, in_features, rank, dtype)
+        master = torch.promote_types(dtype, torch.float32)
+        self.A = nn.Parameter(torch.zeros(out_features, rank, dtype=master))
+        self.B = nn.Parameter(torch.zeros(rank, in_features, dtype=master))
+        self.C = nn.Parameter(torch.zeros(layers, rank, dtype=master))
+        # m_l, float32 as raw bytes: a bf16 conversion of the model must not round it.
+        self.mix = frozen(torch.empty(layers, 4 * rank, dtype=torch.uint8))
+
+    @classmethod
+    def largest_rank(cls, layers: int, out_features: int, in_features: int) -> int:
+        return layers * min(out_features, in_features)
+
+    @torch.no_grad()
+    def fill(self, up: Tensor, down: Tensor, mix: Tensor) -> None:
+        """Take over A, B, and the start of the mix, (layers, rank)."""
+        self.A.copy_(up.to(self.dtype))
+        self.B.copy_((down / self.down_rate).to(self.dtype))
+        self.mix.copy_(mix.to(self.mix.device, torch.float32).contiguous().view(torch.uint8))
+
+    def down(self) -> Tensor:
+        return self.B * self.down_rate if self.down_rate != 1 else self.B
+
+    def core(self, layer: int) -> Tensor:
+        return self.mix[layer].view(torch.float32) + self.rounded(self.C[layer])
+
+    def up(self) -> Tensor:
+        return self.A
+
+    def trained(self) -> list[nn.Parameter]:
+        return [self.A, self.B, self.C]
+
+
+class _FromZero(_Mixed):
+    """A starts at zero, the rows of B are random, of length one."""
+
+    def draw(self, generator: torch.Generator) -> None:
+        rows = torch.randn(self.B.shape, generator=generator, dtype=torch.float64)
+        down = nn.functional.normalize(rows, dim=1)
+        self.fill(torch.zeros_like(self.A), down.float(), self.start_of_mix(generator))
+
+    def start_of_mix(self, generator: torch.Generator) -> Tensor:
+        """(layers, rank)."""
+        return torch.ones(self.layers, self.C.shape[1])
+
+
+class LoRTASlow(_FromZero):
+    """LoRTA whose B trains at a tenth of the rate."""
+
+    down_rate = SLOW
+
+
+class LoRTASigns(_FromZero):
+    """LoRTA from a mix of random signs, so that layers start with different updates."""
+
+    def start_of_mix(self, generator: torch.Generator) -> Tensor:
+        signs = torch.randint(0, 2, self.C.shape, generator=generator)
+        return 2.0 * signs - 1
+
+
+class LoRTAWindows(_FromZero):
+    """LoRTA from a mix of ones in a window of layers: a layer starts with few components."""
+
+    def start_of_mix(self, generator: torch.Generator) -> Tensor:
+        rank = self.C.shape[1]
+        width = max(1, round(self.layers * min(WINDOW, rank) / rank))
+        first = torch.arange(rank) * self.layers // rank
+        layer = torch.arange(self.layers).unsqueeze(1)
+        return ((layer - first) % self.layers < width).float()
+
+
+class _FromWeights(_Mixed):
+    """The start is a T-SVD, of the weights or of their quantization error."""
+
+    fits = True
+
+    @classmethod
+    def fit(
+        cls,
+        slices: Slices,
+        rank: int,
+        transform: Tensor,
+        dtype: torch.dtype,
+        seed: int,
+        starts: list[Tensor] | None = None,
+    ) -> Fit:
+        found, starts = _components(slices, rank, seed, starts)
+        with slices.device:
+            factors = cls(*slices.shape, rank, dtype)
+        factors.fill(*cls.shared(found), transform.to(found.slices.device)[:, found.slices])
+        factors.slice_ranks = _counts(found, transform)
+        return Fit(factors, found.values.square().sum().item(), starts)
+
+    @staticmethod
+    def shared(found: TSVD) -> tuple[Tensor, Tensor]:
+        """A and B with the singular values, half of them in each."""
+        roots = found.values.sqrt()
+        return found.left * roots, found.right * roots.unsqueeze(1)
+
+
+class ReFTAMix(_FromWeights):
+    """ReFTA whose mix trains too."""
+
+
+class ReFTAUnit(_FromWeights):
+    """ReFTA with a trained mix, rows of B of length one, and all of the singular values in A."""
+
+    @staticmethod
+    def shared(found: TSVD) -> tuple[Tensor, Tensor]:
+        lengths = found.right.norm(dim=1)
+        return found.left * (found.values * lengths), found.right / lengths.unsqueeze(1)
+
+
+class ReFTAHalf(_FromZero):
+    """R/2 frozen components, as ReFTA starts them, and R/2 from zero, as in LoRTA."""
+
+    fits = True
+
+    def __init__(
+        self, layers: int, out_features: int, in_features: int, rank: int, dtype: torch.dtype
+    ) -> None:
+        kept = rank // 2
+        super().__init__(layers, out_features, in_features, rank - kept, dtype)
+        self.rank = rank
+        master = torch.promote_types(dtype, torch.float32)
+        self.left = frozen(torch.zeros(out_features, kept, dtype=master))
+        self.right = frozen(torch.zeros(kept, in_features, dtype=master))
+        self.kept_mix = frozen(torch.empty(layers, 4 * kept, dtype=torch.uint8))
+
+    @classmethod
+    @torch.no_grad()
+    def fit(
+        cls,
+        slices: Slices,
+        rank: int,
+        transform: Tensor,
+        dtype: torch.dtype,
+        seed: int,
+        starts: list[Tensor] | None = None,
+    ) -> Fit:
+        found, starts = _components(slices, rank // 2, seed, starts)
+        with slices.device:
+            factors = cls(*slices.shape, rank, dtype)
+        factors.draw(torch.Generator().manual_seed(seed))
+        left, right = _FromWeights.shared(found)
+        factors.left.copy_(left.to(dtype))
+        factors.right.copy_(right.to(dtype))
+        mix = transform.to(found.slices.device)[:, found.slices].float().contiguous()
+        factors.kept_mix.copy_(mix.view(torch.uint8))
+        factors.slice_ranks = _counts(found, transform)
+        return Fit(factors, found.values.square().sum().item(), starts)
+
+    def down(self) -> Tensor:
+        return torch.cat([self.right, super().down()])
+
+    def core(self, layer: int) -> Tensor:
+        return torch.cat([self.kept_mix[layer].view(torch.float32), super().core(layer)])
+
+    def up(self) -> Tensor:
+        return torch.cat([self.left, super().up()], dim=1)
+
+
+def _components(
+    slices: Slices, rank: int, seed: int, starts: list[Tensor] | None
+) -> tuple[TSVD, list[Tensor]]:
+    return t_svd(slices, rank, seed) if starts is None else refit(slices, rank, starts)
+
+
+def _counts(found: TSVD, transform: Tensor) -> list[int]:
+    return torch.bincount(found.slices, minlength=transform.shape[1]).tolist()
+
+
+FORMS: dict[str, type[Factors]] = {
+    "lorta-signs": LoRTASigns,
+    "lorta-windows": LoRTAWindows,
+    "lorta-slow": LoRTASlow,
+    "refta-mix": ReFTAMix,
+    "refta-unit": ReFTAUnit,
+    "refta-half": ReFTAHalf,
+}
