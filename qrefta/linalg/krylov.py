@@ -19,8 +19,6 @@ from torch import Tensor
 
 from qrefta.linalg.slices import Slices
 
-# Share of the captured energy that the method's cautious estimate leaves to win when it stops.
-_TOLERANCE = 2e-3
 # Least and largest ratio of two gains that the estimate believes.
 _FASTEST = 0.5
 _SLOWEST = 0.9
@@ -47,8 +45,8 @@ class Subspace(NamedTuple):
 def leading_subspaces(slices: Slices, rank: int, width: int, seed: int) -> list[Subspace]:
     """For every slice, a subspace with its share of the `rank` largest singular values of all.
 
-    Bases grow until the captured energy has no more than `_TOLERANCE` to win, extrapolated from its
-    last two gains.
+    Bases grow until the captured energy has no more than the tolerance of the slices to win, by a
+    cautious estimate from its last two gains.
 
     Args:
         slices: float32 or float64.
@@ -77,7 +75,7 @@ def leading_subspaces(slices: Slices, rank: int, width: int, seed: int) -> list[
         gain = best.sum().item() - captured
         captured += gain
         saturated = [group.saturated(best) for group in groups]
-        enough = _left_to_win(gain, last_gain) <= _TOLERANCE * captured
+        enough = _left_to_win(gain, last_gain) <= slices.tolerance * captured
         if enough and not any(full.any() for full in saturated):
             break
         last_gain = gain

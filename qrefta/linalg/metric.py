@@ -14,6 +14,7 @@ from torch import Tensor
 
 RIDGE = 1e-4  # share of the mean of the diagonal that is added to it, see `normalized`
 _ROWS = 1024  # rows of an error matrix that are multiplied at once
+_COLUMNS = 512  # of these rows, with the moment's entries above its diagonal blocks taken twice
 
 
 class Metric(NamedTuple):
@@ -83,8 +84,22 @@ def output_error(errors: Tensor, moment: Tensor) -> float:
     moment = moment.to(errors.device, torch.float32)
     total = torch.zeros((), dtype=torch.float64, device=errors.device)
     for rows in errors.float().split(_ROWS):
-        total += (_times(moment, rows.T) * rows.T).sum(dtype=torch.float64)
+        total += _weighted_square(rows, moment)
     return total.item()
+
+
+def _weighted_square(rows: Tensor, moment: Tensor) -> Tensor:
+    """The sum of E S E^T's diagonal over some rows E, float64, with half of S where it is full."""
+    if moment.dim() == 1:
+        return (rows.square() * moment).sum(dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=rows.device)
+    for start in range(0, len(moment), _COLUMNS):
+        stop = min(start + _COLUMNS, len(moment))
+        panel = rows[:, start:stop]
+        images = panel @ moment[start:stop, start:stop]
+        images.addmm_(rows[:, :start], moment[:start, start:stop], alpha=2)
+        total += (images * panel).sum(dtype=torch.float64)
+    return total
 
 
 def _times(operator: Tensor, vectors: Tensor) -> Tensor:

@@ -20,12 +20,14 @@ class Slices(NamedTuple):
         shape: (slices, out, in).
         device: of the blocks.
         metric: S of the inputs; None for the identity.
+        tolerance: share of the captured energy that `t_svd` may leave to win.
     """
 
     blocks: Blocks
     shape: tuple[int, int, int]
     device: torch.device
     metric: Metric | None = None
+    tolerance: float = 2e-3
 
     def weighted(self, vectors: Tensor) -> Tensor:
         """S^(1/2) vectors, (in, columns)."""
