@@ -54,6 +54,7 @@ SHAPES = {
         "vocab_size": 32000,
     },
 }
+SHAPES["7b-4-layers"] = SHAPES["7b"] | {"num_hidden_layers": 4}  # time per weight, sooner
 console = Console()
 
 
