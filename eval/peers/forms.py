@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qrefta.linalg.slices import Slices
-from qrefta.linalg.tsvd import TSVD, refit, t_svd
+from qrefta.linalg.tsvd import TSVD, t_svd
 from qrefta.nn.factors import Factors, Fit, LowRankFactors, frozen
 
 WINDOW = 8  # components of a layer in lorta-windows, if there are that many
@@ -121,7 +121,7 @@ class _FromWeights(_Mixed):
         seed: int,
         starts: list[Tensor] | None = None,
     ) -> Fit:
-        found, starts = _components(slices, rank, seed, starts)
+        found, starts = t_svd(slices, rank, seed, starts)
         with slices.device:
             factors = cls(*slices.shape, rank, dtype)
         factors.fill(*cls.shared(found), transform.to(found.slices.device)[:, found.slices])
@@ -175,7 +175,7 @@ class ReFTAHalf(_FromZero):
         seed: int,
         starts: list[Tensor] | None = None,
     ) -> Fit:
-        found, starts = _components(slices, rank // 2, seed, starts)
+        found, starts = t_svd(slices, rank // 2, seed, starts)
         with slices.device:
             factors = cls(*slices.shape, rank, dtype)
         factors.draw(torch.Generator().manual_seed(seed))
@@ -195,12 +195,6 @@ class ReFTAHalf(_FromZero):
 
     def up(self) -> Tensor:
         return torch.cat([self.left, super().up()], dim=1)
-
-
-def _components(
-    slices: Slices, rank: int, seed: int, starts: list[Tensor] | None
-) -> tuple[TSVD, list[Tensor]]:
-    return t_svd(slices, rank, seed) if starts is None else refit(slices, rank, starts)
 
 
 def _counts(found: TSVD, transform: Tensor) -> list[int]:

@@ -125,7 +125,9 @@ def t_svd_exact(slices: Slices, rank: int) -> TSVD:
     return _strongest(_svd_of_slices(slices), rank, slices)
 
 
-def t_svd(slices: Slices, rank: int, seed: int) -> tuple[TSVD, list[Tensor]]:
+def t_svd(
+    slices: Slices, rank: int, seed: int, starts: list[Tensor] | None = None
+) -> tuple[TSVD, list[Tensor]]:
     """The `rank` largest tensor singular values with vectors, and the right subspace of each slice.
 
     As `t_svd_exact`, up to less than 0.001 of the energy, by a block Krylov method. Small slices,
@@ -141,7 +143,10 @@ def t_svd(slices: Slices, rank: int, seed: int) -> tuple[TSVD, list[Tensor]]:
         slices: float32 or float64.
         rank: 1 .. slices * min(out, in).
         seed: of the random start; drawn on the CPU, so it does not depend on the device.
+        starts: subspaces of an earlier decomposition of nearly the same slices, for a `refit`.
     """
+    if starts is not None:
+        return refit(slices, rank, starts)
     count, out_features, in_features = slices.shape
     wanted = math.ceil(rank / count) + _OVERSAMPLING
     width = math.ceil(wanted / _WIDTH) * _WIDTH

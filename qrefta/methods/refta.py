@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qrefta.linalg.slices import Slices
-from qrefta.linalg.tsvd import TSVD, refit, t_svd
+from qrefta.linalg.tsvd import TSVD, t_svd
 from qrefta.nn.factors import Fit, LowRankFactors, frozen
 
 
@@ -43,10 +43,7 @@ class ReFTA(LowRankFactors):
         seed: int,
         starts: list[Tensor] | None = None,
     ) -> Fit:
-        if starts is None:
-            components, starts = t_svd(slices, rank, seed)
-        else:
-            components, starts = refit(slices, rank, starts)
+        components, starts = t_svd(slices, rank, seed, starts)
         with slices.device:
             factors = cls(*slices.shape, rank, dtype)
         factors._fill(components, transform)
