@@ -39,7 +39,12 @@ def comparison_table(accuracy: list[Row], quant_error: list[Row]) -> tuple[Table
         accuracy: rows of `eval.studies.accuracy`.
         quant_error: rows of `eval.studies.quant_error`.
     """
-    ((study, methods),) = scores(pick(accuracy, task=TASK)).items()
+    compared = {method for _, method, _ in METHODS}
+    study, methods = next(
+        (study, methods)
+        for study, methods in scores(pick(accuracy, task=TASK)).items()
+        if compared <= methods.keys()
+    )
     bases = pick(quant_error, kind="model", quant_type="nf4")
     baseline = methods[BASELINE]
     lines = []

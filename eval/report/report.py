@@ -357,7 +357,7 @@ def score_section(study: scores.Study, methods: dict[str, scores.Score]) -> Sect
         f"trains. "
         f"{scores.noise(methods)}"
     )
-    name = f"score-{slug(study.task)}-{slug(study.model)}-{study.steps}"
+    name = f"score-{slug(study.task)}-{slug(study.model)}-{study.steps}-{study.test_rows}"
     tables = {"Scores": scores.score_table(methods)}
     if pairs:
         tables["Differences, paired over seeds"] = scores.difference_table(pairs)

@@ -6,13 +6,21 @@ import copy
 import warnings
 
 import pytest
+import torch
 from transformers import TrainerCallback
 
 import qrefta
 from qrefta.methods import METHODS
 from qrefta.train.arguments import training_arguments
 from qrefta.train.models import load_classifier
-from qrefta.train.rates import FULL_RATE, LORA_RATE, RATES, measured_rate, parse_rate
+from qrefta.train.rates import (
+    CALIBRATED_RATE,
+    FULL_RATE,
+    LORA_RATE,
+    RATES,
+    measured_rate,
+    parse_rate,
+)
 from tests.models import prepared, tiny_bert, tiny_llama
 from tests.tiny import color_data, tiny_folder, tiny_tokenizer
 
@@ -45,6 +53,16 @@ def run(model, out, **settings):
 def test_every_method_has_a_measured_rate(method):
     model = prepared(tiny_bert, rank=2, refine=0, method=method)
     assert measured_rate(model) == (RATES[method], f"method {method}")
+
+
+def test_a_calibrated_refta_trains_at_the_rate_of_a_start_from_zero():
+    model = tiny_llama()
+    batches = [{"input_ids": torch.arange(96).view(4, 24)}]
+    given = {"rank": 2, "calibration": batches, "progress": False}
+    plain = qrefta.prepare(copy.deepcopy(model), rounding="nearest", **given)
+    assert measured_rate(plain) == (RATES["refta"], "method refta")
+    found = measured_rate(qrefta.prepare(model, **given))
+    assert found == (CALIBRATED_RATE, "method refta, calibrated")
 
 
 def test_other_models_have_rates_too():
