@@ -34,6 +34,7 @@ from qrefta.train.calibration import task_batches
 from qrefta.train.checkpoints import whole_checkpoints
 from qrefta.train.data import load_classification
 from qrefta.train.models import load_classifier
+from qrefta.train.rates import CALIBRATED_RATE
 from tests.models import VOCAB, tiny_llama
 
 DOCS = Path(__file__).parents[1] / "docs" / "distributed.md"
@@ -133,7 +134,7 @@ def replicated(folder):
         "max_steps": COMMAND_STEPS,
         "save_steps": 0.25,
         "optim": "adamw_torch",
-        "learning_rate": 1e-3,
+        "learning_rate": CALIBRATED_RATE,  # as the command chooses
     }
     tune(folder, "whole", model, 8, **settings)
     with contextlib.suppress(SystemExit):
