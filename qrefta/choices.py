@@ -28,6 +28,7 @@ LORA_BASES: tuple[LoraBase, ...] = get_args(LoraBase)
 OPTIMIZER_NAMES: tuple[Optimizer, ...] = get_args(Optimizer)
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
+AUTO_RATE = "auto"  # as learning rate: the best measured one for the method
 GENERIC_TEXT = "text"  # as calibration: the docstrings of the standard library
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from qrefta._options import with_settings
-from qrefta.choices import GENERIC_TEXT, Dtype, LoraBase, Optimizer, Task
+from qrefta.choices import AUTO_RATE, GENERIC_TEXT, Dtype, LoraBase, Optimizer, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -119,7 +119,7 @@ def finetune(
     ] = None,
     learning_rate: Annotated[
         str, typer.Option(help="Peak learning rate; auto: the best measured one for the method.")
-    ] = "auto",
+    ] = AUTO_RATE,
     epochs: Annotated[float, typer.Option(help="Passes over the training data.")] = 3.0,
     max_steps: Annotated[
         int, typer.Option(help="Optimizer steps; if positive, used instead of --epochs.")

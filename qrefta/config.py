@@ -378,6 +378,14 @@ class Settings:
                 f"method is {self.method!r}; give a number or RankBudget(trainable_parameters=...)"
             )
 
+    def searches_scales(self, calibrated: bool) -> bool:
+        """Whether scales are searched; without moments only NF4's are.
+
+        On SmolLM2 an unweighted search raises FP4's output error by 4 % and INT4's KL divergence by
+        7 %.
+        """
+        return self.scales == "searched" and (calibrated or self.quant_type == "nf4")
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON takes them."""
         found = {setting.name: getattr(self, setting.name) for setting in fields(self)}

@@ -73,7 +73,7 @@ def _format(config: QReftaConfig) -> str:
     words = f"{settings.quant_type.upper()} in blocks of {settings.block_size}"
     if settings.double_quant:
         words += ", scales in 8 bits"
-    if settings.scales == "searched":
+    if settings.searches_scales(config.calibrated):
         words += ", scales searched"
     if config.calibrated and settings.rounding == "feedback":
         words += ", rounded with error feedback"

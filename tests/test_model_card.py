@@ -34,6 +34,8 @@ def test_hubs_can_read_the_header(tmp_path):
 def test_every_stack_has_its_errors(tmp_path):
     config = prepared(tmp_path)
     assert "NF4 in blocks of 64, scales searched, without" in model_card(config)
+    plain = prepared(tmp_path, quant_type="int4")  # without data its scales are not searched
+    assert "INT4 in blocks of 64, without" in model_card(plain)
     assert "ratio of outputs" not in model_card(config)
     lines = [line for line in model_card(config).splitlines() if line.startswith("| bert.")]
     assert len(lines) == len(config.stacks)

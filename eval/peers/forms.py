@@ -53,7 +53,7 @@ class _Mixed(LowRankFactors):
         """Take over A, B, and the start of the mix, (layers, rank)."""
         self.A.copy_(up.to(self.dtype))
         self.B.copy_((down / self.down_rate).to(self.dtype))
-        self.mix.copy_(mix.to(self.mix.device, torch.float32).contiguous().view(torch.uint8))
+        self.mix.copy_(_raw(mix))
 
     def down(self) -> Tensor:
         return self.B * self.down_rate if self.down_rate != 1 else self.B
@@ -106,63 +106,10 @@ class LoRTAWindows(_FromZero):
         return ((layer - first) % self.layers < width).float()
 
 
-class _FromWeights(_Mixed):
+class _Fitted(_FromZero):
     """The start is a T-SVD, of the weights or of their quantization error."""
 
     fits = True
-
-    @classmethod
-    def fit(
-        cls,
-        slices: Slices,
-        rank: int,
-        transform: Tensor,
-        dtype: torch.dtype,
-        seed: int,
-        starts: list[Tensor] | None = None,
-    ) -> Fit:
-        found, starts = t_svd(slices, rank, seed, starts)
-        with slices.device:
-            factors = cls(*slices.shape, rank, dtype)
-        factors.fill(*cls.shared(found), transform.to(found.slices.device)[:, found.slices])
-        factors.slice_ranks = _counts(found, transform)
-        return Fit(factors, found.values.square().sum().item(), starts)
-
-    @staticmethod
-    def shared(found: TSVD) -> tuple[Tensor, Tensor]:
-        """A and B with the singular values, half of them in each."""
-        roots = found.values.sqrt()
-        return found.left * roots, found.right * roots.unsqueeze(1)
-
-
-class ReFTAMix(_FromWeights):
-    """ReFTA whose mix trains too."""
-
-
-class ReFTAUnit(_FromWeights):
-    """ReFTA with a trained mix, rows of B of length one, and all of the singular values in A."""
-
-    @staticmethod
-    def shared(found: TSVD) -> tuple[Tensor, Tensor]:
-        lengths = found.right.norm(dim=1)
-        return found.left * (found.values * lengths), found.right / lengths.unsqueeze(1)
-
-
-class ReFTAHalf(_FromZero):
-    """R/2 frozen components, as ReFTA starts them, and R/2 from zero, as in LoRTA."""
-
-    fits = True
-
-    def __init__(
-        self, layers: int, out_features: int, in_features: int, rank: int, dtype: torch.dtype
-    ) -> None:
-        kept = rank // 2
-        super().__init__(layers, out_features, in_features, rank - kept, dtype)
-        self.rank = rank
-        master = torch.promote_types(dtype, torch.float32)
-        self.left = frozen(torch.zeros(out_features, kept, dtype=master))
-        self.right = frozen(torch.zeros(kept, in_features, dtype=master))
-        self.kept_mix = frozen(torch.empty(layers, 4 * kept, dtype=torch.uint8))
 
     @classmethod
     @torch.no_grad()
@@ -175,17 +122,61 @@ class ReFTAHalf(_FromZero):
         seed: int,
         starts: list[Tensor] | None = None,
     ) -> Fit:
-        found, starts = t_svd(slices, rank // 2, seed, starts)
+        found, starts = t_svd(slices, cls.fitted(rank), seed, starts)
         with slices.device:
             factors = cls(*slices.shape, rank, dtype)
-        factors.draw(torch.Generator().manual_seed(seed))
-        left, right = _FromWeights.shared(found)
-        factors.left.copy_(left.to(dtype))
-        factors.right.copy_(right.to(dtype))
-        mix = transform.to(found.slices.device)[:, found.slices].float().contiguous()
-        factors.kept_mix.copy_(mix.view(torch.uint8))
-        factors.slice_ranks = _counts(found, transform)
+        factors.take(found, transform.to(found.slices.device)[:, found.slices], seed)
+        counts = torch.bincount(found.slices, minlength=transform.shape[1])
+        factors.slice_ranks = counts.tolist()
         return Fit(factors, found.values.square().sum().item(), starts)
+
+    @staticmethod
+    def fitted(rank: int) -> int:
+        """Components of the decomposition, of `rank`."""
+        return rank
+
+    def take(self, found: TSVD, mix: Tensor, seed: int) -> None:
+        """Start from a decomposition, with the roots of the singular values in A and B."""
+        self.fill(*_balanced(found), mix)
+
+
+class ReFTAMix(_Fitted):
+    """ReFTA whose mix trains too."""
+
+
+class ReFTAUnit(_Fitted):
+    """ReFTA with a trained mix, rows of B of length one, and all of the singular values in A."""
+
+    def take(self, found: TSVD, mix: Tensor, seed: int) -> None:
+        lengths = found.right.norm(dim=1)
+        up = found.left * (found.values * lengths)
+        self.fill(up, found.right / lengths.unsqueeze(1), mix)
+
+
+class ReFTAHalf(_Fitted):
+    """R/2 frozen components, as ReFTA starts them, and R/2 from zero, as in LoRTA."""
+
+    def __init__(
+        self, layers: int, out_features: int, in_features: int, rank: int, dtype: torch.dtype
+    ) -> None:
+        kept = self.fitted(rank)
+        super().__init__(layers, out_features, in_features, rank - kept, dtype)
+        self.rank = rank
+        master = torch.promote_types(dtype, torch.float32)
+        self.left = frozen(torch.zeros(out_features, kept, dtype=master))
+        self.right = frozen(torch.zeros(kept, in_features, dtype=master))
+        self.kept_mix = frozen(torch.empty(layers, 4 * kept, dtype=torch.uint8))
+
+    @staticmethod
+    def fitted(rank: int) -> int:
+        return rank // 2
+
+    def take(self, found: TSVD, mix: Tensor, seed: int) -> None:
+        self.draw(torch.Generator().manual_seed(seed))
+        left, right = _balanced(found)
+        self.left.copy_(left.to(self.dtype))
+        self.right.copy_(right.to(self.dtype))
+        self.kept_mix.copy_(_raw(mix))
 
     def down(self) -> Tensor:
         return torch.cat([self.right, super().down()])
@@ -197,8 +188,15 @@ class ReFTAHalf(_FromZero):
         return torch.cat([self.left, super().up()], dim=1)
 
 
-def _counts(found: TSVD, transform: Tensor) -> list[int]:
-    return torch.bincount(found.slices, minlength=transform.shape[1]).tolist()
+def _balanced(found: TSVD) -> tuple[Tensor, Tensor]:
+    """A and B with the roots of the singular values in each."""
+    roots = found.values.sqrt()
+    return found.left * roots, found.right * roots.unsqueeze(1)
+
+
+def _raw(mix: Tensor) -> Tensor:
+    """Float32 values as bytes, (layers, 4 rank)."""
+    return mix.to(torch.float32).contiguous().view(torch.uint8)
 
 
 FORMS: dict[str, type[Factors]] = {

@@ -130,8 +130,9 @@ def t_svd(
 ) -> tuple[TSVD, list[Tensor]]:
     """The `rank` largest tensor singular values with vectors, and the right subspace of each slice.
 
-    As `t_svd_exact`, up to less than 0.001 of the energy, by a block Krylov method. Small slices,
-    if the basis would fill a large part of them, are decomposed exactly.
+    As `t_svd_exact`, up to less than 0.001 of the energy at the slices' default tolerance, by a
+    block Krylov method. Small slices, if the basis would fill a large part of them, are decomposed
+    exactly.
 
     The subspaces, (in, columns), orthonormal, float64, hold a few directions more than were kept,
     so that `refit` can start from them.

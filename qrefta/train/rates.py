@@ -12,7 +12,7 @@ from math import inf
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from qrefta.choices import Method
+from qrefta.choices import AUTO_RATE, Method
 from qrefta.hf_quantizer import is_prepared, prepared_config
 
 RATES: dict[Method, float] = {
@@ -26,7 +26,6 @@ CALIBRATED_RATE = 3e-3  # of refta before error feedback
 LORA_RATE = 3e-3
 FULL_RATE = 1e-4  # of a model whose own weights train
 OTHER_RATE = 1e-3  # of methods from outside the package
-AUTO = "auto"
 _FAR_ABOVE = 10.0
 
 
@@ -35,8 +34,7 @@ def measured_rate(model: PreTrainedModel) -> tuple[float, str]:
     if is_prepared(model):
         config = prepared_config(model)
         method = config.settings.method
-        calibrated = any(stack.output_error is not None for stack in config.stacks)
-        if method == "refta" and calibrated and config.settings.rounding == "feedback":
+        if method == "refta" and config.calibrated and config.settings.rounding == "feedback":
             return CALIBRATED_RATE, "method refta, calibrated"
         return RATES.get(method, OTHER_RATE), f"method {method}"
     if hasattr(model, "peft_config"):
@@ -65,10 +63,10 @@ def chosen_rate(model: PreTrainedModel, rate: float | None, show: bool) -> float
         rate, trained = measured_rate(model)
         if show:
             tqdm.write(f"Learning rate {rate:g}, the best measured for {trained}")
-    elif not 0 < rate < inf:
+        return rate
+    if not _is_rate(rate):
         raise ValueError(f"learning_rate is {rate!r}; it must be a positive number")
-    else:
-        warn_of_rate(model, rate)
+    warn_of_rate(model, rate)
     return rate
 
 
@@ -78,12 +76,16 @@ def parse_rate(text: str) -> float | None:
     Raises:
         ValueError: if it is neither a positive number nor auto.
     """
-    if text == AUTO:
+    if text == AUTO_RATE:
         return None
     try:
         rate = float(text)
     except ValueError:
         rate = 0.0
-    if not 0 < rate < inf:
-        raise ValueError(f"--learning-rate is {text!r}; give a positive number, or {AUTO}")
+    if not _is_rate(rate):
+        raise ValueError(f"--learning-rate is {text!r}; give a positive number, or {AUTO_RATE}")
     return rate
+
+
+def _is_rate(rate: float) -> bool:
+    return 0 < rate < inf

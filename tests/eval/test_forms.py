@@ -83,8 +83,11 @@ def test_starts_of_the_mix():
     assert mix.sum(0).tolist() == [4.0] * 24
 
 
-def test_rows_of_length_one_leave_the_update_as_it_is():
-    unit, plain = (prepared(name, refine=0) for name in ("refta-unit", "refta-mix"))
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_rows_of_length_one_leave_the_update_as_it_is(calibrated):
+    """Under the metric of a calibration the rows of B do not start at length one."""
+    options = {"calibration": [inputs(models.tiny_llama())]} if calibrated else {"refine": 0}
+    unit, plain = (prepared(name, **options) for name in ("refta-unit", "refta-mix"))
     for key, factors in getattr(unit, BANK).items():
         assert_close(factors.B.norm(dim=1), torch.ones(6), atol=1e-2, rtol=0)
         other = getattr(plain, BANK)[key].delta(0)

@@ -74,6 +74,7 @@ def test_apply_and_its_inverse_keep_the_dtype_of_the_vectors(full, dtype):
 @pytest.mark.parametrize("rows", [3, 1000], ids=["chunks of 3 rows", "one chunk"])
 def test_output_error_is_the_error_of_the_outputs(rows, monkeypatch):
     monkeypatch.setattr(metric, "_ROWS", rows)
+    monkeypatch.setattr(metric, "_COLUMNS", 7)
     x = samples(50)
     errors = samples(10, seed=1).float()
     moment = moment_of(x).float()
