@@ -87,7 +87,10 @@ def test_starts_of_the_mix():
 def test_rows_of_length_one_leave_the_update_as_it_is(calibrated):
     """Under the metric of a calibration the rows of B do not start at length one."""
     options = {"calibration": [inputs(models.tiny_llama())]} if calibrated else {"refine": 0}
-    unit, plain = (prepared(name, **options) for name in ("refta-unit", "refta-mix"))
+    unit, plain = (
+        qrefta.prepare(models.tiny_llama(), method=name, rank=6, progress=False, **options)
+        for name in ("refta-unit", "refta-mix")
+    )
     for key, factors in getattr(unit, BANK).items():
         assert_close(factors.B.norm(dim=1), torch.ones(6), atol=1e-2, rtol=0)
         other = getattr(plain, BANK)[key].delta(0)
