@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_PANEL = 64  # columns that are updated one by one; farther columns are updated by one product
+_NEAR = 64  # columns that are updated one by one
+_FAR = 512  # columns that take the errors of all columns before them by one product
 _FACTOR_PANEL = 512  # columns that are factorized at once
 _DOUBLE_WIDTH = 2048  # up to this width moments are factorized in float64
 
@@ -90,7 +91,7 @@ def round_columns(
 ) -> None:
     """Call `round_column(k, target)` for every column k, with error feedback.
 
-    Memory: three copies of the matrix.
+    Memory: one copy of the matrix.
 
     Args:
         matrix: W, (rows, in), float32.
@@ -98,19 +99,21 @@ def round_columns(
         round_column: takes the number k of a column and W_k + sum_j E_j M_jk, (rows,), over the
             columns j before it; returns V_k.
     """
-    columns = matrix.T[feedback.order]
-    errors = torch.empty_like(columns)
+    columns = matrix.T[feedback.order]  # the errors, once a column is rounded
     unit = feedback.unit
     names = feedback.order.tolist()
     width = len(columns)
-    for start in range(0, width, _PANEL):
-        stop = min(start + _PANEL, width)
-        targets = columns[start:stop].clone()
-        if start:
-            targets.addmm_(unit[:start, start:stop].T, errors[:start])
-        for k in range(start, stop):
-            torch.sub(columns[k], round_column(names[k], targets[k - start]), out=errors[k])
-            targets[k - start + 1 :].addr_(unit[k, k + 1 : stop], errors[k])
+    for far in range(0, width, _FAR):
+        end = min(far + _FAR, width)
+        targets = columns[far:end].clone()
+        targets.addmm_(unit[:far, far:end].T, columns[:far])
+        for near in range(far, end, _NEAR):
+            stop = min(near + _NEAR, end)
+            close = targets[near - far : stop - far]
+            close.addmm_(unit[far:near, near:stop].T, columns[far:near])
+            for k in range(near, stop):
+                error = columns[k].sub_(round_column(names[k], close[k - near]))
+                close[k - near + 1 :].addr_(unit[k, k + 1 : stop], error)
 
 
 def _upper_cholesky(matrix: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ from qrefta.nn.grid import (
     searched_scales,
 )
 
-_FEEDBACK_VALUES = 1 << 23  # of a matrix, worked on at once with error feedback on a CPU
+_FEEDBACK_VALUES = 1 << 25  # of a matrix, worked on at once with error feedback on a CPU
 _FEEDBACK_VALUES_OF_ACCELERATOR = 1 << 26  # many rows, since every column takes several launches
 _SCALE_BLOCK = 256  # scales that share one second-level scale, as in QLoRA
 _SCALE_VALUES = levels_8bit()  # of the 8-bit codes of scales; torch.compile cannot trace the call

@@ -67,10 +67,11 @@ def test_an_indefinite_moment_is_an_error():
         feedback_of(moment, 0.0)
 
 
-@pytest.mark.parametrize("panel", [4, 64])
+@pytest.mark.parametrize(("near", "far"), [(4, 12), (4, 30), (64, 512)])
 @pytest.mark.parametrize(("rows", "width"), [(9, 30), (1, 17), (20, 1)])
-def test_columns_are_rounded_as_by_gptq(monkeypatch, panel, rows, width):
-    monkeypatch.setattr(feedback, "_PANEL", panel)
+def test_columns_are_rounded_as_by_gptq(monkeypatch, near, far, rows, width):
+    monkeypatch.setattr(feedback, "_NEAR", near)
+    monkeypatch.setattr(feedback, "_FAR", far)
     matrix = torch.randn(rows, width, generator=torch.Generator().manual_seed(1))
     moment = moment_of(width)
     found = torch.empty_like(matrix)
