@@ -6,12 +6,14 @@ factor g w with a fixed number g and a trainable w trains at g times the rate of
 Adam, from any optimizer.
 
     lorta-signs     from zero, like LoRTA; the mix starts at random signs instead of ones
-    lorta-windows   from zero; every component starts in a window of neighbouring layers
+    windows         from zero; every component serves a few neighbouring layers only
     lorta-slow      LoRTA whose B trains at a tenth of the rate (as LoRA+, arXiv 2402.12354, has it)
     refta-mix       ReFTA whose mix trains too
     refta-unit      the same, with rows of B of length one and all of the singular values in A
     refta-half      half of the components frozen as ReFTA starts them, half from zero as in LoRTA
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from qrefta.linalg.slices import Slices
 from qrefta.linalg.tsvd import TSVD, t_svd
 from qrefta.nn.factors import Factors, Fit, LowRankFactors, frozen
 
-WINDOW = 8  # components of a layer in lorta-windows, if there are that many
+WINDOW = 8  # components of a layer in windows, if there are that many
 SLOW = 0.1
 
 
@@ -95,15 +97,52 @@ class LoRTASigns(_FromZero):
         return 2.0 * signs - 1
 
 
-class LoRTAWindows(_FromZero):
-    """LoRTA from a mix of ones in a window of layers: a layer starts with few components."""
+class Windows(LowRankFactors):
+    """Delta_l = A_l B_l, from zero: w columns of A and rows of B, the window of the layer.
 
-    def start_of_mix(self, generator: torch.Generator) -> Tensor:
-        rank = self.C.shape[1]
-        width = max(1, round(self.layers * min(WINDOW, rank) / rank))
-        first = torch.arange(rank) * self.layers // rank
-        layer = torch.arange(self.layers).unsqueeze(1)
-        return ((layer - first) % self.layers < width).float()
+    Windows move evenly from the first components to the last, so that neighbouring layers share
+    components. R = w shares all of them in all layers; R = K w is LoRA of rank w. The rank of a
+    layer is w = min(8, R), or R / K if that is more. A stack trains R (in + out) parameters.
+    """
+
+    def __init__(
+        self, layers: int, out_features: int, in_features: int, rank: int, dtype: torch.dtype
+    ) -> None:
+        super().__init__(layers, out_features, in_features, rank, dtype)
+        self.width = max(min(WINDOW, rank), math.ceil(rank / layers))
+        master = torch.promote_types(dtype, torch.float32)
+        self.A = nn.Parameter(torch.zeros(out_features, rank, dtype=master))
+        self.B = nn.Parameter(torch.empty(rank, in_features, dtype=master))
+
+    def draw(self, generator: torch.Generator) -> None:
+        rows = torch.randn(self.B.shape, generator=generator, dtype=torch.float64)
+        self.B.copy_(nn.functional.normalize(rows, dim=1).to(self.dtype))
+
+    @classmethod
+    def largest_rank(cls, layers: int, out_features: int, in_features: int) -> int:
+        return layers * min(out_features, in_features)
+
+    def window(self, layer: int) -> slice:
+        """Components that serve a layer."""
+        steps = max(self.layers - 1, 1)
+        first = layer * (self.A.shape[1] - self.width) // steps
+        return slice(first, first + self.width)
+
+    def served(self, layer: int, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+        window = self.window(layer)
+        return up[:, window], down[window]
+
+    def down(self) -> Tensor:
+        return self.B
+
+    def core(self, layer: int) -> Tensor:
+        return self.A.new_ones(self.width)
+
+    def up(self) -> Tensor:
+        return self.A
+
+    def trained(self) -> list[nn.Parameter]:
+        return [self.A, self.B]
 
 
 class _Fitted(_FromZero):
@@ -201,7 +240,7 @@ def _raw(mix: Tensor) -> Tensor:
 
 FORMS: dict[str, type[Factors]] = {
     "lorta-signs": LoRTASigns,
-    "lorta-windows": LoRTAWindows,
+    "windows": Windows,
     "lorta-slow": LoRTASlow,
     "refta-mix": ReFTAMix,
     "refta-unit": ReFTAUnit,

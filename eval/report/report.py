@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from eval.peers.bases import Base
-from eval.report import figures, findings, kept, scores
+from eval.report import figures, findings, kept, over_tasks, scores
 from eval.report.findings import FORMATS, Row, distinct, pick
 from eval.report.pages import Report, Section, html_page, markdown
 from eval.report.verdicts import verdicts
@@ -127,8 +127,9 @@ def sections(files: dict[str, list[Row]]) -> list[Section]:
     found = [*language_sections(files)[1:], *encoder_sections(files)]
     for model in distinct(pick(errors, kind=("stack", "model", "spectrum")), "model"):
         found += error_sections(pick(errors, model=model), slug(model))
-    for study, methods in scores.scores(files.get("accuracy", [])).items():
-        found.append(score_section(study, methods))
+    studies = scores.scores(files.get("accuracy", []))
+    found += over_tasks_sections(studies)
+    found += [score_section(study, methods) for study, methods in studies.items()]
     for model in distinct(pick(errors, kind="stack"), "model"):
         scored = distinct(pick(files.get("accuracy", []), kind="score"), "model")
         found.append(depth_section(findings.shapes(pick(errors, model=model)), model, scored))
@@ -339,6 +340,24 @@ def spectrum_section(rows: list[Row], name: str) -> Section:
         pictures,
         {"Energy, the sum of squared values": findings.spectrum_table(rows)},
     )
+
+
+def over_tasks_sections(studies: dict[scores.Study, dict[str, scores.Score]]) -> list[Section]:
+    """Every method beside QLoRA, over the tasks where both were scored."""
+    groups = over_tasks.over_tasks(studies)
+    if not groups:
+        return []
+    best = groups[0]
+    title = (
+        f"Over {len(best.by_task)} tasks {best.ours} differs most from {best.theirs}: "
+        f"{over_tasks.shown(best)} points with {best.size} trainable parameters"
+    )
+    text = (
+        "Each method at its best learning rate, differences paired over seeds, every task counts "
+        "alike. A point is a hundredth of an accuracy or correlation, or one per cent of a "
+        "perplexity (a hundredth of a nat). The interval is for these tasks, over seeds."
+    )
+    return [Section(title, text, [], {"Over tasks": over_tasks.over_tasks_table(groups)})]
 
 
 def score_section(study: scores.Study, methods: dict[str, scores.Score]) -> Section:

@@ -20,9 +20,10 @@ A method is a name with options:
                    ranks=6/48/48 (craft) and trained_params=41000
 """
 
+import copy
 import time
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, NamedTuple
@@ -169,13 +170,41 @@ def run(
                 study.row(Cell("score", learning_rate=rate, seed=seed, **fixed))
 
 
+class Built(NamedTuple):
+    """An untrained model of a method.
+
+    Attributes:
+        head_parameters: trainable parameters of the head, which all methods train.
+        seconds: that building took.
+    """
+
+    model: nn.Module
+    head_parameters: int
+    seconds: float
+
+    @classmethod
+    def of(cls, method: str, task: Task, seed: int) -> "Built":
+        """Build it; its random numbers depend on `seed` only."""
+        head_parameters = count_trained(build("head-only", task, seed))
+        start = time.perf_counter()
+        model = build(method, task, seed)
+        return cls(model, head_parameters, time.perf_counter() - start)
+
+
 class Study:
-    """A rows file and the training runs that add to it."""
+    """A rows file and the training runs that add to it.
+
+    A method's models of the search seeds are kept while its rates are searched: calibrating and
+    preparing take as long as a short training run.
+    """
 
     def __init__(self, load: Callable[[int], Task], rows: Path, again: bool) -> None:
         self.load = cache(load)
         self.rows = rows
         self.known = read(rows) if rows.exists() and not again else []
+        self.built = lru_cache(maxsize=len(SEARCH_SEEDS))(
+            lambda method, seed: Built.of(method, self.load(seed), seed)
+        )
 
     def rate(self, grid: list[float], fixed: dict[str, Any]) -> float:
         """The best learning rate of a method; the grid grows until the best has neighbours.
@@ -210,7 +239,8 @@ class Study:
         known = find(self.known, key)
         if known is not None:
             return known
-        row = {"study": "accuracy"} | key | measure(cell, self.load(cell.seed))
+        built = self.built(cell.method, cell.seed)
+        row = {"study": "accuracy"} | key | measure(cell, self.load(cell.seed), built)
         append(self.rows, [row], seed=cell.seed)
         console.print(
             f"{cell.task}, {cell.method}, seed {cell.seed}, learning rate {cell.learning_rate:g}: "
@@ -220,11 +250,12 @@ class Study:
         return row
 
 
-def measure(cell: Cell, task: Task) -> dict[str, Any]:
-    """Train once and score on the validation rows (kind search) or on the test rows."""
-    start = time.perf_counter()
-    model = build(cell.method, task, cell.seed)
-    build_s = time.perf_counter() - start
+def measure(cell: Cell, task: Task, built: Built) -> dict[str, Any]:
+    """Train once and score on the validation rows (kind search) or on the test rows.
+
+    The model that was built stays untrained.
+    """
+    model = copy.deepcopy(built.model)
     metric = METRICS[task.metric]
     with TemporaryDirectory() as folder:
         trainer = Trainer(
@@ -267,8 +298,8 @@ def measure(cell: Cell, task: Task) -> dict[str, Any]:
         "loss": found.metrics["test_loss"],
         "train_loss": train_loss,
         "trained_parameters": count_trained(model),
-        "head_parameters": count_trained(build("head-only", task, cell.seed)),
-        "build_s": build_s,
+        "head_parameters": built.head_parameters,
+        "build_s": built.seconds,
         "train_s": wall,
         "cpu_s": cpu,
         "peak_bytes": peak,

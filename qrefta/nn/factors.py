@@ -209,7 +209,10 @@ class _Kept(NamedTuple):
 
 
 class LowRankFactors(Factors):
-    """Factors with Delta_l = up . core_l . down."""
+    """Factors with Delta_l = up . core_l . down.
+
+    A layer may be served by a part of the components only; it overrides `served`.
+    """
 
     def __init__(
         self, layers: int, out_features: int, in_features: int, rank: Rank, dtype: torch.dtype
@@ -233,6 +236,10 @@ class LowRankFactors(Factors):
     def up(self) -> Tensor:
         """(out, r), differentiable in the trainable parameters, not yet rounded."""
 
+    def served(self, layer: int, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+        """The columns of `up` and rows of `down` that serve a layer, as views; all by default."""
+        return up, down
+
     def product(self, x: Tensor, layer: int, bias: Tensor | None, weight: FrozenWeight) -> Tensor:
         up, core, down, rounding = self.operands(layer, x.device, x.dtype)
         return adapted_product(x, up, core, down, bias, weight, rounding)
@@ -240,7 +247,8 @@ class LowRankFactors(Factors):
     def operands(
         self, layer: int, device: torch.device, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
-        """`up`, `core`, `down`, and the dtype that `up` and `down` are yet to be rounded to.
+        """`up` and `down` as they serve a layer, its core between them, and the dtype that `up` and
+        `down` are yet to be rounded to.
 
         After `eval()` and without gradients they come rounded, in the given dtype and on the given
         device, and are kept for the other layers and the next tokens: in decoding, rounding them in
@@ -252,11 +260,13 @@ class LowRankFactors(Factors):
         if torch.is_grad_enabled() or compiling or not self._settled:
             if self._settled and not compiling:
                 self._forget(settled=False)
-            return self.up(), self._core_without_autocast(layer), self.down(), self.dtype
+            up, down = self.served(layer, self.up(), self.down())
+            return up, self._core_without_autocast(layer), down, self.dtype
         kept = self._kept_factors(device, dtype)
         if layer not in kept.cores:
             kept.cores[layer] = self._core_without_autocast(layer).detach().to(device, dtype)
-        return kept.up, kept.cores[layer], kept.down, dtype
+        up, down = self.served(layer, kept.up, kept.down)
+        return up, kept.cores[layer], down, dtype
 
     def _kept_factors(self, device: torch.device, dtype: torch.dtype) -> _Kept:
         parameters = [p for p in direct_parameters(self).values() if p is not None]
@@ -294,8 +304,9 @@ class LowRankFactors(Factors):
     @torch.no_grad()
     def pair(self, layer: int, rows: slice = _ALL_ROWS) -> tuple[Tensor, Tensor]:
         """Two float32 factors of Delta_l: up . core_l, (out, s) or some of its rows, and down."""
-        up = self.up()[rows].to(self.dtype).to(torch.float32)
-        down = self.down().to(self.dtype).to(torch.float32)
+        up, down = self.served(layer, self.up()[rows], self.down())
+        up = up.to(self.dtype).to(torch.float32)
+        down = down.to(self.dtype).to(torch.float32)
         core = self.core(layer).to(torch.float32)
         left = up * core if core.dim() == 1 else up @ core
         return left, down

@@ -18,6 +18,7 @@ from eval.studies import accuracy
 from eval.studies.accuracy import (
     CORE,
     SEARCH_SEEDS,
+    Built,
     Cell,
     Study,
     build,
@@ -100,6 +101,10 @@ def cell(method, kind="score", rate=1e-3, seed=0):
     )
 
 
+def measured(cell, task):
+    return measure(cell, task, Built.of(cell.method, task, cell.seed))
+
+
 def run(source, model, rows, **options):
     settings = {
         "task": [str(source)],
@@ -125,7 +130,7 @@ def run(source, model, rows, **options):
 
 @pytest.mark.parametrize("method", EVERY)
 def test_every_method_trains_and_is_scored(task, method):
-    row = measure(cell(method.replace("48", "4").replace("15", "2")), task)
+    row = measured(cell(method.replace("48", "4").replace("15", "2")), task)
     assert row["split"] == "test"
     assert row["n"] == 24
     assert 0 <= row["value"] <= 1
@@ -134,7 +139,7 @@ def test_every_method_trains_and_is_scored(task, method):
 
 
 def test_a_search_is_scored_on_rows_put_aside(task):
-    row = measure(cell("head-only", kind="search"), task)
+    row = measured(cell("head-only", kind="search"), task)
     assert (row["split"], row["n"]) == ("validation", 16)
     rows = {
         split: {tuple(ids) for ids in getattr(task, split)["input_ids"]}
@@ -147,7 +152,7 @@ def test_equal_counts_train_equally_many_parameters(task):
     """K R' = R: the factors of a stack are as large as LoRA's pairs in its layers."""
     layers = len(task.model(0).base_model.encoder.layer)
     lora, refta = (
-        measure(cell(method), task) for method in ("lora r=3", f"refta R={3 * layers} bits=16")
+        measured(cell(method), task) for method in ("lora r=3", f"refta R={3 * layers} bits=16")
     )
     assert lora["trained_parameters"] == refta["trained_parameters"]
 
@@ -163,7 +168,7 @@ def test_all_methods_see_the_same_batches(task, method):
         seen.append([tuple(row["input_ids"]) for row in rows])
         return task.collate(rows)
 
-    measure(cell(method), task._replace(collate=collate))
+    measured(cell(method), task._replace(collate=collate))
     order = in_order(task.train, 3, 8, 0)["input_ids"]
     batches = [[tuple(ids) for ids in order[start : start + 8]] for start in range(0, 24, 8)]
     at = seen.index(batches[0])
@@ -198,7 +203,7 @@ def test_measuring_the_peak_changes_no_weight(task, monkeypatch):
         return found["bytes"]
 
     monkeypatch.setattr(accuracy, "peak_bytes", peak)
-    measure(cell("full"), task)
+    measured(cell("full"), task)
     assert found["same"]
     parameters = sum(parameter.numel() for parameter in task.model(0).parameters())
     assert found["bytes"] > 4 * 4 * parameters  # weights, gradients and two moments, float32
@@ -240,7 +245,7 @@ def test_rates_are_chosen_on_search_seeds_and_run_on_others(source, model, tmp_p
     """The mean over the search seeds decides; test rows have no influence."""
     best = {"head-only": 0.01, "lora r=2": 0.001}
 
-    def scored(cell, task):
+    def scored(cell, task, built):
         good = (cell.learning_rate == best[cell.method]) == (cell.kind == "search")
         lucky = cell.kind == "search" and cell.learning_rate == 0.003 and cell.seed == 0
         return outcome(1.0 if lucky else 0.9 if good else 0.1)
@@ -270,7 +275,7 @@ def test_rates_are_chosen_on_search_seeds_and_run_on_others(source, model, tmp_p
 def test_a_search_grows_until_the_best_rate_has_neighbours(
     source, model, tmp_path, monkeypatch, peak, tried
 ):
-    def scored(cell, task):
+    def scored(cell, task, built):
         return outcome(1 / (1 + abs(np.log(cell.learning_rate / peak))))
 
     monkeypatch.setattr(accuracy, "measure", scored)

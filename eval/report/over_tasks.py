@@ -1,0 +1,123 @@
+"""Differences of two methods over several tasks: their mean, with an interval.
+
+A difference in points is a hundredth of an accuracy or a correlation, or one per cent of a rival's
+perplexity, which is a hundredth of a nat. Every task counts alike.
+"""
+
+from collections import defaultdict
+from math import isfinite, sqrt
+from statistics import mean
+from typing import NamedTuple
+
+from scipy.stats import t
+
+from eval.report.findings import Table
+from eval.report.scores import CONFIDENCE, MINUS, Difference, Score, Study, differences, kind
+from eval.tasks.task import METRICS
+
+# Trainable parameters relative to the rival's.
+SIZES = {"as many": (0.95, 1.05), "a quarter": (0.2, 0.3)}
+MINIMUM = 2  # tasks
+
+
+class Over(NamedTuple):
+    """Differences of one pair of methods, one a task.
+
+    Attributes:
+        ours: a method without its rank.
+        theirs: a method with its rank.
+        size: of `SIZES`.
+        by_task: the difference of every task.
+    """
+
+    ours: str
+    theirs: str
+    size: str
+    by_task: dict[str, Difference]
+
+    @property
+    def mean(self) -> float:
+        """Mean difference in points; positive if ours is better."""
+        return mean(_points(pair) for pair in self.by_task.values())
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of the mean over seeds, for these tasks (Welch and Satterthwaite)."""
+        errors = [_points_of_error(pair) for pair in self.by_task.values()]
+        if any(error is None or not isfinite(error) for error in errors):
+            return None
+        squares = [error**2 for error in errors if error is not None]
+        freedoms = [pair.seeds - 1 for pair in self.by_task.values()]
+        total = sum(squares)
+        if total == 0:
+            return self.mean, self.mean
+        weights = sum(one**2 / freedom for one, freedom in zip(squares, freedoms, strict=True))
+        half = t.ppf((1 + CONFIDENCE) / 2, total**2 / weights) * sqrt(total) / len(squares)
+        return self.mean - half, self.mean + half
+
+    @property
+    def better(self) -> int:
+        """Tasks on which ours is better by the mean over seeds."""
+        return sum(pair.mean > 0 for pair in self.by_task.values())
+
+
+def over_tasks(studies: dict[Study, dict[str, Score]], theirs: str = "qlora") -> list[Over]:
+    """Every method beside a rival, on all tasks where both were scored; the best mean first.
+
+    If a task was studied several times, the last study counts.
+    """
+    found: dict[tuple[str, str, str], dict[str, Difference]] = defaultdict(dict)
+    for study, methods in studies.items():
+        for ours in sorted({kind(method) for method in methods}):
+            for pair in differences(methods, ours, theirs):
+                share = pair.ours.adapter / pair.theirs.adapter
+                for size, (least, most) in SIZES.items():
+                    if least <= share <= most and ours != theirs:
+                        found[ours, pair.theirs.method, size][study.task] = pair
+    groups = [Over(*key, by_task) for key, by_task in found.items() if len(by_task) >= MINIMUM]
+    return sorted(groups, key=lambda group: -group.mean)
+
+
+def over_tasks_table(groups: list[Over]) -> Table:
+    """One line per pair of methods."""
+    header = [
+        "method",
+        "compared with",
+        "trainable parameters",
+        "tasks",
+        "mean difference in points (95 % interval)",
+        "better on",
+    ]
+    lines = [
+        [
+            group.ours,
+            group.theirs,
+            group.size,
+            ", ".join(group.by_task),
+            shown(group),
+            f"{group.better} of {len(group.by_task)}",
+        ]
+        for group in groups
+    ]
+    return Table(header, lines)
+
+
+def shown(group: Over) -> str:
+    """For example: +0.4 (-0.2 to +1.0)."""
+    text = f"{group.mean:+.1f}"
+    if group.interval is not None:
+        low, high = group.interval
+        text += f" ({low:+.1f} to {high:+.1f})"
+    return text.replace("-", MINUS)
+
+
+def _points(pair: Difference) -> float:
+    return pair.mean * _scale(pair)
+
+
+def _points_of_error(pair: Difference) -> float | None:
+    return None if pair.standard_error is None else pair.standard_error * _scale(pair)
+
+
+def _scale(pair: Difference) -> float:
+    return 100 / (abs(pair.theirs.mean) if METRICS[pair.ours.metric].relative else 1)

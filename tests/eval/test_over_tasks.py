@@ -1,0 +1,66 @@
+"""Differences over several tasks: points, the mean with its interval, equal and smaller sizes."""
+
+import pytest
+from scipy.stats import t
+
+from eval.report.over_tasks import over_tasks, over_tasks_table, shown
+from eval.report.scores import Score, Study
+
+SEEDS = range(1, 6)
+WIGGLE = (0.01, -0.01, 0.02, -0.02, 0.0)
+
+
+def study(task):
+    return Study(task, "model", 64, 32, 2000, 500, 2000, 64)
+
+
+def score(method, mean, adapter, metric="accuracy", wiggle=0.0):
+    values = {seed: mean + wiggle * WIGGLE[seed - 1] for seed in SEEDS}
+    return Score(method, metric, values, adapter, 1e-3, False, 1.0, None, 100)
+
+
+def methods(*scores):
+    return {one.method: one for one in scores}
+
+
+def test_points_are_hundredths_and_per_cents_of_a_perplexity_and_tasks_count_alike():
+    studies = {
+        study("a"): methods(
+            score("refta R=48", 0.82, 100),
+            score("refta R=12", 0.9, 25),
+            score("qlora r=8", 0.8, 100),
+        ),
+        study("b"): methods(
+            score("refta R=60", 38.0, 101, "perplexity"),
+            score("qlora r=8", 40.0, 100, "perplexity"),
+        ),
+    }
+    (found,) = over_tasks(studies)
+    assert (found.ours, found.theirs, found.size) == ("refta", "qlora r=8", "as many")
+    assert list(found.by_task) == ["a", "b"]
+    assert found.mean == pytest.approx((2 + 5) / 2)
+    assert found.better == 2
+    assert shown(found) == "+3.5 (+3.5 to +3.5)"
+
+
+def test_the_interval_has_the_freedom_of_the_noisy_tasks():
+    noisy = [
+        methods(score("refta R=4", 0.8, 10, wiggle=wiggle), score("qlora r=2", 0.8, 40))
+        for wiggle in (1.0, 0.5)
+    ]
+    (found,) = over_tasks(dict(zip(map(study, "ab"), noisy, strict=True)))
+    assert found.size == "a quarter"
+    errors = [100 * wiggle * (0.001 / 4) ** 0.5 / 5**0.5 for wiggle in (1.0, 0.5)]
+    squares = [error**2 for error in errors]
+    freedom = sum(squares) ** 2 / sum(one**2 / 4 for one in squares)
+    half = t.ppf(0.975, freedom) * sum(squares) ** 0.5 / 2
+    assert found.interval == pytest.approx((-half, half))
+
+
+def test_one_task_or_another_size_is_no_group():
+    ours, theirs = score("refta R=4", 0.8, 10), score("qlora r=2", 0.7, 20)
+    assert over_tasks({study(task): methods(ours, theirs) for task in "ab"}) == []
+    equal = ours._replace(adapter=20)
+    assert over_tasks({study("a"): methods(equal, theirs)}) == []
+    table = over_tasks_table(over_tasks({study(task): methods(equal, theirs) for task in "ab"}))
+    assert [line[:4] for line in table.rows] == [["refta", "qlora r=2", "as many", "a, b"]]
