@@ -33,7 +33,7 @@ from qrefta.train.checkpoints import (
     writing,
 )
 from qrefta.train.nan_guard import finite_steps
-from qrefta.train.rates import chosen_rate
+from qrefta.train.rates import chosen_rate, warn_of_rate
 from qrefta.train.tasks import TASKS, Recipe, TaskName
 
 MAX_LENGTH = 128  # tokens, for tasks whose TrainingArguments have no such field
@@ -180,6 +180,7 @@ def finetune(
         show = together.is_main_process and progress is not False
         settings["learning_rate"] = chosen_rate(model, learning_rate, show)
     arguments = run_arguments(model, task, args, output_dir, settings)
+    warn_of_rate(model, arguments.learning_rate)
     with together.main_process_first():  # the other processes find its cache
         recipe = _recipe(model, processor, dataset, task, arguments.seed, max_length or MAX_LENGTH)
     return _train(model, processor, recipe, arguments, task, resume, callbacks)

@@ -43,13 +43,16 @@ def measured_rate(model: PreTrainedModel) -> tuple[float, str]:
 
 
 def warn_of_rate(model: PreTrainedModel, rate: float) -> None:
-    """Warn of a learning rate that is ten times the best measured one, or more."""
+    """Warn of a learning rate that is ten times the best measured one, or more.
+
+    The warning names the line that called the caller.
+    """
     best, trained = measured_rate(model)
     if rate >= _FAR_ABOVE * best:
         warnings.warn(
             f"The learning rate {rate:g} is {rate / best:.0f} times {best:g}, the best measured "
             f"rate for {trained}; training may diverge. Leave it out to take that rate.",
-            stacklevel=2,
+            stacklevel=3,
         )
 
 
@@ -66,7 +69,6 @@ def chosen_rate(model: PreTrainedModel, rate: float | None, show: bool) -> float
         return rate
     if not _is_rate(rate):
         raise ValueError(f"learning_rate is {rate!r}; it must be a positive number")
-    warn_of_rate(model, rate)
     return rate
 
 

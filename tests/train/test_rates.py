@@ -95,6 +95,14 @@ def test_args_keep_their_rate(start, tmp_path):
     assert run(start, tmp_path / "args", args=args) == 7e-4
 
 
+def test_a_far_higher_rate_in_args_is_told_at_the_line_of_the_call(start, tmp_path):
+    args = training_arguments("classify", tmp_path / "args", max_steps=1, learning_rate=5e-2)
+    with pytest.warns(UserWarning, match=r"0\.05 is 17 times 0\.003") as found:
+        run(start, tmp_path / "args", args=args)
+    (told,) = [one for one in found if "is 17 times" in str(one.message)]
+    assert told.filename == __file__
+
+
 def test_rates_are_read_from_the_command_line():
     assert parse_rate("auto") is None
     assert parse_rate("3e-4") == 3e-4
