@@ -23,6 +23,9 @@ STUDIES = {
     "accuracy": Entry("eval.studies.accuracy", "fine-tune with every method and score"),
     "quant_error": Entry("eval.studies.quant_error", "quantization error by method and rank"),
     "kld": Entry("eval.studies.kld", "KL divergence of 4-bit bases to the 16-bit model"),
+    "rounding_options": Entry(
+        "eval.studies.rounding_options", "additions to error feedback that prepare leaves out"
+    ),
     "cosine": Entry(
         "eval.studies.cosine", "sentence embeddings of 4-bit bases and the 16-bit model"
     ),
