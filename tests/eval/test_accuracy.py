@@ -18,7 +18,6 @@ from eval.studies import accuracy
 from eval.studies.accuracy import (
     CORE,
     SEARCH_SEEDS,
-    Built,
     Cell,
     Study,
     build,
@@ -101,10 +100,6 @@ def cell(method, kind="score", rate=1e-3, seed=0):
     )
 
 
-def measured(cell, task):
-    return measure(cell, task, Built.of(cell.method, task, cell.seed))
-
-
 def run(source, model, rows, **options):
     settings = {
         "task": [str(source)],
@@ -130,7 +125,7 @@ def run(source, model, rows, **options):
 
 @pytest.mark.parametrize("method", EVERY)
 def test_every_method_trains_and_is_scored(task, method):
-    row = measured(cell(method.replace("48", "4").replace("15", "2")), task)
+    row = measure(cell(method.replace("48", "4").replace("15", "2")), task)
     assert row["split"] == "test"
     assert row["n"] == 24
     assert 0 <= row["value"] <= 1
@@ -139,7 +134,7 @@ def test_every_method_trains_and_is_scored(task, method):
 
 
 def test_a_search_is_scored_on_rows_put_aside(task):
-    row = measured(cell("head-only", kind="search"), task)
+    row = measure(cell("head-only", kind="search"), task)
     assert (row["split"], row["n"]) == ("validation", 16)
     rows = {
         split: {tuple(ids) for ids in getattr(task, split)["input_ids"]}
@@ -152,7 +147,7 @@ def test_equal_counts_train_equally_many_parameters(task):
     """K R' = R: the factors of a stack are as large as LoRA's pairs in its layers."""
     layers = len(task.model(0).base_model.encoder.layer)
     lora, refta = (
-        measured(cell(method), task) for method in ("lora r=3", f"refta R={3 * layers} bits=16")
+        measure(cell(method), task) for method in ("lora r=3", f"refta R={3 * layers} bits=16")
     )
     assert lora["trained_parameters"] == refta["trained_parameters"]
 
@@ -168,7 +163,7 @@ def test_all_methods_see_the_same_batches(task, method):
         seen.append([tuple(row["input_ids"]) for row in rows])
         return task.collate(rows)
 
-    measured(cell(method), task._replace(collate=collate))
+    measure(cell(method), task._replace(collate=collate))
     order = in_order(task.train, 3, 8, 0)["input_ids"]
     batches = [[tuple(ids) for ids in order[start : start + 8]] for start in range(0, 24, 8)]
     at = seen.index(batches[0])
@@ -203,7 +198,7 @@ def test_measuring_the_peak_changes_no_weight(task, monkeypatch):
         return found["bytes"]
 
     monkeypatch.setattr(accuracy, "peak_bytes", peak)
-    measured(cell("full"), task)
+    measure(cell("full"), task)
     assert found["same"]
     parameters = sum(parameter.numel() for parameter in task.model(0).parameters())
     assert found["bytes"] > 4 * 4 * parameters  # weights, gradients and two moments, float32
@@ -294,7 +289,9 @@ def test_a_stopped_study_resumes(source, model, tmp_path, monkeypatch):
     monkeypatch.setattr(
         accuracy,
         "measure",
-        lambda cell, task: ran.append(cell) or outcome(abs(cell.learning_rate - 0.003) < 0.002),
+        lambda cell, task, built: (
+            ran.append(cell) or outcome(abs(cell.learning_rate - 0.003) < 0.002)
+        ),
     )
     run(source, model, file)
     assert len(ran) == 2 * (9 + 2)

@@ -78,9 +78,9 @@ def questions(tmp_path):
     return tmp_path
 
 
-def cell(method, rate=3e-2, steps=30):
+def cell(method, rate=3e-2, steps=30, kind="score"):
     return Cell(
-        "score",
+        kind,
         "mine",
         "tiny",
         method,
@@ -128,6 +128,9 @@ def test_questions_are_learned_and_judged_by_the_harness(folder, questions):
     assert row["value"] == 1
     row = measure(cell("refta R=16", steps=60), task)
     assert row["value"] > 0.5
+    row = measure(cell("refta R=16", kind="search"), task)
+    assert row["metric"] == "perplexity"  # the rate is chosen by the answers' loss
+    assert row["value"] == pytest.approx(math.exp(row["loss"]))
 
 
 def test_the_harness_scores_the_most_likely_choice(folder, questions):
