@@ -7,6 +7,7 @@ Adam, from any optimizer.
 
     lorta-signs     from zero, like LoRTA; the mix starts at random signs instead of ones
     windows         from zero; every component serves a few neighbouring layers only
+    windows-slow    the same, with B at a tenth of the rate
     lorta-slow      LoRTA whose B trains at a tenth of the rate (as LoRA+, arXiv 2402.12354, has it)
     refta-mix       ReFTA whose mix trains too
     refta-unit      the same, with rows of B of length one and all of the singular values in A
@@ -103,7 +104,12 @@ class Windows(LowRankFactors):
     Windows move evenly from the first components to the last, so that neighbouring layers share
     components. R = w shares all of them in all layers; R = K w is LoRA of rank w. The rank of a
     layer is w = min(8, R), or R / K if that is more. A stack trains R (in + out) parameters.
+
+    Attributes:
+        down_rate: rate of B relative to A.
     """
+
+    down_rate = 1.0
 
     def __init__(
         self, layers: int, out_features: int, in_features: int, rank: int, dtype: torch.dtype
@@ -116,7 +122,8 @@ class Windows(LowRankFactors):
 
     def draw(self, generator: torch.Generator) -> None:
         rows = torch.randn(self.B.shape, generator=generator, dtype=torch.float64)
-        self.B.copy_(nn.functional.normalize(rows, dim=1).to(self.dtype))
+        unit_rows = nn.functional.normalize(rows, dim=1)
+        self.B.copy_((unit_rows / self.down_rate).to(self.dtype))
 
     @classmethod
     def largest_rank(cls, layers: int, out_features: int, in_features: int) -> int:
@@ -133,7 +140,7 @@ class Windows(LowRankFactors):
         return up[:, window], down[window]
 
     def down(self) -> Tensor:
-        return self.B
+        return self.B * self.down_rate if self.down_rate != 1 else self.B
 
     def core(self, layer: int) -> Tensor:
         return self.A.new_ones(self.width)
@@ -143,6 +150,12 @@ class Windows(LowRankFactors):
 
     def trained(self) -> list[nn.Parameter]:
         return [self.A, self.B]
+
+
+class WindowsSlow(Windows):
+    """Windows whose B trains at a tenth of the rate."""
+
+    down_rate = SLOW
 
 
 class _Fitted(_FromZero):
@@ -241,6 +254,7 @@ def _raw(mix: Tensor) -> Tensor:
 FORMS: dict[str, type[Factors]] = {
     "lorta-signs": LoRTASigns,
     "windows": Windows,
+    "windows-slow": WindowsSlow,
     "lorta-slow": LoRTASlow,
     "refta-mix": ReFTAMix,
     "refta-unit": ReFTAUnit,

@@ -15,8 +15,8 @@ from tests import models
 from tests.models import inputs, logits
 
 every = pytest.mark.parametrize("name", FORMS)
-FROM_ZERO = ("lorta-signs", "windows", "lorta-slow")
-MIXED = [name for name in FORMS if name != "windows"]
+FROM_ZERO = ("lorta-signs", "windows", "windows-slow", "lorta-slow")
+MIXED = [name for name in FORMS if "windows" not in name]
 every_mixed = pytest.mark.parametrize("name", MIXED)
 
 
@@ -103,10 +103,11 @@ def test_windows_move_from_the_first_component_to_the_last(layers, rank, width, 
         assert_close(windows.delta(layer, slice(2, 5)), windows.A[2:5, part] @ windows.B[part])
 
 
-def test_a_layer_trains_its_window():
+@pytest.mark.parametrize("name", ["windows", "windows-slow"])
+def test_a_layer_trains_its_window(name):
     """The product in training and in evaluation, and the gradient, are the ones of the window."""
     dense = models.tiny_llama()
-    model = qrefta.prepare(dense, method="windows", rank=10, bits=16, factor_dtype="float32")
+    model = qrefta.prepare(dense, method=name, rank=10, bits=16, factor_dtype="float32")
     with torch.no_grad():
         for factors in getattr(model, BANK).values():
             factors.A += 0.1 * torch.randn(factors.A.shape)
