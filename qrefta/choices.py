@@ -4,7 +4,7 @@ torch.
 
 from typing import Literal, get_args
 
-Method = Literal["refta", "craft", "tera", "lotr", "lorta"]
+Method = Literal["refta", "craft", "tera", "lotr", "lorta", "windows"]
 Transform = Literal["lsm3", "dct", "identity"]
 QuantType = Literal["nf4", "fp4", "int4"]
 Scales = Literal["searched", "absmax"]

@@ -273,8 +273,8 @@ class Settings:
             together; a stack has R (in + out) trainable parameters. 0 quantizes only. A tuple
             (layers, outputs, inputs) for method craft, each capped at the stack's size. A
             `RankBudget` chooses the ranks.
-        method: refta; craft, which trains three small square matrices a stack; or tera, lotr and
-            lorta, which start from a zero update and quantize unsplit weights.
+        method: refta; craft, which trains three small square matrices a stack; or tera, lotr, lorta
+            and windows, which start from a zero update and quantize unsplit weights.
         transform: mode-3 transform: lsm3 (from the data), dct, or identity (each layer by itself).
             craft takes lsm3; methods that start from zero take none.
         quant_type: 4-bit format.

@@ -173,7 +173,7 @@ def test_an_adapted_product_is_the_same_on_both_devices(fmt, tokens, dtype):
         assert (on_gpu.cpu() - on_cpu).float().norm() <= limit * on_cpu.float().norm()
 
 
-@pytest.mark.parametrize("method", ["craft", "tera", "lotr", "lorta"])
+@pytest.mark.parametrize("method", ["craft", "tera", "lotr", "lorta", "windows"])
 def test_every_method_prepares_and_computes_the_same_on_both_devices(method):
     """Error of the split on the GPU; logits and gradients of one prepared model moved there."""
     options = {"method": method, "rank": 4, "progress": False}

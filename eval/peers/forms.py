@@ -6,15 +6,11 @@ factor g w with a fixed number g and a trainable w trains at g times the rate of
 Adam, from any optimizer.
 
     lorta-signs     from zero, like LoRTA; the mix starts at random signs instead of ones
-    windows         from zero; every component serves a few neighbouring layers only
-    windows-slow    the same, with B at a tenth of the rate
     lorta-slow      LoRTA whose B trains at a tenth of the rate (as LoRA+, arXiv 2402.12354, has it)
     refta-mix       ReFTA whose mix trains too
     refta-unit      the same, with rows of B of length one and all of the singular values in A
     refta-half      half of the components frozen as ReFTA starts them, half from zero as in LoRTA
 """
-
-import math
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +19,6 @@ from qrefta.linalg.slices import Slices
 from qrefta.linalg.tsvd import TSVD, t_svd
 from qrefta.nn.factors import Factors, Fit, LowRankFactors, frozen
 
-WINDOW = 8  # components of a layer in windows, if there are that many
 SLOW = 0.1
 
 
@@ -96,66 +91,6 @@ class LoRTASigns(_FromZero):
     def start_of_mix(self, generator: torch.Generator) -> Tensor:
         signs = torch.randint(0, 2, self.C.shape, generator=generator)
         return 2.0 * signs - 1
-
-
-class Windows(LowRankFactors):
-    """Delta_l = A_l B_l, from zero: w columns of A and rows of B, the window of the layer.
-
-    Windows move evenly from the first components to the last, so that neighbouring layers share
-    components. R = w shares all of them in all layers; R = K w is LoRA of rank w. The rank of a
-    layer is w = min(8, R), or R / K if that is more. A stack trains R (in + out) parameters.
-
-    Attributes:
-        down_rate: rate of B relative to A.
-    """
-
-    down_rate = 1.0
-
-    def __init__(
-        self, layers: int, out_features: int, in_features: int, rank: int, dtype: torch.dtype
-    ) -> None:
-        super().__init__(layers, out_features, in_features, rank, dtype)
-        self.width = max(min(WINDOW, rank), math.ceil(rank / layers))
-        master = torch.promote_types(dtype, torch.float32)
-        self.A = nn.Parameter(torch.zeros(out_features, rank, dtype=master))
-        self.B = nn.Parameter(torch.empty(rank, in_features, dtype=master))
-
-    def draw(self, generator: torch.Generator) -> None:
-        rows = torch.randn(self.B.shape, generator=generator, dtype=torch.float64)
-        unit_rows = nn.functional.normalize(rows, dim=1)
-        self.B.copy_((unit_rows / self.down_rate).to(self.dtype))
-
-    @classmethod
-    def largest_rank(cls, layers: int, out_features: int, in_features: int) -> int:
-        return layers * min(out_features, in_features)
-
-    def window(self, layer: int) -> slice:
-        """Components that serve a layer."""
-        steps = max(self.layers - 1, 1)
-        first = layer * (self.A.shape[1] - self.width) // steps
-        return slice(first, first + self.width)
-
-    def served(self, layer: int, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-        window = self.window(layer)
-        return up[:, window], down[window]
-
-    def down(self) -> Tensor:
-        return self.B * self.down_rate if self.down_rate != 1 else self.B
-
-    def core(self, layer: int) -> Tensor:
-        return self.A.new_ones(self.width)
-
-    def up(self) -> Tensor:
-        return self.A
-
-    def trained(self) -> list[nn.Parameter]:
-        return [self.A, self.B]
-
-
-class WindowsSlow(Windows):
-    """Windows whose B trains at a tenth of the rate."""
-
-    down_rate = SLOW
 
 
 class _Fitted(_FromZero):
@@ -253,8 +188,6 @@ def _raw(mix: Tensor) -> Tensor:
 
 FORMS: dict[str, type[Factors]] = {
     "lorta-signs": LoRTASigns,
-    "windows": Windows,
-    "windows-slow": WindowsSlow,
     "lorta-slow": LoRTASlow,
     "refta-mix": ReFTAMix,
     "refta-unit": ReFTAUnit,

@@ -6,6 +6,7 @@ from qrefta.methods.lorta import LoRTA
 from qrefta.methods.lotr import LoTR
 from qrefta.methods.refta import ReFTA
 from qrefta.methods.tera import TeRA
+from qrefta.methods.windows import Windows
 from qrefta.nn.factors import Factors
 
 METHODS: dict[Method, type[Factors]] = {
@@ -14,4 +15,5 @@ METHODS: dict[Method, type[Factors]] = {
     "tera": TeRA,
     "lotr": LoTR,
     "lorta": LoRTA,
+    "windows": Windows,
 }

@@ -21,6 +21,7 @@ RATES: dict[Method, float] = {
     "tera": 1e-2,
     "lotr": 1e-2,
     "lorta": 3e-3,
+    "windows": 3e-3,
 }
 CALIBRATED_RATE = 3e-3  # of refta before error feedback
 LORA_RATE = 3e-3

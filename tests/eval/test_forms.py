@@ -10,14 +10,11 @@ import qrefta
 from eval.peers.forms import FORMS, SLOW
 from qrefta.methods import METHODS
 from qrefta.nn.factors import BANK
-from qrefta.nn.quantized import DenseWeight
 from tests import models
 from tests.models import inputs, logits
 
 every = pytest.mark.parametrize("name", FORMS)
-FROM_ZERO = ("lorta-signs", "windows", "windows-slow", "lorta-slow")
-MIXED = [name for name in FORMS if "windows" not in name]
-every_mixed = pytest.mark.parametrize("name", MIXED)
+FROM_ZERO = ("lorta-signs", "lorta-slow")
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +40,7 @@ def test_16_bits_start_at_the_model(name):
             assert factors.delta(0).any()
 
 
-@every_mixed
+@every
 def test_the_update_is_a_product_with_a_mix_a_layer(name):
     factors = next(iter(getattr(prepared(name), BANK).values()))
     with torch.no_grad():
@@ -60,7 +57,7 @@ def test_the_update_is_a_product_with_a_mix_a_layer(name):
         assert_close(factors.delta(layer), expected, atol=1e-5, rtol=1e-5)
 
 
-@every_mixed
+@every
 def test_all_of_a_mix_trains_in_every_layer(name):
     model = prepared(name)
     with torch.no_grad():
@@ -78,49 +75,6 @@ def test_all_of_a_mix_trains_in_every_layer(name):
 def test_starts_of_the_mix():
     signs = next(iter(getattr(prepared("lorta-signs"), BANK).values()))
     assert set(signs.mix.view(torch.float32).unique().tolist()) == {-1.0, 1.0}
-
-
-@pytest.mark.parametrize(
-    ("layers", "rank", "width", "firsts"),
-    [
-        (6, 18, 8, [0, 2, 4, 6, 8, 10]),
-        (6, 5, 5, [0] * 6),
-        (3, 24, 8, [0, 8, 16]),
-        (3, 27, 9, [0, 9, 18]),
-        (4, 10, 8, [0, 0, 1, 2]),
-        (1, 12, 12, [0]),
-    ],
-)
-def test_windows_move_from_the_first_component_to_the_last(layers, rank, width, firsts):
-    windows = FORMS["windows"](layers, 7, 9, rank, torch.bfloat16)
-    slices = [slice(first, first + width) for first in firsts]
-    assert [windows.window(layer) for layer in range(layers)] == slices
-    with torch.no_grad():
-        for parameter in windows.trained():
-            parameter.copy_(torch.randn(parameter.shape).bfloat16())
-    for layer, part in enumerate(slices):
-        assert_close(windows.delta(layer), windows.A[:, part] @ windows.B[part])
-        assert_close(windows.delta(layer, slice(2, 5)), windows.A[2:5, part] @ windows.B[part])
-
-
-@pytest.mark.parametrize("name", ["windows", "windows-slow"])
-def test_a_layer_trains_its_window(name):
-    """The product in training and in evaluation, and the gradient, are the ones of the window."""
-    dense = models.tiny_llama()
-    model = qrefta.prepare(dense, method=name, rank=10, bits=16, factor_dtype="float32")
-    with torch.no_grad():
-        for factors in getattr(model, BANK).values():
-            factors.A += 0.1 * torch.randn(factors.A.shape)
-    merged = qrefta.merge(copy.deepcopy(model), dtype=torch.float32)
-    assert_close(logits(model.train()), logits(merged), atol=1e-4, rtol=1e-4)
-    assert_close(logits(model.eval()), logits(merged), atol=1e-4, rtol=1e-4)
-    for factors in getattr(model, BANK).values():
-        layer = factors.layers - 1
-        x = torch.randn(3, factors.in_features)
-        weight = DenseWeight(torch.zeros(factors.out_features, factors.in_features))
-        factors.product(x, layer, None, weight).square().sum().backward()
-        rows = factors.B.grad.abs().sum(1) > 0
-        assert rows.nonzero().flatten().tolist() == list(range(10))[factors.window(layer)]
 
 
 @pytest.mark.parametrize("calibrated", [False, True])

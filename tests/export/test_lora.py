@@ -73,7 +73,7 @@ def test_a_float32_residual_and_its_lora_are_the_trained_model(architecture, tmp
     assert torch.equal(outputs(model, example_inputs(model)), expected)  # the model does not change
 
 
-@pytest.mark.parametrize("method", ["craft", "lotr", "lorta"])
+@pytest.mark.parametrize("method", ["craft", "lotr", "lorta", "windows"])
 def test_other_methods_are_exact_too(method, tmp_path):
     model = trained(tmp_path / "original", method=method)
     assert qrefta.export_lora(model, tmp_path / "lora", dtype=torch.float32).difference < 2e-5

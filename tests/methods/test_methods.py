@@ -21,6 +21,7 @@ from qrefta.linalg.tucker import hosvd
 from qrefta.methods import METHODS
 from qrefta.methods.craft import CRAFT
 from qrefta.methods.tera import kronecker_product, mode_sizes
+from qrefta.methods.windows import Windows
 from qrefta.model.stacks import find_stacks, model_weights
 from qrefta.nn.factors import BANK, FactorBank, stored_factors
 from qrefta.nn.linear import AdaptedLinear
@@ -36,8 +37,9 @@ RANKS = {
     "tera": {"rank": 4},
     "lotr": {"rank": 4},
     "lorta": {"rank": 4},
+    "windows": {"rank": 10},
 }
-ZERO = ["tera", "lotr", "lorta"]
+ZERO = ["tera", "lotr", "lorta", "windows"]
 all_methods = pytest.mark.parametrize("method", METHODS)
 new_methods = pytest.mark.parametrize("method", [name for name in METHODS if name != "refta"])
 zero_methods = pytest.mark.parametrize("method", ZERO)
@@ -118,12 +120,20 @@ def dense_lorta(f, layer):
     return torch.einsum("or,r,ri->oi", f.A, 1 + f.C[layer], f.B)
 
 
+def dense_windows(f, layer):
+    """Every component has the mix 1 in its layers and 0 in the others."""
+    mix = torch.zeros(f.rank, dtype=f.A.dtype)
+    mix[f.window(layer)] = 1
+    return torch.einsum("or,r,ri->oi", f.A, mix, f.B)
+
+
 DENSE = {
     "refta": dense_refta,
     "craft": dense_craft,
     "tera": dense_tera,
     "lotr": dense_lotr,
     "lorta": dense_lorta,
+    "windows": dense_windows,
 }
 
 
@@ -254,6 +264,48 @@ def test_random_factors_have_the_lengths_that_their_files_state():
     assert_close(lotr.L.T @ lotr.L, identity)
     assert_close(lotr.R @ lotr.R.T, identity)
     assert_close(lorta.B.norm(dim=1), identity.diagonal())
+
+
+@pytest.mark.parametrize(
+    ("layers", "rank", "width", "firsts"),
+    [
+        (6, 18, 8, [0, 2, 4, 6, 8, 10]),
+        (6, 5, 5, [0] * 6),
+        (3, 24, 8, [0, 8, 16]),
+        (3, 27, 9, [0, 9, 18]),
+        (4, 10, 8, [0, 0, 1, 2]),
+        (1, 12, 12, [0]),
+    ],
+)
+def test_windows_move_from_the_first_component_to_the_last(layers, rank, width, firsts):
+    windows = Windows(layers, 7, 9, rank, torch.bfloat16)
+    slices = [slice(first, first + width) for first in firsts]
+    assert [windows.window(layer) for layer in range(layers)] == slices
+    with torch.no_grad():
+        for parameter in windows.trained():
+            parameter.copy_(torch.randn(parameter.shape).bfloat16())
+    for layer, part in enumerate(slices):
+        assert_close(windows.delta(layer), windows.A[:, part] @ windows.B[part])
+        assert_close(windows.delta(layer, slice(2, 5)), windows.A[2:5, part] @ windows.B[part])
+
+
+def test_a_layer_trains_its_window():
+    """The product in training and in evaluation, and the gradient, are the ones of the window."""
+    dense = models.tiny_llama()
+    model = qrefta.prepare(dense, method="windows", rank=10, bits=16, factor_dtype="float32")
+    with torch.no_grad():
+        for factors in getattr(model, BANK).values():
+            factors.A += 0.1 * torch.randn(factors.A.shape)
+    merged = qrefta.merge(copy.deepcopy(model), dtype=torch.float32)
+    assert_close(logits(model.train()), logits(merged), atol=1e-4, rtol=1e-4)
+    assert_close(logits(model.eval()), logits(merged), atol=1e-4, rtol=1e-4)
+    for factors in getattr(model, BANK).values():
+        layer = factors.layers - 1
+        x = torch.randn(3, factors.in_features)
+        weight = DenseWeight(torch.zeros(factors.out_features, factors.in_features))
+        factors.product(x, layer, None, weight).square().sum().backward()
+        rows = factors.B.grad.abs().sum(1) > 0
+        assert rows.nonzero().flatten().tolist() == list(range(10))[factors.window(layer)]
 
 
 def test_tera_starts_with_matrices_that_keep_lengths():

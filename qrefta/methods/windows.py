@@ -1,0 +1,68 @@
+"""Windows: a zero update whose low-rank components are shared by neighbouring layers. Ours.
+
+LoRA (arXiv 2106.09685) gives every layer a pair of factors, LoRTA (arXiv 2410.04060) gives all
+layers of a stack one pair. Here every layer has a window on one pair, and the window moves from
+layer to layer. So R sets how far components are shared, at a fixed rank and cost of a layer.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from qrefta.nn.factors import LowRankFactors
+
+WIDTH = 8  # components of a layer, as in the usual LoRA
+
+
+class Windows(LowRankFactors):
+    """Delta_l = A[:, W_l] B[W_l], for a window W_l of w components.
+
+    Windows move evenly from the first w components to the last. R = w shares all components in all
+    layers, R = K w none, which is LoRA of rank w. A layer has w = 8 components; R if that is less,
+    and R / K if that is more. B starts with random rows of length one, A at 0. A stack trains
+    R (in + out) parameters, and a layer costs as much as LoRA of rank w.
+
+    Args: see `Factors`; `rank` is R, at most K min(in, out).
+
+    Attributes:
+        width: w.
+    """
+
+    def __init__(
+        self, layers: int, out_features: int, in_features: int, rank: int, dtype: torch.dtype
+    ) -> None:
+        super().__init__(layers, out_features, in_features, rank, dtype)
+        self.width = max(min(WIDTH, rank), math.ceil(rank / layers))
+        master = torch.promote_types(dtype, torch.float32)
+        self.A = nn.Parameter(torch.zeros(out_features, rank, dtype=master))
+        self.B = nn.Parameter(torch.empty(rank, in_features, dtype=master))
+
+    def draw(self, generator: torch.Generator) -> None:
+        rows = torch.randn(self.B.shape, generator=generator, dtype=torch.float64)
+        self.B.copy_(nn.functional.normalize(rows, dim=1).to(self.dtype))
+
+    @classmethod
+    def largest_rank(cls, layers: int, out_features: int, in_features: int) -> int:
+        return layers * min(out_features, in_features)
+
+    def window(self, layer: int) -> slice:
+        """The components of a layer."""
+        first = layer * (self.A.shape[1] - self.width) // max(self.layers - 1, 1)
+        return slice(first, first + self.width)
+
+    def served(self, layer: int, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+        window = self.window(layer)
+        return up[:, window], down[window]
+
+    def down(self) -> Tensor:
+        return self.B
+
+    def core(self, layer: int) -> Tensor:
+        return self.A.new_ones(self.width)
+
+    def up(self) -> Tensor:
+        return self.A
+
+    def trained(self) -> list[nn.Parameter]:
+        return [self.A, self.B]
