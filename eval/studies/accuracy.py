@@ -44,6 +44,8 @@ from eval.peers.splits import loftq, pissa
 from eval.rows import append, find, read
 from eval.tasks.image import image_task
 from eval.tasks.language import choice_task, prompt_task, text_lm_task
+from eval.tasks.smollm2 import NAME as SMOLLM2
+from eval.tasks.smollm2 import cache_folder, smollm2_folder
 from eval.tasks.task import (
     METRICS,
     NAMED,
@@ -82,6 +84,7 @@ KINDS = {
     "choice": choice_task,
     "prompt": prompt_task,
 }
+LANGUAGE_KINDS = ("language", "choice", "prompt")
 GRID = "0.0003,0.001,0.003"
 SEARCH_SEEDS = (0, 1001, 1002)
 RATES = tuple(float(f"{digit}e{power}") for power in range(-7, 1) for digit in (1, 3))
@@ -115,7 +118,10 @@ def run(
         int, typer.Option(min=1, help="Seeds 1 .. n of the scores: head, rows and batch order.")
     ] = 5,
     model: Annotated[
-        str | None, typer.Option(help="Hub name or folder; default: the embedded MiniLM.")
+        str | None,
+        typer.Option(
+            help=f"Hub name or folder; default: the embedded MiniLM, for language {SMOLLM2}."
+        ),
     ] = None,
     kind: Annotated[
         str | None,
@@ -152,12 +158,14 @@ def run(
     sizes = Sizes(train_rows, validation_rows, test_rows, max_length)
     sources = {name: find_data(name, data) for name in task}
     for name, source in sources.items():
-        load = KINDS[kind or NAMED.get(name, Named()).kind]
-        study = Study(partial(load, name, source, model, header, sizes), rows, again)
+        kind_of_task = kind or NAMED.get(name, Named()).kind
+        label, place = _model_of(kind_of_task, model)
+        load = KINDS[kind_of_task]
+        study = Study(partial(load, name, source, place, header, sizes), rows, again)
         for method in names:
             fixed = {
                 "task": name,
-                "model": model or "all-MiniLM-L6-v2",
+                "model": label,
                 "method": method,
                 "steps": steps,
                 "batch_size": batch_size,
@@ -169,6 +177,13 @@ def run(
             rate = study.rate(grid, fixed)
             for seed in range(1, seeds + 1):
                 study.row(Cell("score", learning_rate=rate, seed=seed, **fixed))
+
+
+def _model_of(kind: str, model: str | None) -> tuple[str, str | None]:
+    """The name of a model in the rows, and where it is loaded from (None: the embedded MiniLM)."""
+    if model is None and kind in LANGUAGE_KINDS:
+        return SMOLLM2, str(smollm2_folder(cache_folder()))
+    return model or "all-MiniLM-L6-v2", model
 
 
 class Built(NamedTuple):

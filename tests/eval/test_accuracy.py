@@ -282,6 +282,17 @@ def test_a_search_grows_until_the_best_rate_has_neighbours(
     assert rate == min(peak, 3.0)
 
 
+def test_language_tasks_take_the_model_of_a_package_by_default(tmp_path, monkeypatch):
+    monkeypatch.setattr(accuracy, "smollm2_folder", lambda cache: cache / "here")
+    monkeypatch.setenv("QREFTA_CACHE", str(tmp_path))
+    place = str(tmp_path / "here")
+    for kind in ("language", "choice", "prompt"):
+        assert accuracy._model_of(kind, None) == ("SmolLM2-135M-Instruct", place)
+        assert accuracy._model_of(kind, "mine") == ("mine", "mine")
+    assert accuracy._model_of("text", None) == ("all-MiniLM-L6-v2", None)
+    assert set(accuracy.LANGUAGE_KINDS) == set(accuracy.KINDS) - {"text", "image"}
+
+
 def test_a_stopped_study_resumes(source, model, tmp_path, monkeypatch):
     """Runs with a row are not repeated unless requested; missing runs are done."""
     file = tmp_path / "rows.jsonl"
