@@ -1,78 +1,118 @@
-"""The README's table: qrefta, QLoRA and PiSSA on the same model, data and steps."""
+"""The README's tables: qrefta and QLoRA on the same model, data, order and steps."""
 
-from eval.report.findings import Row, Table, number, pick
-from eval.report.scores import Score, difference, scores, shown
+from typing import NamedTuple
 
-TASK = "sst2"
-RANK = 48  # 8 for each of MiniLM's six layers
-BASELINE = "qlora r=8"
-REFTA: Row = {"method": "refta", "rank": RANK, "transform": "lsm3"}
+from eval.report.findings import Row, Table
+from eval.report.pages import markdown_table
+from eval.report.scores import MINUS, Difference, Score, difference, scores, shown
+from eval.tasks.task import METRICS
 
-# Name in the table, method in accuracy.jsonl, and the fields of the split in quant_error.jsonl.
-# QLoRA quantizes whole weights: its base is the split of rank 0, the unit of both error columns.
-# CRAFT's error was measured at other ranks than its score, so its error columns stay empty.
-METHODS: list[tuple[str, str, Row | None]] = [
-    ("QLoRA, r = 8", BASELINE, {"method": "refta", "rank": 0}),
-    ("PiSSA, r = 8, 4-bit residual", "qpissa r=8", {"method": "pissa", "rank": RANK}),
-    ("qrefta, R = 48, `refine=0`", "refta R=48 refine=0", REFTA | {"start": "one shot"}),
-    ("qrefta, R = 48 (default refinement)", "refta R=48", REFTA | {"start": "refined"}),
-    ("qrefta, R = 48, calibrated", "refta R=48 calibrated", REFTA | {"start": "calibrated"}),
-    ("qrefta, CRAFT 6, 100, 100", "craft ranks=6/100/100", None),
+
+class Compared(NamedTuple):
+    """A study in the README.
+
+    Attributes:
+        task, model, test_rows: of its rows.
+        caption: the sentence before the numbers of steps and rows.
+        rival: the method that all are compared with.
+        methods: names in the table, and methods.
+    """
+
+    task: str
+    model: str
+    test_rows: int
+    caption: str
+    rival: str
+    methods: dict[str, str]
+
+
+STUDIES = [
+    Compared(
+        "tinyshakespeare",
+        "SmolLM2-135M-Instruct",
+        128,
+        "SmolLM2-135M-Instruct (30 layers) on Shakespeare's plays",
+        "qlora r=8",
+        {
+            "QLoRA, r = 8": "qlora r=8",
+            "QLoRA, r = 2": "qlora r=2",
+            'qrefta, `method="windows"`, R = 60': "windows R=60 calibrated",
+            "qrefta, R = 60": "refta R=60 calibrated",
+        },
+    ),
+    Compared(
+        "sst2",
+        "all-MiniLM-L6-v2",
+        2700,
+        "all-MiniLM-L6-v2 (6 layers) on SST-2",
+        "qlora r=8",
+        {
+            "QLoRA, r = 8": "qlora r=8",
+            'qrefta, `method="windows"`, R = 48': "windows R=48 calibrated",
+            "qrefta, R = 48": "refta R=48 calibrated",
+            'qrefta, `method="lorta"`, R = 12': "lorta R=12 calibrated",
+        },
+    ),
 ]
 
-HEADER = [
-    "method",
-    "trainable parameters",
-    "peak memory",
-    "time (CPU)",
-    "weight error of the base",
-    "output error of the base",
-    "accuracy",
-    "compared with QLoRA",
-]
 
-
-def comparison_table(accuracy: list[Row], quant_error: list[Row]) -> tuple[Table, str]:
-    """The table and its caption.
+def comparison(accuracy: list[Row]) -> str:
+    """In Markdown: a table and a caption for every study.
 
     Args:
         accuracy: rows of `eval.studies.accuracy`.
-        quant_error: rows of `eval.studies.quant_error`.
     """
-    compared = {method for _, method, _ in METHODS}
+    return "\n\n".join(_part(compared, accuracy) for compared in STUDIES)
+
+
+def _part(compared: Compared, accuracy: list[Row]) -> str:
     study, methods = next(
         (study, methods)
-        for study, methods in scores(pick(accuracy, task=TASK)).items()
-        if compared <= methods.keys()
+        for study, methods in scores(accuracy).items()
+        if (study.task, study.model, study.test_rows)
+        == (compared.task, compared.model, compared.test_rows)
+        and compared.rival in methods
     )
-    bases = pick(quant_error, kind="model", quant_type="nf4")
-    baseline = methods[BASELINE]
-    lines = []
-    for name, method, fields in METHODS:
-        base = None if fields is None else pick(bases, **fields)[-1]
-        lines.append(_line(name, methods[method], base, baseline))
+    rival = methods[compared.rival]
+    names = {name: methods[key] for name, key in compared.methods.items() if key in methods}
+    header = [
+        "method",
+        "trainable parameters",
+        rival.metric,
+        f"better than {next(iter(names))} by (95 % interval)",
+        "learning rate",
+        "peak memory",
+        "time (CPU)",
+    ]
+    table = Table(header, [_line(name, score, rival) for name, score in names.items()])
     caption = (
-        f"{study.model} on SST-2: {study.train_rows:,} training rows, {study.steps} steps of "
-        f"{study.batch_size} rows, {baseline.test_rows:,} test rows, {len(baseline.values)} seeds, "
-        "mean ± standard error. Every method has the same search for its learning rate. "
-        "Trainable parameters exclude the head. Errors are squared and relative to quantizing the "
-        "whole weight to NF4."
+        f"{compared.caption}: {study.steps} steps of {study.batch_size} rows, "
+        f"{rival.test_rows:,} test rows, {len(rival.values)} seeds, mean ± standard error; "
+        "differences are paired over seeds."
     )
-    return Table(HEADER, lines), caption
+    return f"{markdown_table(table)}\n\n{caption}"
 
 
-def _line(name: str, score: Score, base: Row | None, baseline: Score) -> list[str]:
-    """One line of the table."""
-    pair = difference(score, baseline, None)
-    compared = "-" if pair is None or score is baseline else pair.amount
+def _line(name: str, score: Score, rival: Score) -> list[str]:
+    pair = difference(score, rival, None)
+    compared = "-" if pair is None or score is rival else gained(pair)
     peak_bytes = score.peak_bytes
     return [
         name,
         f"{score.adapter:,}",
-        "-" if peak_bytes is None else f"{peak_bytes / 1e6:.0f} MB",
-        f"{score.cpu_s:.0f} s",
-        number(base and base["ratio"]),
-        number(base and base["output_ratio"]),
         shown(score),
         compared,
+        f"{score.learning_rate:g}",
+        "-" if peak_bytes is None else f"{peak_bytes / 1e6:.0f} MB",
+        f"{score.cpu_s:.0f} s",
     ]
+
+
+def gained(pair: Difference) -> str:
+    """For example: +0.4 points (-0.8 to +1.6); per cent for a perplexity."""
+    unit = " %" if METRICS[pair.ours.metric].relative else " points"
+    text = f"{pair.scale * pair.mean:+.1f}{unit}"
+    if pair.interval is not None:
+        low, high = (pair.scale * end for end in pair.interval)
+        text += f" ({low:+.1f} to {high:+.1f})"
+    return text.replace("-", MINUS)

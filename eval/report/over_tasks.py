@@ -5,15 +5,16 @@ perplexity, which is a hundredth of a nat. Every task counts alike.
 """
 
 from collections import defaultdict
-from math import isfinite, sqrt
+from math import sqrt
 from statistics import mean
 from typing import NamedTuple
 
 from scipy.stats import t
 
+from eval.peers.forms import FORMS
 from eval.report.findings import Table
 from eval.report.scores import CONFIDENCE, MINUS, Difference, Score, Study, differences, kind
-from eval.tasks.task import METRICS
+from qrefta.methods import METHODS
 
 # Trainable parameters relative to the rival's.
 SIZES = {"as many": (0.95, 1.05), "a quarter": (0.2, 0.3)}
@@ -38,16 +39,16 @@ class Over(NamedTuple):
     @property
     def mean(self) -> float:
         """Mean difference in points; positive if ours is better."""
-        return mean(_points(pair) for pair in self.by_task.values())
+        return mean(pair.scale * pair.mean for pair in self.by_task.values())
 
     @property
     def interval(self) -> tuple[float, float] | None:
         """The 95 % interval of the mean over seeds, for these tasks (Welch and Satterthwaite)."""
-        errors = [_points_of_error(pair) for pair in self.by_task.values()]
-        if any(error is None or not isfinite(error) for error in errors):
+        pairs = self.by_task.values()
+        if any(pair.interval is None for pair in pairs):
             return None
-        squares = [error**2 for error in errors if error is not None]
-        freedoms = [pair.seeds - 1 for pair in self.by_task.values()]
+        squares = [(pair.scale * (pair.standard_error or 0.0)) ** 2 for pair in pairs]
+        freedoms = [pair.seeds - 1 for pair in pairs]
         total = sum(squares)
         if total == 0:
             return self.mean, self.mean
@@ -62,17 +63,19 @@ class Over(NamedTuple):
 
 
 def over_tasks(studies: dict[Study, dict[str, Score]], theirs: str = "qlora") -> list[Over]:
-    """Every method beside a rival, on all tasks where both were scored; the best mean first.
+    """Every method in 4 bits beside a rival, on all tasks where both were scored; the best mean
+    first.
 
-    If a task was studied several times, the last study counts.
+    If a task was studied several times, the last study counts. Tasks on which the rival learned
+    nothing are left out.
     """
     found: dict[tuple[str, str, str], dict[str, Difference]] = defaultdict(dict)
     for study, methods in studies.items():
-        for ours in sorted({kind(method) for method in methods}):
+        for ours in sorted({kind(method) for method in methods if _in_4_bits(method)}):
             for pair in differences(methods, ours, theirs):
                 share = pair.ours.adapter / pair.theirs.adapter
                 for size, (least, most) in SIZES.items():
-                    if least <= share <= most and ours != theirs:
+                    if least <= share <= most and pair.learned:
                         found[ours, pair.theirs.method, size][study.task] = pair
     groups = [Over(*key, by_task) for key, by_task in found.items() if len(by_task) >= MINIMUM]
     return sorted(groups, key=lambda group: -group.mean)
@@ -111,13 +114,7 @@ def shown(group: Over) -> str:
     return text.replace("-", MINUS)
 
 
-def _points(pair: Difference) -> float:
-    return pair.mean * _scale(pair)
-
-
-def _points_of_error(pair: Difference) -> float | None:
-    return None if pair.standard_error is None else pair.standard_error * _scale(pair)
-
-
-def _scale(pair: Difference) -> float:
-    return 100 / (abs(pair.theirs.mean) if METRICS[pair.ours.metric].relative else 1)
+def _in_4_bits(method: str) -> bool:
+    """Whether it is a method of qrefta, or a form of one, in 4 bits."""
+    words = method.split()
+    return words[0] in (*METHODS, *FORMS) and "bits=16" not in words

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from eval.report.comparison import comparison_table
+from eval.report.comparison import comparison
 from eval.report.kept import short_table
 from eval.report.pages import markdown_table
 from eval.report.scores import score_table, scores
@@ -122,12 +122,6 @@ def coverage_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def comparison(accuracy: list[dict[str, Any]], quant_error: list[dict[str, Any]]) -> str:
-    """In Markdown: qrefta, QLoRA and PiSSA, with the caption."""
-    table, caption = comparison_table(accuracy, quant_error)
-    return f"{markdown_table(table)}\n\n{caption}"
-
-
 def kept_table(rows: list[dict[str, Any]]) -> str:
     """In Markdown: KL divergence of 4-bit bases of a language model, with the caption."""
     table, caption = short_table(rows)
@@ -165,7 +159,7 @@ def _caption(rows: list[dict[str, Any]], run: dict[str, Any], files: dict[str, A
 
 # By the name in a page's mark: the function, and the rows files that it reads.
 TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
-    "comparison": (comparison, ("accuracy", "quant_error")),
+    "comparison": (comparison, ("accuracy",)),
     "kept": (kept_table, ("kld",)),
     "quickstart": (quickstart_table, ("quickstart",)),
     "quickstart_sst2": (quickstart_table, ("quickstart_sst2",)),

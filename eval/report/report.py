@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from eval.peers.bases import Base
+from eval.peers.forms import FORMS
 from eval.report import figures, findings, kept, over_tasks, scores
 from eval.report.findings import FORMATS, Row, distinct, pick
 from eval.report.pages import Report, Section, html_page, markdown
@@ -365,9 +366,11 @@ def score_section(study: scores.Study, methods: dict[str, scores.Score]) -> Sect
     title = scores.score_title(study.task, methods)
     pairs = [
         pair
-        for ours in METHODS
-        for words, theirs in ((f"{ours} bits=16", "lora"), (ours, "qlora"))
-        for pair in scores.differences(methods, words, theirs)
+        for ours in dict.fromkeys(map(scores.kind, methods))
+        if ours.split()[0] in (*METHODS, *FORMS)
+        for pair in scores.differences(
+            methods, ours, "lora" if "bits=16" in ours.split() else "qlora"
+        )
     ]
     text = (
         f"{study.model}, {study.steps} steps of {study.batch_size} rows, {study.train_rows:,} "

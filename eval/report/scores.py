@@ -84,6 +84,20 @@ class Difference(NamedTuple):
         return self.mean - half, self.mean + half
 
     @property
+    def learned(self) -> bool:
+        """Whether the rival's gain over the head alone exceeds half the interval, or is unknown."""
+        if self.gain is None or self.interval is None:
+            return True
+        low, high = self.interval
+        return self.gain > (high - low) / 2
+
+    @property
+    def scale(self) -> float:
+        """Points of a difference of 1: hundredths, or per cents of the rival's score."""
+        relative = METRICS[self.ours.metric].relative
+        return 100 / (abs(self.theirs.mean) if relative else 1)
+
+    @property
     def word(self) -> str:
         """better, worse, level (no worse than by the metric's margin), or undecided.
 
@@ -93,7 +107,7 @@ class Difference(NamedTuple):
         if self.interval is None:
             return "undecided"
         low, high = self.interval
-        if self.gain is not None and self.gain <= (high - low) / 2:
+        if not self.learned:
             return "undecided"
         if low > 0:
             return "better"

@@ -3,8 +3,9 @@
 import pytest
 from scipy.stats import t
 
+from eval.report.comparison import gained
 from eval.report.over_tasks import over_tasks, over_tasks_table, shown
-from eval.report.scores import Score, Study
+from eval.report.scores import MINUS, Score, Study, difference
 
 SEEDS = range(1, 6)
 WIGGLE = (0.01, -0.01, 0.02, -0.02, 0.0)
@@ -62,5 +63,24 @@ def test_one_task_or_another_size_is_no_group():
     assert over_tasks({study(task): methods(ours, theirs) for task in "ab"}) == []
     equal = ours._replace(adapter=20)
     assert over_tasks({study("a"): methods(equal, theirs)}) == []
+    dense = equal._replace(method="refta R=4 bits=16")
+    assert over_tasks({study(task): methods(dense, theirs) for task in "ab"}) == []
+    nothing = [score(name, 0.7, size) for name, size in (("head-only", 0), ("qlora r=2", 20))]
+    noisy = score("refta R=4", 0.8, 20, wiggle=1.0)
+    assert over_tasks({study(task): methods(noisy, *nothing) for task in "ab"}) == []
     table = over_tasks_table(over_tasks({study(task): methods(equal, theirs) for task in "ab"}))
     assert [line[:4] for line in table.rows] == [["refta", "qlora r=2", "as many", "a, b"]]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "metric", "text"),
+    [
+        (0.82, 0.8, "accuracy", "+2.0 points (+2.0 to +2.0)"),
+        (42.0, 40.0, "perplexity", "-5.0 % (-5.0 to -5.0)"),
+    ],
+)
+def test_the_readme_states_points_or_per_cents(ours, theirs, metric, text):
+    pair = difference(
+        score("refta R=4", ours, 10, metric), score("qlora r=2", theirs, 10, metric), None
+    )
+    assert gained(pair) == text.replace("-", MINUS)
