@@ -26,25 +26,31 @@ def restart_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
+def living(device: str) -> int:
+    """Bytes of torch's living tensors on a device."""
+    gc.collect()
+    if device == "cuda":
+        return torch.cuda.memory_allocated()
+    return sum(_storages(device).values())
+
+
 def tensor_peak(step: Callable[[], None], device: str) -> int:
     """Peak bytes of torch's tensors on a device while `step` runs, all living tensors included.
 
     On a CPU the profiler counts every allocation and release, so memory that the C library keeps
     does not matter. `step` must not free tensors that it did not allocate.
     """
-    gc.collect()
+    held = living(device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         step()
         return torch.cuda.max_memory_allocated()
-    living = sum(_storages(device).values())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = [
         event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"
     ]
-    held = living
-    most = living
+    most = held
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         most = max(most, held)

@@ -36,7 +36,7 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 import qrefta
-from eval.memory import tensor_peak
+from eval.memory import living, tensor_peak
 from eval.peers.baselines import ia3, lora, qlora, train_head_only, vera
 from eval.peers.forms import FORMS
 from eval.peers.loretta import loretta
@@ -275,6 +275,8 @@ def measure(cell: Cell, task: Task, built: Built | None = None) -> dict[str, Any
         built: the model of the cell, which stays untrained; it is built if missing.
     """
     built = built or Built.of(cell.method, task, cell.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    others = living(device)
     model = copy.deepcopy(built.model)
     judge = task.judge if cell.kind == "score" else None
     name = task.metric if task.judge is None or judge is not None else "perplexity"
@@ -308,7 +310,7 @@ def measure(cell: Cell, task: Task, built: Built | None = None) -> dict[str, Any
         train_loss = trainer.train().training_loss if trains else None
         wall = time.perf_counter() - start_wall
         cpu = time.process_time() - start_cpu
-        peak = peak_bytes(trainer, task, cell) if trains else None
+        peak = peak_bytes(trainer, task, cell) - others if trains else None
         split = "validation" if cell.kind == "search" else "test"
         scored = task.validation if cell.kind == "search" else task.test
         found = trainer.predict(scored)

@@ -204,6 +204,17 @@ def test_measuring_the_peak_changes_no_weight(task, monkeypatch):
     assert found["bytes"] > 4 * 4 * parameters  # weights, gradients and two moments, float32
 
 
+def test_models_that_are_kept_for_other_rates_do_not_count_in_the_peak(task, tmp_path):
+    study = Study(lambda seed: task, tmp_path / "rows.jsonl", False)
+    peaks = [
+        study.row(cell("lora r=2", kind="search")._replace(seed=seed))["peak_bytes"]
+        for seed in SEARCH_SEEDS
+    ]
+    parameters = sum(parameter.numel() for parameter in task.model(0).parameters())
+    assert max(peaks) - min(peaks) < 0.2 * 4 * parameters
+    assert min(peaks) > 4 * parameters
+
+
 def test_the_starts_of_quantized_peers_are_near_the_model(task):
     """QPiSSA and LoftQ: quantized part plus pair is nearer to the weights than QLoRA's
     start.
