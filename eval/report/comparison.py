@@ -32,10 +32,10 @@ STUDIES = [
         "SmolLM2-135M-Instruct",
         128,
         "SmolLM2-135M-Instruct (30 layers) on Shakespeare's plays",
-        "qlora r=8",
+        "qlora r=2",
         {
-            "QLoRA, r = 8": "qlora r=8",
             "QLoRA, r = 2": "qlora r=2",
+            "QLoRA, r = 8": "qlora r=8",
             'qrefta, `method="windows"`, R = 60': "windows R=60 calibrated",
             "qrefta, R = 60": "refta R=60 calibrated",
         },
