@@ -25,8 +25,7 @@ class Over(NamedTuple):
     """Differences of one pair of methods, one a task.
 
     Attributes:
-        ours: a method without its rank.
-        theirs: a method with its rank.
+        ours, theirs: methods without their ranks, which differ from task to task.
         size: of `SIZES`.
         by_task: the difference of every task.
     """
@@ -76,7 +75,7 @@ def over_tasks(studies: dict[Study, dict[str, Score]], theirs: str = "qlora") ->
                 share = pair.ours.adapter / pair.theirs.adapter
                 for size, (least, most) in SIZES.items():
                     if least <= share <= most and pair.learned:
-                        found[ours, pair.theirs.method, size][study.task] = pair
+                        found[ours, theirs, size][study.task] = pair
     groups = [Over(*key, by_task) for key, by_task in found.items() if len(by_task) >= MINIMUM]
     return sorted(groups, key=lambda group: -group.mean)
 

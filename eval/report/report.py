@@ -350,8 +350,8 @@ def over_tasks_sections(studies: dict[scores.Study, dict[str, scores.Score]]) ->
         return []
     best = groups[0]
     title = (
-        f"Over {len(best.by_task)} tasks {best.ours} differs most from {best.theirs}: "
-        f"{over_tasks.shown(best)} points with {best.size} trainable parameters"
+        f"Over {len(best.by_task)} tasks, {best.ours} minus {best.theirs} with {best.size} "
+        f"trainable parameters: {over_tasks.shown(best)} points"
     )
     text = (
         "Each method at its best learning rate, differences paired over seeds, every task counts "
