@@ -37,7 +37,7 @@ STUDIES = [
             "QLoRA, r = 2": "qlora r=2",
             "QLoRA, r = 8": "qlora r=8",
             'qrefta, `method="windows"`, R = 60': "windows R=60 calibrated",
-            "qrefta, R = 60": "refta R=60 calibrated",
+            "qrefta, R = 60, at its default rate": "refta R=60 calibrated",
         },
     ),
     Compared(
