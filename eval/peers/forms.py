@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qrefta.linalg.slices import Slices
 from qrefta.linalg.tsvd import TSVD, t_svd
-from qrefta.nn.factors import Factors, Fit, LowRankFactors, frozen
+from qrefta.nn.factors import Factors, Fit, LowRankFactors, frozen, unit_rows
 
 SLOW = 0.1
 
@@ -70,8 +70,7 @@ class _FromZero(_Mixed):
     """A starts at zero, the rows of B are random, of length one."""
 
     def draw(self, generator: torch.Generator) -> None:
-        rows = torch.randn(self.B.shape, generator=generator, dtype=torch.float64)
-        down = nn.functional.normalize(rows, dim=1)
+        down = unit_rows(self.B, generator)
         self.fill(torch.zeros_like(self.A), down.float(), self.start_of_mix(generator))
 
     def start_of_mix(self, generator: torch.Generator) -> Tensor:

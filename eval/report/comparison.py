@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from eval.report.findings import Row, Table
 from eval.report.pages import markdown_table
-from eval.report.scores import MINUS, Difference, Score, difference, scores, shown
+from eval.report.scores import Difference, Score, difference, scores, shown, signed
 from eval.tasks.task import METRICS
 
 
@@ -111,8 +111,7 @@ def _line(name: str, score: Score, rival: Score) -> list[str]:
 def gained(pair: Difference) -> str:
     """For example: +0.4 points (-0.8 to +1.6); per cent for a perplexity."""
     unit = " %" if METRICS[pair.ours.metric].relative else " points"
-    text = f"{pair.scale * pair.mean:+.1f}{unit}"
-    if pair.interval is not None:
-        low, high = (pair.scale * end for end in pair.interval)
-        text += f" ({low:+.1f} to {high:+.1f})"
-    return text.replace("-", MINUS)
+    scale = pair.scale
+    ends = pair.interval
+    interval = None if ends is None else (scale * ends[0], scale * ends[1])
+    return signed(scale * pair.mean, interval, unit)

@@ -11,10 +11,17 @@ from typing import NamedTuple
 
 from scipy.stats import t
 
-from eval.peers.forms import FORMS
 from eval.report.findings import Table
-from eval.report.scores import CONFIDENCE, MINUS, Difference, Score, Study, differences, kind
-from qrefta.methods import METHODS
+from eval.report.scores import (
+    CONFIDENCE,
+    Difference,
+    Score,
+    Study,
+    differences,
+    kind,
+    rival_of,
+    signed,
+)
 
 # Trainable parameters relative to the rival's.
 SIZES = {"as many": (0.95, 1.05), "a quarter": (0.2, 0.3)}
@@ -62,15 +69,14 @@ class Over(NamedTuple):
 
 
 def over_tasks(studies: dict[Study, dict[str, Score]], theirs: str = "qlora") -> list[Over]:
-    """Every method in 4 bits beside a rival, on all tasks where both were scored; the best mean
-    first.
+    """Every method whose rival it is, on all tasks where both were scored; the best mean first.
 
     If a task was studied several times, the last study counts. Tasks on which the rival learned
     nothing are left out.
     """
     found: dict[tuple[str, str, str], dict[str, Difference]] = defaultdict(dict)
     for study, methods in studies.items():
-        for ours in sorted({kind(method) for method in methods if _in_4_bits(method)}):
+        for ours in sorted({kind(method) for method in methods if rival_of(method) == theirs}):
             for pair in differences(methods, ours, theirs):
                 share = pair.ours.adapter / pair.theirs.adapter
                 for size, (least, most) in SIZES.items():
@@ -105,15 +111,5 @@ def over_tasks_table(groups: list[Over]) -> Table:
 
 
 def shown(group: Over) -> str:
-    """For example: +0.4 (-0.2 to +1.0)."""
-    text = f"{group.mean:+.1f}"
-    if group.interval is not None:
-        low, high = group.interval
-        text += f" ({low:+.1f} to {high:+.1f})"
-    return text.replace("-", MINUS)
-
-
-def _in_4_bits(method: str) -> bool:
-    """Whether it is a method of qrefta, or a form of one, in 4 bits."""
-    words = method.split()
-    return words[0] in (*METHODS, *FORMS) and "bits=16" not in words
+    """The mean difference with its interval, in points."""
+    return signed(group.mean, group.interval)

@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 
 from eval.peers.bases import Base
-from eval.peers.forms import FORMS
 from eval.report import figures, findings, kept, over_tasks, scores
 from eval.report.findings import FORMATS, Row, distinct, pick
 from eval.report.pages import Report, Section, html_page, markdown
@@ -19,7 +18,6 @@ from eval.report.verdicts import verdicts
 from eval.rows import read
 from eval.studies.quant_error import Cell
 from qrefta.cli import guarded
-from qrefta.methods import METHODS
 
 ROWS = Path(__file__).parents[1] / "rows"
 MAKES = {
@@ -367,10 +365,8 @@ def score_section(study: scores.Study, methods: dict[str, scores.Score]) -> Sect
     pairs = [
         pair
         for ours in dict.fromkeys(map(scores.kind, methods))
-        if ours.split()[0] in (*METHODS, *FORMS)
-        for pair in scores.differences(
-            methods, ours, "lora" if "bits=16" in ours.split() else "qlora"
-        )
+        if (rival := scores.rival_of(ours)) is not None
+        for pair in scores.differences(methods, ours, rival)
     ]
     text = (
         f"{study.model}, {study.steps} steps of {study.batch_size} rows, {study.train_rows:,} "

@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 from scipy.stats import t
 
+from eval.peers.forms import FORMS
 from eval.report.findings import Row, Table, number, pick
 from eval.tasks.task import METRICS, best_rate
+from qrefta.methods import METHODS
 
 MINUS = "\N{MINUS SIGN}"
 RANK_WORDS = ("R=", "r=", "ranks=", "trained_params=")  # the words of a method that set its size
@@ -231,6 +233,23 @@ def differences(methods: dict[str, Score], ours: str, theirs: str) -> list[Diffe
         if kind(one) == ours and kind(other) == theirs
     ]
     return [pair for pair in pairs if pair is not None]
+
+
+def rival_of(method: str) -> str | None:
+    """The peer of a method of qrefta or of a form: lora on 16 bits, qlora on 4; None for peers."""
+    words = method.split()
+    if words[0] not in (*METHODS, *FORMS):
+        return None
+    return "lora" if "bits=16" in words else "qlora"
+
+
+def signed(mean: float, interval: tuple[float, float] | None, unit: str = "") -> str:
+    """For example: +0.4 points (-0.2 to +1.0)."""
+    text = f"{mean:+.1f}{unit}"
+    if interval is not None:
+        low, high = interval
+        text += f" ({low:+.1f} to {high:+.1f})"
+    return text.replace("-", MINUS)
 
 
 def kind(method: str) -> str:

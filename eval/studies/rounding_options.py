@@ -1,7 +1,7 @@
 """Additions to rounding with error feedback that `prepare` leaves out, measured beside it.
 
-    feedback    qrefta's searched scales and codes with error feedback, without factors: the start
-                of all others
+    feedback    qrefta's searched scales and codes with error feedback, without factors: all others
+                start from it
     refitted    then the scales of a row's blocks are fitted to its codes: least squares under the
                 moment of the inputs
     descent     then every code moves to its best value, given all others, in some passes over the
@@ -15,6 +15,7 @@ relative to feedback alone, and the seconds of rounding. The model and the texts
 `python -m eval kld`.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -120,10 +121,7 @@ def run(
         for name in names:
             quantized = load(folder)
             start = perf_counter()
-            with torch.no_grad():
-                OPTIONS[name](quantized, moments, batches)
-            if name == "norms":
-                tune_norms(quantized, load(folder), batches)
+            OPTIONS[name](quantized, moments, batches)
             row = setting | {
                 "option": name,
                 "seconds": perf_counter() - start,
@@ -160,6 +158,7 @@ def each_layer(
 ) -> Callable[[PreTrainedModel, Moments, list[dict[str, Tensor]]], None]:
     """A function that replaces the weight of every linear layer by `change` of it."""
 
+    @torch.no_grad()
     def all_layers(model: PreTrainedModel, moments: Moments, _: Any) -> None:
         for stack in find_stacks(model):
             for layer in layers_of(model, stack, moments):
@@ -232,6 +231,7 @@ def scales_of(packed: QuantizedWeight) -> Tensor:
     return packed.block_scales().repeat_interleave(packed.format.block_size).view(packed.shape)
 
 
+@torch.no_grad()
 def sequential(model: PreTrainedModel, _: Moments, batches: list[dict[str, Tensor]]) -> None:
     """Round the blocks in order, each on the moments of the inputs that it gets as the model is.
 
@@ -240,6 +240,7 @@ def sequential(model: PreTrainedModel, _: Moments, batches: list[dict[str, Tenso
     blocks = model.get_submodule(BLOCKS)
     stacks = find_stacks(model)
     calls = inputs_of(model, blocks[0], batches)
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
     for index, block in enumerate(blocks):
         alone = {
             path: replace(stack, modules=(path,))
@@ -248,12 +249,11 @@ def sequential(model: PreTrainedModel, _: Moments, batches: list[dict[str, Tenso
             if path.startswith(f"{BLOCKS}.{index}.")
         }
         while alone:
-            found = inputs_seen(model, block, list(alone), calls)
+            found = inputs_seen(model, block, list(alone), calls, tokens)
             first = next(iter(found.values()))
             for path, moment in found.items():
                 if torch.equal(moment, first):
                     stack = alone.pop(path)
-                    tokens = sum(hidden.shape[0] * hidden.shape[1] for hidden, _ in calls)
                     moments = Moments({path: path}, {path: tokens}, {path: moment}.__getitem__)
                     layer = Layer(model.get_submodule(path).weight, stack, moments)
                     layer.weight.copy_(fed_back(layer))
@@ -281,6 +281,7 @@ def inputs_seen(
     block: nn.Module,
     paths: list[str],
     calls: list[tuple[Tensor, dict[str, Any]]],
+    tokens: int,
 ) -> dict[str, Tensor]:
     """Second moments of the inputs of a block's linear layers, by path."""
     sums: dict[str, Tensor] = {}
@@ -299,14 +300,13 @@ def inputs_seen(
         block(hidden, **options)
     for handle in handles:
         handle.remove()
-    tokens = sum(hidden.shape[0] * hidden.shape[1] for hidden, _ in calls)
     return {path: total / tokens for path, total in sums.items()}
 
 
-def tune_norms(
-    model: PreTrainedModel, dense: PreTrainedModel, batches: list[dict[str, Tensor]]
-) -> None:
-    """Train the gains of a model's norms to the KL divergence from a dense model, with Adam."""
+def tune_norms(model: PreTrainedModel, moments: Moments, batches: list[dict[str, Tensor]]) -> None:
+    """Round the weights, then train the gains of the norms to the KL divergence, with Adam."""
+    dense = copy.deepcopy(model)
+    each_layer(fed_back)(model, moments, batches)
     model.requires_grad_(False)
     gains = [
         module.weight
@@ -336,7 +336,7 @@ OPTIONS: dict[str, Callable[[PreTrainedModel, Moments, list[dict[str, Tensor]]],
     "refitted": each_layer(refitted),
     "descent": each_layer(descended),
     "sequential": sequential,
-    "norms": each_layer(fed_back),
+    "norms": tune_norms,
 }
 
 if __name__ == "__main__":

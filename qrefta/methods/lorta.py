@@ -9,7 +9,7 @@ layer mode are deviations from 1.
 import torch
 from torch import Tensor, nn
 
-from qrefta.nn.factors import LowRankFactors
+from qrefta.nn.factors import LowRankFactors, unit_rows
 
 
 class LoRTA(LowRankFactors):
@@ -28,9 +28,7 @@ class LoRTA(LowRankFactors):
         self.C = nn.Parameter(torch.zeros(layers, rank, dtype=master))
 
     def draw(self, generator: torch.Generator) -> None:
-        drawn = torch.randn(self.B.shape, generator=generator, dtype=torch.float64)
-        unit_rows = nn.functional.normalize(drawn, dim=1)
-        self.B.copy_(unit_rows.to(self.dtype))
+        self.B.copy_(unit_rows(self.B, generator).to(self.dtype))
 
     @classmethod
     def largest_rank(cls, layers: int, out_features: int, in_features: int) -> int:

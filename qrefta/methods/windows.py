@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from qrefta.nn.factors import LowRankFactors
+from qrefta.nn.factors import LowRankFactors, unit_rows
 
 WIDTH = 8  # components of a layer, as in the usual LoRA
 
@@ -39,8 +39,7 @@ class Windows(LowRankFactors):
         self.B = nn.Parameter(torch.empty(rank, in_features, dtype=master))
 
     def draw(self, generator: torch.Generator) -> None:
-        rows = torch.randn(self.B.shape, generator=generator, dtype=torch.float64)
-        self.B.copy_(nn.functional.normalize(rows, dim=1).to(self.dtype))
+        self.B.copy_(unit_rows(self.B, generator).to(self.dtype))
 
     @classmethod
     def largest_rank(cls, layers: int, out_features: int, in_features: int) -> int:

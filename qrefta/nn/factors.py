@@ -316,6 +316,12 @@ class LowRankFactors(Factors):
         return left @ right
 
 
+def unit_rows(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Random rows of length one in the shape of `like`, float64, on the generator's device."""
+    rows = torch.randn(like.shape, generator=generator, dtype=torch.float64)
+    return nn.functional.normalize(rows, dim=1)
+
+
 def factor_dtype(settings: Settings) -> torch.dtype:
     """The dtype that factors are rounded to."""
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[settings.factor_dtype]
