@@ -297,7 +297,7 @@ def measure(cell: Cell, task: Task, built: Built | None = None) -> dict[str, Any
                 logging_steps=1.0,
                 report_to="none",
                 disable_tqdm=True,
-                prediction_loss_only=metric.of_loss or judge is not None,
+                prediction_loss_only=metric.of_loss,
                 dataloader_pin_memory=torch.cuda.is_available(),
             ),
             train_dataset=in_order(task.train, cell.steps, cell.batch_size, cell.seed),
@@ -313,13 +313,17 @@ def measure(cell: Cell, task: Task, built: Built | None = None) -> dict[str, Any
         peak = peak_bytes(trainer, task, cell) - others if trains else None
         split = "validation" if cell.kind == "search" else "test"
         scored = task.validation if cell.kind == "search" else task.test
-        found = trainer.predict(scored)
+        if judge is None:
+            found = trainer.predict(scored)
+            value, loss = metric.score(found), found.metrics["test_loss"]
+        else:
+            value, loss = judge(model, scored)
     return {
         "split": split,
         "n": len(scored),
         "metric": name,
-        "value": metric.score(found) if judge is None else judge(model, scored),
-        "loss": found.metrics["test_loss"],
+        "value": value,
+        "loss": loss,
         "train_loss": train_loss,
         "trained_parameters": count_trained(model),
         "head_parameters": built.head_parameters,

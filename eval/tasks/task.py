@@ -107,7 +107,7 @@ class Task(NamedTuple):
         model: seed -> a fresh model.
         heads: modules of the base model that are fully trained, in addition to the task's head.
         metric: a name in METRICS.
-        judge: the metric of a model on rows, if predictions do not give it.
+        judge: metric and loss of a model on rows, if predictions do not give them.
     """
 
     train: Dataset
@@ -117,7 +117,7 @@ class Task(NamedTuple):
     model: Callable[[int], PreTrainedModel]
     heads: list[str]
     metric: str
-    judge: Callable[[nn.Module, Dataset], float] | None = None
+    judge: Callable[[nn.Module, Dataset], tuple[float, float]] | None = None
 
 
 def load_task(

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from eval.studies.accuracy import Cell, measure
 from eval.tasks import language
-from eval.tasks.language import choice_accuracy, choice_task, prompt_task, text_lm_task
+from eval.tasks.language import choice_task, judge_choices, prompt_task, text_lm_task
 from eval.tasks.task import NAMED, Named, Sizes
 
 WORDS = [
@@ -28,17 +28,21 @@ WORDS = [
     "answer",
     "?",
     "red",
+    "1",
+    "2",
 ]
 SIZES = Sizes(train=40, validation=10, test=12, length=16)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny Llama with a tokenizer of whole words."""
+    """A tiny Llama with a tokenizer of whole words and digits."""
     folder = tmp_path_factory.mktemp("lm")
     vocabulary = {word: index for index, word in enumerate(["[UNK]", "[EOS]", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.Digits()]
+    )
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="[EOS]"
     ).save_pretrained(folder)
@@ -126,29 +130,37 @@ def test_questions_are_learned_and_judged_by_the_harness(folder, questions):
     row = measure(cell("full", steps=40), task)
     assert row["metric"] == "accuracy"
     assert row["value"] == 1
-    row = measure(cell("refta R=16", steps=60), task)
+    row = measure(cell("windows R=16", rate=1e-2, steps=60), task)
     assert row["value"] > 0.5
     row = measure(cell("refta R=16", kind="search"), task)
     assert row["metric"] == "perplexity"  # the rate is chosen by the answers' loss
     assert row["value"] == pytest.approx(math.exp(row["loss"]))
 
 
-def test_the_harness_scores_the_most_likely_choice(folder, questions):
-    """Compared with sums of log probabilities."""
+@pytest.mark.parametrize("words", [("blue", "green"), ("blue1", "blue2")])
+def test_the_harness_scores_the_most_likely_choice(folder, questions, words):
+    """Compared with sums of log probabilities; numbered choices differ in their number only."""
     pytest.importorskip("lm_eval")
+    for split in ("train", "test"):
+        file = questions / f"{split}.json"
+        text = file.read_text().replace("blue", words[0]).replace("green", words[1])
+        file.write_text(text)
     task = choice_task("mine", str(questions), folder, None, SIZES, 0)
-    model = task.model(0).eval()
+    model = task.model(0).float().eval()
     tokenizer = language.AutoTokenizer.from_pretrained(folder)
-    right = 0
+    right, loss = 0, 0.0
     for row in task.test:
         scores = []
-        for choice in ("blue", "green"):
-            prompt = tokenizer(row["instruction"] + "\n\nthe correct answer is")["input_ids"]
+        prompt = tokenizer(row["instruction"] + "\n\nthe correct answer is")["input_ids"]
+        for choice in words:
             ids = torch.tensor([prompt + tokenizer(choice)["input_ids"]])
             with torch.no_grad():
                 scores.append(model(ids).logits[0, -2].log_softmax(-1)[ids[0, -1]].item())
-        right += ("blue", "green")[scores[1] > scores[0]] == row["answer"]
-    assert choice_accuracy(model, task.test, tokenizer) == pytest.approx(right / len(task.test))
+        right += words[scores[1] > scores[0]] == row["answer"]
+        loss -= scores[words.index(row["answer"])]
+    judged = judge_choices(model, task.test, tokenizer)
+    assert judged.accuracy == pytest.approx(right / len(task.test))
+    assert judged.loss == pytest.approx(loss / len(task.test), rel=1e-4)
 
 
 def test_labels_are_on_the_answer_alone(folder, questions):
