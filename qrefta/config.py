@@ -54,10 +54,11 @@ class RankBudget:
     """A rule that chooses the ranks of all stacks; give exactly one of the three.
 
     Attributes:
-        bytes: the ranks whose factors take at most this many bytes in all and remove the most
-            quantization error. An int, or text such as "8MB" (10^6 bytes) or "8MiB".
-        error_ratio: the smallest ranks with at most this squared error, relative to quantizing
-            unsplit weights; of the outputs, if the split is calibrated.
+        bytes: the largest rank, equal for all stacks, whose factors take at most this many bytes in
+            all; with method refta the ranks that remove the most quantization error. An int, or
+            text such as "8MB" (10^6 bytes) or "8MiB".
+        error_ratio: with method refta the smallest ranks with at most this squared error, relative
+            to quantizing unsplit weights; of the outputs, if the split is calibrated.
         trainable_parameters: the largest rank, equal for all stacks, with at most this many
             trainable parameters in all factors.
 
@@ -150,7 +151,8 @@ def _bytes_of_text(text: str) -> int | None:
 
 
 def with_new_rank(keywords: dict[str, Any]) -> dict[str, Any]:
-    """Keywords with one `rank` for the five settings that chose it in qrefta 0.1.
+    """Keywords with one `rank` for the five settings that chose it in qrefta 0.1, where refta was
+    the default method.
 
     Raises:
         ValueError: if the old settings contradict each other.
@@ -172,7 +174,7 @@ def with_new_rank(keywords: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f'budget_mb and error_ratio go with rank="auto"; rank is {rank!r} with {name}={value!r}'
         )
-    return kept | {"rank": _rank_from_old(name, value)}
+    return {"method": "refta"} | kept | {"rank": _rank_from_old(name, value)}
 
 
 def _rank_from_old(name: str, value: Any) -> RankSetting:
@@ -273,10 +275,11 @@ class Settings:
             together; a stack has R (in + out) trainable parameters. 0 quantizes only. A tuple
             (layers, outputs, inputs) for method craft, each capped at the stack's size. A
             `RankBudget` chooses the ranks.
-        method: refta; craft, which trains three small square matrices a stack; or tera, lotr, lorta
-            and windows, which start from a zero update and quantize unsplit weights.
+        method: windows, an update from zero whose components neighbouring layers share; refta,
+            which trains the principal part of the weights and quantizes the rest; craft, which
+            trains three small square matrices a stack; or tera, lotr or lorta, also from zero.
         transform: mode-3 transform: lsm3 (from the data), dct, or identity (each layer by itself).
-            craft takes lsm3; methods that start from zero take none.
+            craft takes lsm3; methods that start from zero use none.
         quant_type: 4-bit format.
         block_size: weights that share a scale.
         double_quant: store the scales in 8 bits, as QLoRA does.
@@ -295,8 +298,9 @@ class Settings:
         modules_to_save: path ends of further modules to train in full, such as a new "pooler". A
             task head outside the base model trains without being named, unless it is a
             language-model head.
-        refine: rounds that refit the factors and the quantized residual to each other. None: 5, or
-            1 if error feedback follows, since more rounds do not change the model's outputs then.
+        refine: rounds that refit the factors of refta or craft and the quantized residual to each
+            other. None: 5, or 1 if error feedback follows, since more rounds do not change the
+            model's outputs then.
         seed: seed of random starts.
         factor_dtype: dtype that the factors are rounded to; float32 does not round.
 
@@ -315,7 +319,7 @@ class Settings:
             "bytes=8MB, error=0.5, parameters=300000.",
         ),
     )
-    method: Method = field(default="refta", metadata=_checked(_check_method, "Tensor method."))
+    method: Method = field(default="windows", metadata=_checked(_check_method, "Tensor method."))
     transform: Transform = field(default="lsm3", metadata=_one_of(TRANSFORMS, "Mode-3 transform."))
     quant_type: QuantType = field(default="nf4", metadata=_one_of(QUANT_TYPES, "4-bit format."))
     block_size: int = field(
@@ -366,17 +370,29 @@ class Settings:
                 f"transform (with method {self.method}) is {self.transform!r}; it must be one of "
                 f"{', '.join(transforms)}"
             )
-        weighs_error = isinstance(self.rank, RankBudget) and self.rank.trainable_parameters is None
-        if weighs_error and self.bits == 16:
+        if self.weighs_error and self.bits == 16:
             raise ValueError(
                 "A RankBudget of bytes or error_ratio weighs quantization error, and 16 bits have "
                 "none; give a number as rank"
             )
-        if weighs_error and self.method != "refta":
+        of_error = isinstance(self.rank, RankBudget) and self.rank.error_ratio is not None
+        if of_error and self.method != "refta":
             raise ValueError(
-                "A RankBudget of bytes or error_ratio weighs the components of method refta, and "
-                f"method is {self.method!r}; give a number or RankBudget(trainable_parameters=...)"
+                f"A RankBudget of error_ratio needs method refta, and method is {self.method!r}, "
+                'whose rank does not change the error; give method="refta", a number as rank, or '
+                "a RankBudget of bytes or trainable_parameters"
             )
+
+    @property
+    def weighs_error(self) -> bool:
+        """Whether the ranks depend on the weights: the components of ReFTA that remove most error
+        within a budget.
+        """
+        return (
+            self.method == "refta"
+            and isinstance(self.rank, RankBudget)
+            and self.rank.trainable_parameters is None
+        )
 
     def searches_scales(self, calibrated: bool) -> bool:
         """Whether scales are searched; without moments only NF4's are.
@@ -467,7 +483,26 @@ def settings_of_call(function: str, keywords: dict[str, Any]) -> Settings:
             DeprecationWarning,
             stacklevel=3,
         )
-    return Settings(**with_new_rank(keywords))
+    settings = Settings(**with_new_rank(keywords))
+    warn_of_idle(keywords, stacklevel=4)
+    return settings
+
+
+def warn_of_idle(keywords: dict[str, Any], stacklevel: int) -> None:
+    """Warn of a transform or rounds of refinement that the method of a call leaves unused.
+
+    `stacklevel` names the warning's line, as in `warnings.warn`.
+    """
+    method = keywords.get("method", Settings.method)
+    if method in FITTED or method not in METHOD_NAMES:
+        return
+    for name in ("transform", "refine"):
+        if keywords.get(name) not in (None, 0, Settings.transform):
+            warnings.warn(
+                f"{name}={keywords[name]!r} has no effect with method {method}, which starts from "
+                f"zero. Methods that split the weights use it: {', '.join(FITTED)}.",
+                stacklevel=stacklevel,
+            )
 
 
 @dataclass(frozen=True)

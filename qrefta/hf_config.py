@@ -16,6 +16,7 @@ from qrefta.config import (
     SETTING_NAMES,
     Settings,
     StackReport,
+    warn_of_idle,
     with_new_rank,
 )
 
@@ -60,6 +61,8 @@ class QReftaConfig(QuantizationConfigMixin):
         self.quant_method = quant_method  # pyright: ignore[reportAttributeAccessIssue]
         self.format_version = format_version
         self.settings = settings or _settings(keywords, format_version)
+        if not stacks:
+            warn_of_idle(keywords, stacklevel=3)
         self.calibrated = calibrated
         self.base_model = base_model
         self.stacks = [
@@ -87,11 +90,15 @@ class QReftaConfig(QuantizationConfigMixin):
 def _settings(keywords: dict[str, Any], format_version: int) -> Settings:
     """Settings from the keywords of a saved config, of format 1 to 3, or of a call.
 
-    Formats 1 and 2 had one way of rounding; INT4 had searched scales.
+    Formats 1 and 2 had one way of rounding, and refta as default; INT4 had searched scales.
     """
     if format_version < 3:
         searched = keywords.get("quant_type") == "int4"
-        older = {"scales": "searched" if searched else "absmax", "rounding": "nearest"}
+        older = {
+            "method": "refta",
+            "scales": "searched" if searched else "absmax",
+            "rounding": "nearest",
+        }
         keywords = older | keywords
     unknown = sorted(set(keywords) - SETTING_NAMES - set(OLD_RANK_SETTINGS))
     if unknown:

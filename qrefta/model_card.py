@@ -7,6 +7,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
+from qrefta.choices import FITTED
+from qrefta.config import Settings
 from qrefta.files.safetensors import replace_text
 from qrefta.hf_config import QReftaConfig
 
@@ -50,9 +52,8 @@ def model_card(config: QReftaConfig, did: str = "", use: str = _USE) -> str:
         [
             f"---\n{data.to_yaml()}\n---",
             f"# {Path(source).name}, prepared with qrefta",
-            f"The linear layers in the blocks of {source} are stored as {_format(config)}, "
-            f"without the part that {settings.method} keeps in trainable factors, which all layers "
-            f"of a role share. {did}".rstrip(),
+            f"The linear layers in the blocks of {source} are stored as {_format(config)}"
+            f"{_factors(settings)} {did}".rstrip(),
             f"Licence of the base model: {licence}.",
             "Squared quantization error, of the residual and of unsplit weights that are rounded "
             "plainly"
@@ -62,6 +63,19 @@ def model_card(config: QReftaConfig, did: str = "", use: str = _USE) -> str:
             use,
             "",
         ]
+    )
+
+
+def _factors(settings: Settings) -> str:
+    """What trains beside the weights, as the end of a sentence."""
+    if settings.method in FITTED:
+        return (
+            f", without the part that {settings.method} keeps in trainable factors, which all "
+            "layers of a role share."
+        )
+    return (
+        f". The layers of a role share trainable factors (method {settings.method}), which add "
+        "nothing to the weights before training."
     )
 
 

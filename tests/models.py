@@ -272,8 +272,10 @@ EXPERTS = {"mixtral": tiny_mixtral, "qwen3_moe": tiny_qwen3_moe, "gpt_oss": tiny
 
 
 def prepared(make, **settings):
-    """A copy of `qrefta.prepare(make(), **settings)`, in one shot by default."""
-    return copy.deepcopy(_prepared(make, frozenset(({"refine": 0} | settings).items())))
+    """A copy of `qrefta.prepare(make(), **settings)`, by default with ReFTA in one shot."""
+    return copy.deepcopy(
+        _prepared(make, frozenset(({"method": "refta", "refine": 0} | settings).items()))
+    )
 
 
 @cache

@@ -100,7 +100,13 @@ def _die(file):
 
 def _command(folder, *options):
     paths = [str(folder / name) for name in ("tiny", "data", "killed")]
-    options = [*options, "--rank=8", "--batch-size=8", f"--max-steps={COMMAND_STEPS}"]
+    options = [
+        *options,
+        "--method=refta",
+        "--rank=8",
+        "--batch-size=8",
+        f"--max-steps={COMMAND_STEPS}",
+    ]
     with mock.patch.object(sys, "argv", ["qrefta", "finetune", *paths, *options]):
         runpy.run_module("qrefta", run_name="__main__")
 
@@ -110,7 +116,7 @@ def _prepared_as_by_the_command(folder):
     dense = load_classifier(str(folder / "tiny"), ["0", "1"], seed=0)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tiny")
     batches = task_batches("classify", dense, tokenizer, _data(folder))
-    return qrefta.prepare(dense, rank=8, calibration=batches)
+    return qrefta.prepare(dense, method="refta", rank=8, calibration=batches)
 
 
 def everything(folder):
@@ -310,7 +316,7 @@ def _start(folder):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    return qrefta.prepare(model, rank=8, factor_dtype="float32")
+    return qrefta.prepare(model, method="refta", rank=8, factor_dtype="float32")
 
 
 def language_model():

@@ -134,7 +134,7 @@ def test_calibration_moments_and_rank_by_need(dense, rows, tmp_path):
     """Text gathers moments while preparing; a folder is prepared out of core, also from moments in
     a file.
     """
-    common = ["--rank", "error=0.8", "--refine", 1]
+    common = ["--method", "refta", "--rank", "error=0.8", "--refine", 1]
     result = invoke(
         "prepare", dense, tmp_path / "a", *common, "--calibration", rows, "--max-memory", "2GB"
     )

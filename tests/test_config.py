@@ -4,6 +4,7 @@ migration.
 
 import inspect
 import json
+import warnings
 from dataclasses import fields
 
 import numpy as np
@@ -65,6 +66,7 @@ OLD_SETTINGS = {"ranks": None, "trained_params": None, "budget_mb": None, "error
 )
 def test_json_and_back_keeps_everything(rank):
     config = QReftaConfig(
+        method="refta",
         rank=rank,
         quant_type="int4",
         target_modules=["proj"],
@@ -173,13 +175,33 @@ def test_a_budget_holds_exactly_one_value_in_range(given, message):
 
 
 @pytest.mark.parametrize("budget", [RankBudget(bytes=1), RankBudget(error_ratio=0.5)], ids=str)
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [({"bits": 16}, "16 bits have none"), ({"method": "craft"}, "and method is 'craft'")],
-)
-def test_budgets_of_error_need_refta_in_4_bits(budget, other, message):
-    with pytest.raises(ValueError, match=message):
-        Settings(rank=budget, **other)
+def test_budgets_that_weigh_error_need_4_bits(budget):
+    with pytest.raises(ValueError, match="16 bits have none"):
+        Settings(method="refta", rank=budget, bits=16)
+
+
+def test_a_budget_of_error_needs_refta():
+    with pytest.raises(ValueError, match=r"needs method refta, and method is 'windows'.*give meth"):
+        Settings(rank=RankBudget(error_ratio=0.5))
+
+
+@pytest.mark.parametrize("setting", [{"refine": 2}, {"transform": "dct"}], ids=str)
+def test_a_setting_without_effect_is_told(setting):
+    (name,) = setting
+
+    def prepare(**keywords):
+        return settings_of_call("prepare", keywords)
+
+    for call in (QReftaConfig, prepare):
+        with pytest.warns(
+            UserWarning, match=f"{name}=.* has no effect with method windows"
+        ) as told:
+            call(**setting)
+        assert told[0].filename == __file__
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            call(method="refta", **setting)
+            call(refine=0)
 
 
 @pytest.mark.parametrize(

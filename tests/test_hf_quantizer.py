@@ -53,7 +53,7 @@ QUERY = "bert.encoder.layer.0.attention.self.query"
 A, B, MIX = (
     f"{BANK}.{key}"
     for key in getattr(
-        qrefta.prepare(tiny_bert(), rank=1, target_modules=["query"]), BANK
+        qrefta.prepare(tiny_bert(), method="refta", rank=1, target_modules=["query"]), BANK
     ).state_dict()
 )
 
@@ -105,10 +105,15 @@ def test_round_trip(architecture, shards, tmp_path):
     [
         {"bits": 16, "target_modules": ["query"]},
         {"quant_type": "fp4", "block_size": 128},
-        {"quant_type": "int4", "double_quant": True, "transform": "dct", "seed": 3},
-        {"refine": 1, "factor_dtype": "float32"},
+        {"quant_type": "int4", "double_quant": True, "seed": 3},
+        {"method": "refta", "transform": "dct"},
+        {"method": "refta", "refine": 1, "factor_dtype": "float32"},
         {"target_modules": ["query"], "modules_to_save": ["pooler"]},
-        {"target_modules": r".*\.(key|value)", "transform": "identity"},
+        {
+            "method": "refta",
+            "target_modules": r".*\.(key|value)",
+            "transform": "identity",
+        },
     ],
     ids=str,
 )
@@ -419,12 +424,12 @@ def test_from_pretrained_with_our_config_prepares(build_model, tmp_path):
     """
     dense = build_model()
     dense.save_pretrained(tmp_path / "dense", max_shard_size="30KB")
-    config = qrefta.QReftaConfig(rank=5, transform="dct")
+    config = qrefta.QReftaConfig(method="refta", rank=5, transform="dct")
     for _ in range(2):  # the config is a setting: it serves again
         loaded = type(dense).from_pretrained(tmp_path / "dense", quantization_config=config)
     assert config.stacks == []
     expected = qrefta.prepare(
-        type(dense).from_pretrained(tmp_path / "dense"), rank=5, transform="dct"
+        type(dense).from_pretrained(tmp_path / "dense"), method="refta", rank=5, transform="dct"
     )
     assert_same_state(loaded, expected)
     assert loaded.config.to_dict() == expected.config.to_dict()
@@ -875,7 +880,9 @@ def test_bf16_factors_really_train(tmp_path):
     settings = {"max_steps": 90, "learning_rate": 2e-4, "per_device_train_batch_size": 8}
     settings |= {"lr_scheduler_type": "constant"}
     for factor_dtype in ("bfloat16", "float32"):
-        model = qrefta.prepare(tiny_bert(hidden=64), rank=16, factor_dtype=factor_dtype, refine=0)
+        model = qrefta.prepare(
+            tiny_bert(hidden=64), method="refta", rank=16, factor_dtype=factor_dtype, refine=0
+        )
         start = {name: p.detach().bfloat16() for name, p in bank_parameters(model).items()}
         run = trainer(model, tmp_path, **settings)
         losses.append(run.train().training_loss)

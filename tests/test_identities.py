@@ -79,7 +79,11 @@ def minilm_stack(name):
 def minilm_ratio(name, rank, **settings):
     stack = next(stack for stack in find_stacks(minilm()) if stack.name == name)
     split = StackSplit(
-        stack, model_weights(minilm(), stack), Settings(scales="absmax", **settings), rank, None
+        stack,
+        model_weights(minilm(), stack),
+        Settings(method="refta", scales="absmax", **settings),
+        rank,
+        None,
     )
     for _ in split.residuals():
         pass
@@ -88,7 +92,8 @@ def minilm_ratio(name, rank, **settings):
 
 def prepared(architecture, refine=0, **settings):
     """One shot unless `refine` is given: fast, and the identities do not depend on it."""
-    return qrefta.prepare(copy.deepcopy(original(architecture)), refine=refine, **settings)
+    settings = {"method": "refta", "refine": refine} | settings
+    return qrefta.prepare(copy.deepcopy(original(architecture)), **settings)
 
 
 def largest_rank(architecture):
@@ -337,6 +342,7 @@ def test_8_rounds_of_refinement_remove_the_promised_share(rank, removed):
 def test_minilm_report_states_those_ratios():
     model = qrefta.prepare(
         copy.deepcopy(minilm()),
+        method="refta",
         rank=48,
         refine=0,
         scales="absmax",
@@ -361,6 +367,11 @@ def test_minilm_bits_16_keep_the_function(transform):
     with torch.no_grad():
         expected = minilm()(**batch).last_hidden_state
         model = qrefta.prepare(
-            copy.deepcopy(minilm()), bits=16, rank=48, transform=transform, target_modules=["query"]
+            copy.deepcopy(minilm()),
+            method="refta",
+            bits=16,
+            rank=48,
+            transform=transform,
+            target_modules=["query"],
         )
         assert_close(model(**batch).last_hidden_state, expected, rtol=1e-5, atol=1e-5)

@@ -26,16 +26,23 @@ def test_hubs_can_read_the_header(tmp_path):
     assert page.data.base_model == str(tmp_path)
     assert page.data.license == "mit"
     assert page.data.library_name == "transformers"
-    assert {"qrefta", "refta", "nf4"} <= set(page.data.tags)
+    assert {"qrefta", "windows", "nf4"} <= set(page.data.tags)
     assert "NF4 in blocks of 64, scales in 8 bits" in page.text
     assert "It was trained." in page.text
 
 
+def test_the_card_says_what_trains(tmp_path):
+    text = model_card(prepared(tmp_path))
+    assert "(method windows), which add nothing to the weights before training." in text
+    text = model_card(prepared(tmp_path, method="refta"))
+    assert "without the part that refta keeps in trainable factors, which all layers" in text
+
+
 def test_every_stack_has_its_errors(tmp_path):
     config = prepared(tmp_path)
-    assert "NF4 in blocks of 64, scales searched, without" in model_card(config)
+    assert "NF4 in blocks of 64, scales searched. The" in model_card(config)
     plain = prepared(tmp_path, quant_type="int4")  # without data its scales are not searched
-    assert "INT4 in blocks of 64, without" in model_card(plain)
+    assert "INT4 in blocks of 64. The" in model_card(plain)
     assert "ratio of outputs" not in model_card(config)
     lines = [line for line in model_card(config).splitlines() if line.startswith("| bert.")]
     assert len(lines) == len(config.stacks)
@@ -50,7 +57,7 @@ def test_a_calibrated_model_states_its_rounding_and_output_errors():
     model = tiny_bert()
     config = prepared_config(qrefta.prepare(model, rank=5, calibration=[inputs(model)] * 10))
     card = model_card(config)
-    assert "NF4 in blocks of 64, scales searched, rounded with error feedback, without" in card
+    assert "NF4 in blocks of 64, scales searched, rounded with error feedback. The" in card
     assert "| ratio | ratio of outputs | bits per weight |" in card
     for row in config.stacks:
         assert f"| {row.ratio:.3f} | {row.output_ratio:.3f} | {row.bits_per_weight:.2f} |" in card

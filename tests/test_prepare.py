@@ -584,7 +584,8 @@ def test_a_bitsandbytes_model_of_transformers_is_refused(tmp_path):
 
 @pytest.mark.parametrize("rank", [96, 48])
 def test_the_largest_rank_that_the_error_names_is_allowed(rank):
-    model = qrefta.prepare(tiny_bert() if rank == 96 else tiny_llama(), rank=rank)
+    model = tiny_bert() if rank == 96 else tiny_llama()
+    qrefta.prepare(model, method="refta", rank=rank)
     assert sum(model.config.quantization_config.stacks[0].slice_ranks) == rank
 
 
@@ -616,8 +617,8 @@ def test_half_models_are_split_as_their_float32_copies(architecture, dtype):
     """
     half = ARCHITECTURES[architecture]().to(dtype)
     single = copy.deepcopy(half).float()
-    qrefta.prepare(half, rank=3, refine=1)
-    qrefta.prepare(single, rank=3, refine=1)
+    qrefta.prepare(half, method="refta", rank=3, refine=1)
+    qrefta.prepare(single, method="refta", rank=3, refine=1)
     reference = single.state_dict()
     for name, tensor in half.state_dict().items():
         if name.startswith(BANK) or not tensor.is_floating_point():
@@ -666,7 +667,9 @@ def test_dense_weights_are_released_stack_by_stack(monkeypatch):
 
 # Peak in float32 stacks of the largest role, measured: 1.94 with rounds or without; the model is 4
 # such stacks.
-@pytest.mark.parametrize("settings", [{"refine": 0}, {"refine": 1}, {"bits": 16}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"method": "refta"}, {"method": "refta", "refine": 0}, {"bits": 16}], ids=str
+)
 def test_peak_memory_is_a_stack_not_the_model(settings, tmp_path, monkeypatch):
     """Allocated while preparing, less what stays, as torch's profiler counts it.
 
@@ -695,7 +698,7 @@ def test_peak_memory_is_a_stack_not_the_model(settings, tmp_path, monkeypatch):
 
 
 def test_copies_of_a_prepared_model_are_independent_and_whole(tmp_path):
-    model = qrefta.prepare(tiny_bert(), rank=3)
+    model = qrefta.prepare(tiny_bert(), method="refta", rank=3)
     clone = copy.deepcopy(model)
     expected = logits(model)
     assert torch.equal(logits(clone), expected)
@@ -715,7 +718,7 @@ def test_copies_of_a_prepared_model_are_independent_and_whole(tmp_path):
 def test_random_state_is_left_alone():
     model = tiny_bert()
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    qrefta.prepare(model, rank=3, refine=1, seed=7)
+    qrefta.prepare(model, method="refta", rank=3, refine=1, seed=7)
     qrefta.merge(model)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.array_equal(np.random.get_state()[1], before[1])
@@ -723,7 +726,13 @@ def test_random_state_is_left_alone():
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"refine": 2, "quant_type": "int4"}, {"transform": "dct", "bits": 16}], ids=str
+    "settings",
+    [
+        {},
+        {"method": "refta", "refine": 2, "quant_type": "int4"},
+        {"method": "refta", "transform": "dct", "bits": 16},
+    ],
+    ids=str,
 )
 def test_preparing_twice_gives_the_same_bits(settings):
     first, second = (qrefta.prepare(tiny_bert(), rank=5, **settings).state_dict() for _ in range(2))
@@ -735,7 +744,7 @@ def test_preparing_twice_gives_the_same_bits(settings):
 def test_two_models_in_one_process_are_independent():
     alone = logits(qrefta.prepare(tiny_bert(), rank=5))
     first = qrefta.prepare(tiny_bert(), rank=5)
-    second = qrefta.prepare(tiny_bert(), rank=2, bits=16, transform="dct", target_modules=["query"])
+    second = qrefta.prepare(tiny_bert(), method="refta", rank=2, bits=16, target_modules=["query"])
     assert torch.equal(logits(first), alone)
     reports = qrefta.quant_report(first), qrefta.quant_report(second)
     assert [row["rank"] for row in reports[0]] == [5] * 6
@@ -783,7 +792,7 @@ def test_prepare_calibrates_on_strings_with_a_tokenizer(tmp_path):
     texts = [row["text"] for row in color_rows(40, seed=5)]
     tokenizer = tiny_tokenizer()
     batches = calibration_batches(tiny_llama(), texts, tokenizer)
-    options = {"rank": 2, "refine": 1, "progress": False}
+    options = {"rank": 2, "progress": False}
     given = qrefta.prepare(tiny_llama(), calibration=texts, tokenizer=tokenizer, **options)
     expected = qrefta.prepare(tiny_llama(), calibration=batches, **options)
     assert torch.equal(logits(given), logits(expected))

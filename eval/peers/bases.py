@@ -34,8 +34,7 @@ PLAIN = QuantFormat("nf4")  # errors are relative to this format's plain roundin
 TEXT = 32_768  # tokens to calibrate with
 HALF_TEXT = 16_384  # of `prepare` by default
 LITTLE_TEXT = 4_096
-R = 64  # of our bases where one R is measured
-DEFAULT_RANK = 16
+R = 64  # of our bases with factors where one R is measured
 RANKS = (16, 64, 128, 240)
 PEER_RANKS = (64, 240)
 LOFTQ_ROUNDS = 5
@@ -99,7 +98,7 @@ class Made(NamedTuple):
     settings: dict[str, Any] | None
 
 
-UNCALIBRATED = partial(Base, scales="searched", rounding="nearest")
+UNCALIBRATED = partial(Base, scales="searched", rounding="nearest")  # `prepare` without text
 CALIBRATED = partial(Base, scales="searched", rounding="feedback", calibration=TEXT)
 
 
@@ -107,7 +106,6 @@ def sets_of_bases() -> dict[str, list[Base]]:
     """The bases of a language model, by the question that they answer."""
     return {
         "peers": _peers(),
-        "default": _default(),
         "refinements": _refinements(),
         "ranks": _ranks(),
         "formats": _formats(),
@@ -138,11 +136,6 @@ def _peers() -> list[Base]:
     ]
 
 
-def _default() -> list[Base]:
-    """`prepare` with its defaults: nothing but a model, and with calibration."""
-    return [Base(rank=DEFAULT_RANK), Base(rank=DEFAULT_RANK, calibration=TEXT)]
-
-
 def _refinements() -> list[Base]:
     """Each refinement alone and with the others, without factors and with R of them.
 
@@ -161,14 +154,17 @@ def _refinements() -> list[Base]:
 
 
 def _ranks() -> list[Base]:
-    """Without and with calibration, by R; `_refinements` and `_default` have the other two R."""
-    ranks = [rank for rank in RANKS if rank not in (DEFAULT_RANK, R)]
+    """Without and with calibration, by R; `_refinements` has R = 64.
+
+    The smallest R is measured with ReFTA's default settings.
+    """
+    small, *ranks = (rank for rank in RANKS if rank != R)
     plain = [
-        Base(rank=rank, scales="absmax", rounding="nearest", refine=5)
-        for rank in (DEFAULT_RANK, *ranks)
+        Base(rank=rank, scales="absmax", rounding="nearest", refine=5) for rank in (small, *ranks)
     ]
     searched = [UNCALIBRATED(rank=rank, refine=5) for rank in ranks]
-    return [*plain, *searched, *(CALIBRATED(rank=rank, refine=1) for rank in ranks)]
+    calibrated = [CALIBRATED(rank=rank, refine=1) for rank in ranks]
+    return [*plain, Base(rank=small), *searched, Base(rank=small, calibration=TEXT), *calibrated]
 
 
 def _formats() -> list[Base]:
@@ -233,7 +229,7 @@ def _prepare(
     """Bits a weight and settings of our base; the model gets dense weights again."""
     names = ("quant_type", "block_size", "double_quant", "scales", "rounding", "refine")
     given = {name: getattr(base, name) for name in names if getattr(base, name) is not None}
-    qrefta.prepare(model, rank=base.rank, moments=moments, progress=False, **given)
+    qrefta.prepare(model, method="refta", rank=base.rank, moments=moments, progress=False, **given)
     config = prepared_config(model)
     stored_bytes = sum(report.bytes for report in config.stacks)
     weights = sum(report.weights for report in config.stacks)

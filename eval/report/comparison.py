@@ -36,8 +36,8 @@ STUDIES = [
         {
             "QLoRA, r = 2": "qlora r=2",
             "QLoRA, r = 8": "qlora r=8",
-            'qrefta, `method="windows"`, R = 60': "windows R=60 calibrated",
-            "qrefta, R = 60, at its default rate": "refta R=60 calibrated",
+            "qrefta, R = 60": "windows R=60 calibrated",
+            'qrefta, `method="refta"`, R = 60, at its default rate': "refta R=60 calibrated",
         },
     ),
     Compared(
@@ -48,8 +48,8 @@ STUDIES = [
         "qlora r=8",
         {
             "QLoRA, r = 8": "qlora r=8",
-            'qrefta, `method="windows"`, R = 48': "windows R=48 calibrated",
-            "qrefta, R = 48": "refta R=48 calibrated",
+            "qrefta, R = 48": "windows R=48 calibrated",
+            'qrefta, `method="refta"`, R = 48': "refta R=48 calibrated",
             'qrefta, `method="lorta"`, R = 12': "lorta R=12 calibrated",
         },
     ),

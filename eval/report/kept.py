@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from scipy.stats import spearmanr
 
-from eval.peers.bases import DEFAULT_RANK, HALF_TEXT, TEXT, Base, R
+from eval.peers.bases import HALF_TEXT, TEXT, UNCALIBRATED, Base, R
 from eval.report.findings import Row, Table, number, pick
 from eval.tasks.smollm2 import NAME
 
@@ -52,14 +52,12 @@ SELECTED = {
     f"LoftQ, R = {R}": Base("loftq", R),
     f"QERA, R = {R}": Base("qera", R, TEXT),
     "GPTQ on NF4 (absmax scales, columns in order)": Base("gptq", calibration=TEXT),
-    f"qrefta, R = {DEFAULT_RANK}, without calibration": Base(rank=DEFAULT_RANK),
-    f"qrefta, R = {R}, calibrated on generic text": ROUNDED._replace(
-        rank=R, calibration=HALF_TEXT, generic=True
-    ),
-    "qrefta, R = 0, double quantization": ROUNDED._replace(double_quant=True),
-    "qrefta, R = 0": ROUNDED,
-    f"qrefta, R = {R}": ROUNDED._replace(rank=R, refine=1),
-    "qrefta, R = 240": ROUNDED._replace(rank=240, refine=1),
+    "qrefta, without calibration": UNCALIBRATED(),
+    "qrefta, calibrated on generic text": ROUNDED._replace(calibration=HALF_TEXT, generic=True),
+    "qrefta, double quantization": ROUNDED._replace(double_quant=True),
+    "qrefta": ROUNDED,
+    f'qrefta, `method="refta"`, R = {R}': ROUNDED._replace(rank=R, refine=1),
+    'qrefta, `method="refta"`, R = 240': ROUNDED._replace(rank=240, refine=1),
 }
 
 

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from eval.peers.bases import DEFAULT_RANK, Base
+from eval.peers.bases import UNCALIBRATED, Base
 from eval.report.findings import (
     FORMATS,
     NAMES,
@@ -140,7 +140,7 @@ def default_against_bitsandbytes(languages: list[Group]) -> Verdict:
     bad = 0
     for group in languages:
         plain = pick(group.rows, **Base("bitsandbytes")._asdict())
-        ours = pick(group.rows, **Base(rank=DEFAULT_RANK)._asdict())
+        ours = pick(group.rows, **UNCALIBRATED()._asdict())
         for text in group.measured if plain and ours else []:
             found = divergence(ours[0], text)
             theirs = divergence(plain[0], text)
@@ -151,7 +151,7 @@ def default_against_bitsandbytes(languages: list[Group]) -> Verdict:
         "Without text to calibrate on, the default keeps at least as much as bitsandbytes NF4",
         lines or ["not measured"],
         judge(good, bad),
-        f"R = {DEFAULT_RANK}, mean KL divergence to the 16-bit model.",
+        "Mean KL divergence to the 16-bit model.",
     )
 
 

@@ -22,6 +22,7 @@ from eval.studies.split_training import batches_of
 from eval.tasks.demo import model_folder
 from eval.tasks.task import DatasetOption, HeaderOption, load_task
 from qrefta.cli import guarded, quiet_libraries
+from qrefta.config import Settings
 from qrefta.export.compare import output_difference
 from qrefta.export.merge import Export
 from qrefta.files.safetensors import weights_bytes
@@ -35,7 +36,7 @@ console = Console()
 def run(
     dataset: DatasetOption = None,
     header: HeaderOption = None,
-    method: Annotated[str, typer.Option(help="Tensor method.")] = "refta",
+    method: Annotated[str, typer.Option(help="Tensor method.")] = Settings.method,
     rank: Annotated[int, typer.Option(help="R of every stack.")] = 48,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 100,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,

@@ -81,7 +81,7 @@ def measure(
 ) -> dict[str, Any]:
     """One run: losses, and the share of factor entries whose bf16 value changed."""
     model = load_classifier(str(model_folder()), data["train"].features["label"].names, seed)
-    qrefta.prepare(model, rank=rank, factor_dtype=factor_dtype, progress=False)
+    qrefta.prepare(model, method="refta", rank=rank, factor_dtype=factor_dtype, progress=False)
     before = copy.deepcopy(getattr(model, BANK))
     args = training_arguments(
         "classify",

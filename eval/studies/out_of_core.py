@@ -24,6 +24,7 @@ import qrefta
 from eval.memory import peak, resident, restart_peak
 from eval.rows import append
 from qrefta.cli import guarded
+from qrefta.config import Settings
 from qrefta.files.safetensors import Checkpoint, write_index, write_shard
 from qrefta.model.config_file import read_config
 from qrefta.split.calibrate import Moments
@@ -61,10 +62,11 @@ console = Console()
 def run(
     shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "1.1b",
     rank: Annotated[int, typer.Option(help="R.")] = 64,
+    method: Annotated[str, typer.Option(help="Tensor method.")] = Settings.method,
     refine: Annotated[
         int | None, typer.Option(help="Rounds of refinement (default: as in qrefta.prepare).")
     ] = None,
-    transform: Annotated[str, typer.Option(help="Mode-3 transform.")] = "lsm3",
+    transform: Annotated[str | None, typer.Option(help="Mode-3 transform.")] = None,
     max_memory: Annotated[str, typer.Option(help="Memory limit, as in qrefta.prepare.")] = "1.5GB",
     calibrated: Annotated[bool, typer.Option(help="Give moments of the inputs.")] = False,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
@@ -78,10 +80,10 @@ def run(
         bandwidth = _bandwidth(place / "dense")
         settings = {
             "rank": rank,
+            "method": method,
             "refine": refine,
-            "transform": transform,
             "max_memory": max_memory,
-        }
+        } | ({} if transform is None else {"transform": transform})
         if calibrated:
             write_moments(place / "moments.safetensors", SHAPES[shape])
         with multiprocessing.get_context("spawn").Pool(1) as pool:

@@ -71,6 +71,7 @@ def run(
         for name, options in SPLITS.items():
             model = qrefta.prepare(
                 copy.deepcopy(dense),
+                method="refta",
                 rank=rank,
                 quant_type=quant_type,
                 modules_to_save=HEAD,

@@ -3,6 +3,10 @@
 LoRA (arXiv 2106.09685) gives every layer a pair of factors, LoRTA (arXiv 2410.04060) gives all
 layers of a stack one pair. Here every layer has a window on one pair, and the window moves from
 layer to layer. So R sets how far components are shared, at a fixed rank and cost of a layer.
+
+The default, because it scores best after training (`eval/rows/accuracy.jsonl`, five seeds): on
+SmolLM2-135M, 30 layers, R = 60 has a perplexity of 47.1 on Shakespeare's plays, QLoRA r = 2 with as
+many trainable parameters 49.1, and QLoRA r = 8 47.7.
 """
 
 import math

@@ -1,6 +1,9 @@
 """The rank of every stack: given, or chosen by a budget of bytes, of error or of trainable
 parameters.
 
+A budget of parameters, or of bytes for any method but ReFTA, gives all stacks one rank. With ReFTA
+a budget of bytes or of error is spent where it removes most error:
+
 A component of a stack with tensor singular value s removes s^2 of the squared norm of the quantized
 weights. Quantization error is nearly proportional to that norm, so the component removes about c
 s^2 of it, where c is the stack's ratio of quantization error to norm, and costs the bytes of one
@@ -59,14 +62,13 @@ def choose_ranks(
     moments: Moments | None,
     show: bool,
 ) -> Allocation:
-    """The rank of every target stack; `show` prints the ranks that a budget of bytes or error
-    chose.
+    """The rank of every target stack; `show` prints ranks that differ between stacks.
 
     Raises:
         ValueError: if a rank is too large for a stack, or the budget cannot be met.
     """
     budget = settings.rank
-    if not isinstance(budget, RankBudget) or budget.trainable_parameters is not None:
+    if not isinstance(budget, RankBudget) or not settings.weighs_error:
         return Allocation(given_ranks(targets, settings), {})
     spectra = _Spectra(targets, weights, settings)
     splits: dict[LayerStack, Split] = {}
@@ -85,8 +87,7 @@ def choose_ranks(
 
 
 def given_ranks(targets: list[LayerStack], settings: Settings) -> dict[LayerStack, Rank]:
-    """Ranks that need no weights: the given rank, or the largest within a budget of trainable
-    parameters.
+    """Ranks that need no weights: the given rank, or the largest common one within a budget.
 
     Raises:
         ValueError: if the rank is too large for a stack, needs weights, or the budget is below rank
@@ -97,12 +98,12 @@ def given_ranks(targets: list[LayerStack], settings: Settings) -> dict[LayerStac
     if rank == 0:
         return dict.fromkeys(targets, 0)
     if isinstance(rank, RankBudget):
-        if rank.trainable_parameters is None:
+        if settings.weighs_error:
             raise ValueError(
                 f"rank is {rank}, which depends on the weights; give a number, or "
                 "RankBudget(trainable_parameters=...)"
             )
-        return _ranks_for_parameters(targets, method, rank.trainable_parameters)
+        return _common_ranks(targets, method, rank, factor_dtype(settings))
     smallest = min(targets, key=lambda stack: method.largest_rank(*stack.shape))
     largest = method.largest_rank(*smallest.shape)
     if isinstance(rank, int) and rank > largest:
@@ -116,11 +117,11 @@ def given_ranks(targets: list[LayerStack], settings: Settings) -> dict[LayerStac
     return {stack: method.rank_of(*stack.shape, asked) for stack in targets}
 
 
-def _ranks_for_parameters(
-    targets: list[LayerStack], method: type[Factors], most: int
+def _common_ranks(
+    targets: list[LayerStack], method: type[Factors], budget: RankBudget, dtype: torch.dtype
 ) -> dict[LayerStack, Rank]:
-    """The largest common rank within a budget of trainable parameters, capped for stacks that take
-    less.
+    """The largest common rank within a budget of trainable parameters or of bytes, capped for
+    stacks that take less.
     """
 
     def ranks(rank: int) -> list[Rank]:
@@ -129,20 +130,25 @@ def _ranks_for_parameters(
             for stack in targets
         ]
 
-    def count(rank: int) -> int:
+    def size(rank: int) -> int:
         with torch.device("meta"):
-            return sum(
-                method(*stack.shape, stack_rank, torch.float32).trained_count
+            made = [
+                method(*stack.shape, stack_rank, dtype)
                 for stack, stack_rank in zip(targets, ranks(rank), strict=True)
-            )
+            ]
+        if budget.bytes is None:
+            return sum(factors.trained_count for factors in made)
+        return sum(factors.stored_bytes for factors in made)
 
-    if count(1) > most:
+    ((kind, most),) = budget.to_dict().items()
+    unit = kind.replace("_", " ")
+    if size(1) > most:
         raise ValueError(
-            f"The budget is {most} trainable parameters, but rank 1 of the {len(targets)} stacks "
-            f"has {count(1)}; give a larger budget, or fewer target_modules"
+            f"The budget is {most} {unit}, but rank 1 of the {len(targets)} stacks "
+            f"has {size(1)}; give a larger budget, or fewer target_modules"
         )
     largest = max(method.largest_rank(*stack.shape) for stack in targets)
-    rank = bisect_right(range(1, largest + 1), most, key=count)
+    rank = bisect_right(range(1, largest + 1), most, key=size)
     return dict(zip(targets, ranks(rank), strict=True))
 
 

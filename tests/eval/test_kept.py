@@ -3,7 +3,7 @@
 import pytest
 from scipy.stats import spearmanr
 
-from eval.peers.bases import DEFAULT_RANK, TEXT, Base, sets_of_bases
+from eval.peers.bases import TEXT, UNCALIBRATED, Base, sets_of_bases
 from eval.report import kept
 from eval.report.kept import ROUNDED, SHAKESPEARE, TARGETS, WIKITEXT, front, groups
 from eval.report.report import encoder_sections, language_sections, run, sections
@@ -12,7 +12,7 @@ from eval.tasks.smollm2 import NAME
 from tests.eval.test_report_page import CONTEXT, cost_rows, write
 
 PLAIN = Base("bitsandbytes")
-DEFAULT = Base(rank=DEFAULT_RANK)
+DEFAULT = UNCALIBRATED()
 BASES = {
     PLAIN: 0.267,
     Base("gptq", calibration=TEXT): 0.15,
@@ -22,7 +22,7 @@ BASES = {
     ROUNDED._replace(rank=64, refine=1): 0.085,
     ROUNDED._replace(double_quant=True): 0.12,
 }
-BITS = {0: 4.5, DEFAULT_RANK: 4.53, 64: 4.6}
+BITS = {0: 4.5, 64: 4.6}
 
 
 def row_of(base, divergence, weight_error=None, model=NAME, tokens=2048):
@@ -115,7 +115,7 @@ def test_rank_correlation_is_spearmans():
 
 def test_the_study_measures_every_base_that_a_verdict_reads():
     every = {base for found in sets_of_bases().values() for base in found}
-    assert {PLAIN, Base(rank=DEFAULT_RANK), *(target.base for target in TARGETS)} <= every
+    assert {PLAIN, DEFAULT, *(target.base for target in TARGETS)} <= every
 
 
 def test_targets_hold_or_not():

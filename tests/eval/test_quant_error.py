@@ -55,6 +55,7 @@ def test_errors_equal_the_report_of_prepare(folder, file):
     for start, rounds in (("one shot", 0), ("refined", 5)):
         model = prepare(
             AutoModel.from_pretrained(folder),
+            method="refta",
             rank=8,
             refine=rounds,
             transform="identity",

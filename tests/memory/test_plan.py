@@ -385,7 +385,7 @@ def test_models_that_cannot_be_planned_say_why():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": RankBudget(error_ratio=0.5)}, "give a number"),
+        ({"method": "refta", "rank": RankBudget(error_ratio=0.5)}, "give a number"),
         ({"rank": 65}, "largest allowed rank is 64"),
         ({"batch": 0}, "batch is 0"),
         ({"gpu": "24 bananas"}, "gpu is '24 bananas'"),

@@ -41,7 +41,6 @@ RANKS = {
 }
 ZERO = ["tera", "lotr", "lorta", "windows"]
 all_methods = pytest.mark.parametrize("method", METHODS)
-new_methods = pytest.mark.parametrize("method", [name for name in METHODS if name != "refta"])
 zero_methods = pytest.mark.parametrize("method", ZERO)
 
 
@@ -225,7 +224,7 @@ def test_a_layer_under_autocast_trains_in_half_precision(method, monkeypatch):
 # The start
 
 
-@new_methods
+@all_methods
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_function_is_kept_at_the_start(method, architecture):
     """Without quantization, on every architecture. Measured: at most 4e-6 of the largest logit."""
@@ -449,8 +448,8 @@ def test_bad_settings_are_refused():
             r"transform \(with method craft\) is 'dct'; it must be one of lsm3",
         ),
         (
-            {"method": "craft", "rank": RankBudget(bytes="1MB")},
-            "weighs the components of method refta",
+            {"method": "craft", "rank": RankBudget(error_ratio=0.5)},
+            "error_ratio needs method refta, and method is 'craft'",
         ),
         ({"method": "lotr", "rank": 33}, "method lotr the largest allowed rank is 32"),
         (
@@ -469,7 +468,7 @@ def test_bad_settings_are_refused():
 # Save, load, merge, convert
 
 
-@new_methods
+@all_methods
 @pytest.mark.parametrize("architecture", ["bert_100", "llama_gqa", "gpt2", "vit"])
 def test_round_trip_and_merge(method, architecture, tmp_path):
     """Random frozen tensors are in the file; the merged model computes the same in float32."""
@@ -490,7 +489,7 @@ def test_round_trip_and_merge(method, architecture, tmp_path):
     assert (logits(untrained) - expected).abs().max() > 1e-3
 
 
-@new_methods
+@all_methods
 def test_a_checkpoint_is_prepared_as_a_model_in_memory(method, tmp_path):
     ARCHITECTURES["bert"]().save_pretrained(tmp_path / "dense")
     options = {"method": method, "progress": False, "refine": 2} | RANKS[method]
@@ -501,7 +500,7 @@ def test_a_checkpoint_is_prepared_as_a_model_in_memory(method, tmp_path):
     assert torch.equal(logits(ours), logits(theirs))
 
 
-@new_methods
+@all_methods
 def test_an_optimizer_moves_the_factors_alone_and_lowers_the_loss(method):
     model = prepared("bert", method)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -524,7 +523,7 @@ def test_an_optimizer_moves_the_factors_alone_and_lowers_the_loss(method):
     assert all(name.startswith((BANK, "classifier")) for name in names)
 
 
-@new_methods
+@all_methods
 def test_gradients_are_the_same_checkpointed(method):
     model = prepared("llama_gqa", method, steps=True)
     batch = inputs(model)
@@ -535,7 +534,7 @@ def test_gradients_are_the_same_checkpointed(method):
     assert_close(found, expected, rtol=0, atol=0)
 
 
-@new_methods
+@all_methods
 def test_a_compiled_layer_has_no_graph_break_and_the_same_gradients(method):
     torch.compiler.reset()
     factors = moved(fitted(method, stack_of(3, 24, 20), rank_of(method)))

@@ -38,7 +38,9 @@ def randn(*shape, seed=0):
 
 
 def prepared(name, **options):
-    return qrefta.prepare(EXPERTS[name](), **({"rank": 6, "refine": 0} | options))
+    return qrefta.prepare(
+        EXPERTS[name](), **({"method": "refta", "rank": 6, "refine": 0} | options)
+    )
 
 
 def rows(model):

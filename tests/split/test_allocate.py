@@ -35,10 +35,13 @@ def uneven_bert():
 
 @needs_minilm
 def test_a_budget_is_kept_used_and_well_spent():
-    uniform = qrefta.prepare(copy.deepcopy(minilm()), rank=24, refine=0)
+    uniform = qrefta.prepare(copy.deepcopy(minilm()), method="refta", rank=24, refine=0)
     budget = factor_bytes(uniform) / 1e6
     model = qrefta.prepare(
-        copy.deepcopy(minilm()), rank=RankBudget(bytes=int(budget * 1e6)), refine=0
+        copy.deepcopy(minilm()),
+        method="refta",
+        rank=RankBudget(bytes=int(budget * 1e6)),
+        refine=0,
     )
     assert 0.95 * budget <= factor_bytes(model) / 1e6 <= budget
     assert ratio(model) < ratio(uniform)
@@ -51,7 +54,9 @@ def test_components_come_in_order_of_error_removed_per_byte():
     """Of stacks whose components cost 128 and 192 bytes in bf16, and the mix."""
     model = uneven_bert()
     stacks = find_stacks(model)
-    spectra = _Spectra(stacks, [model_weights(model, stack) for stack in stacks], Settings())
+    spectra = _Spectra(
+        stacks, [model_weights(model, stack) for stack in stacks], Settings(method="refta")
+    )
     spectra._deepen_all(8)
     assert len(set(spectra.costs)) > 1
     taken, worth = Counter(), []
@@ -64,7 +69,9 @@ def test_components_come_in_order_of_error_removed_per_byte():
 
 @pytest.mark.parametrize("asked", [0.45, 0.3])
 def test_an_error_ratio_is_reached_and_not_overspent(asked):
-    model = qrefta.prepare(uneven_bert(), rank=RankBudget(error_ratio=asked), refine=1)
+    model = qrefta.prepare(
+        uneven_bert(), method="refta", rank=RankBudget(error_ratio=asked), refine=1
+    )
     assert 0.9 * asked <= ratio(model) <= asked
 
 
@@ -80,7 +87,7 @@ def test_the_splits_that_were_measured_are_the_splits_that_are_stored(monkeypatc
     monkeypatch.setattr(stack_split, "split_stack", counted)
     model = tiny_bert()
     stacks = find_stacks(model)
-    qrefta.prepare(model, rank=RankBudget(error_ratio=0.5), refine=1)
+    qrefta.prepare(model, method="refta", rank=RankBudget(error_ratio=0.5), refine=1)
     chosen = [
         (stack.shape, report["rank"])
         for stack, report in zip(stacks, qrefta.quant_report(model), strict=True)
@@ -90,7 +97,7 @@ def test_the_splits_that_were_measured_are_the_splits_that_are_stored(monkeypatc
 
 
 def test_the_choice_is_printed_stored_and_loaded(tmp_path, capsys):
-    model = qrefta.prepare(uneven_bert(), rank=RankBudget(bytes="20KB"))
+    model = qrefta.prepare(uneven_bert(), method="refta", rank=RankBudget(bytes="20KB"))
     ranks = [row["rank"] for row in qrefta.quant_report(model)]
     assert f"attention.self.query {ranks[0]}" in capsys.readouterr().out
     model.save_pretrained(tmp_path)
@@ -115,4 +122,16 @@ def test_the_choice_is_printed_stored_and_loaded(tmp_path, capsys):
 )
 def test_needs_that_cannot_be_met_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        qrefta.prepare(tiny_bert(), **settings)
+        qrefta.prepare(tiny_bert(), method="refta", **settings)
+
+
+@pytest.mark.parametrize("method", ["windows", "lorta", "tera"])
+def test_bytes_give_other_methods_the_largest_common_rank(method):
+    """One more component of every stack would be too much."""
+    budget = RankBudget(bytes="20KB")
+    model = qrefta.prepare(tiny_bert(), method=method, rank=budget)
+    (rank,) = {row["rank"] for row in qrefta.quant_report(model)}
+    larger = qrefta.prepare(tiny_bert(), method=method, rank=rank + 1)
+    assert factor_bytes(model) <= budget.bytes < factor_bytes(larger)
+    with pytest.raises(ValueError, match=r"budget is 10 bytes, but rank 1 of the 6 stacks has \d+"):
+        qrefta.prepare(tiny_bert(), method=method, rank=RankBudget(bytes=10))

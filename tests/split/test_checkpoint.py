@@ -34,7 +34,7 @@ def in_memory(folder, **settings):
     model = model_class(
         json.loads((folder / "config.json").read_text())["architectures"][0], folder
     )
-    settings = {"progress": False} | settings
+    settings = {"method": "refta", "progress": False} | settings
     return qrefta.prepare(model.from_pretrained(folder, dtype="auto"), **settings)
 
 
@@ -58,7 +58,9 @@ def test_the_result_is_that_of_preparing_in_memory_bit_for_bit(
     dense = saved(architecture, **options)
     before = {file.name: file.read_bytes() for file in dense.iterdir()}
     assert (
-        qrefta.prepare_checkpoint(dense, tmp_path / "out", rank=5, refine=2, progress=False)
+        qrefta.prepare_checkpoint(
+            dense, tmp_path / "out", method="refta", rank=5, refine=2, progress=False
+        )
         == tmp_path / "out"
     )
     assert_equal(tmp_path / "out", in_memory(dense, rank=5, refine=2))
@@ -73,7 +75,9 @@ def test_the_result_is_that_of_preparing_in_memory_bit_for_bit(
 )
 def test_other_dtypes_and_formats_are_equal_too(saved, tmp_path, dtype, settings):
     dense = saved("llama_gqa", dtype)
-    qrefta.prepare_checkpoint(dense, tmp_path / "out", rank=4, progress=False, **settings)
+    qrefta.prepare_checkpoint(
+        dense, tmp_path / "out", method="refta", rank=4, progress=False, **settings
+    )
     assert_equal(tmp_path / "out", in_memory(dense, rank=4, **settings))
 
 
@@ -91,7 +95,7 @@ def test_error_feedback_is_equal_out_of_core(saved, tmp_path, architecture, sett
     batches = [inputs(model)] * 20
     gather_moments(model, find_stacks(model), batches, progress=False).save(tmp_path / "moments")
     moments = {"moments": tmp_path / "moments"}
-    qrefta.prepare_checkpoint(dense, tmp_path / "out", **settings, **moments)
+    qrefta.prepare_checkpoint(dense, tmp_path / "out", method="refta", **settings, **moments)
     prepared = in_memory(dense, **(settings | moments))
     loaded = assert_equal(tmp_path / "out", prepared)
     assert loaded.config.quantization_config.calibrated
@@ -105,7 +109,9 @@ def test_error_feedback_is_equal_out_of_core(saved, tmp_path, architecture, sett
 def test_16_bits_of_conv1d_are_equal_too(saved, tmp_path):
     """GPT-2 stores (in, out); an adapted layer stores (out, in) whatever its bits."""
     dense = saved("gpt2")
-    qrefta.prepare_checkpoint(dense, tmp_path / "out", rank=4, bits=16, progress=False)
+    qrefta.prepare_checkpoint(
+        dense, tmp_path / "out", method="refta", rank=4, bits=16, progress=False
+    )
     assert_equal(tmp_path / "out", in_memory(dense, rank=4, bits=16))
 
 
@@ -125,7 +131,7 @@ def test_experts_are_read_one_by_one_or_fused(saved, tmp_path, architecture, opt
     """
     dense = saved(architecture, max_shard_size="40KB", **options)
     settings = {"rank": 5, "refine": 0, "bits": bits}
-    qrefta.prepare_checkpoint(dense, tmp_path / "out", progress=False, **settings)
+    qrefta.prepare_checkpoint(dense, tmp_path / "out", method="refta", progress=False, **settings)
     assert_equal(tmp_path / "out", in_memory(dense, **settings))
 
 
@@ -138,14 +144,16 @@ def test_a_missing_expert_is_told(saved, tmp_path):
         ValueError,
         match=r"no tensor for 1 of the 12 linear layers, .* model\.layers\.1\.mlp\.experts\.gate",
     ):
-        qrefta.prepare_checkpoint(dense, tmp_path / "out", rank=2, progress=False)
+        qrefta.prepare_checkpoint(dense, tmp_path / "out", method="refta", rank=2, progress=False)
 
 
 def test_smaller_blocks_differ_by_rounding(saved, tmp_path, monkeypatch):
     """Sums of float32 products in another order; a factor may then round to the next bf16 value."""
     dense = saved("bert")
     monkeypatch.setattr(convert_module, "BLOCK_BYTES", 1 << 12)
-    qrefta.prepare_checkpoint(dense, tmp_path / "out", rank=5, refine=0, progress=False)
+    qrefta.prepare_checkpoint(
+        dense, tmp_path / "out", method="refta", rank=5, refine=0, progress=False
+    )
     report, expected = (
         qrefta.quant_report(model)
         for model in (qrefta.load(tmp_path / "out"), in_memory(dense, rank=5, refine=0))
@@ -157,7 +165,7 @@ def test_smaller_blocks_differ_by_rounding(saved, tmp_path, monkeypatch):
 def test_an_interrupted_run_is_no_model_and_goes_on(saved, tmp_path, monkeypatch):
     dense, out = saved("bert"), tmp_path / "out"
     whole = tmp_path / "whole"
-    qrefta.prepare_checkpoint(dense, whole, rank=5, progress=False)
+    qrefta.prepare_checkpoint(dense, whole, method="refta", rank=5, progress=False)
     real, count = shards.write_shard, iter(range(100))
 
     def fail(path, tensors):
@@ -168,17 +176,17 @@ def test_an_interrupted_run_is_no_model_and_goes_on(saved, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(shards, "write_shard", fail)
         with pytest.raises(OSError, match="No space left"):
-            qrefta.prepare_checkpoint(dense, out, rank=5, progress=False)
+            qrefta.prepare_checkpoint(dense, out, method="refta", rank=5, progress=False)
     assert not (out / "config.json").exists()
     with pytest.raises(ValueError, match=r"no config\.json"):
         qrefta.load(out)
     with pytest.raises(ValueError, match="unfinished run with another settings"):
-        qrefta.prepare_checkpoint(dense, out, rank=6, progress=False)
+        qrefta.prepare_checkpoint(dense, out, method="refta", rank=6, progress=False)
     written = []
     monkeypatch.setattr(
         shards, "write_shard", lambda path, tensors: (written.append(path), real(path, tensors))
     )
-    qrefta.prepare_checkpoint(dense, out, rank=5, progress=False)
+    qrefta.prepare_checkpoint(dense, out, method="refta", rank=5, progress=False)
     assert len(written) == 3  # of six stacks three were there
     assert {f.name: f.read_bytes() for f in out.iterdir()} == {
         f.name: f.read_bytes() for f in whole.iterdir()
@@ -189,7 +197,7 @@ def test_a_run_that_was_killed_before_its_journal_had_its_name_is_begun_anew(sav
     out = tmp_path / "out"
     out.mkdir()
     (out / f"{convert_module.JOURNAL}.tmp").write_text("{")
-    qrefta.prepare_checkpoint(saved("bert"), out, rank=5, refine=0, progress=False)
+    qrefta.prepare_checkpoint(saved("bert"), out, method="refta", rank=5, refine=0, progress=False)
     qrefta.load(out)
     assert not list(out.glob("*.tmp"))
 
@@ -200,8 +208,8 @@ def test_a_run_that_was_killed_while_it_finished_goes_on(saved, tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(convert_module, last, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            qrefta.prepare_checkpoint(dense, out, rank=5, refine=0, progress=False)
-    qrefta.prepare_checkpoint(dense, out, rank=5, refine=0, progress=False)
+            qrefta.prepare_checkpoint(dense, out, method="refta", rank=5, refine=0, progress=False)
+    qrefta.prepare_checkpoint(dense, out, method="refta", rank=5, refine=0, progress=False)
     assert not (out / convert_module.JOURNAL).exists()
     qrefta.load(out)
 
@@ -212,15 +220,17 @@ def test_a_killed_run_goes_on(saved, tmp_path):
     """
     dense, out, whole = saved("bert"), tmp_path / "out", tmp_path / "whole"
     # not a fork, which has locks of other threads but not the threads
-    process = subprocess.Popen([sys.executable, "-m", "qrefta", "prepare", dense, out, "--rank=5"])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qrefta", "prepare", dense, out, "--rank=5", "--method=refta"]
+    )
     while not (out / convert_module.JOURNAL).exists() and process.poll() is None:
         time.sleep(0.002)
     process.kill()
     if process.wait():
         assert process.returncode == -signal.SIGKILL
         assert not (out / "config.json").exists()
-        qrefta.prepare_checkpoint(dense, out, rank=5, progress=False)
-    qrefta.prepare_checkpoint(dense, whole, rank=5, progress=False)
+        qrefta.prepare_checkpoint(dense, out, method="refta", rank=5, progress=False)
+    qrefta.prepare_checkpoint(dense, whole, method="refta", rank=5, progress=False)
     first, second = (load_all(folder) for folder in (out, whole))
     assert first.keys() == second.keys()
     for name, tensor in first.items():
@@ -243,7 +253,7 @@ def test_a_folder_in_use_is_refused(saved, tmp_path):
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="exists and is not empty"):
-        qrefta.prepare_checkpoint(dense, out, rank=2)
+        qrefta.prepare_checkpoint(dense, out, method="refta", rank=2)
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
 
 
@@ -313,7 +323,7 @@ def test_damaged_sources_are_refused_and_named(saved, tmp_path, damage, message)
     dense = saved("bert")
     damage(dense)
     with pytest.raises(ValueError, match=message):
-        qrefta.prepare_checkpoint(dense, tmp_path / "out", rank=2, progress=False)
+        qrefta.prepare_checkpoint(dense, tmp_path / "out", method="refta", rank=2, progress=False)
     assert not (tmp_path / "out" / "config.json").exists()
 
 
@@ -326,7 +336,9 @@ def test_damaged_sources_are_refused_and_named(saved, tmp_path, damage, message)
 )
 def test_too_little_memory_is_refused_with_the_needed_bytes(saved, tmp_path, max_memory, message):
     with pytest.raises(ValueError, match=message):
-        qrefta.prepare_checkpoint(saved("bert"), tmp_path / "out", rank=2, max_memory=max_memory)
+        qrefta.prepare_checkpoint(
+            saved("bert"), tmp_path / "out", method="refta", rank=2, max_memory=max_memory
+        )
 
 
 def test_arguments_that_do_not_go_together_are_refused(saved, tmp_path):
@@ -346,8 +358,12 @@ def test_arguments_that_do_not_go_together_are_refused(saved, tmp_path):
 def test_the_old_call_with_a_folder_works_and_names_the_new_one(saved, tmp_path):
     dense = saved("bert")
     with pytest.warns(DeprecationWarning, match=r"call qrefta\.prepare_checkpoint\(folder, out\)"):
-        out = qrefta.prepare(dense, out=tmp_path / "old", rank=2, refine=0, progress=False)
-    new = qrefta.prepare_checkpoint(dense, tmp_path / "new", rank=2, refine=0, progress=False)
+        out = qrefta.prepare(
+            dense, out=tmp_path / "old", method="refta", rank=2, refine=0, progress=False
+        )
+    new = qrefta.prepare_checkpoint(
+        dense, tmp_path / "new", method="refta", rank=2, refine=0, progress=False
+    )
     assert {file.name: file.read_bytes() for file in out.iterdir()} == {
         file.name: file.read_bytes() for file in new.iterdir()
     }

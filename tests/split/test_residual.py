@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 
 import bitsandbytes.functional as bnb
 import numpy as np
@@ -15,6 +16,7 @@ from qrefta.split.residual import _rows_per_block, _Target, split_layers, split_
 from qrefta.split.rounding import StackRounding
 from tests.stacks import Splitted, split_and_error, svd_of, transform_of
 
+refta = partial(Settings, method="refta")
 all_transforms = pytest.mark.parametrize("transform", TRANSFORMS)
 grid = [
     pytest.mark.parametrize("quant_type", QUANT_TYPES),
@@ -68,7 +70,7 @@ def error(split, stack, config):
 def test_16_bits_sum_back_to_the_stack(transform, factor_dtype):
     """The rounding of the factors is in the residual: the exact start."""
     stack = random_stack()
-    config = Settings(rank=9, bits=16, transform=transform, factor_dtype=factor_dtype)
+    config = refta(rank=9, bits=16, transform=transform, factor_dtype=factor_dtype)
     split = split_and_error(stack, config)
     assert_close(deltas(split, stack) + dense_residuals(split), stack)
     assert split.error == 0
@@ -81,7 +83,7 @@ def test_error_is_that_of_the_factors_and_residuals_returned(
     quant_type, double_quant, transform, refine
 ):
     stack = random_stack()
-    config = Settings(
+    config = refta(
         rank=9, quant_type=quant_type, double_quant=double_quant, transform=transform, refine=refine
     )
     split = split_and_error(stack, config)
@@ -126,7 +128,7 @@ def test_one_shot_error_equals_an_independent_loop(quant_type):
     for rest in stack - numpy_delta(stack, rank=9):
         codes, state = bnb.quantize_4bit(rest, blocksize=64, quant_type=quant_type)
         expected += (rest - bnb.dequantize_4bit(codes, state)).square().sum().item()
-    config = Settings(rank=9, quant_type=quant_type, transform="dct", refine=0, scales="absmax")
+    config = refta(rank=9, quant_type=quant_type, transform="dct", refine=0, scales="absmax")
     split = split_and_error(stack, config)
     assert split.error == pytest.approx(expected, rel=2e-3)
 
@@ -143,9 +145,9 @@ def test_refined_is_never_worse_than_one_shot_and_one_shot_than_no_factors(
         "transform": transform,
     }
     errors = [
-        split_and_error(stack, Settings(**settings, refine=rounds)).error for rounds in (0, 1, 3)
+        split_and_error(stack, refta(**settings, refine=rounds)).error for rounds in (0, 1, 3)
     ]
-    assert errors[2] <= errors[1] < errors[0] < whole_error(stack, Settings(**settings))
+    assert errors[2] <= errors[1] < errors[0] < whole_error(stack, refta(**settings))
 
 
 @all_transforms
@@ -156,7 +158,7 @@ def test_returned_factors_are_nearest_to_weights_minus_residuals(transform):
     With residuals computed again from the last factors it would win at least 0.018.
     """
     stack = random_stack()
-    config = Settings(rank=9, transform=transform, refine=3, factor_dtype="float32")
+    config = refta(rank=9, transform=transform, refine=3, factor_dtype="float32")
     split = split_and_error(stack, config)
     left = stack - dense_residuals(split)
     nearest = (
@@ -167,7 +169,7 @@ def test_returned_factors_are_nearest_to_weights_minus_residuals(transform):
 
 def test_a_round_states_the_errors_before_and_of_its_target():
     stack = random_stack()
-    config = Settings(rank=9)
+    config = refta(rank=9)
     base = split_and_error(stack, config).factors
     target = _Target(
         Weights.of(stack),
@@ -190,7 +192,7 @@ def test_a_round_states_the_errors_before_and_of_its_target():
 def test_more_rank_leaves_less_error(transform):
     stack = random_stack()
     errors = [
-        split_and_error(stack, Settings(rank=rank, transform=transform, refine=0)).error
+        split_and_error(stack, refta(rank=rank, transform=transform, refine=0)).error
         for rank in (1, 10, 40, 120)
     ]
     assert errors == sorted(errors, reverse=True)
@@ -199,7 +201,7 @@ def test_more_rank_leaves_less_error(transform):
 
 def test_a_zero_stack_splits_without_nan():
     stack = torch.zeros(3, 8, 64)
-    split = split_and_error(stack, Settings(rank=2, refine=1))
+    split = split_and_error(stack, refta(rank=2, refine=1))
     assert split.error == 0
     assert not deltas(split, stack).any()
 
@@ -207,7 +209,7 @@ def test_a_zero_stack_splits_without_nan():
 def test_the_stack_is_left_as_it_was():
     stack = random_stack()
     before = stack.clone()
-    for config in (Settings(rank=4, refine=1), Settings(rank=4, bits=16)):
+    for config in (refta(rank=4, refine=1), refta(rank=4, bits=16)):
         split_and_error(stack, config)
     assert torch.equal(stack, before)
 
@@ -219,7 +221,7 @@ def test_blocks_of_rows_equal_one_block(quant_type, double_quant, transform, kee
     blocks.
     """
     stack = random_stack(out=96, inner=50)
-    config = Settings(
+    config = refta(
         rank=9, quant_type=quant_type, double_quant=double_quant, transform=transform, refine=2
     )
     whole = split_stack(Weights.of(stack), config, 9)
@@ -238,7 +240,7 @@ def test_blocks_of_rows_equal_one_block(quant_type, double_quant, transform, kee
 
 def test_keeping_the_stack_changes_no_bit():
     stack = random_stack()
-    config = Settings(rank=9, refine=2)
+    config = refta(rank=9, refine=2)
     kept, made = (
         split_stack(replace(Weights.of(stack), keep=keep), config, 9) for keep in (True, False)
     )
@@ -248,7 +250,7 @@ def test_keeping_the_stack_changes_no_bit():
 
 def test_a_metric_lowers_the_error_of_the_outputs():
     """A few inputs are much larger than the others: the metric spends the rank on them."""
-    stack, config = random_stack().flip(2), Settings(rank=24, refine=3)
+    stack, config = random_stack().flip(2), refta(rank=24, refine=3)
     root = torch.cat([torch.full((8,), 10.0), torch.ones(stack.shape[2] - 8)])
 
     def output(metric):

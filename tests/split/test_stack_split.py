@@ -17,7 +17,7 @@ def weights():
 
 def split(weights, rank, moments=None, **options):
     """The row of a stack, and the layers that its residuals and factors give back."""
-    config = Settings(rank=rank, **options)
+    config = Settings(method="refta", rank=rank, **options)
     done = StackSplit(STACK, weights, config, rank, moments)
     restored = []
     for index, residual in enumerate(done.residuals()):

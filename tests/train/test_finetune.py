@@ -181,7 +181,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end(train, tmp_path):
     """The learning rate is far too high, so the first evaluation is the best."""
     settings = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 4}
     model, result = train(
-        "best", learning_rate=10.0, warmup_steps=0, load_best_model_at_end=True, **settings
+        "best", learning_rate=3.0, warmup_steps=0, load_best_model_at_end=True, **settings
     )
     checkpoint = last_checkpoint(tmp_path / "best")
     assert checkpoint.name == "checkpoint-4"

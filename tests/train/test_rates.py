@@ -58,7 +58,7 @@ def test_every_method_has_a_measured_rate(method):
 def test_a_calibrated_refta_trains_at_the_rate_of_a_start_from_zero():
     model = tiny_llama()
     batches = [{"input_ids": torch.arange(96).view(4, 24)}]
-    given = {"rank": 2, "calibration": batches, "progress": False}
+    given = {"method": "refta", "rank": 2, "calibration": batches, "progress": False}
     plain = qrefta.prepare(copy.deepcopy(model), rounding="nearest", **given)
     assert measured_rate(plain) == (RATES["refta"], "method refta")
     found = measured_rate(qrefta.prepare(model, **given))
