@@ -62,7 +62,7 @@ def lora(
         use_dora=variant == "dora",
         modules_to_save=_heads(model, heads),
     )
-    return _adapted(model, config)
+    return get_peft_model(model, config)
 
 
 def ia3(model: PreTrainedModel, *, heads: Sequence[str] = ()) -> PeftModel:
@@ -72,7 +72,7 @@ def ia3(model: PreTrainedModel, *, heads: Sequence[str] = ()) -> PeftModel:
     config = IA3Config(
         target_modules=targets, feedforward_modules=[], modules_to_save=_heads(model, heads)
     )
-    return _adapted(model, config)
+    return get_peft_model(model, config)
 
 
 def vera(model: PreTrainedModel, rank: int, *, heads: Sequence[str] = ()) -> PeftModel:
@@ -80,12 +80,7 @@ def vera(model: PreTrainedModel, rank: int, *, heads: Sequence[str] = ()) -> Pef
     config = VeraConfig(
         r=rank, target_modules=adapted_layers(model), modules_to_save=_heads(model, heads)
     )
-    return _adapted(model, config)
-
-
-def _adapted(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
-    # With PEFT's cast to float32 a step of a bf16 model runs in float32.
-    return get_peft_model(model, config, autocast_adapter_dtype=False)
+    return get_peft_model(model, config)
 
 
 def qlora(
