@@ -1,9 +1,6 @@
 """The main job on a real model and real data: prepare, fine-tune, save, reload and merge in 4 bits.
 
-Three classifiers train on the same rows in the same order: the head on frozen 16-bit weights, LoRA
-and the head on 16-bit weights, and qrefta's factors and the head on 4-bit weights. LoRA and qrefta
-adapt the same linear layers. The head is the classifier and, in BERT-like models, the pooler before
-it, which sentence encoders leave untrained. The defaults need no download from a model hub.
+The defaults need no download from a model hub.
 """
 
 # ruff: noqa: E402
@@ -12,55 +9,66 @@ import logging
 import os
 import shutil
 import sys
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
-from datasets import DatasetDict
-from peft import LoraConfig, get_peft_model
-from rich.console import Console
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parents[1]))  # eval/ is not part of the installed package
 # bitsandbytes warns about a missing optional package that is not used here.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-import qrefta
-from eval.peers.baselines import adapted_layers
-from eval.rows import append
-from eval.tasks.demo import docstring_sentences, model_folder
-from qrefta import FinetuneResult, finetune
+from eval.quickstart import chat, classify
 from qrefta.cli import quiet_libraries
-from qrefta.files.safetensors import weights_bytes
-from qrefta.tables import report_table, results_table
-from qrefta.train.arguments import training_arguments
-from qrefta.train.data import load_classification
-from qrefta.train.models import load_classifier
 
-LEARNING_RATE = 2e-3
 OUT = Path("runs/quickstart")
-console = Console()
+
+
+class Task(StrEnum):
+    """Demonstrations."""
+
+    CHAT = "chat"
+    CLASSIFY = "classify"
 
 
 def run(
+    task: Annotated[
+        Task,
+        typer.Option(
+            help="chat: SmolLM2-135M answers questions about Python's library. "
+            "classify: MiniLM tells chapters of the library's reference."
+        ),
+    ] = Task.CHAT,
     model: Annotated[
-        str | None, typer.Option(help="Hub name or folder; default: the embedded MiniLM.")
+        str | None, typer.Option(help="Hub name or folder; default: a model that pip fetches.")
     ] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="Hub name, folder or file; default: docstring sentences.")
+        str | None,
+        typer.Option(help="Hub name, folder or file; default: docstrings of Python's library."),
     ] = None,
     text_column: Annotated[
-        list[str] | None, typer.Option(help="Text column; give two for pairs.")
+        list[str] | None, typer.Option(help="Of classify: text column; give two for pairs.")
     ] = None,
-    label_column: Annotated[str | None, typer.Option(help="Label column.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Of classify: label column.")] = None,
     header: Annotated[
-        list[str] | None, typer.Option(help="Column names, in order, of a file without header.")
+        list[str] | None,
+        typer.Option(help="Of classify: column names, in order, of a file without header."),
     ] = None,
-    rank: Annotated[int, typer.Option(help="R of every stack.")] = 48,
-    steps: Annotated[int, typer.Option(help="Training steps of each run.")] = 100,
-    train_rows: Annotated[int, typer.Option(help="Most training rows.")] = 2000,
-    test_rows: Annotated[int, typer.Option(help="Most test rows.")] = 500,
+    rank: Annotated[
+        int | None, typer.Option(help="R of every stack; default: 60 for chat, 48 for classify.")
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Training steps of each run; default: 16 for chat, 100 for classify."),
+    ] = None,
+    train_rows: Annotated[
+        int | None, typer.Option(help="Most training rows; default: 128 and 2,000.")
+    ] = None,
+    test_rows: Annotated[
+        int | None, typer.Option(help="Most test rows; default: 32 and 500.")
+    ] = None,
     out: Annotated[
         Path,
         typer.Option(help="New or empty folder for the results; the default folder is replaced."),
@@ -68,177 +76,22 @@ def run(
     rows: Annotated[Path | None, typer.Option(help="JSON lines file; rows are added.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of heads, rows and batch order.")] = 0,
 ) -> None:
-    """Prepare, train, save, reload and merge a model in 4 bits, with two 16-bit baselines."""
+    """Prepare, train, save, reload and merge a model in 4 bits, next to baselines."""
     quiet_libraries()
     if out == OUT and out.exists():
         shutil.rmtree(out)
     elif out.exists() and any(out.iterdir()):
         raise typer.BadParameter(f"{out} is not empty; choose another folder", param_hint="--out")
-    source = model or str(model_folder())
-    if dataset is None:
-        data = docstring_sentences(train_size=train_rows, test_size=test_rows)
+    if task is Task.CHAT:
+        if text_column or label_column or header:
+            raise typer.BadParameter("columns and labels belong to --task classify")
+        sizes = rank or 60, steps or 16, train_rows or 128, test_rows or 32
+        chat.run(model, dataset, *sizes, out, rows, seed)
     else:
-        data = load_classification(
-            dataset, text_columns=text_column, label_column=label_column, header=header, seed=seed
-        )
-        data = first_rows(data, {"train": train_rows, "test": test_rows}, seed)
-    classes = data["train"].features["label"].names
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    console.rule(
-        f"{len(data['train'])} training and {len(data['test'])} test rows, {len(classes)} classes"
-    )
-
-    def train(name: str, classifier: PreTrainedModel) -> FinetuneResult:
-        console.print(f"\nTraining: {name}")
-        args = training_arguments(
-            "classify",
-            out / name.replace(" ", "-"),
-            learning_rate=LEARNING_RATE,
-            max_steps=steps,
-            save_steps=1.0,
-            seed=seed,
-        )
-        return finetune(classifier, tokenizer, data, args=args)
-
-    results = {
-        "head only": train("head only", head_only(load_16_bit(source, classes, seed))),
-        "LoRA r=8": train("LoRA r=8", lora(load_16_bit(source, classes, seed))),
-    }
-
-    prepared = load_classifier(source, classes, seed)
-    dense_bytes = sum(parameter.nbytes for parameter in prepared.parameters())
-    qrefta.prepare(prepared, bits=4, rank=rank, modules_to_save=pooler(prepared), seed=seed)
-    console.print(report_table(qrefta.quant_report(prepared)))
-    results["qrefta"] = train("qrefta", prepared)
-    console.print()
-    console.print(results_table(results))
-    files = check_files(prepared, tokenizer, data, out / "qrefta", dense_bytes)
-    show_files(files, out / "qrefta")
-    if rows is not None:
-        append(
-            rows, to_rows(qrefta.quant_report(prepared), results, files, len(data["test"])), seed
-        )
-
-
-def first_rows(data: DatasetDict, counts: dict[str, int], seed: int) -> DatasetDict:
-    """At most `counts` rows of each split, drawn with `seed`."""
-    return DatasetDict(
-        {
-            name: part.shuffle(seed=seed).select(range(min(counts[name], len(part))))
-            for name, part in data.items()
-        }
-    )
-
-
-def load_16_bit(source: str, classes: list[str], seed: int) -> PreTrainedModel:
-    """A classifier with weights rounded to bf16 that computes in float32, like the 4-bit model."""
-    return load_classifier(source, classes, seed).to(torch.bfloat16).float()
-
-
-def pooler(classifier: PreTrainedModel) -> list[str]:
-    """The pooler, if the model has one between its blocks and its classifier."""
-    return [name for name, _ in classifier.base_model.named_children() if name == "pooler"]
-
-
-def head_only(classifier: PreTrainedModel) -> PreTrainedModel:
-    classifier.base_model.requires_grad_(False)
-    for name in pooler(classifier):
-        classifier.base_model.get_submodule(name).requires_grad_(True)
-    return classifier
-
-
-def lora(classifier: PreTrainedModel) -> PreTrainedModel:
-    targets = adapted_layers(classifier)
-    heads = pooler(classifier)
-    return get_peft_model(
-        classifier,
-        LoraConfig(
-            r=8, lora_alpha=16, target_modules=targets, modules_to_save=heads, task_type="SEQ_CLS"
-        ),
-    )
-
-
-@torch.no_grad()
-def check_files(
-    trained: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: DatasetDict,
-    folder: Path,
-    dense_bytes: int,
-) -> dict[str, float]:
-    """Reload and merge the saved model: sizes in bytes, and largest differences in test logits."""
-    sample = data["test"][:64]
-    texts = [sample[name] for name in ("text", "text_pair") if name in sample]
-    batch = tokenizer(
-        *texts, padding=True, truncation=True, max_length=128, return_tensors="pt"
-    ).to(trained.device)
-    saved = trained.eval()(**batch).logits
-    reloaded = qrefta.load(folder).to(trained.device).eval()
-    reload_difference = (reloaded(**batch).logits - saved).abs().max().item()
-    merged = qrefta.merge(reloaded)
-    merged.save_pretrained(folder.parent / "merged")
-    rows = qrefta.quant_report(trained)
-    return {
-        "linears_16_bit_bytes": 2
-        * sum(row["layers"] * row["shape"][0] * row["shape"][1] for row in rows),
-        "linears_bytes": sum(row["bytes"] for row in rows),
-        "model_bytes_before": dense_bytes,
-        "model_bytes_after": weights_bytes(folder),
-        "largest_logit": saved.abs().max().item(),
-        "reload_difference": reload_difference,
-        "merge_difference": (merged(**batch).logits.float() - saved).abs().max().item(),
-    }
-
-
-def show_files(files: dict[str, float], folder: Path) -> None:
-    """Print the results of `check_files`."""
-    size = {
-        name: f"{value / 1e6:.1f} MB"
-        for name, value in files.items()
-        if name.endswith(("bytes", "before", "after"))
-    }
-    console.print(
-        f"linear layers          {size['linears_16_bit_bytes']} in 16 bits -> "
-        f"{size['linears_bytes']}"
-    )
-    console.print(
-        f"whole model            {size['model_bytes_before']} -> {size['model_bytes_after']} in "
-        f"file"
-    )
-    console.print(
-        f"reloaded model         logits differ by {files['reload_difference']:.1e} from the saved "
-        f"model's"
-    )
-    console.print(
-        f"merged to dense bf16   by {files['merge_difference']:.1e}, of "
-        f"{files['largest_logit']:.1f} at most"
-    )
-    console.print(
-        f"\nThe trained model is in {folder}, the merged one in {folder.parent / 'merged'}."
-    )
-
-
-def to_rows(
-    report: list[dict[str, Any]],
-    results: dict[str, FinetuneResult],
-    files: dict[str, float],
-    test_rows: int,
-) -> list[dict[str, Any]]:
-    """All printed figures as rows for `eval.rows`."""
-    rows = [{"study": "quickstart", "kind": "stack"} | row for row in report]
-    for name, result in results.items():
-        error = (result.accuracy_after * (1 - result.accuracy_after) / test_rows) ** 0.5
-        row = {
-            "study": "quickstart",
-            "kind": "training",
-            "method": name,
-            "n": test_rows,
-            "standard_error": error,
-        }
-        rows.append(row | result._asdict())
-    return [*rows, {"study": "quickstart", "kind": "files"} | files]
+        sizes = rank or 48, steps or 100, train_rows or 2000, test_rows or 500
+        columns = text_column, label_column, header
+        classify.run(model, dataset, *sizes, out, rows, seed, *columns)
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     typer.run(run)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import bitsandbytes as bnb
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -148,6 +148,9 @@ def quantize_layers(model: PreTrainedModel, double_quant: bool = False) -> None:
             module=new,
         )
         new.bias = old.bias
+        # On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks the weights in the first evaluation and
+        # does not undo it, so that training after an evaluation gets wrong gradients.
+        new.support_avx512bf16_for_cpu = False
         replace_module(model, path, new.to(old.weight.device))
 
 

@@ -41,6 +41,43 @@ def quickstart_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", _caption(rows, training[0], files)])
 
 
+def quickstart_chat_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown tables of the quickstart with a language model: losses and answers."""
+    kinds = {
+        kind: [row for row in rows if row["kind"] == kind]
+        for kind in ("base", "training", "answer", "run")
+    }
+    ours, theirs = (
+        next(row for row in kinds["base"] if row["base"] == base)
+        for base in ("qrefta", "bitsandbytes NF4")
+    )
+    (run,) = kinds["run"]
+    lines = [
+        "| method | trainable parameters | loss on test answers before | after |",
+        "|---|---|---|---|",
+    ]
+    for row in kinds["training"]:
+        lines.append(
+            f"| {row['method']} | {row['trained_parameters']:,} | {row['test_loss_before']:.3f} | "
+            f"{row['test_loss']:.3f} |"
+        )
+    lines += ["", "| question | docstring | before | after |", "|---|---|---|---|"]
+    for row in kinds["answer"]:
+        cells = (
+            " ".join(row[name].replace("|", "\\|").split())
+            for name in ("question", "docstring", "before", "after")
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    caption = (
+        f"{kinds['training'][0]['steps']} steps, one seed ({run['device']}, {run['threads']} "
+        f"threads). Before training the KL divergence to the dense model is "
+        f"{ours['kl_mean']:.3f}, with bitsandbytes NF4 {theirs['kl_mean']:.3f}. The whole run "
+        f"takes {run['total_s']:.0f} s and {run['peak_bytes'] / 1e9:.1f} GB of memory. The files "
+        f"have {run['prepared_bytes'] / 1e6:.0f} MB of {run['dense_bytes'] / 1e6:.0f}."
+    )
+    return "\n".join([*lines, "", caption])
+
+
 def cost_table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table from one run of `eval.studies.cost` without and one with checkpointing.
 
@@ -162,6 +199,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "comparison": (comparison, ("accuracy",)),
     "kept": (kept_table, ("kld",)),
     "quickstart": (quickstart_table, ("quickstart",)),
+    "quickstart_chat": (quickstart_chat_table, ("quickstart_chat",)),
     "quickstart_sst2": (quickstart_table, ("quickstart_sst2",)),
     "cost": (cost_table, ("cost",)),
     "accuracy": (accuracy_table, ("accuracy",)),

@@ -36,7 +36,7 @@ from eval.tasks.task import (
     text_task,
 )
 from qrefta.train.rates import LORA_RATE, RATES
-from tests.models import tiny_mixtral
+from tests.models import tiny_llama, tiny_mixtral
 from tests.tiny import color_rows, tiny_folder
 
 ROWS = Path(__file__).parents[2] / "eval" / "rows"
@@ -235,6 +235,23 @@ def test_the_starts_of_quantized_peers_are_near_the_model(task):
     assert distance("pissa r=8") < 1e-4
     assert distance("loftq r=8") < plain
     assert distance("qpissa r=8") < 1.1 * plain
+
+
+def test_a_quantized_peer_trains_the_same_after_an_evaluation():
+    """bitsandbytes repacks weights in evaluation, on CPUs with AVX512-BF16, and not back."""
+    ids = torch.arange(24).view(2, 12)
+
+    def gradients(evaluate):
+        torch.manual_seed(0)
+        peer = qlora(tiny_llama(hidden=64), 2, alpha=4)
+        if evaluate:
+            with torch.no_grad():
+                peer.eval()(input_ids=ids)
+        peer.train()(input_ids=ids, labels=ids).loss.backward()
+        return [p.grad for p in peer.parameters() if p.grad is not None]
+
+    for found, expected in zip(gradients(True), gradients(False), strict=True):
+        assert_close(found, expected)
 
 
 def test_calibration_has_no_labels(task):
