@@ -6,7 +6,8 @@
 
 import logging
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -455,6 +456,53 @@ def evaluate(
     console.print(scores_table(scores["results"]))
 
 
+@app.command()
+def chat(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Language model: folder, hub name or .gguf file; prepared, merged or plain."
+        ),
+    ],
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 512,
+    temperature: Annotated[
+        float, typer.Option(help="Of sampling; 0: the most likely token.")
+    ] = 0.0,
+    device: Annotated[str | None, typer.Option(help="Device, such as cuda.")] = None,
+) -> None:
+    """Talk to a language model in the terminal, or answer the lines of standard input.
+
+    /new begins a new conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer.
+    """
+    quiet_libraries(data=False)
+    from qrefta.chat import conversation, talk
+
+    told = conversation(
+        model,
+        device,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+    )
+    if sys.stdin.isatty():
+        console.print("/new begins a new conversation, /exit or Ctrl-D ends it.", style="dim")
+    talk(told, _typed(), lambda part: print(part, end="", flush=True))
+
+
+def _typed() -> Iterator[str]:
+    """Lines of the terminal, behind a prompt, or of standard input."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    while True:
+        try:
+            yield console.input("[bold]> [/]")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+
+
 def _compare(
     model: str, reference: str | None, texts: list[str], card: bool, **options: Any
 ) -> None:
@@ -477,6 +525,8 @@ def quiet_libraries(data: bool = True) -> None:
     Args:
         data: quiet `datasets` too, which takes a second to import.
     """
+    # bitsandbytes warns of an optional package when it is imported
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import transformers
 
     transformers.logging.set_verbosity_error()
