@@ -39,7 +39,9 @@ from qrefta.files.sources import is_gguf, load_tokenizer, loaded_from, pretraine
 from qrefta.model.build import model_class
 from qrefta.nn.linear import AdaptedLinear
 
-# Relative difference of logits that a type may make.
+# Relative difference of logits that a type may make. Measured, the larger of transformers and
+# llama.cpp, on SmolLM2 dense and prepared and on tiny models of every family in float32: 0.0008 to
+# 0.0018, 0.022 to 0.044, and 0.21 to 0.41. Reading in bf16 rounds too (see ROUNDING_TOLERANCE).
 TOLERANCES: dict[GgufType, float] = {"f16": 0.15, "q8_0": 0.15, "q4_0": 0.6}
 _FIX = "Give inputs that the model was made for, a wider type, or a larger tolerance."
 _BLOCK = 32  # weights that Q8_0 and Q4_0 pack together; rows of another width stay in 16 bits

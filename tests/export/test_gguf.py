@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import gguf
 import pytest
 import torch
-from tokenizers import pre_tokenizers
+from tokenizers import pre_tokenizers, processors
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama import LlamaTokenizer
@@ -165,6 +165,29 @@ def test_metadata_of_a_sentencepiece_tokenizer(tmp_path):
     scores = dict(zip(tokens, found["tokenizer.ggml.scores"], strict=True))
     first, later = tokens[259], tokens[300]
     assert scores[first] > scores[later] > scores["e"]
+
+
+def test_end_tokens_are_written_as_the_tokenizer_and_the_model_use_them(tmp_path):
+    model, tokenizer = language_model("llama")
+    template = processors.TemplateProcessing(
+        single="$A <|im_end|>", special_tokens=[("<|im_end|>", tokenizer.eos_token_id)]
+    )
+    tokenizer.backend_tokenizer.post_processor = template
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, 1]
+    export_gguf(model, tmp_path / "m.gguf", "f16", tokenizer=tokenizer)
+    found = fields(tmp_path / "m.gguf")
+    assert found["tokenizer.ggml.add_eos_token"] is True
+    assert found["tokenizer.ggml.eot_token_id"] == 1
+
+
+def test_words_added_to_sentencepiece_are_written_as_they_stand_in_texts(tmp_path):
+    model, tokenizer = language_model("llama, sentencepiece")
+    number = len(tokenizer)
+    tokenizer.add_tokens("new\u2581word")
+    export_gguf(model, tmp_path / "m.gguf", "f16", tokenizer=tokenizer)
+    found = fields(tmp_path / "m.gguf")
+    assert found["tokenizer.ggml.tokens"][number] == "new word"
+    assert found["tokenizer.ggml.token_type"][number] == 4  # user-defined
 
 
 @pytest.mark.parametrize(
