@@ -12,6 +12,7 @@ from qrefta import _plugin
 if TYPE_CHECKING:
     from qrefta._prepare import prepare, prepare_checkpoint
     from qrefta.config import RankBudget, Settings
+    from qrefta.export.gguf import export_gguf
     from qrefta.export.lora import export_lora
     from qrefta.export.merge import merge
     from qrefta.hf_config import QReftaConfig
@@ -31,6 +32,7 @@ __all__ = [
     "TextComparison",
     "compare",
     "evaluate",
+    "export_gguf",
     "export_lora",
     "finetune",
     "load",
@@ -46,6 +48,7 @@ _MODULES = {
     "QReftaConfig": "qrefta.hf_config",
     "compare": "qrefta.measure.compare",
     "evaluate": "qrefta.measure.harness",
+    "export_gguf": "qrefta.export.gguf",
     "export_lora": "qrefta.export.lora",
     "FinetuneResult": "qrefta.train._finetune",
     "finetune": "qrefta.train._finetune",

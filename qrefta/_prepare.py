@@ -8,9 +8,9 @@ from typing import Any, Unpack
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from qrefta._compat.transformers import has_peft_adapter
+from qrefta._compat.transformers import dequantized_gguf, has_peft_adapter
 from qrefta.choices import Bits
 from qrefta.config import (
     LayerStack,
@@ -18,13 +18,23 @@ from qrefta.config import (
     RankSetting,
     SettingsKeywords,
     StackReport,
+    parse_bytes,
     settings_of_call,
     shows_settings,
 )
+from qrefta.files.folders import new_folder
+from qrefta.files.sources import (
+    dense_bytes,
+    is_gguf,
+    loaded_from,
+    pretrained_source,
+    save_tokenizer,
+)
 from qrefta.hf_config import QReftaConfig
-from qrefta.hf_quantizer import is_prepared, register
+from qrefta.hf_quantizer import is_prepared, prepared_config, register
 from qrefta.model.build import adapt, attach_bank, bank_key, freeze, with_trained_modules
 from qrefta.model.stacks import Weights, check_values, find_stacks, model_weights, read_slice
+from qrefta.model_card import write_card
 from qrefta.nn.factors import BANK, FactorBank
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.nn.quantized import QuantFormat
@@ -63,7 +73,8 @@ def prepare(
     is refused is left exactly as it was.
 
     Args:
-        model: any transformers model with its weights in memory, float32, bf16 or fp16.
+        model: any transformers model with its weights in memory, float32, bf16 or fp16; also one
+            that `from_pretrained(folder, gguf_file=name)` dequantized.
         bits, rank, settings: see `qrefta.config.Settings`.
         calibration: text of the kind that the model will read: a file (txt, csv, tsv, jsonl,
             parquet), a list of strings, a `datasets.Dataset` with a column of text or tokenized
@@ -112,6 +123,7 @@ def prepare(
             "one of the two."
         )
     _check_model(model)
+    name = loaded_from(model)  # a GGUF file's name goes with the marks that are replaced below
     source = _ModelSource(model, None if device is None else torch.device(device))
     chosen = with_trained_modules(model, chosen, source.stacks)
     _check_weights(model, source.stacks)
@@ -127,9 +139,10 @@ def prepare(
     config = QReftaConfig(
         chosen,
         calibrated=loaded is not None,
-        base_model=model.name_or_path or None,
+        base_model=name or None,
         stacks=sink.reports,
     )
+    model.name_or_path = name
     register(model, config)
     return model
 
@@ -153,8 +166,12 @@ def prepare_checkpoint(
     The result equals `prepare` on the loaded model bit for bit. An interrupted run resumes if it is
     called again with the same settings. The source is only read.
 
+    A GGUF file is an exception: transformers dequantizes it whole, so the model is held in memory,
+    and an interrupted run starts again. Its tokenizer is written too.
+
     Args:
-        source: folder or hub name of a transformers model in safetensors files.
+        source: folder or hub name of a transformers model in safetensors files, or a `.gguf` file
+            of a causal language model.
         out: folder to write: new, empty, or left by an interrupted run.
         bits, rank, settings: see `qrefta.config.Settings`.
         moments: see `prepare`; gathered on a model in memory.
@@ -170,7 +187,31 @@ def prepare_checkpoint(
     """
     chosen = settings_of_call("prepare_checkpoint", {"bits": bits, "rank": rank, **settings})
     loaded = _moments(moments)
+    if is_gguf(source):
+        with new_folder(out) as folder:
+            model = _dense_of_gguf(source, max_memory)
+            prepare(model, bits, rank, moments=loaded, device=device, progress=progress, **settings)
+            model.save_pretrained(folder)
+            save_tokenizer(source, folder)
+            write_card(folder, prepared_config(model))
+        return Path(out)
     return convert(source, Path(out), chosen, loaded, torch.device(device), max_memory, progress)
+
+
+def _dense_of_gguf(source: str | Path, max_memory: int | str) -> PreTrainedModel:
+    """The causal language model in a GGUF file, in float32.
+
+    Raises:
+        ValueError: if it takes more than `max_memory`, or there is no such file.
+        ImportError: if the package gguf is not installed.
+    """
+    needed = dense_bytes(source)
+    if needed > parse_bytes("max_memory", max_memory):
+        raise ValueError(
+            f"max_memory is {max_memory}, and {source} takes {needed / 1e9:.2f} GB as a dense "
+            "float32 model, which transformers makes of it in memory; give more."
+        )
+    return AutoModelForCausalLM.from_pretrained(**pretrained_source(source), dtype="auto")
 
 
 def calibrate(
@@ -289,11 +330,13 @@ def _check_model(model: nn.Module) -> None:
         )
     if getattr(model, "peft_config", None) or has_peft_adapter(model):
         raise ValueError("The model carries PEFT adapters; call merge_and_unload() on it first.")
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
+    marked = getattr(model, "hf_quantizer", None) or getattr(model, "is_quantized", False)
+    if marked and dequantized_gguf(model) is None:
         method = getattr(model, "quantization_method", "unknown")
         raise ValueError(
-            f"The model is already quantized ({method}); load it without quantization_config: "
-            "prepare quantizes it itself."
+            f"The model is already quantized ({method}); load it without quantization_config, or a "
+            "GGUF file with quantization_config=GgufConfig(dequantize=True): prepare quantizes it "
+            "itself."
         )
     for path, module in model.named_modules():
         kind = type(module)

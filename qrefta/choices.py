@@ -13,6 +13,7 @@ Bits = Literal[4, 16]
 FactorDtype = Literal["bfloat16", "float32"]
 Task = Literal["classify", "lm", "sft", "image"]
 LoraBase = Literal["residual", "residual-4bit", "original"]
+GgufType = Literal["f16", "q8_0", "q4_0"]
 Optimizer = Literal["adamw", "adamw_8bit"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 
@@ -25,6 +26,7 @@ BITS: tuple[Bits, ...] = get_args(Bits)
 FACTOR_DTYPES: tuple[FactorDtype, ...] = get_args(FactorDtype)
 TASK_NAMES: tuple[Task, ...] = get_args(Task)
 LORA_BASES: tuple[LoraBase, ...] = get_args(LoraBase)
+GGUF_TYPES: tuple[GgufType, ...] = get_args(GgufType)
 OPTIMIZER_NAMES: tuple[Optimizer, ...] = get_args(Optimizer)
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from qrefta._options import with_settings
-from qrefta.choices import AUTO_RATE, GENERIC_TEXT, Dtype, LoraBase, Optimizer, Task
+from qrefta.choices import AUTO_RATE, GENERIC_TEXT, Dtype, GgufType, LoraBase, Optimizer, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +39,9 @@ _KINDS = "a file (txt, csv, tsv, jsonl, parquet), text (generic text) or none"
 @app.command()
 @with_settings
 def prepare(
-    model: Annotated[str, typer.Argument(help="Hub name or local folder of a dense model.")],
+    model: Annotated[
+        str, typer.Argument(help="Hub name, local folder or .gguf file of a dense model.")
+    ],
     out: Annotated[
         Path,
         typer.Argument(help="Folder to write: new, empty, or left by an interrupted run."),
@@ -65,11 +67,13 @@ def prepare(
 ) -> None:
     """Split a checkpoint into a 4-bit residual and trainable factors, a few rows at a time.
 
-    An interrupted run goes on when the same command is given again.
+    An interrupted run goes on when the same command is given again. A GGUF file is prepared in
+    memory.
     """
     quiet_libraries(data=False)
     from qrefta._prepare import prepare_checkpoint
-    from qrefta.files.safetensors import resolve_folder, weights_bytes
+    from qrefta.files.safetensors import weights_bytes
+    from qrefta.files.sources import dense_bytes
     from qrefta.split.calibrate import load_moments
     from qrefta.tables import report_table
 
@@ -86,15 +90,17 @@ def prepare(
         model, out, moments=gathered, device=device or "cpu", max_memory=max_memory, **settings
     )
     console.print(report_table(_read_rows(out)))
-    before = weights_bytes(resolve_folder(model))
-    console.print(f"{_megabytes(before)} -> {_megabytes(weights_bytes(out))} in {out}")
+    console.print(f"{_megabytes(dense_bytes(model))} -> {_megabytes(weights_bytes(out))} in {out}")
 
 
 @app.command()
 @with_settings
 def finetune(
     model: Annotated[
-        str, typer.Argument(help="Hub name or folder: dense (is prepared first), or prepared.")
+        str,
+        typer.Argument(
+            help="Hub name, folder or .gguf file: dense (is prepared first), or prepared."
+        ),
     ],
     dataset: Annotated[
         str, typer.Argument(help="Hub name, folder or file (csv, tsv, json, jsonl, parquet).")
@@ -155,8 +161,9 @@ def finetune(
     check_sharding()
     quiet_libraries()
     from qrefta._prepare import prepare as prepare_model
-    from qrefta.export.merge import check_new
+    from qrefta.files.folders import check_new
     from qrefta.files.safetensors import weights_bytes
+    from qrefta.files.sources import pretrained_source
     from qrefta.hf_quantizer import is_prepared, quant_report
     from qrefta.split.sources import calibration_batches
     from qrefta.tables import report_table, results_table
@@ -195,7 +202,7 @@ def finetune(
         if state.is_main_process and not resume:
             check_new(out)
         data = TASKS[task].load(dataset, seed=seed, **columns)
-        processor = TASKS[task].processor.from_pretrained(model)
+        processor = TASKS[task].processor.from_pretrained(**pretrained_source(model))
         loaded = load_model(str(start) if start.is_dir() else model, task, data, seed)
         if not is_prepared(loaded):
             if not state.is_main_process:
@@ -272,8 +279,9 @@ def merge(
     quiet_libraries(data=False)
     import torch
 
-    from qrefta.export.merge import ROUNDING_TOLERANCE, check_new
+    from qrefta.export.merge import ROUNDING_TOLERANCE
     from qrefta.export.merge import merge as merge_model
+    from qrefta.files.folders import check_new
     from qrefta.files.safetensors import weights_bytes
     from qrefta.hf_quantizer import load
 
@@ -317,7 +325,7 @@ def export_lora(
     import torch
 
     from qrefta.export.lora import export_lora as export_lora_model
-    from qrefta.export.merge import check_new
+    from qrefta.files.folders import check_new
     from qrefta.files.safetensors import weights_bytes
     from qrefta.hf_quantizer import load
 
@@ -332,6 +340,29 @@ def export_lora(
         tolerance=tolerance,
     )
     console.print(f"LoRA on the {base} in {out} ({_megabytes(weights_bytes(out))})")
+    _print_differences(written)
+
+
+@app.command(name="export-gguf")
+def export_gguf(
+    model: Annotated[
+        str, typer.Argument(help="Folder of a prepared, merged or other dense model; or hub name.")
+    ],
+    file: Annotated[Path, typer.Argument(help="File to write; its name ends in .gguf.")],
+    kind: Annotated[
+        GgufType, typer.Option("--type", help="16, 8.5 or 4.5 bits a weight.")
+    ] = "q8_0",
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Largest relative difference of logits; default: room for rounding."),
+    ] = None,
+) -> None:
+    """Write one file for llama.cpp and Ollama, tokenizer included, and a Modelfile next to it."""
+    quiet_libraries(data=False)
+    from qrefta.export.gguf import export_gguf as export_gguf_model
+
+    written = export_gguf_model(model, file, kind, tolerance=tolerance)
+    console.print(f"{kind} in {file} ({_megabytes(file.stat().st_size)})")
     _print_differences(written)
 
 
@@ -555,9 +586,7 @@ def main() -> None:
 
 def _print_differences(written: "Export") -> None:
     """How far an export is from the prepared model, and its notes."""
-    console.print(
-        f"Logits differ from the prepared model's by {written.difference:.2g} of their size."
-    )
+    console.print(f"Logits differ from the model's by {written.difference:.2g} of their size.")
     if written.weight_error:
         console.print(
             f"The LoRA leaves out {written.weight_error:.2g} of the squared norm of the exact "
@@ -578,14 +607,18 @@ def _read_rows(folder: Path) -> list[dict[str, Any]]:
 def _calibration_of(model: str, max_memory: str) -> str:
     """The text to calibrate on if none is named: the model is loaded for it, so it has to fit."""
     from qrefta.config import parse_bytes
-    from qrefta.files.safetensors import resolve_folder, weights_bytes
+    from qrefta.files.safetensors import resolve_folder
+    from qrefta.files.sources import dense_bytes, is_gguf
 
-    folder = resolve_folder(model)
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        return NONE
-    size = weights_bytes(folder)
+    if not is_gguf(model):
+        folder = resolve_folder(model)
+        if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            return NONE
+    size = dense_bytes(model)
     if size <= parse_bytes("max_memory", max_memory):
         return GENERIC_TEXT
+    if is_gguf(model):
+        return NONE  # it is refused, for the same reason
     console.print(
         f"Not calibrated: the model takes {_megabytes(size)}, more than --max-memory "
         f"{max_memory}. --calibration text loads it and keeps its outputs better."
@@ -595,13 +628,19 @@ def _calibration_of(model: str, max_memory: str) -> str:
 
 def _gather(model: str, calibration: str, seed: int) -> "Moments":
     """Moments of a dense model's inputs on text; the model is in memory while they are gathered."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    from qrefta.files.sources import is_gguf, pretrained_source
     from qrefta.model.build import model_class
     from qrefta.split.sources import calibration_batches
 
-    names = AutoConfig.from_pretrained(model).architectures or [""]
-    dense = model_class(names[0], model).from_pretrained(model, dtype="auto", use_safetensors=True)
+    source = pretrained_source(model)
+    if is_gguf(model):
+        kind = AutoModelForCausalLM  # the file names no class
+    else:
+        names = AutoConfig.from_pretrained(**source).architectures or [""]
+        kind = model_class(names[0], model)
+    dense = kind.from_pretrained(**source, dtype="auto", use_safetensors=True)
     batches = calibration_batches(dense, calibration, seed=seed)
     return _calibrated(dense, list(batches), calibration)
 

@@ -7,12 +7,14 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tests.language import language_model
 from tests.models import VOCAB, tiny_llama
 from tests.tiny import tiny_folder
 
 ROOT = Path(__file__).parents[1]
 CLASSIFIER = "sentence-transformers/all-MiniLM-L6-v2"
 LANGUAGE_MODEL = "meta-llama/Llama-3.2-1B"
+CHAT_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"  # its tokenizer is one that GGUF files hold
 PYTHON_BLOCK = re.compile(r"```python\n(.*?)```", flags=re.DOTALL)
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
@@ -22,7 +24,13 @@ def small_models(root):
     tiny_folder(root / "classifier", width=64)
     tiny_llama(hidden=64).save_pretrained(root / "language")
     language_tokenizer().save_pretrained(root / "language")
-    return {CLASSIFIER: str(root / "classifier"), LANGUAGE_MODEL: str(root / "language")}
+    for part in language_model("qwen2"):
+        part.save_pretrained(root / "chat")
+    return {
+        CLASSIFIER: str(root / "classifier"),
+        LANGUAGE_MODEL: str(root / "language"),
+        CHAT_MODEL: str(root / "chat"),
+    }
 
 
 def language_tokenizer():

@@ -365,7 +365,7 @@ def test_evaluate_refuses_options_that_do_not_fit(options, message, language):
 
 def test_a_missing_package_is_one_line(language, monkeypatch, capsys):
     (language / "model.gguf").touch()
-    monkeypatch.setattr("qrefta.measure.sources.is_gguf_available", lambda: False)
+    monkeypatch.setattr("qrefta.files.sources.is_gguf_available", lambda: False)
     words = ["evaluate", str(language / "model.gguf"), "--text", str(language / "more.txt")]
     monkeypatch.setattr(sys, "argv", ["qrefta", *words])
     with pytest.raises(SystemExit) as exit:

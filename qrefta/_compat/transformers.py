@@ -37,6 +37,7 @@ __all__ = [
     "WeightRenaming",
     "always_float32",
     "apply_gate",
+    "dequantized_gguf",
     "dot_natural_key",
     "enable_checkpointing",
     "float32_under_float16",
@@ -122,6 +123,20 @@ def unmark_quantized(config: PreTrainedConfig) -> None:
     A dense model is not quantized, so its config must not say so. If it goes: nothing to do.
     """
     config.__dict__.pop("_is_quantized", None)
+
+
+def dequantized_gguf(model: nn.Module) -> str | None:
+    """Name of the GGUF file whose weights `from_pretrained` dequantized into this model; else None.
+
+    transformers 5.24 marks such a model as quantized although it is dense. Where its kernels keep
+    the weights packed, they are bytes. If it goes: the marks are gone too, and there is nothing to
+    do.
+    """
+    settings: Any = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    if getattr(settings, "quant_method", None) != "gguf":
+        return None
+    dense = all(parameter.is_floating_point() for parameter in model.parameters())
+    return settings.gguf_file if dense else None
 
 
 def model_of_config(

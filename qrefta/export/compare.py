@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from accelerate import dispatch_model, init_empty_weights
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from qrefta._compat.transformers import model_of_config
-from qrefta.files.safetensors import Checkpoint, resolve_folder
+from qrefta.files.safetensors import Checkpoint
+from qrefta.files.sources import load_tokenizer
 from qrefta.model.names import sources
 
 _ROWS = 2
@@ -142,10 +143,9 @@ def _sentences(model: PreTrainedModel) -> dict[str, Tensor]:
     if not model.name_or_path:
         return {}
     with suppress(ValueError, OSError, ImportError, KeyError):
-        folder = resolve_folder(model.name_or_path, weights=False)
-        if not any(folder.glob("tokenizer*")):
+        tokenizer = load_tokenizer(model.name_or_path)
+        if tokenizer is None:
             return {}
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         rows = [tokenizer(text)["input_ids"][:_TOKENS] for text in _SENTENCES]
         width = min(map(len, rows))
         ids = torch.tensor([row[:width] for row in rows])

@@ -25,10 +25,10 @@ from qrefta.export.merge import (
     Export,
     agreed,
     check_floating,
-    new_folder,
 )
 from qrefta.export.updates import Update, layer_updates, starting_factors
 from qrefta.export.write import copy_tokenizer, plain_config, write_model
+from qrefta.files.folders import new_folder
 from qrefta.files.safetensors import write_shard
 from qrefta.hf_config import QReftaConfig
 from qrefta.hf_quantizer import load, prepared_config

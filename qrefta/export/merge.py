@@ -1,9 +1,6 @@
 """A prepared model back to a plain transformers model: in place, or written to a folder."""
 
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
@@ -21,6 +18,7 @@ from qrefta._compat.transformers import (
 from qrefta.config import StackReport
 from qrefta.export.compare import example_inputs, output_difference, outputs, run_from_disk
 from qrefta.export.write import dense_tensors, wanted_dtype, write_model
+from qrefta.files.folders import new_folder
 from qrefta.hf_quantizer import prepared_config
 from qrefta.model.stacks import replace_module
 from qrefta.model_card import write_card
@@ -126,36 +124,6 @@ def check_floating(dtype: torch.dtype) -> None:
         )
 
 
-def check_new(out: str | Path) -> Path:
-    """The path of a folder that is new or empty.
-
-    Raises:
-        ValueError: if it exists and is not empty.
-    """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; choose another folder or remove it.")
-    return out
-
-
-@contextmanager
-def new_folder(out: str | Path) -> Iterator[Path]:
-    """A folder to write to, that gets the name `out` if all went well, and is removed otherwise.
-
-    Raises:
-        ValueError: if `out` exists and is not empty.
-    """
-    out = check_new(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        yield folder
-        folder.chmod(0o755)  # mkdtemp makes it readable for one user only
-        folder.replace(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def agreed(difference: float, tolerance: float, fix: str) -> float:
     """`difference`, if it is within `tolerance`.
 
@@ -170,8 +138,8 @@ def agreed(difference: float, tolerance: float, fix: str) -> float:
     if difference <= tolerance:
         return difference
     raise ValueError(
-        f"The logits of the written model differ from the prepared model's by {difference:.3g} of "
-        f"their size, and {tolerance:g} are allowed; nothing was kept. {fix}"
+        f"The logits of the written model differ from the model's by {difference:.3g} of their "
+        f"size, and {tolerance:g} are allowed; nothing was kept. {fix}"
     )
 
 

@@ -26,7 +26,8 @@ from qrefta.files.safetensors import (
     resolve_folder,
     write_index,
 )
-from qrefta.hf_quantizer import prepared_config
+from qrefta.files.sources import is_gguf, save_tokenizer
+from qrefta.hf_quantizer import is_prepared, prepared_config
 from qrefta.nn.experts import expert_path
 from qrefta.nn.factors import BANK
 from qrefta.nn.linear import AdaptedLinear, adapted_layer
@@ -55,7 +56,7 @@ def write_model(
         max_shard_size: bytes of one file, or text such as "5GB".
     """
     writer = ShardWriter(folder, "model-", convert_file_size_to_int(max_shard_size))
-    for name, tensor in _plain_tensors(model, dtype, stored, quantization is not None):
+    for name, tensor in plain_tensors(model, dtype, stored, quantization is not None):
         _add(writer, model, name, tensor)
         del tensor  # free it before the next one is made
     files = writer.close()
@@ -92,10 +93,14 @@ def plain_config(
 
 def copy_tokenizer(model: PreTrainedModel, folder: Path) -> None:
     """Copy the tokenizer and the other small files of the folder that the model was loaded from."""
-    if not model.name_or_path:
+    source = model.name_or_path
+    if not source:
+        return
+    if is_gguf(source):
+        save_tokenizer(source, folder)
         return
     with suppress(ValueError):  # made in this process: neither a folder nor on the hub
-        copy_companions(resolve_folder(model.name_or_path, weights=False), folder)
+        copy_companions(resolve_folder(source, weights=False), folder)
 
 
 def wanted_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
@@ -110,11 +115,17 @@ def wanted_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch
     return torch.float32 if narrow and kept.intersection(name.split(".")) else dtype
 
 
-def _plain_tensors(
-    model: PreTrainedModel, dtype: torch.dtype, stored: Stored, quantized: bool
+def plain_tensors(
+    model: PreTrainedModel, dtype: torch.dtype, stored: Stored, quantized: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the plain model by its full name, in its final dtype."""
-    stacks = prepared_config(model).stacks
+    """Every tensor of the plain model by its full name, in its final dtype; tied tensors once.
+
+    Args:
+        model: prepared or dense.
+        dtype, stored: see `write_model`.
+        quantized: whether `stored` gives tensors in another form than weights.
+    """
+    stacks = prepared_config(model).stacks if is_prepared(model) else []
     rows = {path: row for row in stacks for path in row.stack.adapted}
     first_experts = {
         expert_path(path, 0): path

@@ -1,6 +1,5 @@
 """Causal language models and tokenizers from a folder, a hub name, a GGUF file or an object."""
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +7,12 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils.import_utils import is_gguf_available
 
-from qrefta.files.safetensors import resolve_folder
+from qrefta.files.sources import is_gguf, loaded_from, pretrained_source
+from qrefta.files.sources import load_tokenizer as tokenizer_of
 from qrefta.model.build import model_class
 
 
@@ -22,7 +20,7 @@ def source_name(source: PreTrainedModel | str | Path) -> str:
     """The folder, file or hub name; for an object the name it was loaded from, or its class."""
     if isinstance(source, str | Path):
         return str(source)
-    return source.name_or_path or type(source).__name__
+    return loaded_from(source) or type(source).__name__
 
 
 def load_causal_model(
@@ -48,9 +46,8 @@ def load_causal_model(
         return source
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {"dtype": "auto", "device_map": place}
-    if _is_gguf(source):
-        options |= _gguf_options(source)
-        return AutoModelForCausalLM.from_pretrained(Path(source).parent, **options)
+    if is_gguf(source):
+        return AutoModelForCausalLM.from_pretrained(**pretrained_source(source), **options)
     config = AutoConfig.from_pretrained(source)
     kind = model_class((config.architectures or [""])[0], source)
     _check_causal(kind, config, f"{source} ({kind.__name__})")
@@ -63,29 +60,8 @@ def load_tokenizer(source: PreTrainedModel | str | Path) -> PreTrainedTokenizerB
     Raises:
         ImportError: for a GGUF file, if the package gguf is not installed.
     """
-    name = source if isinstance(source, str | Path) else source.name_or_path or ""
-    if name == "":
-        return None
-    if _is_gguf(name):
-        return AutoTokenizer.from_pretrained(Path(name).parent, **_gguf_options(name))
-    with suppress(ValueError, OSError, ImportError, KeyError):
-        folder = resolve_folder(name, weights=False)
-        if any(folder.glob("tokenizer*")):
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    return None
-
-
-def _is_gguf(source: str | Path) -> bool:
-    return Path(source).suffix == ".gguf"
-
-
-def _gguf_options(source: str | Path) -> dict[str, str]:
-    """The argument of `from_pretrained` that names a GGUF file in its folder."""
-    if not Path(source).is_file():
-        raise ValueError(f"There is no file {source}.")
-    if not is_gguf_available():
-        raise ImportError(f"Reading {source} needs the package gguf: pip install gguf")
-    return {"gguf_file": Path(source).name}
+    name = source if isinstance(source, str | Path) else loaded_from(source)
+    return tokenizer_of(name) if name else None
 
 
 def _check_causal(model: Any, config: Any, name: str) -> None:

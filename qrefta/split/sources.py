@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta.choices import GENERIC_TEXT
+from qrefta.files.sources import loaded_from, pretrained_source
 from qrefta.split.calibrate import Batch
 from qrefta.split.texts import (
     MAX_LENGTH,
@@ -103,11 +104,11 @@ def _check_reads_text(model: PreTrainedModel) -> None:
 
 
 def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    name = model.name_or_path
+    name = loaded_from(model)
     problem: Exception | None = None
     if name:
         try:
-            return AutoTokenizer.from_pretrained(name)
+            return AutoTokenizer.from_pretrained(**pretrained_source(name))
         except (OSError, ValueError, KeyError, ImportError) as error:
             problem = error
     raise ValueError(

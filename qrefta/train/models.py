@@ -6,6 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from qrefta.choices import Task
+from qrefta.files.sources import pretrained_source
 from qrefta.train.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ def load_model(source: str, task: Task, data: "DatasetDict", seed: int) -> PreTr
     """A model of the task's class, with a head for the classes of the data where it has them."""
     kind = TASKS[task].model
     if task in ("lm", "sft"):
-        return kind.from_pretrained(source, dtype="auto", use_safetensors=True)
+        return kind.from_pretrained(**pretrained_source(source), dtype="auto", use_safetensors=True)
     return load_classifier(source, data["train"].features["label"].names, seed, kind)
 
 
@@ -27,11 +28,12 @@ def load_classifier(
 
     Its head is drawn from `seed` if the checkpoint has none that fits.
     """
-    has_labels = AutoConfig.from_pretrained(model).num_labels
+    source = pretrained_source(model)
+    has_labels = AutoConfig.from_pretrained(**source).num_labels
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return auto.from_pretrained(
-            model,
+            **source,
             dtype=torch.float32,  # a head in bf16 would lose most of AdamW's updates
             use_safetensors=True,
             num_labels=len(classes),

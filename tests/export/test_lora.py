@@ -282,7 +282,7 @@ def test_a_rank_too_large_for_servers_is_noted(tmp_path):
         ({"dtype": torch.int8}, r"dtype is torch.int8; it must be a floating type"),
         (
             {"tolerance": 1e-4},
-            r"differ from the prepared model's by .* and 0.0001 are allowed; nothing was kept",
+            r"differ from the model's by .* and 0.0001 are allowed; nothing was kept",
         ),
     ],
 )

@@ -324,7 +324,7 @@ def test_other_files_of_the_folder_are_copied(tmp_path):
 def test_logits_that_differ_too_much_leave_nothing(tmp_path):
     model = prepared("bert")
     with pytest.raises(
-        ValueError, match=r"differ from the prepared model's by 0\.0.* and 1e-06 are allowed"
+        ValueError, match=r"differ from the model's by 0\.0.* and 1e-06 are allowed"
     ):
         qrefta.merge(model, out=tmp_path / "out", tolerance=1e-6)
     assert not list(tmp_path.iterdir())

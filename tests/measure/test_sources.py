@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.testing import assert_close
 from transformers import (
     BertConfig,
     BertLMHeadModel,
@@ -15,13 +16,13 @@ from transformers import (
 )
 
 import qrefta
-from qrefta.measure import sources
 from qrefta.measure.sources import load_causal_model, load_tokenizer, source_name
 from tests.models import (
     VOCAB,
     build,
     decoder_sizes,
     encoder_sizes,
+    logits,
     tiny_bert,
     tiny_clip,
     tiny_gpt2,
@@ -95,32 +96,20 @@ def test_an_unknown_class_is_refused(tmp_path):
         load_causal_model(tmp_path)
 
 
-def test_a_gguf_file_is_loaded_from_its_folder(tmp_path, monkeypatch):
-    """transformers reads it; here its arguments are checked, since gguf need not be installed."""
-    file = tmp_path / "model.gguf"
-    file.touch()
-    asked = []
-
-    def from_pretrained(folder, **options):
-        asked.append((folder, options))
-        return folder
-
-    monkeypatch.setattr(sources, "is_gguf_available", lambda: True)
-    monkeypatch.setattr(sources.AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    monkeypatch.setattr(sources.AutoTokenizer, "from_pretrained", from_pretrained)
-    assert load_causal_model(str(file), "cpu") == tmp_path
-    assert load_tokenizer(file) == tmp_path
-    assert asked == [
-        (tmp_path, {"gguf_file": "model.gguf", "dtype": "auto", "device_map": "cpu"}),
-        (tmp_path, {"gguf_file": "model.gguf"}),
-    ]
+def test_a_gguf_file_is_loaded_with_its_tokenizer(gguf_file):
+    model = load_causal_model(str(gguf_file.path), "cpu")
+    assert_close(logits(model), logits(gguf_file.model), rtol=0.01, atol=0.01)
+    assert source_name(model) == str(gguf_file.path)
+    for source in (gguf_file.path, model):
+        found = load_tokenizer(source)("the mill")
+        assert found["input_ids"] == gguf_file.tokenizer("the mill")["input_ids"]
 
 
 def test_gguf_without_its_package_or_file_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"There is no file .*model\.gguf"):
         load_causal_model(tmp_path / "model.gguf")
     (tmp_path / "model.gguf").touch()
-    monkeypatch.setattr(sources, "is_gguf_available", lambda: False)
+    monkeypatch.setattr("qrefta.files.sources.is_gguf_available", lambda: False)
     with pytest.raises(ImportError, match="pip install gguf"):
         load_causal_model(tmp_path / "model.gguf")
 
