@@ -7,6 +7,7 @@
 import logging
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -391,7 +392,7 @@ def plan(
     """
     quiet_libraries(data=False)
     from qrefta.memory.plan import plan as plan_memory
-    from qrefta.tables import plan_table
+    from qrefta.tables import plan_table, size_text
 
     memory = plan_memory(
         model,
@@ -407,16 +408,17 @@ def plan(
     console.print(plan_table(memory))
     if memory.available_bytes is None:
         return
-    largest = f"largest batch {memory.largest_batch:,}"
+    largest = [_largest("batch", memory.largest_batch)]
     if memory.largest_rank is not None:
-        largest += f", largest rank {memory.largest_rank:,}"
+        largest.append(_largest("rank", memory.largest_rank))
     verdict = "It fits" if memory.fits else "It does not fit"
     console.print(
-        f"{verdict} in {memory.available_bytes / 1e9:.2f} GB; with all other settings as given: "
-        f"{largest}."
+        f"{verdict} in {size_text(memory.available_bytes)}; with all other settings as given: "
+        f"{', '.join(largest)}."
     )
-    for saving in memory.savings:
-        console.print(f"  {saving.change} would save {saving.saved_bytes / 1e9:.2f} GB")
+    worth = memory.total_bytes / 100
+    for saving in (found for found in memory.savings if found.saved_bytes >= worth):
+        console.print(f"  {saving.change} would save {size_text(saving.saved_bytes)}")
 
 
 @app.command()
@@ -556,8 +558,9 @@ def quiet_libraries(data: bool = True) -> None:
     Args:
         data: quiet `datasets` too, which takes a second to import.
     """
-    # bitsandbytes warns of an optional package when it is imported
+    # bitsandbytes warns of an optional package when it is imported, PEFT and TRL use an old name
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -594,6 +597,10 @@ def _print_differences(written: "Export") -> None:
         )
     for note in written.notes:
         console.print(f"Note: {note}.")
+
+
+def _largest(name: str, number: int) -> str:
+    return f"largest {name} {number:,}" if number else f"no {name} fits"
 
 
 def _read_rows(folder: Path) -> list[dict[str, Any]]:

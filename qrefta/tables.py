@@ -1,6 +1,7 @@
 """Tables that the command line prints: of a prepared model, training runs, memory, scores."""
 
 from collections.abc import Mapping, Sequence
+from math import exp
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -69,16 +70,32 @@ def settings_table(settings: Mapping[str, Any]) -> Table:
 
 
 def results_table(results: Mapping[str, "FinetuneResult"]) -> Table:
-    """Training runs side by side."""
-    table = _table("Test accuracy")
-    for name in ("method", "trained", "before", "after", "test loss", "steps", "seconds"):
+    """Training runs side by side: accuracy and loss on the test rows, or loss and perplexity."""
+    table = _table("On the test rows, before and after training")
+    classes = any(result.accuracy_after is not None for result in results.values())
+    measure = "accuracy" if classes else "perplexity"
+    for name in (
+        "method",
+        "trainable",
+        f"{measure} before",
+        "after",
+        "loss before",
+        "after",
+        "steps",
+        "seconds",
+    ):
         table.add_column(name, justify="left" if name == "method" else "right")
     for name, result in results.items():
+        scores = (
+            (_percent(result.accuracy_before), _percent(result.accuracy_after))
+            if classes
+            else (_perplexity(result.test_loss_before), _perplexity(result.test_loss))
+        )
         table.add_row(
             name,
             f"{result.trained_parameters:,}",
-            _percent(result.accuracy_before),
-            _percent(result.accuracy_after),
+            *scores,
+            f"{result.test_loss_before:.3f}",
             f"{result.test_loss:.3f}",
             str(result.steps),
             f"{result.train_s:.0f}",
@@ -87,10 +104,10 @@ def results_table(results: Mapping[str, "FinetuneResult"]) -> Table:
 
 
 def plan_table(plan: "Plan") -> Table:
-    """The parts of a plan, in gigabytes."""
+    """The parts of a plan."""
     table = _table("Memory of a training step")
     table.add_column("part")
-    table.add_column("GB", justify="right")
+    table.add_column("size", justify="right")
     parts = {
         "linear layers": plan.linears_bytes,
         "rest": plan.rest_bytes,
@@ -100,9 +117,9 @@ def plan_table(plan: "Plan") -> Table:
         "temporary": plan.temporary_bytes,
     }
     for name, nbytes in parts.items():
-        table.add_row(name, f"{nbytes / 1e9:.3f}")
+        table.add_row(name, size_text(nbytes))
     table.add_section()
-    table.add_row("peak", f"{plan.total_bytes / 1e9:.3f}")
+    table.add_row("peak", size_text(plan.total_bytes))
     return table
 
 
@@ -149,6 +166,15 @@ def files_table(files: Sequence[tuple[str, str]]) -> Table:
 
 def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+
+
+def size_text(nbytes: int) -> str:
+    """Bytes as people read them: 3.30 GB, 12.5 MB, 0.1 MB."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
+def _perplexity(loss: float) -> str:
+    return f"{exp(loss):.4g}" if loss < 100 else "over 1e43"
 
 
 def _percent(share: float | None) -> str:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel
 from typer.testing import CliRunner
 
@@ -17,6 +18,8 @@ from qrefta.hf_quantizer import quant_report
 from qrefta.model.stacks import find_stacks
 from qrefta.split.calibrate import gather_moments
 from qrefta.split.sources import calibration_batches
+from qrefta.tables import results_table
+from qrefta.train._finetune import FinetuneResult
 from qrefta.train.models import load_classifier
 from tests.models import logits, tiny_llama
 from tests.pages import language_tokenizer
@@ -171,7 +174,7 @@ def test_finetune_prepares_trains_and_resumes(dense, rows, tmp_path):
     ]
     result = invoke("finetune", dense, rows, tmp_path / "out", *options)
     assert result.exit_code == 0
-    assert "Test accuracy" in result.output
+    assert "On the test rows" in result.output
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     again = invoke("finetune", tmp_path / "out", rows, tmp_path / "out", *options, "--resume")
     assert again.exit_code == 0
@@ -377,3 +380,27 @@ def test_a_missing_package_is_one_line(language, monkeypatch, capsys):
 def test_tasks_on_a_gguf_file_are_refused():
     with pytest.raises(ValueError, match=r"tasks need a folder or hub name, and model\.gguf"):
         invoke("evaluate", "model.gguf", "colors")
+
+
+def test_results_show_accuracy_of_classes_and_perplexity_of_text():
+    result = FinetuneResult(0.25, 0.75, 2.0, 1.0, 1.2, 40, 12.0, 1234)
+    shown = _printed(results_table({"one": result}))
+    assert ["one", "1,234", "25.0%", "75.0%", "2.000", "1.000", "40", "12"] in shown
+    text = result._replace(accuracy_before=None, accuracy_after=None)
+    shown = _printed(results_table({"one": text}))
+    assert ["one", "1,234", "7.389", "2.718", "2.000", "1.000", "40", "12"] in shown
+
+
+def _printed(table):
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(table)
+    return [line.split() for line in capture.get().splitlines()]
+
+
+def test_a_plan_shows_units_and_tells_what_does_not_fit(dense):
+    shown = invoke("plan", dense, "--seq", 32, "--batch", 40_000, "--gpu", "1001MB").output
+    assert "MB" in shown
+    assert "no rank fits" in shown
+    assert "0.0 MB" not in shown.split("would save", 1)[1]
+    assert "seq=2048, --seq 2048" in invoke("plan", dense).output.replace("\n", " ")

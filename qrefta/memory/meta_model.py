@@ -122,7 +122,9 @@ class Outline:
         if kind != "input_ids":
             raise ValueError(f"{name} takes {kind}; plan supports models of text and of images.")
         if seq is None:
-            raise ValueError(f"{name} takes text: give seq, the tokens of a sequence.")
+            raise ValueError(
+                f"{name} takes text: give seq, the tokens of a sequence (seq=2048, --seq 2048)."
+            )
         _check_whole("seq", seq)
         config = self.model.config
         positions = getattr(config.get_text_config(), "max_position_embeddings", None) or seq
