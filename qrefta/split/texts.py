@@ -62,7 +62,7 @@ def _column_of_text(path: Path) -> Iterable[str | None]:
     from qrefta.files.tables import read_files, text_column
 
     try:
-        data = read_files({"train": path})["train"]
+        data = read_files({"train": [path]})["train"]
     except (ValueError, DatasetGenerationError) as error:  # ValueError: a header without rows
         raise ValueError(f"{path} cannot be read as a table with rows: {error}") from error
     return data[text_column(data, path)]

@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from qrefta.hf_quantizer import is_prepared, prepared_config
-from qrefta.train.tasks import TaskName, load_trl
+from qrefta.train.tasks import TaskName
+from qrefta.train.tasks.chat import load_trl
 
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 1e-3,

@@ -3,18 +3,16 @@
 import random
 from typing import Any
 
+import torch
 from datasets import Dataset, DatasetDict
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from qrefta.choices import Task
-from qrefta.split.texts import (
-    ROWS,
-    TOKENS,
-    batches_by_length,
-    padded_batches,
-    windows_of_text,
-)
-from qrefta.train.tasks import chat_ids, classify, images
+from qrefta.split.texts import BATCH_TOKENS, ROWS, TOKENS, batches_by_length, padded_batches
+from qrefta.train.tasks.chat import chat_ids
+from qrefta.train.tasks.classify import text_classes
+from qrefta.train.tasks.image import image_classes
+from qrefta.train.tasks.lm import text_windows
 
 IMAGES = 128  # an image has some 200 tokens
 IMAGE_BATCH = 16
@@ -53,8 +51,8 @@ def task_batches(
     """
     train = data["train"]
     if task == "lm":
-        (column,) = train.column_names
-        return windows_of_text(list(train[column]), processor, max_length=max_length, seed=seed)
+        windows = text_windows(model, processor, data, max_length).train
+        return _window_batches(_sample(windows, max(1, TOKENS // max_length), seed))
     sample = _sample(train, IMAGES if task == "image" else ROWS, seed)
     # A recipe has two splits.
     splits = DatasetDict({"train": sample, "test": sample})
@@ -63,7 +61,7 @@ def task_batches(
     if task == "sft":
         rows: list[Any] = [chat_ids(dict(row), processor)[:max_length] for row in sample]
         return padded_batches(_within([{"input_ids": ids} for ids in rows]), processor)
-    recipe = classify(model, processor, splits, max_length)
+    recipe = text_classes(model, processor, splits, max_length)
     assert recipe.collate is not None, "text with labels has a collator"
     tokenized: list[Any] = list(recipe.train)
     return batches_by_length(_within(tokenized), recipe.collate)
@@ -87,11 +85,17 @@ def _within(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
+def _window_batches(windows: Dataset) -> list[Any]:
+    """Batches of windows of equal length, with BATCH_TOKENS tokens or one window."""
+    ids = torch.tensor(windows["input_ids"])
+    return [{"input_ids": part} for part in ids.split(max(1, BATCH_TOKENS // ids.shape[1]))]
+
+
 def _image_batches(
     model: PreTrainedModel, processor: BaseImageProcessor, some: DatasetDict
 ) -> list[Any]:
     """Batches of images, by the collator of the task."""
-    recipe = images(model, processor, some)
+    recipe = image_classes(model, processor, some)
     assert recipe.collate is not None, "images have a collator"
     rows = [recipe.train[index] for index in range(len(recipe.train))]
     starts = range(0, len(rows), IMAGE_BATCH)

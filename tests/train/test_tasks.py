@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 import qrefta
 from qrefta.cli import app
 from qrefta.train.arguments import training_arguments
-from qrefta.train.tasks import chat, images, language_model, load_chat, load_images, load_text
+from qrefta.train.tasks import load_chat, load_images
+from qrefta.train.tasks.chat import chat_recipe
+from qrefta.train.tasks.image import image_classes
 from tests.models import build, tiny_llama, tiny_vit
 
 WORDS = ["[UNK]", "[PAD]", "[EOS]", "user", "assistant", "system", ":"]
@@ -112,34 +114,10 @@ def test_conversations_need_a_template_and_plain_text_none(tokenizer, tmp_path):
     tokenizer.chat_template = None
     conversations = load_chat(write_rows(tmp_path / "a.jsonl", chat_rows(20)), 0)
     with pytest.raises(ValueError, match=r"no chat template; set tokenizer\.chat_template"):
-        chat(tiny_llama(), tokenizer, conversations, 32)
+        chat_recipe(tiny_llama(), tokenizer, conversations, 32)
     rows = [{"prompt": "what is sky ?", "completion": "blue"}] * 20
     plain = load_chat(write_rows(tmp_path / "b.jsonl", rows), 0)
-    assert len(chat(tiny_llama(), tokenizer, plain, 32).train) == 18
-
-
-@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
-def test_text_is_cut_into_blocks_across_texts(tokenizer, suffix, tmp_path):
-    """Every token once, in order, with an end after each text; an incomplete block is dropped."""
-    texts = ["what is sky ?", "blue", "what is blood ?", "red"] * 10
-    for split, part in (("train", texts), ("test", texts[:8])):
-        file = tmp_path / f"{split}.{suffix}"
-        if suffix == "txt":
-            file.write_text("\n".join(part))
-        else:
-            write_rows(file, [{"content": text} for text in part])
-    ids = []
-    for text in texts:
-        ids += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-    for length in (7, 10):
-        recipe = language_model(tiny_llama(), tokenizer, load_text(tmp_path, 0), length)
-        tokens = [token for block in recipe.train["input_ids"] for token in block]
-        assert tokens == ids[: len(ids) // length * length]
-        assert recipe.train["labels"] == recipe.train["input_ids"]
-    assert len(ids) % 10 == 0  # the last block is whole
-    message = "The test split has less than 64 tokens; give more text or a lower max_length"
-    with pytest.raises(ValueError, match=message):
-        language_model(tiny_llama(), tokenizer, load_text(tmp_path, 0), 64)
+    assert len(chat_recipe(tiny_llama(), tokenizer, plain, 32).train) == 18
 
 
 @pytest.fixture
@@ -163,9 +141,9 @@ def test_pictures_come_from_folders(pictures):
     model = tiny_vit()
     processor = ViTImageProcessor(size={"height": 16, "width": 16})
     with pytest.raises(ValueError, match="3 labels and the data 2 classes"):
-        images(model, processor, data)
+        image_classes(model, processor, data)
     model.config.num_labels = 2
-    recipe = images(model, processor, data)
+    recipe = image_classes(model, processor, data)
     batch = recipe.collate([recipe.train[0], recipe.train[23]])
     assert batch["pixel_values"].shape == (2, 3, 16, 16)
     assert batch["labels"].tolist() == [0, 1]
@@ -291,4 +269,4 @@ def test_sft_without_trl_names_the_extra_to_install(tokenizer, tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, "trl", None)
     data = load_chat(write_rows(tmp_path / "chat.jsonl", chat_rows(20)), 0)
     with pytest.raises(ImportError, match="pip install trl"):
-        chat(tiny_llama(), tokenizer, data, 32)
+        chat_recipe(tiny_llama(), tokenizer, data, 32)
