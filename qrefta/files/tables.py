@@ -1,10 +1,12 @@
 """Files of text and tables -> a `datasets.DatasetDict`, and the columns that hold text."""
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 BUILDERS = {
     ".csv": "csv",
@@ -32,7 +34,7 @@ def read_files(files: dict[str, list[Path]], header: list[str] | None = None) ->
 
     Raises:
         ValueError: if the ending of a file is not one of `BUILDERS`, or not the same as that of the
-            split's other files.
+            split's other files; or a file cannot be read.
     """
     splits = DatasetDict()
     for name, part in files.items():
@@ -52,10 +54,26 @@ def read_files(files: dict[str, list[Path]], header: list[str] | None = None) ->
             options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
         if header is not None and builder == "csv":
             options["column_names"] = header
-        splits[name] = load_dataset(
-            builder, data_files=[str(file) for file in part], split="train", **options
-        )
+        names = [str(file) for file in part]
+        try:
+            splits[name] = load_dataset(builder, data_files=names, split="train", **options)
+        except (ValueError, DatasetGenerationError) as error:  # ValueError: a header without rows
+            if suffix == ".jsonl":
+                _check_lines(part)
+            raise ValueError(f"{', '.join(names[:5])} cannot be read: {error}") from error
     return splits
+
+
+def _check_lines(files: list[Path]) -> None:
+    """Raise ValueError for the first line of JSON lines that is not JSON; it is named."""
+    for file in files:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    json.loads(line)
+                except ValueError as error:
+                    if line.strip():
+                        raise ValueError(f"{file}, row {number}, is not JSON: {error}") from error
 
 
 def is_text(data: Dataset, column: str) -> bool:

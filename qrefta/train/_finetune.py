@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from qrefta._deprecations import deprecated_keywords
+from qrefta.choices import LOSSES, Loss
 from qrefta.distributed import check_sharding, processes, whole_state
 from qrefta.hf_quantizer import is_prepared, prepared_config, saved_state
 from qrefta.model.verify import check_weights
@@ -33,6 +34,7 @@ from qrefta.train.checkpoints import (
     writing,
 )
 from qrefta.train.nan_guard import finite_steps
+from qrefta.train.packing import check_apart
 from qrefta.train.rates import chosen_rate, warn_of_rate
 from qrefta.train.tasks import TASKS, Recipe, TaskName
 
@@ -85,6 +87,8 @@ def finetune(
     batch_size: int | None = None,
     max_length: int | None = None,
     packing: bool | None = None,
+    padding_free: bool | None = None,
+    loss: Loss = "all",
     gradient_accumulation: int | None = None,
     gradient_checkpointing: bool | None = None,
     bf16: bool | None = None,
@@ -132,8 +136,10 @@ def finetune(
         epochs, max_steps: length of the run, 3 epochs; a positive `max_steps` wins.
         batch_size: rows of a forward and backward pass in every process; 32.
         max_length: tokens of a row, longer rows are cut; for lm the tokens of a block; 128.
-        packing: for sft, fill sequences with several conversations; False. Packed conversations
-            attend to each other unless the model runs with flash attention.
+        packing: for sft, fill sequences of `max_length` tokens with several conversations; False.
+        padding_free: for sft, put the conversations of a batch behind each other in place of
+            padding them; False.
+        loss: for sft, on all turns of the assistant, or on the last.
         gradient_accumulation: passes of a step, of `batch_size` rows each; 1.
         gradient_checkpointing: recompute the activations of the blocks in the backward pass; False.
         bf16: compute in bf16 under autocast; False. For a model that is loaded in float32: in a
@@ -169,9 +175,11 @@ def finetune(
         "disable_tqdm": None if progress is None else not progress,
     }
     if task == "sft":
-        settings |= {"max_length": max_length, "packing": packing}
-    elif packing:
-        raise ValueError(f"packing=True is for the task sft; the task is {task!r}")
+        settings |= {"max_length": max_length, "packing": packing, "padding_free": padding_free}
+    elif packing or padding_free:
+        raise ValueError(f"packing and padding_free are for the task sft; the task is {task!r}")
+    if loss not in LOSSES:
+        raise ValueError(f"loss is {loss!r}; it must be one of {', '.join(LOSSES)}")
     settings = {name: value for name, value in settings.items() if value is not None}
     if deprecated:
         settings |= _old_settings(deprecated, args)
@@ -182,7 +190,8 @@ def finetune(
     arguments = run_arguments(model, task, args, output_dir, settings)
     warn_of_rate(model, arguments.learning_rate)
     with together.main_process_first():  # the other processes find its cache
-        recipe = _recipe(model, processor, dataset, task, arguments.seed, max_length or MAX_LENGTH)
+        length = getattr(arguments, "max_length", max_length or MAX_LENGTH)
+        recipe = _recipe(model, processor, dataset, task, arguments.seed, length, loss)
     return _train(model, processor, recipe, arguments, task, resume, callbacks)
 
 
@@ -219,12 +228,14 @@ def _recipe(
     dataset: DatasetDict | str | Path,
     task: TaskName,
     seed: int,
-    max_length: int,
+    max_length: int | None,
+    loss: Loss,
 ) -> Recipe:
     data = dataset
     if isinstance(data, str | Path):
         data = TASKS[task].load(data, seed=seed)
-    return TASKS[task].recipe(model, processor, data, max_length)
+    options = {"loss": loss} if task == "sft" else {}
+    return TASKS[task].recipe(model, processor, data, max_length, **options)
 
 
 def _train(
@@ -288,6 +299,8 @@ def _trainer(
     arguments: TrainingArguments,
     callbacks: list[TrainerCallback],
 ) -> Trainer:
+    if getattr(arguments, "padding_free", False) and not getattr(arguments, "packing", False):
+        arguments.max_length = None  # type: ignore[attr-defined]  # the recipe has cut the rows
     trainer = finite_steps(whole_checkpoints(recipe.trainer))(
         model=model,
         args=arguments,
@@ -298,6 +311,8 @@ def _trainer(
         processing_class=processor,
         callbacks=callbacks,
     )
+    if getattr(trainer, "padding_free", False):
+        check_apart(trainer)
     if recipe.mean_loss:
         # Trainer assumes a sum over tokens for models whose forward takes **kwargs.
         trainer.model_accepts_loss_kwargs = False

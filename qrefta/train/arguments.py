@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from qrefta.hf_quantizer import is_prepared, prepared_config
 from qrefta.train.tasks import TaskName
-from qrefta.train.tasks.chat import load_trl
+from qrefta.train.trl import TRL_TASKS, load_trl
 
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 1e-3,
@@ -28,9 +28,10 @@ DEFAULTS: dict[str, Any] = {
     "disable_tqdm": False,
 }
 TASK_DEFAULTS: dict[TaskName, dict[str, Any]] = {
-    "sft": {"max_length": 128, "packing": False, "completion_only_loss": True},
+    "sft": {"max_length": 128, "packing": False},
 }
 TASK_VALUES: dict[TaskName, dict[str, Any]] = {
+    "sft": {"assistant_only_loss": False},  # the rows come with labels
     "image": {"remove_unused_columns": False},  # the model takes no column named image
 }
 UNSUPPORTED = {
@@ -104,8 +105,8 @@ def run_arguments(
 
 
 def arguments_class(task: TaskName) -> type[TrainingArguments]:
-    """TRL's SFTConfig for sft, else TrainingArguments."""
-    return load_trl()[1] if task == "sft" else TrainingArguments
+    """TRL's class of settings for TRL's tasks, such as SFTConfig, else TrainingArguments."""
+    return load_trl(task)[1] if task in TRL_TASKS else TrainingArguments
 
 
 def fsdp2_config(model: PreTrainedModel) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from qrefta.choices import Task
 from qrefta.split.texts import BATCH_TOKENS, ROWS, TOKENS, batches_by_length, padded_batches
-from qrefta.train.tasks.chat import chat_ids
+from qrefta.train.tasks.chat import chat_recipe
 from qrefta.train.tasks.classify import text_classes
 from qrefta.train.tasks.image import image_classes
 from qrefta.train.tasks.lm import text_windows
@@ -30,8 +30,7 @@ def task_batches(
     """Batches of the training split, processed as `qrefta.finetune` processes them for the task.
 
     They hold ROWS rows, or fewer with TOKENS tokens in all; for images, IMAGES of them. Packing of
-    sft leaves the tokens as they are, so conversations are not packed here. TRL drops rows whose
-    answer is beyond `max_length`; here they stay.
+    sft leaves the tokens as they are, so conversations are not packed here.
 
     Example:
         batches = task_batches("classify", model, tokenizer, data)
@@ -59,8 +58,8 @@ def task_batches(
     if task == "image":
         return _image_batches(model, processor, splits)
     if task == "sft":
-        rows: list[Any] = [chat_ids(dict(row), processor)[:max_length] for row in sample]
-        return padded_batches(_within([{"input_ids": ids} for ids in rows]), processor)
+        rows = chat_recipe(model, processor, splits, max_length).train
+        return padded_batches(_within([{"input_ids": ids} for ids in rows["input_ids"]]), processor)
     recipe = text_classes(model, processor, splits, max_length)
     assert recipe.collate is not None, "text with labels has a collator"
     tokenized: list[Any] = list(recipe.train)

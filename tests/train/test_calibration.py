@@ -19,7 +19,8 @@ from qrefta.train.tasks.image import image_classes
 from qrefta.train.tasks.lm import text_windows
 from tests.models import tiny_bert, tiny_llama, tiny_vit
 from tests.tiny import color_rows, tiny_tokenizer
-from tests.train.test_tasks import chat_rows, pictures, tokenizer  # noqa: F401 (fixtures)
+from tests.train.talk import chat_rows
+from tests.train.test_tasks import pictures  # noqa: F401 (a fixture)
 
 
 def tiny_classifier():
@@ -79,7 +80,7 @@ def test_running_text_is_cut_as_for_training(tmp_path):
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_conversations_are_the_tokens_of_trl(plain, tokenizer, tmp_path):  # noqa: F811
+def test_conversations_are_the_tokens_of_trl(plain, tokenizer, tmp_path):
     rows = chat_rows(6)
     if plain:
         rows = [{"prompt": "what is sky ?", "completion": f" {x}"} for x in ("blue", "red")] * 3

@@ -4,25 +4,18 @@ import json
 import tracemalloc
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from qrefta.train.tasks import lm, load_text
 from qrefta.train.tasks.lm import text_windows
 from tests.models import tiny_llama
+from tests.train.talk import letters
 
 TEXT = "".join(f"Line {index}.\n\n\tIt goes on;\r\n" for index in range(40))
 
 
 @pytest.fixture
 def tokenizer():
-    """One token a byte, so that every text can be read back."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: index for index, letter in enumerate([*alphabet, "<end>"])}
-    letters = Tokenizer(models.BPE(vocabulary, merges=[]))
-    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    letters.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<end>")
+    return letters()
 
 
 def windows(source, tokenizer, length=10, seed=0):
