@@ -37,6 +37,7 @@ from qrefta.train.nan_guard import finite_steps
 from qrefta.train.packing import check_apart
 from qrefta.train.rates import chosen_rate, warn_of_rate
 from qrefta.train.tasks import TASKS, Recipe, TaskName
+from qrefta.train.tasks.preference import Reward, load_reward
 
 MAX_LENGTH = 128  # tokens, for tasks whose TrainingArguments have no such field
 _OLD_KEYWORDS = {
@@ -53,12 +54,14 @@ class FinetuneResult(NamedTuple):
     """Scores and size of a training run.
 
     Attributes:
-        accuracy_before, accuracy_after: on the test split, 0 .. 1; None for tasks without classes.
+        accuracy_before, accuracy_after: on the test split, 0 .. 1; for dpo the share of pairs whose
+            better answer has gained more probability than the other; None for tasks without either.
         test_loss_before, test_loss: mean cross-entropy on the test split, before and after
             training, nats.
         train_loss: mean over the steps of this call and all processes, nats.
         steps: optimizer steps of the whole run.
         train_s: seconds in the training loop of this call, without evaluation.
+        reward_before, reward_after: for grpo, the mean over answers to the test prompts; else None.
         trained_parameters: number of trainable parameters, as
             `model.num_parameters(only_trainable=True)` counts them.
     """
@@ -71,6 +74,8 @@ class FinetuneResult(NamedTuple):
     steps: int
     train_s: float
     trained_parameters: int
+    reward_before: float | None = None
+    reward_after: float | None = None
 
 
 def finetune(
@@ -89,6 +94,9 @@ def finetune(
     packing: bool | None = None,
     padding_free: bool | None = None,
     loss: Loss = "all",
+    reward: str | Path | Reward | Sequence[str | Path | Reward] = (),
+    beta: float | None = None,
+    num_generations: int | None = None,
     gradient_accumulation: int | None = None,
     gradient_checkpointing: bool | None = None,
     bf16: bool | None = None,
@@ -120,13 +128,16 @@ def finetune(
         processor: the model's tokenizer; for images its image processor.
         dataset: a file, folder or hub name for the task's loader
             (`qrefta.train.data.load_classification`, `qrefta.train.tasks.load_text`, `load_chat`,
-            `load_images`), or the `DatasetDict` that it returns.
+            `load_preferences`, `load_prompts`, `load_images`), or the `DatasetDict` that it
+            returns.
         output_dir: for checkpoints and the trained model, without checkpoints of another run.
             Default: the folder of `args`.
-        task: classify (text), lm (running text), sft (conversations, by TRL) or image (classes of
-            images).
-        args: transformers' TrainingArguments, for sft TRL's SFTConfig: all settings that are no
-            keyword here, such as warmup_steps, weight_decay, save_steps, optim, fsdp and report_to.
+        task: classify (text), lm (running text), sft (conversations), dpo (pairs of a better and a
+            worse answer), grpo (prompts and a reward) or image (classes of images). TRL runs sft,
+            dpo and grpo.
+        args: transformers' TrainingArguments, for TRL's tasks SFTConfig, DPOConfig or GRPOConfig:
+            all settings that are no keyword here, such as warmup_steps, weight_decay, save_steps,
+            optim, fsdp and report_to.
             `fsdp=True` shards the model over the processes, one a GPU, by FSDP2; else every process
             holds the whole model (DDP). `qrefta.train.arguments.training_arguments` makes one with
             qrefta's defaults.
@@ -135,11 +146,18 @@ def finetune(
             times above it.
         epochs, max_steps: length of the run, 3 epochs; a positive `max_steps` wins.
         batch_size: rows of a forward and backward pass in every process; 32.
-        max_length: tokens of a row, longer rows are cut; for lm the tokens of a block; 128.
+        max_length: tokens of a row, longer rows are cut; for lm the tokens of a window, for grpo of
+            an answer; 128.
         packing: for sft, fill sequences of `max_length` tokens with several conversations; False.
         padding_free: for sft, put the conversations of a batch behind each other in place of
             padding them; False.
         loss: for sft, on all turns of the assistant, or on the last.
+        reward: for grpo, a function that takes prompts, completions and every further column of the
+            data by name, and returns a number for each completion; also "file.py:function", or
+            several of both, which are added.
+        beta: for dpo and grpo, weight of staying near the reference, which is the model that is
+            given here; TRL's default, 0.1 for dpo and 0 for grpo.
+        num_generations: for grpo, answers to each prompt; 8. A step's rows must be a multiple.
         gradient_accumulation: passes of a step, of `batch_size` rows each; 1.
         gradient_checkpointing: recompute the activations of the blocks in the backward pass; False.
         bf16: compute in bf16 under autocast; False. For a model that is loaded in float32: in a
@@ -174,10 +192,19 @@ def finetune(
         "seed": seed,
         "disable_tqdm": None if progress is None else not progress,
     }
-    if task == "sft":
-        settings |= {"max_length": max_length, "packing": packing, "padding_free": padding_free}
-    elif packing or padding_free:
-        raise ValueError(f"packing and padding_free are for the task sft; the task is {task!r}")
+    of_task = {
+        "max_length": (max_length, ("sft", "dpo")),
+        "packing": (packing, ("sft",)),
+        "padding_free": (padding_free, ("sft",)),
+        "beta": (beta, ("dpo", "grpo")),
+        "num_generations": (num_generations, ("grpo",)),
+        "max_completion_length": (max_length if task == "grpo" else None, ("grpo",)),
+    }
+    for name, (value, tasks) in of_task.items():
+        if task in tasks:
+            settings[name] = value
+        elif value and name != "max_length":
+            raise ValueError(f"{name} is for the task {' or '.join(tasks)}; the task is {task!r}")
     if loss not in LOSSES:
         raise ValueError(f"loss is {loss!r}; it must be one of {', '.join(LOSSES)}")
     settings = {name: value for name, value in settings.items() if value is not None}
@@ -186,12 +213,12 @@ def finetune(
     together = processes()  # before TrainingArguments, whose processes wait less long for the first
     if args is None:
         show = together.is_main_process and progress is not False
-        settings["learning_rate"] = chosen_rate(model, learning_rate, show)
+        settings["learning_rate"] = chosen_rate(model, learning_rate, show, task)
     arguments = run_arguments(model, task, args, output_dir, settings)
     warn_of_rate(model, arguments.learning_rate)
     with together.main_process_first():  # the other processes find its cache
         length = getattr(arguments, "max_length", max_length or MAX_LENGTH)
-        recipe = _recipe(model, processor, dataset, task, arguments.seed, length, loss)
+        recipe = _recipe(model, processor, dataset, task, arguments.seed, length, loss, reward)
     return _train(model, processor, recipe, arguments, task, resume, callbacks)
 
 
@@ -230,11 +257,15 @@ def _recipe(
     seed: int,
     max_length: int | None,
     loss: Loss,
+    reward: str | Path | Reward | Sequence[str | Path | Reward],
 ) -> Recipe:
     data = dataset
     if isinstance(data, str | Path):
         data = TASKS[task].load(data, seed=seed)
-    options = {"loss": loss} if task == "sft" else {}
+    options: dict[str, Any] = {"loss": loss} if task == "sft" else {}
+    if task == "grpo":
+        several = [reward] if isinstance(reward, str | Path) or callable(reward) else reward
+        options = {"rewards": [load_reward(one) for one in several]}
     return TASKS[task].recipe(model, processor, data, max_length, **options)
 
 
@@ -262,8 +293,10 @@ def _train(
     training = f"It was fine-tuned ({task}, {outcome.global_step} steps, test loss {loss:.4f})."
     _save(model, processor, run, training, write=arguments.should_save)
     return FinetuneResult(
-        accuracy_before=before.get("eval_accuracy"),
-        accuracy_after=after.get("eval_accuracy"),
+        accuracy_before=before.get(f"eval_{recipe.scores.get('accuracy')}"),
+        accuracy_after=after.get(f"eval_{recipe.scores.get('accuracy')}"),
+        reward_before=before.get(f"eval_{recipe.scores.get('reward')}"),
+        reward_after=after.get(f"eval_{recipe.scores.get('reward')}"),
         test_loss_before=before["eval_loss"],
         test_loss=loss,
         train_loss=fmean(gather_object([outcome.training_loss])),
@@ -301,15 +334,16 @@ def _trainer(
 ) -> Trainer:
     if getattr(arguments, "padding_free", False) and not getattr(arguments, "packing", False):
         arguments.max_length = None  # type: ignore[attr-defined]  # the recipe has cut the rows
+    options = {"data_collator": recipe.collate, "compute_metrics": recipe.metrics} | recipe.options
     trainer = finite_steps(whole_checkpoints(recipe.trainer))(
         model=model,
         args=arguments,
         train_dataset=recipe.train,
         eval_dataset=recipe.test,
-        data_collator=recipe.collate,
-        compute_metrics=recipe.metrics,
         processing_class=processor,
         callbacks=callbacks,
+        # GRPOTrainer takes neither of them
+        **{name: value for name, value in options.items() if value is not None},
     )
     if getattr(trainer, "padding_free", False):
         check_apart(trainer)

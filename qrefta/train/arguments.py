@@ -29,6 +29,8 @@ DEFAULTS: dict[str, Any] = {
 }
 TASK_DEFAULTS: dict[TaskName, dict[str, Any]] = {
     "sft": {"max_length": 128, "packing": False},
+    "dpo": {"max_length": 128},
+    "grpo": {"max_completion_length": 128},
 }
 TASK_VALUES: dict[TaskName, dict[str, Any]] = {
     "sft": {"assistant_only_loss": False},  # the rows come with labels
@@ -49,15 +51,17 @@ CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # new an
 def training_arguments(
     task: TaskName, output_dir: str | Path, **settings: Any
 ) -> TrainingArguments:
-    """TrainingArguments (for sft an SFTConfig) with qrefta's defaults, for `finetune(args=...)`.
+    """TrainingArguments with qrefta's defaults, for `finetune(args=...)`.
+
+    For sft, dpo and grpo they are TRL's SFTConfig, DPOConfig and GRPOConfig.
 
     Args:
-        task: classify, lm, sft or image.
+        task: one of `qrefta.choices.TASK_NAMES`.
         output_dir: folder of the run.
         settings: any field of the class; each replaces a default.
 
     Raises:
-        ImportError: for sft, if TRL is not installed.
+        ImportError: for sft, dpo and grpo, if TRL is not installed.
     """
     kind = arguments_class(task)
     values = _default_values(task, settings)
@@ -78,7 +82,7 @@ def run_arguments(
 
     Args:
         model: to be trained.
-        task: classify, lm, sft or image.
+        task: one of `qrefta.choices.TASK_NAMES`.
         args: the caller's arguments, or None for qrefta's defaults.
         output_dir: the caller's keyword, or None.
         settings: the caller's other keywords, by their names in TrainingArguments.
@@ -157,6 +161,8 @@ def _given_values(
     for name in ("activation_checkpointing", "activation_checkpointing_kwargs"):
         # They copy the fields with the old name, which a keyword may have changed.
         values.pop(name, None)
+    if values.get("steps_per_generation"):
+        values.pop("generation_batch_size", None)  # GRPOConfig has made it of the other
     return values
 
 

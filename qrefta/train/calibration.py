@@ -13,6 +13,7 @@ from qrefta.train.tasks.chat import chat_recipe
 from qrefta.train.tasks.classify import text_classes
 from qrefta.train.tasks.image import image_classes
 from qrefta.train.tasks.lm import text_windows
+from qrefta.train.tasks.preference import token_ids
 
 IMAGES = 128  # an image has some 200 tokens
 IMAGE_BATCH = 16
@@ -30,14 +31,15 @@ def task_batches(
     """Batches of the training split, processed as `qrefta.finetune` processes them for the task.
 
     They hold ROWS rows, or fewer with TOKENS tokens in all; for images, IMAGES of them. Packing of
-    sft leaves the tokens as they are, so conversations are not packed here.
+    sft leaves the tokens as they are, so conversations are not packed here. For dpo the rows are
+    prompts with their better answers, for grpo prompts.
 
     Example:
         batches = task_batches("classify", model, tokenizer, data)
         model = qrefta.prepare(model, calibration=batches)
 
     Args:
-        task: classify, lm, sft or image.
+        task: one of `qrefta.choices.TASK_NAMES`.
         model: of the task's class, to be prepared.
         processor: the model's tokenizer; for images its image processor.
         data: from the task's loader, see `qrefta.finetune`.
@@ -57,6 +59,10 @@ def task_batches(
     splits = DatasetDict({"train": sample, "test": sample})
     if task == "image":
         return _image_batches(model, processor, splits)
+    if task in ("dpo", "grpo"):
+        answer = task == "dpo"
+        ids = [token_ids(dict(row), processor, answer)[:max_length] for row in sample]
+        return padded_batches(_within([{"input_ids": row} for row in ids]), processor)
     if task == "sft":
         rows = chat_recipe(model, processor, splits, max_length).train
         return padded_batches(_within([{"input_ids": ids} for ids in rows["input_ids"]]), processor)

@@ -4,7 +4,7 @@ from transformers import Trainer, TrainingArguments
 
 from qrefta.choices import Task
 
-TRL_TASKS: dict[Task, str] = {"sft": "SFT"}
+TRL_TASKS: dict[Task, str] = {"sft": "SFT", "dpo": "DPO", "grpo": "GRPO"}
 
 
 def load_trl(task: Task) -> tuple[type[Trainer], type[TrainingArguments]]:

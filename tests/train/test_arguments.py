@@ -146,7 +146,7 @@ def test_sft_with_plain_arguments_and_packing_elsewhere_are_refused(model):
         ValueError, match="args is a TrainingArguments; this task needs a SFTConfig"
     ):
         finetune(model, None, "no-such-file", args=TrainingArguments("out"), task="sft")
-    with pytest.raises(ValueError, match="packing and padding_free are for the task sft"):
+    with pytest.raises(ValueError, match="packing is for the task sft; the task is 'lm'"):
         finetune(model, None, "no-such-file", "out", task="lm", packing=True)
 
 

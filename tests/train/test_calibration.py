@@ -82,17 +82,19 @@ def test_running_text_is_cut_as_for_training(tmp_path):
 @pytest.mark.parametrize("plain", [False, True])
 def test_conversations_are_the_tokens_of_trl(plain, tokenizer, tmp_path):
     rows = chat_rows(6)
+    for row in rows:
+        row["messages"][1]["content"] += " red sky"  # is cut
     if plain:
         rows = [{"prompt": "what is sky ?", "completion": f" {x}"} for x in ("blue", "red")] * 3
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = load_chat(file, seed=0)
     model = tiny_llama()
-    found = sequences(task_batches("sft", model, tokenizer, data, max_length=32))
-    recipe = chat_recipe(model, tokenizer, data, 32)
+    found = sequences(task_batches("sft", model, tokenizer, data, max_length=10))
+    recipe = chat_recipe(model, tokenizer, data, 10)
     trainer = recipe.trainer(
         model=model,
-        args=training_arguments("sft", tmp_path / "out", max_length=32),
+        args=training_arguments("sft", tmp_path / "out", max_length=10),
         train_dataset=recipe.train,
         processing_class=tokenizer,
     )

@@ -221,6 +221,20 @@ def test_answers_are_found_where_the_template_puts_them(template, answers, found
     assert learned({"messages": turns}, tokenizer, "last") == found[1:]
 
 
+def test_the_template_s_mark_is_used_where_it_has_one():
+    """Also if it begins with the marker before the answer; the last answer is found within it."""
+    tokenizer = letters()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}<|assistant|>"
+        "{{ m['content'] }}<|stop|>{% endgeneration %}{% else %}<|user|>{{ m['content'] }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    row = {"messages": TURNS}
+    assert learned(row, tokenizer) == ["<|assistant|> a\n<|stop|>", "<|assistant|>a<|stop|>"]
+    assert learned(row, tokenizer, "last") == ["a<|stop|>"]
+    assert left_out(row, tokenizer) == ""
+
+
 def test_a_template_that_leaves_the_end_of_turn_unlearned_is_told(tokenizer):
     tokenizer = letters()
     tokenizer.chat_template = MARKED

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from datasets import Dataset
 from PIL import Image
 from transformers import ViTForImageClassification, ViTImageProcessor
 from typer.testing import CliRunner
@@ -13,7 +12,6 @@ from qrefta.train.arguments import training_arguments
 from qrefta.train.tasks import load_images
 from qrefta.train.tasks.image import image_classes
 from tests.models import build, tiny_llama, tiny_vit
-from tests.train.talk import chat_rows
 
 
 @pytest.fixture
@@ -87,45 +85,8 @@ def test_images_are_learned_by_the_command(pictures, tmp_path):
     assert (tmp_path / "out" / "preprocessor_config.json").is_file()
 
 
-# TRL 1.16 switches checkpointing on and off by its old names
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")
-def test_dpo_trains_a_model_that_came_from_a_folder(tokenizer, tmp_path):
-    """TRL loads the reference from the same folder; preferred answers win."""
-    from trl import DPOConfig, DPOTrainer
-
-    model = qrefta.prepare(tiny_llama(), rank=48, refine=0)
-    model.save_pretrained(tmp_path / "start")
-    tokenizer.save_pretrained(tmp_path / "start")
-    other = {"blue": "red", "red": "blue"}
-    rows = []
-    for row in chat_rows(40):
-        *prompt, chosen = row["messages"]
-        rejected = {"role": "assistant", "content": other[chosen["content"]]}
-        rows.append({"prompt": prompt, "chosen": [chosen], "rejected": [rejected]})
-    arguments = DPOConfig(
-        tmp_path / "out",
-        max_steps=12,
-        per_device_train_batch_size=8,
-        learning_rate=1e-2,
-        max_length=32,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        bf16=False,
-        logging_steps=1,
-        save_strategy="no",
-    )
-    loaded = qrefta.load(tmp_path / "start")
-    trainer = DPOTrainer(
-        loaded, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
-    )
-    trainer.train()
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    assert losses[-1] < 0.6 < losses[0]
-
-
 def test_an_unknown_task_is_refused(tokenizer, tmp_path):
     with pytest.raises(
-        ValueError, match="task is 'chat'; it must be one of classify, lm, sft, image"
+        ValueError, match="task is 'chat'; it must be one of classify, lm, sft, dpo, grpo, image"
     ):
         qrefta.finetune(tiny_llama(), tokenizer, "x", tmp_path, task="chat")

@@ -28,6 +28,7 @@ def text_classes(
         tokens["test"],
         collate=DataCollatorWithPadding(tokenizer),
         metrics=accuracy,
+        scores={"accuracy": "accuracy"},
         mean_loss=True,
     )
 

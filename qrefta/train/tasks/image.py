@@ -62,6 +62,7 @@ def image_classes(
         data["test"].with_transform(pixels),
         collate=_stack,
         metrics=accuracy,
+        scores={"accuracy": "accuracy"},
         mean_loss=True,
     )
 

@@ -1,7 +1,7 @@
 """Data of a task and the Trainer for it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
@@ -19,6 +19,8 @@ class Recipe:
         trainer: its class.
         collate: rows to a batch; None: by the Trainer.
         metrics: of the test rows; None: the loss alone.
+        options: further arguments of the Trainer.
+        scores: fields of a result (accuracy, reward) -> the metrics of the Trainer that they are.
         mean_loss: the loss of a batch is a mean over its rows, not over tokens.
     """
 
@@ -27,4 +29,6 @@ class Recipe:
     trainer: type[Trainer] = Trainer
     collate: Callable[[list[dict[str, Any]]], Any] | None = None
     metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, str] = field(default_factory=dict)
     mean_loss: bool = False

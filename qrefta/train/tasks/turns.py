@@ -44,12 +44,7 @@ def conversation(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
             assistant.
     """
     column, given = _given_turns(row, where)
-    turns = [
-        turn_of(one, f"{where}, column {column}, turn {index + 1}")
-        for index, one in enumerate(given)
-    ]
-    if row.get("system") and not (turns and turns[0]["role"] == "system"):
-        turns.insert(0, {"role": "system", "content": row["system"]})
+    turns = with_system(turns_of(given, f"{where}, column {column}"), row)
     while turns and turns[-1]["role"] != "assistant":
         turns.pop()
     if not turns:
@@ -62,23 +57,67 @@ def conversation(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
 def _given_turns(row: dict[str, Any], where: str) -> tuple[str, list[Any]]:
     """The column that holds the conversation, and its turns as they are."""
     if row.get("prompt") and row.get("completion"):
-        return "completion", [*opening(row["prompt"]), *_answer(row["completion"])]
+        return "completion", [*_opening(row["prompt"]), *_answer(row["completion"])]
     for column in ("messages", "conversations"):
         turns = row.get(column)
         if isinstance(turns, list) and turns:
             return column, turns
     if row.get("instruction") and row.get("output"):
-        question = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
-        return "output", [*opening(question), *_answer(row["output"])]
+        return "output", [*_opening(_instruction(row)), *_answer(row["output"])]
     raise ValueError(
         f"{where}: the columns with content are {[name for name in row if row[name]]}; needed are "
         f"{_COLUMNS}."
     )
 
 
-def opening(prompt: str | list[Any]) -> list[Any]:
+def question_of(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """The turns that wait for an answer: of the columns prompt, question, instruction (with input),
+    messages or conversations.
+
+    Raises:
+        ValueError: if the row has none of these columns, or a broken turn.
+    """
+    columns = ("prompt", "question", "instruction", "messages", "conversations")
+    column = next((name for name in columns if row.get(name)), None)
+    if column is None:
+        raise ValueError(
+            f"{where}: the columns with content are {[name for name in row if row[name]]}; needed "
+            f"is one of {', '.join(columns)}."
+        )
+    given = row[column]
+    if column == "instruction":
+        given = _instruction(row)
+    turns = with_system(turns_of(_opening(given), f"{where}, column {column}"), row)
+    while turns and turns[-1]["role"] == "assistant":
+        turns.pop()
+    if not turns:
+        raise ValueError(f"{where}, column {column}: there is no turn before the answer.")
+    return turns
+
+
+def turns_of(given: list[Any], where: str) -> list[dict[str, Any]]:
+    """Turns as chat templates take them.
+
+    Raises:
+        ValueError: if one of them is broken; it names its number.
+    """
+    return [turn_of(turn, f"{where}, turn {index + 1}") for index, turn in enumerate(given)]
+
+
+def with_system(turns: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The turns behind the content of the row's column system, unless they have such a turn."""
+    if not row.get("system") or (turns and turns[0]["role"] == "system"):
+        return turns
+    return [{"role": "system", "content": row["system"]}, *turns]
+
+
+def _opening(prompt: str | list[Any]) -> list[Any]:
     """The turns of a prompt; text is one turn of the user."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def _instruction(row: dict[str, Any]) -> str:
+    return "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
 
 
 def _answer(completion: str | list[Any]) -> list[Any]:
