@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from qrefta._options import with_settings
-from qrefta.choices import AUTO_RATE, GENERIC_TEXT, Dtype, LoraBase, Optimizer, Task
+from qrefta.choices import AUTO_RATE, GENERIC_TEXT, Dtype, LoraBase, Loss, Optimizer, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -107,9 +107,17 @@ def finetune(
     task: Annotated[
         Task,
         typer.Option(
-            help="Classes of text, language modelling, conversations, or classes of images."
+            help="Classes of text, language modelling, conversations, preferences (dpo: pairs of "
+            "answers; grpo: prompts and a reward), or classes of images."
         ),
     ] = "classify",
+    mix: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="SOURCE:WEIGHT of one more data set, where DATASET has the weight 1; repeat the "
+            "option for more."
+        ),
+    ] = None,
     text_column: Annotated[
         list[str] | None, typer.Option(help="Column with text; give two for pairs.")
     ] = None,
@@ -129,6 +137,23 @@ def finetune(
     packing: Annotated[
         bool, typer.Option(help="For sft: put several conversations into a sequence.")
     ] = False,
+    padding_free: Annotated[
+        bool, typer.Option(help="For sft: join the conversations of a batch instead of padding.")
+    ] = False,
+    loss: Annotated[
+        Loss, typer.Option(help="For sft: learn all turns of the assistant, or the last.")
+    ] = "all",
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(help="For grpo: FILE.py:FUNCTION; repeat the option for a sum of rewards."),
+    ] = None,
+    beta: Annotated[
+        float | None,
+        typer.Option(help="For dpo and grpo: weight of staying near the model at the start."),
+    ] = None,
+    num_generations: Annotated[
+        int | None, typer.Option(help="For grpo: answers to each prompt; default: 8.")
+    ] = None,
     optimizer: Annotated[
         str, typer.Option(help="An optimizer of transformers' Trainer, such as adamw_8bit.")
     ] = "adamw_torch",
@@ -160,15 +185,16 @@ def finetune(
     from qrefta.split.sources import calibration_batches
     from qrefta.tables import report_table, results_table
     from qrefta.train._finetune import finetune as finetune_model
-    from qrefta.train.arguments import training_arguments
+    from qrefta.train.arguments import task_settings, training_arguments
     from qrefta.train.calibration import task_batches
     from qrefta.train.models import load_model
     from qrefta.train.rates import chosen_rate, parse_rate
     from qrefta.train.tasks import TASKS
+    from qrefta.train.tasks.mixture import Mixture, load_mixture, parse_weight
+    from qrefta.train.trl import TRL_TASKS
 
     seed = settings["seed"]
     rate = parse_rate(learning_rate)
-    lengths = {"max_length": max_length, "packing": packing} if task == "sft" else {}
     args = training_arguments(
         task,
         out,
@@ -182,7 +208,14 @@ def finetune(
         fsdp=fsdp or None,
         seed=seed,
         report_to=report_to or "none",
-        **lengths,
+        **task_settings(
+            task,
+            max_length=max_length,
+            packing=packing,
+            padding_free=padding_free,
+            beta=beta,
+            num_generations=num_generations,
+        ),
     )
     state = processes()
     start = out / "start"  # the prepared model, for the other processes
@@ -193,7 +226,10 @@ def finetune(
     with state.main_process_first():
         if state.is_main_process and not resume:
             check_new(out)
-        data = TASKS[task].load(dataset, seed=seed, **columns)
+        data: Any = TASKS[task].load(dataset, seed=seed, **columns)
+        if mix:
+            others = load_mixture(task, TASKS[task].load, dict(map(parse_weight, mix)), seed)
+            data = Mixture([data, *others.parts], [1.0, *others.weights])
         processor = TASKS[task].processor.from_pretrained(model)
         loaded = load_model(str(start) if start.is_dir() else model, task, data, seed)
         if not is_prepared(loaded):
@@ -215,15 +251,16 @@ def finetune(
                 loaded.save_pretrained(f"{start}.partial")
                 Path(f"{start}.partial").rename(start)
     console.print(report_table(quant_report(loaded)))
-    args.learning_rate = chosen_rate(loaded, rate, show=state.is_main_process)
+    args.learning_rate = chosen_rate(loaded, rate, state.is_main_process, task)
     result = finetune_model(
         loaded,
         processor,
         data,
         task=task,
         args=args,
-        max_length=max_length,
-        packing=packing,
+        max_length=None if task in TRL_TASKS else max_length,
+        loss=loss,
+        reward=reward or (),
         resume=resume,
     )
     if state.is_main_process:

@@ -70,15 +70,16 @@ def settings_table(settings: Mapping[str, Any]) -> Table:
 
 def results_table(results: Mapping[str, "FinetuneResult"]) -> Table:
     """Training runs side by side."""
-    table = _table("Test accuracy")
+    rewarded = any(result.reward_after is not None for result in results.values())
+    table = _table("Test reward" if rewarded else "Test accuracy")
     for name in ("method", "trained", "before", "after", "test loss", "steps", "seconds"):
         table.add_column(name, justify="left" if name == "method" else "right")
     for name, result in results.items():
         table.add_row(
             name,
             f"{result.trained_parameters:,}",
-            _percent(result.accuracy_before),
-            _percent(result.accuracy_after),
+            f"{result.reward_before:.3f}" if rewarded else _percent(result.accuracy_before),
+            f"{result.reward_after:.3f}" if rewarded else _percent(result.accuracy_after),
             f"{result.test_loss:.3f}",
             str(result.steps),
             f"{result.train_s:.0f}",

@@ -1,6 +1,6 @@
 """Fine-tuning on transformers' Trainer, of a prepared model or any other, for all tasks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from qrefta.hf_quantizer import is_prepared, prepared_config, saved_state
 from qrefta.model.verify import check_weights
 from qrefta.model_card import write_card
 from qrefta.nn.factors import BANK
-from qrefta.train.arguments import run_arguments
+from qrefta.train.arguments import run_arguments, task_settings
 from qrefta.train.checkpoints import (
     clear_unfinished,
     last_checkpoint,
@@ -37,6 +37,7 @@ from qrefta.train.nan_guard import finite_steps
 from qrefta.train.packing import check_apart
 from qrefta.train.rates import chosen_rate, warn_of_rate
 from qrefta.train.tasks import TASKS, Recipe, TaskName
+from qrefta.train.tasks.mixture import Mixture, load_mixture, mixed_recipe
 from qrefta.train.tasks.preference import Reward, load_reward
 
 MAX_LENGTH = 128  # tokens, for tasks whose TrainingArguments have no such field
@@ -81,7 +82,7 @@ class FinetuneResult(NamedTuple):
 def finetune(
     model: PreTrainedModel,
     processor: PreTrainedTokenizerBase | BaseImageProcessor,
-    dataset: DatasetDict | str | Path,
+    dataset: DatasetDict | Mixture | Mapping[str | Path, float] | str | Path,
     output_dir: str | Path | None = None,
     *,
     task: TaskName = "classify",
@@ -129,7 +130,8 @@ def finetune(
         dataset: a file, folder or hub name for the task's loader
             (`qrefta.train.data.load_classification`, `qrefta.train.tasks.load_text`, `load_chat`,
             `load_preferences`, `load_prompts`, `load_images`), or the `DatasetDict` that it
-            returns.
+            returns. For lm, sft, dpo and grpo also a dict of several sources and their weights:
+            training rows are drawn in this proportion, until one source is used up.
         output_dir: for checkpoints and the trained model, without checkpoints of another run.
             Default: the folder of `args`.
         task: classify (text), lm (running text), sft (conversations), dpo (pairs of a better and a
@@ -192,19 +194,14 @@ def finetune(
         "seed": seed,
         "disable_tqdm": None if progress is None else not progress,
     }
-    of_task = {
-        "max_length": (max_length, ("sft", "dpo")),
-        "packing": (packing, ("sft",)),
-        "padding_free": (padding_free, ("sft",)),
-        "beta": (beta, ("dpo", "grpo")),
-        "num_generations": (num_generations, ("grpo",)),
-        "max_completion_length": (max_length if task == "grpo" else None, ("grpo",)),
-    }
-    for name, (value, tasks) in of_task.items():
-        if task in tasks:
-            settings[name] = value
-        elif value and name != "max_length":
-            raise ValueError(f"{name} is for the task {' or '.join(tasks)}; the task is {task!r}")
+    settings |= task_settings(
+        task,
+        max_length=max_length,
+        packing=packing,
+        padding_free=padding_free,
+        beta=beta,
+        num_generations=num_generations,
+    )
     if loss not in LOSSES:
         raise ValueError(f"loss is {loss!r}; it must be one of {', '.join(LOSSES)}")
     settings = {name: value for name, value in settings.items() if value is not None}
@@ -252,7 +249,7 @@ def _old_settings(deprecated: dict[str, Any], args: TrainingArguments | None) ->
 def _recipe(
     model: PreTrainedModel,
     processor: PreTrainedTokenizerBase | BaseImageProcessor,
-    dataset: DatasetDict | str | Path,
+    dataset: DatasetDict | Mixture | Mapping[str | Path, float] | str | Path,
     task: TaskName,
     seed: int,
     max_length: int | None,
@@ -262,11 +259,17 @@ def _recipe(
     data = dataset
     if isinstance(data, str | Path):
         data = TASKS[task].load(data, seed=seed)
+    elif not isinstance(data, DatasetDict | Mixture):
+        data = load_mixture(task, TASKS[task].load, data, seed)
     options: dict[str, Any] = {"loss": loss} if task == "sft" else {}
     if task == "grpo":
         several = [reward] if isinstance(reward, str | Path) or callable(reward) else reward
         options = {"rewards": [load_reward(one) for one in several]}
-    return TASKS[task].recipe(model, processor, data, max_length, **options)
+
+    def make(one: DatasetDict) -> Recipe:
+        return TASKS[task].recipe(model, processor, one, max_length, **options)
+
+    return mixed_recipe(make, data, seed) if isinstance(data, Mixture) else make(data)
 
 
 def _train(

@@ -32,6 +32,17 @@ TASK_DEFAULTS: dict[TaskName, dict[str, Any]] = {
     "dpo": {"max_length": 128},
     "grpo": {"max_completion_length": 128},
 }
+TASK_FIELDS: dict[str, tuple[TaskName, ...]] = {
+    "packing": ("sft",),
+    "padding_free": ("sft",),
+    "beta": ("dpo", "grpo"),
+    "num_generations": ("grpo",),
+}
+_LENGTHS: dict[TaskName, str] = {
+    "sft": "max_length",
+    "dpo": "max_length",
+    "grpo": "max_completion_length",
+}
 TASK_VALUES: dict[TaskName, dict[str, Any]] = {
     "sft": {"assistant_only_loss": False},  # the rows come with labels
     "image": {"remove_unused_columns": False},  # the model takes no column named image
@@ -69,6 +80,29 @@ def training_arguments(
     values |= _device_values(values)
     values |= _checkpointing_values(kind, values)
     return kind(**values)
+
+
+def task_settings(task: TaskName, **given: Any) -> dict[str, Any]:
+    """Settings that only some tasks have, by their names in the task's class; without None.
+
+    Args:
+        task: one of `qrefta.choices.TASK_NAMES`.
+        given: max_length (for tasks without it, it is left out) and fields of `TASK_FIELDS`.
+
+    Raises:
+        ValueError: if a setting is given that the task does not have.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    length = given.pop("max_length", None)
+    for name, value in [*given.items()]:
+        if task not in TASK_FIELDS[name]:
+            if value:
+                allowed = " or ".join(TASK_FIELDS[name])
+                raise ValueError(f"{name} is for the task {allowed}; the task is {task!r}")
+            given.pop(name)
+    if task in _LENGTHS and length is not None:
+        given[_LENGTHS[task]] = length
+    return given
 
 
 def run_arguments(

@@ -13,6 +13,7 @@ from qrefta.train.tasks.chat import chat_recipe
 from qrefta.train.tasks.classify import text_classes
 from qrefta.train.tasks.image import image_classes
 from qrefta.train.tasks.lm import text_windows
+from qrefta.train.tasks.mixture import Mixture
 from qrefta.train.tasks.preference import token_ids
 
 IMAGES = 128  # an image has some 200 tokens
@@ -23,7 +24,7 @@ def task_batches(
     task: Task,
     model: PreTrainedModel,
     processor: Any,
-    data: DatasetDict,
+    data: DatasetDict | Mixture,
     *,
     max_length: int = 128,
     seed: int = 0,
@@ -50,6 +51,8 @@ def task_batches(
         ValueError: if the labels of the data are not the labels of the model, or conversations meet
             a tokenizer without a chat template.
     """
+    if isinstance(data, Mixture):
+        return _mixed_batches(task, model, processor, data, max_length, seed)
     train = data["train"]
     if task == "lm":
         windows = text_windows(model, processor, data, max_length).train
@@ -70,6 +73,23 @@ def task_batches(
     assert recipe.collate is not None, "text with labels has a collator"
     tokenized: list[Any] = list(recipe.train)
     return batches_by_length(_within(tokenized), recipe.collate)
+
+
+def _mixed_batches(
+    task: Task,
+    model: PreTrainedModel,
+    processor: Any,
+    mixture: Mixture,
+    max_length: int,
+    seed: int,
+) -> list[Any]:
+    """Batches of every data set, as many of each as its share of the weights."""
+    total = sum(mixture.weights)
+    batches = []
+    for data, weight in zip(mixture.parts, mixture.weights, strict=True):
+        own = task_batches(task, model, processor, data, max_length=max_length, seed=seed)
+        batches += own[: max(1, round(len(own) * weight / total))]
+    return batches
 
 
 def _sample(train: Dataset, count: int, seed: int) -> Dataset:
