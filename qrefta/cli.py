@@ -5,6 +5,7 @@
 # nothing.
 
 import logging
+import shlex
 import shutil
 import sys
 import warnings
@@ -17,7 +18,16 @@ from rich.console import Console
 from rich.markup import escape
 
 from qrefta._options import with_settings
-from qrefta.choices import AUTO_RATE, GENERIC_TEXT, Dtype, GgufType, LoraBase, Optimizer, Task
+from qrefta.choices import (
+    AUTO_RATE,
+    GENERIC_TEXT,
+    Dtype,
+    GgufType,
+    LoraBase,
+    Loss,
+    Optimizer,
+    Task,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,9 +125,17 @@ def finetune(
     task: Annotated[
         Task,
         typer.Option(
-            help="Classes of text, language modelling, conversations, or classes of images."
+            help="Classes of text, language modelling, conversations, preferences (dpo: pairs of "
+            "answers; grpo: prompts and a reward), or classes of images."
         ),
     ] = "classify",
+    mix: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="SOURCE:WEIGHT of one more data set, where DATASET has the weight 1; repeat the "
+            "option for more."
+        ),
+    ] = None,
     text_column: Annotated[
         list[str] | None, typer.Option(help="Column with text; give two for pairs.")
     ] = None,
@@ -137,6 +155,23 @@ def finetune(
     packing: Annotated[
         bool, typer.Option(help="For sft: put several conversations into a sequence.")
     ] = False,
+    padding_free: Annotated[
+        bool, typer.Option(help="For sft: join the conversations of a batch instead of padding.")
+    ] = False,
+    loss: Annotated[
+        Loss, typer.Option(help="For sft: learn all turns of the assistant, or the last.")
+    ] = "all",
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(help="For grpo: FILE.py:FUNCTION; repeat the option for a sum of rewards."),
+    ] = None,
+    beta: Annotated[
+        float | None,
+        typer.Option(help="For dpo and grpo: weight of staying near the model at the start."),
+    ] = None,
+    num_generations: Annotated[
+        int | None, typer.Option(help="For grpo: answers to each prompt; default: 8.")
+    ] = None,
     optimizer: Annotated[
         str, typer.Option(help="An optimizer of transformers' Trainer, such as adamw_8bit.")
     ] = "adamw_torch",
@@ -154,6 +189,16 @@ def finetune(
         list[str] | None,
         typer.Option(help="Logging integration of Trainer; repeat the option for more."),
     ] = None,
+    eval_steps: Annotated[
+        float | None,
+        typer.Option(help="Evaluate every so many steps, or share of the run below 1."),
+    ] = None,
+    early_stopping: Annotated[
+        int | None,
+        typer.Option(
+            help="Stop after so many evaluations without a lower test loss; keep the best model."
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in OUT.")] = False,
 ) -> None:
     """Train a model: prepare it if it is dense, train its factors and head, save everything."""
@@ -162,22 +207,23 @@ def finetune(
     check_sharding()
     quiet_libraries()
     from qrefta._prepare import prepare as prepare_model
-    from qrefta.files.folders import check_new
     from qrefta.files.safetensors import weights_bytes
     from qrefta.files.sources import pretrained_source
     from qrefta.hf_quantizer import is_prepared, quant_report
     from qrefta.split.sources import calibration_batches
     from qrefta.tables import report_table, results_table
     from qrefta.train._finetune import finetune as finetune_model
-    from qrefta.train.arguments import training_arguments
+    from qrefta.train.arguments import task_settings, training_arguments
     from qrefta.train.calibration import task_batches
+    from qrefta.train.interrupt import TrainingInterrupted
     from qrefta.train.models import load_model
     from qrefta.train.rates import chosen_rate, parse_rate
     from qrefta.train.tasks import TASKS
+    from qrefta.train.tasks.mixture import Mixture, load_mixture, parse_weight
+    from qrefta.train.trl import TRL_TASKS
 
     seed = settings["seed"]
     rate = parse_rate(learning_rate)
-    lengths = {"max_length": max_length, "packing": packing} if task == "sft" else {}
     args = training_arguments(
         task,
         out,
@@ -191,7 +237,14 @@ def finetune(
         fsdp=fsdp or None,
         seed=seed,
         report_to=report_to or "none",
-        **lengths,
+        **task_settings(
+            task,
+            max_length=max_length,
+            packing=packing,
+            padding_free=padding_free,
+            beta=beta,
+            num_generations=num_generations,
+        ),
     )
     state = processes()
     start = out / "start"  # the prepared model, for the other processes
@@ -201,8 +254,11 @@ def finetune(
         columns = {"text_columns": text_column, "label_column": label_column, "header": header}
     with state.main_process_first():
         if state.is_main_process and not resume:
-            check_new(out)
-        data = TASKS[task].load(dataset, seed=seed, **columns)
+            _check_run(out)
+        data: Any = TASKS[task].load(dataset, seed=seed, **columns)
+        if mix:
+            others = load_mixture(task, TASKS[task].load, dict(map(parse_weight, mix)), seed)
+            data = Mixture([data, *others.parts], [1.0, *others.weights])
         processor = TASKS[task].processor.from_pretrained(**pretrained_source(model))
         loaded = load_model(str(start) if start.is_dir() else model, task, data, seed)
         if not is_prepared(loaded):
@@ -224,17 +280,26 @@ def finetune(
                 loaded.save_pretrained(f"{start}.partial")
                 Path(f"{start}.partial").rename(start)
     console.print(report_table(quant_report(loaded)))
-    args.learning_rate = chosen_rate(loaded, rate, show=state.is_main_process)
-    result = finetune_model(
-        loaded,
-        processor,
-        data,
-        task=task,
-        args=args,
-        max_length=max_length,
-        packing=packing,
-        resume=resume,
-    )
+    args.learning_rate = chosen_rate(loaded, rate, state.is_main_process, task)
+    try:
+        result = finetune_model(
+            loaded,
+            processor,
+            data,
+            task=task,
+            args=args,
+            max_length=None if task in TRL_TASKS else max_length,
+            loss=loss,
+            reward=reward or (),
+            eval_steps=eval_steps,
+            early_stopping=early_stopping,
+            resume=resume,
+        )
+    except TrainingInterrupted as stop:
+        again = [word for word in sys.argv[1:] if word != "--resume"]
+        told = f"{stop.told}\nResume with:\n{shlex.join(['qrefta', *again, '--resume'])}"
+        console.print(told, highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(130) from stop
     if state.is_main_process:
         shutil.rmtree(start, ignore_errors=True)
     console.print(results_table({"qrefta": result}))
@@ -585,6 +650,20 @@ def guarded(command: Callable[[], object]) -> None:
 def main() -> None:
     """Entry point."""
     guarded(app)
+
+
+def _check_run(out: Path) -> None:
+    """Refuse a folder that holds files, and say how a run in it resumes."""
+    from qrefta.files.folders import check_new
+    from qrefta.train.checkpoints import last_checkpoint
+
+    checkpoint = last_checkpoint(out)
+    if checkpoint is not None:
+        raise ValueError(
+            f"{out} holds {checkpoint.name} of an earlier run. Add --resume to go on with it, or "
+            "choose another folder."
+        )
+    check_new(out)
 
 
 def _print_differences(written: "Export") -> None:

@@ -70,10 +70,9 @@ def settings_table(settings: Mapping[str, Any]) -> Table:
 
 
 def results_table(results: Mapping[str, "FinetuneResult"]) -> Table:
-    """Training runs side by side: accuracy and loss on the test rows, or loss and perplexity."""
+    """Training runs side by side: rewards, accuracy or perplexity, and loss on the test rows."""
     table = _table("On the test rows, before and after training")
-    classes = any(result.accuracy_after is not None for result in results.values())
-    measure = "accuracy" if classes else "perplexity"
+    measure = next((_scores(result)[0] for result in results.values()), "")
     for name in (
         "method",
         "trainable",
@@ -86,21 +85,27 @@ def results_table(results: Mapping[str, "FinetuneResult"]) -> Table:
     ):
         table.add_column(name, justify="left" if name == "method" else "right")
     for name, result in results.items():
-        scores = (
-            (_percent(result.accuracy_before), _percent(result.accuracy_after))
-            if classes
-            else (_perplexity(result.test_loss_before), _perplexity(result.test_loss))
-        )
         table.add_row(
             name,
             f"{result.trained_parameters:,}",
-            *scores,
+            *_scores(result)[1:],
             f"{result.test_loss_before:.3f}",
             f"{result.test_loss:.3f}",
             str(result.steps),
             f"{result.train_s:.0f}",
         )
     return table
+
+
+def _scores(result: "FinetuneResult") -> tuple[str, str, str]:
+    """The measure of a run's task, before and after training."""
+    if result.reward_before is not None and result.reward_after is not None:
+        return "reward", f"{result.reward_before:.3f}", f"{result.reward_after:.3f}"
+    if result.accuracy_after is not None:
+        return "accuracy", _percent(result.accuracy_before), _percent(result.accuracy_after)
+    losses = (result.test_loss_before, result.test_loss)
+    before, after = (f"{exp(loss):.4g}" if loss < 100 else "over 1e43" for loss in losses)
+    return "perplexity", before, after
 
 
 def plan_table(plan: "Plan") -> Table:
@@ -171,10 +176,6 @@ def _table(title: str) -> Table:
 def size_text(nbytes: int) -> str:
     """Bytes as people read them: 3.30 GB, 12.5 MB, 0.1 MB."""
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
-
-
-def _perplexity(loss: float) -> str:
-    return f"{exp(loss):.4g}" if loss < 100 else "over 1e43"
 
 
 def _percent(share: float | None) -> str:

@@ -49,6 +49,12 @@ def write_data(folder):
     """The data files that the pages name."""
     turns = [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w7 w8"}]
     (folder / "chat.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 20)
+    (folder / "more.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 20)
+    pair = {"prompt": turns[:1], "chosen": turns[1:]}
+    pair["rejected"] = [{"role": "assistant", "content": "w9"}]
+    (folder / "pairs.jsonl").write_text((json.dumps(pair) + "\n") * 20)
+    question = {"question": "w5 w6", "answer": "w7"}
+    (folder / "questions.jsonl").write_text((json.dumps(question) + "\n") * 20)
     reviews = [f"{'red' if index % 2 else 'blue'} film {index},{index % 2}" for index in range(40)]
     (folder / "reviews.csv").write_text("\n".join(["text,label", *reviews]))
     words = [f"w{5 + index % 20}" for index in range(4000)]

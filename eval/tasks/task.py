@@ -25,7 +25,7 @@ from transformers.trainer_utils import PredictionOutput
 from eval.tasks.demo import docstring_sentences, model_folder
 from qrefta.train.data import load_classification
 from qrefta.train.models import load_classifier
-from qrefta.train.tasks import tokenize
+from qrefta.train.tasks.classify import tokenize
 
 DatasetOption = Annotated[
     str | None, typer.Option(help="Hub name, folder or file; default: docstring sentences.")

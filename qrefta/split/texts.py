@@ -57,13 +57,11 @@ def read_texts(path: str | Path) -> list[str]:
 def _column_of_text(path: Path) -> Iterable[str | None]:
     """The column of text of a table."""
     # `datasets` takes a second to import
-    from datasets.exceptions import DatasetGenerationError
-
     from qrefta.files.tables import read_files, text_column
 
     try:
-        data = read_files({"train": path})["train"]
-    except (ValueError, DatasetGenerationError) as error:  # ValueError: a header without rows
+        data = read_files({"train": [path]})["train"]
+    except ValueError as error:
         raise ValueError(f"{path} cannot be read as a table with rows: {error}") from error
     return data[text_column(data, path)]
 

@@ -1,6 +1,6 @@
 """Fine-tuning on transformers' Trainer, of a prepared model or any other, for all tasks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -11,20 +11,23 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import (
     BaseImageProcessor,
+    EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 
 from qrefta._deprecations import deprecated_keywords
+from qrefta.choices import LOSSES, Loss
 from qrefta.distributed import check_sharding, processes, whole_state
 from qrefta.hf_quantizer import is_prepared, prepared_config, saved_state
 from qrefta.model.verify import check_weights
 from qrefta.model_card import write_card
 from qrefta.nn.factors import BANK
-from qrefta.train.arguments import run_arguments
+from qrefta.train.arguments import run_arguments, task_settings
 from qrefta.train.checkpoints import (
     clear_unfinished,
     last_checkpoint,
@@ -32,11 +35,17 @@ from qrefta.train.checkpoints import (
     whole_checkpoints,
     writing,
 )
+from qrefta.train.interrupt import interruptible
 from qrefta.train.nan_guard import finite_steps
+from qrefta.train.packing import check_apart
+from qrefta.train.progress import Progress
 from qrefta.train.rates import chosen_rate, warn_of_rate
 from qrefta.train.tasks import TASKS, Recipe, TaskName
+from qrefta.train.tasks.mixture import Mixture, load_mixture, mixed_recipe
+from qrefta.train.tasks.preference import Reward, load_reward
 
 MAX_LENGTH = 128  # tokens, for tasks whose TrainingArguments have no such field
+_PART_OF_RUN = 0.1  # between two evaluations of early stopping
 _OLD_KEYWORDS = {
     "warmup_steps": "args=TrainingArguments(..., warmup_steps=...)",
     "weight_decay": "args=TrainingArguments(..., weight_decay=...)",
@@ -51,12 +60,14 @@ class FinetuneResult(NamedTuple):
     """Scores and size of a training run.
 
     Attributes:
-        accuracy_before, accuracy_after: on the test split, 0 .. 1; None for tasks without classes.
+        accuracy_before, accuracy_after: on the test split, 0 .. 1; for dpo the share of pairs whose
+            better answer has gained more probability than the other; None for tasks without either.
         test_loss_before, test_loss: mean cross-entropy on the test split, before and after
             training, nats.
         train_loss: mean over the steps of this call and all processes, nats.
         steps: optimizer steps of the whole run.
         train_s: seconds in the training loop of this call, without evaluation.
+        reward_before, reward_after: for grpo, the mean over answers to the test prompts; else None.
         trained_parameters: number of trainable parameters, as
             `model.num_parameters(only_trainable=True)` counts them.
     """
@@ -69,12 +80,14 @@ class FinetuneResult(NamedTuple):
     steps: int
     train_s: float
     trained_parameters: int
+    reward_before: float | None = None
+    reward_after: float | None = None
 
 
 def finetune(
     model: PreTrainedModel,
     processor: PreTrainedTokenizerBase | BaseImageProcessor,
-    dataset: DatasetDict | str | Path,
+    dataset: DatasetDict | Mixture | Mapping[str | Path, float] | str | Path,
     output_dir: str | Path | None = None,
     *,
     task: TaskName = "classify",
@@ -85,10 +98,17 @@ def finetune(
     batch_size: int | None = None,
     max_length: int | None = None,
     packing: bool | None = None,
+    padding_free: bool | None = None,
+    loss: Loss = "all",
+    reward: str | Path | Reward | Sequence[str | Path | Reward] = (),
+    beta: float | None = None,
+    num_generations: int | None = None,
     gradient_accumulation: int | None = None,
     gradient_checkpointing: bool | None = None,
     bf16: bool | None = None,
     seed: int | None = None,
+    eval_steps: float | None = None,
+    early_stopping: int | None = None,
     resume: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     progress: bool | None = None,
@@ -116,13 +136,17 @@ def finetune(
         processor: the model's tokenizer; for images its image processor.
         dataset: a file, folder or hub name for the task's loader
             (`qrefta.train.data.load_classification`, `qrefta.train.tasks.load_text`, `load_chat`,
-            `load_images`), or the `DatasetDict` that it returns.
+            `load_preferences`, `load_prompts`, `load_images`), or the `DatasetDict` that it
+            returns. For lm, sft, dpo and grpo also a dict of several sources and their weights:
+            training rows are drawn in this proportion, until one source is used up.
         output_dir: for checkpoints and the trained model, without checkpoints of another run.
             Default: the folder of `args`.
-        task: classify (text), lm (running text), sft (conversations, by TRL) or image (classes of
-            images).
-        args: transformers' TrainingArguments, for sft TRL's SFTConfig: all settings that are no
-            keyword here, such as warmup_steps, weight_decay, save_steps, optim, fsdp and report_to.
+        task: classify (text), lm (running text), sft (conversations), dpo (pairs of a better and a
+            worse answer), grpo (prompts and a reward) or image (classes of images). TRL runs sft,
+            dpo and grpo.
+        args: transformers' TrainingArguments, for TRL's tasks SFTConfig, DPOConfig or GRPOConfig:
+            all settings that are no keyword here, such as warmup_steps, weight_decay, save_steps,
+            optim, fsdp and report_to.
             `fsdp=True` shards the model over the processes, one a GPU, by FSDP2; else every process
             holds the whole model (DDP). `qrefta.train.arguments.training_arguments` makes one with
             qrefta's defaults.
@@ -131,14 +155,27 @@ def finetune(
             times above it.
         epochs, max_steps: length of the run, 3 epochs; a positive `max_steps` wins.
         batch_size: rows of a forward and backward pass in every process; 32.
-        max_length: tokens of a row, longer rows are cut; for lm the tokens of a block; 128.
-        packing: for sft, fill sequences with several conversations; False. Packed conversations
-            attend to each other unless the model runs with flash attention.
+        max_length: tokens of a row, longer rows are cut; for lm the tokens of a window, for grpo of
+            an answer; 128.
+        packing: for sft, fill sequences of `max_length` tokens with several conversations; False.
+        padding_free: for sft, put the conversations of a batch behind each other in place of
+            padding them; False.
+        loss: for sft, on all turns of the assistant, or on the last.
+        reward: for grpo, a function that takes prompts, completions and every further column of the
+            data by name, and returns a number for each completion; also "file.py:function", or
+            several of both, which are added.
+        beta: for dpo and grpo, weight of staying near the reference, which is the model that is
+            given here; TRL's default, 0.1 for dpo and 0 for grpo.
+        num_generations: for grpo, answers to each prompt; 8. A step's rows must be a multiple.
         gradient_accumulation: passes of a step, of `batch_size` rows each; 1.
         gradient_checkpointing: recompute the activations of the blocks in the backward pass; False.
         bf16: compute in bf16 under autocast; False. For a model that is loaded in float32: in a
             model loaded in bf16 the head trains in bf16 and loses small updates.
         seed: of the batch order and dropout; 0.
+        eval_steps: evaluate on the test split every so many steps, or share of the run below 1, and
+            not only at the start and the end.
+        early_stopping: stop after so many evaluations without a lower test loss, and keep the
+            model with the lowest; evaluates ten times in the run unless `eval_steps` is given.
         resume: continue from the last checkpoint in `output_dir`; the result is the same, bit for
             bit, as without the interruption.
         callbacks: transformers' TrainerCallbacks.
@@ -168,21 +205,31 @@ def finetune(
         "seed": seed,
         "disable_tqdm": None if progress is None else not progress,
     }
-    if task == "sft":
-        settings |= {"max_length": max_length, "packing": packing}
-    elif packing:
-        raise ValueError(f"packing=True is for the task sft; the task is {task!r}")
+    settings |= task_settings(
+        task,
+        max_length=max_length,
+        packing=packing,
+        padding_free=padding_free,
+        beta=beta,
+        num_generations=num_generations,
+    )
+    if loss not in LOSSES:
+        raise ValueError(f"loss is {loss!r}; it must be one of {', '.join(LOSSES)}")
     settings = {name: value for name, value in settings.items() if value is not None}
+    if early_stopping is not None:
+        callbacks = [*callbacks, EarlyStoppingCallback(_patience(early_stopping))]
+    settings |= _evaluation_settings(eval_steps, early_stopping)
     if deprecated:
         settings |= _old_settings(deprecated, args)
     together = processes()  # before TrainingArguments, whose processes wait less long for the first
     if args is None:
         show = together.is_main_process and progress is not False
-        settings["learning_rate"] = chosen_rate(model, learning_rate, show)
+        settings["learning_rate"] = chosen_rate(model, learning_rate, show, task)
     arguments = run_arguments(model, task, args, output_dir, settings)
     warn_of_rate(model, arguments.learning_rate)
     with together.main_process_first():  # the other processes find its cache
-        recipe = _recipe(model, processor, dataset, task, arguments.seed, max_length or MAX_LENGTH)
+        length = getattr(arguments, "max_length", max_length or MAX_LENGTH)
+        recipe = _recipe(model, processor, dataset, task, arguments.seed, length, loss, reward)
     return _train(model, processor, recipe, arguments, task, resume, callbacks)
 
 
@@ -203,6 +250,35 @@ class _Evaluations(TrainerCallback):
         self.runtime_s += metrics["eval_runtime"]
 
 
+def _patience(early_stopping: Any) -> int:
+    if type(early_stopping) is not int or early_stopping < 1:
+        raise ValueError(
+            f"early_stopping is {early_stopping!r}; it must be a number of evaluations, 1 or more"
+        )
+    return early_stopping
+
+
+def _evaluation_settings(eval_steps: float | None, early_stopping: int | None) -> dict[str, Any]:
+    """Settings for evaluations during the run; the model that is kept has to be saved as often."""
+    if eval_steps is None and early_stopping is None:
+        return {}
+    every = _PART_OF_RUN if eval_steps is None else eval_steps
+    if isinstance(every, bool) or not every > 0:
+        raise ValueError(
+            f"eval_steps is {eval_steps!r}; it must be a number of steps, or a share of the run "
+            "between 0 and 1"
+        )
+    settings: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": every}
+    if early_stopping is not None:
+        settings |= {
+            "save_steps": every,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss",
+            "greater_is_better": False,
+        }
+    return settings
+
+
 def _old_settings(deprecated: dict[str, Any], args: TrainingArguments | None) -> dict[str, Any]:
     """Keywords of older releases by their names in TrainingArguments."""
     given = deprecated_keywords("finetune", deprecated, _OLD_KEYWORDS)
@@ -216,15 +292,27 @@ def _old_settings(deprecated: dict[str, Any], args: TrainingArguments | None) ->
 def _recipe(
     model: PreTrainedModel,
     processor: PreTrainedTokenizerBase | BaseImageProcessor,
-    dataset: DatasetDict | str | Path,
+    dataset: DatasetDict | Mixture | Mapping[str | Path, float] | str | Path,
     task: TaskName,
     seed: int,
-    max_length: int,
+    max_length: int | None,
+    loss: Loss,
+    reward: str | Path | Reward | Sequence[str | Path | Reward],
 ) -> Recipe:
     data = dataset
     if isinstance(data, str | Path):
         data = TASKS[task].load(data, seed=seed)
-    return TASKS[task].recipe(model, processor, data, max_length)
+    elif not isinstance(data, DatasetDict | Mixture):
+        data = load_mixture(task, TASKS[task].load, data, seed)
+    options: dict[str, Any] = {"loss": loss} if task == "sft" else {}
+    if task == "grpo":
+        several = [reward] if isinstance(reward, str | Path) or callable(reward) else reward
+        options = {"rewards": [load_reward(one) for one in several]}
+
+    def make(one: DatasetDict) -> Recipe:
+        return TASKS[task].recipe(model, processor, one, max_length, **options)
+
+    return mixed_recipe(make, data, seed) if isinstance(data, Mixture) else make(data)
 
 
 def _train(
@@ -240,8 +328,14 @@ def _train(
     run = Path(str(arguments.output_dir))
     checkpoint = _checkpoint_of(run, resume, is_prepared(model))
     evaluations = _Evaluations()
-    trainer = _trainer(model, processor, recipe, arguments, [*callbacks, evaluations])
-    outcome = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with interruptible() as interrupts:
+        trainer = _trainer(
+            model, processor, recipe, arguments, [*callbacks, evaluations, interrupts]
+        )
+        outcome = trainer.train(
+            resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
+        )
+    interrupts.check(run, trainer.state)
     train_s = outcome.metrics["train_runtime"] - evaluations.runtime_s
     # the log of a resumed run begins with the run before
     before = next(row for row in trainer.state.log_history if "eval_loss" in row)
@@ -251,8 +345,10 @@ def _train(
     training = f"It was fine-tuned ({task}, {outcome.global_step} steps, test loss {loss:.4f})."
     _save(model, processor, run, training, write=arguments.should_save)
     return FinetuneResult(
-        accuracy_before=before.get("eval_accuracy"),
-        accuracy_after=after.get("eval_accuracy"),
+        accuracy_before=before.get(f"eval_{recipe.scores.get('accuracy')}"),
+        accuracy_after=after.get(f"eval_{recipe.scores.get('accuracy')}"),
+        reward_before=before.get(f"eval_{recipe.scores.get('reward')}"),
+        reward_after=after.get(f"eval_{recipe.scores.get('reward')}"),
         test_loss_before=before["eval_loss"],
         test_loss=loss,
         train_loss=fmean(gather_object([outcome.training_loss])),
@@ -288,16 +384,24 @@ def _trainer(
     arguments: TrainingArguments,
     callbacks: list[TrainerCallback],
 ) -> Trainer:
+    if getattr(arguments, "padding_free", False) and not getattr(arguments, "packing", False):
+        arguments.max_length = None  # type: ignore[attr-defined]  # the recipe has cut the rows
+    options = {"data_collator": recipe.collate, "compute_metrics": recipe.metrics} | recipe.options
     trainer = finite_steps(whole_checkpoints(recipe.trainer))(
         model=model,
         args=arguments,
         train_dataset=recipe.train,
         eval_dataset=recipe.test,
-        data_collator=recipe.collate,
-        compute_metrics=recipe.metrics,
         processing_class=processor,
         callbacks=callbacks,
+        # GRPOTrainer takes neither of them
+        **{name: value for name, value in options.items() if value is not None},
     )
+    if any(type(callback) is ProgressCallback for callback in trainer.callback_handler.callbacks):
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(Progress())
+    if getattr(trainer, "padding_free", False):
+        check_apart(trainer)
     if recipe.mean_loss:
         # Trainer assumes a sum over tokens for models whose forward takes **kwargs.
         trainer.model_accepts_loss_kwargs = False

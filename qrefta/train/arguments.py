@@ -9,7 +9,9 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from qrefta.hf_quantizer import is_prepared, prepared_config
-from qrefta.train.tasks import TaskName, load_trl
+from qrefta.train.progress import EVERY
+from qrefta.train.tasks import TaskName
+from qrefta.train.trl import TRL_TASKS, load_trl
 
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 1e-3,
@@ -19,7 +21,8 @@ DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.0,  # decay would pull the factors to zero, away from the original weights
     "save_steps": 0.25,
     "save_total_limit": 2,
-    "logging_steps": 0.25,
+    "logging_steps": EVERY,
+    "include_num_input_tokens_seen": "non_padding",  # for the tokens a second
     "optim": "adamw_torch",
     "bf16": False,
     "seed": 0,
@@ -27,9 +30,25 @@ DEFAULTS: dict[str, Any] = {
     "disable_tqdm": False,
 }
 TASK_DEFAULTS: dict[TaskName, dict[str, Any]] = {
-    "sft": {"max_length": 128, "packing": False, "completion_only_loss": True},
+    "lm": {"include_num_input_tokens_seen": "all"},  # windows have no padding
+    "sft": {"max_length": 128, "packing": False},
+    "dpo": {"max_length": 128, "include_num_input_tokens_seen": "no"},
+    "grpo": {"max_completion_length": 128, "include_num_input_tokens_seen": "no"},
+    "image": {"include_num_input_tokens_seen": "no"},
+}
+TASK_FIELDS: dict[str, tuple[TaskName, ...]] = {
+    "packing": ("sft",),
+    "padding_free": ("sft",),
+    "beta": ("dpo", "grpo"),
+    "num_generations": ("grpo",),
+}
+_LENGTHS: dict[TaskName, str] = {
+    "sft": "max_length",
+    "dpo": "max_length",
+    "grpo": "max_completion_length",
 }
 TASK_VALUES: dict[TaskName, dict[str, Any]] = {
+    "sft": {"assistant_only_loss": False},  # the rows come with labels
     "image": {"remove_unused_columns": False},  # the model takes no column named image
 }
 UNSUPPORTED = {
@@ -47,15 +66,17 @@ CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # new an
 def training_arguments(
     task: TaskName, output_dir: str | Path, **settings: Any
 ) -> TrainingArguments:
-    """TrainingArguments (for sft an SFTConfig) with qrefta's defaults, for `finetune(args=...)`.
+    """TrainingArguments with qrefta's defaults, for `finetune(args=...)`.
+
+    For sft, dpo and grpo they are TRL's SFTConfig, DPOConfig and GRPOConfig.
 
     Args:
-        task: classify, lm, sft or image.
+        task: one of `qrefta.choices.TASK_NAMES`.
         output_dir: folder of the run.
         settings: any field of the class; each replaces a default.
 
     Raises:
-        ImportError: for sft, if TRL is not installed.
+        ImportError: for sft, dpo and grpo, if TRL is not installed.
     """
     kind = arguments_class(task)
     values = _default_values(task, settings)
@@ -63,6 +84,29 @@ def training_arguments(
     values |= _device_values(values)
     values |= _checkpointing_values(kind, values)
     return kind(**values)
+
+
+def task_settings(task: TaskName, **given: Any) -> dict[str, Any]:
+    """Settings that only some tasks have, by their names in the task's class; without None.
+
+    Args:
+        task: one of `qrefta.choices.TASK_NAMES`.
+        given: max_length (for tasks without it, it is left out) and fields of `TASK_FIELDS`.
+
+    Raises:
+        ValueError: if a setting is given that the task does not have.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    length = given.pop("max_length", None)
+    for name, value in [*given.items()]:
+        if task not in TASK_FIELDS[name]:
+            if value:
+                allowed = " or ".join(TASK_FIELDS[name])
+                raise ValueError(f"{name} is for the task {allowed}; the task is {task!r}")
+            given.pop(name)
+    if task in _LENGTHS and length is not None:
+        given[_LENGTHS[task]] = length
+    return given
 
 
 def run_arguments(
@@ -76,7 +120,7 @@ def run_arguments(
 
     Args:
         model: to be trained.
-        task: classify, lm, sft or image.
+        task: one of `qrefta.choices.TASK_NAMES`.
         args: the caller's arguments, or None for qrefta's defaults.
         output_dir: the caller's keyword, or None.
         settings: the caller's other keywords, by their names in TrainingArguments.
@@ -103,8 +147,8 @@ def run_arguments(
 
 
 def arguments_class(task: TaskName) -> type[TrainingArguments]:
-    """TRL's SFTConfig for sft, else TrainingArguments."""
-    return load_trl()[1] if task == "sft" else TrainingArguments
+    """TRL's class of settings for TRL's tasks, such as SFTConfig, else TrainingArguments."""
+    return load_trl(task)[1] if task in TRL_TASKS else TrainingArguments
 
 
 def fsdp2_config(model: PreTrainedModel) -> dict[str, Any]:
@@ -155,6 +199,8 @@ def _given_values(
     for name in ("activation_checkpointing", "activation_checkpointing_kwargs"):
         # They copy the fields with the old name, which a keyword may have changed.
         values.pop(name, None)
+    if values.get("steps_per_generation"):
+        values.pop("generation_batch_size", None)  # GRPOConfig has made it of the other
     return values
 
 

@@ -3,18 +3,18 @@
 import random
 from typing import Any
 
+import torch
 from datasets import Dataset, DatasetDict
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from qrefta.choices import Task
-from qrefta.split.texts import (
-    ROWS,
-    TOKENS,
-    batches_by_length,
-    padded_batches,
-    windows_of_text,
-)
-from qrefta.train.tasks import chat_ids, classify, images
+from qrefta.split.texts import BATCH_TOKENS, ROWS, TOKENS, batches_by_length, padded_batches
+from qrefta.train.tasks.chat import chat_recipe
+from qrefta.train.tasks.classify import text_classes
+from qrefta.train.tasks.image import image_classes
+from qrefta.train.tasks.lm import text_windows
+from qrefta.train.tasks.mixture import Mixture
+from qrefta.train.tasks.preference import token_ids
 
 IMAGES = 128  # an image has some 200 tokens
 IMAGE_BATCH = 16
@@ -24,7 +24,7 @@ def task_batches(
     task: Task,
     model: PreTrainedModel,
     processor: Any,
-    data: DatasetDict,
+    data: DatasetDict | Mixture,
     *,
     max_length: int = 128,
     seed: int = 0,
@@ -32,15 +32,15 @@ def task_batches(
     """Batches of the training split, processed as `qrefta.finetune` processes them for the task.
 
     They hold ROWS rows, or fewer with TOKENS tokens in all; for images, IMAGES of them. Packing of
-    sft leaves the tokens as they are, so conversations are not packed here. TRL drops rows whose
-    answer is beyond `max_length`; here they stay.
+    sft leaves the tokens as they are, so conversations are not packed here. For dpo the rows are
+    prompts with their better answers, for grpo prompts.
 
     Example:
         batches = task_batches("classify", model, tokenizer, data)
         model = qrefta.prepare(model, calibration=batches)
 
     Args:
-        task: classify, lm, sft or image.
+        task: one of `qrefta.choices.TASK_NAMES`.
         model: of the task's class, to be prepared.
         processor: the model's tokenizer; for images its image processor.
         data: from the task's loader, see `qrefta.finetune`.
@@ -51,22 +51,45 @@ def task_batches(
         ValueError: if the labels of the data are not the labels of the model, or conversations meet
             a tokenizer without a chat template.
     """
+    if isinstance(data, Mixture):
+        return _mixed_batches(task, model, processor, data, max_length, seed)
     train = data["train"]
     if task == "lm":
-        (column,) = train.column_names
-        return windows_of_text(list(train[column]), processor, max_length=max_length, seed=seed)
+        windows = text_windows(model, processor, data, max_length).train
+        return _window_batches(_sample(windows, max(1, TOKENS // max_length), seed))
     sample = _sample(train, IMAGES if task == "image" else ROWS, seed)
     # A recipe has two splits.
     splits = DatasetDict({"train": sample, "test": sample})
     if task == "image":
         return _image_batches(model, processor, splits)
+    if task in ("dpo", "grpo"):
+        answer = task == "dpo"
+        ids = [token_ids(dict(row), processor, answer)[:max_length] for row in sample]
+        return padded_batches(_within([{"input_ids": row} for row in ids]), processor)
     if task == "sft":
-        rows: list[Any] = [chat_ids(dict(row), processor)[:max_length] for row in sample]
-        return padded_batches(_within([{"input_ids": ids} for ids in rows]), processor)
-    recipe = classify(model, processor, splits, max_length)
+        rows = chat_recipe(model, processor, splits, max_length).train
+        return padded_batches(_within([{"input_ids": ids} for ids in rows["input_ids"]]), processor)
+    recipe = text_classes(model, processor, splits, max_length)
     assert recipe.collate is not None, "text with labels has a collator"
     tokenized: list[Any] = list(recipe.train)
     return batches_by_length(_within(tokenized), recipe.collate)
+
+
+def _mixed_batches(
+    task: Task,
+    model: PreTrainedModel,
+    processor: Any,
+    mixture: Mixture,
+    max_length: int,
+    seed: int,
+) -> list[Any]:
+    """Batches of every data set, as many of each as its share of the weights."""
+    total = sum(mixture.weights)
+    batches = []
+    for data, weight in zip(mixture.parts, mixture.weights, strict=True):
+        own = task_batches(task, model, processor, data, max_length=max_length, seed=seed)
+        batches += own[: max(1, round(len(own) * weight / total))]
+    return batches
 
 
 def _sample(train: Dataset, count: int, seed: int) -> Dataset:
@@ -87,11 +110,17 @@ def _within(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
+def _window_batches(windows: Dataset) -> list[Any]:
+    """Batches of windows of equal length, with BATCH_TOKENS tokens or one window."""
+    ids = torch.tensor(windows["input_ids"])
+    return [{"input_ids": part} for part in ids.split(max(1, BATCH_TOKENS // ids.shape[1]))]
+
+
 def _image_batches(
     model: PreTrainedModel, processor: BaseImageProcessor, some: DatasetDict
 ) -> list[Any]:
     """Batches of images, by the collator of the task."""
-    recipe = images(model, processor, some)
+    recipe = image_classes(model, processor, some)
     assert recipe.collate is not None, "images have a collator"
     rows = [recipe.train[index] for index in range(len(recipe.train))]
     starts = range(0, len(rows), IMAGE_BATCH)

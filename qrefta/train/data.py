@@ -53,15 +53,24 @@ def load_classification(
     return with_test(_encode_labels(parts), test_share, seed)
 
 
-def read_splits(source: str | Path, header: list[str] | None = None) -> DatasetDict:
+def read_splits(
+    source: str | Path, header: list[str] | None = None, shards: bool = False
+) -> DatasetDict:
     """The rows of a file, folder or hub name as train and, if the source has it, test.
 
-    The same sources as for `load_classification`.
+    Args:
+        source: as for `load_classification`.
+        header: column names of a csv or tsv file without a header line.
+        shards: a folder without a train file is a split train with all files below it.
 
     Raises:
         ValueError: if a file or split is missing, or a split is empty.
     """
-    return pick_splits(_read(source, header), source)
+    files = split_files(source, shards)
+    if files:
+        return pick_splits(read_files(files, header), source)
+    name, _, config = str(source).partition(":")
+    return pick_splits(load_dataset(name, config or None), source)
 
 
 def pick_splits(splits: DatasetDict, source: str | Path) -> DatasetDict:
@@ -93,31 +102,35 @@ def with_test(parts: DatasetDict, test_share: float, seed: int) -> DatasetDict:
     return parts["train"].train_test_split(test_share, seed=seed)
 
 
-def _read(source: str | Path, header: list[str] | None) -> DatasetDict:
+def split_files(source: str | Path, shards: bool = False) -> dict[str, list[Path]]:
+    """The files of the splits train and test of a file or folder; none for a name on the hub.
+
+    Args:
+        source: a file, which is the split train, a folder, or a hub name.
+        shards: a folder without a train file is a split train with all files below it.
+
+    Raises:
+        ValueError: if the file or folder is missing, or has no file that can be read.
+    """
     path = Path(source)
     if path.is_file():
-        return read_files({"train": path}, header)
-    if path.is_dir():
-        return read_files(_split_files(path), header)
-    if path.suffix in BUILDERS or path.is_absolute() or str(source).startswith("."):
-        raise ValueError(f"There is no file or folder {source}.")
-    name, _, config = str(source).partition(":")
-    return load_dataset(name, config or None)
-
-
-def _split_files(folder: Path) -> dict[str, Path]:
-    """The files of a folder that hold a split, by its name."""
-    files = {}
-    for file in sorted(folder.iterdir()):
-        if file.suffix in BUILDERS and file.stem in _TRAIN_NAMES + _TEST_NAMES:
-            files[file.stem] = file
-    if not any(name in files for name in _TRAIN_NAMES):
-        raise ValueError(
-            f"{folder} has no train file; it holds "
-            f"{sorted(file.name for file in folder.iterdir())}, needed is "
-            f"train{{{','.join(BUILDERS)}}} and, better, one of {', '.join(_TEST_NAMES)}"
-        )
-    return files
+        return {"train": [path]}
+    if not path.is_dir():
+        if path.suffix in BUILDERS or path.is_absolute() or str(source).startswith("."):
+            raise ValueError(f"There is no file or folder {source}.")
+        return {}
+    named = {file.stem: file for file in sorted(path.iterdir()) if file.suffix in BUILDERS}
+    train = next((named[name] for name in _TRAIN_NAMES if name in named), None)
+    test = next((named[name] for name in _TEST_NAMES if name in named), None)
+    if train is not None:
+        return {"train": [train]} | ({} if test is None else {"test": [test]})
+    below = [file for file in sorted(path.rglob("*")) if file.suffix in BUILDERS]
+    if shards and below:
+        return {"train": below}
+    raise ValueError(
+        f"{path} has no train file; it holds {sorted(file.name for file in path.iterdir())}, "
+        f"needed is train{{{','.join(BUILDERS)}}} and, better, one of {', '.join(_TEST_NAMES)}"
+    )
 
 
 def _pick(splits: DatasetDict, names: tuple[str, ...]) -> Dataset | None:

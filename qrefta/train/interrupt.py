@@ -18,14 +18,13 @@ class TrainingInterrupted(KeyboardInterrupt):
 
     Attributes:
         checkpoint: its folder.
+        told: where the run stopped, in words.
     """
 
     def __init__(self, checkpoint: Path, step: int, steps: int) -> None:
-        super().__init__(
-            f"Stopped after step {step:,} of {steps:,}. {checkpoint} is whole: resume with "
-            "finetune(..., resume=True), on the command line with --resume."
-        )
         self.checkpoint = checkpoint
+        self.told = f"Stopped after step {step:,} of {steps:,}; {checkpoint} is whole."
+        super().__init__(f"{self.told} Resume with finetune(..., resume=True).")
 
 
 class Interrupts(TrainerCallback):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def load_model(source: str, task: Task, data: "DatasetDict", seed: int) -> PreTrainedModel:
     """A model of the task's class, with a head for the classes of the data where it has them."""
     kind = TASKS[task].model
-    if task in ("lm", "sft"):
+    if task not in ("classify", "image"):
         return kind.from_pretrained(**pretrained_source(source), dtype="auto", use_safetensors=True)
     return load_classifier(source, data["train"].features["label"].names, seed, kind)
 

@@ -26,7 +26,7 @@ def finite_steps(kind: type[Trainer]) -> type[Trainer]:
     class FiniteSteps(kind):
         """Checks the loss of every pass, and the gradients before every step."""
 
-        _inputs: Mapping[str, Any]  # of the last pass
+        _inputs: Any  # of the last pass: a batch, or for GRPO rows
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -38,7 +38,7 @@ def finite_steps(kind: type[Trainer]) -> type[Trainer]:
             inputs: dict[str, Any],
             num_items_in_batch: Tensor | int | None = None,
         ) -> Tensor:
-            self._inputs = dict(inputs)
+            self._inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
             loss = super().training_step(model, inputs, num_items_in_batch)
             losses = self.accelerator.gather(loss.reshape(1))  # of all processes
             assert isinstance(losses, Tensor)
@@ -65,7 +65,7 @@ def finite_steps(kind: type[Trainer]) -> type[Trainer]:
 
         def _origin(self, model: nn.Module) -> str | None:
             model.zero_grad()
-            inputs = prepare_inputs(self, dict(self._inputs))
+            inputs = prepare_inputs(self, self._inputs)
             column = _first_broken(inputs.items())
             problem = None if column is None else f"the batch's {column} holds NaN or infinity"
             problem = _of_first_process(problem)

@@ -12,7 +12,7 @@ from math import inf
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from qrefta.choices import AUTO_RATE, Method
+from qrefta.choices import AUTO_RATE, Method, Task
 from qrefta.hf_quantizer import is_prepared, prepared_config
 
 RATES: dict[Method, float] = {
@@ -27,6 +27,7 @@ CALIBRATED_RATE = 3e-3  # of refta before error feedback
 LORA_RATE = 3e-3
 FULL_RATE = 1e-4  # of a model whose own weights train
 OTHER_RATE = 1e-3  # of methods from outside the package
+PREFERENCE_SHARE = 1 / 20  # of these rates for dpo and grpo: not measured, TRL's own proportion
 _FAR_ABOVE = 10.0
 
 
@@ -57,16 +58,24 @@ def warn_of_rate(model: PreTrainedModel, rate: float) -> None:
         )
 
 
-def chosen_rate(model: PreTrainedModel, rate: float | None, show: bool) -> float:
+def chosen_rate(
+    model: PreTrainedModel, rate: float | None, show: bool, task: Task = "classify"
+) -> float:
     """The given learning rate, or the measured one, which `show` prints.
+
+    For dpo and grpo the rate is PREFERENCE_SHARE of the measured one.
 
     Raises:
         ValueError: if the given rate is not positive.
     """
     if rate is None:
         rate, trained = measured_rate(model)
+        of = ""
+        if task in ("dpo", "grpo"):
+            rate *= PREFERENCE_SHARE
+            of = f"{PREFERENCE_SHARE:g} of "
         if show:
-            tqdm.write(f"Learning rate {rate:g}, the best measured for {trained}")
+            tqdm.write(f"Learning rate {rate:g}, {of}the best measured for {trained}")
         return rate
     if not _is_rate(rate):
         raise ValueError(f"learning_rate is {rate!r}; it must be a positive number")

@@ -130,7 +130,7 @@ def test_sft_takes_length_and_packing_from_an_sft_config():
     assert found.gradient_checkpointing
     found = run_arguments(model, "sft", None, "out", {"max_length": 5})
     assert isinstance(found, SFTConfig)
-    assert (found.max_length, found.packing, found.completion_only_loss) == (5, False, True)
+    assert (found.max_length, found.packing) == (5, False)
     assert not found.gradient_checkpointing
 
 
@@ -146,7 +146,7 @@ def test_sft_with_plain_arguments_and_packing_elsewhere_are_refused(model):
         ValueError, match="args is a TrainingArguments; this task needs a SFTConfig"
     ):
         finetune(model, None, "no-such-file", args=TrainingArguments("out"), task="sft")
-    with pytest.raises(ValueError, match="packing=True is for the task sft; the task is 'lm'"):
+    with pytest.raises(ValueError, match="packing is for the task sft; the task is 'lm'"):
         finetune(model, None, "no-such-file", "out", task="lm", packing=True)
 
 

@@ -18,6 +18,7 @@ from qrefta.train.rates import (
     FULL_RATE,
     LORA_RATE,
     RATES,
+    chosen_rate,
     measured_rate,
     parse_rate,
 )
@@ -109,3 +110,12 @@ def test_rates_are_read_from_the_command_line():
     for text in ("fast", "0", "-1", "nan", "inf"):
         with pytest.raises(ValueError, match=f"--learning-rate is '{text}'; give a positive"):
             parse_rate(text)
+
+
+def test_preferences_take_a_share_of_the_measured_rate(capsys):
+    model = prepared(tiny_bert)
+    best, _ = measured_rate(model)
+    assert chosen_rate(model, None, True, "dpo") == pytest.approx(best / 20)
+    assert "0.05 of the best measured" in capsys.readouterr().out
+    assert chosen_rate(model, None, False, "sft") == best
+    assert chosen_rate(model, 0.5, False, "grpo") == 0.5

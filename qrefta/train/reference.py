@@ -1,0 +1,61 @@
+"""The reference of preference training: the model as it was when the run started.
+
+DPO and GRPO compare the model that trains with a reference. Without one, TRL loads it from the name
+in the model's config: a second model in memory, and the dense checkpoint if the model was prepared
+in memory. Here the reference is a copy that shares every frozen tensor with the model, so it takes
+the bytes of the trainable parameters.
+"""
+
+import copy
+from contextlib import nullcontext
+from typing import Any
+
+from transformers import PreTrainedModel, Trainer
+
+from qrefta._compat.trl import loads_instead
+
+
+def reference_model(model: PreTrainedModel) -> PreTrainedModel:
+    """A frozen copy of a model as it is now, in eval mode; it shares the model's frozen parameters.
+
+    Its factors keep their present values while the model's train. Pass it to TRL's
+    `DPOTrainer(model, ref_model=...)`.
+    """
+    shared: dict[int, Any] = {
+        id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad
+    }
+    return copy.deepcopy(model, shared).requires_grad_(False).eval()
+
+
+def starts_as_reference(kind: type[Trainer]) -> type[Trainer]:
+    """A subclass of TRL's DPOTrainer or GRPOTrainer whose reference is its model at the start.
+
+    PEFT models keep TRL's reference, a copy of the adapter.
+
+    Raises:
+        ValueError: when it is made, if its arguments ask for fsdp, or for a reference that follows
+            the model.
+    """
+
+    class StartsAsReference(kind):
+        def __init__(self, *, model: PreTrainedModel, args: Any, **options: Any) -> None:
+            for name in ("fsdp", "sync_ref_model"):
+                if getattr(args, name):
+                    raise ValueError(
+                        f"{name} is set, and the reference shares its frozen weights with the "
+                        f"model; leave {name} out."
+                    )
+            loads: Any = nullcontext()
+            is_needed = not hasattr(model, "peft_config") and not getattr(
+                args, "precompute_ref_log_probs", False
+            )
+            if is_needed and "beta" in vars(args) and args.beta != 0:
+                reference = reference_model(model)
+                if "DPO" in kind.__name__:
+                    options["ref_model"] = reference
+                else:
+                    loads = loads_instead(reference)
+            with loads:
+                super().__init__(model=model, args=args, **options)
+
+    return StartsAsReference

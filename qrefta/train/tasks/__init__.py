@@ -1,0 +1,71 @@
+"""Tasks of a fine-tuning run: rows to train and test on, batches of them, and the Trainer class.
+
+A task is one file: `classify` (text with labels), `lm` (running text), `chat` (the task sft:
+conversations, or prompts with completions), `preference` (the tasks dpo: pairs of answers, and
+grpo: prompts and a reward) and `image` (images with labels).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from datasets import DatasetDict
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+from qrefta.choices import Task as TaskName
+from qrefta.train.data import load_classification
+from qrefta.train.tasks.chat import chat_recipe, load_chat
+from qrefta.train.tasks.classify import text_classes
+from qrefta.train.tasks.image import image_classes, load_images
+from qrefta.train.tasks.lm import load_text, text_windows
+from qrefta.train.tasks.preference import (
+    dpo_recipe,
+    grpo_recipe,
+    load_preferences,
+    load_prompts,
+)
+from qrefta.train.tasks.recipe import Recipe
+
+__all__ = [
+    "TASKS",
+    "Recipe",
+    "Task",
+    "TaskName",
+    "load_chat",
+    "load_images",
+    "load_preferences",
+    "load_prompts",
+    "load_text",
+]
+
+
+class Task(NamedTuple):
+    """Functions and classes of a task.
+
+    Attributes:
+        load: source and seed to a `DatasetDict`.
+        recipe: model, tokenizer (or image processor), data and max_length to a `Recipe`.
+        model, processor: the auto classes.
+    """
+
+    load: Callable[..., DatasetDict]
+    recipe: Callable[..., Recipe]
+    model: type
+    processor: type
+
+
+TASKS: dict[TaskName, Task] = {
+    "classify": Task(
+        load_classification, text_classes, AutoModelForSequenceClassification, AutoTokenizer
+    ),
+    "lm": Task(load_text, text_windows, AutoModelForCausalLM, AutoTokenizer),
+    "sft": Task(load_chat, chat_recipe, AutoModelForCausalLM, AutoTokenizer),
+    "dpo": Task(load_preferences, dpo_recipe, AutoModelForCausalLM, AutoTokenizer),
+    "grpo": Task(load_prompts, grpo_recipe, AutoModelForCausalLM, AutoTokenizer),
+    "image": Task(load_images, image_classes, AutoModelForImageClassification, AutoImageProcessor),
+}

@@ -1,0 +1,144 @@
+"""Conversations, and prompts with completions: rows, token ids with labels, TRL's SFTTrainer."""
+
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, Features, Json, List, Value
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qrefta.choices import Loss
+from qrefta.train.data import read_splits, with_test
+from qrefta.train.tasks.answers import IGNORED, learned_ids, left_out
+from qrefta.train.tasks.recipe import TEST_SHARE, Recipe
+from qrefta.train.tasks.turns import conversation, is_plain, tools_of
+from qrefta.train.trl import load_trl
+
+_PLAIN = Features({"prompt": Value("string"), "completion": Value("string")})
+_TURNS = Features({"messages": List(Json())})
+_TOOLS = Features({"tools": Json()})
+_IDS = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+
+
+def load_chat(source: str | Path, seed: int) -> DatasetDict:
+    """Conversations with the splits train and test.
+
+    The columns are messages and, if the source has it, tools; or, if the source has them as text,
+    prompt and completion.
+
+    Args:
+        source: a file, a folder (one file a split, or files of one kind, which are one split), or a
+            hub name, with the columns of `qrefta.train.tasks.turns`.
+        seed: of the choice of rows to test on, in a source without a test split.
+
+    Raises:
+        ValueError: for other columns, or a row without an answer; it names source, row and column.
+    """
+    parts = read_splits(source, shards=True)
+    for name, part in parts.items():
+        plain = is_plain(part[0])
+        features = _PLAIN if plain else _TURNS
+        if not plain and "tools" in part.column_names:
+            features = Features(_TURNS | _TOOLS)
+        parts[name] = part.map(
+            _row,
+            with_indices=True,
+            fn_kwargs={"source": f"{source} ({name})", "columns": list(features)},
+            remove_columns=part.column_names,
+            features=features,
+            desc="Reading",
+        )
+    return with_test(parts, TEST_SHARE, seed)
+
+
+def _row(row: dict[str, Any], index: int, source: str, columns: list[str]) -> dict[str, Any]:
+    where = f"{source}, row {index + 1}"
+    if "completion" in columns:
+        if not is_plain(row) or not row["completion"]:
+            raise ValueError(f"{where}, columns prompt and completion: text is missing.")
+        return {name: row[name] for name in columns}
+    turns = {"messages": conversation(row, where)}
+    return turns | ({"tools": tools_of(row, where)} if "tools" in columns else {})
+
+
+def chat_recipe(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DatasetDict,
+    max_length: int | None,
+    loss: Loss = "all",
+) -> Recipe:
+    """Supervised fine-tuning by TRL, with the loss on the assistant's turns.
+
+    Rows are cut to `max_length` tokens; a row with no answer before the cut is left out.
+
+    Args:
+        model: not used; recipes of other tasks check it.
+        tokenizer: of the model, with a chat template for conversations.
+        data: from `load_chat`.
+        max_length: tokens of a row; None: all.
+        loss: on all of the assistant's turns, or on the last.
+
+    Raises:
+        ValueError: for conversations and a tokenizer without a chat template, or a split without an
+            answer in its first `max_length` tokens.
+        ImportError: if TRL is not installed.
+    """
+    trainer, _ = load_trl("sft")
+    first = data["train"][0]
+    check_template(first, tokenizer)
+    unmarked = left_out(first, tokenizer) if "messages" in first else ""
+    if unmarked:
+        warnings.warn(
+            "The chat template marks what is learned of a conversation (generation), and leaves "
+            f"parts of the assistant's turns out. In the first conversation: {unmarked!r}.",
+            stacklevel=2,
+        )
+    parts = {name: _tokens(part, tokenizer, max_length, loss) for name, part in data.items()}
+    for name, part in parts.items():
+        if len(part) == 0:
+            raise ValueError(
+                f"No row of the {name} split has an answer in its first {max_length} tokens; give "
+                "a higher max_length."
+            )
+        if len(part) < len(data[name]):
+            warnings.warn(
+                f"{len(data[name]) - len(part)} of {len(data[name])} rows of the {name} split have "
+                f"no answer in their first {max_length} tokens and are left out.",
+                stacklevel=2,
+            )
+    return Recipe(parts["train"], parts["test"], trainer)
+
+
+def _tokens(
+    part: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, loss: Loss
+) -> Dataset:
+    """Token ids and labels of the rows that have labels."""
+    encoded = part.map(
+        partial(_cut_ids, tokenizer=tokenizer, max_length=max_length, loss=loss),
+        remove_columns=part.column_names,
+        features=_IDS,
+        desc="Tokenizing",
+    )
+    return encoded.filter(_has_labels, input_columns="labels", desc="Looking for answers")
+
+
+def _cut_ids(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int | None, loss: Loss
+) -> dict[str, list[int]]:
+    ids = learned_ids(row, tokenizer, loss)
+    return {name: values[:max_length] for name, values in ids.items()}
+
+
+def _has_labels(labels: list[int]) -> bool:
+    return any(label != IGNORED for label in labels)
+
+
+def check_template(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError for a conversation and a tokenizer without a chat template."""
+    if any(isinstance(value, list) for value in row.values()) and tokenizer.chat_template is None:
+        raise ValueError(
+            "The data are conversations and the tokenizer has no chat template; set "
+            "tokenizer.chat_template, or give columns prompt and completion of plain text."
+        )

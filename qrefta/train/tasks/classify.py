@@ -1,0 +1,70 @@
+"""Classes of texts, and what classes of texts and of images have in common."""
+
+import numpy as np
+from datasets import ClassLabel, DatasetDict
+from transformers import (
+    BatchEncoding,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from qrefta.train.tasks.recipe import Recipe
+
+
+def text_classes(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DatasetDict, max_length: int
+) -> Recipe:
+    """Text classification; the metric is accuracy.
+
+    Raises:
+        ValueError: if the classes of the data are not the labels of the model.
+    """
+    check_labels(model, data)
+    tokens = tokenize(data, tokenizer, max_length)
+    return Recipe(
+        tokens["train"],
+        tokens["test"],
+        collate=DataCollatorWithPadding(tokenizer),
+        metrics=accuracy,
+        scores={"accuracy": "accuracy"},
+        mean_loss=True,
+    )
+
+
+def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> DatasetDict:
+    """Model inputs instead of the columns of text, cut to `max_length` tokens, without padding."""
+    columns = [name for name in ("text", "text_pair") if name in data["train"].column_names]
+
+    def encode(rows: dict[str, list[str]]) -> BatchEncoding:
+        pairs = rows["text_pair"] if "text_pair" in columns else None
+        return tokenizer(rows["text"], pairs, truncation=True, max_length=max_length)
+
+    return data.map(encode, batched=True, remove_columns=columns, desc="Tokenizing")
+
+
+def check_labels(model: PreTrainedModel, data: DatasetDict) -> None:
+    """Raise ValueError unless the label column has classes, and the model as many labels."""
+    feature = data["train"].features["label"]
+    if not isinstance(feature, ClassLabel):
+        raise ValueError(
+            f"The label column is a {type(feature).__name__}, not a ClassLabel; read the data with "
+            "qrefta.train.data.load_classification."
+        )
+    labels = model.config.num_labels
+    classes = len(feature.names)
+    if labels != classes:
+        raise ValueError(
+            f"The model has {labels} labels and the data {classes} classes; load the model with "
+            f"num_labels={classes}."
+        )
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Share of the test rows whose largest logit is their label."""
+    logits = prediction.predictions
+    if isinstance(logits, tuple):  # further outputs of the model follow
+        logits = logits[0]
+    correct = np.argmax(logits, axis=-1) == prediction.label_ids
+    return {"accuracy": float(np.mean(correct))}

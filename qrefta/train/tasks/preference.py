@@ -1,0 +1,239 @@
+"""Preferences: pairs of a better and a worse answer (DPO), or prompts and a reward (GRPO)."""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import DatasetDict, Features, Json, List, Value
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qrefta.train.data import read_splits, with_test
+from qrefta.train.reference import starts_as_reference
+from qrefta.train.tasks.chat import check_template
+from qrefta.train.tasks.recipe import TEST_SHARE, Recipe
+from qrefta.train.tasks.turns import question_of, tools_of, turns_of
+from qrefta.train.trl import load_trl
+
+Reward = Callable[..., list[float | None]]
+
+_PAIR = ("prompt", "chosen", "rejected")
+_PLAIN = Features({name: Value("string") for name in _PAIR})
+_TURNS = Features({name: List(Json()) for name in _PAIR})
+_TOOLS = Features({"tools": Json()})
+
+
+def load_preferences(source: str | Path, seed: int) -> DatasetDict:
+    """Preferences with the splits train and test: columns prompt, chosen, rejected and, maybe,
+    tools.
+
+    They are text if the source has these three columns as text. Else they are turns, and the
+    answers are turns of the assistant.
+
+    Args:
+        source: a file, a folder or a hub name with the columns chosen and rejected (text, turns, or
+            whole conversations) and, unless these are whole conversations, prompt, question,
+            instruction (with input), messages or conversations.
+        seed: of the choice of rows to test on, in a source without a test split.
+
+    Raises:
+        ValueError: for other columns or a broken row; it names source, row and column.
+    """
+    parts = read_splits(source, shards=True)
+    for name, part in parts.items():
+        plain = all(isinstance(part[0].get(column), str) for column in _PAIR)
+        features = _PLAIN if plain else _TURNS
+        if not plain and "tools" in part.column_names:
+            features = Features(_TURNS | _TOOLS)
+        parts[name] = part.map(
+            _pair,
+            with_indices=True,
+            fn_kwargs={"source": f"{source} ({name})", "columns": list(features), "plain": plain},
+            remove_columns=part.column_names,
+            features=features,
+            desc="Reading",
+        )
+    return with_test(parts, TEST_SHARE, seed)
+
+
+def load_prompts(source: str | Path, seed: int) -> DatasetDict:
+    """Prompts with the splits train and test; other columns stay, for the reward.
+
+    A prompt is text if the source has it as text in the column prompt. Else it is turns.
+
+    Args:
+        source: a file, a folder or a hub name with one of the columns prompt, question, instruction
+            (with input), messages or conversations (turns up to the assistant's last answer).
+        seed: of the choice of rows to test on, in a source without a test split.
+
+    Raises:
+        ValueError: for other columns or a broken row; it names source, row and column.
+    """
+    parts = read_splits(source, shards=True)
+    for name, part in parts.items():
+        plain = isinstance(part[0].get("prompt"), str)
+        prompt = Value("string") if plain else List(Json())
+        parts[name] = part.map(
+            _prompt,
+            with_indices=True,
+            fn_kwargs={"source": f"{source} ({name})", "plain": plain},
+            features=Features(part.features | {"prompt": prompt}),
+            desc="Reading",
+        )
+    return with_test(parts, TEST_SHARE, seed)
+
+
+def dpo_recipe(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DatasetDict,
+    max_length: int | None = None,
+) -> Recipe:
+    """Direct preference optimization by TRL (Rafailov et al., 2023).
+
+    The reference is the model as it is. TRL reads `max_length` from its DPOConfig.
+
+    Raises:
+        ValueError: for conversations and a tokenizer without a chat template.
+        ImportError: if TRL is not installed.
+    """
+    trainer, _ = load_trl("dpo")
+    check_template(data["train"][0], tokenizer)
+    return Recipe(
+        data["train"],
+        data["test"],
+        starts_as_reference(trainer),
+        scores={"accuracy": "rewards/accuracies"},
+    )
+
+
+def grpo_recipe(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DatasetDict,
+    max_length: int | None = None,
+    rewards: Sequence[Reward] = (),
+) -> Recipe:
+    """Group relative policy optimization by TRL (Shao et al., 2024).
+
+    The reference, for a beta above 0, is the model as it is. TRL reads the length of answers from
+    its GRPOConfig.
+
+    Args:
+        model: not used; recipes of other tasks check it.
+        tokenizer: of the model, with a chat template for conversations.
+        data: from `load_prompts`.
+        max_length: not used.
+        rewards: called with prompts, completions and every further column by name; they return one
+            number for each completion, and None where they do not apply.
+
+    Raises:
+        ValueError: without a reward, or for conversations and a tokenizer without a chat template.
+        ImportError: if TRL is not installed.
+    """
+    trainer, _ = load_trl("grpo")
+    check_template({"prompt": data["train"][0]["prompt"]}, tokenizer)
+    if not rewards:
+        raise ValueError(
+            "The task grpo needs a reward; give a function, or a file and the name of a function "
+            "in it: reward.py:score"
+        )
+    return Recipe(
+        data["train"],
+        data["test"],
+        starts_as_reference(trainer),
+        options={"reward_funcs": list(rewards)},
+        scores={"reward": "reward"},
+    )
+
+
+def load_reward(reward: str | Path | Reward) -> Reward:
+    """The function that "file.py:function" names; a function is returned as it is.
+
+    Raises:
+        ValueError: if there is no such file, or no such function in it.
+    """
+    if not isinstance(reward, str | Path):
+        return reward
+    file, _, name = str(reward).rpartition(":")
+    path = Path(file)
+    if not name or path.suffix != ".py" or not path.is_file():
+        raise ValueError(
+            f"The reward is {str(reward)!r}; give a Python file that exists and the name of a "
+            "function in it: reward.py:score"
+        )
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None, "the file ends in .py"
+    assert spec.loader is not None, "the file ends in .py"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    function: Any = getattr(module, name, None)
+    if not callable(function):
+        found = [key for key, value in vars(module).items() if callable(value)]
+        raise ValueError(f"{file} has no function {name!r}; it has {', '.join(found) or 'none'}.")
+    return function  # type: ignore[return-value]
+
+
+def token_ids(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, answer: bool) -> list[int]:
+    """The token ids of a prompt, with the better answer or else ready for an answer."""
+    if isinstance(row["prompt"], str):
+        encoded: Any = tokenizer(row["prompt"] + (row["chosen"] if answer else ""))
+    else:
+        turns = [*row["prompt"], *(row["chosen"] if answer else [])]
+        encoded = tokenizer.apply_chat_template(
+            turns, tools=row.get("tools"), add_generation_prompt=not answer, return_dict=True
+        )
+    return encoded["input_ids"]
+
+
+def _pair(
+    row: dict[str, Any], index: int, source: str, columns: list[str], plain: bool
+) -> dict[str, Any]:
+    where = f"{source}, row {index + 1}"
+    for name in ("chosen", "rejected"):
+        if not row.get(name):
+            raise ValueError(f"{where}, column {name}: there is no answer.")
+    if plain:
+        wrong = next((name for name in _PAIR if not isinstance(row[name], str)), None)
+        if wrong is not None:
+            raise ValueError(f"{where}, column {wrong} is {row[wrong]!r}, and text in other rows.")
+        return {name: row[name] for name in columns}
+    answers = {}
+    for name in ("chosen", "rejected"):
+        answers[name] = turns_of(_as_turns(row[name]), f"{where}, column {name}")
+    prompt = _common_turns(*answers.values())
+    if prompt:
+        answers = {name: turns[len(prompt) :] for name, turns in answers.items()}
+    else:
+        prompt = question_of(row, where)
+    for name, turns in answers.items():
+        if not turns or turns[0]["role"] != "assistant":
+            raise ValueError(
+                f"{where}, column {name}: the answer is {turns!r}, not the assistant's."
+            )
+    tools = {"tools": tools_of(row, where)} if "tools" in columns else {}
+    return {"prompt": prompt} | answers | tools
+
+
+def _as_turns(answer: Any) -> list[Any]:
+    """An answer as turns: given as text, as one turn, or as turns."""
+    if isinstance(answer, str):
+        return [{"role": "assistant", "content": answer}]
+    return [answer] if isinstance(answer, dict) else answer
+
+
+def _common_turns(one: list[Any], other: list[Any]) -> list[Any]:
+    """The turns that both conversations begin with."""
+    same = 0
+    while same < min(len(one), len(other)) - 1 and one[same] == other[same]:
+        same += 1
+    return one[:same]
+
+
+def _prompt(row: dict[str, Any], index: int, source: str, plain: bool) -> dict[str, Any]:
+    where = f"{source}, row {index + 1}"
+    if plain:
+        if not isinstance(row["prompt"], str) or not row["prompt"]:
+            raise ValueError(f"{where}, column prompt is {row['prompt']!r}; text is needed.")
+        return {"prompt": row["prompt"]}
+    return {"prompt": question_of(row, where)}

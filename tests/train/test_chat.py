@@ -1,0 +1,382 @@
+"""Conversations: their columns, which tokens are learned under any chat template, packing."""
+
+import re
+import sys
+from importlib.resources import files
+
+import pytest
+import torch
+from jinja2 import TemplateError
+
+import qrefta
+from qrefta.train.arguments import training_arguments
+from qrefta.train.packing import check_apart
+from qrefta.train.tasks import load_chat
+from qrefta.train.tasks.answers import IGNORED, answer_spans, learned_ids, left_out
+from qrefta.train.tasks.chat import chat_recipe
+from tests.models import tiny_llama
+from tests.train.talk import ANSWER, QUESTION, TEMPLATE, WORDS, chat_rows, letters, write_rows
+
+pytest.importorskip("trl")
+SYSTEM = [{"role": "system", "content": "red"}]
+CALL = {"type": "function", "function": {"name": "multiply", "arguments": {"a": 2, "b": 3}}}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "multiply",
+            "description": "Multiply.",
+            "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}},
+        },
+    }
+]
+SHAREGPT = [
+    {"from": "human", "value": "what is sky ?"},
+    {"from": "gpt", "value": "blue"},
+]
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"messages": QUESTION + ANSWER}, QUESTION + ANSWER),
+        ({"prompt": QUESTION, "completion": ANSWER}, QUESTION + ANSWER),
+        (
+            {"instruction": "what is", "input": "sky ?", "output": "blue"},
+            [{"role": "user", "content": "what is\n\nsky ?"}, *ANSWER],
+        ),
+        ({"instruction": "what is sky ?", "input": "", "output": "blue"}, QUESTION + ANSWER),
+        ({"conversations": SHAREGPT}, QUESTION + ANSWER),
+        ({"conversations": SHAREGPT, "system": "red"}, SYSTEM + QUESTION + ANSWER),
+        ({"messages": SYSTEM + QUESTION + ANSWER, "system": "blue"}, SYSTEM + QUESTION + ANSWER),
+        ({"messages": (QUESTION + ANSWER) * 2 + QUESTION}, (QUESTION + ANSWER) * 2),
+        (
+            {
+                "messages": [
+                    *QUESTION,
+                    {"role": "model", "content": [{"type": "text", "text": "b"}]},
+                ]
+            },
+            [*QUESTION, {"role": "assistant", "content": "b"}],
+        ),
+        (
+            {
+                "conversations": [
+                    *SHAREGPT[:1],
+                    {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
+                    {"from": "observation", "value": "3"},
+                    {"from": "gpt", "value": "blue"},
+                ]
+            },
+            [
+                *QUESTION,
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "tool_calls": [
+                        {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+                    ],
+                },
+                {"role": "tool", "content": "3"},
+                *ANSWER,
+            ],
+        ),
+    ],
+)
+def test_the_usual_columns_become_turns(row, messages, tmp_path):
+    data = load_chat(write_rows(tmp_path / "chat.jsonl", [row] * 20), 0)
+    assert {name: len(part) for name, part in data.items()} == {"train": 18, "test": 2}
+    assert data["train"][0] == {"messages": messages}
+
+
+def test_prompts_and_completions_of_text_stay_text(tmp_path):
+    row = {"prompt": "what is sky ?", "completion": "blue"}
+    data = load_chat(write_rows(tmp_path / "chat.jsonl", [row] * 20), 0)
+    assert data["train"][0] == row
+
+
+def test_tools_are_kept_as_they_are(tmp_path):
+    """Also where other rows offer other tools, or none; arguments in JSON become a dict."""
+    called = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    rows = [
+        {"messages": [*QUESTION, called], "tools": TOOLS},
+        {"messages": QUESTION + ANSWER, "tools": '[{"name": "g"}]'},
+        {"messages": QUESTION + ANSWER},
+    ]
+    write_rows(tmp_path / "train.jsonl", rows)
+    write_rows(tmp_path / "test.jsonl", rows)
+    data = load_chat(tmp_path, 0)["train"]
+    assert data["tools"] == [TOOLS, [{"name": "g"}], None]
+    assert data[0]["messages"][1] == {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}],
+    }
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "blue"}, r"the columns with content are \['text'\]; needed are messages"),
+        ({"messages": QUESTION}, "column messages: none of the 1 turns is the assistant's"),
+        (
+            {"messages": [*QUESTION, {"role": "robot", "content": "blue"}]},
+            r"column messages, turn 2 is .*robot.*; needed are a role \(system",
+        ),
+        ({"messages": [{"role": "user"}, *ANSWER]}, "column messages, turn 1 is"),
+        ({"messages": ["what", *ANSWER]}, "column messages, turn 1 is 'what'"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}, *ANSWER]},
+            "turn 1 has content that is no text",
+        ),
+        (
+            {"conversations": [{"from": "function_call", "value": "f("}]},
+            r"column conversations, turn 1 is not JSON: 'f\('",
+        ),
+        ({"messages": QUESTION + ANSWER, "tools": "f("}, r"column tools is not JSON: 'f\('"),
+    ],
+)
+def test_bad_rows_are_refused_with_their_place(row, message, tmp_path):
+    good = {"messages": QUESTION + ANSWER}
+    file = write_rows(tmp_path / "chat.jsonl", [good, good, row])
+    with pytest.raises(ValueError, match=rf"chat\.jsonl \(train\), row 3\W.*{message}"):
+        load_chat(file, 0)
+
+
+def test_a_broken_line_is_named(tmp_path):
+    file = write_rows(tmp_path / "chat.jsonl", [{"messages": QUESTION + ANSWER}] * 2)
+    file.write_text(file.read_text() + '{"messages": [{"role"')
+    with pytest.raises(ValueError, match=r"chat\.jsonl, row 3, is not JSON"):
+        load_chat(file, 0)
+
+
+# Learned tokens
+
+
+def learned(row, tokenizer, loss="all"):
+    """The text of the tokens with labels, one text for each run of them."""
+    ids = learned_ids(row, tokenizer, loss)
+    runs = [[]]
+    for token, label in zip(ids["input_ids"], ids["labels"]):
+        if label == IGNORED:
+            runs.append([])
+        else:
+            assert label == token
+            runs[-1].append(token)
+    return [tokenizer.decode(run) for run in runs if run]
+
+
+def test_all_answers_or_the_last_are_learned():
+    tokenizer = letters()
+    tokenizer.chat_template = TEMPLATE
+    row = {"messages": SYSTEM + (QUESTION + ANSWER) * 2}
+    assert learned(row, tokenizer) == ["blue ", "blue "]
+    assert learned(row, tokenizer, "last") == ["blue "]
+    ids = learned_ids(row, tokenizer, "last")["labels"]
+    assert ids[-1] != IGNORED  # it is the last of the two
+    plain = {"prompt": "sky is", "completion": " blue"}
+    assert learned(plain, tokenizer) == [" blue<end>"]
+
+
+CHATML = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}<|stop|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+MARKED = CHATML.replace(
+    "{{ m['content'] | trim }}<|stop|>",
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}"
+    "{% else %}{{ m['content'] }}{% endif %}<|stop|>",
+)
+# thoughts of earlier turns are left out, and without a thought there is an empty one
+THINKING = CHATML.replace(
+    "{{ m['content'] | trim }}",
+    "{% if m['role'] == 'assistant' and loop.last and '</t>' not in m['content'] %}<t></t>"
+    "{% endif %}{{ m['content'] if loop.last else m['content'].split('</t>')[-1] }}",
+)
+TURNS = [
+    {"role": "user", "content": "why?"},
+    {"role": "assistant", "content": " a\n"},
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "a"},
+]
+
+
+@pytest.mark.parametrize(
+    ("template", "answers", "found"),
+    [
+        (CHATML, (" a\n", "a"), ["a<|stop|>\n", "a<|stop|>\n"]),
+        (CHATML.split("{% if add")[0], ("b", "a"), ["b<|stop|>\n", "a<|stop|>\n"]),
+        (MARKED, ("b", "a"), ["b", "a"]),
+        (THINKING, ("<t>x</t>b", "<t>y</t>a"), ["b<|stop|>\n", "<t>y</t>a<|stop|>\n"]),
+        (THINKING, ("b", "a"), ["b<|stop|>\n", "<t></t>a<|stop|>\n"]),
+    ],
+)
+def test_answers_are_found_where_the_template_puts_them(template, answers, found):
+    """Equal content in other turns is not learned."""
+    tokenizer = letters()
+    tokenizer.chat_template = template
+    turns = [dict(turn) for turn in TURNS]
+    turns[1]["content"], turns[3]["content"] = answers
+    assert learned({"messages": turns}, tokenizer) == found
+    assert learned({"messages": turns}, tokenizer, "last") == found[1:]
+
+
+def test_the_template_s_mark_is_used_where_it_has_one():
+    """Also if it begins with the marker before the answer; the last answer is found within it."""
+    tokenizer = letters()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}<|assistant|>"
+        "{{ m['content'] }}<|stop|>{% endgeneration %}{% else %}<|user|>{{ m['content'] }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    row = {"messages": TURNS}
+    assert learned(row, tokenizer) == ["<|assistant|> a\n<|stop|>", "<|assistant|>a<|stop|>"]
+    assert learned(row, tokenizer, "last") == ["a<|stop|>"]
+    assert left_out(row, tokenizer) == ""
+
+
+def test_a_template_that_leaves_the_end_of_turn_unlearned_is_told(tokenizer):
+    tokenizer = letters()
+    tokenizer.chat_template = MARKED
+    assert left_out({"messages": TURNS[:2]}, tokenizer) == "<|stop|>\n"
+    tokenizer.chat_template = CHATML
+    assert left_out({"messages": TURNS[:2]}, tokenizer) == ""
+
+
+CONVERSATIONS = {
+    "turns": TURNS,
+    "thoughts": [
+        TURNS[0],
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\nso"},
+        TURNS[2],
+        {"role": "assistant", "content": "<think>\nok\n</think>\n\nhello"},
+    ],
+    "tools": [
+        {"role": "user", "content": "what is 2*3"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "name": "multiply", "content": "6"},
+        {"role": "assistant", "content": "It is 6."},
+        {"role": "user", "content": "thanks"},
+        {"role": "assistant", "content": "welcome"},
+    ],
+}
+# such as <|im_end|>, <think> and DeepSeek's markers with wide bars
+MARKERS = re.compile(r"</?\|?[a-z_]+\|?>|<\|[A-Za-z_]+\|>|<[\uff5c|][^<>\s]{1,30}[\uff5c|]>")
+_FOLDER = files("trl") / "chat_templates"
+WITHOUT_TEXT = ("idefics3", "smolvlm")  # contents are lists of parts
+MODELS = sorted(
+    file.name.removesuffix("_training.jinja")
+    for file in _FOLDER.iterdir()
+    if file.name.endswith("_training.jinja") and not file.name.startswith(WITHOUT_TEXT)
+)
+
+
+@pytest.mark.parametrize("kind", CONVERSATIONS)
+@pytest.mark.parametrize("name", MODELS)
+def test_answers_are_what_the_template_itself_marks(name, kind):
+    """Under the templates of the usual models, to which TRL added marks.
+
+    A mark may begin earlier, with the generation prompt. Gemma's tool call ends with the marker of
+    the tool's answer, which TRL leaves out.
+    """
+    tokenizer = letters()
+    tokenizer.chat_template = (_FOLDER / f"{name}_training.jinja").read_text("utf-8")
+    markers = sorted(set(MARKERS.findall(tokenizer.chat_template)))
+    tokenizer.add_special_tokens({"extra_special_tokens": markers})
+    messages = CONVERSATIONS[kind]
+    try:
+        shown = tokenizer.apply_chat_template(messages, tokenize=False)
+    except (TemplateError, TypeError) as error:
+        pytest.skip(f"the template does not take it: {error}")
+    if kind == "tools" and "multiply" not in shown:
+        with pytest.raises(ValueError, match="does not show turn 2 of a conversation"):
+            answer_spans(messages, None, tokenizer)
+        return
+    text, spans = answer_spans(messages, None, tokenizer)
+    assert left_out({"messages": messages}, tokenizer) in ("", "<|tool_response>")
+    turns = [turn for turn in messages if turn["role"] == "assistant"]
+    for (start, end), turn in zip(spans, turns, strict=True):
+        answer = turn["content"].split("</think>")[-1].strip() or "multiply"
+        assert answer in text[start:end]
+
+
+# Training
+
+
+def test_long_rows_are_cut_and_rows_without_an_answer_left_out(tokenizer, tmp_path):
+    long = {"messages": [{"role": "user", "content": "what " * 20}, *ANSWER]}
+    write_rows(tmp_path / "train.jsonl", [*chat_rows(3), long])
+    write_rows(tmp_path / "test.jsonl", chat_rows(1))
+    data = load_chat(tmp_path, 0)
+    with pytest.warns(UserWarning, match="1 of 4 rows of the train split have no answer in their"):
+        recipe = chat_recipe(tiny_llama(), tokenizer, data, 10)
+    assert len(recipe.train) == 3
+    with pytest.raises(ValueError, match="No row of the train split has an answer in its first 3"):
+        chat_recipe(tiny_llama(), tokenizer, data, 3)
+    assert len(chat_recipe(tiny_llama(), tokenizer, data, None).train) == 4
+
+
+def test_conversations_need_a_template_and_plain_text_none(tokenizer, tmp_path):
+    tokenizer.chat_template = None
+    conversations = load_chat(write_rows(tmp_path / "a.jsonl", chat_rows(20)), 0)
+    with pytest.raises(ValueError, match=r"no chat template; set tokenizer\.chat_template"):
+        chat_recipe(tiny_llama(), tokenizer, conversations, 32)
+    rows = [{"prompt": "what is sky ?", "completion": "blue"}] * 20
+    plain = load_chat(write_rows(tmp_path / "b.jsonl", rows), 0)
+    assert len(chat_recipe(tiny_llama(), tokenizer, plain, 32).train) == 18
+
+
+@pytest.mark.parametrize("option", [None, "packing", "padding_free"])
+def test_sft_learns_the_answers(option, tokenizer, tmp_path):
+    """TRL trains on the answers alone, packed or not, until the loss is as low as it can get."""
+    file = write_rows(tmp_path / "chat.jsonl", chat_rows(60))
+    model = qrefta.prepare(tiny_llama(), rank=48, refine=0)
+    options = {} if option is None else {option: True}
+    args = training_arguments(
+        "sft",
+        tmp_path / "out",
+        learning_rate=2e-2,
+        max_steps=20,
+        per_device_train_batch_size=8,
+        max_length=32,
+        gradient_checkpointing=option == "packing",
+        save_strategy="no",
+        disable_tqdm=True,
+        **options,
+    )
+    result = qrefta.finetune(model, tokenizer, file, args=args, task="sft")
+    assert result.accuracy_after is None
+    assert result.test_loss < 2 < 4 < result.test_loss_before
+    loaded = qrefta.load(tmp_path / "out")
+    assert {"tokenizer.json", "README.md"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    ids = tokenizer.apply_chat_template(
+        QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    with torch.no_grad():
+        logits = loaded(ids["input_ids"]).logits[0, -1]
+    assert logits[WORDS.index("blue")] > logits[WORDS.index("red")]
+
+
+def test_packed_rows_must_not_see_each_other(tokenizer, tmp_path):
+    """Attention code that ignores positions is refused."""
+    model = tiny_llama()
+    data = load_chat(write_rows(tmp_path / "chat.jsonl", chat_rows(20)), 0)
+    recipe = chat_recipe(model, tokenizer, data, 32)
+    trainer = recipe.trainer(
+        model=model,
+        args=training_arguments("sft", tmp_path / "out", max_length=32, packing=True),
+        train_dataset=recipe.train,
+        processing_class=tokenizer,
+    )
+    check_apart(trainer)
+    forward = model.forward
+    model.forward = lambda **inputs: forward(**inputs | {"position_ids": None})
+    with pytest.raises(ValueError, match="does not keep packed conversations apart; leave packing"):
+        check_apart(trainer)
+
+
+def test_sft_without_trl_names_the_extra_to_install(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    data = load_chat(write_rows(tmp_path / "chat.jsonl", chat_rows(20)), 0)
+    with pytest.raises(ImportError, match="pip install trl"):
+        chat_recipe(tiny_llama(), tokenizer, data, 32)

@@ -1,0 +1,264 @@
+"""Preference data, and DPO and GRPO whose reference is the model at its start."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+
+import qrefta
+from qrefta.train.arguments import training_arguments
+from qrefta.train.calibration import task_batches
+from qrefta.train.reference import reference_model, starts_as_reference
+from qrefta.train.tasks import load_preferences, load_prompts
+from qrefta.train.tasks.preference import grpo_recipe, load_reward
+from tests.models import logits, tiny_llama
+from tests.train.talk import ANSWER, QUESTION, chat_rows, write_rows
+
+trl = pytest.importorskip("trl")
+# TRL 1.16 switches checkpointing on and off by its old names
+pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")
+WORSE = [{"role": "assistant", "content": "red"}]
+METHODS = [{"method": "windows"}, {"method": "refta", "refine": 0}]
+
+
+def pair_rows(count):
+    other = {"blue": "red", "red": "blue"}
+    rows = []
+    for row in chat_rows(count):
+        *prompt, chosen = row["messages"]
+        rejected = {"role": "assistant", "content": other[chosen["content"]]}
+        rows.append({"prompt": prompt, "chosen": [chosen], "rejected": [rejected]})
+    return rows
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": QUESTION, "chosen": ANSWER, "rejected": WORSE},
+        {"chosen": QUESTION + ANSWER, "rejected": QUESTION + WORSE},
+        {"prompt": "x", "chosen": QUESTION + ANSWER, "rejected": QUESTION + WORSE},
+        {"question": "what is sky ?", "chosen": "blue", "rejected": "red"},
+        {"instruction": "what is sky ?", "input": "", "chosen": "blue", "rejected": "red"},
+        {
+            "conversations": [{"from": "human", "value": "what is sky ?"}],
+            "chosen": {"from": "gpt", "value": "blue"},
+            "rejected": {"from": "gpt", "value": "red"},
+        },
+        {"messages": QUESTION + ANSWER, "chosen": ANSWER, "rejected": WORSE},
+    ],
+)
+def test_the_usual_columns_become_pairs(row, tmp_path):
+    data = load_preferences(write_rows(tmp_path / "pairs.jsonl", [row] * 20), 0)
+    assert {name: len(part) for name, part in data.items()} == {"train": 18, "test": 2}
+    assert data["train"][0] == {"prompt": QUESTION, "chosen": ANSWER, "rejected": WORSE}
+
+
+def test_pairs_of_text_stay_text_and_system_turns_and_tools_are_kept(tmp_path):
+    row = {"prompt": "sky is", "chosen": " blue", "rejected": " red"}
+    data = load_preferences(write_rows(tmp_path / "text.jsonl", [row] * 4), 0)
+    assert data["train"][0] == row
+    row = {"system": "red", "question": "q", "chosen": "a", "rejected": "b", "tools": [{"n": 1}]}
+    data = load_preferences(write_rows(tmp_path / "turns.jsonl", [row] * 4), 0)
+    assert data["train"][0]["prompt"][0] == {"role": "system", "content": "red"}
+    assert data["train"][0]["tools"] == [{"n": 1}]
+
+
+def test_prompts_keep_the_columns_that_the_reward_reads(tmp_path):
+    rows = [{"question": "what is sky ?", "answer": 4}] * 4
+    data = load_prompts(write_rows(tmp_path / "a.jsonl", rows), 0)
+    assert data["train"][0] == rows[0] | {"prompt": QUESTION}
+    rows = [{"prompt": "sky is", "answer": 4}] * 4
+    assert load_prompts(write_rows(tmp_path / "b.jsonl", rows), 0)["train"][0] == rows[0]
+    data = load_prompts(write_rows(tmp_path / "c.jsonl", chat_rows(4)), 0)
+    assert [turn["role"] for turn in data["train"][0]["prompt"]] == ["user"]
+
+
+@pytest.mark.parametrize(
+    ("load", "row", "message"),
+    [
+        (load_preferences, {"prompt": QUESTION, "chosen": ANSWER}, "column rejected: there is no"),
+        (load_preferences, {"chosen": ANSWER, "rejected": WORSE}, "needed is one of prompt, quest"),
+        (
+            load_preferences,
+            {"prompt": QUESTION, "chosen": QUESTION, "rejected": WORSE},
+            "column chosen: the answer is .*, not the assistant's",
+        ),
+        (
+            load_preferences,
+            {"prompt": QUESTION, "chosen": [{"role": "x", "content": "y"}], "rejected": WORSE},
+            "column chosen, turn 1 is",
+        ),
+        (load_prompts, {"answer": 3}, "needed is one of prompt, question"),
+        (load_prompts, {"messages": ANSWER}, "column messages: there is no turn before the answer"),
+    ],
+)
+def test_bad_rows_are_refused_with_their_place(load, row, message, tmp_path):
+    good = {"prompt": QUESTION, "chosen": ANSWER, "rejected": WORSE}
+    file = write_rows(tmp_path / "rows.jsonl", [good, row])
+    with pytest.raises(ValueError, match=rf"rows\.jsonl \(train\), row 2\W.*{message}"):
+        load(file, 0)
+
+
+# The reference
+
+
+@pytest.mark.parametrize("settings", METHODS)
+def test_the_reference_shares_frozen_weights_and_keeps_its_factors(settings):
+    model = qrefta.prepare(tiny_llama(), rank=8, progress=False, **settings)
+    with torch.no_grad():  # a model that was trained before
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01)
+    start = logits(model)
+    reference = reference_model(model)
+    assert logits(reference).equal(start)
+    pairs = zip(model.parameters(), reference.parameters(), strict=True)
+    for parameter, kept in pairs:
+        assert (parameter is kept) != parameter.requires_grad
+        assert not kept.requires_grad
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    assert not logits(model).equal(start)
+    assert logits(reference).equal(start)
+
+
+def finetuned(model, tokenizer, file, out, task, **options):
+    settings = {"learning_rate": 1e-2, "per_device_train_batch_size": 8, "max_steps": 8} | options
+    keywords = {name: settings.pop(name) for name in ("reward", "resume") if name in settings}
+    args = training_arguments(task, out, save_strategy="no", disable_tqdm=True, **settings)
+    return qrefta.finetune(model, tokenizer, file, task=task, args=args, **keywords)
+
+
+@pytest.mark.parametrize("settings", METHODS)
+def test_dpo_prefers_the_better_answers(settings, tokenizer, tmp_path):
+    """Before training, model and reference are equal, so the loss is log 2."""
+    file = write_rows(tmp_path / "pairs.jsonl", pair_rows(60))
+    model = qrefta.prepare(tiny_llama(), rank=48, progress=False, **settings)
+    result = finetuned(model, tokenizer, file, tmp_path / "out", "dpo", max_steps=20)
+    assert result.test_loss_before == pytest.approx(0.6931, abs=1e-4)
+    assert result.test_loss < 0.6
+    assert result.accuracy_before == 0.0
+    assert result.accuracy_after > 0.9
+    assert result.reward_after is None
+
+
+REWARD = """
+def blue(prompts, completions, **columns):
+    assert set(columns) >= {"wanted"}
+    texts = [turns[0]["content"] for turns in completions]
+    return [text.split().count(word) / 4 for text, word in zip(texts, columns["wanted"])]
+"""
+
+
+@pytest.mark.parametrize("settings", METHODS)
+def test_grpo_follows_the_reward_and_its_reference_is_the_start(settings, tokenizer, tmp_path):
+    """The dense model is never loaded: its folder is gone when training begins."""
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    dense = type(tiny_llama()).from_pretrained(tmp_path / "dense")
+    model = qrefta.prepare(dense, rank=48, progress=False, **settings)
+    (tmp_path / "dense").rename(tmp_path / "gone")
+    (tmp_path / "reward.py").write_text(REWARD)
+    rows = [{"prompt": QUESTION, "wanted": "blue", "number": 1}] * 40
+    result = finetuned(
+        model,
+        tokenizer,
+        write_rows(tmp_path / "prompts.jsonl", rows),
+        tmp_path / "out",
+        "grpo",
+        reward=f"{tmp_path / 'reward.py'}:blue",
+        beta=0.01,
+        num_generations=8,
+        max_completion_length=4,
+        per_device_train_batch_size=32,
+        max_steps=40,
+        learning_rate=3e-2,
+    )
+    assert result.reward_before < 0.3
+    assert result.reward_after > result.reward_before + 0.1
+    assert result.accuracy_after is None
+
+
+def test_grpo_s_divergence_is_measured_from_the_start(tokenizer, tmp_path):
+    """It is 0 in the first step, and TRL's function that loads models is itself again."""
+    from trl.trainer import grpo_trainer
+
+    load = grpo_trainer.create_model_from_path
+    model = qrefta.prepare(tiny_llama(), rank=48, progress=False)
+    kind = starts_as_reference(trl.GRPOTrainer)
+    trainer = kind(
+        model=model,
+        args=training_arguments(
+            "grpo",
+            tmp_path / "out",
+            beta=0.1,
+            max_steps=4,
+            learning_rate=3e-2,
+            logging_steps=1,
+            num_generations=4,
+            per_device_train_batch_size=8,
+            max_completion_length=4,
+            disable_tqdm=True,
+            save_strategy="no",
+        ),
+        reward_funcs=[lambda completions, **_: [float(len(text)) for text in completions]],
+        train_dataset=Dataset.from_list([{"prompt": "what is sky"}] * 16),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    assert grpo_trainer.create_model_from_path is load
+    divergences = [row["kl"] for row in trainer.state.log_history if "kl" in row]
+    assert divergences[0] == pytest.approx(0, abs=1e-6)
+    assert divergences[-1] > 1e-4
+
+
+@pytest.mark.parametrize("name", ["sync_ref_model", "fsdp"])
+def test_what_the_shared_reference_cannot_do_is_refused(name, tokenizer, tmp_path):
+    args = trl.DPOConfig(tmp_path, use_cpu=True, bf16=False)
+    setattr(args, name, True)
+    model = qrefta.prepare(tiny_llama(), rank=8, progress=False)
+    with pytest.raises(ValueError, match=f"{name} is set, and the reference shares"):
+        starts_as_reference(trl.DPOTrainer)(model=model, args=args)
+
+
+def test_rewards_come_from_files(tmp_path):
+    file = tmp_path / "reward.py"
+    file.write_text(REWARD)
+    function = load_reward(f"{file}:blue")
+    assert function([], [ANSWER, WORSE], wanted=["blue", "blue"]) == [0.25, 0]
+    assert load_reward(function) is function
+    for text, message in [
+        (f"{file}:red", "has no function 'red'; it has blue"),
+        (str(file), "give a Python file that exists and the name of a function"),
+        (f"{tmp_path}/other.py:blue", "give a Python file that exists"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_reward(text)
+
+
+def test_grpo_needs_a_reward(tokenizer, tmp_path):
+    data = load_prompts(write_rows(tmp_path / "rows.jsonl", chat_rows(4)), 0)
+    with pytest.raises(ValueError, match=r"needs a reward; give a function, or a file"):
+        grpo_recipe(tiny_llama(), tokenizer, data)
+
+
+@pytest.mark.parametrize(("task", "load"), [("dpo", load_preferences), ("grpo", load_prompts)])
+def test_preferences_are_calibrated_on_as_conversations(task, load, tokenizer, tmp_path):
+    data = load(write_rows(tmp_path / "pairs.jsonl", pair_rows(20)), 0)
+    batches = task_batches(task, tiny_llama(), tokenizer, data, max_length=16)
+    lines = {tokenizer.decode(ids, skip_special_tokens=True) for ids in batches[0]["input_ids"]}
+    answers = (" blue", " red") if task == "dpo" else ("", "")
+    assert lines == {
+        f"user : what is {thing}? assistant :{answer}".replace("?", " ?")
+        for thing, answer in zip(("sky", "blood"), answers)
+    }
+
+
+def test_a_setting_of_another_task_is_refused(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="beta is for the task dpo or grpo; the task is 'sft'"):
+        qrefta.finetune(tiny_llama(), tokenizer, "x", tmp_path, task="sft", beta=0.1)
+    model = copy.deepcopy(tiny_llama())
+    with pytest.raises(ValueError, match="num_generations is for the task grpo"):
+        qrefta.finetune(model, tokenizer, "x", tmp_path, task="dpo", num_generations=4)
