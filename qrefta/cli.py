@@ -473,7 +473,7 @@ def plan(
     console.print(plan_table(memory))
     if memory.available_bytes is None:
         return
-    largest = [_largest("batch", memory.largest_batch)]
+    largest = [_largest("batch", memory.largest_batch or 0)]
     if memory.largest_rank is not None:
         largest.append(_largest("rank", memory.largest_rank))
     verdict = "It fits" if memory.fits else "It does not fit"

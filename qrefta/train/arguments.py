@@ -179,7 +179,9 @@ def _default_values(task: TaskName, settings: dict[str, Any]) -> dict[str, Any]:
 def _given_values(
     args: TrainingArguments, kind: type[TrainingArguments], settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """The fields of `args`; a keyword replaces a field that still has the default of its class."""
+    """The fields of `args`; a keyword replaces a field that still has a default: of its class, or
+    qrefta's.
+    """
     if not isinstance(args, kind):
         raise ValueError(f"args is a {type(args).__name__}; this task needs a {kind.__name__}")
     for name, instead in UNSUPPORTED.items():
@@ -192,7 +194,8 @@ def _given_values(
         given = copy.deepcopy(getattr(args, field.name))
         if field.name in settings and settings[field.name] != given:
             # TrainingArguments turns a default of None into False
-            if given != field.default and (given or field.default is not None):
+            unset = given == field.default or (not given and field.default is None)
+            if not unset and given != DEFAULTS.get(field.name, field.default):
                 raise _contradiction(field.name, settings[field.name], given)
             given = settings[field.name]
         values[field.name] = given

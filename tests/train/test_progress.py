@@ -1,0 +1,199 @@
+"""Lines of a run: loss, tokens a second and time left; Ctrl-C; evaluations and early stopping."""
+
+import copy
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from torch.testing import assert_close
+from transformers import TrainerCallback
+
+import qrefta
+from qrefta.train._finetune import finetune
+from qrefta.train.arguments import training_arguments
+from qrefta.train.checkpoints import last_checkpoint
+from qrefta.train.interrupt import TrainingInterrupted
+from qrefta.train.models import load_classifier
+from qrefta.train.progress import duration
+from tests.tiny import color_data, color_rows, tiny_folder, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    folder = tiny_folder(tmp_path_factory.mktemp("dense"))
+    return qrefta.prepare(load_classifier(str(folder), ["red", "blue"], 0), rank=4, progress=False)
+
+
+@pytest.fixture
+def train(start, tmp_path):
+    def run(name="run", callbacks=(), **settings):
+        model = copy.deepcopy(start)
+        keywords = {
+            key: settings.pop(key)
+            for key in ("resume", "eval_steps", "early_stopping")
+            if key in settings
+        }
+        args = training_arguments(
+            "classify", tmp_path / name, per_device_train_batch_size=8, **settings
+        )
+        result = finetune(
+            model, tiny_tokenizer(), color_data(), args=args, callbacks=callbacks, **keywords
+        )
+        return model, result
+
+    return run
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C in a step, once or twice."""
+
+    def __init__(self, step, times=1):
+        self.step, self.times = step, times
+
+    def on_substep_end(self, args, state, control, **_):
+        pass
+
+    def on_pre_optimizer_step(self, args, state, control, **_):
+        if state.global_step + 1 == self.step:
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.01)
+
+
+def test_lines_tell_loss_rate_speed_and_time_left(train, capsys):
+    """The first and the last: every 10 steps in a run of 30; the tokens of the rows are counted."""
+    train(max_steps=30)
+    lines = re.findall(
+        r"step (\d+) of 30: loss ([\d.]+), learning rate ([\d.e-]+), ([\d,]+) tokens/s, (.+) left",
+        capsys.readouterr().out,
+    )
+    assert [int(line[0]) for line in lines] == [10, 20, 30]
+    assert lines[-1][4] == "0 s"
+    assert all(int(line[3].replace(",", "")) > 0 for line in lines)
+
+
+def test_tokens_are_counted_without_padding(train, tmp_path):
+    train(max_steps=12, save_steps=1.0)
+    state = json.loads((tmp_path / "run/checkpoint-12/trainer_state.json").read_text())
+    assert state["num_input_tokens_seen"] == 12 * 8 * 6  # six words a row
+
+
+@pytest.mark.parametrize(("steps", "logged"), [(40, [10, 20, 30, 40]), (3000, [30])])
+def test_long_runs_log_every_hundredth_part(train, steps, logged, capsys):
+    stop = Interrupt(31)
+    if steps > 100:
+        with pytest.raises(TrainingInterrupted):
+            train(max_steps=steps, callbacks=[stop])
+    else:
+        train(max_steps=steps)
+    found = re.findall(r"step ([\d,]+) of [\d,]+: loss", capsys.readouterr().out)
+    assert [int(step.replace(",", "")) for step in found] == logged
+
+
+def test_the_callers_logging_steps_hold(train, capsys):
+    train(max_steps=6, logging_steps=3)
+    found = re.findall(r"step (\d+) of 6: loss", capsys.readouterr().out)
+    assert found == ["3", "6"]
+
+
+def test_ctrl_c_writes_a_checkpoint_and_the_run_resumes_bit_for_bit(train, tmp_path):
+    whole, _ = train("whole", max_steps=12)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(TrainingInterrupted, match=r"after step 5 of 12; .*checkpoint-5 is whole"):
+        train(max_steps=12, callbacks=[Interrupt(5)])
+    assert signal.getsignal(signal.SIGINT) is before
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-5"
+    assert not (tmp_path / "run" / "config.json").exists()
+    resumed, result = train(max_steps=12, resume=True)
+    assert result.steps == 12
+    for name, parameter in resumed.named_parameters():
+        assert_close(parameter, whole.get_parameter(name), rtol=0, atol=0)
+
+
+def test_a_second_ctrl_c_stops_at_once(train, tmp_path):
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        train(max_steps=12, callbacks=[Interrupt(5, times=2)])
+    assert not isinstance(stopped.value, TrainingInterrupted)
+    assert not list((tmp_path / "run").glob("checkpoint-5"))
+
+
+def test_ctrl_c_in_the_last_step_ends_as_a_finished_run(train, tmp_path):
+    _, result = train(max_steps=4, callbacks=[Interrupt(4)])
+    assert result.steps == 4
+    assert (tmp_path / "run" / "config.json").exists()
+
+
+def test_evaluations_during_the_run(train, tmp_path):
+    train(max_steps=8, eval_steps=2)
+    state = json.loads((last_checkpoint(tmp_path / "run") / "trainer_state.json").read_text())
+    assert [row["step"] for row in state["log_history"] if "eval_loss" in row] == [0, 2, 4, 6, 8]
+
+
+def test_early_stopping_keeps_the_best_model(train, tmp_path):
+    """The learning rate is far too high from the second evaluation on."""
+    _, result = train(
+        max_steps=40, eval_steps=2, early_stopping=2, learning_rate=3.0, warmup_steps=0
+    )
+    state = json.loads((last_checkpoint(tmp_path / "run") / "trainer_state.json").read_text())
+    losses = {row["step"]: row["eval_loss"] for row in state["log_history"] if "eval_loss" in row}
+    assert result.steps < 40
+    best = min(losses[step] for step in losses if step)
+    assert result.test_loss == pytest.approx(best)
+    assert list(losses.values())[-2:] > [best, best]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"early_stopping": 0}, "early_stopping is 0; it must be a number of evaluations"),
+        ({"eval_steps": -1}, "eval_steps is -1; it must be a number of steps, or a share"),
+    ],
+)
+def test_values_that_are_not_allowed_are_named(train, settings, message):
+    with pytest.raises(ValueError, match=message):
+        train(max_steps=2, **settings)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0, "0 s"), (99, "99 s"), (130, "2 min"), (11_100, "3 h 05 min")]
+)
+def test_durations(seconds, shown):
+    assert duration(seconds) == shown
+
+
+def test_the_command_prints_how_to_resume_and_a_used_folder_says_so(tmp_path):
+    """A real process and a real signal."""
+    folder = tiny_folder(tmp_path / "dense")
+    rows = tmp_path / "rows.csv"
+    rows.write_text(
+        "\n".join(["text,label", *(f"{r['text']},{r['label']}" for r in color_rows(96, seed=1))])
+    )
+    command = [
+        *(sys.executable, "-m", "qrefta", "finetune", folder, rows, tmp_path / "out"),
+        *("--rank=4", "--calibration=none", "--batch-size=8", "--max-steps=4000"),
+    ]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    for line in process.stdout:
+        if "loss" in line and "left" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    told = " ".join(out.split())
+    assert f"qrefta finetune {folder} {rows} {tmp_path / 'out'} --rank=4" in told
+    assert told.endswith("--max-steps=4000 --resume")
+    assert last_checkpoint(tmp_path / "out") is not None
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 2
+    assert "Add --resume to go on with it" in " ".join(again.stderr.split())
