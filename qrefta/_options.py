@@ -19,6 +19,7 @@ _SPECIAL: dict[str, tuple[Any, Any, str]] = {
     "modules_to_save": (list[str] | None, None, "--modules-to-save"),
 }
 _REGEX = "target_regex"
+_PANEL = "Preparing a dense model"
 # Options of qrefta 0.1 that chose the rank: their type, and the text of --rank that replaces them.
 _OLD_OPTIONS: dict[str, tuple[type, str]] = {
     "ranks": (str, "{}"),
@@ -78,7 +79,9 @@ def _old_options() -> list[inspect.Parameter]:
 def _option(
     name: str, kind: Any, default: Any, flag: str, text: str, hidden: bool = False
 ) -> inspect.Parameter:
-    annotation = Annotated[kind, typer.Option(flag, help=text, hidden=hidden)]
+    annotation = Annotated[
+        kind, typer.Option(flag, help=text, hidden=hidden, rich_help_panel=_PANEL)
+    ]
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
     )

@@ -28,6 +28,8 @@ from qrefta.choices import (
     Optimizer,
     Task,
 )
+from qrefta.recipe import NAME as RECIPE
+from qrefta.recipe import RecipeCommand, write_recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,6 +42,7 @@ app = typer.Typer(
 )
 console = Console()
 
+DATA, TRAINING, MEMORY, RUN = "Data", "Training", "Memory", "While it runs"  # groups of options
 NONE = "none"
 ROWS = "data"  # rows of the training data
 DEFAULT_OF_FINETUNE = ROWS
@@ -104,9 +107,10 @@ def prepare(
     console.print(f"{_megabytes(dense_bytes(model))} -> {_megabytes(weights_bytes(out))} in {out}")
 
 
-@app.command()
+@app.command(cls=RecipeCommand)
 @with_settings
 def finetune(
+    ctx: typer.Context,
     model: Annotated[
         str,
         typer.Argument(
@@ -133,75 +137,138 @@ def finetune(
         list[str] | None,
         typer.Option(
             help="SOURCE:WEIGHT of one more data set, where DATASET has the weight 1; repeat the "
-            "option for more."
+            "option for more.",
+            rich_help_panel=DATA,
         ),
     ] = None,
     text_column: Annotated[
-        list[str] | None, typer.Option(help="Column with text; give two for pairs.")
+        list[str] | None,
+        typer.Option(help="Column with text; give two for pairs.", rich_help_panel=DATA),
     ] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column with classes.")] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Column with classes.", rich_help_panel=DATA)
+    ] = None,
     header: Annotated[
-        list[str] | None, typer.Option(help="Column names, in order, of a file without header.")
+        list[str] | None,
+        typer.Option(
+            help="Column names, in order, of a file without header.", rich_help_panel=DATA
+        ),
     ] = None,
     learning_rate: Annotated[
-        str, typer.Option(help="Peak learning rate; auto: the best measured one for the method.")
+        str,
+        typer.Option(
+            help="Peak learning rate; auto: the best measured one for the method.",
+            rich_help_panel=TRAINING,
+        ),
     ] = AUTO_RATE,
-    epochs: Annotated[float, typer.Option(help="Passes over the training data.")] = 3.0,
+    epochs: Annotated[
+        float, typer.Option(help="Passes over the training data.", rich_help_panel=TRAINING)
+    ] = 3.0,
     max_steps: Annotated[
-        int, typer.Option(help="Optimizer steps; if positive, used instead of --epochs.")
+        int,
+        typer.Option(
+            help="Optimizer steps; if positive, used instead of --epochs.", rich_help_panel=TRAINING
+        ),
     ] = -1,
-    batch_size: Annotated[int, typer.Option(help="Rows a forward and backward pass.")] = 32,
-    max_length: Annotated[int, typer.Option(help="Rows are cut to this many tokens.")] = 128,
+    batch_size: Annotated[
+        int, typer.Option(help="Rows a forward and backward pass.", rich_help_panel=TRAINING)
+    ] = 32,
+    max_length: Annotated[
+        int, typer.Option(help="Rows are cut to this many tokens.", rich_help_panel=DATA)
+    ] = 128,
     packing: Annotated[
-        bool, typer.Option(help="For sft: put several conversations into a sequence.")
+        bool,
+        typer.Option(
+            help="For sft: put several conversations into a sequence.", rich_help_panel=DATA
+        ),
     ] = False,
     padding_free: Annotated[
-        bool, typer.Option(help="For sft: join the conversations of a batch instead of padding.")
+        bool,
+        typer.Option(
+            help="For sft: join the conversations of a batch instead of padding.",
+            rich_help_panel=DATA,
+        ),
     ] = False,
     loss: Annotated[
-        Loss, typer.Option(help="For sft: learn all turns of the assistant, or the last.")
+        Loss,
+        typer.Option(
+            help="For sft: learn all turns of the assistant, or the last.", rich_help_panel=DATA
+        ),
     ] = "all",
     reward: Annotated[
         list[str] | None,
-        typer.Option(help="For grpo: FILE.py:FUNCTION; repeat the option for a sum of rewards."),
+        typer.Option(
+            help="For grpo: FILE.py:FUNCTION; repeat the option for a sum of rewards.",
+            rich_help_panel=TRAINING,
+        ),
     ] = None,
     beta: Annotated[
         float | None,
-        typer.Option(help="For dpo and grpo: weight of staying near the model at the start."),
+        typer.Option(
+            help="For dpo and grpo: weight of staying near the model at the start.",
+            rich_help_panel=TRAINING,
+        ),
     ] = None,
     num_generations: Annotated[
-        int | None, typer.Option(help="For grpo: answers to each prompt; default: 8.")
+        int | None,
+        typer.Option(
+            help="For grpo: answers to each prompt; default: 8.", rich_help_panel=TRAINING
+        ),
     ] = None,
     optimizer: Annotated[
-        str, typer.Option(help="An optimizer of transformers' Trainer, such as adamw_8bit.")
+        str,
+        typer.Option(
+            help="An optimizer of transformers' Trainer, such as adamw_8bit.",
+            rich_help_panel=TRAINING,
+        ),
     ] = "adamw_torch",
     gradient_accumulation: Annotated[
-        int, typer.Option(help="Forward and backward passes an optimizer step.")
+        int,
+        typer.Option(
+            help="Forward and backward passes an optimizer step.", rich_help_panel=TRAINING
+        ),
     ] = 1,
     gradient_checkpointing: Annotated[
-        bool, typer.Option(help="Recompute activations: less memory, more time.")
+        bool,
+        typer.Option(help="Recompute activations: less memory, more time.", rich_help_panel=MEMORY),
     ] = False,
-    bf16: Annotated[bool, typer.Option(help="Compute in bf16 under autocast.")] = False,
+    bf16: Annotated[
+        bool, typer.Option(help="Compute in bf16 under autocast.", rich_help_panel=MEMORY)
+    ] = False,
     fsdp: Annotated[
-        bool, typer.Option(help="Shard the model over torchrun's processes, by FSDP2.")
+        bool,
+        typer.Option(
+            help="Shard the model over torchrun's processes, by FSDP2.", rich_help_panel=MEMORY
+        ),
     ] = False,
     report_to: Annotated[
         list[str] | None,
-        typer.Option(help="Logging integration of Trainer; repeat the option for more."),
+        typer.Option(
+            help="Logging integration of Trainer; repeat the option for more.", rich_help_panel=RUN
+        ),
     ] = None,
     eval_steps: Annotated[
         float | None,
-        typer.Option(help="Evaluate every so many steps, or share of the run below 1."),
+        typer.Option(
+            help="Evaluate every so many steps, or share of the run below 1.", rich_help_panel=RUN
+        ),
     ] = None,
     early_stopping: Annotated[
         int | None,
         typer.Option(
-            help="Stop after so many evaluations without a lower test loss; keep the best model."
+            help="Stop after so many evaluations without a lower test loss; keep the best model.",
+            rich_help_panel=RUN,
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in OUT.")] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Go on from the last checkpoint in OUT.", rich_help_panel=RUN)
+    ] = False,
 ) -> None:
-    """Train a model: prepare it if it is dense, train its factors and head, save everything."""
+    """Train a model: prepare it if it is dense, train its factors and head, save everything.
+
+    `qrefta finetune recipe.yaml` takes arguments and options from a file; a run writes its recipe
+    into OUT.
+    """
     from qrefta.distributed import check_sharding, processes
 
     check_sharding()
@@ -281,6 +348,8 @@ def finetune(
                 Path(f"{start}.partial").rename(start)
     console.print(report_table(quant_report(loaded)))
     args.learning_rate = chosen_rate(loaded, rate, state.is_main_process, task)
+    if state.is_main_process and not resume:
+        write_recipe(out, ctx.command, ctx.params)
     try:
         result = finetune_model(
             loaded,
@@ -663,6 +732,8 @@ def _check_run(out: Path) -> None:
             f"{out} holds {checkpoint.name} of an earlier run. Add --resume to go on with it, or "
             "choose another folder."
         )
+    if out.is_dir() and [file.name for file in out.iterdir()] == [RECIPE]:
+        return  # of a run that failed before its first checkpoint
     check_new(out)
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from typer.testing import CliRunner
 
 import qrefta
-from qrefta.cli import _calibration_of, app, main
+from qrefta.cli import _calibration_of, _largest, app, main
 from qrefta.config import parse_rank
 from qrefta.hf_quantizer import quant_report
 from qrefta.model.stacks import find_stacks
@@ -399,8 +399,12 @@ def _printed(table):
 
 
 def test_a_plan_shows_units_and_tells_what_does_not_fit(dense):
-    shown = invoke("plan", dense, "--seq", 32, "--batch", 40_000, "--gpu", "1001MB").output
-    assert "MB" in shown
-    assert "no rank fits" in shown
+    shown = invoke("plan", dense, "--seq", 32, "--batch", 4000, "--gpu", "1001MB").output
     assert "0.0 MB" not in shown.split("would save", 1)[1]
-    assert "seq=2048, --seq 2048" in invoke("plan", dense).output.replace("\n", " ")
+    assert re.search(r"peak +[\d.]+ MB", shown)
+    with pytest.raises(ValueError, match=r"give seq.*\(seq=2048, --seq 2048\)"):
+        raise invoke("plan", dense).exception
+    assert [_largest("rank", count) for count in (0, 1200)] == [
+        "no rank fits",
+        "largest rank 1,200",
+    ]
