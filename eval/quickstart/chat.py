@@ -114,10 +114,11 @@ def run(
     dense_bytes = sum(parameter.nbytes for parameter in dense.parameters())
     del dense
 
-    questions = [row["prompt"] for row in data["test"].select(range(SHOWN))]
+    shown = [row["messages"] for row in data["test"].select(range(SHOWN))]
+    questions = [messages[:-1] for messages in shown]
     told = [
-        {"question": row["prompt"][-1]["content"], "docstring": row["completion"][0]["content"]}
-        for row in data["test"].select(range(SHOWN))
+        {"question": messages[-2]["content"], "docstring": messages[-1]["content"]}
+        for messages in shown
     ]
     for row, text in zip(told, answers(prepared, tokenizer, questions), strict=True):
         row["before"] = text
@@ -165,8 +166,9 @@ def how_much_is_kept(
     """Each model before training, compared with the dense one on the test conversations."""
     out.mkdir(parents=True, exist_ok=True)
     text = out / "test.txt"
-    chats = (row["prompt"] + row["completion"] for row in data["test"])
-    rendered = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+    rendered = [
+        tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in data["test"]
+    ]
     text.write_text("\n".join(str(chat) for chat in rendered), encoding="utf-8")
     found = {}
     for name, model in models.items():

@@ -42,8 +42,8 @@ class Question(NamedTuple):
 def docstring_questions(train_size: int | None = None, test_size: int | None = None) -> DatasetDict:
     """Questions and answers as conversations of two turns.
 
-    Splits `train` and `test`; columns `prompt` and `completion`, lists of one message each. The
-    order is fixed by hashes, and the rows of a smaller size are a subset of the rows of a larger.
+    Splits `train` and `test`; column `messages`. The order is fixed by hashes, and the rows of a
+    smaller size are a subset of the rows of a larger.
 
     Raises:
         FileNotFoundError: if this Python has no library sources, like an embedded or zipped Python.
@@ -127,8 +127,10 @@ def _rows(questions: list[Question], size: int | None) -> Dataset:
     return Dataset.from_list(
         [
             {
-                "prompt": [{"role": "user", "content": question.text}],
-                "completion": [{"role": "assistant", "content": question.answer}],
+                "messages": [
+                    {"role": "user", "content": question.text},
+                    {"role": "assistant", "content": question.answer},
+                ]
             }
             for question in questions[:size]
         ]

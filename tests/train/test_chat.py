@@ -1,11 +1,13 @@
 """Conversations: their columns, which tokens are learned under any chat template, packing."""
 
+import json
 import re
 import sys
 from importlib.resources import files
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from jinja2 import TemplateError
 
 import qrefta
@@ -314,6 +316,28 @@ def test_long_rows_are_cut_and_rows_without_an_answer_left_out(tokenizer, tmp_pa
     with pytest.raises(ValueError, match="No row of the train split has an answer in its first 3"):
         chat_recipe(tiny_llama(), tokenizer, data, 3)
     assert len(chat_recipe(tiny_llama(), tokenizer, data, None).train) == 4
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": QUESTION, "completion": ANSWER},
+        {"conversations": SHAREGPT},
+        {"instruction": "what is sky ?", "output": "blue"},
+    ],
+    ids=["prompt and completion", "ShareGPT", "Alpaca"],
+)
+def test_data_in_memory_are_read_as_a_file_is(row, tokenizer, tmp_path):
+    part = Dataset.from_list([row] * 4)
+    file = tmp_path / "rows.jsonl"
+    file.write_text((json.dumps(row) + "\n") * 4)
+    model = tiny_llama()
+    given = chat_recipe(model, tokenizer, DatasetDict(train=part, test=part), 32)
+    expected = chat_recipe(model, tokenizer, load_chat(file, 0), 32)
+    assert given.train[0] == expected.train[0]
+    part = Dataset.from_list([{"messages": QUESTION}] * 4)
+    with pytest.raises(ValueError, match="the train split, row 1"):
+        chat_recipe(model, tokenizer, DatasetDict(train=part, test=part), 32)
 
 
 def test_conversations_need_a_template_and_plain_text_none(tokenizer, tmp_path):

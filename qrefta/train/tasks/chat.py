@@ -18,6 +18,7 @@ from qrefta.train.trl import load_trl
 _PLAIN = Features({"prompt": Value("string"), "completion": Value("string")})
 _TURNS = Features({"messages": List(Json())})
 _TOOLS = Features({"tools": Json()})
+_READ = (_PLAIN, _TURNS, Features(_TURNS | _TOOLS))
 _IDS = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
 
 
@@ -36,20 +37,34 @@ def load_chat(source: str | Path, seed: int) -> DatasetDict:
         ValueError: for other columns, or a row without an answer; it names source, row and column.
     """
     parts = read_splits(source, shards=True)
-    for name, part in parts.items():
-        plain = is_plain(part[0])
-        features = _PLAIN if plain else _TURNS
-        if not plain and "tools" in part.column_names:
-            features = Features(_TURNS | _TOOLS)
-        parts[name] = part.map(
-            _row,
-            with_indices=True,
-            fn_kwargs={"source": f"{source} ({name})", "columns": list(features)},
-            remove_columns=part.column_names,
-            features=features,
-            desc="Reading",
-        )
+    parts = DatasetDict(
+        {name: conversations(part, f"{source} ({name})") for name, part in parts.items()}
+    )
     return with_test(parts, TEST_SHARE, seed)
+
+
+def conversations(part: Dataset, source: str) -> Dataset:
+    """A split with the columns that `load_chat` gives.
+
+    Args:
+        part: with the columns of `qrefta.train.tasks.turns`.
+        source: its name, for errors.
+
+    Raises:
+        ValueError: for other columns, or a row without an answer.
+    """
+    plain = is_plain(part[0])
+    features = _PLAIN if plain else _TURNS
+    if not plain and "tools" in part.column_names:
+        features = Features(_TURNS | _TOOLS)
+    return part.map(
+        _row,
+        with_indices=True,
+        fn_kwargs={"source": source, "columns": list(features)},
+        remove_columns=part.column_names,
+        features=features,
+        desc="Reading",
+    )
 
 
 def _row(row: dict[str, Any], index: int, source: str, columns: list[str]) -> dict[str, Any]:
@@ -76,7 +91,7 @@ def chat_recipe(
     Args:
         model: not used; recipes of other tasks check it.
         tokenizer: of the model, with a chat template for conversations.
-        data: from `load_chat`.
+        data: from `load_chat`, or with the columns that it reads.
         max_length: tokens of a row; None: all.
         loss: on all of the assistant's turns, or on the last.
 
@@ -86,6 +101,12 @@ def chat_recipe(
         ImportError: if TRL is not installed.
     """
     trainer, _ = load_trl("sft")
+    data = DatasetDict(
+        {
+            name: part if part.features in _READ else conversations(part, f"the {name} split")
+            for name, part in data.items()
+        }
+    )
     first = data["train"][0]
     check_template(first, tokenizer)
     unmarked = left_out(first, tokenizer) if "messages" in first else ""
