@@ -1,5 +1,6 @@
 """Tiny language models of the families that GGUF files are written for, with trained tokenizers."""
 
+import copy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -133,8 +134,9 @@ def with_norms(model):
 
 
 def language_model(family):
-    """The model and the tokenizer of a family."""
-    return with_norms(build(*MODELS[family][:2])), MODELS[family][2]()
+    """The model, with a config that no other model has, and the tokenizer of a family."""
+    kind, config, tokenizer = MODELS[family]
+    return with_norms(build(kind, copy.deepcopy(config))), tokenizer()
 
 
 def llama3_rope():

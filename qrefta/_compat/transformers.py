@@ -37,6 +37,7 @@ __all__ = [
     "WeightRenaming",
     "always_float32",
     "apply_gate",
+    "attention_implementation",
     "dequantized_gguf",
     "dot_natural_key",
     "enable_checkpointing",
@@ -115,6 +116,14 @@ def float32_under_float16(model: PreTrainedModel) -> set[str]:
     If it goes: convert these parameters to the dtype that was asked for.
     """
     return set(model._keep_in_fp32_modules or ())
+
+
+def attention_implementation(model: nn.Module) -> str:
+    """For example sdpa; "" if the model names none.
+
+    If it goes: treat every model as one without flash attention.
+    """
+    return getattr(getattr(model, "config", None), "_attn_implementation", None) or ""
 
 
 def unmark_quantized(config: PreTrainedConfig) -> None:

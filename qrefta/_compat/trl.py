@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+__all__ = ["loads_instead"]
+
 
 @contextmanager
 def loads_instead(reference: PreTrainedModel) -> Iterator[None]:

@@ -10,9 +10,8 @@ must be those of the model, or it is refused.
 
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -416,9 +415,10 @@ def _largest_difference(
     """The difference of the file's logits, by transformers and llama-cpp-python."""
     expected = outputs(model, inputs)
     differences = [output_difference(outputs(_read(model, family, file), inputs), expected)]
-    if find_spec("llama_cpp") is not None and set(inputs) == {"input_ids"}:
-        found = _llama_cpp_logits(file, inputs["input_ids"])
-        differences.append(output_difference(found, expected))
+    if set(inputs) == {"input_ids"}:
+        with suppress(ModuleNotFoundError):
+            found = _llama_cpp_logits(file, inputs["input_ids"])
+            differences.append(output_difference(found, expected))
     return max(differences)
 
 
@@ -433,8 +433,13 @@ def _read(model: PreTrainedModel, family: _Family, file: Path) -> PreTrainedMode
 
 
 def _llama_cpp_logits(file: Path, ids: Tensor) -> Tensor:
-    """Logits (rows, tokens, vocabulary) of llama.cpp on the CPU."""
-    llama_cpp: Any = import_module("llama_cpp")
+    """Logits (rows, tokens, vocabulary) of llama.cpp on the CPU.
+
+    Raises:
+        ModuleNotFoundError: if llama-cpp-python is not installed.
+    """
+    import llama_cpp  # optional  # pyright: ignore[reportMissingImports]
+
     tokens = ids.shape[1]
     runner = llama_cpp.Llama(
         str(file), n_ctx=tokens, n_gpu_layers=0, logits_all=True, verbose=False

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from qrefta._compat.transformers import attention_implementation
+
 _TOKENS = 4  # of a row
 
 
@@ -20,7 +22,7 @@ def check_apart(trainer: Trainer) -> None:
     second row must be the same.
     """
     model: Any = trainer.model
-    if "flash" in (getattr(model.config, "_attn_implementation", None) or ""):
+    if "flash" in attention_implementation(model):
         return  # it reads the bounds, and may not run in the model's dtype without autocast
     first, other, second = (
         list(range(start, start + _TOKENS)) for start in (0, _TOKENS, 2 * _TOKENS)
@@ -44,7 +46,7 @@ def check_apart(trainer: Trainer) -> None:
     one, two = outputs
     if (one - two).abs().max() > 1e-2 * one.abs().max():
         raise ValueError(
-            f"The attention of {type(model).__name__} ({model.config._attn_implementation}) does "
+            f"The attention of {type(model).__name__} ({attention_implementation(model)}) does "
             "not keep packed conversations apart; leave packing and padding_free out, or load the "
             'model with attn_implementation="flash_attention_2" or "sdpa".'
         )

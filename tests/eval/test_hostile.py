@@ -379,7 +379,10 @@ def test_the_package_neither_unpickles_nor_evaluates_nor_trusts_remote_code():
     for path, tree in PACKAGE:
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
-                assert not {alias.name.split(".")[0] for alias in node.names} & modules, path
+                # imports the file with the reward function that the user names
+                allowed = {"importlib"} if path.name == "preference.py" else set()
+                imported = {alias.name.split(".")[0] for alias in node.names}
+                assert not imported & (modules - allowed), path
             elif isinstance(node, ast.ImportFrom):
                 module = (node.module or "").split(".")[0]
                 # these two import modules of the package and of transformers, by names that they

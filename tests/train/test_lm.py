@@ -4,10 +4,12 @@ import json
 import tracemalloc
 
 import pytest
+from datasets import Dataset, DatasetDict
 
 from qrefta.train.tasks import lm, load_text
 from qrefta.train.tasks.lm import text_windows
 from tests.models import tiny_llama
+from tests.pages import language_tokenizer
 from tests.train.talk import letters
 
 TEXT = "".join(f"Line {index}.\n\n\tIt goes on;\r\n" for index in range(40))
@@ -130,3 +132,20 @@ def test_unusable_text_is_refused(files, message, tokenizer, tmp_path):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         windows(tmp_path, tokenizer)
+
+
+def test_rows_of_text_in_memory_are_documents(tmp_path):
+    """The same windows as from a file with these rows."""
+    rows = [f"w{index} w5 w6\nw7" for index in range(8, 40)]
+    part = Dataset.from_dict({"text": rows})
+    given = text_windows(tiny_llama(), language_tokenizer(), DatasetDict(train=part, test=part), 6)
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for name in ("train", "test"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": r}) + "\n" for r in rows))
+    read = text_windows(tiny_llama(), language_tokenizer(), load_text(folder, 0), 6)
+    assert given.train.to_list() == read.train.to_list()
+    part = Dataset.from_dict({"text": ["", "a"]})
+    data = DatasetDict(train=part, test=part)
+    with pytest.raises(ValueError, match="the train split, row 1, column text: there is no text"):
+        text_windows(tiny_llama(), language_tokenizer(), data, 6)

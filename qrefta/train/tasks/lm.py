@@ -46,14 +46,7 @@ def load_text(source: str | Path, seed: int) -> DatasetDict:
     parts = read_splits(source, shards=True)
     column = text_column(parts["train"], source)
     for name, part in parts.items():
-        parts[name] = part.map(
-            _document,
-            with_indices=True,
-            fn_kwargs={"column": column, "source": f"{source} ({name})"},
-            remove_columns=part.column_names,
-            features=_PIECES,
-            desc="Reading",
-        )
+        parts[name] = _documents(part, column, f"{source} ({name})")
     if len(parts["train"]) == 1:
         return parts
     return with_test(parts, TEST_SHARE, seed)
@@ -69,7 +62,7 @@ def text_windows(
     Args:
         model: not used; recipes of other tasks check it.
         tokenizer: of the model.
-        data: from `load_text`.
+        data: from `load_text`, or with a column of text, whose rows are documents.
         max_length: tokens of a window.
 
     Raises:
@@ -77,8 +70,12 @@ def text_windows(
     """
     windows = DatasetDict()
     for name, part in data.items():
+        rows = part
+        if part.features != _PIECES:
+            place = f"the {name} split"
+            rows = _documents(part, text_column(part, place), place)
         windows[name] = _from_generator(
-            _windows, _WINDOWS, rows=part, tokenizer=tokenizer, length=max_length
+            _windows, _WINDOWS, rows=rows, tokenizer=tokenizer, length=max_length
         )
     needed = 1 if "test" in windows else 2
     for name, part in windows.items():
@@ -143,6 +140,18 @@ def _pieces(files: Iterable[tuple[str, int, int]]) -> Iterator[dict[str, Any]]:
         except UnicodeDecodeError as error:
             raise ValueError(f"{name} is not text in UTF-8: {error}") from error
         yield {"text": held, "ends": True}
+
+
+def _documents(part: Dataset, column: str, source: str) -> Dataset:
+    """The rows of a table as documents."""
+    return part.map(
+        _document,
+        with_indices=True,
+        fn_kwargs={"column": column, "source": source},
+        remove_columns=part.column_names,
+        features=_PIECES,
+        desc="Reading",
+    )
 
 
 def _document(row: dict[str, Any], index: int, column: str, source: str) -> dict[str, Any]:
