@@ -67,7 +67,7 @@ def model_card(config: QReftaConfig, did: str = "", use: str = _USE) -> str:
 
 
 def _factors(settings: Settings) -> str:
-    """What trains beside the weights, as the end of a sentence."""
+    """The trainable factors beside the weights, as the end of a sentence."""
     if settings.method in FITTED:
         return (
             f", without the part that {settings.method} keeps in trainable factors, which all "

@@ -668,7 +668,9 @@ def test_dense_weights_are_released_stack_by_stack(monkeypatch):
 # Peak in float32 stacks of the largest role, measured: 1.94 with rounds or without; the model is 4
 # such stacks.
 @pytest.mark.parametrize(
-    "settings", [{}, {"method": "refta"}, {"method": "refta", "refine": 0}, {"bits": 16}], ids=str
+    "settings",
+    [{}, {"method": "refta", "refine": 0}, {"method": "refta", "refine": 1}, {"bits": 16}],
+    ids=str,
 )
 def test_peak_memory_is_a_stack_not_the_model(settings, tmp_path, monkeypatch):
     """Allocated while preparing, less what stays, as torch's profiler counts it.

@@ -32,6 +32,7 @@ from eval.tasks.questions import docstring_questions
 from eval.tasks.smollm2 import NAME, cache_folder, smollm2_folder
 from qrefta import FinetuneResult, TextComparison
 from qrefta.files.safetensors import weights_bytes
+from qrefta.tables import results_table
 from qrefta.train.arguments import training_arguments
 from qrefta.train.calibration import task_batches
 from qrefta.train.tasks import load_chat
@@ -137,7 +138,7 @@ def run(
         results[label] = qrefta.finetune(candidate, tokenizer, data, task="sft", args=args)
     for row, text in zip(told, answers(prepared, tokenizer, questions), strict=True):
         row["after"] = text
-    console.print(losses_table(results))
+    console.print(results_table(results))
     console.print(answers_table(told))
 
     folder = out / "qrefta"
@@ -233,22 +234,6 @@ def kept_table(kept: Mapping[str, TextComparison]) -> Table:
     for name, found in kept.items():
         shown = found.to_text()
         table.add_row(name, shown["KL divergence, mean"], f"{found.perplexity:.1f}")
-    return table
-
-
-def losses_table(results: Mapping[str, FinetuneResult]) -> Table:
-    """Loss on the answers to the test questions."""
-    table = _table("Loss on the answers to the test questions, nats a token")
-    for name in ("method", "trainable parameters", "before", "after", "seconds"):
-        table.add_column(name, justify="left" if name == "method" else "right")
-    for name, result in results.items():
-        table.add_row(
-            name,
-            f"{result.trained_parameters:,}",
-            f"{result.test_loss_before:.3f}",
-            f"{result.test_loss:.3f}",
-            f"{result.train_s:.0f}",
-        )
     return table
 
 
