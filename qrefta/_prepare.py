@@ -2,6 +2,7 @@
 of core.
 """
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any, Unpack
@@ -133,6 +134,7 @@ def prepare(
     loaded = _moments(moments)
     if calibration is None and loaded is not None:
         loaded.check(source.stacks)
+    _own_config(model)
     sink = _ModelSink(model, source.stacks, QuantFormat.of(chosen))
     split_stacks(source, sink, chosen, loaded, progress)
     freeze(model, chosen.modules_to_save)
@@ -312,6 +314,18 @@ class _ModelSink:
         if factors is not None:
             factors.to(home)
         self.reports.append(split.report())
+
+
+def _own_config(model: PreTrainedModel) -> None:
+    """Give a model a config that no other model shares: preparing writes marks into it.
+
+    Modules that hold the same object follow. Parts of the config, such as text_config, stay shared.
+    """
+    shared = model.config
+    own = copy.copy(shared)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            setattr(module, "config", own)  # noqa: B010 -- Module.__setattr__ is typed for modules
 
 
 def _check_model(model: nn.Module) -> None:

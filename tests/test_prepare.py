@@ -56,6 +56,7 @@ from tests.models import (
     tiny_bert,
     tiny_gpt2,
     tiny_llama,
+    tiny_mixtral,
     tiny_t5,
     tiny_whisper,
 )
@@ -817,3 +818,26 @@ def test_unusable_moments_leave_the_model_as_it_was():
         qrefta.prepare(model, rank=2, refine=0, moments=moments, progress=False)
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("build_model", [tiny_llama, tiny_mixtral])
+def test_a_config_that_models_share_gets_no_marks(build_model, tmp_path):
+    """Another model of the same config is dense, and saves and loads as one."""
+    model = build_model()
+    config = model.config
+    before = config.to_dict()
+    twin = type(model)(config)
+    qrefta.prepare(model, rank=2, progress=False)
+    assert config.to_dict() == before
+    assert getattr(config, "_experts_implementation", None) == getattr(
+        twin.config, "_experts_implementation", None
+    )
+    assert model.config.quantization_config.settings.rank == 2
+    assert all(
+        module.config is model.config
+        for module in model.modules()
+        if isinstance(getattr(module, "config", None), type(config))
+    )
+    twin.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded.eval()), logits(twin.eval()))

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import (
     BaseImageProcessor,
     EarlyStoppingCallback,
+    IntervalStrategy,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
@@ -218,6 +219,11 @@ def finetune(
     settings = {name: value for name, value in settings.items() if value is not None}
     if early_stopping is not None:
         callbacks = [*callbacks, EarlyStoppingCallback(_patience(early_stopping))]
+    if any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks):
+        if args is None and early_stopping is None:
+            early_stopping = 1  # the callback holds the number
+        elif args is not None and early_stopping is None:
+            _check_early_stopping(args)
     settings |= _evaluation_settings(eval_steps, early_stopping)
     if deprecated:
         settings |= _old_settings(deprecated, args)
@@ -256,6 +262,18 @@ def _patience(early_stopping: Any) -> int:
             f"early_stopping is {early_stopping!r}; it must be a number of evaluations, 1 or more"
         )
     return early_stopping
+
+
+def _check_early_stopping(args: TrainingArguments) -> None:
+    """Refuse arguments with which Trainer's EarlyStoppingCallback fails."""
+    if args.eval_strategy == "no" or not args.metric_for_best_model:
+        raise ValueError(
+            "EarlyStoppingCallback compares evaluations during the run, and args ask for none "
+            f"(eval_strategy={IntervalStrategy(args.eval_strategy).value!r}, metric_for_best_model="
+            f"{args.metric_for_best_model!r}). Give finetune(early_stopping=3) instead of the "
+            'callback, or set eval_strategy="steps", eval_steps, save_steps, '
+            'metric_for_best_model="eval_loss" and load_best_model_at_end=True.'
+        )
 
 
 def _evaluation_settings(eval_steps: float | None, early_stopping: int | None) -> dict[str, Any]:

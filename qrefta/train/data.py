@@ -141,7 +141,10 @@ def _find_label(data: Dataset) -> str:
     for name in _LABEL_NAMES:
         if name in data.column_names:
             return name
-    raise ValueError(f"No label column among {data.column_names}; name it with label_column.")
+    raise ValueError(
+        f"No label column among {data.column_names}; name it with label_column, or choose another "
+        "task: lm for running text, sft for conversations."
+    )
 
 
 def _find_texts(data: Dataset, label_column: str) -> list[str]:

@@ -11,7 +11,7 @@ import time
 
 import pytest
 from torch.testing import assert_close
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 import qrefta
 from qrefta.train._finetune import finetune
@@ -197,3 +197,32 @@ def test_the_command_prints_how_to_resume_and_a_used_folder_says_so(tmp_path):
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 2
     assert "Add --resume to go on with it" in " ".join(again.stderr.split())
+
+
+def test_trainers_early_stopping_works_or_says_what_to_do(start, train, tmp_path):
+    """As a callback alone it evaluates; with args that do not evaluate, an error names the way."""
+    with pytest.raises(ValueError, match=r"eval_strategy='no'.*finetune\(early_stopping=3\)"):
+        train(max_steps=4, callbacks=[EarlyStoppingCallback(2)])
+    model = copy.deepcopy(start)
+    result = finetune(
+        model,
+        tiny_tokenizer(),
+        color_data(),
+        tmp_path / "alone",
+        max_steps=20,
+        batch_size=8,
+        learning_rate=3.0,
+        callbacks=[EarlyStoppingCallback(2)],
+    )
+    assert result.steps < 20
+
+
+def test_the_classes_names_are_saved(start, train, tmp_path):
+    model, _ = train(max_steps=1)
+    assert model.config.id2label == {0: "red", 1: "blue"}
+    plain = load_classifier(str(tiny_folder(tmp_path / "dense")), ["a", "b"], 0)
+    plain.config.id2label = {0: "LABEL_0", 1: "LABEL_1"}
+    model = qrefta.prepare(plain, rank=2, progress=False)
+    finetune(model, tiny_tokenizer(), color_data(), tmp_path / "named", max_steps=1)
+    assert qrefta.load(tmp_path / "named").config.id2label == {0: "red", 1: "blue"}
+    assert qrefta.load(tmp_path / "named").config.label2id == {"red": 0, "blue": 1}

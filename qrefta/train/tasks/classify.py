@@ -22,6 +22,7 @@ def text_classes(
         ValueError: if the classes of the data are not the labels of the model.
     """
     check_labels(model, data)
+    name_labels(model, data)
     tokens = tokenize(data, tokenizer, max_length)
     return Recipe(
         tokens["train"],
@@ -59,6 +60,16 @@ def check_labels(model: PreTrainedModel, data: DatasetDict) -> None:
             f"The model has {labels} labels and the data {classes} classes; load the model with "
             f"num_labels={classes}."
         )
+
+
+def name_labels(model: PreTrainedModel, data: DatasetDict) -> None:
+    """Give the model's labels the names of the classes, unless they have names."""
+    config = model.config
+    unnamed = all(name == f"LABEL_{label}" for label, name in (config.id2label or {}).items())
+    if unnamed:
+        names = data["train"].features["label"].names
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: label for label, name in enumerate(names)}
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:

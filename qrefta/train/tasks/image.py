@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from qrefta.train.data import pick_splits, with_test
-from qrefta.train.tasks.classify import accuracy, check_labels
+from qrefta.train.tasks.classify import accuracy, check_labels, name_labels
 from qrefta.train.tasks.recipe import TEST_SHARE, Recipe
 
 _IMAGE_COLUMNS = {"img": "image", "labels": "label", "fine_label": "label"}
@@ -51,6 +51,7 @@ def image_classes(
         ValueError: if the classes of the data are not the labels of the model.
     """
     check_labels(model, data)
+    name_labels(model, data)
 
     def pixels(rows: dict[str, list[Any]]) -> dict[str, Any]:
         colored = [image.convert("RGB") for image in rows["image"]]
