@@ -258,7 +258,13 @@ def kind(method: str) -> str:
 
 
 def score_title(name: str, methods: dict[str, Score]) -> str:
-    """ReFTA against the LoRA of the nearest size; without such a pair the best method."""
+    """ReFTA against the LoRA of the nearest size; without such a pair the best method.
+
+    A single method is compared with nothing, and the title says so.
+    """
+    if len(methods) == 1:
+        (only,) = methods.values()
+        return f"{name}: {only.method} alone so far, {shown(only)} {only.metric}"
     pairs = differences(methods, "refta bits=16", "lora") or differences(methods, "refta", "qlora")
     if not pairs:
         sign = 1 if METRICS[next(iter(methods.values())).metric].more_is_better else -1

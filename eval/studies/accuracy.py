@@ -258,6 +258,7 @@ class Study:
         built = self.built(cell.method, cell.seed)
         row = {"study": "accuracy"} | key | measure(cell, self.load(cell.seed), built)
         append(self.rows, [row], seed=cell.seed)
+        self.known.append(row)
         console.print(
             f"{cell.task}, {cell.method}, seed {cell.seed}, learning rate {cell.learning_rate:g}: "
             f"{row['split']} "

@@ -349,6 +349,8 @@ def test_scores_against_lora(shift, verdict, title):
     rows = score_rows({"refta R=15 bits=16": shift, "refta R=48 bits=16": shift})
     (methods,) = scores.scores(rows).values()
     assert title in scores.score_title("sst2", methods)
+    (name, one), *_ = methods.items()
+    assert f"sst2: {name} alone so far" in scores.score_title("sst2", {name: one})
     assert (
         word("ReFTA: LoRA's score or better with fewer trainable parameters (16", accuracy=rows)
         == verdict
