@@ -69,9 +69,8 @@ def read_recipe(file: Path, command: Command) -> dict[str, Any]:
         if _plain(str(name)) not in names:
             allowed = ", ".join(sorted({_plain(str(known)) for known in names}))
             raise ValueError(f"{file} has {name!r}, which is no option; the options are {allowed}")
-        parameter = names[_plain(str(name))]
         if value is not None:
-            values[parameter] = str(value) if parameter == "rank" else value
+            values[names[_plain(str(name))]] = value
     return values
 
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # eval/ is not part of the i
 # bitsandbytes warns about a missing optional package that is not used here.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-from eval.quickstart import chat, classify
+from eval.quickstart import Options, chat, classify
 from qrefta.cli import quiet_libraries
 
 OUT = Path("runs/quickstart")
@@ -86,11 +86,11 @@ def run(
         if text_column or label_column or header:
             raise typer.BadParameter("columns and labels belong to --task classify")
         sizes = rank or 60, steps or 16, train_rows or 128, test_rows or 32
-        chat.run(model, dataset, *sizes, out, rows, seed)
+        chat.run(Options(model, dataset, *sizes, out, rows, seed))
     else:
         sizes = rank or 48, steps or 100, train_rows or 2000, test_rows or 500
         columns = text_column, label_column, header
-        classify.run(model, dataset, *sizes, out, rows, seed, *columns)
+        classify.run(Options(model, dataset, *sizes, out, rows, seed), *columns)
 
 
 if __name__ == "__main__":

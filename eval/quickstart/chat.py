@@ -27,6 +27,7 @@ from transformers import (
 
 import qrefta
 from eval.peers.baselines import qlora
+from eval.quickstart import Options
 from eval.rows import append
 from eval.tasks.questions import docstring_questions
 from eval.tasks.smollm2 import NAME, cache_folder, smollm2_folder
@@ -65,18 +66,9 @@ class Numbers(NamedTuple):
     peak_bytes: int
 
 
-def run(
-    model: str | None,
-    dataset: str | None,
-    rank: int,
-    steps: int,
-    train_rows: int,
-    test_rows: int,
-    out: Path,
-    rows: Path | None,
-    seed: int,
-) -> None:
+def run(options: Options) -> None:
     """Prepare, train, save, reload and merge; QLoRA trains on the same rows, order and steps."""
+    model, dataset, rank, steps, train_rows, test_rows, out, rows, seed = options
     start = time.perf_counter()
     source = model or str(smollm2_folder(cache_folder()))
     tokenizer = AutoTokenizer.from_pretrained(source)

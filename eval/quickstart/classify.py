@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import qrefta
 from eval.peers.baselines import adapted_layers
+from eval.quickstart import Options
 from eval.rows import append
 from eval.tasks.demo import docstring_sentences, model_folder
 from qrefta import FinetuneResult, finetune
@@ -31,20 +32,13 @@ console = Console()
 
 
 def run(
-    model: str | None,
-    dataset: str | None,
-    rank: int,
-    steps: int,
-    train_rows: int,
-    test_rows: int,
-    out: Path,
-    rows: Path | None,
-    seed: int,
+    options: Options,
     text_column: list[str] | None,
     label_column: str | None,
     header: list[str] | None,
 ) -> None:
     """Prepare, train, save, reload and merge a model in 4 bits, with two 16-bit baselines."""
+    model, dataset, rank, steps, train_rows, test_rows, out, rows, seed = options
     source = model or str(model_folder())
     if dataset is None:
         data = docstring_sentences(train_size=train_rows, test_size=test_rows)

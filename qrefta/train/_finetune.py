@@ -217,14 +217,13 @@ def finetune(
     if loss not in LOSSES:
         raise ValueError(f"loss is {loss!r}; it must be one of {', '.join(LOSSES)}")
     settings = {name: value for name, value in settings.items() if value is not None}
+    given = any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks)
     if early_stopping is not None:
         callbacks = [*callbacks, EarlyStoppingCallback(_patience(early_stopping))]
-    if any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks):
-        if args is None and early_stopping is None:
-            early_stopping = 1  # the callback holds the number
-        elif args is not None and early_stopping is None:
-            _check_early_stopping(args)
-    settings |= _evaluation_settings(eval_steps, early_stopping)
+    elif given and args is not None:
+        _check_early_stopping(args)
+    stops = early_stopping is not None or (given and args is None)
+    settings |= _evaluation_settings(eval_steps, stops)
     if deprecated:
         settings |= _old_settings(deprecated, args)
     together = processes()  # before TrainingArguments, whose processes wait less long for the first
@@ -276,9 +275,9 @@ def _check_early_stopping(args: TrainingArguments) -> None:
         )
 
 
-def _evaluation_settings(eval_steps: float | None, early_stopping: int | None) -> dict[str, Any]:
+def _evaluation_settings(eval_steps: float | None, stops: bool) -> dict[str, Any]:
     """Settings for evaluations during the run; the model that is kept has to be saved as often."""
-    if eval_steps is None and early_stopping is None:
+    if eval_steps is None and not stops:
         return {}
     every = _PART_OF_RUN if eval_steps is None else eval_steps
     if isinstance(every, bool) or not every > 0:
@@ -287,7 +286,7 @@ def _evaluation_settings(eval_steps: float | None, early_stopping: int | None) -
             "between 0 and 1"
         )
     settings: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": every}
-    if early_stopping is not None:
+    if stops:
         settings |= {
             "save_steps": every,
             "load_best_model_at_end": True,

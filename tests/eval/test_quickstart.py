@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.quickstart import chat
+from eval.quickstart import Options, chat
 from eval.report.readme_table import quickstart_chat_table
 from eval.rows import read
 from eval.tasks import questions
@@ -79,17 +79,8 @@ def test_the_whole_run_on_a_small_model(tmp_path, capsys):
     data = tmp_path / "chat.jsonl"
     data.write_text((json.dumps({"messages": turns}) + "\n") * 60)
     rows = tmp_path / "rows.jsonl"
-    chat.run(
-        str(source),
-        str(data),
-        2 * dense.config.num_hidden_layers,
-        3,
-        40,
-        6,
-        tmp_path / "out",
-        rows,
-        0,
-    )
+    sizes = (2 * dense.config.num_hidden_layers, 3, 40, 6)
+    chat.run(Options(str(source), str(data), *sizes, tmp_path / "out", rows, 0))
     printed = capsys.readouterr().out
     for words in ("bitsandbytes NF4", "QLoRA r=2", "Answers of the 4-bit model", "qrefta chat"):
         assert words in printed
