@@ -10,11 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
+from qrefta.choices import AUTO_RANK
 from qrefta.config import Settings, parse_rank
 
 # Fields whose option has another type or name than the field.
 _SPECIAL: dict[str, tuple[Any, Any, str]] = {
-    "rank": (str, "16", "--rank"),
+    "rank": (str, AUTO_RANK, "--rank"),
     "target_modules": (list[str] | None, None, "--target"),
     "modules_to_save": (list[str] | None, None, "--modules-to-save"),
 }
@@ -94,7 +95,7 @@ def _settings(values: dict[str, Any]) -> dict[str, Any]:
         values["target_modules"] = regex
     old = {name: values.pop(name) for name in _OLD_OPTIONS}
     given = {name: value for name, value in old.items() if value is not None}
-    if given or values["rank"] == "auto":
+    if given:
         values["rank"] = _rank_of_old_options(values["rank"], given)
     values["rank"] = parse_rank(values["rank"])
     return values
@@ -104,7 +105,7 @@ def _rank_of_old_options(rank: str, given: dict[str, Any]) -> str:
     """The text of --rank that the options of qrefta 0.1 stand for, with a note on stderr."""
     if len(given) != 1:
         raise ValueError(
-            f"--rank {rank} came with {given or 'no budget'}; give one rank or budget: --rank 16, "
+            f"--rank {rank} came with {given}; give one rank or budget: --rank auto, 16, "
             "24,100,100, bytes=8MB, error=0.5 or parameters=300000"
         )
     ((name, value),) = given.items()

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta._compat.transformers import dequantized_gguf, has_peft_adapter
-from qrefta.choices import Bits
+from qrefta.choices import AUTO_RANK, Bits
 from qrefta.config import (
     LayerStack,
     Rank,
@@ -50,7 +50,7 @@ from qrefta.split.stack_split import StackSplit
 def prepare(
     model: PreTrainedModel,
     bits: Bits = 4,
-    rank: RankSetting = 16,
+    rank: RankSetting = AUTO_RANK,
     *,
     calibration: Calibration | None = None,
     moments: Moments | str | Path | None = None,
@@ -154,7 +154,7 @@ def prepare_checkpoint(
     source: str | Path,
     out: str | Path,
     bits: Bits = 4,
-    rank: RankSetting = 16,
+    rank: RankSetting = AUTO_RANK,
     *,
     moments: Moments | str | Path | None = None,
     device: torch.device | str = "cpu",

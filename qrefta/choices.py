@@ -33,6 +33,8 @@ OPTIMIZER_NAMES: tuple[Optimizer, ...] = get_args(Optimizer)
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
 AUTO_RATE = "auto"  # as learning rate: the best measured one for the method
+AUTO_RANK: Literal["auto"] = "auto"  # as rank: COMPONENTS_PER_LAYER times the layers of a stack
+COMPONENTS_PER_LAYER = 2
 GENERIC_TEXT = "text"  # as calibration: the docstrings of the standard library
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)

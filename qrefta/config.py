@@ -14,9 +14,10 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any, Self, TypedDict, TypeVar
+from typing import Any, Literal, Self, TypedDict, TypeVar
 
 from qrefta.choices import (
+    AUTO_RANK,
     BITS,
     BLOCK_SIZES,
     CODES,
@@ -97,11 +98,11 @@ class RankBudget:
 
 
 Rank = int | tuple[int, ...]  # of one stack, as its method takes it
-RankSetting = int | Sequence[int] | RankBudget
+RankSetting = int | Sequence[int] | RankBudget | Literal["auto"]
 
 
 def parse_rank(text: str) -> RankSetting:
-    """A rank from the command line: `16`, `24,100,100`, `bytes=8MB`, `error=0.5` or
+    """A rank from the command line: `auto`, `16`, `24,100,100`, `bytes=8MB`, `error=0.5` or
     `parameters=300000`.
 
     Raises:
@@ -109,6 +110,8 @@ def parse_rank(text: str) -> RankSetting:
     """
     name, equals, value = text.partition("=")
     try:
+        if text == AUTO_RANK:
+            return AUTO_RANK
         if not equals:
             numbers = tuple(int(part) for part in text.split(","))
             return numbers[0] if len(numbers) == 1 else numbers
@@ -122,8 +125,8 @@ def parse_rank(text: str) -> RankSetting:
         if "RankBudget" in str(error):
             raise
     raise ValueError(
-        f"rank is {text!r}; it must be a whole number (16), three for craft (24,100,100), or a "
-        "budget: bytes=8MB, error=0.5 or parameters=300000"
+        f"rank is {text!r}; it must be auto, a whole number (16), three for craft (24,100,100), "
+        "or a budget: bytes=8MB, error=0.5 or parameters=300000"
     )
 
 
@@ -159,18 +162,17 @@ def with_new_rank(keywords: dict[str, Any]) -> dict[str, Any]:
     """
     kept = {name: value for name, value in keywords.items() if name not in OLD_RANK_SETTINGS}
     old = {name: keywords.get(name) for name in OLD_RANK_SETTINGS}
-    rank = kept.get("rank", 16)
+    rank = kept.get("rank", AUTO_RANK)
     given = {name: value for name, value in old.items() if value is not None}
-    if not given and rank != "auto":
+    if not given:
         return kept
     if len(given) != 1:
         raise ValueError(
-            f'rank is {rank!r} with {given or "no budget"}; rank="auto" needs either budget_mb or '
-            "error_ratio, and of ranks, trained_params, budget_mb and error_ratio only one can be "
-            "given. A RankBudget as rank replaces all of them."
+            f"rank came with {given}; of ranks, trained_params, budget_mb and error_ratio only one "
+            "can be given. A RankBudget as rank replaces all of them."
         )
     ((name, value),) = given.items()
-    if (name in ("budget_mb", "error_ratio")) != (rank == "auto"):
+    if name in ("budget_mb", "error_ratio") and rank != AUTO_RANK:
         raise ValueError(
             f'budget_mb and error_ratio go with rank="auto"; rank is {rank!r} with {name}={value!r}'
         )
@@ -218,13 +220,18 @@ def _check_method(name: str, value: Any) -> Any:
 
 
 def _check_rank(name: str, value: Any) -> RankSetting:
-    if isinstance(value, RankBudget):
+    if isinstance(value, RankBudget) or value == AUTO_RANK:
         return value
     budgets = {budget.name for budget in fields(RankBudget)}
     if isinstance(value, dict) and value.keys() <= budgets:  # from a saved config
         return RankBudget(**value)
     if isinstance(value, Sequence) and not isinstance(value, str):
         return tuple(_whole(f"each number of {name}", number, 1) for number in value)
+    if isinstance(value, str):
+        raise ValueError(
+            f'{name} is {value!r}; it must be a whole number, 0 or more, "auto", three numbers for '
+            "craft, or a RankBudget"
+        )
     return _whole(name, value, 0)
 
 
@@ -272,7 +279,8 @@ class Settings:
     Attributes:
         bits: 4, or 16 to keep the residual in 16 bits (an ablation without quantization error).
         rank: R, the number of components that every target stack keeps over all its layers
-            together; a stack has R (in + out) trainable parameters. 0 quantizes only. A tuple
+            together; a stack has R (in + out) trainable parameters. "auto": twice the number of
+            its layers, which trains as much as LoRA with r = 2 does. 0 quantizes only. A tuple
             (layers, outputs, inputs) for method craft, each capped at the stack's size. A
             `RankBudget` chooses the ranks.
         method: windows, an update from zero whose components neighbouring layers share; refta,
@@ -312,11 +320,11 @@ class Settings:
         default=4, metadata=_one_of(BITS, "4, or 16 to leave the residual unquantized (ablation).")
     )
     rank: RankSetting = field(
-        default=16,
+        default=AUTO_RANK,
         metadata=_checked(
             _check_rank,
-            "Components of every stack over all its layers; or 24,100,100 for craft; or a budget: "
-            "bytes=8MB, error=0.5, parameters=300000.",
+            "Components of every stack over all its layers, auto: twice its layers; or 24,100,100 "
+            "for craft; or a budget: bytes=8MB, error=0.5, parameters=300000.",
         ),
     )
     method: Method = field(default="windows", metadata=_checked(_check_method, "Tensor method."))
@@ -476,10 +484,9 @@ def settings_of_call(function: str, keywords: dict[str, Any]) -> Settings:
             f"{function}() got an unexpected keyword {unknown[0]!r}; the settings are {listed}"
         )
     old = sorted(keywords.keys() & set(OLD_RANK_SETTINGS))
-    if old or keywords.get("rank") == "auto":
-        named = ", ".join(old) or 'rank="auto"'
+    if old:
         warnings.warn(
-            f"{named} is deprecated; give a tuple or a qrefta.RankBudget as rank.",
+            f"{', '.join(old)} is deprecated; give a tuple or a qrefta.RankBudget as rank.",
             DeprecationWarning,
             stacklevel=3,
         )

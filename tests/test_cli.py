@@ -107,7 +107,7 @@ def test_other_methods_are_prepared_and_trained(dense, rows, tmp_path):
     (rank,) = {row["rank"] for row in reports}
     assert rank == 500 // (4 * sum(row["layers"] for row in reports))
     assert {row["ratio"] for row in reports} == {1.0}
-    with pytest.raises(ValueError, match="rank is 'auto,2,3'; it must be a whole number"):
+    with pytest.raises(ValueError, match="rank is 'auto,2,3'; it must be auto, a whole number"):
         invoke("prepare", dense, tmp_path / "none", "--method", "craft", "--rank", "auto,2,3")
 
 

@@ -207,6 +207,7 @@ def test_a_setting_without_effect_is_told(setting):
 @pytest.mark.parametrize(
     ("text", "rank"),
     [
+        ("auto", "auto"),
         ("16", 16),
         ("24,100,100", (24, 100, 100)),
         ("bytes=8MB", RankBudget(bytes=8_000_000)),
@@ -219,9 +220,9 @@ def test_a_rank_is_read_from_text(text, rank):
     assert parse_rank(text) == rank
 
 
-@pytest.mark.parametrize("text", ["", "many", "1.5", "2,x", "size=3", "parameters=few", "auto"])
+@pytest.mark.parametrize("text", ["", "many", "1.5", "2,x", "size=3", "parameters=few", "auto,2"])
 def test_other_text_for_a_rank_is_refused_with_the_forms(text):
-    with pytest.raises(ValueError, match=r"it must be a whole number \(16\), three for craft"):
+    with pytest.raises(ValueError, match=r"it must be auto, a whole number \(16\), three"):
         parse_rank(text)
 
 

@@ -18,7 +18,7 @@ from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportPrivateImportU
 from torch.optim import AdamW
 
 from qrefta._compat.transformers import enable_checkpointing
-from qrefta.choices import DTYPES, OPTIMIZER_NAMES, Bits, Dtype, Optimizer
+from qrefta.choices import AUTO_RANK, DTYPES, OPTIMIZER_NAMES, Bits, Dtype, Optimizer
 from qrefta.config import (
     RankSetting,
     Settings,
@@ -31,6 +31,7 @@ from qrefta.memory.footprint import CHECKPOINTING, count_step, fake
 from qrefta.memory.meta_model import ModelSource, Outline
 from qrefta.methods import METHODS
 from qrefta.model.stacks import select_stacks
+from qrefta.split.allocate import given_ranks
 
 OPTIMIZERS: dict[Optimizer, Callable[..., torch.optim.Optimizer]] = {
     # As on CUDA, where one call updates all parameters, with one more copy of them on the way.
@@ -107,7 +108,7 @@ def plan(
     gradient_checkpointing: bool = False,
     optimizer: Optimizer = "adamw",
     bits: Bits = 4,
-    rank: RankSetting = 16,
+    rank: RankSetting = AUTO_RANK,
     **settings: Unpack[SettingsKeywords],
 ) -> Plan:
     """Memory of a training step of the model that `prepare` would make, and whether it fits on a
@@ -236,8 +237,8 @@ def _largest_batch(outline: Outline, case: _Case, planned: Plan, available: int)
 
 
 def _largest_rank(outline: Outline, case: _Case, planned: Plan, available: int) -> int | None:
-    rank = case.settings.rank
-    if not isinstance(rank, int):
+    rank = _rank_of_all(outline, case.settings)
+    if rank is None:
         return None
 
     def total(rank: int) -> int:
@@ -248,6 +249,14 @@ def _largest_rank(outline: Outline, case: _Case, planned: Plan, available: int) 
     most = min(method.largest_rank(*stack.shape) for stack in targets)
     without = planned.total_bytes - planned.factors_bytes - planned.optimizer_bytes
     return _largest(total, available, without, (rank, planned.total_bytes), most)
+
+
+def _rank_of_all(outline: Outline, settings: Settings) -> int | None:
+    """The rank that all target stacks have; None if they differ or it is not one number."""
+    targets = select_stacks(outline.stacks, settings.target_modules)
+    ranks = set(given_ranks(targets, settings).values())
+    (rank,) = ranks if len(ranks) == 1 else (None,)
+    return rank if isinstance(rank, int) else None
 
 
 def _largest(
@@ -303,8 +312,9 @@ def _changes(outline: Outline, case: _Case) -> dict[str, _Case]:
         changes[f"batch {case.batch // 2}"] = replace(case, batch=case.batch // 2)
     if case.seq is not None and case.seq > 1:
         changes[f"seq {case.seq // 2}"] = replace(case, seq=case.seq // 2)
-    if isinstance(settings.rank, int) and settings.rank > 1:
-        half = settings.rank // 2
+    rank = _rank_of_all(outline, settings)
+    if rank is not None and rank > 1:
+        half = rank // 2
         changes[f"rank {half}"] = case.with_settings(rank=half)
     if case.optimizer == "adamw":
         changes["optimizer adamw_8bit"] = replace(case, optimizer="adamw_8bit")

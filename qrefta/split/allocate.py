@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from tqdm.auto import tqdm
 
+from qrefta.choices import AUTO_RANK, COMPONENTS_PER_LAYER
 from qrefta.config import LayerStack, Rank, RankBudget, Settings, StackReport
 from qrefta.linalg.tsvd import squared_norm
 from qrefta.methods import METHODS
@@ -97,6 +98,8 @@ def given_ranks(targets: list[LayerStack], settings: Settings) -> dict[LayerStac
     rank = settings.rank
     if rank == 0:
         return dict.fromkeys(targets, 0)
+    if rank == AUTO_RANK:
+        return {stack: _auto_rank(method, stack) for stack in targets}
     if isinstance(rank, RankBudget):
         if settings.weighs_error:
             raise ValueError(
@@ -115,6 +118,12 @@ def given_ranks(targets: list[LayerStack], settings: Settings) -> dict[LayerStac
         )
     asked = rank if isinstance(rank, int) else tuple(rank)
     return {stack: method.rank_of(*stack.shape, asked) for stack in targets}
+
+
+def _auto_rank(method: type[Factors], stack: LayerStack) -> Rank:
+    """The rank by default, or the largest of a stack that takes less."""
+    rank = COMPONENTS_PER_LAYER * len(stack.modules)  # of experts the blocks, not the slices
+    return method.rank_of(*stack.shape, min(rank, method.largest_rank(*stack.shape)))
 
 
 def _common_ranks(

@@ -2,6 +2,8 @@ import copy
 from collections import Counter
 
 import pytest
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
 import qrefta
 from qrefta.config import RankBudget, Settings
@@ -110,8 +112,7 @@ def test_the_choice_is_printed_stored_and_loaded(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": "auto"}, "needs either budget_mb"),
-        ({"rank": "auto", "budget_mb": 1, "error_ratio": 0.5}, "needs either budget_mb"),
+        ({"rank": "auto", "budget_mb": 1, "error_ratio": 0.5}, "only one can be given"),
         ({"rank": 4, "budget_mb": 1}, 'go with rank="auto"'),
         ({"rank": "auto", "budget_mb": -1}, "must be a positive number"),
         ({"rank": "auto", "error_ratio": 1.5}, "error_ratio is 1.5"),
@@ -135,3 +136,28 @@ def test_bytes_give_other_methods_the_largest_common_rank(method):
     assert factor_bytes(model) <= budget.bytes < factor_bytes(larger)
     with pytest.raises(ValueError, match=r"budget is 10 bytes, but rank 1 of the 6 stacks has \d+"):
         qrefta.prepare(tiny_bert(), method=method, rank=RankBudget(bytes=10))
+
+
+@pytest.mark.parametrize("method", ["windows", "refta", "lorta"])
+def test_the_rank_by_default_trains_as_much_as_lora_of_rank_two(method):
+    dense = tiny_bert()
+    targets = [path for stack in find_stacks(dense) for path in stack.modules]
+    lora = get_peft_model(copy.deepcopy(dense), LoraConfig(r=2, target_modules=targets))
+    expected = sum(value.numel() for value in lora.parameters() if value.requires_grad)
+    model = qrefta.prepare(dense, method=method)
+    factors = list(getattr(model, BANK).values())
+    assert {row["rank"] for row in qrefta.quant_report(model)} == {2 * factors[0].layers}
+    trained = sum(value.numel() for made in factors for value in made.trained())
+    # ReFTA's bf16 factors and LoRTA's may add one number a component or a layer.
+    assert expected <= trained <= 1.1 * expected
+
+
+def test_the_rank_by_default_is_at_most_the_largest_of_a_stack():
+    """ReFTA has at most min(in, out) components a layer."""
+    dense = tiny_bert()
+    for layer in dense.bert.encoder.layer:
+        layer.attention.self.query = nn.Linear(dense.config.hidden_size, 1)
+    model = qrefta.prepare(dense, method="refta", target_modules=["query", "key"])
+    layers = dense.config.num_hidden_layers
+    ranks = {row["stack"].rsplit(".")[-1]: row["rank"] for row in qrefta.quant_report(model)}
+    assert (ranks["query"], ranks["key"]) == (layers, 2 * layers)
