@@ -4,7 +4,7 @@ The floor is the frozen 4-bit model: forward, and backward to its inputs, throug
 without factors and through bitsandbytes' layers. The peers are PEFT's QLoRA (r = 16, 8, and the r
 with as many parameters as R = 64; also with dropout, as in its paper), PEFT's LoRA and VeRA on
 unquantized weights, and a form that rebuilds the principal part as a dense matrix in every step.
-qrefta runs with ReFTA, CRAFT and TeRA.
+qrefta runs with its default method (windows), ReFTA, CRAFT and TeRA.
 
 All methods adapt every linear layer of the blocks and store NF4 with double quantization. All but
 the floors take an AdamW step. Weights are random. Time is the median over alternated repetitions;
@@ -30,6 +30,7 @@ from eval.memory import tensor_peak
 from eval.peers.baselines import lora, qlora, quantize_layers, vera
 from eval.rows import append
 from qrefta._compat.transformers import enable_checkpointing
+from qrefta.choices import COMPONENTS_PER_LAYER
 from qrefta.cli import guarded
 from qrefta.methods import METHODS
 from qrefta.model.stacks import replace_module
@@ -201,10 +202,15 @@ def _ratios(prefix: str, values: dict[str, float], name: str) -> dict[str, float
 
 
 def method_names(setting: str, ranks: str) -> list[str]:
-    """All methods, the floor first; QLoRA with r = 64 / layers has the size of R = 64."""
-    matched = max(1, round(64 / SETTINGS[setting].config["num_hidden_layers"]))
-    lora = [f"qlora r={r}" for r in dict.fromkeys([16, 8, matched])]
-    ours = [f"qrefta R={rank}" for rank in ranks.split(",")]
+    """All methods, the floor first.
+
+    QLoRA with r = 64 / layers has the size of R = 64, and with r = 2 that of the default rank.
+    """
+    layers = SETTINGS[setting].config["num_hidden_layers"]
+    matched = max(1, round(64 / layers))
+    lora = [f"qlora r={r}" for r in dict.fromkeys([16, 8, matched, COMPONENTS_PER_LAYER])]
+    windows = [f"windows R={rank}" for rank in (COMPONENTS_PER_LAYER * layers, 64)]
+    ours = [*windows, *(f"qrefta R={rank}" for rank in ranks.split(","))]
     peers = ["qlora r=16 dropout=0.05", "lora r=16", "vera r=256", "rebuilding R=64"]
     return ["floor", "floor bitsandbytes", *lora, *peers, *ours, "craft R=64", "tera R=64"]
 

@@ -63,7 +63,8 @@ def test_trainable_parameters_of_each_method(rows):
         == counts["lora r=16"]
         == 2 * 16 * sums
     )
-    assert counts["qlora r=32"] == counts["qrefta R=64"]
+    assert counts["qlora r=32"] == counts["qrefta R=64"] == counts["windows R=64"]
+    assert counts["qlora r=2"] == counts["windows R=4"] == 4 * sums
 
 
 def test_rebuilding_needs_more_memory_than_the_same_factors_without(rows):
