@@ -6,10 +6,10 @@ from typing import Literal, get_args
 
 Method = Literal["refta", "craft", "tera", "lotr", "lorta", "windows"]
 Transform = Literal["lsm3", "dct", "identity"]
-QuantType = Literal["nf4", "fp4", "int4"]
+QuantType = Literal["nf4", "fp4", "int4", "nf3", "int3", "nf2", "int2"]
 Scales = Literal["searched", "absmax"]
 Codes = Literal["feedback", "nearest"]
-Bits = Literal[4, 16]
+Bits = Literal[4, 3, 2, 16]
 FactorDtype = Literal["bfloat16", "float32"]
 Task = Literal["classify", "lm", "sft", "dpo", "grpo", "image"]
 Loss = Literal["all", "last"]
@@ -37,7 +37,14 @@ AUTO_RANK: Literal["auto"] = "auto"  # as rank: COMPONENTS_PER_LAYER times the l
 COMPONENTS_PER_LAYER = 2
 GENERIC_TEXT = "text"  # as calibration: the docstrings of the standard library
 
+BITSANDBYTES_TYPES: tuple[QuantType, ...] = ("nf4", "fp4")  # the others are ours
+
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 # Methods whose factors are fitted to the weights, with the mode-3 transforms that they take.
 FITTED: dict[Method, tuple[Transform, ...]] = {"refta": TRANSFORMS, "craft": ("lsm3",)}
+
+
+def bits_of(quant_type: QuantType) -> int:
+    """Bits of a code of a format."""
+    return int(quant_type[-1])

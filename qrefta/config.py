@@ -34,6 +34,7 @@ from qrefta.choices import (
     QuantType,
     Scales,
     Transform,
+    bits_of,
 )
 
 FORMAT_VERSION = 3
@@ -190,10 +191,10 @@ def _rank_from_old(name: str, value: Any) -> RankSetting:
 
 
 def _one_of(allowed: Sequence[Any], text: str) -> dict[str, Any]:
-    """Metadata of a field that takes one of some values of one type."""
+    """Metadata of a field that takes one of some values, each of the type that it has here."""
 
     def check(name: str, value: Any) -> Any:
-        if value not in allowed or type(value) is not type(allowed[0]):
+        if not any(value == one and type(value) is type(one) for one in allowed):
             listed = ", ".join(map(str, allowed))
             raise ValueError(f"{name} is {value!r}; it must be one of {listed}")
         return value
@@ -277,7 +278,8 @@ class Settings:
     """Everything that decides how a model is prepared.
 
     Attributes:
-        bits: 4, or 16 to keep the residual in 16 bits (an ablation without quantization error).
+        bits: 4, 3 or 2; or 16 to keep the residual in 16 bits (an ablation without quantization
+            error).
         rank: R, the number of components that every target stack keeps over all its layers
             together; a stack has R (in + out) trainable parameters. "auto": twice the number of
             its layers, which trains as much as LoRA with r = 2 does. 0 quantizes only. A tuple
@@ -288,9 +290,9 @@ class Settings:
             trains three small square matrices a stack; or tera, lotr or lorta, also from zero.
         transform: mode-3 transform: lsm3 (from the data), dct, or identity (each layer by itself).
             craft takes lsm3; methods that start from zero use none.
-        quant_type: 4-bit format.
+        quant_type: format of these bits. Default: nf4, nf3 or nf2.
         block_size: weights that share a scale.
-        double_quant: store the scales in 8 bits, as QLoRA does.
+        double_quant: store the scales in 8 bits, as QLoRA does. Default: with fewer than 4 bits.
         scales: searched: the scale of every block is the best of twelve, of both signs, weighted by
             the second moments of the inputs; without moments the best of six for NF4, which
             change the largest magnitude little. absmax: the largest magnitude.
@@ -317,7 +319,8 @@ class Settings:
     """
 
     bits: Bits = field(
-        default=4, metadata=_one_of(BITS, "4, or 16 to leave the residual unquantized (ablation).")
+        default=4,
+        metadata=_one_of(BITS, "Bits of a weight; 16 leaves the residual unquantized (ablation)."),
     )
     rank: RankSetting = field(
         default=AUTO_RANK,
@@ -329,12 +332,18 @@ class Settings:
     )
     method: Method = field(default="windows", metadata=_checked(_check_method, "Tensor method."))
     transform: Transform = field(default="lsm3", metadata=_one_of(TRANSFORMS, "Mode-3 transform."))
-    quant_type: QuantType = field(default="nf4", metadata=_one_of(QUANT_TYPES, "4-bit format."))
+    quant_type: QuantType | None = field(
+        default=None,
+        metadata=_one_of((None, *QUANT_TYPES), "Format of the weights; default: nf4, nf3 or nf2."),
+    )
     block_size: int = field(
         default=64, metadata=_one_of(BLOCK_SIZES, "Weights that share a scale.")
     )
-    double_quant: bool = field(
-        default=False, metadata=_one_of((False, True), "Store the scales in 8 bits.")
+    double_quant: bool | None = field(
+        default=None,
+        metadata=_one_of(
+            (None, False, True), "Store the scales in 8 bits; default: with fewer than 4 bits."
+        ),
     )
     scales: Scales = field(
         default="searched",
@@ -372,6 +381,12 @@ class Settings:
         for setting in fields(self):
             value = setting.metadata["check"](setting.name, getattr(self, setting.name))
             object.__setattr__(self, setting.name, value)
+        if self.bits != 16:
+            if self.quant_type is None:
+                object.__setattr__(self, "quant_type", f"nf{self.bits}")
+            if self.double_quant is None:
+                object.__setattr__(self, "double_quant", self.bits < 4)
+            self._check_quant_type()
         transforms = FITTED.get(self.method, TRANSFORMS)
         if self.transform not in transforms:
             raise ValueError(
@@ -390,6 +405,19 @@ class Settings:
                 'whose rank does not change the error; give method="refta", a number as rank, or '
                 "a RankBudget of bytes or trainable_parameters"
             )
+
+    def _check_quant_type(self) -> None:
+        fitting = [name for name in QUANT_TYPES if bits_of(name) == self.bits]
+        if self.quant_type not in fitting:
+            raise ValueError(
+                f"quant_type is {self.quant_type!r} and bits is {self.bits}; with bits="
+                f"{self.bits} it must be one of {', '.join(fitting)}"
+            )
+
+    @property
+    def format_name(self) -> str:
+        """The format of the weights in words: "NF4", or "16 bits"."""
+        return "16 bits" if self.quant_type is None or self.bits == 16 else self.quant_type.upper()
 
     @property
     def weighs_error(self) -> bool:
@@ -431,9 +459,9 @@ class SettingsKeywords(TypedDict, total=False):
 
     method: Method
     transform: Transform
-    quant_type: QuantType
+    quant_type: QuantType | None
     block_size: int
-    double_quant: bool
+    double_quant: bool | None
     scales: Scales
     rounding: Codes
     target_modules: str | Sequence[str] | None
@@ -579,7 +607,7 @@ class StackReport:
         slice_ranks: components of each transformed slice, which sum to `rank`; empty for methods
             without.
         transform: mode-3 transform; None if the factors are not fitted to the weights.
-        quant_type: 4-bit format; None with 16 bits.
+        quant_type: format of the weights; None with 16 bits.
         baseline_error: ||W - Q(W)||_F^2, the error of quantizing unsplit weights (a Gaussian-zero
             start).
         residual_error: ||W_res - Q(W_res)||_F^2, as stored; 0 with 16 bits.

@@ -44,7 +44,11 @@ def model_card(config: QReftaConfig, did: str = "", use: str = _USE) -> str:
         base_model=config.base_model,
         license=base_license(config.base_model),
         library_name="transformers",
-        tags=["qrefta", settings.method, *([settings.quant_type] if settings.bits == 4 else [])],
+        tags=[
+            "qrefta",
+            settings.method,
+            *([] if settings.bits == 16 else [settings.format_name.lower()]),
+        ],
     )
     source = config.base_model or "a model that was not named"
     licence = data.license or "see the page of the base model; it covers these weights too"
@@ -84,7 +88,7 @@ def _format(config: QReftaConfig) -> str:
     settings = config.settings
     if settings.bits == 16:
         return "16 bits"
-    words = f"{settings.quant_type.upper()} in blocks of {settings.block_size}"
+    words = f"{settings.format_name} in blocks of {settings.block_size}"
     if settings.double_quant:
         words += ", scales in 8 bits"
     if settings.searches_scales(config.calibrated):

@@ -1,4 +1,4 @@
-"""4-bit bases of a model, ours and the peers', as dense weights; and which of them are measured.
+"""Bases of a model in few bits, ours and the peers', as dense weights; and which are measured.
 
 A base replaces the weights of all linear layers of the blocks. It is computed on a fresh dense
 model and written back to it, dequantized and with its factors added: on a CPU a dense product is
@@ -38,6 +38,7 @@ R = 64  # of our bases with factors where one R is measured
 RANKS = (16, 64, 128, 240)
 PEER_RANKS = (64, 240)
 LOFTQ_ROUNDS = 5
+CORRECTIONS = (("loftq", 0), ("qera", TEXT))  # peers that correct a quantization error, and tokens
 
 
 class Base(NamedTuple):
@@ -47,7 +48,7 @@ class Base(NamedTuple):
         maker: bitsandbytes, gptq, pissa, loftq, qera or qrefta.
         rank: R of a stack. Peers get as many components over its layers together.
         calibration: tokens of text; 0 for none.
-        quant_type, block_size, double_quant: the 4-bit format.
+        quant_type, block_size, double_quant: the format.
         scales, rounding, refine: of qrefta; None for its defaults.
         generic: calibrated on `prepare`'s generic text instead of text like the first measured one.
     """
@@ -80,7 +81,7 @@ class Base(NamedTuple):
 
     @property
     def format(self) -> QuantFormat:
-        """Its 4-bit format."""
+        """Its format."""
         return QuantFormat(self.quant_type, self.block_size, self.double_quant)
 
 
@@ -109,6 +110,7 @@ def sets_of_bases() -> dict[str, list[Base]]:
         "refinements": _refinements(),
         "ranks": _ranks(),
         "formats": _formats(),
+        "bits": _fewer_bits(),
         "calibration": [
             Base("gptq", calibration=LITTLE_TEXT),
             CALIBRATED(calibration=LITTLE_TEXT),
@@ -185,6 +187,29 @@ def _formats() -> list[Base]:
     return [base for base in found if base not in same]
 
 
+def _fewer_bits() -> list[Base]:
+    """Three and two bits with scales in 8 bits: plain, with peers' corrections, and ours by R and
+    block size.
+    """
+    found = []
+    for kind in ("nf3", "nf2"):
+        one: dict[str, Any] = {"quant_type": kind, "double_quant": True}
+        found += [Base(scales="absmax", rounding="nearest", **one), UNCALIBRATED(**one)]
+        found += [
+            Base(maker, rank=max(RANKS), calibration=tokens, **one) for maker, tokens in CORRECTIONS
+        ]
+        found += [CALIBRATED(**one)]
+        found += [CALIBRATED(rank=rank, refine=1, **one) for rank in RANKS]
+        found += [
+            CALIBRATED(rank=max(RANKS), refine=1, **one | {"block_size": size})
+            for size in (32, 128)
+        ]
+        integers = one | {"quant_type": kind.replace("nf", "int")}
+        found += [CALIBRATED(**integers)]
+        found += [Base("gptq", calibration=TEXT, **levels) for levels in (one, integers)]
+    return found
+
+
 def encoder_bases() -> list[Base]:
     """The bases of a sentence encoder: fewer, since one set answers all questions."""
     ranks = (48, 192)
@@ -229,7 +254,15 @@ def _prepare(
     """Bits a weight and settings of our base; the model gets dense weights again."""
     names = ("quant_type", "block_size", "double_quant", "scales", "rounding", "refine")
     given = {name: getattr(base, name) for name in names if getattr(base, name) is not None}
-    qrefta.prepare(model, method="refta", rank=base.rank, moments=moments, progress=False, **given)
+    qrefta.prepare(
+        model,
+        base.format.bits,
+        base.rank,
+        method="refta",
+        moments=moments,
+        progress=False,
+        **given,
+    )
     config = prepared_config(model)
     stored_bytes = sum(report.bytes for report in config.stacks)
     weights = sum(report.weights for report in config.stacks)
@@ -262,7 +295,8 @@ def _bitsandbytes(weight: Tensor, base: Base, *_: Any) -> Tensor:
 def _gptq(
     weight: Tensor, base: Base, rank: int, moments: Moments, stack: LayerStack, index: int
 ) -> Tensor:
-    return gptq(weight, moments.of(stack.place(index)[0]), base.block_size)
+    moment = moments.of(stack.place(index)[0])
+    return gptq(weight, moment, base.block_size, quant_type=base.quant_type)
 
 
 def _pissa(weight: Tensor, base: Base, rank: int, *_: Any) -> Tensor:

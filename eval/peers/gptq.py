@@ -1,5 +1,5 @@
-"""GPTQ (Frantar et al., arXiv 2210.17323) onto the grid of NF4: scales by absolute maximum, no
-search, no factors.
+"""GPTQ (Frantar et al., arXiv 2210.17323) onto the grid of a format: scales by absolute maximum,
+no search, no factors.
 
 This is the published algorithm with the inverse of the moment. qrefta's rounding with error
 feedback is written differently (`qrefta.linalg.feedback`), so that each checks the other.
@@ -8,13 +8,20 @@ feedback is written differently (`qrefta.linalg.feedback`), so that each checks 
 import torch
 from torch import Tensor
 
-from qrefta.nn.grid import Grid, grid_of, inverse, nearest
+from qrefta.choices import QuantType
+from qrefta.nn.grid import Grid, absmax_scales, grid_of, inverse, nearest
 
 DAMPING = 0.01  # share of the mean of the moment's diagonal that is added to it, as GPTQ does
 
 
-def gptq(weight: Tensor, moment: Tensor, block: int = 64, damping: float = DAMPING) -> Tensor:
-    """A matrix rounded to NF4, column by column; the columns after it make up for each error.
+def gptq(
+    weight: Tensor,
+    moment: Tensor,
+    block: int = 64,
+    damping: float = DAMPING,
+    quant_type: QuantType = "nf4",
+) -> Tensor:
+    """A matrix rounded to a format, column by column; the columns after it make up for each error.
 
     With the Cholesky factor U of the inverse moment, inv(S) = U^T U, a column's error e gives
     W_j -= e U_kj / U_kk for all later columns j. The scale of a block is the largest magnitude of
@@ -25,6 +32,7 @@ def gptq(weight: Tensor, moment: Tensor, block: int = 64, damping: float = DAMPI
         moment: S = E[x^T x] of the inputs, (in, in).
         block: weights that share a scale, in a row.
         damping: see DAMPING.
+        quant_type: whose levels are taken; scales are not rounded.
 
     Raises:
         ValueError: if rows are not whole blocks.
@@ -32,7 +40,7 @@ def gptq(weight: Tensor, moment: Tensor, block: int = 64, damping: float = DAMPI
     width = weight.shape[1]
     if width % block:
         raise ValueError(f"rows have {width} weights; they must be whole blocks of {block}")
-    grid = grid_of("nf4", weight.device)
+    grid = grid_of(quant_type, weight.device)
     factor = _inverse_factor(moment, damping)
     rest = weight.clone()
     result = torch.empty_like(weight)
@@ -54,7 +62,7 @@ def _inverse_factor(moment: Tensor, damping: float) -> Tensor:
 def _round_block(rest: Tensor, factor: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """A block of columns rounded, and the error of every column over its diagonal entry of U."""
     columns = rest.T.contiguous()
-    scales = columns.abs().amax(0)
+    scales = absmax_scales(rest, grid)
     inverse_scales = inverse(scales)
     rounded = torch.empty_like(columns)
     errors = torch.empty_like(columns)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, Conv1D, PreTrainedModel
 
 from qrefta._compat.transformers import float32_under_float16
-from qrefta.choices import LORA_BASES, LoraBase
+from qrefta.choices import BITSANDBYTES_TYPES, LORA_BASES, LoraBase
 from qrefta.config import StackReport
 from qrefta.export.compare import example_inputs, output_difference, outputs
 from qrefta.export.merge import (
@@ -37,7 +37,7 @@ from qrefta.model_card import write_card
 from qrefta.nn.factors import Factors
 from qrefta.nn.grid import level_table
 from qrefta.nn.linear import AdaptedLinear
-from qrefta.nn.quantized import QuantizedWeight
+from qrefta.nn.quantized import QuantFormat, QuantizedWeight
 
 # A cut rank or a missing quantization error changes the function: this only refuses results that
 # are not even close.
@@ -180,10 +180,12 @@ def _write_base(
         write_model(model, folder, dtype, _residual_tensors)
         return _moved(type(model).from_pretrained(folder, dtype=dtype), model.device)
     dense = _kept_dense(model, config)
+    fmt = QuantFormat.of(config.settings)
+    assert fmt is not None, "settings were checked"
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=config.settings.quant_type,
-        bnb_4bit_use_double_quant=config.settings.double_quant,
+        bnb_4bit_quant_type=fmt.quant_type,
+        bnb_4bit_use_double_quant=fmt.double_quant,
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=sorted(dense),
     )
@@ -346,7 +348,7 @@ def _difference(
 def _notes(config: QReftaConfig, ranks: list[int], base: LoraBase) -> list[str]:
     """Settings that a server needs, and things that it will refuse."""
     notes = []
-    if base == "original" and config.settings.bits == 4:
+    if base == "original" and config.settings.bits != 16:
         error = sum(row.residual_error for row in config.stacks)
         baseline = sum(row.baseline_error for row in config.stacks)
         ratio = f"{error / baseline:.3f}" if baseline else "1"
@@ -380,11 +382,11 @@ def _check_settings(
     if base not in LORA_BASES:
         raise ValueError(f"base is {base!r}; it must be one of {', '.join(LORA_BASES)}")
     if base == "residual-4bit" and (
-        config.settings.bits == 16 or config.settings.quant_type == "int4"
+        config.settings.bits == 16 or config.settings.quant_type not in BITSANDBYTES_TYPES
     ):
-        stored = "16 bits" if config.settings.bits == 16 else "INT4"
         raise ValueError(
-            f'bitsandbytes has no format for residuals in {stored}; give base="residual"'
+            f"bitsandbytes has no format for residuals in {config.settings.format_name}; give "
+            'base="residual"'
         )
     if rank is not None and (type(rank) is not int or rank < 1):
         raise ValueError(f"rank is {rank!r}; it must be a whole number, 1 or more")

@@ -1,17 +1,18 @@
-"""A frozen matrix in 4 bits, NF4, FP4 or INT4, and its product with tokens.
+"""A frozen matrix in 4, 3 or 2 bits, and its product with tokens.
 
-Quantizing, dequantizing and multiplying are done by the kernels of bitsandbytes.
+Dequantizing and multiplying are done by the kernels of bitsandbytes.
 
 Storage. A matrix is flattened row by row, padded with zeros to whole blocks, and every block of
-`block_size` values has one float32 scale. Two codes share a byte. With `double_quant` the scales
-are stored in 8 bits too, in blocks of 256 (QLoRA, section 3). NF4 and FP4 are bitsandbytes'
-formats; INT4 is ours. The levels and the choice of scales are in `qrefta.nn.grid`.
+`block_size` values has one float32 scale. With `double_quant` the scales are stored in 8 bits too,
+in blocks of 256 (QLoRA, section 3). NF4 and FP4 are bitsandbytes' formats, with two codes of
+neighbouring values in a byte; the other formats are ours, and their codes are packed by
+`qrefta.nn.packing`. The levels and the choice of scales are in `qrefta.nn.grid`.
 
 Products. `matmul` computes x W^T in the dtype of x, in one of two ways:
 - bitsandbytes' `matmul_4bit`: NF4 and FP4 whose rows are whole blocks. On CUDA its kernels for few
   tokens read the 4 bits themselves, so decoding moves a quarter of the bytes; for more tokens it
   dequantizes W and multiplies.
-- dequantize, then multiply: INT4, float64, and rows that are not whole blocks.
+- dequantize, then multiply: our formats, float64, and rows that are not whole blocks.
 `plus_product` adds a low-rank update to the dequantized W in place; with many tokens that is the
 cheaper way to add the update (see `qrefta.nn.product`).
 
@@ -35,7 +36,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from qrefta._compat.bitsandbytes import levels_8bit, nest_scales
-from qrefta.choices import BLOCK_SIZES, QUANT_TYPES, QuantType
+from qrefta.choices import BITSANDBYTES_TYPES, BLOCK_SIZES, QUANT_TYPES, QuantType, bits_of
 from qrefta.config import Settings
 from qrefta.linalg.feedback import Feedback, round_columns
 from qrefta.nn.grid import (
@@ -48,6 +49,7 @@ from qrefta.nn.grid import (
     nearest,
     searched_scales,
 )
+from qrefta.nn.packing import packed, unpacked
 
 _FEEDBACK_VALUES = 1 << 25  # of a matrix, worked on at once with error feedback on a CPU
 _FEEDBACK_VALUES_OF_ACCELERATOR = 1 << 26  # many rows, since every column takes several launches
@@ -57,10 +59,10 @@ _SCALE_VALUES = levels_8bit()  # of the 8-bit codes of scales; torch.compile can
 
 @dataclass(frozen=True)
 class QuantFormat:
-    """How a matrix is stored in 4 bits.
+    """How a matrix is stored in few bits.
 
     Attributes:
-        quant_type: nf4, fp4 or int4.
+        quant_type: one of `QUANT_TYPES`, whose digit is the bits of a code.
         block_size: weights that share a scale, one of `BLOCK_SIZES`.
         double_quant: store the scales in 8 bits too. It hurts near an extreme outlier, because 256
             scales share a grid.
@@ -80,15 +82,21 @@ class QuantFormat:
 
     @classmethod
     def of(cls, settings: Settings) -> "QuantFormat | None":
-        """The 4-bit format of some settings; None with 16 bits."""
+        """The format of some settings; None with 16 bits."""
         if settings.bits == 16:
             return None
-        return cls(settings.quant_type, settings.block_size, settings.double_quant)
+        assert settings.quant_type is not None, "settings choose a format for fewer bits"
+        return cls(settings.quant_type, settings.block_size, bool(settings.double_quant))
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return bits_of(self.quant_type)
 
     def packed_sizes(self, values: int) -> dict[str, int]:
         """Bytes of every tensor of a quantized matrix with `values` entries, by saved name."""
         blocks = -(-values // self.block_size)
-        code_bytes = blocks * self.block_size // 2
+        code_bytes = blocks * self.block_size * self.bits // 8
         if not self.double_quant:
             return {"weight": code_bytes, "absmax": 4 * blocks}
         second_level = -(-blocks // _SCALE_BLOCK)
@@ -101,12 +109,12 @@ class QuantFormat:
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """A matrix W in 4 bits.
+    """A matrix W in few bits.
 
     Codes and scales are stored as bytes, so that no dtype conversion of a model can round them.
 
     Attributes:
-        codes: int8, two codes a byte. Not uint8: T5's feed-forward casts its input to any other
+        codes: int8, packed. Not uint8: T5's feed-forward casts its input to any other
             dtype.
         scales: uint8. One float32 a block, viewed as bytes; or with double quantization its 8-bit
             code, padded to a multiple of 4 bytes so that the next tensor in a file stays aligned.
@@ -125,11 +133,11 @@ class QuantizedWeight:
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """W as a new tensor of a floating dtype.
 
-        Peak memory: the padded matrix in `dtype`; for INT4 one byte a value more.
+        Peak memory: the padded matrix in `dtype`; for our formats one byte a value more.
         """
         kernel_dtype = torch.float32 if dtype == torch.float64 else dtype
-        if self.format.quant_type == "int4":
-            flat = self._int4_values(kernel_dtype)
+        if self.format.quant_type not in BITSANDBYTES_TYPES:
+            flat = self._looked_up(kernel_dtype)
         else:
             # One block a row: the CPU kernel reads these right, and divides rows among threads.
             scales = self.block_scales()
@@ -147,7 +155,8 @@ class QuantizedWeight:
             bias: (out,), in the dtype of x.
         """
         whole_blocks = self.shape[1] % self.format.block_size == 0
-        if self.format.quant_type == "int4" or x.dtype == torch.float64 or not whole_blocks:
+        ours = self.format.quant_type not in BITSANDBYTES_TYPES
+        if ours or x.dtype == torch.float64 or not whole_blocks:
             return linear(x, self.dequantize(x.dtype), bias)
         codes = self._bytes().view(1, -1)
         state = self.bnb_state(x.dtype)
@@ -178,7 +187,7 @@ class QuantizedWeight:
 
     def block_scales(self) -> Tensor:
         """The scale of every block, (blocks,), float32."""
-        blocks = 2 * self.codes.numel() // self.format.block_size
+        blocks = 8 * self.codes.numel() // (self.format.bits * self.format.block_size)
         return _load_scales(self.scales, self.scale_state)[:blocks]  # without padding
 
     def bnb_state(self, dtype: torch.dtype) -> bnb.QuantState:
@@ -202,17 +211,18 @@ class QuantizedWeight:
     def _bytes(self) -> Tensor:
         return self.codes.view(torch.uint8)
 
-    def _int4_values(self, dtype: torch.dtype) -> Tensor:
-        """The padded values of an INT4 matrix, by bitsandbytes' blockwise look-up."""
-        codes = self._bytes()
-        nibbles = torch.stack([codes >> 4, codes & 15], dim=-1).view(-1)
+    def _looked_up(self, dtype: torch.dtype) -> Tensor:
+        """The padded values of a matrix in one of our formats, by bitsandbytes' blockwise look-up
+        of 8-bit codes.
+        """
+        codes = unpacked(self._bytes(), self.format.bits)
         state = bnb.QuantState(
             self.block_scales(),
-            code=_int4_table(codes.device),
+            code=_level_table_8bit(self.format.quant_type, codes.device),
             blocksize=self.format.block_size,
             dtype=dtype,
         )
-        return bnb.dequantize_blockwise(nibbles, state)
+        return bnb.dequantize_blockwise(codes, state)
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,7 +287,7 @@ def frozen_weight(
     """
     if fmt is None:
         return DenseWeight(weight)
-    assert absmax is not None, "a 4-bit weight has scales"
+    assert absmax is not None, "a quantized weight has scales"
     return QuantizedWeight(weight, absmax, absmax_state, fmt, shape)
 
 
@@ -299,7 +309,7 @@ PLAIN = Rounding()
 
 
 def quantize(matrix: Tensor, fmt: QuantFormat, rounding: Rounding = PLAIN) -> QuantizedWeight:
-    """A matrix in 4 bits.
+    """A matrix in few bits.
 
     Args:
         matrix: any shape, finite; (out, in) if the rounding has weights or feedback. Computed in
@@ -312,18 +322,17 @@ def quantize(matrix: Tensor, fmt: QuantFormat, rounding: Rounding = PLAIN) -> Qu
     chosen = _choose_scales(blocks, grid, rounding)
     scales, scale_state = _store_scales(chosen, fmt)
     stored = _load_scales(scales, scale_state)[: len(blocks)]
-    nibbles = torch.empty(blocks.shape, dtype=torch.uint8, device=blocks.device)
+    whole = torch.empty(blocks.shape, dtype=torch.uint8, device=blocks.device)
     if rounding.feedback is None:
         inverse_scales = inverse(_code_scales(chosen, stored, rounding))
-        for part, inverse_scale, out in _chunks(blocks, inverse_scales, nibbles):
+        for part, inverse_scale, out in _chunks(blocks, inverse_scales, whole):
             out.copy_(grid.codes[nearest(part, inverse_scale.unsqueeze(1), grid)])
     else:
         zero = nearest(blocks.new_zeros(()), blocks.new_ones(()), grid)
-        nibbles.fill_(grid.codes[zero])  # the padding
-        values = nibbles.view(-1)[: matrix.numel()].view(matrix.shape)
+        whole.fill_(grid.codes[zero])  # the padding
+        values = whole.view(-1)[: matrix.numel()].view(matrix.shape)
         _feed_back(matrix.detach().float(), stored, fmt.block_size, grid, rounding.feedback, values)
-    pairs = nibbles.view(-1, 2)
-    codes = (pairs[:, 0] << 4 | pairs[:, 1]).view(torch.int8)
+    codes = packed(whole.view(-1), fmt.bits).view(torch.int8)
     return QuantizedWeight(codes, scales, scale_state, fmt, tuple(matrix.shape))
 
 
@@ -465,9 +474,10 @@ def _state(
 
 
 @functools.cache
-def _int4_table(device: torch.device) -> Tensor:
-    """The levels of INT4, padded to the 256 entries that the blockwise kernel reads."""
-    return pad(level_table("int4"), (0, 240)).to(device)
+def _level_table_8bit(quant_type: QuantType, device: torch.device) -> Tensor:
+    """The levels of a format, padded to the 256 entries that the blockwise kernel reads."""
+    levels = level_table(quant_type)
+    return pad(levels, (0, 256 - len(levels))).to(device)
 
 
 @functools.cache

@@ -133,7 +133,7 @@ class CheckpointSource:
         _check_bytes(folder, self.checkpoint, model)
         self.parts = weight_parts(model, self.checkpoint, self.stacks)
         limit = parse_bytes("max_memory", max_memory)
-        feedback = calibrated and settings.bits == 4 and settings.rounding == "feedback"
+        feedback = calibrated and settings.bits != 16 and settings.rounding == "feedback"
         self._block_bytes = _block_bytes(self.stacks, targets, limit, feedback)
 
     def weights(self, stack: LayerStack) -> Weights:

@@ -51,7 +51,7 @@ class StackRounding:
         self.stack = stack
         self.moments = moments
         self.device = device
-        wanted = settings.bits == 4 and settings.rounding == "feedback"
+        wanted = settings.bits != 16 and settings.rounding == "feedback"
         self.feeds_back = (
             wanted and stack is not None and any(map(self._has_feedback, stack.modules))
         )

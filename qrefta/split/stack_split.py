@@ -59,7 +59,7 @@ class StackSplit:
             rank=0 if factors is None else factors.rank,
             slice_ranks=(0,) * self.stack.layers if factors is None else tuple(factors.slice_ranks),
             transform=self.settings.transform if fitted else None,
-            quant_type=self.settings.quant_type if self.settings.bits == 4 else None,
+            quant_type=None if self.settings.bits == 16 else self.settings.quant_type,
             baseline_error=self.baseline_error,
             residual_error=self.residual_error,
             principal_energy=self.principal_norm / self.norm if self.norm else 0.0,

@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from qrefta.nn import packing
 from qrefta.nn.quantized import (
     BLOCK_SIZES,
     QUANT_TYPES,
@@ -37,16 +38,41 @@ def round_trip(matrix, fmt, dtype=torch.float32, rounding=PLAIN):
     return quantize(matrix, fmt, rounding).dequantize(dtype)
 
 
+LEVELS = {
+    "int4": torch.arange(-8, 8) / 8,
+    "int3": torch.arange(-4, 4) / 4,
+    "int2": torch.arange(-2, 2) / 2,
+    "nf3": torch.tensor([-0.7746, -0.4520, -0.2127, 0.0, 0.1788, 0.3759, 0.6200, 1.0]),
+    "nf2": torch.tensor([-0.7578, -0.1651, 0.3495, 1.0]),
+}
+
+
 def levels(kind):
-    return torch.arange(-8, 8) / 8 if kind == "int4" else bnb.get_4bit_type(kind, device="cpu")
+    return LEVELS[kind] if kind in LEVELS else bnb.get_4bit_type(kind, device="cpu")
+
+
+def codes_of(packed):
+    """The codes one by one: 4 bits with the high nibble first, 2 bits in four parts of the values,
+    3 bits as 2 lower bits and then 1 upper bit in eight parts.
+    """
+    held = packed.codes.view(torch.uint8).tolist()
+    bits = int(packed.format.quant_type[-1])
+    count = 8 * len(held) // bits
+    if bits == 4:
+        return torch.tensor([code for byte in held for code in (byte >> 4, byte & 15)])
+    quarter, eighth = count // 4, count // 8
+    codes = [held[i % quarter] >> 2 * (i // quarter) & 3 for i in range(count)]
+    if bits == 3:
+        upper = held[quarter:]
+        codes = [c + 4 * (upper[i % eighth] >> i // eighth & 1) for i, c in enumerate(codes)]
+    return torch.tensor(codes)
 
 
 def look_up(packed):
-    """Dequantization in plain torch: high nibble first, level times scale, padding dropped."""
+    """Dequantization in plain torch: level times scale, padding dropped."""
     fmt = packed.format
     shape = packed.shape
-    codes = packed.codes.view(torch.uint8).int()
-    values = levels(fmt.quant_type)[torch.stack([codes >> 4, codes & 15], dim=1).flatten()]
+    values = levels(fmt.quant_type)[codes_of(packed)]
     scales = packed.scales.view(torch.float32).repeat_interleave(fmt.block_size)
     return (values * scales)[: torch.Size(shape).numel()].view(shape)
 
@@ -94,6 +120,14 @@ def test_dequantize_equals_a_look_up(kind, shape, block):
     fmt = QuantFormat(kind, block)
     packed = quantize(gaussian(*shape), fmt)
     assert_close(packed.dequantize(torch.float32), look_up(packed))
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_codes_are_packed_in_their_bits_and_come_back(bits):
+    codes = torch.randint(1 << bits, (64 * 7,), dtype=torch.uint8)
+    held = packing.packed(codes, bits)
+    assert held.numel() * 8 == codes.numel() * bits
+    assert torch.equal(packing.unpacked(held, bits), codes)
 
 
 @all_formats
@@ -163,6 +197,14 @@ def test_bytes_survive_a_dtype_conversion_of_the_model(fmt):
         ("fp4", True, (0.12186, 0.00032), (0.11734, 0.00033)),
         ("int4", False, (0.09488, 0.00044), (0.09206, 0.00042)),
         ("int4", True, (0.09513, 0.00043), (0.09215, 0.00043)),
+        ("nf3", False, (0.17826, 0.00064), (0.17278, 0.00061)),
+        ("nf3", True, (0.17839, 0.00063), (0.17285, 0.00061)),
+        ("int3", False, (0.19169, 0.00097), (0.18436, 0.00089)),
+        ("int3", True, (0.19181, 0.00097), (0.18440, 0.00089)),
+        ("nf2", False, (0.41912, 0.00167), (0.39722, 0.00161)),
+        ("nf2", True, (0.41919, 0.00169), (0.39723, 0.00163)),
+        ("int2", False, (0.39414, 0.00179), (0.38011, 0.00162)),
+        ("int2", True, (0.39420, 0.00180), (0.38014, 0.00162)),
     ],
 )
 def test_error_on_gaussian_weights(kind, double, plain, searched):
@@ -204,10 +246,13 @@ def candidate_errors(blocks, kind, weights):
     Without weights the largest entry of a block counts four times.
     """
     table = levels(kind).double()
+    clips = (
+        (1.0, 0.9, 0.8, 0.7, 0.6, 0.5) if len(table) == 4 else (1.0, 0.94, 0.88, 0.82, 0.76, 0.7)
+    )
     peak = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)).double()
     errors = []
     for outermost in {table.min().item(), table.max().item()}:
-        for clip in (1.0, 0.97, 0.94) if weights is None else (1.0, 0.94, 0.88, 0.82, 0.76, 0.70):
+        for clip in (1.0, 0.97, 0.94) if weights is None else clips:
             scale = peak / outermost * clip
             gaps = (blocks.double().unsqueeze(2) - (table * scale.unsqueeze(2))).abs().amin(2)
             errors.append((gaps.square() * spread_of(blocks, weights)).sum(1))
@@ -237,7 +282,7 @@ def test_column_weights_follow_blocks_that_span_rows(kind):
     assert_close(errors, candidate_errors(blocks, kind, spread).amin(0), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int4"])
+@pytest.mark.parametrize("kind", ["nf4", "int4", "nf3", "nf2"])
 @pytest.mark.parametrize("double", [False, True])
 def test_negative_scales_go_through_the_kernels_of_bitsandbytes(kind, double):
     """The levels are not symmetric, so about half of the searched scales are negative."""
@@ -245,8 +290,7 @@ def test_negative_scales_go_through_the_kernels_of_bitsandbytes(kind, double):
     packed = quantize(matrix, QuantFormat(kind, 64, double), SEARCHED)
     scales = packed.block_scales()
     assert 0.2 < (scales < 0).double().mean() < 0.8
-    codes = packed.codes.view(torch.uint8).int()
-    values = levels(kind)[torch.stack([codes >> 4, codes & 15], dim=1).flatten()]
+    values = levels(kind)[codes_of(packed)]
     dense = (values.view(-1, 64) * scales.unsqueeze(1)).view(32, 128)
     assert_close(packed.dequantize(torch.float32), dense)
     x = gaussian(5, 128, seed=1)
@@ -322,7 +366,7 @@ def test_layout_and_dtype_of_the_matrix_do_not_matter(fmt):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"quant_type": "nf3"}, "quant_type is 'nf3'; it must be one of nf4, fp4, int4"),
+        ({"quant_type": "nf5"}, "quant_type is 'nf5'; it must be one of nf4, fp4, int4"),
         ({"block_size": 16}, "block_size is 16; it must be one of 32, 64, 128"),
         ({"block_size": 100}, "block_size is 100"),
     ],
