@@ -301,7 +301,10 @@ class QReftaQuantizer(HfQuantizer):
         check_saved(files, version, listed)
 
     def _prepare(
-        self, model: "PreTrainedModel", files: list[str] | None, device_map: dict[str, Any] | None
+        self,
+        model: "PreTrainedModel",
+        files: list[str] | None,
+        device_map: dict[str, Any] | str | None,
     ) -> None:
         """Prepare a dense checkpoint on its way into memory, out of core, and replace `files` by
         the new files.
@@ -314,7 +317,10 @@ class QReftaQuantizer(HfQuantizer):
                 "prepare."
             )
         self._made = tempfile.TemporaryDirectory(prefix="qrefta-")
-        device = _accelerator(device_map or {}) or "cpu"
+        if isinstance(device_map, str):  # "auto": the map is inferred from the prepared model
+            device = torch.accelerator.current_accelerator() or "cpu"
+        else:
+            device = _accelerator(device_map or {}) or "cpu"
         out = Path(self._made.name) / "prepared"
         with _plain_tensors():
             convert(

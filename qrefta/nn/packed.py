@@ -17,7 +17,7 @@ plain tensors; so FSDP2 shards plain bytes, and does not protect them.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,10 @@ class PackedBytes(Tensor):
     """
 
     shares: list[float]
+
+    def __new__(cls, data: Tensor, requires_grad: bool = False) -> Self:
+        """A parameter, as accelerate makes one of a parameter's class when it moves it."""
+        return cast(Self, nn.Parameter(cls.of(data), requires_grad=requires_grad))
 
     @classmethod
     def of(cls, tensor: Tensor, shares: list[float] | None = None) -> Self:

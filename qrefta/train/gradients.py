@@ -44,9 +44,9 @@ class GradientWatch(TrainerCallback):
         if names and state.is_world_process_zero:
             warnings.warn(
                 f"In step {state.global_step + 1} the factors of {', '.join(names)} got no "
-                "gradient and did not learn. Likely reasons: the batch did not pass through their layers (a "
-                "tower or experts that it does not use), the loss leaves out their output, or it "
-                "is detached.",
+                "gradient and did not learn. Likely reasons: the batch did not pass through "
+                "their layers (a tower or experts that it does not use), the loss leaves out "
+                "their output, or it is detached.",
                 stacklevel=2,
             )
 

@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import set_module_tensor_to_device
 from safetensors.torch import save
 from torch import nn
 from torch.optim.swa_utils import (
@@ -22,7 +23,7 @@ import qrefta
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.nn.packed import PackedBytes, plain_bytes
 from qrefta.train.reference import reference_model
-from tests.models import build, logits, prepared, tiny_llama
+from tests.models import build, inputs, logits, prepared, tiny_llama
 
 FORMATS = [
     {"method": "windows", "rank": 8},
@@ -285,6 +286,40 @@ def test_bytes_stay_packed_on_every_way(way, settings, tmp_path):
             assert isinstance(found[name], PackedBytes), name
             assert isinstance(found[name], nn.Parameter), name
             assert torch.equal(found[name], parameter)
+
+
+def test_accelerate_moves_packed_bytes():
+    """As its hooks do for a model that a device map offloads."""
+    model = prepared(tiny_llama, **FORMATS[0])
+    layer = next(layer for layer in model.modules() if isinstance(layer, AdaptedLinear))
+    expected = logits(model)
+    set_module_tensor_to_device(layer, "weight", "cpu", value=plain_bytes(layer.weight).clone())
+    assert isinstance(layer.weight, PackedBytes)
+    assert isinstance(layer.weight, nn.Parameter)
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_functional_call_takes_an_average_and_refuses_a_multiple():
+    model = prepared(tiny_llama, **FORMATS[0])
+    expected = logits(model)
+    batch = inputs(model)
+
+    def call(weight, other):
+        state = {name: weight * one + other * one for name, one in model.named_parameters()}
+        return torch.func.functional_call(model, state, (), batch).logits
+
+    assert torch.equal(call(0.5, 0.5), expected)
+    with pytest.raises(ValueError, match=r"were multiplied by 0\.75"):
+        call(0.5, 0.25)
+
+
+def test_the_change_of_every_parameter_can_be_measured():
+    model = prepared(tiny_llama, **FORMATS[0])
+    other = trained(model, 0.5)
+    state = model.state_dict()
+    for name, parameter in other.named_parameters():
+        change = (parameter - state[name]).abs().max()
+        assert (change > 0) == parameter.requires_grad, name
 
 
 def test_a_dense_model_is_not_touched():
