@@ -18,7 +18,7 @@ bf16 values are saved as bf16.
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple, Self, cast
 
@@ -385,9 +385,9 @@ class FactorBank(nn.ModuleDict):
     gradient_checkpointing = False
     _is_checked = False  # after the first forward pass that could train
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: dict[str, str] = {}  # of the stacks, by key
+    def __init__(self, factors: Mapping[str, nn.Module] | None = None) -> None:
+        super().__init__(factors)
+        self.names = {key: key for key in self}  # of the stacks; `build` sets them
 
     def frozen(self) -> list[str]:
         """Names of the stacks whose factors are frozen."""
