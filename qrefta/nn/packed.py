@@ -151,6 +151,14 @@ def pack(module: nn.Module, names: Iterable[str]) -> None:
             setattr(module, name, packed_parameter(parameter.data))
 
 
+def unpack(model: nn.Module) -> None:
+    """Hold packed bytes as plain parameters, in a model without values, whose tensors are fake."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(parameter, PackedBytes):
+                setattr(module, name, nn.Parameter(plain_bytes(parameter), requires_grad=False))
+
+
 def plain_bytes(tensor: Tensor) -> Tensor:
     """Packed bytes as a plain tensor in the same memory; any other tensor as it is.
 
