@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from qrefta._compat.transformers import dequantized_gguf, has_peft_adapter
+from qrefta._compat.transformers import checkpointing_options, dequantized_gguf, has_peft_adapter
 from qrefta.choices import AUTO_RANK, Bits
 from qrefta.config import (
     LayerStack,
@@ -351,6 +351,13 @@ def _check_model(model: nn.Module) -> None:
             f"The model is already quantized ({method}); load it without quantization_config, or a "
             "GGUF file with quantization_config=GgufConfig(dequantize=True): prepare quantizes it "
             "itself."
+        )
+    if any(options.get("use_reentrant", True) for options in checkpointing_options(model)):
+        raise ValueError(
+            "The model has gradient checkpointing with use_reentrant=True, which gives shared "
+            "factors wrong gradients when several processes train. Call "
+            "model.gradient_checkpointing_disable() before prepare, or enable it with "
+            'gradient_checkpointing_kwargs={"use_reentrant": False}.'
         )
     for path, module in model.named_modules():
         kind = type(module)

@@ -204,11 +204,13 @@ class QReftaQuantizer(HfQuantizer):
         dict is empty in all processes but the first.
 
         Raises:
-            ValueError: if FSDP2 sharded the model and the other processes do not save it too.
+            ValueError: if FSDP2 sharded the model and the other processes do not save it too, or
+                packed weights were multiplied.
         """
         from qrefta.distributed import is_sharded, wait_for_all, whole_state
         from qrefta.model.saving import saved_checksums
         from qrefta.nn.factors import stored
+        from qrefta.nn.packed import plain_bytes
 
         if self.state is None:
             if is_sharded(model):
@@ -221,6 +223,7 @@ class QReftaQuantizer(HfQuantizer):
                 for name in list(state):
                     if name.startswith(f"{BANK}.{key}."):
                         state[name] = stored(state[name], factors.dtype)
+        state = {name: plain_bytes(tensor) for name, tensor in state.items()}
         if not state:
             return state, {}
         return state, saved_checksums(model, state).metadata()
@@ -298,7 +301,10 @@ class QReftaQuantizer(HfQuantizer):
         check_saved(files, version, listed)
 
     def _prepare(
-        self, model: "PreTrainedModel", files: list[str] | None, device_map: dict[str, Any] | None
+        self,
+        model: "PreTrainedModel",
+        files: list[str] | None,
+        device_map: dict[str, Any] | str | None,
     ) -> None:
         """Prepare a dense checkpoint on its way into memory, out of core, and replace `files` by
         the new files.
@@ -311,7 +317,10 @@ class QReftaQuantizer(HfQuantizer):
                 "prepare."
             )
         self._made = tempfile.TemporaryDirectory(prefix="qrefta-")
-        device = _accelerator(device_map or {}) or "cpu"
+        if isinstance(device_map, str):  # "auto": the map is inferred from the prepared model
+            device = torch.accelerator.current_accelerator() or "cpu"
+        else:
+            device = _accelerator(device_map or {}) or "cpu"
         out = Path(self._made.name) / "prepared"
         with _plain_tensors():
             convert(

@@ -382,6 +382,17 @@ def test_renamed_architectures_round_trip(build_model, tmp_path):
     assert_close(logits(qrefta.load(tmp_path).eval()), logits(model), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("device_map", ["auto", "sequential", "cpu", {"": "cpu"}])
+def test_every_form_of_device_map_prepares_a_dense_checkpoint(device_map, tmp_path):
+    tiny_bert().save_pretrained(tmp_path)
+    config = qrefta.QReftaConfig(rank=4)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, device_map=device_map, quantization_config=config
+    )
+    expected = qrefta.prepare(tiny_bert(), rank=4, progress=False)
+    assert_close(logits(model.cpu()), logits(expected), rtol=0, atol=0)
+
+
 def test_offloading_to_disk_is_refused_and_not_called_damage(checkpoint, tmp_path):
     device_map = {
         "bert.embeddings": "cpu",

@@ -1,6 +1,7 @@
 """Private names of torch, all in release 2.8, the oldest that qrefta admits, or earlier."""
 
 from collections.abc import ItemsView
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ __all__ = [
     "direct_children",
     "direct_parameters",
     "is_replica",
+    "plain_functions",
     "storage_id",
     "tree_leaves",
     "version_counter",
@@ -74,6 +76,15 @@ def is_replica(module: nn.Module) -> bool:
     If it goes: compare the devices of the weights and of the factors.
     """
     return "_is_replica" in module.__dict__
+
+
+def plain_functions() -> AbstractContextManager[None]:
+    """A context in which a subclass of Tensor is treated as a plain tensor.
+
+    torch's own `Tensor.__torch_function__` computes in it, and torch.compile knows it. If it goes:
+    compute on `tensor.as_subclass(Tensor)`, which torch.compile does not trace.
+    """
+    return torch._C.DisableTorchFunctionSubclass()
 
 
 def default_store() -> Any:

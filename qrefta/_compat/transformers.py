@@ -38,6 +38,7 @@ __all__ = [
     "always_float32",
     "apply_gate",
     "attention_implementation",
+    "checkpointing_options",
     "dequantized_gguf",
     "dot_natural_key",
     "enable_checkpointing",
@@ -188,3 +189,15 @@ def enable_checkpointing(model: PreTrainedModel, options: dict[str, Any] | None 
     if enable is None:  # before transformers 5.24
         enable = model.gradient_checkpointing_enable
     enable(options)
+
+
+def checkpointing_options(model: nn.Module) -> list[dict[str, Any]]:
+    """Keywords of `torch.utils.checkpoint.checkpoint` of the blocks with gradient checkpointing.
+
+    transformers keeps the function, with its keywords, in each block. If it goes: nothing to check
+    before a model is prepared; switching it on later is checked.
+    """
+    blocks: list[Any] = [
+        module for module in model.modules() if getattr(module, "gradient_checkpointing", False)
+    ]
+    return [block._gradient_checkpointing_func.keywords for block in blocks]

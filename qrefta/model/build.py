@@ -120,7 +120,9 @@ def adapt(
     if bias is not None:
         layer.bias = frozen(bias.detach())
     if key is not None:
-        layer.attach(getattr(model, BANK), key, index)
+        bank: FactorBank = getattr(model, BANK)
+        bank.names[key] = stack.name
+        layer.attach(bank, key, index)
     layer.train(old.training)
     if stack.experts:
         add_expert(old, name, layer)

@@ -19,6 +19,7 @@ from qrefta.model.names import sources
 from qrefta.nn.experts import is_adapted
 from qrefta.nn.factors import Factors, frozen
 from qrefta.nn.linear import AdaptedLinear
+from qrefta.nn.packed import pack
 
 # A model may hold this much beyond its files, as bytes or as a multiple of them: a new head, tables
 # of positions.
@@ -186,9 +187,13 @@ def check_form(model: PreTrainedModel, expected: dict[str, tuple[torch.Size, tor
         shape, dtype = expected[path]
         if parameter.shape != shape:
             raise _other_shape(path, parameter.shape, shape)
-        if parameter.dtype != dtype and not dtype.is_floating_point:
-            owner, _, name = path.rpartition(".")
-            setattr(model.get_submodule(owner), name, frozen(parameter.to(dtype)))
+        if dtype.is_floating_point:
+            continue
+        owner, _, name = path.rpartition(".")
+        module = model.get_submodule(owner)
+        if parameter.dtype != dtype:
+            setattr(module, name, frozen(parameter.to(dtype)))
+        pack(module, [name])
 
 
 def check_filled(model: PreTrainedModel) -> None:

@@ -36,6 +36,7 @@ from qrefta.train.checkpoints import (
     whole_checkpoints,
     writing,
 )
+from qrefta.train.gradients import GradientWatch, check_trainable
 from qrefta.train.interrupt import interruptible
 from qrefta.train.nan_guard import finite_steps
 from qrefta.train.packing import check_apart
@@ -185,16 +186,17 @@ def finetune(
             fsdp, report_to.
 
     Raises:
-        ValueError: for an unknown task, unusable data, labels of the model that do not fit the
-            data, a keyword that contradicts `args`, a missing or damaged checkpoint to resume from,
-            checkpoints of an earlier run without `resume`, or processes that cannot share the model
-            as asked (see `qrefta.distributed`).
+        ValueError: for an unknown task, a model without trainable parameters, unusable data, labels
+            of the model that do not fit the data, a keyword that contradicts `args`, a missing or
+            damaged checkpoint to resume from, checkpoints of an earlier run without `resume`, or
+            processes that cannot share the model as asked (see `qrefta.distributed`).
         FloatingPointError: if a loss or a gradient is not finite; earlier checkpoints are whole.
         OSError: if a checkpoint or the model cannot be written; earlier files are whole.
     """
     check_sharding()
     if task not in TASKS:
         raise ValueError(f"task is {task!r}; it must be one of {', '.join(TASKS)}")
+    check_trainable(model)
     settings = {
         "learning_rate": learning_rate,
         "num_train_epochs": epochs,
@@ -347,7 +349,11 @@ def _train(
     evaluations = _Evaluations()
     with interruptible() as interrupts:
         trainer = _trainer(
-            model, processor, recipe, arguments, [*callbacks, evaluations, interrupts]
+            model,
+            processor,
+            recipe,
+            arguments,
+            [*callbacks, evaluations, interrupts, GradientWatch()],
         )
         outcome = trainer.train(
             resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
