@@ -9,10 +9,11 @@ from datasets import Dataset, DatasetDict, Features, Json, List, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta.choices import Loss
+from qrefta.files.tables import with_names
 from qrefta.train.data import read_splits, with_test
 from qrefta.train.tasks.answers import IGNORED, learned_ids, left_out
 from qrefta.train.tasks.recipe import TEST_SHARE, Recipe
-from qrefta.train.tasks.turns import conversation, is_plain, tools_of
+from qrefta.train.tasks.turns import COLUMNS, conversation, is_empty, is_plain, tools_of
 from qrefta.train.trl import load_trl
 
 _PLAIN = Features({"prompt": Value("string"), "completion": Value("string")})
@@ -53,6 +54,7 @@ def conversations(part: Dataset, source: str) -> Dataset:
     Raises:
         ValueError: for other columns, or a row without an answer.
     """
+    part = with_names(part, COLUMNS)
     plain = is_plain(part[0])
     features = _PLAIN if plain else _TURNS
     if not plain and "tools" in part.column_names:
@@ -70,8 +72,11 @@ def conversations(part: Dataset, source: str) -> Dataset:
 def _row(row: dict[str, Any], index: int, source: str, columns: list[str]) -> dict[str, Any]:
     where = f"{source}, row {index + 1}"
     if "completion" in columns:
-        if not is_plain(row) or not row["completion"]:
-            raise ValueError(f"{where}, columns prompt and completion: text is missing.")
+        if not is_plain(row) or is_empty(row["completion"]):
+            raise ValueError(
+                f"{where}, columns prompt and completion: text is missing. They are "
+                f"{row['prompt']!r} and {row['completion']!r}; fill the row, or remove it."
+            )
         return {name: row[name] for name in columns}
     turns = {"messages": conversation(row, where)}
     return turns | ({"tools": tools_of(row, where)} if "tools" in columns else {})
