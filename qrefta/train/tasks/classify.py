@@ -1,5 +1,7 @@
 """Classes of texts, and what classes of texts and of images have in common."""
 
+from typing import Any
+
 import numpy as np
 from datasets import ClassLabel, DatasetDict
 from transformers import (
@@ -10,6 +12,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from qrefta.train.lengths import warn_of_cut
 from qrefta.train.tasks.recipe import Recipe
 
 
@@ -40,9 +43,29 @@ def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: 
 
     def encode(rows: dict[str, list[str]]) -> BatchEncoding:
         pairs = rows["text_pair"] if "text_pair" in columns else None
-        return tokenizer(rows["text"], pairs, truncation=True, max_length=max_length)
+        encoded = tokenizer(rows["text"], pairs, truncation=True, max_length=max_length)
+        encoded["cut"] = _cut(rows, encoded["input_ids"], tokenizer, max_length)
+        return encoded
 
-    return data.map(encode, batched=True, remove_columns=columns, desc="Tokenizing")
+    encoded = data.map(encode, batched=True, remove_columns=columns, desc="Tokenizing")
+    for name, part in encoded.items():
+        warn_of_cut(sum(part["cut"]), len(part), str(name), max_length)
+    return encoded.remove_columns("cut")
+
+
+def _cut(
+    rows: dict[str, list[str]], ids: Any, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[bool]:
+    """Whether each row has more tokens than `max_length`, to which `ids` are cut."""
+    full = [row for row, tokens in enumerate(ids) if len(tokens) >= max_length]
+    if not full:
+        return [False] * len(ids)
+    texts = [rows["text"][row] for row in full]
+    pairs = [rows["text_pair"][row] for row in full] if "text_pair" in rows else None
+    one_more = tokenizer(texts, pairs, truncation=True, max_length=max_length + 1)
+    longer: Any = one_more["input_ids"]
+    cut = {row for row, tokens in zip(full, longer) if len(tokens) > len(ids[row])}
+    return [row in cut for row in range(len(ids))]
 
 
 def check_labels(model: PreTrainedModel, data: DatasetDict) -> None:

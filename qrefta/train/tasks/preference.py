@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta.files.tables import BUILDERS, is_number, is_text, kind_of, with_names
 from qrefta.train.data import read_splits, split_files, with_test
+from qrefta.train.lengths import check_rows, warn_of_cut, warn_without_answer
 from qrefta.train.reference import starts_as_reference
 from qrefta.train.tasks.chat import check_template
 from qrefta.train.tasks.recipe import TEST_SHARE, Recipe
@@ -108,14 +109,19 @@ def dpo_recipe(
 ) -> Recipe:
     """Direct preference optimization by TRL (Rafailov et al., 2023).
 
-    The reference is the model as it is. TRL reads `max_length` from its DPOConfig.
+    The reference is the model as it is. TRL reads `max_length` from its DPOConfig, cuts rows to it
+    and leaves out rows without an answer before the cut; warnings count both.
 
     Raises:
-        ValueError: for conversations and a tokenizer without a chat template.
+        ValueError: for conversations and a tokenizer without a chat template, a split without an
+            answer in its first `max_length` tokens, or rows that are not cut and have more tokens
+            than the model has positions.
         ImportError: if TRL is not installed.
     """
     trainer, _ = load_trl("dpo")
     check_template(data["train"][0], tokenizer)
+    for name, part in data.items():
+        _check_pairs(model, tokenizer, part, str(name), max_length)
     return Recipe(
         data["train"],
         data["test"],
@@ -133,19 +139,19 @@ def grpo_recipe(
 ) -> Recipe:
     """Group relative policy optimization by TRL (Shao et al., 2024).
 
-    The reference, for a beta above 0, is the model as it is. TRL reads the length of answers from
-    its GRPOConfig.
+    The reference, for a beta above 0, is the model as it is.
 
     Args:
-        model: not used; recipes of other tasks check it.
+        model: whose positions limit prompts with their answers.
         tokenizer: of the model, with a chat template for conversations.
         data: from `load_prompts`.
-        max_length: not used.
+        max_length: of answers, in tokens; TRL reads it from its GRPOConfig.
         rewards: called with prompts, completions and every further column by name; they return one
             number for each completion, and None where they do not apply.
 
     Raises:
-        ValueError: without a reward, or for conversations and a tokenizer without a chat template.
+        ValueError: without a reward, for conversations and a tokenizer without a chat template, or
+            if a prompt and an answer have more tokens than the model has positions.
         ImportError: if TRL is not installed.
     """
     trainer, _ = load_trl("grpo")
@@ -155,6 +161,10 @@ def grpo_recipe(
             "The task grpo needs a reward; give a function, or a file and the name of a function "
             "in it: reward.py:score"
         )
+    for name, part in data.items():
+        prompts = [len(token_ids(dict(row), tokenizer, answer=False)) for row in part]
+        lengths = [prompt + (max_length or 0) for prompt in prompts]
+        check_rows(model, tokenizer, lengths, f"prompts of the {name} split with an answer")
     return Recipe(
         data["train"],
         data["test"],
@@ -201,6 +211,30 @@ def token_ids(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, answer: b
             turns, tools=row.get("tools"), add_generation_prompt=not answer, return_dict=True
         )
     return encoded["input_ids"]
+
+
+def _check_pairs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    part: Dataset,
+    split: str,
+    max_length: int | None,
+) -> None:
+    """Count the pairs that TRL cuts, and the pairs that it leaves out."""
+    prompts = []
+    lengths = []
+    for row in map(dict, part):
+        prompts.append(len(token_ids(row, tokenizer, answer=False)))
+        answers = (row, row | {"chosen": row["rejected"]})
+        lengths.append(max(len(token_ids(one, tokenizer, answer=True)) for one in answers))
+    if max_length is None:
+        check_rows(model, tokenizer, lengths, f"of the {split} split")
+        return
+    left_out = sum(prompt >= max_length for prompt in prompts)
+    warn_without_answer(left_out, len(part), split, max_length)
+    warn_of_cut(
+        sum(length > max_length for length in lengths) - left_out, len(part), split, max_length
+    )
 
 
 def _pair(
