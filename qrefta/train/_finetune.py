@@ -217,6 +217,7 @@ def finetune(
     if loss not in LOSSES:
         raise ValueError(f"loss is {loss!r}; it must be one of {', '.join(LOSSES)}")
     settings = {name: value for name, value in settings.items() if value is not None}
+    callbacks = _callbacks(callbacks)
     given = any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks)
     if early_stopping is not None:
         callbacks = [*callbacks, EarlyStoppingCallback(_patience(early_stopping))]
@@ -253,6 +254,29 @@ class _Evaluations(TrainerCallback):
 
     def on_evaluate(self, *_: Any, metrics: dict[str, float], **__: Any) -> None:
         self.runtime_s += metrics["eval_runtime"]
+
+
+def _callbacks(callbacks: Any) -> list[TrainerCallback]:
+    """Callbacks as objects; Trainer takes classes too."""
+    several = callbacks if isinstance(callbacks, Sequence) else [callbacks]
+    found = [callback() if isinstance(callback, type) else callback for callback in several]
+    strange = [callback for callback in found if not isinstance(callback, TrainerCallback)]
+    if strange:
+        raise ValueError(
+            f"callbacks holds {strange[0]!r}; give transformers' TrainerCallbacks, in a list"
+        )
+    return found
+
+
+def _check_metric(arguments: TrainingArguments, recipe: Recipe) -> None:
+    """Refuse a metric to find the best model by that the task does not have."""
+    metric = (arguments.metric_for_best_model or "loss").removeprefix("eval_")
+    metrics = ["loss", *recipe.scores.values()]
+    if recipe.trainer is Trainer and metric not in metrics:
+        raise ValueError(
+            f"metric_for_best_model is {arguments.metric_for_best_model!r}; this task measures "
+            f"{' and '.join(metrics)}"
+        )
 
 
 def _patience(early_stopping: Any) -> int:
@@ -373,6 +397,7 @@ def _train(
 ) -> FinetuneResult:
     """Train, evaluate and write the model."""
     run = Path(str(arguments.output_dir))
+    _check_metric(arguments, recipe)
     checkpoint = _checkpoint_of(run, resume, is_prepared(model))
     evaluations = _Evaluations()
     with interruptible() as interrupts:

@@ -213,7 +213,8 @@ def _contradiction(name: str, value: object, given: object) -> ValueError:
         keyword = f"progress={not value}"
     else:
         keyword = f"{KEYWORDS.get(name, name)}={value!r}"
-    return ValueError(f"{keyword} contradicts args, where {name}={given!r}; give one of them.")
+    shown = getattr(given, "value", given)  # of transformers' enumerations
+    return ValueError(f"{keyword} contradicts args, where {name}={shown!r}; give one of them.")
 
 
 def _output_dir(args: TrainingArguments | None, output_dir: str | Path | None) -> Path:
