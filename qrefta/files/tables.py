@@ -120,13 +120,11 @@ def _load(files: list[Path], builder: str, **options: Any) -> Dataset:
     """The rows of files by a builder of `datasets`."""
     names = [str(file) for file in files]
     if builder == "json":
-        _check_json_encoding(files)
+        _check_utf8(files)
     try:
         data: Any = load_dataset(builder, data_files=names, split="train", **options)
     except (ValueError, DatasetGenerationError) as error:  # ValueError: a header without rows
         for file in files:
-            if builder != "parquet":
-                check_text(file)
             if kind_of(file) == ".jsonl":
                 _check_lines(file)
         reason = error.__cause__ or error
@@ -138,8 +136,10 @@ def _load(files: list[Path], builder: str, **options: Any) -> Dataset:
     return data
 
 
-def _check_json_encoding(files: list[Path]) -> None:
+def _check_utf8(files: list[Path]) -> None:
+    """Refuse other encodings, of which pyarrow reads some JSON without an error."""
     for file in files:
+        check_text(file)
         encoding = text_encoding(file)
         if encoding != "utf-8-sig":
             raise ValueError(
