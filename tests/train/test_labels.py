@@ -4,9 +4,14 @@ import warnings
 
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict
+from transformers import BertForSequenceClassification
 
 from qrefta.train.data import load_classification
 from qrefta.train.labels import encode_labels
+from qrefta.train.models import load_classifier
+from qrefta.train.tasks.classify import text_classes
+from tests.models import tiny_bert
+from tests.tiny import color_data, tiny_folder, tiny_tokenizer
 
 
 def encoded(labels, test=None):
@@ -89,3 +94,48 @@ def test_labels_of_the_test_split_are_classes_of_training():
 def test_classes_that_may_be_none_are_warned_of(labels, message):
     with pytest.raises(UserWarning, match=message):
         encoded(labels)
+
+
+# Names of the model's labels
+
+
+def named(*names):
+    model = tiny_bert()
+    model.config.num_labels = len(names)
+    model.config.id2label = dict(enumerate(names))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("names", "classes", "kept"),
+    [
+        (("Red", "Blue"), ["red", "blue"], ("Red", "Blue")),
+        (("BLUE", "RED"), ["red", "blue"], ("BLUE", "RED")),
+        (("spam", "ham"), ["0", "1"], ("spam", "ham")),
+        (("LABEL_0", "LABEL_1"), ["0", "1"], ("0", "1")),
+        (("spam", "ham"), ["red", "blue"], ("red", "blue")),
+    ],
+)
+def test_labels_keep_the_model_s_names_where_they_fit(names, classes, kept):
+    """Labels of the data follow the model's order, by their names."""
+    model = named(*names)
+    data = color_data(8, 8).cast_column("label", ClassLabel(names=classes))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rows = text_classes(model, tiny_tokenizer(), data, 16).train
+    assert tuple(model.config.id2label.values()) == kept
+    assert model.config.label2id == {name: label for label, name in enumerate(kept)}
+    replaced = [row for row in caught if "they get the names of the data" in str(row.message)]
+    assert len(replaced) == (kept == ("red", "blue"))
+    turned = names == ("BLUE", "RED")
+    expected = [1 - label if turned else label for label in data["train"]["label"]]
+    assert [row["label"] for row in rows] == expected
+
+
+def test_the_command_keeps_the_model_s_names_where_they_fit(tmp_path):
+    model = BertForSequenceClassification.from_pretrained(tiny_folder(tmp_path))
+    model.config.id2label = {0: "spam", 1: "ham"}
+    model.save_pretrained(tmp_path)
+    for classes, kept in (["0", "1"], "spam"), (["Ham", "Spam"], "spam"), (["a", "b"], "a"):
+        assert load_classifier(str(tmp_path), classes, 0).config.id2label[0] == kept
+    assert load_classifier(str(tmp_path), ["a", "b", "c"], 0).config.id2label[2] == "c"
