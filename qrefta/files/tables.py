@@ -151,12 +151,14 @@ def _check_utf8(files: list[Path]) -> None:
 def _field_of_rows(data: Dataset) -> str | None:
     """The entry that holds the rows of a JSON file: of {"data": [{...}, {...}]} it is data."""
     row = data[0]
+    if any(name in row for name in _TURNS):
+        return None
     lists = [
         name
         for name, value in row.items()
-        if name not in _TURNS and isinstance(value, list) and value and isinstance(value[0], dict)
+        if isinstance(value, list) and value and isinstance(value[0], dict)
     ]
-    return lists[0] if len(lists) == 1 and not any(name in row for name in _TURNS) else None
+    return lists[0] if len(lists) == 1 else None
 
 
 def _check_lines(file: Path) -> None:
