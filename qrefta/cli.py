@@ -174,8 +174,13 @@ def finetune(
         int, typer.Option(help="Rows a forward and backward pass.", rich_help_panel=TRAINING)
     ] = 32,
     max_length: Annotated[
-        int, typer.Option(help="Rows are cut to this many tokens.", rich_help_panel=DATA)
-    ] = 128,
+        int | None,
+        typer.Option(
+            help="Rows are cut to this many tokens; default: 128, or the model's positions if it "
+            "has fewer.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     packing: Annotated[
         bool,
         typer.Option(
@@ -280,14 +285,14 @@ def finetune(
     from qrefta.split.sources import calibration_batches
     from qrefta.tables import report_table, results_table
     from qrefta.train._finetune import finetune as finetune_model
-    from qrefta.train.arguments import task_settings, training_arguments
+    from qrefta.train.arguments import LENGTH_FIELDS, task_settings, training_arguments
     from qrefta.train.calibration import task_batches
     from qrefta.train.interrupt import TrainingInterrupted
+    from qrefta.train.lengths import row_length
     from qrefta.train.models import load_model
     from qrefta.train.rates import chosen_rate, parse_rate
     from qrefta.train.tasks import TASKS
     from qrefta.train.tasks.mixture import Mixture, load_mixture, parse_weight
-    from qrefta.train.trl import TRL_TASKS
 
     seed = settings["seed"]
     rate = parse_rate(learning_rate)
@@ -328,6 +333,10 @@ def finetune(
             data = Mixture([data, *others.parts], [1.0, *others.weights])
         processor = TASKS[task].processor.from_pretrained(**pretrained_source(model))
         loaded = load_model(str(start) if start.is_dir() else model, task, data, seed)
+        if task != "image":
+            max_length = row_length(loaded, processor, max_length)
+        if task in LENGTH_FIELDS:
+            setattr(args, LENGTH_FIELDS[task], max_length)
         if not is_prepared(loaded):
             if not state.is_main_process:
                 raise ValueError(
@@ -357,7 +366,7 @@ def finetune(
             data,
             task=task,
             args=args,
-            max_length=None if task in TRL_TASKS else max_length,
+            max_length=None if task in LENGTH_FIELDS else max_length,
             loss=loss,
             reward=reward or (),
             eval_steps=eval_steps,

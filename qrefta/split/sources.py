@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta.choices import GENERIC_TEXT
 from qrefta.files.sources import loaded_from, pretrained_source
+from qrefta.model.positions import trained_positions
 from qrefta.split.calibrate import Batch
 from qrefta.split.texts import (
     MAX_LENGTH,
@@ -119,8 +120,7 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
 
 def _max_length(model: PreTrainedModel) -> int:
     """Tokens of a row that the model has positions for, at most `MAX_LENGTH`."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(MAX_LENGTH, positions or MAX_LENGTH)
+    return min(MAX_LENGTH, trained_positions(model) or MAX_LENGTH)
 
 
 def _check_ids(model: PreTrainedModel, batches: list[Any]) -> None:

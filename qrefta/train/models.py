@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from qrefta.choices import Task
 from qrefta.files.sources import pretrained_source
 from qrefta.train.tasks import TASKS
+from qrefta.train.tasks.classify import label_names
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -29,7 +30,9 @@ def load_classifier(
     Its head is drawn from `seed` if the checkpoint has none that fits.
     """
     source = pretrained_source(model)
-    has_labels = AutoConfig.from_pretrained(**source).num_labels
+    config = AutoConfig.from_pretrained(**source)
+    fits = config.num_labels == len(classes)
+    names = label_names(config, classes) if fits else classes
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return auto.from_pretrained(
@@ -37,7 +40,7 @@ def load_classifier(
             dtype=torch.float32,  # a head in bf16 would lose most of AdamW's updates
             use_safetensors=True,
             num_labels=len(classes),
-            id2label=dict(enumerate(classes)),
-            label2id={name: index for index, name in enumerate(classes)},
-            ignore_mismatched_sizes=has_labels != len(classes),
+            id2label=dict(enumerate(names)),
+            label2id={name: index for index, name in enumerate(names)},
+            ignore_mismatched_sizes=not fits,
         )
