@@ -9,7 +9,11 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qrefta._compat.transformers import always_float32, set_always_float32
+from qrefta._compat.transformers import (
+    always_float32,
+    mark_initialized,
+    set_always_float32,
+)
 from qrefta.config import LayerStack, Rank, Settings
 from qrefta.methods import METHODS
 from qrefta.model.stacks import ends_with, linear_layer, read_slice, replace_module
@@ -122,6 +126,7 @@ def adapt(
     if key is not None:
         layer.attach(getattr(model, BANK), key, index)
     layer.train(old.training)
+    mark_initialized(layer)  # some classes (Funnel) take a weight of a "Linear" for a matrix
     if stack.experts:
         add_expert(old, name, layer)
     else:
