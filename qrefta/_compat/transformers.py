@@ -1,6 +1,7 @@
 """Private names of transformers, all in release 5.0 or earlier, unless another release is named."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
+
+# Writes the files of a class that does not belong to transformers. If it goes: copy them.
+from transformers.dynamic_module_utils import custom_object_save
 
 # The table of forward passes of fused experts; qrefta adds one. If it goes: replace the
 # experts' `forward`.
@@ -56,6 +60,7 @@ __all__ = [
     "set_experts_implementation",
     "unmark_quantized",
     "was_initialized",
+    "write_code",
 ]
 
 # Attributes of a module that keeps fused experts and leaves its forward pass to
@@ -178,6 +183,15 @@ def has_peft_adapter(model: nn.Module) -> bool:
     If it goes: look for modules whose class belongs to peft.
     """
     return getattr(model, "_hf_peft_config_loaded", False)
+
+
+def write_code(model: PreTrainedModel, folder: Path, config: PreTrainedConfig) -> None:
+    """Write the code of a model whose class is not transformers', as `save_pretrained` does.
+
+    The config gets the names of its classes. If it goes: copy the files of the model's folder.
+    """
+    if model._auto_class is not None:
+        custom_object_save(model, folder, config=config)  # pyright: ignore[reportArgumentType]
 
 
 def prepare_inputs(trainer: Trainer, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from qrefta.export.merge import (
 )
 from qrefta.export.updates import Update, layer_updates, starting_factors
 from qrefta.export.write import copy_tokenizer, plain_config, write_model
+from qrefta.files.code import is_trusted
 from qrefta.files.folders import new_folder
 from qrefta.files.safetensors import write_shard
 from qrefta.hf_config import QReftaConfig
@@ -122,8 +123,9 @@ def export_lora(
     if base == "original":
         bare = _original(model, original or config.base_model)
         if METHODS[config.settings.method].fits:
-            begun = load(start) if isinstance(start, str | Path) else start
-            starts = starting_factors(model, config, bare, begun)
+            if isinstance(start, str | Path):
+                start = load(start, trust_remote_code=is_trusted(model))
+            starts = starting_factors(model, config, bare, start)
     updates = layer_updates(model, config, starts, rank)
     with new_folder(out) as folder:
         source = str(original or config.base_model)

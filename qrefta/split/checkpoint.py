@@ -19,6 +19,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from qrefta.config import LayerStack, Rank, Settings, StackReport, parse_bytes
 from qrefta.files.checksums import Checksums, settings_checksum
+from qrefta.files.code import check_trusted
 from qrefta.files.json_file import read_json
 from qrefta.files.safetensors import (
     Checkpoint,
@@ -64,6 +65,7 @@ def convert(
     max_memory: int | str,
     progress: bool,
     base_model: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Prepare the model in `source` (folder or hub name) into `out`; the arguments of
     `qrefta.prepare_checkpoint`.
@@ -74,6 +76,7 @@ def convert(
 
     Args:
         base_model: name of the source to keep in the config; default: `source`.
+        trust_remote_code: whether to run code that comes with the model.
 
     Returns:
         `out`.
@@ -82,7 +85,10 @@ def convert(
         ValueError: as `qrefta.prepare_checkpoint`.
     """
     calibrated = moments is not None
-    checkpoint = CheckpointSource(resolve_folder(source), settings, device, max_memory, calibrated)
+    dense = resolve_folder(source)
+    checkpoint = CheckpointSource(
+        dense, settings, device, max_memory, calibrated, trust_remote_code
+    )
     settings = checkpoint.settings
     folder = FolderSink(out, checkpoint, calibrated)
     split_stacks(checkpoint, folder, settings, moments, progress)
@@ -105,6 +111,7 @@ class CheckpointSource:
         device: where a stack is worked on.
         max_memory: bytes that preparing may take.
         calibrated: whether residuals may be rounded with error feedback.
+        trust_remote_code: whether to run code that comes with the model.
 
     Attributes:
         settings: with the paths of all modules that train in full.
@@ -121,11 +128,12 @@ class CheckpointSource:
         device: torch.device,
         max_memory: int | str,
         calibrated: bool,
+        trust_remote_code: bool = False,
     ) -> None:
         self.folder = folder
         self.device = device
         self.checkpoint = Checkpoint(folder)
-        model = _model_without_storage(folder, self.checkpoint)
+        model = _model_without_storage(folder, self.checkpoint, trust_remote_code)
         self.model_config = model.config
         self.stacks = find_stacks(model)
         targets = select_stacks(self.stacks, settings.target_modules)
@@ -273,9 +281,11 @@ def _is_empty(folder: Path) -> bool:
     return folder.is_dir() and all(path.name == f"{JOURNAL}.tmp" for path in folder.iterdir())
 
 
-def _model_without_storage(folder: Path, checkpoint: Checkpoint) -> PreTrainedModel:
+def _model_without_storage(
+    folder: Path, checkpoint: Checkpoint, trust_remote_code: bool
+) -> PreTrainedModel:
     """The model that config.json describes, without storage, in the dtype of its weights."""
-    config = _read_config(folder)
+    config = _read_config(folder, trust_remote_code)
     if getattr(config, "quantization_config", None):
         raise ValueError(
             f"{folder} is already quantized; prepare quantizes a dense checkpoint itself."
@@ -283,7 +293,7 @@ def _model_without_storage(folder: Path, checkpoint: Checkpoint) -> PreTrainedMo
     if config.dtype is None:
         dtypes = map(checkpoint.dtype, checkpoint.names)
         config.dtype = next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
-    kind = model_class((config.architectures or [""])[0], folder)
+    kind = model_class(vars(config), folder, trust_remote_code)
     try:
         with init_empty_weights(include_buffers=True):
             return kind(config)
@@ -291,7 +301,7 @@ def _model_without_storage(folder: Path, checkpoint: Checkpoint) -> PreTrainedMo
         raise _no_model(folder, error) from error
 
 
-def _read_config(folder: Path) -> PreTrainedConfig:
+def _read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
     """config.json as transformers reads it; a number out of range is refused first, since building
     would not end.
     """
@@ -301,8 +311,9 @@ def _read_config(folder: Path) -> PreTrainedConfig:
             f"{folder / 'config.json'} is damaged: it holds no settings by name; copy it again."
         )
     check_config(config)
+    check_trusted(config, folder, trust_remote_code)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise _no_model(folder, error) from error
 
