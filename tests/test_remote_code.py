@@ -1,4 +1,4 @@
-"""Models whose class is code in their folder: it runs where the user trusts it, and nothing asks."""
+"""Models whose class is code in their folder: it runs if the user trusts it, and nothing asks."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from qrefta.cli import app
 from qrefta.model.verify import verify
 from tests.tiny import tiny_tokenizer
 
-CONFIG = '''
+CONFIG = """
 from transformers import PreTrainedConfig
 
 
@@ -26,8 +26,8 @@ class ToyConfig(PreTrainedConfig):
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         super().__init__(**rest)
-'''
-MODEL = '''
+"""
+MODEL = """
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
@@ -82,7 +82,7 @@ class ToyForCausalLM(PreTrainedModel, GenerationMixin):
         logits = self.lm_head(self.transformer(input_ids))
         loss = None if labels is None else self.loss_function(logits, labels, logits.shape[-1])
         return CausalLMOutput(loss=loss, logits=logits)
-'''
+"""
 IDS = {"input_ids": torch.arange(3, 19).view(2, 8)}
 FILES = {"configuration_toy.py", "modeling_toy.py"}
 REFUSED = r"needs code that comes with it .*modeling_toy\.ToyForCausalLM.* trust_remote_code=True"
