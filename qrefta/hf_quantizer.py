@@ -333,6 +333,7 @@ class QReftaQuantizer(HfQuantizer):
                 progress=False,
                 base_model=model.name_or_path,
                 trust_remote_code=is_trusted(model),
+                kind=type(model),
             )
         files[:] = [str(file) for file in sorted(out.glob("*.safetensors"))]
         config = QReftaConfig.of(read_config(out))

@@ -1,12 +1,19 @@
 """Models whose class is code in their folder: it runs if the user trusts it, and nothing asks."""
 
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+)
 
 import qrefta
 from qrefta.chat import conversation
@@ -229,6 +236,42 @@ def test_a_family_that_gguf_does_not_have_is_named(model, tmp_path):
     for source in (tmp_path / "4bit", model):
         with pytest.raises(ValueError, match="A ToyForCausalLM cannot be written as a GGUF file"):
             qrefta.export_gguf(source, tmp_path / "file.gguf")
+
+
+@pytest.fixture
+def own_class(folder, monkeypatch):
+    """The model's class in a user's module, and a folder that names no code."""
+    settings = json.loads((folder / "config.json").read_text())
+    del settings["auto_map"]
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "own_model.py").write_text(MODEL.replace("from .", "from "))
+    monkeypatch.syspath_prepend(folder)
+    for name in ("own_model", "configuration_toy"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return importlib.import_module("own_model").ToyForCausalLM
+
+
+def test_a_class_of_the_users_script_is_prepared_saved_and_merged(folder, own_class, tmp_path):
+    model = qrefta.prepare(own_class.from_pretrained(folder), rank=4, method="refta")
+    model.save_pretrained(tmp_path / "4bit")
+    settings = qrefta.QReftaConfig(rank=4, method="refta")
+    loading = own_class.from_pretrained(folder, quantization_config=settings)
+    for loaded in (own_class.from_pretrained(tmp_path / "4bit"), loading):
+        assert torch.equal(logits(loaded), logits(model))
+    assert qrefta.merge(model, torch.float32, out=tmp_path / "merged").difference < 1e-5
+    with pytest.raises(ValueError, match=r"no model class 'ToyForCausalLM'.* or register"):
+        qrefta.load(tmp_path / "4bit")
+
+
+def test_a_registered_class_is_found_by_its_name(folder, own_class, tmp_path, monkeypatch):
+    monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", {})
+    monkeypatch.setattr(MODEL_FOR_CAUSAL_LM_MAPPING, "_extra_content", {})
+    AutoConfig.register("toy_with_code", own_class.config_class)
+    AutoModelForCausalLM.register(own_class.config_class, own_class)
+    qrefta.prepare_checkpoint(folder, tmp_path / "4bit", rank=4, progress=False)
+    assert type(qrefta.load(tmp_path / "4bit")) is own_class
+    assert verify(tmp_path / "4bit")
+    assert qrefta.plan(folder, seq=8, rank=4).total_bytes > 0
 
 
 def test_the_command_line_has_the_option(folder, tmp_path):

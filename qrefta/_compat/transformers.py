@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 
@@ -53,6 +54,7 @@ __all__ = [
     "mark_initialized",
     "model_of_config",
     "prepare_inputs",
+    "registered_class",
     "rename_source_key",
     "revert_weight_conversion",
     "rotate_checkpoints",
@@ -183,6 +185,22 @@ def has_peft_adapter(model: nn.Module) -> bool:
     If it goes: look for modules whose class belongs to peft.
     """
     return getattr(model, "_hf_peft_config_loaded", False)
+
+
+def registered_class(name: str) -> type[PreTrainedModel] | None:
+    """The model class of this name that the user gave to `AutoModelFor...register`.
+
+    transformers registers classes that come with a model, too; they serve that model alone. If it
+    goes: only transformers' classes are found by their names.
+    """
+    for auto_name in dir(transformers.models.auto.modeling_auto):
+        auto = getattr(transformers.models.auto.modeling_auto, auto_name)
+        registered = getattr(getattr(auto, "_model_mapping", None), "_extra_content", {})
+        for kind in registered.values():
+            its_own = str(getattr(kind, "__module__", "")).startswith("transformers_modules.")
+            if getattr(kind, "__name__", None) == name and not its_own:
+                return kind
+    return None
 
 
 def write_code(model: PreTrainedModel, folder: Path, config: PreTrainedConfig) -> None:

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from qrefta._compat.transformers import registered_class
+
 _LOADED = "transformers_modules."  # the package that transformers loads such code into
 
 
@@ -35,7 +37,8 @@ def check_trusted(settings: Mapping[str, Any], source: str | Path, trust_remote_
         return
     auto_map = settings.get("auto_map") or {}
     name = (settings.get("architectures") or [""])[0]
-    known = hasattr(transformers, str(name)) and settings.get("model_type") in CONFIG_MAPPING
+    known = hasattr(transformers, str(name)) or registered_class(str(name)) is not None
+    known = known and settings.get("model_type") in CONFIG_MAPPING
     if auto_map and not known:
         raise ValueError(
             f"{source} needs code that comes with it ({', '.join(map(str, auto_map.values()))}). "

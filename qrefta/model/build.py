@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from qrefta._compat.transformers import (
     always_float32,
     mark_initialized,
+    registered_class,
     set_always_float32,
 )
 from qrefta.config import LayerStack, Rank, Settings
@@ -91,10 +92,12 @@ def model_class(
     if kind is not None:
         return kind
     name = (settings.get("architectures") or [""])[0]
-    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    kind = getattr(transformers, str(name), None) or registered_class(str(name))
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         raise ValueError(
-            f"transformers has no model class {name!r}; load {source} with the class that saved it."
+            f"transformers has no model class {name!r}; load {source} with the class that saved "
+            "it, or register this class: AutoModelForCausalLM.register (or of its task), and "
+            "AutoConfig.register."
         )
     return kind
 

@@ -190,7 +190,6 @@ class _Names:
     def _inside(self, owner: ast.expr, name: Any, depth: int) -> set[_Path]:
         """The paths of a module's child by its name; None: of any child."""
         parts = (_ANY,) if name is None else tuple(str(name).split("."))
-        parts = () if name == "_modules" else parts
         return {(*path, *parts) for path in self.paths(owner, depth)}
 
 
