@@ -1,8 +1,11 @@
 """Private names of transformers, all in release 5.0 or earlier, unless another release is named."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 
@@ -19,6 +22,9 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
+
+# Writes the files of a class that does not belong to transformers. If it goes: copy them.
+from transformers.dynamic_module_utils import custom_object_save
 
 # The table of forward passes of fused experts; qrefta adds one. If it goes: replace the
 # experts' `forward`.
@@ -45,9 +51,11 @@ __all__ = [
     "float32_under_float16",
     "get_model_conversion_mapping",
     "has_peft_adapter",
+    "is_left_out",
     "mark_initialized",
     "model_of_config",
     "prepare_inputs",
+    "registered_class",
     "rename_source_key",
     "revert_weight_conversion",
     "rotate_checkpoints",
@@ -55,6 +63,7 @@ __all__ = [
     "set_experts_implementation",
     "unmark_quantized",
     "was_initialized",
+    "write_code",
 ]
 
 # Attributes of a module that keeps fused experts and leaves its forward pass to
@@ -86,6 +95,17 @@ def was_initialized(parameter: nn.Parameter) -> bool:
     in the files with those in the model.
     """
     return getattr(parameter, "_is_hf_initialized", False)
+
+
+def is_left_out(model: PreTrainedModel, path: str) -> bool:
+    """Whether files may be without a tensor of the model, because the model makes it as it loads.
+
+    Its class names the tensors that it never saves (Marian's tables of positions), and patterns of
+    tensors that published checkpoints do not have. If it goes: nothing may be missing in a file.
+    """
+    patterns = model._keys_to_ignore_on_load_missing or ()
+    never_saved = model._keys_to_ignore_on_save or ()
+    return path in never_saved or any(re.search(pattern, path) for pattern in patterns)
 
 
 def mark_initialized(module: Any) -> None:
@@ -166,6 +186,31 @@ def has_peft_adapter(model: nn.Module) -> bool:
     If it goes: look for modules whose class belongs to peft.
     """
     return getattr(model, "_hf_peft_config_loaded", False)
+
+
+def registered_class(name: str) -> type[PreTrainedModel] | None:
+    """The model class of this name that the user gave to `AutoModelFor...register`.
+
+    transformers registers classes that come with a model, too; they serve that model alone. If it
+    goes: only transformers' classes are found by their names.
+    """
+    for auto_name in dir(transformers.models.auto.modeling_auto):
+        auto = getattr(transformers.models.auto.modeling_auto, auto_name)
+        registered = getattr(getattr(auto, "_model_mapping", None), "_extra_content", {})
+        for kind in registered.values():
+            its_own = str(getattr(kind, "__module__", "")).startswith("transformers_modules.")
+            if getattr(kind, "__name__", None) == name and not its_own:
+                return kind
+    return None
+
+
+def write_code(model: PreTrainedModel, folder: Path, config: PreTrainedConfig) -> None:
+    """Write the code of a model whose class is not transformers', as `save_pretrained` does.
+
+    The config gets the names of its classes. If it goes: copy the files of the model's folder.
+    """
+    if model._auto_class is not None:
+        custom_object_save(model, folder, config=config)  # pyright: ignore[reportArgumentType]
 
 
 def prepare_inputs(trainer: Trainer, inputs: dict[str, Any]) -> dict[str, Any]:
