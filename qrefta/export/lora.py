@@ -298,6 +298,8 @@ def _lora_config(
     others = {path: rank for path, rank in ranks.items() if rank != most_common}
     name = type(model).__name__
     tasks = [task for suffix, task in _TASKS.items() if name.endswith(suffix)]
+    if model.main_input_name != "input_ids":
+        tasks = []  # PEFT's wrapper of a task passes input_ids to the model
     return peft.LoraConfig(
         task_type=tasks[0] if tasks else None,
         r=most_common,

@@ -9,7 +9,11 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qrefta._compat.transformers import always_float32, set_always_float32
+from qrefta._compat.transformers import (
+    always_float32,
+    mark_initialized,
+    set_always_float32,
+)
 from qrefta.config import LayerStack, Rank, Settings
 from qrefta.methods import METHODS
 from qrefta.model.stacks import ends_with, linear_layer, read_slice, replace_module
@@ -66,6 +70,16 @@ def build(model: PreTrainedModel, settings: Settings, placements: Sequence[Place
             getattr(model, BANK)[key] = factors
         for place in range(stack.layers):
             adapt(model, stack, place, fmt, key)
+    for module in model.modules():
+        if _only_holds_adapted(module):
+            # Or transformers would run its code for new weights, which may read shapes (BLT).
+            mark_initialized(module)
+
+
+def _only_holds_adapted(module: nn.Module) -> bool:
+    """Whether a module holds adapted linear layers, and no tensors itself."""
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return not own and any(isinstance(child, AdaptedLinear) for child in module.children())
 
 
 def model_class(name: str, source: str | Path) -> type[PreTrainedModel]:
@@ -122,6 +136,7 @@ def adapt(
     if key is not None:
         layer.attach(getattr(model, BANK), key, index)
     layer.train(old.training)
+    mark_initialized(layer)  # some classes (Funnel) take a weight of a "Linear" for a matrix
     if stack.experts:
         add_expert(old, name, layer)
     else:

@@ -5,6 +5,7 @@ of a block as separate matrices, a gate and an up projection each, where the mod
 parameter. Its tables of renamings and conversions say which.
 """
 
+import torch
 from transformers import PreTrainedModel
 
 from qrefta._compat.transformers import (
@@ -15,9 +16,10 @@ from qrefta._compat.transformers import (
     dot_natural_key,
     get_model_conversion_mapping,
     rename_source_key,
+    revert_weight_conversion,
 )
+from qrefta.config import LayerStack
 from qrefta.files.safetensors import Checkpoint, Part
-from qrefta.model.stacks import LayerStack
 
 
 def weight_parts(
@@ -114,6 +116,44 @@ def sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, list[li
             # a missing matrix shows in the number of experts
             filled[parameter] = [list(rows) for rows in zip(*matrices, strict=False)]
     return filled
+
+
+def stored_together(model: PreTrainedModel) -> dict[str, list[str]]:
+    """Tensor of a model -> all tensors that a checkpoint stores as one with it, itself included.
+
+    Some published checkpoints hold query, key and value as one matrix where the model has three.
+    Tensors that are stored alone are left out.
+    """
+    names = model.state_dict().keys()
+    _, converters = _weight_mapping(model)
+    together: dict[str, list[str]] = {}
+    for converter in converters:
+        patterns = converter.target_patterns
+        for name in names:
+            found = next((pattern for pattern in patterns if pattern in name), None)
+            if len(patterns) > 1 and found is not None:
+                members = [name.replace(found, pattern) for pattern in patterns]
+                together[name] = [member for member in members if member in names]
+    return together
+
+
+def keeps_scales(model: PreTrainedModel, path: str) -> bool:
+    """Whether transformers finds the scales of a packed linear layer again that it saved.
+
+    It renames tensors as it saves and loads, by patterns that may fit the weight alone (Inkling's
+    `weight_proj`, which its checkpoints hold without `.weight`).
+    """
+    name = f"{path}.absmax"
+    (saved,) = revert_weight_conversion(model, {name: torch.empty(0, device="meta")})
+    renamings, converters = _weight_mapping(model)
+    state = dict.fromkeys([*model.state_dict(), name], True)
+    for renames, converts in ((renamings, converters), ([], [])):
+        renamed, pattern = rename_source_key(
+            saved, renames, converts, str(model.base_model_prefix), state
+        )
+        if renamed == name or pattern is not None:
+            return True
+    return False
 
 
 def _fuses_experts(converter: WeightConverter) -> bool:

@@ -36,6 +36,7 @@ from qrefta.model.check import FRESH_BYTES, FRESH_SHARE
 from qrefta.model.config_file import check_config
 from qrefta.model.names import weight_parts
 from qrefta.model.stacks import BLOCK_BYTES, Weights, check_values, find_stacks, select_stacks
+from qrefta.model.unquantized import warn_of_unquantized
 from qrefta.model_card import write_card
 from qrefta.nn.factors import BANK, stored_factors
 from qrefta.split.calibrate import FULL_WIDTH, Moments
@@ -132,6 +133,7 @@ class CheckpointSource:
         self.settings = with_trained_modules(model, settings, self.stacks)
         _check_bytes(folder, self.checkpoint, model)
         self.parts = weight_parts(model, self.checkpoint, self.stacks)
+        warn_of_unquantized(model, self.stacks)
         limit = parse_bytes("max_memory", max_memory)
         feedback = calibrated and settings.bits == 4 and settings.rounding == "feedback"
         self._block_bytes = _block_bytes(self.stacks, targets, limit, feedback)
