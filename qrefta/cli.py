@@ -699,8 +699,6 @@ def quiet_libraries(data: bool = True) -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    # accelerate warns of parts that are read from disk as the model runs
-    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
     if data:
         import datasets
 

@@ -1,6 +1,6 @@
 """Private names of torch, all in release 2.8, the oldest that qrefta admits, or earlier."""
 
-from collections.abc import ItemsView
+from collections.abc import ItemsView, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ __all__ = [
     "storage_id",
     "tree_leaves",
     "version_counter",
+    "with_shape",
 ]
 
 
@@ -40,6 +41,16 @@ def version_counter(tensor: Tensor) -> int:
     notes on autograd describe it. If it goes: keep nothing.
     """
     return tensor._version
+
+
+def with_shape(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """A tensor in another shape, which autograd does not take for a view.
+
+    `torch.matmul` returns its results this way: they can be changed or detached in place. The given
+    tensor must not be used afterwards. If it goes: `view`, whose result cannot be detached in
+    place.
+    """
+    return torch.ops.aten._unsafe_view(tensor, shape)
 
 
 def storage_id(storage: torch.UntypedStorage) -> int:

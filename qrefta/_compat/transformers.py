@@ -1,5 +1,6 @@
 """Private names of transformers, all in release 5.0 or earlier, unless another release is named."""
 
+import re
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ __all__ = [
     "float32_under_float16",
     "get_model_conversion_mapping",
     "has_peft_adapter",
+    "is_left_out",
     "mark_initialized",
     "model_of_config",
     "prepare_inputs",
@@ -85,6 +87,17 @@ def was_initialized(parameter: nn.Parameter) -> bool:
     in the files with those in the model.
     """
     return getattr(parameter, "_is_hf_initialized", False)
+
+
+def is_left_out(model: PreTrainedModel, path: str) -> bool:
+    """Whether files may be without a tensor of the model, because the model makes it as it loads.
+
+    Its class names the tensors that it never saves (Marian's tables of positions), and patterns of
+    tensors that published checkpoints do not have. If it goes: nothing may be missing in a file.
+    """
+    patterns = model._keys_to_ignore_on_load_missing or ()
+    never_saved = model._keys_to_ignore_on_save or ()
+    return path in never_saved or any(re.search(pattern, path) for pattern in patterns)
 
 
 def mark_initialized(module: Any) -> None:

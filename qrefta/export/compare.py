@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import dispatch_model, init_empty_weights
+from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
@@ -36,10 +36,11 @@ def output_difference(found: Tensor, expected: Tensor) -> float:
 def run_from_disk(
     model_class: type[PreTrainedModel], folder: Path, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """A dense model whose modules read their parameters from files as they run, and keep none.
+    """A dense model whose parameters are read from files as they are used, and not kept.
 
-    `from_pretrained` with a device map of disk holds all of them once as it loads (transformers
-    5.23). It is used for a checkpoint in which several tensors make up one parameter.
+    They are mapped, so that modules may read each other's parameters, or change them in place.
+    `from_pretrained` loads a checkpoint in which several tensors make up one parameter; then all of
+    them are held.
     """
     config = AutoConfig.from_pretrained(folder)
     config.dtype = dtype
@@ -52,27 +53,16 @@ def run_from_disk(
         if len(parts) == len(parts[0]) == 1
     }
     model.tie_weights()
-    tied_names = model.all_tied_weights_keys
-    untied = {name for name, _ in model.named_parameters() if name not in tied_names}
-    if not untied <= stored_names.keys():
-        return model_class.from_pretrained(folder, dtype=dtype)
-    buffers = {name for name, _ in model.named_buffers()}
-    for name in buffers & stored_names.keys():
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, checkpoint.read(stored_names[name]))
-    index: Any = {
-        name: {"safetensors_file": str(checkpoint.file(stored)), "weight_name": stored}
-        for name, stored in stored_names.items()
-        if name not in buffers
-    }
     # A checkpoint holds one of two tied parameters; both read it.
-    for tied, source in tied_names.items():
-        if source in index:
-            index[tied] = index[source]
-        elif tied in index:
-            index[source] = index[tied]
-    cpu: Any = "cpu"  # safetensors does not take a torch.device
-    dispatch_model(model, {"": "disk"}, main_device=cpu, offload_index=index, force_hooks=True)
+    for tied, source in model.all_tied_weights_keys.items():
+        for name, other in ((tied, source), (source, tied)):
+            if other in stored_names:
+                stored_names.setdefault(name, stored_names[other])
+    if not {name for name, _ in model.named_parameters()} <= stored_names.keys():
+        return model_class.from_pretrained(folder, dtype=dtype)
+    tensors = checkpoint.mapped(set(stored_names.values()))
+    state = {name: tensors[stored] for name, stored in stored_names.items()}
+    model.load_state_dict(state, strict=False, assign=True)
     return model
 
 

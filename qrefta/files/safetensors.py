@@ -2,7 +2,8 @@
 
 Files are read by position, not through a memory map: mapped pages count as resident, and opening a
 file with the safetensors library maps it whole (a loop over rows of a 0.7 GB file then peaks at 0.7
-GB; by position it peaks at the rows, and runs twice as fast). The format is a length (8 bytes,
+GB; by position it peaks at the rows, and runs twice as fast). The exception is a model that runs
+from its files (`Checkpoint.mapped`), any of whose modules may read any tensor. The format is a length (8 bytes,
 little endian), a JSON header of names, dtypes, shapes and offsets, and data. Files written here
 carry the checksums of `qrefta.files.checksums` in their header.
 """
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -183,6 +185,25 @@ class Checkpoint:
         if not stored.shape:
             return self._rows(stored, 0, 1).view(())
         return self._rows(stored, start, stored.shape[0] if stop is None else stop)
+
+    def mapped(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors by name whose pages are read from their files as they are used.
+
+        The system may drop the pages again, so the tensors take no memory that others need. A
+        change of a tensor stays in memory and does not reach its file.
+        """
+        tensors: dict[str, Tensor] = {}
+        maps: dict[Path, np.memmap] = {}
+        for name in names:
+            stored = self._tensors[name]
+            if stored.offset % stored.dtype.itemsize or not stored.nbytes:
+                tensors[name] = self.read(name)  # torch has no views of unaligned bytes
+                continue
+            if stored.file not in maps:
+                maps[stored.file] = np.memmap(stored.file, mode="c")  # a change copies its page
+            data = maps[stored.file][stored.offset : stored.offset + stored.nbytes]
+            tensors[name] = torch.from_numpy(data).view(stored.dtype).view(stored.shape)
+        return tensors
 
     def bytes_of(self, name: str) -> Iterator[memoryview]:
         """A tensor's bytes, a chunk at a time."""
