@@ -9,8 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from qrefta._compat.transformers import (
+    Chunk,
     Concatenate,
     MergeModulelist,
+    Split,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -34,12 +36,16 @@ def weight_parts(
             in a way unknown here.
     """
     tensors = sources(model, checkpoint)
+    rows = _row_parts(model, checkpoint, stacks)
     parts: dict[str, list[Part]] = {}
     missing: list[str] = []
     for stack in stacks:
         matrices = []
         for path in stack.modules:
-            module_parts = _module_parts(checkpoint, stack, path, tensors)
+            if path in rows:
+                module_parts = [[rows[path]]]
+            else:
+                module_parts = _module_parts(checkpoint, stack, path, tensors)
             if len(module_parts) != max(stack.experts, 1):
                 missing.append(path)
             matrices += module_parts
@@ -68,6 +74,52 @@ def _module_parts(
         if len(shape) == 3:
             return [[Part(fused, expert)] for expert in range(shape[0])]
     return [[Part(name) for name in rows] for rows in names]
+
+
+def _row_parts(
+    model: PreTrainedModel, checkpoint: Checkpoint, stacks: list[LayerStack]
+) -> dict[str, Part]:
+    """The rows of a checkpoint's matrix for each linear layer that transformers splits from it.
+
+    A matrix counts if all of its rows belong to linear layers of the stacks.
+    """
+    state = model.state_dict()
+    stacked = {path for stack in stacks if not stack.transposed for path in stack.modules}
+    renamings, converters = _weight_mapping(model)
+    splitting = {
+        converter.source_patterns[0]: converter.target_patterns
+        for converter in converters
+        if _splits_rows(converter)
+    }
+    parts: dict[str, Part] = {}
+    for name in checkpoint.names:
+        renamed, pattern = rename_source_key(
+            name, renamings, converters, str(model.base_model_prefix), state
+        )
+        targets = splitting.get(pattern or "", [])
+        found: dict[str, Part] = {}
+        stop = 0
+        for target in targets:
+            path = renamed.replace(targets[0], target)
+            if path.removesuffix(".weight") not in stacked:
+                break
+            start, stop = stop, stop + len(state[path])
+            found[path.removesuffix(".weight")] = Part(name, rows=(start, stop))
+        if targets and len(found) == len(targets) and stop == checkpoint.shape(name)[0]:
+            parts |= found
+    return parts
+
+
+def _splits_rows(converter: WeightConverter) -> bool:
+    """Whether it splits one matrix into several, whose rows follow one another."""
+    steps = [
+        (type(operation), getattr(operation, "dim", None)) for operation in converter.operations
+    ]
+    return (
+        steps in ([(Chunk, 0)], [(Split, 0)])
+        and len(converter.source_patterns) == 1
+        and len(converter.target_patterns) > 1
+    )
 
 
 def _check_shape(checkpoint: Checkpoint, stack: LayerStack, parts: list[Part]) -> None:

@@ -186,8 +186,10 @@ class FolderSink:
             for name, tensor in stored_factors(split.split.factors).items():
                 writer.add(f"{BANK}.{bank_key(index)}.{name}", tensor)
         for path, residual in zip(split.stack.adapted, split.residuals(), strict=True):
-            source = self.source.parts[path][0].name
-            stem = f"{path}." if split.stack.experts else source.removesuffix("weight")
+            part = self.source.parts[path][0]
+            source = part.name
+            shared = split.stack.experts or part.rows is not None
+            stem = f"{path}." if shared else source.removesuffix("weight")
             stored = residual.to("cpu", self.source.checkpoint.dtype(source))
             for name, tensor in stored.tensors().items():
                 writer.add(stem + name, tensor)

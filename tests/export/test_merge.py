@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
-from transformers import GteConfig, GteForMaskedLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import qrefta
@@ -20,11 +20,11 @@ from tests.models import (
     VOCAB,
     build,
     decoder_sizes,
-    encoder_sizes,
     inputs,
     logits,
     tiny_bert,
     tiny_gpt2,
+    tiny_gte,
     tiny_llama,
     tiny_segformer,
 )
@@ -160,10 +160,9 @@ def test_a_bf16_model_merges_from_float32_sums():
 
 def test_layers_that_checkpoints_hold_as_one_are_written_together(tmp_path):
     """GTE's checkpoints hold query, key and value in one matrix."""
-    sizes = encoder_sizes(32) | {"vocab_size": VOCAB, "max_position_embeddings": 64}
-    model = take_steps(qrefta.prepare(build(GteForMaskedLM, GteConfig(**sizes)), rank=5), 2)
+    model = take_steps(qrefta.prepare(tiny_gte(), rank=5), 2)
     qrefta.merge(model, torch.float32, out=tmp_path / "merged")
-    merged = GteForMaskedLM.from_pretrained(tmp_path / "merged")
+    merged = type(model).from_pretrained(tmp_path / "merged")
     assert_close(logits(merged), logits(model), rtol=0, atol=1e-4)
     assert any("qkv_proj" in name for name in load_file(tmp_path / "merged" / "model.safetensors"))
     with pytest.raises(ValueError, match=r"hold several linear layers as one.*base=.residual"):
