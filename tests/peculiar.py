@@ -9,6 +9,8 @@ from transformers import (
     MarianMTModel,
     ProphetNetConfig,
     ProphetNetForConditionalGeneration,
+    RwkvConfig,
+    RwkvForCausalLM,
 )
 
 from tests.models import VOCAB, build
@@ -63,3 +65,18 @@ def tiny_funnel():
         vocab_size=VOCAB, block_sizes=[2, 2], d_model=32, n_head=2, d_head=16, d_inner=64
     )
     return build(FunnelForMaskedLM, config)
+
+
+def tiny_rwkv():
+    """It divides the weights of its later blocks by two in eval mode."""
+    config = RwkvConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        attention_hidden_size=32,
+        num_hidden_layers=4,
+        context_length=32,
+        intermediate_size=64,
+        rescale_every=2,
+        use_cache=False,
+    )
+    return build(RwkvForCausalLM, config)

@@ -3,9 +3,10 @@
 Files are read by position, not through a memory map: mapped pages count as resident, and opening a
 file with the safetensors library maps it whole (a loop over rows of a 0.7 GB file then peaks at 0.7
 GB; by position it peaks at the rows, and runs twice as fast). The exception is a model that runs
-from its files (`Checkpoint.mapped`), any of whose modules may read any tensor. The format is a length (8 bytes,
-little endian), a JSON header of names, dtypes, shapes and offsets, and data. Files written here
-carry the checksums of `qrefta.files.checksums` in their header.
+from its files (`Checkpoint.mapped`), any of whose modules may read any tensor.
+
+The format is a length (8 bytes, little endian), a JSON header of names, dtypes, shapes and offsets,
+and data. Files written here carry the checksums of `qrefta.files.checksums` in their header.
 """
 
 import json

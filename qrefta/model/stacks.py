@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Conv1D, PreTrainedModel
 
-from qrefta._compat.torch import direct_children
+from qrefta._compat.torch import direct_children, direct_parameters
 from qrefta.config import LayerStack
-from qrefta.model.code import reads_weight
 from qrefta.model.names import keeps_scales
+from qrefta.model.reads import read_weights
 from qrefta.nn.experts import Experts, fused_names, is_experts
 
 LARGEST_WEIGHT = 1e12
@@ -39,8 +39,9 @@ def find_stacks(model: nn.Module) -> list[LayerStack]:
 
     - subclasses of `nn.Linear`, such as the output projection of `nn.MultiheadAttention`, because
       they may compute something else;
-    - linear layers whose weight is read by the code of their parent (Mamba's dt_proj), because a
-      packed weight would break that code (see `qrefta.model.code.reads_weight`);
+    - linear layers whose weight is read by other code of the model (Mamba's dt_proj, RWKV's
+      output), because a packed weight would break that code (see `qrefta.model.reads`);
+    - linear layers that share their weight with another module, because they train as one;
     - linear layers whose scales transformers would lose (see `qrefta.model.names.keeps_scales`);
     - experts that are computed by their model's code (Llama 4) and not by transformers' interface
       (see `is_experts`);
@@ -59,6 +60,7 @@ def find_stacks(model: nn.Module) -> list[LayerStack]:
 
 def _stacked_weights(model: nn.Module) -> Iterator[tuple[str, LayerStack]]:
     """Paths of linear layers and fused parameters, each with its stack, still without modules."""
+    left = left_dense(model)
     for path, module in body_modules(model):
         role = role_of(model, path)
         if "*" not in role:
@@ -66,7 +68,7 @@ def _stacked_weights(model: nn.Module) -> Iterator[tuple[str, LayerStack]]:
         if is_experts(module):
             for name, stack in _fused_weights(module, role):
                 yield f"{path}.{name}", stack
-        elif _is_plain(module) and not is_read(model, path):
+        elif _is_plain(module) and path not in left:
             transposed = type(module) is Conv1D
             yield path, _empty_stack(role, module.weight.shape, transposed)
 
@@ -296,10 +298,25 @@ def _is_plain(module: nn.Module) -> TypeGuard[PlainLinear]:
     return type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "FalconLinear"
 
 
-def is_read(model: nn.Module, path: str) -> bool:
-    """Whether the code of a linear layer's parent reads the weight itself."""
-    parent, _, name = path.rpartition(".")
-    return reads_weight(model.get_submodule(parent), name)
+def left_dense(model: nn.Module) -> dict[str, str]:
+    """Paths of the linear layers whose weights must stay as they are, each with the reason."""
+    read = dict.fromkeys(read_weights(model), "other code of the model reads the weight")
+    return read | dict.fromkeys(_tied(model), "it shares its weight with another module")
+
+
+def _tied(model: nn.Module) -> set[str]:
+    """Paths of the modules whose weight another module has too.
+
+    Without storage shared parameters are distinct objects, and only the class tells of them.
+    """
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        weight = direct_parameters(module).get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(path)
+    told = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = {path for paths in owners.values() if len(paths) > 1 for path in paths}
+    return tied | {name.removesuffix(".weight") for pair in told.items() for name in pair}
 
 
 def role_of(model: nn.Module, path: str) -> str:

@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers import Conv1D
 
 from qrefta.config import LayerStack
-from qrefta.model.stacks import body_modules, is_read, role_of
+from qrefta.model.stacks import body_modules, left_dense, role_of
 
 WARNED_SHARE = 0.05
 LISTED = 12  # roles in the warning
@@ -104,12 +104,14 @@ class _Weight(NamedTuple):
 def _block_weights(model: nn.Module) -> Iterator[_Weight]:
     """The weights of the linear layers and fused experts in blocks."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
+    left = left_dense(model)
     for path, module in body_modules(model):
         if not any(part.isdigit() for part in path.split(".")) or module is output:
             continue
         role = role_of(model, path)
         if isinstance(module, nn.Linear | Conv1D):
-            yield _Weight(path, role, module.weight.numel(), _reason(model, path, role))
+            reason = _reason(module, role, left.get(path))
+            yield _Weight(path, role, module.weight.numel(), reason)
         elif not isinstance(module, _ConvNd):
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() == 3 and min(parameter.shape) > 1:
@@ -117,14 +119,16 @@ def _block_weights(model: nn.Module) -> Iterator[_Weight]:
                     yield _Weight(f"{path}.{name}", f"{role}.{name}", parameter.numel(), reason)
 
 
-def _reason(model: nn.Module, path: str, role: str) -> str:
-    """The reason for which a linear layer would stay in 16 bits."""
-    module = model.get_submodule(path)
+def _reason(module: nn.Module, role: str, left: str | None) -> str:
+    """The reason for which a linear layer would stay in 16 bits.
+
+    Args:
+        module: the linear layer.
+        role: its path with `*` for the layer number.
+        left: the reason for which its weight must stay as it is, if there is one.
+    """
     if "*" not in role:
         return "its block has no second of its kind"
     if type(module) not in (nn.Linear, Conv1D):
         return f"a {type(module).__name__} may compute more than a linear layer"
-    if not is_read(model, path):
-        return "transformers renames it in checkpoints in a way that loses its scales"
-    parent = model.get_submodule(path.rpartition(".")[0])
-    return f"the code of {type(parent).__name__} reads the weight"
+    return left or "transformers renames it in checkpoints in a way that loses its scales"

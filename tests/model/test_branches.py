@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from qrefta.model.code import reads_weight
+from qrefta.model.reads import read_weights
 
 
 class Block(nn.Module):
@@ -45,5 +45,11 @@ class Block(nn.Module):
     ],
 )
 def test_reads_count_in_branches_that_the_settings_leave_open(settings, read):
-    block = Block(**settings)
-    assert {name for name, _ in block.named_children() if reads_weight(block, name)} == read
+    assert read_weights(Block(**settings)) == read
+
+
+def test_blocks_with_other_settings_are_told_apart():
+    model = nn.ModuleDict({"dense": Block(), "sliced": Block(slices=2, exact=True)})
+    read = read_weights(model)
+    assert "sliced.both" in read
+    assert "dense.both" not in read
