@@ -76,6 +76,15 @@ INDEXER = {
     "indexer_compress_ratio": 2,
 }
 SPEECH = {"hidden_size": 64, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
+SLIDING = {
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 4,
+    "swa_q_lora_rank": 16,
+    "swa_kv_lora_rank": 16,
+    "swa_head_dim": 32,
+    "swa_qk_nope_head_dim": 16,
+    "swa_v_head_dim": 16,
+}
 EXCEPTIONS: dict[str, dict[str, Any]] = {  # model type -> values
     "bamba": MAMBA | {"num_hidden_layers": 4, "attn_layer_indices": [1, 3]},
     "bit": {"hidden_sizes": [32, 64, 64, 64], "embedding_size": 32, "num_groups": 8},
@@ -97,6 +106,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {  # model type -> values
     "deepseek_v4": {"o_groups": 2},
     "donut-swin": {"embed_dim": 16, "num_heads": [1, 2, 4, 4], "window_size": 2, "patch_size": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note": SLIDING,
+    "dots3_note_text": SLIDING,
     "dory": {
         "n_input_layers": 2,
         "n_recurrent_layers": 2,
@@ -235,7 +246,7 @@ def small_model(architecture: Architecture) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.1)
-            elif parameter.dim() > 1:
+            elif parameter.dim() > 1 and parameter.requires_grad:
                 parameter.mul_(2)  # so that a wrong weight shows in the outputs
     return model.eval()
 

@@ -322,7 +322,17 @@ def _names(model: PreTrainedModel, paths: set[str]) -> list[str]:
 
 
 def _with_adapter(bare: PreTrainedModel, folder: Path) -> nn.Module:
-    return _peft().PeftModel.from_pretrained(bare, folder)
+    """The base with the adapter, as PEFT loads them.
+
+    Raises:
+        ValueError: if PEFT takes no model of this class.
+    """
+    try:
+        return _peft().PeftModel.from_pretrained(bare, folder)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"PEFT takes no {type(bare).__name__} ({error}); merge the model instead."
+        ) from None
 
 
 def _difference(
