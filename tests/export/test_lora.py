@@ -234,6 +234,19 @@ def test_a_model_of_speech_names_no_task(tmp_path):
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["task_type"] is None
 
 
+def test_a_model_that_peft_does_not_take_is_refused(tmp_path, monkeypatch):
+    """PEFT asks some models of speech for embeddings of tokens, which they do not have."""
+
+    def ask(*_):
+        raise NotImplementedError("no embeddings")
+
+    model = trained(tmp_path / "dense", tiny_whisper)
+    monkeypatch.setattr(PeftModel, "from_pretrained", ask)
+    with pytest.raises(ValueError, match=r"PEFT takes no WhisperFor\w+ \(no embeddings\); merge"):
+        qrefta.export_lora(model, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
 def test_targets_alone_are_adapted(tmp_path):
     model = trained(tmp_path / "original", tiny_llama, target_modules=["q_proj", "v_proj"])
     qrefta.export_lora(model, tmp_path / "lora")
