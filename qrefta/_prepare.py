@@ -35,6 +35,7 @@ from qrefta.hf_config import QReftaConfig
 from qrefta.hf_quantizer import is_prepared, prepared_config, register
 from qrefta.model.build import adapt, attach_bank, bank_key, freeze, with_trained_modules
 from qrefta.model.stacks import Weights, check_values, find_stacks, model_weights, read_slice
+from qrefta.model.unquantized import warn_of_unquantized
 from qrefta.model_card import write_card
 from qrefta.nn.factors import BANK, FactorBank
 from qrefta.nn.linear import AdaptedLinear
@@ -71,7 +72,8 @@ def prepare(
         model = qrefta.prepare(AutoModelForCausalLM.from_pretrained(name), bits=4, rank=64)
 
     It works in place; the peak is the model plus about its largest stack in float32. A model that
-    is refused is left exactly as it was.
+    is refused is left exactly as it was. A warning names the linear layers that stay in 16 bits, if
+    they hold more than 5 % of the weights in the blocks.
 
     Args:
         model: any transformers model with its weights in memory, float32, bf16 or fp16; also one
@@ -128,6 +130,7 @@ def prepare(
     source = _ModelSource(model, None if device is None else torch.device(device))
     chosen = with_trained_modules(model, chosen, source.stacks)
     _check_weights(model, source.stacks)
+    warn_of_unquantized(model, source.stacks)
     if calibration is not None:
         batches = calibration_batches(model, calibration, tokenizer, seed=chosen.seed)
         moments = gather_moments(model, source.stacks, batches, progress=progress)

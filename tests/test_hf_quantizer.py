@@ -286,6 +286,24 @@ def test_the_checkpoint_is_as_small_as_its_report_says(tmp_path):
     assert ours == sum(row["bytes"] for row in qrefta.quant_report(model))
 
 
+def test_a_model_loads_whose_code_for_new_weights_reads_shapes(tmp_path, monkeypatch):
+    """BLT's code draws the weights of a block at random by the shape of one of them.
+
+    transformers runs that code for the whole model, and skips tensors that it has read.
+    """
+    model = prepared(tiny_bert, rank=5)
+    model.save_pretrained(tmp_path)
+    draw = BertModel._init_weights
+
+    def draw_by_shape(self, module):
+        if type(module).__name__ == "BertIntermediate":
+            _ = module.dense.weight.shape[1]
+        draw(self, module)
+
+    monkeypatch.setattr(BertModel, "_init_weights", draw_by_shape)
+    assert_same_state(qrefta.load(tmp_path), model)
+
+
 # Loading with the wrong class
 
 

@@ -11,11 +11,13 @@ from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 
 # Renamings and conversions of the tensors in a checkpoint. qrefta reads checkpoints without
 # building the model's weights, and must find the same tensors. If they go: load the model and
-# prepare it in memory.
+# prepare it in memory. `Split` is in release 5.23.
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Chunk,
     Concatenate,
     MergeModulelist,
+    Split,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -37,8 +39,10 @@ from transformers.trainer_utils import rotate_checkpoints
 __all__ = [
     "ALL_EXPERTS_FUNCTIONS",
     "EXPERTS_CONTRACT",
+    "Chunk",
     "Concatenate",
     "MergeModulelist",
+    "Split",
     "WeightConverter",
     "WeightRenaming",
     "always_float32",

@@ -340,6 +340,8 @@ def _lora_config(
     others = {path: rank for path, rank in ranks.items() if rank != most_common}
     name = type(model).__name__
     tasks = [task for suffix, task in _TASKS.items() if name.endswith(suffix)]
+    if model.main_input_name != "input_ids":
+        tasks = []  # PEFT's wrapper of a task passes input_ids to the model
     return peft.LoraConfig(
         task_type=tasks[0] if tasks else None,
         r=most_common,
@@ -362,7 +364,17 @@ def _names(model: PreTrainedModel, paths: set[str]) -> list[str]:
 
 
 def _with_adapter(bare: PreTrainedModel, folder: Path) -> nn.Module:
-    return _peft().PeftModel.from_pretrained(bare, folder)
+    """The base with the adapter, as PEFT loads them.
+
+    Raises:
+        ValueError: if PEFT takes no model of this class.
+    """
+    try:
+        return _peft().PeftModel.from_pretrained(bare, folder)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"PEFT takes no {type(bare).__name__} ({error}); merge the model instead."
+        ) from None
 
 
 def _difference(

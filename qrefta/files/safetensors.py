@@ -89,10 +89,13 @@ class _Entry(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A matrix in a checkpoint: a whole tensor, or the matrix of one expert in a fused tensor."""
+    """A matrix in a checkpoint: a whole tensor, the matrix of one expert in a fused tensor, or some
+    rows of a tensor (start, stop).
+    """
 
     name: str
     expert: int | None = None
+    rows: tuple[int, int] | None = None
 
 
 class Checkpoint:
@@ -148,7 +151,11 @@ class Checkpoint:
 
     def matrix_shape(self, part: Part) -> tuple[int, ...]:
         """Rows and columns as stored."""
-        return self.shape(part.name)[-2:]
+        shape = self.shape(part.name)[-2:]
+        if part.rows is None:
+            return shape
+        start, stop = part.rows
+        return (stop - start, *shape[1:])
 
     def read_parts(self, parts: list[Part], start: int, stop: int, columns: bool = False) -> Tensor:
         """Rows `start` .. `stop` of matrices that follow one another; with `columns`, of their
@@ -161,7 +168,9 @@ class Checkpoint:
             low = max(start - first, 0)
             high = min(stop - first, height)
             if low < high:
-                pieces.append(self.read(part.name, low, high, columns, part.expert))
+                above = 0 if part.rows is None else part.rows[0]
+                piece = self.read(part.name, low + above, high + above, columns, part.expert)
+                pieces.append(piece)
             first += height
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 

@@ -72,6 +72,16 @@ def build(model: PreTrainedModel, settings: Settings, placements: Sequence[Place
             getattr(model, BANK)[key] = factors
         for place in range(stack.layers):
             adapt(model, stack, place, fmt, key)
+    for module in model.modules():
+        if _only_holds_adapted(module):
+            # Or transformers would run its code for new weights, which may read shapes (BLT).
+            mark_initialized(module)
+
+
+def _only_holds_adapted(module: nn.Module) -> bool:
+    """Whether a module holds adapted linear layers, and no tensors itself."""
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return not own and any(isinstance(child, AdaptedLinear) for child in module.children())
 
 
 def model_class(

@@ -8,7 +8,8 @@ to them. Names are followed through assignments, loops and arguments:
         block.attention.output.weight.div_(2)    # reads blocks.*.attention.output
 
 Code that initializes, ties or resizes weights runs before a model is prepared. Reading the device
-is harmless, and code that names `torch.int8` (T5's feed-forward) expects packed weights.
+is harmless, code that names `torch.int8` (T5's feed-forward) expects packed weights, and branches
+that a module's settings rule out (Bloom's) do not run.
 """
 
 import ast
@@ -22,6 +23,8 @@ from typing import Any, TypeGuard
 
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
+
+from qrefta.model.branches import setting_of, tested_settings, without_dead_branches
 
 # Parts of a module path; "*" stands for any one part. The first part is "self" for a path from the
 # module whose code it is, else it is any module.
@@ -38,13 +41,20 @@ _DEEPEST = 20  # a name may be assigned from itself
 def read_weights(model: nn.Module) -> set[str]:
     """Paths of the modules in a model whose weight is read by code of the model."""
     paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
-    found: dict[type, set[_Path]] = {}
+    code: dict[type, list[tuple[str, ast.AST]]] = {}
+    tested: dict[type, list[str]] = {}
+    found: dict[tuple[Any, ...], set[_Path]] = {}  # by class and by settings in its conditions
     read: set[str] = set()
     for path, module in model.named_modules():
         kind = type(module)
-        if kind not in found:
-            found[kind] = _reads(kind)
-        for first, *parts in found[kind]:
+        if kind not in code:
+            code[kind] = _trees(kind)
+            tested[kind] = sorted(tested_settings(tree for _, tree in code[kind]))
+        key = (kind, *(setting_of(module, name) for name in tested[kind]))
+        if key not in found:
+            pruned = [(name, without_dead_branches(tree, module)) for name, tree in code[kind]]
+            found[key] = _reads(pruned)
+        for first, *parts in found[key]:
             pattern = _pattern(path if first == "self" else None, parts)
             read.update(filter(pattern.fullmatch, paths))
     return read
@@ -58,12 +68,16 @@ def _pattern(start: str | None, parts: Iterable[str]) -> re.Pattern[str]:
     return re.compile(rf"{re.escape(start)}\.{tail}" if start else tail)
 
 
-def _reads(kind: type) -> set[_Path]:
-    """Paths of the modules whose weight the code of a class, or of functions near it, reads."""
+def _trees(kind: type) -> list[tuple[str, ast.AST]]:
+    """Names and code of the functions of a class, and near it, that may read weights."""
     functions = _functions(kind)
     if not any("weight" in source for _, source in functions):
-        return set()
-    trees = [(name, ast.parse(source)) for name, source in functions if "torch.int8" not in source]
+        return []
+    return [(name, ast.parse(source)) for name, source in functions if "torch.int8" not in source]
+
+
+def _reads(trees: list[tuple[str, ast.AST]]) -> set[_Path]:
+    """Paths of the modules whose weight some functions read."""
     read: set[_Path] = set()
     arguments: dict[str, set[int | str]] = {}  # of functions that read an argument's weight
     for name, tree in trees:

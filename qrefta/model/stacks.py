@@ -16,10 +16,11 @@ from typing import Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from transformers import Conv1D
+from transformers import Conv1D, PreTrainedModel
 
 from qrefta._compat.torch import direct_children, direct_parameters
 from qrefta.config import LayerStack
+from qrefta.model.names import keeps_scales
 from qrefta.model.reads import read_weights
 from qrefta.nn.experts import Experts, fused_names, is_experts
 
@@ -41,6 +42,7 @@ def find_stacks(model: nn.Module) -> list[LayerStack]:
     - linear layers whose weight is read by other code of the model (Mamba's dt_proj, RWKV's
       output), because a packed weight would break that code (see `qrefta.model.reads`);
     - linear layers that share their weight with another module, because they train as one;
+    - linear layers whose scales transformers would lose (see `qrefta.model.names.keeps_scales`);
     - experts that are computed by their model's code (Llama 4) and not by transformers' interface
       (see `is_experts`);
     - everything outside the base model, because task heads may hold lists of linear layers too
@@ -49,17 +51,18 @@ def find_stacks(model: nn.Module) -> list[LayerStack]:
     members: dict[LayerStack, list[str]] = {}  # module paths, by their stack without modules
     for path, stack in _stacked_weights(model):
         members.setdefault(stack, []).append(path)
-    return [replace(stack, modules=tuple(paths)) for stack, paths in members.items()]
+    return [
+        replace(stack, modules=tuple(paths))
+        for stack, paths in members.items()
+        if stack.experts or not isinstance(model, PreTrainedModel) or keeps_scales(model, paths[0])
+    ]
 
 
 def _stacked_weights(model: nn.Module) -> Iterator[tuple[str, LayerStack]]:
     """Paths of linear layers and fused parameters, each with its stack, still without modules."""
-    base = set(getattr(model, "base_model", model).modules())
-    left = read_weights(model) | _tied(model)
-    for path, module in model.named_modules():
-        if module not in base:
-            continue
-        role = _role(model, path)
+    left = left_dense(model)
+    for path, module in body_modules(model):
+        role = role_of(model, path)
         if "*" not in role:
             continue
         if is_experts(module):
@@ -68,6 +71,14 @@ def _stacked_weights(model: nn.Module) -> Iterator[tuple[str, LayerStack]]:
         elif _is_plain(module) and path not in left:
             transposed = type(module) is Conv1D
             yield path, _empty_stack(role, module.weight.shape, transposed)
+
+
+def body_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules of the base model with their paths in `model`: all but task heads."""
+    base = set(getattr(model, "base_model", model).modules())
+    for path, module in model.named_modules():
+        if module in base:
+            yield path, module
 
 
 def _fused_weights(experts: Experts, role: str) -> Iterator[tuple[str, LayerStack]]:
@@ -287,6 +298,12 @@ def _is_plain(module: nn.Module) -> TypeGuard[PlainLinear]:
     return type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "FalconLinear"
 
 
+def left_dense(model: nn.Module) -> dict[str, str]:
+    """Paths of the linear layers whose weights must stay as they are, each with the reason."""
+    read = dict.fromkeys(read_weights(model), "other code of the model reads the weight")
+    return read | dict.fromkeys(_tied(model), "it shares its weight with another module")
+
+
 def _tied(model: nn.Module) -> set[str]:
     """Paths of the modules whose weight another module has too.
 
@@ -302,7 +319,7 @@ def _tied(model: nn.Module) -> set[str]:
     return tied | {name.removesuffix(".weight") for pair in told.items() for name in pair}
 
 
-def _role(model: nn.Module, path: str) -> str:
+def role_of(model: nn.Module, path: str) -> str:
     """`path` with every index of repeated blocks replaced by `*`."""
     return ".".join("*" if repeated else part for part, repeated in _walk(model, path))
 

@@ -36,6 +36,7 @@ from qrefta.model.check import FRESH_BYTES, FRESH_SHARE
 from qrefta.model.config_file import check_config
 from qrefta.model.names import weight_parts
 from qrefta.model.stacks import BLOCK_BYTES, Weights, check_values, find_stacks, select_stacks
+from qrefta.model.unquantized import warn_of_unquantized
 from qrefta.model_card import write_card
 from qrefta.nn.factors import BANK, stored_factors
 from qrefta.split.calibrate import FULL_WIDTH, Moments
@@ -143,6 +144,7 @@ class CheckpointSource:
         self.settings = with_trained_modules(model, settings, self.stacks)
         _check_bytes(folder, self.checkpoint, model)
         self.parts = weight_parts(model, self.checkpoint, self.stacks)
+        warn_of_unquantized(model, self.stacks)
         limit = parse_bytes("max_memory", max_memory)
         feedback = calibrated and settings.bits == 4 and settings.rounding == "feedback"
         self._block_bytes = _block_bytes(self.stacks, targets, limit, feedback)
@@ -195,8 +197,10 @@ class FolderSink:
             for name, tensor in stored_factors(split.split.factors).items():
                 writer.add(f"{BANK}.{bank_key(index)}.{name}", tensor)
         for path, residual in zip(split.stack.adapted, split.residuals(), strict=True):
-            source = self.source.parts[path][0].name
-            stem = f"{path}." if split.stack.experts else source.removesuffix("weight")
+            part = self.source.parts[path][0]
+            source = part.name
+            shared = split.stack.experts or part.rows is not None
+            stem = f"{path}." if shared else source.removesuffix("weight")
             stored = residual.to("cpu", self.source.checkpoint.dtype(source))
             for name, tensor in stored.tensors().items():
                 writer.add(stem + name, tensor)

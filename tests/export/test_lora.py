@@ -28,6 +28,7 @@ from tests.models import (
     tiny_gpt2,
     tiny_llama,
     tiny_t5,
+    tiny_whisper,
 )
 
 ADAPTER = "adapter_model.safetensors"
@@ -224,6 +225,27 @@ def test_ranks_that_differ_are_in_the_pattern(tmp_path):
     assert written.difference < 2e-5
     assert config["rank_pattern"] == config["alpha_pattern"] != {}
     assert any("different ranks" in note for note in written.notes)
+
+
+def test_a_model_of_speech_names_no_task(tmp_path):
+    """PEFT's wrapper of a task gives the model input_ids, which its decoder may take for its
+    tokens (Canary).
+    """
+    qrefta.export_lora(trained(tmp_path / "dense", tiny_whisper), tmp_path / "lora")
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["task_type"] is None
+
+
+def test_a_model_that_peft_does_not_take_is_refused(tmp_path, monkeypatch):
+    """PEFT asks some models of speech for embeddings of tokens, which they do not have."""
+
+    def ask(*_):
+        raise NotImplementedError("no embeddings")
+
+    model = trained(tmp_path / "dense", tiny_whisper)
+    monkeypatch.setattr(PeftModel, "from_pretrained", ask)
+    with pytest.raises(ValueError, match=r"PEFT takes no WhisperFor\w+ \(no embeddings\); merge"):
+        qrefta.export_lora(model, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
 
 
 def test_targets_alone_are_adapted(tmp_path):

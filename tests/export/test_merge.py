@@ -24,6 +24,7 @@ from tests.models import (
     logits,
     tiny_bert,
     tiny_gpt2,
+    tiny_gte,
     tiny_llama,
     tiny_segformer,
 )
@@ -155,6 +156,18 @@ def test_a_bf16_model_merges_from_float32_sums():
         qrefta.merge(qrefta.prepare(single, rank=5), dtype=torch.float32).state_dict().items()
     ):
         assert torch.equal(merged[name], tensor)
+
+
+def test_layers_that_checkpoints_hold_as_one_are_written_together(tmp_path):
+    """GTE's checkpoints hold query, key and value in one matrix."""
+    model = take_steps(qrefta.prepare(tiny_gte(), rank=5), 2)
+    qrefta.merge(model, torch.float32, out=tmp_path / "merged")
+    merged = type(model).from_pretrained(tmp_path / "merged")
+    assert_close(logits(merged), logits(model), rtol=0, atol=1e-4)
+    assert any("qkv_proj" in name for name in load_file(tmp_path / "merged" / "model.safetensors"))
+    with pytest.raises(ValueError, match=r"hold several linear layers as one.*base=.residual"):
+        qrefta.export_lora(model, tmp_path / "lora", base="residual-4bit")
+    assert not (tmp_path / "lora").exists()
 
 
 @pytest.mark.parametrize("build_model", [tiny_gpt2, tiny_llama])
