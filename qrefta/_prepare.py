@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from qrefta._compat.transformers import dequantized_gguf, has_peft_adapter
+from qrefta._compat.transformers import checkpointing_options, dequantized_gguf, has_peft_adapter
 from qrefta.choices import AUTO_RANK, Bits
 from qrefta.config import (
     LayerStack,
@@ -35,6 +35,7 @@ from qrefta.hf_config import QReftaConfig
 from qrefta.hf_quantizer import is_prepared, prepared_config, register
 from qrefta.model.build import adapt, attach_bank, bank_key, freeze, with_trained_modules
 from qrefta.model.stacks import Weights, check_values, find_stacks, model_weights, read_slice
+from qrefta.model.unquantized import warn_of_unquantized
 from qrefta.model_card import write_card
 from qrefta.nn.factors import BANK, FactorBank
 from qrefta.nn.linear import AdaptedLinear
@@ -71,7 +72,8 @@ def prepare(
         model = qrefta.prepare(AutoModelForCausalLM.from_pretrained(name), bits=4, rank=64)
 
     It works in place; the peak is the model plus about its largest stack in float32. A model that
-    is refused is left exactly as it was.
+    is refused is left exactly as it was. A warning names the linear layers that stay in 16 bits, if
+    they hold more than 5 % of the weights in the blocks.
 
     Args:
         model: any transformers model with its weights in memory, float32, bf16 or fp16; also one
@@ -128,6 +130,7 @@ def prepare(
     source = _ModelSource(model, None if device is None else torch.device(device))
     chosen = with_trained_modules(model, chosen, source.stacks)
     _check_weights(model, source.stacks)
+    warn_of_unquantized(model, source.stacks)
     if calibration is not None:
         batches = calibration_batches(model, calibration, tokenizer, seed=chosen.seed)
         moments = gather_moments(model, source.stacks, batches, progress=progress)
@@ -159,6 +162,7 @@ def prepare_checkpoint(
     moments: Moments | str | Path | None = None,
     device: torch.device | str = "cpu",
     max_memory: int | str = "2GB",
+    trust_remote_code: bool = False,
     progress: bool = True,
     **settings: Unpack[SettingsKeywords],
 ) -> Path:
@@ -180,6 +184,7 @@ def prepare_checkpoint(
         device: where each stack is worked on.
         max_memory: bytes, or text like "3GB", that preparing may take besides the imported
             libraries.
+        trust_remote_code: whether to run code that comes with the model.
         progress: show a progress bar over the stacks, if it takes more than two seconds.
 
     Raises:
@@ -197,7 +202,16 @@ def prepare_checkpoint(
             save_tokenizer(source, folder)
             write_card(folder, prepared_config(model))
         return Path(out)
-    return convert(source, Path(out), chosen, loaded, torch.device(device), max_memory, progress)
+    return convert(
+        source,
+        Path(out),
+        chosen,
+        loaded,
+        torch.device(device),
+        max_memory,
+        progress,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def _dense_of_gguf(source: str | Path, max_memory: int | str) -> PreTrainedModel:
@@ -351,6 +365,13 @@ def _check_model(model: nn.Module) -> None:
             f"The model is already quantized ({method}); load it without quantization_config, or a "
             "GGUF file with quantization_config=GgufConfig(dequantize=True): prepare quantizes it "
             "itself."
+        )
+    if any(options.get("use_reentrant", True) for options in checkpointing_options(model)):
+        raise ValueError(
+            "The model has gradient checkpointing with use_reentrant=True, which gives shared "
+            "factors wrong gradients when several processes train. Call "
+            "model.gradient_checkpointing_disable() before prepare, or enable it with "
+            'gradient_checkpointing_kwargs={"use_reentrant": False}.'
         )
     for path, module in model.named_modules():
         kind = type(module)

@@ -82,23 +82,31 @@ def quant_report(model: nn.Module) -> list[dict[str, Any]]:
     return [row.report() for row in prepared_config(model).stacks]
 
 
-def load(folder: str | Path, **kwargs: Any) -> "PreTrainedModel":
+def load(
+    folder: str | Path, *, trust_remote_code: bool = False, **kwargs: Any
+) -> "PreTrainedModel":
     """A prepared model from a local folder, of the class that saved it.
 
     Short for `AutoModelFor...from_pretrained(folder, **kwargs)` with the class looked up in
     config.json, which is checked before transformers reads it.
 
+    Args:
+        folder: that a prepared model was saved to.
+        trust_remote_code: whether to run code that comes with the model.
+        kwargs: of `from_pretrained`.
+
     Raises:
-        ValueError: if the folder has no config.json, holds no prepared model, or is damaged.
+        ValueError: if the folder has no config.json, holds no prepared model, is damaged, or needs
+            code that is not trusted.
     """
     from qrefta.model.build import model_class
 
     config = read_config(folder)
     if not is_switched_off():
         check_settings(Path(folder), config)
-    kind = model_class((config.get("architectures") or [""])[0], folder)
+    kind = model_class(config, folder, trust_remote_code)
     try:
-        return kind.from_pretrained(folder, **kwargs)
+        return kind.from_pretrained(folder, trust_remote_code=trust_remote_code, **kwargs)
     except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # raised by transformers over a config that makes no model
@@ -204,11 +212,13 @@ class QReftaQuantizer(HfQuantizer):
         dict is empty in all processes but the first.
 
         Raises:
-            ValueError: if FSDP2 sharded the model and the other processes do not save it too.
+            ValueError: if FSDP2 sharded the model and the other processes do not save it too, or
+                packed weights were multiplied.
         """
         from qrefta.distributed import is_sharded, wait_for_all, whole_state
         from qrefta.model.saving import saved_checksums
         from qrefta.nn.factors import stored
+        from qrefta.nn.packed import plain_bytes
 
         if self.state is None:
             if is_sharded(model):
@@ -221,6 +231,7 @@ class QReftaQuantizer(HfQuantizer):
                 for name in list(state):
                     if name.startswith(f"{BANK}.{key}."):
                         state[name] = stored(state[name], factors.dtype)
+        state = {name: plain_bytes(tensor) for name, tensor in state.items()}
         if not state:
             return state, {}
         return state, saved_checksums(model, state).metadata()
@@ -298,11 +309,15 @@ class QReftaQuantizer(HfQuantizer):
         check_saved(files, version, listed)
 
     def _prepare(
-        self, model: "PreTrainedModel", files: list[str] | None, device_map: dict[str, Any] | None
+        self,
+        model: "PreTrainedModel",
+        files: list[str] | None,
+        device_map: dict[str, Any] | str | None,
     ) -> None:
         """Prepare a dense checkpoint on its way into memory, out of core, and replace `files` by
         the new files.
         """
+        from qrefta.files.code import is_trusted
         from qrefta.split.checkpoint import UNLIMITED, convert
 
         if not files:
@@ -311,7 +326,10 @@ class QReftaQuantizer(HfQuantizer):
                 "prepare."
             )
         self._made = tempfile.TemporaryDirectory(prefix="qrefta-")
-        device = _accelerator(device_map or {}) or "cpu"
+        if isinstance(device_map, str):  # "auto": the map is inferred from the prepared model
+            device = torch.accelerator.current_accelerator() or "cpu"
+        else:
+            device = _accelerator(device_map or {}) or "cpu"
         out = Path(self._made.name) / "prepared"
         with _plain_tensors():
             convert(
@@ -323,6 +341,8 @@ class QReftaQuantizer(HfQuantizer):
                 UNLIMITED,
                 progress=False,
                 base_model=model.name_or_path,
+                trust_remote_code=is_trusted(model),
+                kind=type(model),
             )
         files[:] = [str(file) for file in sorted(out.glob("*.safetensors"))]
         config = QReftaConfig.of(read_config(out))

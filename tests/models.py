@@ -19,6 +19,8 @@ from transformers import (
     GPT2LMHeadModel,
     GptOssConfig,
     GptOssForCausalLM,
+    GteConfig,
+    GteForMaskedLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -89,6 +91,12 @@ def tiny_bert(hidden=32, layers=LAYERS):
         vocab_size=VOCAB, max_position_embeddings=64, num_labels=3, **encoder_sizes(hidden, layers)
     )
     return build(BertForSequenceClassification, config)
+
+
+def tiny_gte(hidden=32):
+    """Its checkpoints hold query, key and value in one matrix, and gate and up in another."""
+    config = GteConfig(vocab_size=VOCAB, max_position_embeddings=64, **encoder_sizes(hidden))
+    return build(GteForMaskedLM, config)
 
 
 def tiny_roberta(hidden=32):

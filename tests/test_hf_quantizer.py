@@ -286,6 +286,24 @@ def test_the_checkpoint_is_as_small_as_its_report_says(tmp_path):
     assert ours == sum(row["bytes"] for row in qrefta.quant_report(model))
 
 
+def test_a_model_loads_whose_code_for_new_weights_reads_shapes(tmp_path, monkeypatch):
+    """BLT's code draws the weights of a block at random by the shape of one of them.
+
+    transformers runs that code for the whole model, and skips tensors that it has read.
+    """
+    model = prepared(tiny_bert, rank=5)
+    model.save_pretrained(tmp_path)
+    draw = BertModel._init_weights
+
+    def draw_by_shape(self, module):
+        if type(module).__name__ == "BertIntermediate":
+            _ = module.dense.weight.shape[1]
+        draw(self, module)
+
+    monkeypatch.setattr(BertModel, "_init_weights", draw_by_shape)
+    assert_same_state(qrefta.load(tmp_path), model)
+
+
 # Loading with the wrong class
 
 
@@ -380,6 +398,17 @@ def test_renamed_architectures_round_trip(build_model, tmp_path):
     model = qrefta.prepare(build_model(), rank=3)
     model.save_pretrained(tmp_path)
     assert_close(logits(qrefta.load(tmp_path).eval()), logits(model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("device_map", ["auto", "sequential", "cpu", {"": "cpu"}])
+def test_every_form_of_device_map_prepares_a_dense_checkpoint(device_map, tmp_path):
+    tiny_bert().save_pretrained(tmp_path)
+    config = qrefta.QReftaConfig(rank=4)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, device_map=device_map, quantization_config=config
+    )
+    expected = qrefta.prepare(tiny_bert(), rank=4, progress=False)
+    assert_close(logits(model.cpu()), logits(expected), rtol=0, atol=0)
 
 
 def test_offloading_to_disk_is_refused_and_not_called_damage(checkpoint, tmp_path):

@@ -8,11 +8,12 @@ import weakref
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import AutoModel, AutoModelForMaskedLM, GPT2LMHeadModel
 
 import qrefta
+from qrefta._compat.transformers import enable_checkpointing
 from qrefta.nn.linear import AdaptedLinear
 from tests.models import inputs, logits, tiny_bert
 
@@ -121,8 +122,14 @@ def test_frozen_numbers_that_are_made_to_require_gradients_get_none(model):
         for name, parameter in layer.named_parameters()
         if name != "bias"
     )
-    with pytest.raises(RuntimeError, match="floating point dtype can require gradients"):
-        model.requires_grad_(True)
+    for unfreeze in (lambda model: model.requires_grad_(True), unfreeze_one_by_one):
+        with pytest.raises(ValueError, match=r"bytes and cannot train.*is_floating_point"):
+            unfreeze(model)
+
+
+def unfreeze_one_by_one(model):
+    for parameter in model.parameters():
+        parameter.requires_grad = True
 
 
 def test_a_model_that_is_frozen_whole_still_computes(model):
@@ -211,6 +218,41 @@ def test_a_lora_on_top_is_refused_and_dequantize_names_merge(model):
         get_peft_model(model, LoraConfig(target_modules=["query"]))
     with pytest.raises(ValueError, match=r"qrefta\.merge"):
         model.dequantize()
+
+
+@pytest.mark.parametrize("options", [{}, {"use_gradient_checkpointing": False}])
+def test_preparing_for_kbit_training_is_refused_and_freezes_no_factors(model, options):
+    """A habit from QLoRA; the optimizer would get no parameter."""
+    before = model.num_parameters(only_trainable=True)
+    with pytest.raises(ValueError, match="Leave the call out: a prepared model is ready"):
+        prepare_model_for_kbit_training(model, **options)
+    assert model.num_parameters(only_trainable=True) == before
+
+
+def test_peft_on_other_layers_freezes_the_factors_and_the_first_step_says_so(model):
+    adapted = get_peft_model(model, LoraConfig(target_modules=["classifier"]))
+    with pytest.warns(UserWarning, match=r"6 of 6 stacks are frozen.*get_peft_model"):
+        adapted.train()(**inputs(model))
+
+
+@pytest.mark.parametrize("options", [{}, {"use_reentrant": False}])
+def test_checkpointing_before_preparing_works_unless_it_is_reentrant(options):
+    dense = tiny_bert().train()
+    enable_checkpointing(dense, options or None)
+    model = qrefta.prepare(dense, rank=4, refine=0, progress=False)
+    model(**inputs(model)).logits.sum().backward()
+    assert all(
+        parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad
+    )
+
+
+def test_reentrant_checkpointing_before_preparing_is_refused_and_changes_nothing():
+    dense = tiny_bert()
+    before = bytes_of(dense)
+    enable_checkpointing(dense, {"use_reentrant": True})
+    with pytest.raises(ValueError, match=r"use_reentrant=True.*gradient_checkpointing_disable"):
+        qrefta.prepare(dense, rank=4, refine=0, progress=False)
+    assert bytes_of(dense) == before
 
 
 def test_a_model_that_is_deleted_frees_its_memory_at_once(model, tmp_path):

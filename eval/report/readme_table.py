@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from eval.report.architectures import architectures_table
 from eval.report.comparison import comparison
 from eval.report.kept import short_table
 from eval.report.pages import markdown_table
@@ -141,7 +142,8 @@ def accuracy_table(rows: list[dict[str, Any]]) -> str:
 
 
 def coverage_table(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table from one run of `eval.studies.coverage`, one line per model."""
+    """A Markdown table from one run of `eval.studies.coverage`, one line per published model."""
+    rows = [row for row in rows if "tool" in row]
     lines = [
         "| model | weights | bitsandbytes: in 4 bits | size | qrefta: in 4 bits | size |",
         "|---|---|---|---|---|---|",
@@ -203,6 +205,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "quickstart_sst2": (quickstart_table, ("quickstart_sst2",)),
     "cost": (cost_table, ("cost",)),
     "accuracy": (accuracy_table, ("accuracy",)),
+    "architectures": (architectures_table, ("coverage",)),
     "coverage": (coverage_table, ("coverage",)),
 }
 

@@ -1,6 +1,7 @@
 """Private names of torch, all in release 2.8, the oldest that qrefta admits, or earlier."""
 
-from collections.abc import ItemsView
+from collections.abc import ItemsView, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -27,9 +28,11 @@ __all__ = [
     "direct_children",
     "direct_parameters",
     "is_replica",
+    "plain_functions",
     "storage_id",
     "tree_leaves",
     "version_counter",
+    "with_shape",
 ]
 
 
@@ -40,6 +43,16 @@ def version_counter(tensor: Tensor) -> int:
     notes on autograd describe it. If it goes: keep nothing.
     """
     return tensor._version
+
+
+def with_shape(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """A tensor in another shape, which autograd does not take for a view.
+
+    `torch.matmul` returns its results this way: they can be changed or detached in place. The given
+    tensor must not be used afterwards. If it goes: `view`, whose result cannot be detached in
+    place.
+    """
+    return torch.ops.aten._unsafe_view(tensor, shape)
 
 
 def storage_id(storage: torch.UntypedStorage) -> int:
@@ -74,6 +87,15 @@ def is_replica(module: nn.Module) -> bool:
     If it goes: compare the devices of the weights and of the factors.
     """
     return "_is_replica" in module.__dict__
+
+
+def plain_functions() -> AbstractContextManager[None]:
+    """A context in which a subclass of Tensor is treated as a plain tensor.
+
+    torch's own `Tensor.__torch_function__` computes in it, and torch.compile knows it. If it goes:
+    compute on `tensor.as_subclass(Tensor)`, which torch.compile does not trace.
+    """
+    return torch._C.DisableTorchFunctionSubclass()
 
 
 def default_store() -> Any:

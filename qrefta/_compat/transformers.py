@@ -1,24 +1,32 @@
 """Private names of transformers, all in release 5.0 or earlier, unless another release is named."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 
 # Renamings and conversions of the tensors in a checkpoint. qrefta reads checkpoints without
 # building the model's weights, and must find the same tensors. If they go: load the model and
-# prepare it in memory.
+# prepare it in memory. `Split` is in release 5.23.
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Chunk,
     Concatenate,
     MergeModulelist,
+    Split,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
     revert_weight_conversion,
 )
+
+# Writes the files of a class that does not belong to transformers. If it goes: copy them.
+from transformers.dynamic_module_utils import custom_object_save
 
 # The table of forward passes of fused experts; qrefta adds one. If it goes: replace the
 # experts' `forward`.
@@ -31,22 +39,27 @@ from transformers.trainer_utils import rotate_checkpoints
 __all__ = [
     "ALL_EXPERTS_FUNCTIONS",
     "EXPERTS_CONTRACT",
+    "Chunk",
     "Concatenate",
     "MergeModulelist",
+    "Split",
     "WeightConverter",
     "WeightRenaming",
     "always_float32",
     "apply_gate",
     "attention_implementation",
+    "checkpointing_options",
     "dequantized_gguf",
     "dot_natural_key",
     "enable_checkpointing",
     "float32_under_float16",
     "get_model_conversion_mapping",
     "has_peft_adapter",
+    "is_left_out",
     "mark_initialized",
     "model_of_config",
     "prepare_inputs",
+    "registered_class",
     "rename_source_key",
     "revert_weight_conversion",
     "rotate_checkpoints",
@@ -54,6 +67,7 @@ __all__ = [
     "set_experts_implementation",
     "unmark_quantized",
     "was_initialized",
+    "write_code",
 ]
 
 # Attributes of a module that keeps fused experts and leaves its forward pass to
@@ -85,6 +99,17 @@ def was_initialized(parameter: nn.Parameter) -> bool:
     in the files with those in the model.
     """
     return getattr(parameter, "_is_hf_initialized", False)
+
+
+def is_left_out(model: PreTrainedModel, path: str) -> bool:
+    """Whether files may be without a tensor of the model, because the model makes it as it loads.
+
+    Its class names the tensors that it never saves (Marian's tables of positions), and patterns of
+    tensors that published checkpoints do not have. If it goes: nothing may be missing in a file.
+    """
+    patterns = model._keys_to_ignore_on_load_missing or ()
+    never_saved = model._keys_to_ignore_on_save or ()
+    return path in never_saved or any(re.search(pattern, path) for pattern in patterns)
 
 
 def mark_initialized(module: Any) -> None:
@@ -167,6 +192,31 @@ def has_peft_adapter(model: nn.Module) -> bool:
     return getattr(model, "_hf_peft_config_loaded", False)
 
 
+def registered_class(name: str) -> type[PreTrainedModel] | None:
+    """The model class of this name that the user gave to `AutoModelFor...register`.
+
+    transformers registers classes that come with a model, too; they serve that model alone. If it
+    goes: only transformers' classes are found by their names.
+    """
+    for auto_name in dir(transformers.models.auto.modeling_auto):
+        auto = getattr(transformers.models.auto.modeling_auto, auto_name)
+        registered = getattr(getattr(auto, "_model_mapping", None), "_extra_content", {})
+        for kind in registered.values():
+            its_own = str(getattr(kind, "__module__", "")).startswith("transformers_modules.")
+            if getattr(kind, "__name__", None) == name and not its_own:
+                return kind
+    return None
+
+
+def write_code(model: PreTrainedModel, folder: Path, config: PreTrainedConfig) -> None:
+    """Write the code of a model whose class is not transformers', as `save_pretrained` does.
+
+    The config gets the names of its classes. If it goes: copy the files of the model's folder.
+    """
+    if model._auto_class is not None:
+        custom_object_save(model, folder, config=config)  # pyright: ignore[reportArgumentType]
+
+
 def prepare_inputs(trainer: Trainer, inputs: dict[str, Any]) -> dict[str, Any]:
     """The batch on the trainer's device, as its training step computes with it.
 
@@ -188,3 +238,15 @@ def enable_checkpointing(model: PreTrainedModel, options: dict[str, Any] | None 
     if enable is None:  # before transformers 5.24
         enable = model.gradient_checkpointing_enable
     enable(options)
+
+
+def checkpointing_options(model: nn.Module) -> list[dict[str, Any]]:
+    """Keywords of `torch.utils.checkpoint.checkpoint` of the blocks with gradient checkpointing.
+
+    transformers keeps the function, with its keywords, in each block. If it goes: nothing to check
+    before a model is prepared; switching it on later is checked.
+    """
+    blocks: list[Any] = [
+        module for module in model.modules() if getattr(module, "gradient_checkpointing", False)
+    ]
+    return [block._gradient_checkpointing_func.keywords for block in blocks]

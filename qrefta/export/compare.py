@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import dispatch_model, init_empty_weights
+from accelerate import init_empty_weights
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qrefta._compat.transformers import model_of_config
+from qrefta.files.code import is_trusted
 from qrefta.files.safetensors import Checkpoint
 from qrefta.files.sources import load_tokenizer
 from qrefta.model.names import sources
@@ -33,47 +34,35 @@ def output_difference(found: Tensor, expected: Tensor) -> float:
     return difference.item() if torch.isfinite(difference) else float("inf")
 
 
-def run_from_disk(
-    model_class: type[PreTrainedModel], folder: Path, dtype: torch.dtype
-) -> PreTrainedModel:
-    """A dense model whose modules read their parameters from files as they run, and keep none.
+def run_from_disk(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of the class of `model`, whose parameters are read from files as they are used.
 
-    `from_pretrained` with a device map of disk holds all of them once as it loads (transformers
-    5.23). It is used for a checkpoint in which several tensors make up one parameter.
+    They are mapped, and not kept; modules may read each other's, or change them in place.
+    `from_pretrained` loads a checkpoint in which several tensors make up one parameter; then all of
+    them are held.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = type(model.config).from_pretrained(folder)
     config.dtype = dtype
     with init_empty_weights():
-        model = model_of_config(model_class, config, dtype)
+        written = model_of_config(type(model), config, dtype)
     checkpoint = Checkpoint(folder)
     stored_names = {
         name: parts[0][0]
-        for name, parts in sources(model, checkpoint).items()
+        for name, parts in sources(written, checkpoint).items()
         if len(parts) == len(parts[0]) == 1
     }
-    model.tie_weights()
-    tied_names = model.all_tied_weights_keys
-    untied = {name for name, _ in model.named_parameters() if name not in tied_names}
-    if not untied <= stored_names.keys():
-        return model_class.from_pretrained(folder, dtype=dtype)
-    buffers = {name for name, _ in model.named_buffers()}
-    for name in buffers & stored_names.keys():
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, checkpoint.read(stored_names[name]))
-    index: Any = {
-        name: {"safetensors_file": str(checkpoint.file(stored)), "weight_name": stored}
-        for name, stored in stored_names.items()
-        if name not in buffers
-    }
+    written.tie_weights()
     # A checkpoint holds one of two tied parameters; both read it.
-    for tied, source in tied_names.items():
-        if source in index:
-            index[tied] = index[source]
-        elif tied in index:
-            index[source] = index[tied]
-    cpu: Any = "cpu"  # safetensors does not take a torch.device
-    dispatch_model(model, {"": "disk"}, main_device=cpu, offload_index=index, force_hooks=True)
-    return model
+    for tied, source in written.all_tied_weights_keys.items():
+        for name, other in ((tied, source), (source, tied)):
+            if other in stored_names:
+                stored_names.setdefault(name, stored_names[other])
+    if not {name for name, _ in written.named_parameters()} <= stored_names.keys():
+        return type(model).from_pretrained(folder, dtype=dtype)
+    tensors = checkpoint.mapped(set(stored_names.values()))
+    state = {name: tensors[stored] for name, stored in stored_names.items()}
+    written.load_state_dict(state, strict=False, assign=True)
+    return written
 
 
 @torch.no_grad()
@@ -143,7 +132,7 @@ def _sentences(model: PreTrainedModel) -> dict[str, Tensor]:
     if not model.name_or_path:
         return {}
     with suppress(ValueError, OSError, ImportError, KeyError):
-        tokenizer = load_tokenizer(model.name_or_path)
+        tokenizer = load_tokenizer(model.name_or_path, is_trusted(model))
         if tokenizer is None:
             return {}
         rows = [tokenizer(text)["input_ids"][:_TOKENS] for text in _SENTENCES]

@@ -16,6 +16,7 @@ from qrefta._compat.transformers import (
     float32_under_float16,
     revert_weight_conversion,
     unmark_quantized,
+    write_code,
 )
 from qrefta.config import StackReport
 from qrefta.files.safetensors import (
@@ -28,6 +29,7 @@ from qrefta.files.safetensors import (
 )
 from qrefta.files.sources import is_gguf, save_tokenizer
 from qrefta.hf_quantizer import is_prepared, prepared_config
+from qrefta.model.names import stored_together
 from qrefta.nn.experts import expert_path
 from qrefta.nn.factors import BANK
 from qrefta.nn.linear import AdaptedLinear, adapted_layer
@@ -55,10 +57,21 @@ def write_model(
         quantization: the config that makes transformers load these tensors.
         max_shard_size: bytes of one file, or text such as "5GB".
     """
+    together = stored_together(model)
+    if together and quantization is not None:
+        raise ValueError(
+            f"Checkpoints of {type(model).__name__} hold several linear layers as one "
+            f"({', '.join(next(iter(together.values())))}), which bitsandbytes' format cannot; "
+            'give base="residual".'
+        )
     writer = ShardWriter(folder, "model-", convert_file_size_to_int(max_shard_size))
+    waiting: dict[str, Tensor] = {}
     for name, tensor in plain_tensors(model, dtype, stored, quantization is not None):
-        _add(writer, model, name, tensor)
+        waiting[name] = tensor.detach()
         del tensor  # free it before the next one is made
+        members = together.get(name, [name])
+        if waiting.keys() >= set(members):
+            _add(writer, model, {member: waiting.pop(member) for member in members})
     files = writer.close()
     if len(files) == 1:
         (folder / files[0]).rename(folder / SINGLE)
@@ -68,6 +81,7 @@ def write_model(
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
     config = plain_config(model, dtype, quantization)
+    write_code(model, folder, config)
     replace_text(folder / "config.json", config.to_json_string(use_diff=True))
 
 
@@ -185,7 +199,7 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, str, Tensor]]:
         yield path, name, tensor if isinstance(tensor, nn.Parameter) else tensor.detach()
 
 
-def _add(writer: ShardWriter, model: PreTrainedModel, name: str, tensor: Tensor) -> None:
-    """Write a tensor with the names and in the form of the architecture's published checkpoints."""
-    for key, value in revert_weight_conversion(model, {name: tensor.detach()}).items():
+def _add(writer: ShardWriter, model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
+    """Write tensors with the names and in the form of the architecture's published checkpoints."""
+    for key, value in revert_weight_conversion(model, tensors).items():
         writer.add(key, value)

@@ -2,9 +2,11 @@
 
 Files are read by position, not through a memory map: mapped pages count as resident, and opening a
 file with the safetensors library maps it whole (a loop over rows of a 0.7 GB file then peaks at 0.7
-GB; by position it peaks at the rows, and runs twice as fast). The format is a length (8 bytes,
-little endian), a JSON header of names, dtypes, shapes and offsets, and data. Files written here
-carry the checksums of `qrefta.files.checksums` in their header.
+GB; by position it peaks at the rows, and runs twice as fast). The exception is a model that runs
+from its files (`Checkpoint.mapped`), any of whose modules may read any tensor.
+
+The format is a length (8 bytes, little endian), a JSON header of names, dtypes, shapes and offsets,
+and data. Files written here carry the checksums of `qrefta.files.checksums` in their header.
 """
 
 import json
@@ -17,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,7 +51,7 @@ _LARGEST_HEADER = 100_000_000
 _LARGEST = (1 << 63) - 1  # size of a file or tensor
 _COPY_BYTES = 16 << 20
 _KEPT_BACK = ("config.json", "adapter_config.json", "qrefta_sha256.json", "qrefta_unfinished.json")
-_COMPANIONS = ["*.json", "*.model", "*.txt", "*.jinja"]  # tokenizer, generation settings
+_COMPANIONS = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]  # tokenizer, settings, code
 _FILES = ["*.safetensors", *_COMPANIONS, "LICENSE*"]
 
 
@@ -86,10 +89,13 @@ class _Entry(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A matrix in a checkpoint: a whole tensor, or the matrix of one expert in a fused tensor."""
+    """A matrix in a checkpoint: a whole tensor, the matrix of one expert in a fused tensor, or some
+    rows of a tensor (start, stop).
+    """
 
     name: str
     expert: int | None = None
+    rows: tuple[int, int] | None = None
 
 
 class Checkpoint:
@@ -145,7 +151,11 @@ class Checkpoint:
 
     def matrix_shape(self, part: Part) -> tuple[int, ...]:
         """Rows and columns as stored."""
-        return self.shape(part.name)[-2:]
+        shape = self.shape(part.name)[-2:]
+        if part.rows is None:
+            return shape
+        start, stop = part.rows
+        return (stop - start, *shape[1:])
 
     def read_parts(self, parts: list[Part], start: int, stop: int, columns: bool = False) -> Tensor:
         """Rows `start` .. `stop` of matrices that follow one another; with `columns`, of their
@@ -158,7 +168,9 @@ class Checkpoint:
             low = max(start - first, 0)
             high = min(stop - first, height)
             if low < high:
-                pieces.append(self.read(part.name, low, high, columns, part.expert))
+                above = 0 if part.rows is None else part.rows[0]
+                piece = self.read(part.name, low + above, high + above, columns, part.expert)
+                pieces.append(piece)
             first += height
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
@@ -183,6 +195,25 @@ class Checkpoint:
         if not stored.shape:
             return self._rows(stored, 0, 1).view(())
         return self._rows(stored, start, stored.shape[0] if stop is None else stop)
+
+    def mapped(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors by name whose pages are read from their files as they are used.
+
+        The system may drop the pages again, so the tensors take no memory that others need. A
+        change of a tensor stays in memory and does not reach its file.
+        """
+        tensors: dict[str, Tensor] = {}
+        maps: dict[Path, np.memmap] = {}
+        for name in names:
+            stored = self._tensors[name]
+            if stored.offset % stored.dtype.itemsize or not stored.nbytes:
+                tensors[name] = self.read(name)  # torch has no views of unaligned bytes
+                continue
+            if stored.file not in maps:
+                maps[stored.file] = np.memmap(stored.file, mode="c")  # a change copies its page
+            data = maps[stored.file][stored.offset : stored.offset + stored.nbytes]
+            tensors[name] = torch.from_numpy(data).view(stored.dtype).view(stored.shape)
+        return tensors
 
     def bytes_of(self, name: str) -> Iterator[memoryview]:
         """A tensor's bytes, a chunk at a time."""

@@ -1,12 +1,17 @@
 """Files of text and tables -> a `datasets.DatasetDict`, and the columns that hold text."""
 
-import csv
 import json
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Value, load_dataset
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, Features, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
+
+from qrefta.files.csv_file import csv_rows
+from qrefta.files.encodings import check_text, text_encoding
 
 BUILDERS = {
     ".csv": "csv",
@@ -23,6 +28,13 @@ TEXT_NAMES = (
     ("sentence",),
     ("content",),
 )
+_TURNS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "tools")
+_SHOWN = 60  # characters of a line, in an error
+
+
+def kind_of(path: Path) -> str:
+    """The ending of a file's name in small letters."""
+    return path.suffix.lower()
 
 
 def read_files(files: dict[str, list[Path]], header: list[str] | None = None) -> DatasetDict:
@@ -34,64 +46,196 @@ def read_files(files: dict[str, list[Path]], header: list[str] | None = None) ->
 
     Raises:
         ValueError: if the ending of a file is not one of `BUILDERS`, or not the same as that of the
-            split's other files; or a file cannot be read.
+            split's other files; or a file cannot be read or has no rows.
     """
     splits = DatasetDict()
     for name, part in files.items():
-        suffix = part[0].suffix
-        builder = BUILDERS.get(suffix)
-        if builder is None:
+        kind = kind_of(part[0])
+        if kind not in BUILDERS:
             raise ValueError(
-                f"{part[0]} ends in {suffix!r}; it must be one of {', '.join(BUILDERS)}"
+                f"{part[0]} ends in {part[0].suffix!r}; it must be one of {', '.join(BUILDERS)}"
             )
-        other = next((file for file in part if file.suffix != suffix), None)
+        other = next((file for file in part if kind_of(file) != kind), None)
         if other is not None:
             raise ValueError(
                 f"{part[0]} and {other} are files of different kinds; put them in different folders"
             )
-        options: dict[str, Any] = {}
-        if suffix == ".tsv":  # GLUE's files hold quotation marks that open no quotation
-            options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-        if header is not None and builder == "csv":
-            options["column_names"] = header
-        names = [str(file) for file in part]
-        try:
-            splits[name] = load_dataset(builder, data_files=names, split="train", **options)
-        except (ValueError, DatasetGenerationError) as error:  # ValueError: a header without rows
-            if suffix == ".jsonl":
-                _check_lines(part)
-            raise ValueError(f"{', '.join(names[:5])} cannot be read: {error}") from error
+        empty = next((file for file in part if not file.stat().st_size), None)
+        if empty is not None:
+            raise ValueError(f"{empty} is empty; give a file with rows.")
+        if BUILDERS[kind] == "csv":
+            splits[name] = _read_csv(part, header)
+        else:
+            splits[name] = _load(part, BUILDERS[kind])
+        if len(splits[name]) == 0:
+            raise ValueError(f"{part[0]} has no rows.")
     return splits
 
 
-def _check_lines(files: list[Path]) -> None:
-    """Raise ValueError for the first line of JSON lines that is not JSON; it is named."""
+def _read_csv(files: list[Path], header: list[str] | None) -> Dataset:
+    """The rows of tables; every column holds text."""
+    # as tuples: of a list, datasets makes shards
+    arguments = {"files": versions(files), "header": None if header is None else tuple(header)}
+    first = next(_csv_rows(**arguments), {})
+    features = Features({name: Value("string") for name in first})
+    return from_generator(_csv_rows, features, **arguments)
+
+
+def from_generator(make: Any, features: Features, **arguments: Any) -> Dataset:
+    """The rows of a generator, written to the disk as they come; its ValueErrors come through."""
+    if next(make(**arguments), None) is None:  # datasets fails without rows
+        return Dataset.from_dict({name: [] for name in features}, features)
+    try:
+        return Dataset.from_generator(make, features, gen_kwargs=arguments)  # type: ignore[return-value]
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, ValueError):
+            raise error.__cause__ from None
+        raise
+
+
+def versions(files: list[Path]) -> tuple[tuple[str, int, int], ...]:
+    """Names with size and time of change, so that a changed file is not taken for its old content
+    by the cache of `datasets`.
+    """
+    return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+
+
+def _csv_rows(
+    files: tuple[tuple[str, int, int], ...], header: tuple[str, ...] | None
+) -> Iterator[dict[str, Any]]:
+    """The rows of several tables with the same columns."""
+    columns: list[str] = []
+    for name, *_ in files:
+        for row in csv_rows(name, None if header is None else list(header)):
+            columns = columns or [*row]
+            if columns != [*row]:
+                raise ValueError(
+                    f"{name} has the columns {[*row]}, and {files[0][0]} {columns}; put them in "
+                    "different folders, or give them the same columns."
+                )
+            yield row
+
+
+def _load(files: list[Path], builder: str, **options: Any) -> Dataset:
+    """The rows of files by a builder of `datasets`."""
+    names = [str(file) for file in files]
+    if builder == "json":
+        _check_utf8(files)
+    try:
+        data: Any = load_dataset(builder, data_files=names, split="train", **options)
+    except (ValueError, DatasetGenerationError) as error:  # ValueError: a header without rows
+        for file in files:
+            if kind_of(file) == ".jsonl":
+                _check_lines(file)
+        reason = error.__cause__ or error
+        raise ValueError(f"{', '.join(names[:5])} cannot be read: {reason}") from error
+    if builder == "json" and len(data) == 1 and "field" not in options:
+        field = _field_of_rows(data)
+        if field is not None:
+            return _load(files, builder, field=field)
+    return data
+
+
+def _check_utf8(files: list[Path]) -> None:
+    """Refuse other encodings, of which pyarrow reads some JSON without an error."""
     for file in files:
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    json.loads(line)
-                except ValueError as error:
-                    if line.strip():
-                        raise ValueError(f"{file}, row {number}, is not JSON: {error}") from error
+        check_text(file)
+        encoding = text_encoding(file)
+        if encoding != "utf-8-sig":
+            raise ValueError(
+                f"{file} is text in {encoding.upper()}, and JSON is read in UTF-8. Convert it: "
+                f"iconv -f {encoding} -t utf-8 OLD > NEW"
+            )
+
+
+def _field_of_rows(data: Dataset) -> str | None:
+    """The entry that holds the rows of a JSON file: of {"data": [{...}, {...}]} it is data."""
+    row = data[0]
+    if any(name in row for name in _TURNS):
+        return None
+    lists = [
+        name
+        for name, value in row.items()
+        if isinstance(value, list) and value and isinstance(value[0], dict)
+    ]
+    return lists[0] if len(lists) == 1 else None
+
+
+def _check_lines(file: Path) -> None:
+    """Raise ValueError for the first line of JSON lines that is no JSON object; it is named."""
+    with file.open(encoding="utf-8-sig", newline="\n") as lines:
+        for number, line in enumerate(lines, 1):
+            shown = f"{file}, row {number}"
+            try:
+                found = json.loads(line) if line.strip() else {}
+            except ValueError as error:
+                shown = f"{shown}, is not JSON: {error}, in {line.strip()[:_SHOWN]!r}."
+                raise ValueError(
+                    f"{shown} A line is one object in braces, without a comma behind it."
+                ) from error
+            if not isinstance(found, dict):
+                raise ValueError(f"{shown}, is {line.strip()[:_SHOWN]!r}; it must be an object.")
 
 
 def is_text(data: Dataset, column: str) -> bool:
     """Whether a column holds strings."""
     feature = data.features[column]
-    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view")
+
+
+def is_number(data: Dataset, column: str) -> bool:
+    """Whether the strings of a column are numbers, such as an index in a csv file."""
+    try:
+        data.data.column(column).cast(pa.string()).cast(pa.float64())
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
+def find_column(data: Dataset, name: str) -> str | None:
+    """The column of this name; capital letters and spaces around it do not count, unless two
+    columns differ in them only.
+    """
+    if name in data.column_names:
+        return name
+    alike = [one for one in data.column_names if one.strip().lower() == name.strip().lower()]
+    return alike[0] if len(alike) == 1 else None
+
+
+def with_names(data: Dataset, names: tuple[str, ...]) -> Dataset:
+    """The data with columns such as "Messages" renamed to a name of `names`."""
+    found = {}
+    for name in names:
+        column = find_column(data, name)
+        if column is not None and column != name:
+            found[column] = name
+    return data.rename_columns(found)
+
+
+def text_columns(data: Dataset) -> list[str]:
+    """The columns of strings that are not all numbers."""
+    columns = data.column_names
+    return [name for name in columns if is_text(data, name) and not is_number(data, name)]
 
 
 def text_column(data: Dataset, path: str | Path) -> str:
-    """The column of text: the column with a usual name, else the first column of strings.
+    """The column of text: the column with a usual name, else the first column of strings, with a
+    warning if there are several.
 
     Raises:
         ValueError: if no column holds strings; it names `path`.
     """
-    textual = [name for name in data.column_names if is_text(data, name)]
+    for names in TEXT_NAMES:
+        found = find_column(data, names[0])
+        if len(names) == 1 and found is not None and is_text(data, found):
+            return found
+    textual = text_columns(data)
     if not textual:
         raise ValueError(f"{path} has no column of text; its columns are {data.features}")
-    for names in TEXT_NAMES:
-        if len(names) == 1 and names[0] in textual:
-            return names[0]
+    if len(textual) > 1:
+        warnings.warn(
+            f"Of {path} the column {textual[0]!r} is read. To read another one of {textual[1:]}, "
+            "rename it to text.",
+            stacklevel=3,
+        )
     return textual[0]

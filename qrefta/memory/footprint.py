@@ -34,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from qrefta._compat.torch import FakeTensorMode, TorchDispatchMode, storage_id, tree_leaves
+from qrefta.nn.packed import unpack
 
 COUNTED_BLOCKS = 3  # the first, one for all between, the last
 
@@ -57,6 +58,7 @@ class Footprint(NamedTuple):
 
 def fake(model: PreTrainedModel) -> PreTrainedModel:
     """The model with fake CPU tensors instead of its (meta) parameters and buffers."""
+    unpack(model)  # the mode takes no subclass of Tensor
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
     model.tie_weights()  # every name got a new tensor

@@ -15,6 +15,7 @@ from qrefta.config import Rank
 from qrefta.linalg.slices import Slices
 from qrefta.linalg.tucker import Tucker, hosvd
 from qrefta.nn.factors import Fit, LowRankFactors, frozen
+from qrefta.nn.packed import plain_bytes
 
 
 class CRAFT(LowRankFactors):
@@ -105,7 +106,7 @@ class CRAFT(LowRankFactors):
         return self.right
 
     def core(self, layer: int) -> Tensor:
-        weights = self.mix[layer].view(torch.float32).to(self.cores)
+        weights = plain_bytes(self.mix)[layer].view(torch.float32).to(self.cores)
         weights = weights + weights @ self.rounded(self.layer_square)
         core = torch.tensordot(weights, self.cores, 1)
         core = core + self.rounded(self.out_square) @ core

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from qrefta.linalg.slices import Slices
 from qrefta.linalg.tsvd import TSVD, t_svd
 from qrefta.nn.factors import Fit, LowRankFactors, frozen
+from qrefta.nn.packed import plain_bytes
 
 
 class ReFTA(LowRankFactors):
@@ -72,7 +73,7 @@ class ReFTA(LowRankFactors):
         return self.B
 
     def core(self, layer: int) -> Tensor:
-        return self.mix[layer].view(torch.float32)
+        return plain_bytes(self.mix)[layer].view(torch.float32)
 
     def up(self) -> Tensor:
         return self.A

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qrefta._compat.transformers import was_initialized
+from qrefta._compat.transformers import is_left_out, was_initialized
 from qrefta.files.safetensors import Checkpoint
 from qrefta.model.names import sources
 from qrefta.nn.experts import is_adapted
 from qrefta.nn.factors import Factors, frozen
 from qrefta.nn.linear import AdaptedLinear
+from qrefta.nn.packed import pack
 
 # A model may hold this much beyond its files, as bytes or as a multiple of them: a new head, tables
 # of positions.
@@ -102,11 +103,19 @@ def check_headers(model: PreTrainedModel, files: list[str]) -> None:
 
 
 def missing_tensors(model: PreTrainedModel, files: list[str]) -> list[str]:
-    """Paths of the tensors in an empty model that no file fills; one of tied tensors is enough."""
+    """Paths of the tensors in an empty model that no file fills; one of tied tensors is enough.
+
+    Tensors that the model's class leaves out of its files are not missing.
+    """
     found = sources(model, Checkpoint.of_files(files))
     state = model.state_dict(keep_vars=True)
     filled = {id(tensor) for path, tensor in state.items() if found.get(path)}
-    return [path for path, tensor in state.items() if id(tensor) not in filled]
+    adapted = adapted_parameters(model)
+    return [
+        path
+        for path, tensor in state.items()
+        if id(tensor) not in filled and (path in adapted or not is_left_out(model, path))
+    ]
 
 
 def check_stored_scales(model: PreTrainedModel, files: list[str]) -> None:
@@ -186,17 +195,22 @@ def check_form(model: PreTrainedModel, expected: dict[str, tuple[torch.Size, tor
         shape, dtype = expected[path]
         if parameter.shape != shape:
             raise _other_shape(path, parameter.shape, shape)
-        if parameter.dtype != dtype and not dtype.is_floating_point:
-            owner, _, name = path.rpartition(".")
-            setattr(model.get_submodule(owner), name, frozen(parameter.to(dtype)))
+        if dtype.is_floating_point:
+            continue
+        owner, _, name = path.rpartition(".")
+        module = model.get_submodule(owner)
+        if parameter.dtype != dtype:
+            setattr(module, name, frozen(parameter.to(dtype)))
+        pack(module, [name])
 
 
 def check_filled(model: PreTrainedModel) -> None:
     """Raise if a tensor of an adapted layer or of the factors is missing in the checkpoint.
 
     transformers only warns, and leaves the tensor random. In the class that saved the checkpoint no
-    other tensor may be missing either; another class may have a new head. transformers marks each
-    tensor that it filled with `_is_hf_initialized`, the only trace left after loading.
+    other tensor may be missing either, unless the class leaves it out of its files; another class
+    may have a new head. transformers marks each tensor that it filled with `_is_hf_initialized`,
+    the only trace left after loading.
     """
     same_class = type(model).__name__ in (model.config.architectures or [])
     missing = []
@@ -206,9 +220,11 @@ def check_filled(model: PreTrainedModel) -> None:
         if not (ours or same_class):
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            if not was_initialized(parameter):
+            full_name = f"{path}.{name}" if path else name
+            left_out = not ours and is_left_out(model, full_name)
+            if not was_initialized(parameter) and not left_out:
                 problems = offloaded if parameter.is_meta else missing
-                problems.append(f"{path}.{name}")
+                problems.append(full_name)
     if offloaded:
         raise ValueError(
             f"{len(offloaded)} tensors were offloaded to disk ({offloaded[0]}, ...), which a "

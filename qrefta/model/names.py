@@ -5,19 +5,23 @@ of a block as separate matrices, a gate and an up projection each, where the mod
 parameter. Its tables of renamings and conversions say which.
 """
 
+import torch
 from transformers import PreTrainedModel
 
 from qrefta._compat.transformers import (
+    Chunk,
     Concatenate,
     MergeModulelist,
+    Split,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
     get_model_conversion_mapping,
     rename_source_key,
+    revert_weight_conversion,
 )
+from qrefta.config import LayerStack
 from qrefta.files.safetensors import Checkpoint, Part
-from qrefta.model.stacks import LayerStack
 
 
 def weight_parts(
@@ -32,12 +36,16 @@ def weight_parts(
             in a way unknown here.
     """
     tensors = sources(model, checkpoint)
+    rows = _row_parts(model, checkpoint, stacks)
     parts: dict[str, list[Part]] = {}
     missing: list[str] = []
     for stack in stacks:
         matrices = []
         for path in stack.modules:
-            module_parts = _module_parts(checkpoint, stack, path, tensors)
+            if path in rows:
+                module_parts = [[rows[path]]]
+            else:
+                module_parts = _module_parts(checkpoint, stack, path, tensors)
             if len(module_parts) != max(stack.experts, 1):
                 missing.append(path)
             matrices += module_parts
@@ -66,6 +74,52 @@ def _module_parts(
         if len(shape) == 3:
             return [[Part(fused, expert)] for expert in range(shape[0])]
     return [[Part(name) for name in rows] for rows in names]
+
+
+def _row_parts(
+    model: PreTrainedModel, checkpoint: Checkpoint, stacks: list[LayerStack]
+) -> dict[str, Part]:
+    """The rows of a checkpoint's matrix for each linear layer that transformers splits from it.
+
+    A matrix counts if all of its rows belong to linear layers of the stacks.
+    """
+    state = model.state_dict()
+    stacked = {path for stack in stacks if not stack.transposed for path in stack.modules}
+    renamings, converters = _weight_mapping(model)
+    splitting = {
+        converter.source_patterns[0]: converter.target_patterns
+        for converter in converters
+        if _splits_rows(converter)
+    }
+    parts: dict[str, Part] = {}
+    for name in checkpoint.names:
+        renamed, pattern = rename_source_key(
+            name, renamings, converters, str(model.base_model_prefix), state
+        )
+        targets = splitting.get(pattern or "", [])
+        found: dict[str, Part] = {}
+        stop = 0
+        for target in targets:
+            path = renamed.replace(targets[0], target)
+            if path.removesuffix(".weight") not in stacked:
+                break
+            start, stop = stop, stop + len(state[path])
+            found[path.removesuffix(".weight")] = Part(name, rows=(start, stop))
+        if targets and len(found) == len(targets) and stop == checkpoint.shape(name)[0]:
+            parts |= found
+    return parts
+
+
+def _splits_rows(converter: WeightConverter) -> bool:
+    """Whether it splits one matrix into several, whose rows follow one another."""
+    steps = [
+        (type(operation), getattr(operation, "dim", None)) for operation in converter.operations
+    ]
+    return (
+        steps in ([(Chunk, 0)], [(Split, 0)])
+        and len(converter.source_patterns) == 1
+        and len(converter.target_patterns) > 1
+    )
 
 
 def _check_shape(checkpoint: Checkpoint, stack: LayerStack, parts: list[Part]) -> None:
@@ -114,6 +168,44 @@ def sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, list[li
             # a missing matrix shows in the number of experts
             filled[parameter] = [list(rows) for rows in zip(*matrices, strict=False)]
     return filled
+
+
+def stored_together(model: PreTrainedModel) -> dict[str, list[str]]:
+    """Tensor of a model -> all tensors that a checkpoint stores as one with it, itself included.
+
+    Some published checkpoints hold query, key and value as one matrix where the model has three.
+    Tensors that are stored alone are left out.
+    """
+    names = model.state_dict().keys()
+    _, converters = _weight_mapping(model)
+    together: dict[str, list[str]] = {}
+    for converter in converters:
+        patterns = converter.target_patterns
+        for name in names:
+            found = next((pattern for pattern in patterns if pattern in name), None)
+            if len(patterns) > 1 and found is not None:
+                members = [name.replace(found, pattern) for pattern in patterns]
+                together[name] = [member for member in members if member in names]
+    return together
+
+
+def keeps_scales(model: PreTrainedModel, path: str) -> bool:
+    """Whether transformers finds the scales of a packed linear layer again that it saved.
+
+    It renames tensors as it saves and loads, by patterns that may fit the weight alone (Inkling's
+    `weight_proj`, which its checkpoints hold without `.weight`).
+    """
+    name = f"{path}.absmax"
+    (saved,) = revert_weight_conversion(model, {name: torch.empty(0, device="meta")})
+    renamings, converters = _weight_mapping(model)
+    state = dict.fromkeys([*model.state_dict(), name], True)
+    for renames, converts in ((renamings, converters), ([], [])):
+        renamed, pattern = rename_source_key(
+            saved, renames, converts, str(model.base_model_prefix), state
+        )
+        if renamed == name or pattern is not None:
+            return True
+    return False
 
 
 def _fuses_experts(converter: WeightConverter) -> bool:

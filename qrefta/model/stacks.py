@@ -7,21 +7,21 @@ gives one slice for each expert. Only repeated blocks are searched: embeddings, 
 poolers and task heads lie outside and stay as they are.
 """
 
-import inspect
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from transformers import Conv1D
+from transformers import Conv1D, PreTrainedModel
 
-from qrefta._compat.torch import direct_children
+from qrefta._compat.torch import direct_children, direct_parameters
 from qrefta.config import LayerStack
+from qrefta.model.names import keeps_scales
+from qrefta.model.reads import read_weights
 from qrefta.nn.experts import Experts, fused_names, is_experts
 
 LARGEST_WEIGHT = 1e12
@@ -39,8 +39,10 @@ def find_stacks(model: nn.Module) -> list[LayerStack]:
 
     - subclasses of `nn.Linear`, such as the output projection of `nn.MultiheadAttention`, because
       they may compute something else;
-    - linear layers whose weight is read by the code of their parent (Mamba's dt_proj), because a
-      packed weight would break that code;
+    - linear layers whose weight is read by other code of the model (Mamba's dt_proj, RWKV's
+      output), because a packed weight would break that code (see `qrefta.model.reads`);
+    - linear layers that share their weight with another module, because they train as one;
+    - linear layers whose scales transformers would lose (see `qrefta.model.names.keeps_scales`);
     - experts that are computed by their model's code (Llama 4) and not by transformers' interface
       (see `is_experts`);
     - everything outside the base model, because task heads may hold lists of linear layers too
@@ -49,25 +51,34 @@ def find_stacks(model: nn.Module) -> list[LayerStack]:
     members: dict[LayerStack, list[str]] = {}  # module paths, by their stack without modules
     for path, stack in _stacked_weights(model):
         members.setdefault(stack, []).append(path)
-    return [replace(stack, modules=tuple(paths)) for stack, paths in members.items()]
+    return [
+        replace(stack, modules=tuple(paths))
+        for stack, paths in members.items()
+        if stack.experts or not isinstance(model, PreTrainedModel) or keeps_scales(model, paths[0])
+    ]
 
 
 def _stacked_weights(model: nn.Module) -> Iterator[tuple[str, LayerStack]]:
     """Paths of linear layers and fused parameters, each with its stack, still without modules."""
-    base = set(getattr(model, "base_model", model).modules())
-    sources: dict[type, str] = {}
-    for path, module in model.named_modules():
-        if module not in base:
-            continue
-        role = _role(model, path)
+    left = left_dense(model)
+    for path, module in body_modules(model):
+        role = role_of(model, path)
         if "*" not in role:
             continue
         if is_experts(module):
             for name, stack in _fused_weights(module, role):
                 yield f"{path}.{name}", stack
-        elif _is_plain(module) and not _is_read(model, path, sources):
+        elif _is_plain(module) and path not in left:
             transposed = type(module) is Conv1D
             yield path, _empty_stack(role, module.weight.shape, transposed)
+
+
+def body_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules of the base model with their paths in `model`: all but task heads."""
+    base = set(getattr(model, "base_model", model).modules())
+    for path, module in model.named_modules():
+        if module in base:
+            yield path, module
 
 
 def _fused_weights(experts: Experts, role: str) -> Iterator[tuple[str, LayerStack]]:
@@ -287,46 +298,28 @@ def _is_plain(module: nn.Module) -> TypeGuard[PlainLinear]:
     return type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "FalconLinear"
 
 
-def _is_read(model: nn.Module, path: str, sources: dict[type, str]) -> bool:
-    """Whether the code of a linear layer's parent reads the weight itself.
+def left_dense(model: nn.Module) -> dict[str, str]:
+    """Paths of the linear layers whose weights must stay as they are, each with the reason."""
+    read = dict.fromkeys(read_weights(model), "other code of the model reads the weight")
+    return read | dict.fromkeys(_tied(model), "it shares its weight with another module")
 
-    Reading the device is harmless, and code that names `torch.int8` (T5's feed-forward) expects
-    packed weights.
 
-    Args:
-        model: the model.
-        path: of the linear layer.
-        sources: source code of the parents' classes so far; new classes are added.
+def _tied(model: nn.Module) -> set[str]:
+    """Paths of the modules whose weight another module has too.
+
+    Without storage shared parameters are distinct objects, and only the class tells of them.
     """
-    parent, _, name = path.rpartition(".")
-    parent_class = type(model.get_submodule(parent))
-    if parent_class not in sources:
-        sources[parent_class] = _source(parent_class)
-    source = sources[parent_class]
-    return (
-        "torch.int8" not in source
-        and re.search(rf"self\.{name}\.weight\b(?!\.device)", source) is not None
-    )
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        weight = direct_parameters(module).get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(path)
+    told = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = {path for paths in owners.values() if len(paths) > 1 for path in paths}
+    return tied | {name.removesuffix(".weight") for pair in told.items() for name in pair}
 
 
-def _source(module_class: type) -> str:
-    """Source code of the methods of a class and its bases.
-
-    Methods without source code (made at run time) are left out. It is read method by method,
-    because `inspect.getsource` of a class parses its whole file.
-    """
-    sources = []
-    for base in module_class.__mro__:
-        if base in (nn.Module, object):
-            continue
-        for method in vars(base).values():
-            if inspect.isfunction(method):
-                with suppress(OSError):
-                    sources.append(inspect.getsource(method))
-    return "".join(sources)
-
-
-def _role(model: nn.Module, path: str) -> str:
+def role_of(model: nn.Module, path: str) -> str:
     """`path` with every index of repeated blocks replaced by `*`."""
     return ".".join("*" if repeated else part for part, repeated in _walk(model, path))
 

@@ -16,10 +16,11 @@ optimizer is right, for two bytes more an entry (10 MB for Llama-3-8B at R = 64)
 bf16 values are saved as bf16.
 """
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from qrefta.choices import TRANSFORMS
 from qrefta.config import BANK as BANK
 from qrefta.config import Rank, Settings
 from qrefta.linalg.slices import Slices
+from qrefta.nn.packed import pack, packed_parameter
 from qrefta.nn.product import adapted_product, rounded_factor
 from qrefta.nn.quantized import FrozenWeight
 
@@ -177,6 +179,13 @@ class Factors(nn.Module, ABC):
     def rounded(self, parameter: Tensor) -> Tensor:
         """A trainable parameter rounded to `dtype`; the gradient passes through."""
         return rounded_factor(parameter, self.dtype, parameter)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        packed = [
+            name for name, tensor in self.named_parameters() if not tensor.is_floating_point()
+        ]
+        super()._load_from_state_dict(*args)
+        pack(self, packed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow the model to another device or a wider dtype.
@@ -343,7 +352,9 @@ class Fit(NamedTuple):
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
-    """A parameter that does not train."""
+    """A parameter that does not train; integers are packed bytes."""
+    if not tensor.is_floating_point():
+        return packed_parameter(tensor)
     return nn.Parameter(tensor, requires_grad=False)
 
 
@@ -372,6 +383,36 @@ class FactorBank(nn.ModuleDict):
 
     # transformers hands its checkpointing function to every module that has this attribute
     gradient_checkpointing = False
+    _is_checked = False  # after the first forward pass that could train
+
+    def __init__(self, factors: Mapping[str, nn.Module] | None = None) -> None:
+        super().__init__(factors)
+        self.names = {key: key for key in self}  # of the stacks; `build` sets them
+
+    def frozen(self) -> list[str]:
+        """Names of the stacks whose factors are frozen."""
+        return [
+            self.names[key]
+            for key, factors in self.items()
+            if not any(parameter.requires_grad for parameter in cast(Factors, factors).trained())
+        ]
+
+    def warn_if_frozen(self) -> None:
+        """Tell once of factors that are frozen while the model is in training mode."""
+        if self._is_checked or torch.compiler.is_compiling():
+            return
+        self._is_checked = True
+        names = self.frozen()
+        if names:
+            warnings.warn(
+                f"The factors of {len(names)} of {len(self)} stacks are frozen and do not train: "
+                f"{', '.join(names)}. If that is not intended, leave out "
+                "the code that froze them (requires_grad = False; PEFT's get_peft_model and "
+                "prepare_model_for_kbit_training freeze all parameters), or set requires_grad of "
+                "the parameters in factors.trained() for every factors in "
+                f"model.{BANK}.values(). To evaluate, call model.eval() or use torch.no_grad().",
+                stacklevel=3,
+            )
 
     @property
     def _gradient_checkpointing_func(self) -> Callable[..., Any]:

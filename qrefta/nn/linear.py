@@ -1,6 +1,6 @@
 """The adapted linear layer: a frozen weight in 4 (or 16) bits, with the factors of its stack."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from qrefta._compat.torch import direct_parameters, is_replica
 from qrefta.distributed import check_gathered
 from qrefta.nn.factors import FactorBank, Factors, frozen
+from qrefta.nn.packed import pack, plain_bytes
 from qrefta.nn.product import frozen_product
 from qrefta.nn.quantized import FrozenWeight, QuantFormat, frozen_weight
 
@@ -40,6 +41,7 @@ class AdaptedLinear(nn.Module):
             self.weight = frozen(torch.empty(out_features, in_features, dtype=dtype))
         else:
             sizes = fmt.packed_sizes(in_features * out_features)
+            self._packed = tuple(sizes)
             self.weight = frozen(torch.empty(sizes.pop("weight"), dtype=torch.int8))
             for name, size in sizes.items():
                 self.register_parameter(name, frozen(torch.empty(size, dtype=torch.uint8)))
@@ -76,8 +78,10 @@ class AdaptedLinear(nn.Module):
         weight = cast(Tensor, parameters["weight"])
         check_gathered(weight, "packed weights of a block")
         shape = (self.out_features, self.in_features)
-        scales = parameters.get("absmax")
-        return frozen_weight(self.fmt, shape, weight, scales, parameters.get("absmax_state"))
+        if self.fmt is None:
+            return frozen_weight(None, shape, weight)
+        packed = [plain_bytes(cast(Tensor, parameters[name])) for name in self._packed]
+        return frozen_weight(self.fmt, shape, *packed)
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
@@ -108,7 +112,14 @@ class AdaptedLinear(nn.Module):
         factors = cast(Factors, bank[key])
         first_parameter = cast(Tensor, next(iter(direct_parameters(factors).values())))
         check_gathered(first_parameter, "shared factors")
+        if self.training and torch.is_grad_enabled():
+            bank.warn_if_frozen()
         return factors.product(x, layer, self.bias, self.frozen_weight())
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if self.fmt is not None:
+            pack(self, self._packed)  # load_state_dict(assign=True) replaced the parameters
 
     def extra_repr(self) -> str:
         stored = "16 bits"

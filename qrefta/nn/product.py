@@ -8,6 +8,10 @@ cheaper (`qrefta.nn.cost`). Merging
 happens outside autograd: there is no gradient of a dense weight, and nothing dense is kept.
 
 Kept for the backward pass: x, and where it was made x down^T, each only if a gradient needs it.
+
+The autograd functions take and give matrices, (tokens, in) and (tokens, out). The leading axes come
+back outside of them: some models change the output of a linear layer in place (Falcon, Longformer),
+which autograd refuses for a view that a custom function returned.
 """
 
 from typing import Any, NamedTuple
@@ -17,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from qrefta._compat.torch import with_shape
 from qrefta.nn.cost import merging_is_cheaper
 from qrefta.nn.quantized import FrozenWeight, frozen_weight
 
@@ -51,11 +56,13 @@ def adapted_product(
         weight: W, (out, in).
         rounding: dtype that `up` and `down` are rounded to.
     """
+    tokens = x.reshape(-1, weight.shape[1])
     frozen = _Frozen(weight, rounding)
     if torch.is_grad_enabled():
-        return _AdaptedProduct.apply(x, up, core, down, bias, frozen)
-    y, _ = _forward(x, up, core, down, bias, frozen, gradients=False)
-    return y.view(*x.shape[:-1], weight.shape[0])
+        y = _AdaptedProduct.apply(tokens, up, core, down, bias, frozen)
+    else:
+        y, _ = _forward(tokens, up, core, down, bias, frozen, gradients=False)
+    return with_shape(y, (*x.shape[:-1], weight.shape[0]))
 
 
 def frozen_product(x: Tensor, bias: Tensor | None, weight: FrozenWeight) -> Tensor:
@@ -66,9 +73,12 @@ def frozen_product(x: Tensor, bias: Tensor | None, weight: FrozenWeight) -> Tens
         bias: (out,) or None.
         weight: W, (out, in).
     """
+    tokens = x.reshape(-1, weight.shape[1])
     if torch.is_grad_enabled():
-        return _FrozenProduct.apply(x, bias, weight)
-    return _frozen_forward(x, bias, weight)
+        y = _FrozenProduct.apply(tokens, bias, weight)
+    else:
+        y = _frozen_forward(tokens, bias, weight)
+    return with_shape(y, (*x.shape[:-1], weight.shape[0]))
 
 
 def rounded_factor(factor: Tensor, rounding: torch.dtype, like: Tensor) -> Tensor:
@@ -92,7 +102,7 @@ class _AdaptedProduct(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
+        tokens: Tensor,
         up: Tensor,
         core: Tensor,
         down: Tensor,
@@ -101,19 +111,16 @@ class _AdaptedProduct(torch.autograd.Function):
     ) -> Tensor:
         _, need_up, need_core, need_down, _ = ctx.needs_input_grad[:5]
         gradients = need_up or need_core or need_down
-        y, narrow = _forward(x, up, core, down, bias, frozen, gradients)
-        out_features, in_features = frozen.weight.shape
-        tokens = x.reshape(-1, in_features)
+        y, narrow = _forward(tokens, up, core, down, bias, frozen, gradients)
         if narrow is None and gradients and not need_down:
             # Keeping x down^T, which is narrow, saves keeping x.
-            narrow = tokens @ rounded_factor(down, frozen.rounding, x).T
+            narrow = tokens @ rounded_factor(down, frozen.rounding, tokens).T
         ctx.rounding = frozen.rounding
-        ctx.x_shape = x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
         kept_tokens = tokens if need_down else None
         kept_narrow = narrow if need_up or need_core else None
         _save(ctx, frozen.weight, kept_tokens, kept_narrow, up, core, down)
-        return y.view(*x.shape[:-1], out_features)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -126,27 +133,24 @@ class _FrozenProduct(torch.autograd.Function):
     """`frozen_product` and its gradients: dx = g W, and dbias is the sum of g over tokens."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: FrozenWeight) -> Tensor:
+    def forward(ctx: Any, tokens: Tensor, bias: Tensor | None, weight: FrozenWeight) -> Tensor:
         ctx.bias_dtype = None if bias is None else bias.dtype
         _save(ctx, weight)
-        return _frozen_forward(x, bias, weight)
+        return _frozen_forward(tokens, bias, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _, weight = _saved(ctx)
-        need_x, need_bias, _ = ctx.needs_input_grad
-        out_features, in_features = weight.shape
-        rows = grad.reshape(-1, out_features)
-        grad_x = None
+        need_tokens, need_bias, _ = ctx.needs_input_grad
+        grad_tokens = None
         grad_bias = None
         with torch.autocast(grad.device.type, enabled=False):  # compute in the gradient's dtype
-            if need_x:
-                grad_tokens = rows @ weight.dequantize(grad.dtype)
-                grad_x = grad_tokens.view(*grad.shape[:-1], in_features)
+            if need_tokens:
+                grad_tokens = grad @ weight.dequantize(grad.dtype)
             if need_bias:
-                grad_bias = rows.sum(0, dtype=ctx.bias_dtype)
-        return grad_x, grad_bias, None
+                grad_bias = grad.sum(0, dtype=ctx.bias_dtype)
+        return grad_tokens, grad_bias, None
 
 
 def _save(ctx: Any, weight: FrozenWeight, *tensors: Tensor | None) -> None:
@@ -169,15 +173,13 @@ def _saved(ctx: Any) -> tuple[tuple[Any, ...], FrozenWeight]:
     return saved[: ctx.count], weight
 
 
-def _frozen_forward(x: Tensor, bias: Tensor | None, weight: FrozenWeight) -> Tensor:
-    out_features, in_features = weight.shape
-    offset = None if bias is None else bias.to(x.dtype)
-    y = weight.matmul(x.reshape(-1, in_features), offset)
-    return y.view(*x.shape[:-1], out_features)
+def _frozen_forward(tokens: Tensor, bias: Tensor | None, weight: FrozenWeight) -> Tensor:
+    offset = None if bias is None else bias.to(tokens.dtype)
+    return weight.matmul(tokens, offset)
 
 
 def _forward(
-    x: Tensor,
+    tokens: Tensor,
     up: Tensor,
     core: Tensor,
     down: Tensor,
@@ -188,11 +190,10 @@ def _forward(
     """The product, (tokens, out), and x down^T if it was made."""
     weight, rounding = frozen
     out_features, in_features = weight.shape
-    tokens = x.reshape(-1, in_features)
-    offset = None if bias is None else bias.to(x.dtype)
-    up = rounded_factor(up, rounding, x)
-    down = rounded_factor(down, rounding, x)
-    core = core.to(x)
+    offset = None if bias is None else bias.to(tokens.dtype)
+    up = rounded_factor(up, rounding, tokens)
+    down = rounded_factor(down, rounding, tokens)
+    core = core.to(tokens)
     if merging_is_cheaper(len(tokens), in_features, out_features, gradients):
         merged = weight.plus_product(_times(up, core), down)
         return linear(tokens, merged, offset), None
@@ -207,7 +208,6 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (tokens, narrow, up, core, down), weight = _saved(ctx)
     need_x, need_up, need_core, need_down, need_bias = ctx.needs_input_grad[:5]
     out_features, in_features = weight.shape
-    grad = grad.reshape(-1, out_features)
     wide_up = rounded_factor(up, ctx.rounding, grad)
     wide_down = rounded_factor(down, ctx.rounding, grad)
     wide_core = core.to(grad)
@@ -238,8 +238,6 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if grad_x is not None and not merges:
             grad_x.addmm_(back, wide_down)
 
-    if grad_x is not None:
-        grad_x = grad_x.view(ctx.x_shape)
     if need_bias:
         grad_bias = grad.sum(0, dtype=ctx.bias_dtype)
     return grad_x, grad_up, grad_core, grad_down, grad_bias, None

@@ -8,7 +8,9 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta.choices import GENERIC_TEXT
+from qrefta.files.code import is_trusted
 from qrefta.files.sources import loaded_from, pretrained_source
+from qrefta.model.positions import trained_positions
 from qrefta.split.calibrate import Batch
 from qrefta.split.texts import (
     MAX_LENGTH,
@@ -108,7 +110,7 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     problem: Exception | None = None
     if name:
         try:
-            return AutoTokenizer.from_pretrained(**pretrained_source(name))
+            return AutoTokenizer.from_pretrained(**pretrained_source(name, is_trusted(model)))
         except (OSError, ValueError, KeyError, ImportError) as error:
             problem = error
     raise ValueError(
@@ -119,8 +121,7 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
 
 def _max_length(model: PreTrainedModel) -> int:
     """Tokens of a row that the model has positions for, at most `MAX_LENGTH`."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(MAX_LENGTH, positions or MAX_LENGTH)
+    return min(MAX_LENGTH, trained_positions(model) or MAX_LENGTH)
 
 
 def _check_ids(model: PreTrainedModel, batches: list[Any]) -> None:

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
+from qrefta.files.encodings import check_text, text_encoding
+
 # Of all windows together: SmolLM2-135M gathers them in about 40 s on two cores.
 TOKENS = 16_384
 ROWS = 256  # texts for a model that reads one text a row
@@ -47,11 +49,20 @@ def read_texts(path: str | Path) -> list[str]:
             f'There is no file {path} to calibrate with; the word "text" stands for generic text.'
         )
     texts: Iterable[str | None] = []
-    if path.suffix == ".txt":
-        texts = path.read_text(encoding="utf-8-sig").split("\n")
-    elif path.stat().st_size:  # datasets fails on a file of no bytes
+    if path.suffix.lower() == ".txt":
+        texts = _lines(path)
+    elif path.stat().st_size:
         texts = _column_of_text(path)
     return filled(texts, str(path))
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a file."""
+    try:
+        return path.read_text(encoding=text_encoding(path)).split("\n")
+    except UnicodeDecodeError:
+        check_text(path)
+        raise
 
 
 def _column_of_text(path: Path) -> Iterable[str | None]:

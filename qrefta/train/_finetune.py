@@ -28,7 +28,7 @@ from qrefta.hf_quantizer import is_prepared, prepared_config, saved_state
 from qrefta.model.verify import check_weights
 from qrefta.model_card import write_card
 from qrefta.nn.factors import BANK
-from qrefta.train.arguments import run_arguments, task_settings
+from qrefta.train.arguments import LENGTH_FIELDS, run_arguments, task_settings
 from qrefta.train.checkpoints import (
     clear_unfinished,
     last_checkpoint,
@@ -36,7 +36,9 @@ from qrefta.train.checkpoints import (
     whole_checkpoints,
     writing,
 )
+from qrefta.train.gradients import GradientWatch, check_trainable
 from qrefta.train.interrupt import interruptible
+from qrefta.train.lengths import row_length
 from qrefta.train.nan_guard import finite_steps
 from qrefta.train.packing import check_apart
 from qrefta.train.progress import Progress
@@ -45,7 +47,6 @@ from qrefta.train.tasks import TASKS, Recipe, TaskName
 from qrefta.train.tasks.mixture import Mixture, load_mixture, mixed_recipe
 from qrefta.train.tasks.preference import Reward, load_reward
 
-MAX_LENGTH = 128  # tokens, for tasks whose TrainingArguments have no such field
 _PART_OF_RUN = 0.1  # between two evaluations of early stopping
 _OLD_KEYWORDS = {
     "warmup_steps": "args=TrainingArguments(..., warmup_steps=...)",
@@ -156,8 +157,8 @@ def finetune(
             times above it.
         epochs, max_steps: length of the run, 3 epochs; a positive `max_steps` wins.
         batch_size: rows of a forward and backward pass in every process; 32.
-        max_length: tokens of a row, longer rows are cut; for lm the tokens of a window, for grpo of
-            an answer; 128.
+        max_length: tokens of a row, longer rows are cut and counted in a warning; for lm the tokens
+            of a window, for grpo of an answer; 128, or the model's positions if it has fewer.
         packing: for sft, fill sequences of `max_length` tokens with several conversations; False.
         padding_free: for sft, put the conversations of a batch behind each other in place of
             padding them; False.
@@ -185,8 +186,9 @@ def finetune(
             fsdp, report_to.
 
     Raises:
-        ValueError: for an unknown task, unusable data, labels of the model that do not fit the
-            data, a keyword that contradicts `args`, a missing or damaged checkpoint to resume from,
+        ValueError: for an unknown task, a model without trainable parameters, unusable data, labels
+            of the model that do not fit the data, a `max_length` above the model's positions, a
+            keyword that contradicts `args`, a missing or damaged checkpoint to resume from,
             checkpoints of an earlier run without `resume`, or processes that cannot share the model
             as asked (see `qrefta.distributed`).
         FloatingPointError: if a loss or a gradient is not finite; earlier checkpoints are whole.
@@ -195,6 +197,7 @@ def finetune(
     check_sharding()
     if task not in TASKS:
         raise ValueError(f"task is {task!r}; it must be one of {', '.join(TASKS)}")
+    check_trainable(model)
     settings = {
         "learning_rate": learning_rate,
         "num_train_epochs": epochs,
@@ -217,6 +220,7 @@ def finetune(
     if loss not in LOSSES:
         raise ValueError(f"loss is {loss!r}; it must be one of {', '.join(LOSSES)}")
     settings = {name: value for name, value in settings.items() if value is not None}
+    callbacks = _callbacks(callbacks)
     given = any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks)
     if early_stopping is not None:
         callbacks = [*callbacks, EarlyStoppingCallback(_patience(early_stopping))]
@@ -232,8 +236,8 @@ def finetune(
         settings["learning_rate"] = chosen_rate(model, learning_rate, show, task)
     arguments = run_arguments(model, task, args, output_dir, settings)
     warn_of_rate(model, arguments.learning_rate)
+    length = _length(model, processor, task, arguments, max_length, is_default=args is None)
     with together.main_process_first():  # the other processes find its cache
-        length = getattr(arguments, "max_length", max_length or MAX_LENGTH)
         recipe = _recipe(model, processor, dataset, task, arguments.seed, length, loss, reward)
     return _train(model, processor, recipe, arguments, task, resume, callbacks)
 
@@ -253,6 +257,29 @@ class _Evaluations(TrainerCallback):
 
     def on_evaluate(self, *_: Any, metrics: dict[str, float], **__: Any) -> None:
         self.runtime_s += metrics["eval_runtime"]
+
+
+def _callbacks(callbacks: Any) -> list[TrainerCallback]:
+    """Callbacks as objects; Trainer takes classes too."""
+    several = callbacks if isinstance(callbacks, Sequence) else [callbacks]
+    found = [callback() if isinstance(callback, type) else callback for callback in several]
+    strange = [callback for callback in found if not isinstance(callback, TrainerCallback)]
+    if strange:
+        raise ValueError(
+            f"callbacks holds {strange[0]!r}; give transformers' TrainerCallbacks, in a list"
+        )
+    return found
+
+
+def _check_metric(arguments: TrainingArguments, recipe: Recipe) -> None:
+    """Refuse a metric to find the best model by that the task does not have."""
+    metric = (arguments.metric_for_best_model or "loss").removeprefix("eval_")
+    metrics = ["loss", *recipe.scores.values()]
+    if recipe.trainer is Trainer and metric not in metrics:
+        raise ValueError(
+            f"metric_for_best_model is {arguments.metric_for_best_model!r}; this task measures "
+            f"{' and '.join(metrics)}"
+        )
 
 
 def _patience(early_stopping: Any) -> int:
@@ -306,6 +333,36 @@ def _old_settings(deprecated: dict[str, Any], args: TrainingArguments | None) ->
     return given
 
 
+def _length(
+    model: PreTrainedModel,
+    processor: PreTrainedTokenizerBase | BaseImageProcessor,
+    task: TaskName,
+    arguments: TrainingArguments,
+    max_length: int | None,
+    is_default: bool,
+) -> int | None:
+    """Tokens of a row, for grpo of an answer; None for images and for rows that are not cut.
+
+    Args:
+        model: to be trained.
+        processor: of the model.
+        task: of the run.
+        arguments: of the run; a default length that the model has no positions for is lowered.
+        max_length: the caller's keyword.
+        is_default: whether the length in `arguments` is qrefta's default or this keyword.
+    """
+    if not isinstance(processor, PreTrainedTokenizerBase):
+        return None
+    field = LENGTH_FIELDS.get(task)
+    if field is None:
+        return row_length(model, processor, max_length)
+    given = getattr(arguments, field)
+    if given is not None:
+        given = row_length(model, processor, max_length if is_default else given)
+        setattr(arguments, field, given)
+    return given
+
+
 def _recipe(
     model: PreTrainedModel,
     processor: PreTrainedTokenizerBase | BaseImageProcessor,
@@ -343,11 +400,16 @@ def _train(
 ) -> FinetuneResult:
     """Train, evaluate and write the model."""
     run = Path(str(arguments.output_dir))
+    _check_metric(arguments, recipe)
     checkpoint = _checkpoint_of(run, resume, is_prepared(model))
     evaluations = _Evaluations()
     with interruptible() as interrupts:
         trainer = _trainer(
-            model, processor, recipe, arguments, [*callbacks, evaluations, interrupts]
+            model,
+            processor,
+            recipe,
+            arguments,
+            [*callbacks, evaluations, interrupts, GradientWatch()],
         )
         outcome = trainer.train(
             resume_from_checkpoint=None if checkpoint is None else str(checkpoint)

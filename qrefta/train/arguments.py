@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from qrefta.hf_quantizer import is_prepared, prepared_config
+from qrefta.train.lengths import MAX_LENGTH
 from qrefta.train.progress import EVERY
 from qrefta.train.tasks import TaskName
 from qrefta.train.trl import TRL_TASKS, load_trl
@@ -31,9 +32,9 @@ DEFAULTS: dict[str, Any] = {
 }
 TASK_DEFAULTS: dict[TaskName, dict[str, Any]] = {
     "lm": {"include_num_input_tokens_seen": "all"},  # windows have no padding
-    "sft": {"max_length": 128, "packing": False},
-    "dpo": {"max_length": 128, "include_num_input_tokens_seen": "no"},
-    "grpo": {"max_completion_length": 128, "include_num_input_tokens_seen": "no"},
+    "sft": {"max_length": MAX_LENGTH, "packing": False},
+    "dpo": {"max_length": MAX_LENGTH, "include_num_input_tokens_seen": "no"},
+    "grpo": {"max_completion_length": MAX_LENGTH, "include_num_input_tokens_seen": "no"},
     "image": {"include_num_input_tokens_seen": "no"},
 }
 TASK_FIELDS: dict[str, tuple[TaskName, ...]] = {
@@ -42,7 +43,7 @@ TASK_FIELDS: dict[str, tuple[TaskName, ...]] = {
     "beta": ("dpo", "grpo"),
     "num_generations": ("grpo",),
 }
-_LENGTHS: dict[TaskName, str] = {
+LENGTH_FIELDS: dict[TaskName, str] = {
     "sft": "max_length",
     "dpo": "max_length",
     "grpo": "max_completion_length",
@@ -104,8 +105,8 @@ def task_settings(task: TaskName, **given: Any) -> dict[str, Any]:
                 allowed = " or ".join(TASK_FIELDS[name])
                 raise ValueError(f"{name} is for the task {allowed}; the task is {task!r}")
             given.pop(name)
-    if task in _LENGTHS and length is not None:
-        given[_LENGTHS[task]] = length
+    if task in LENGTH_FIELDS and length is not None:
+        given[LENGTH_FIELDS[task]] = length
     return given
 
 
@@ -212,7 +213,8 @@ def _contradiction(name: str, value: object, given: object) -> ValueError:
         keyword = f"progress={not value}"
     else:
         keyword = f"{KEYWORDS.get(name, name)}={value!r}"
-    return ValueError(f"{keyword} contradicts args, where {name}={given!r}; give one of them.")
+    shown = getattr(given, "value", given)  # of transformers' enumerations
+    return ValueError(f"{keyword} contradicts args, where {name}={shown!r}; give one of them.")
 
 
 def _output_dir(args: TrainingArguments | None, output_dir: str | Path | None) -> Path:

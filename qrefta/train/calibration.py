@@ -1,6 +1,7 @@
 """The training rows of a task -> batches to calibrate with, before the model is prepared."""
 
 import random
+import warnings
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from qrefta.choices import Task
 from qrefta.split.texts import BATCH_TOKENS, ROWS, TOKENS, batches_by_length, padded_batches
+from qrefta.train.lengths import row_length
 from qrefta.train.tasks.chat import chat_recipe
 from qrefta.train.tasks.classify import text_classes
 from qrefta.train.tasks.image import image_classes
@@ -26,7 +28,7 @@ def task_batches(
     processor: Any,
     data: DatasetDict | Mixture,
     *,
-    max_length: int = 128,
+    max_length: int | None = None,
     seed: int = 0,
 ) -> list[Any]:
     """Batches of the training split, processed as `qrefta.finetune` processes them for the task.
@@ -48,15 +50,25 @@ def task_batches(
         seed: of the choice of rows.
 
     Raises:
-        ValueError: if the labels of the data are not the labels of the model, or conversations meet
-            a tokenizer without a chat template.
+        ValueError: if the labels of the data are not the labels of the model, conversations meet
+            a tokenizer without a chat template, or the model has fewer positions than `max_length`.
     """
     if isinstance(data, Mixture):
         return _mixed_batches(task, model, processor, data, max_length, seed)
+    length = 0 if task == "image" else row_length(model, processor, max_length)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run tells it, of all rows
+        return _task_batches(task, model, processor, data, length, seed)
+
+
+def _task_batches(
+    task: Task, model: PreTrainedModel, processor: Any, data: DatasetDict, length: int, seed: int
+) -> list[Any]:
+    """Batches of a task's training rows, of `length` tokens at most."""
     train = data["train"]
     if task == "lm":
-        windows = text_windows(model, processor, data, max_length).train
-        return _window_batches(_sample(windows, max(1, TOKENS // max_length), seed))
+        windows = text_windows(model, processor, data, length).train
+        return _window_batches(_sample(windows, max(1, TOKENS // length), seed))
     sample = _sample(train, IMAGES if task == "image" else ROWS, seed)
     # A recipe has two splits.
     splits = DatasetDict({"train": sample, "test": sample})
@@ -64,12 +76,12 @@ def task_batches(
         return _image_batches(model, processor, splits)
     if task in ("dpo", "grpo"):
         answer = task == "dpo"
-        ids = [token_ids(dict(row), processor, answer)[:max_length] for row in sample]
+        ids = [token_ids(dict(row), processor, answer)[:length] for row in sample]
         return padded_batches(_within([{"input_ids": row} for row in ids]), processor)
     if task == "sft":
-        rows = chat_recipe(model, processor, splits, max_length).train
+        rows = chat_recipe(model, processor, splits, length).train
         return padded_batches(_within([{"input_ids": ids} for ids in rows["input_ids"]]), processor)
-    recipe = text_classes(model, processor, splits, max_length)
+    recipe = text_classes(model, processor, splits, length)
     assert recipe.collate is not None, "text with labels has a collator"
     tokenized: list[Any] = list(recipe.train)
     return batches_by_length(_within(tokenized), recipe.collate)
@@ -80,7 +92,7 @@ def _mixed_batches(
     model: PreTrainedModel,
     processor: Any,
     mixture: Mixture,
-    max_length: int,
+    max_length: int | None,
     seed: int,
 ) -> list[Any]:
     """Batches of every data set, as many of each as its share of the weights."""

@@ -1,11 +1,23 @@
 """Data from a hub name, folder or file: the splits train and test, of labelled text or any rows."""
 
+import reprlib
 from pathlib import Path
-from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
-from qrefta.files.tables import BUILDERS, TEXT_NAMES, is_text, read_files
+from qrefta.files.tables import (
+    BUILDERS,
+    TEXT_NAMES,
+    find_column,
+    is_text,
+    kind_of,
+    read_files,
+)
+from qrefta.files.tables import (
+    text_columns as columns_of_text,
+)
+from qrefta.train.labels import encode_labels
 
 _TRAIN_NAMES = ("train", "training")
 # validation first, since test splits on the hub may be unlabelled
@@ -49,8 +61,8 @@ def load_classification(
             f"text_columns is {text_columns}; give one column, or two for sentence pairs"
         )
     for name, part in parts.items():
-        parts[name] = _select(part, text_columns, label_column)
-    return with_test(_encode_labels(parts), test_share, seed)
+        parts[name] = _select(part, text_columns, label_column, f"{source} ({name})")
+    return with_test(encode_labels(parts, str(source), label_column), test_share, seed)
 
 
 def read_splits(
@@ -70,7 +82,13 @@ def read_splits(
     if files:
         return pick_splits(read_files(files, header), source)
     name, _, config = str(source).partition(":")
-    return pick_splits(load_dataset(name, config or None), source)
+    try:
+        return pick_splits(load_dataset(name, config or None), source)
+    except (ConnectionError, FileNotFoundError, DatasetGenerationError) as error:
+        raise ValueError(
+            f"There is no file or folder {source}, and as a data set of the hub it cannot be read: "
+            f"{error.__cause__ or error}"
+        ) from error
 
 
 def pick_splits(splits: DatasetDict, source: str | Path) -> DatasetDict:
@@ -116,15 +134,15 @@ def split_files(source: str | Path, shards: bool = False) -> dict[str, list[Path
     if path.is_file():
         return {"train": [path]}
     if not path.is_dir():
-        if path.suffix in BUILDERS or path.is_absolute() or str(source).startswith("."):
+        if kind_of(path) in BUILDERS or path.is_absolute() or str(source).startswith("."):
             raise ValueError(f"There is no file or folder {source}.")
         return {}
-    named = {file.stem: file for file in sorted(path.iterdir()) if file.suffix in BUILDERS}
-    train = next((named[name] for name in _TRAIN_NAMES if name in named), None)
-    test = next((named[name] for name in _TEST_NAMES if name in named), None)
+    readable = [file for file in sorted(path.iterdir()) if kind_of(file) in BUILDERS]
+    train = _file_of(readable, _TRAIN_NAMES)
+    test = _file_of(readable, _TEST_NAMES)
     if train is not None:
         return {"train": [train]} | ({} if test is None else {"test": [test]})
-    below = [file for file in sorted(path.rglob("*")) if file.suffix in BUILDERS]
+    below = [file for file in sorted(path.rglob("*")) if kind_of(file) in BUILDERS]
     if shards and below:
         return {"train": below}
     raise ValueError(
@@ -133,14 +151,28 @@ def split_files(source: str | Path, shards: bool = False) -> dict[str, list[Path
     )
 
 
+def _file_of(files: list[Path], names: tuple[str, ...]) -> Path | None:
+    """The file with the first of these names that is there; capital letters do not count."""
+    for name in names:
+        found = [file for file in files if file.stem.lower() == name]
+        if len(found) > 1:
+            raise ValueError(
+                f"{found[0]} and {found[1].name} are files of the same split; remove or rename one."
+            )
+        if found:
+            return found[0]
+    return None
+
+
 def _pick(splits: DatasetDict, names: tuple[str, ...]) -> Dataset | None:
     return next((splits[name] for name in names if name in splits), None)
 
 
 def _find_label(data: Dataset) -> str:
     for name in _LABEL_NAMES:
-        if name in data.column_names:
-            return name
+        found = find_column(data, name)
+        if found is not None:
+            return found
     raise ValueError(
         f"No label column among {data.column_names}; name it with label_column, or choose another "
         "task: lm for running text, sft for conversations."
@@ -149,9 +181,10 @@ def _find_label(data: Dataset) -> str:
 
 def _find_texts(data: Dataset, label_column: str) -> list[str]:
     for names in TEXT_NAMES:
-        if all(name in data.column_names for name in names):
+        found = [find_column(data, name) for name in names]
+        if None not in found:
             return list(names)
-    textual = [name for name in data.column_names if is_text(data, name) and name != label_column]
+    textual = [name for name in columns_of_text(data) if name != label_column]
     if len(textual) != 1:
         raise ValueError(
             f"Which of the columns {data.column_names} is the text? Name it with text_columns."
@@ -159,51 +192,37 @@ def _find_texts(data: Dataset, label_column: str) -> list[str]:
     return textual
 
 
-def _select(data: Dataset, text_columns: list[str], label_column: str) -> Dataset:
-    missing = [name for name in [*text_columns, label_column] if name not in data.column_names]
+def _select(data: Dataset, text_columns: list[str], label_column: str, place: str) -> Dataset:
+    """The columns text, text_pair and label of a split."""
+    given = [*text_columns, label_column]
+    found = [column for column in (find_column(data, name) for name in given) if column]
+    missing = [name for name in given if find_column(data, name) is None]
     if missing:
-        raise ValueError(f"There are no columns {missing}; the columns are {data.column_names}")
-    names = dict(zip(text_columns, ("text", "text_pair"), strict=False)) | {label_column: "label"}
-    data = data.select_columns(list(names)).rename_columns(
-        {old: new for old, new in names.items() if old != new}
-    )
-    for name in ("text", "text_pair")[: len(text_columns)]:
-        if not is_text(data, name):
-            raise ValueError(f"The column of {name} holds {data.features[name]}, not text.")
-        if None in data.unique(name):
-            raise ValueError(f"The column of {name} has rows without text.")
+        raise ValueError(
+            f"There are no columns {missing} in {place}; the columns are {data.column_names}"
+        )
+    names = [*("text", "text_pair")[: len(text_columns)], "label"]
+    if len(set(found)) < len(found):
+        raise ValueError(f"text_columns and label_column are {given}; name each column once.")
+    data = data.select_columns(found)
+    data = data.rename_columns({old: new for old, new in zip(found, names) if old != new})
+    for name, column in zip(names[:-1], found):
+        _check_texts(data, name, f"{place}, column {column}")
     return data
 
 
-def _encode_labels(parts: DatasetDict) -> DatasetDict:
-    """Labels as one `ClassLabel` for all splits, with the classes of the training split."""
-    feature = parts["train"].features["label"]
-    if isinstance(feature, ClassLabel):
-        classes = feature.names
-        index_of: dict[Any, int] = {index: index for index in range(len(classes))}
-    else:
-        values = _classes(parts["train"].unique("label"))
-        classes = [str(value) for value in values]
-        index_of = {value: index for index, value in enumerate(values)}
-    for name, part in parts.items():
-        unknown = [value for value in part.unique("label") if value not in index_of]
-        if unknown:
-            raise ValueError(
-                f"The {name} split has labels {unknown[:5]} that are no class of training: "
-                f"{classes}"
-            )
-        encoded = [index_of[value] for value in part["label"]]
-        part = part.remove_columns("label").add_column("label", encoded)
-        parts[name] = part.cast_column("label", ClassLabel(names=classes))
-    return parts
-
-
-def _classes(values: list[Any]) -> list[Any]:
-    """The values of a label column in order."""
-    is_gap_or_number = any(value is None or isinstance(value, float) for value in values)
-    if is_gap_or_number or not 2 <= len(values) <= 1000:
+def _check_texts(data: Dataset, name: str, place: str) -> None:
+    """Refuse rows without text."""
+    if not is_text(data, name):
+        texts = enumerate(data[name], 1)
+        row, value = next((pair for pair in texts if not isinstance(pair[1], str)), (1, None))
         raise ValueError(
-            "Labels must be 2 to 1000 classes without gaps; found "
-            f"{sorted(map(str, values))[:10]} ..."
+            f"The column of {name} holds {data.features[name]}, not text: {place}, row {row}, is "
+            f"{reprlib.repr(value)}; write it as text."
         )
-    return sorted(values)
+    empty = [row for row, value in enumerate(data[name], 1) if not (value or "").strip()]
+    if empty:
+        raise ValueError(
+            f"The column of {name} has rows without text: {place}, row {empty[0]} "
+            f"({len(empty)} of {len(data)} rows). Fill or remove them."
+        )

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import qrefta
+from qrefta.export import merge as export
 from qrefta.hf_quantizer import is_prepared
 from qrefta.nn.factors import BANK
 from qrefta.nn.linear import AdaptedLinear
@@ -23,10 +24,12 @@ from tests.models import (
     logits,
     tiny_bert,
     tiny_gpt2,
+    tiny_gte,
     tiny_llama,
     tiny_segformer,
 )
 from tests.peak import added_peak
+from tests.peculiar import tiny_deberta, tiny_marian, tiny_prophetnet
 from tests.tiny import tiny_folder
 
 all_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -153,6 +156,18 @@ def test_a_bf16_model_merges_from_float32_sums():
         qrefta.merge(qrefta.prepare(single, rank=5), dtype=torch.float32).state_dict().items()
     ):
         assert torch.equal(merged[name], tensor)
+
+
+def test_layers_that_checkpoints_hold_as_one_are_written_together(tmp_path):
+    """GTE's checkpoints hold query, key and value in one matrix."""
+    model = take_steps(qrefta.prepare(tiny_gte(), rank=5), 2)
+    qrefta.merge(model, torch.float32, out=tmp_path / "merged")
+    merged = type(model).from_pretrained(tmp_path / "merged")
+    assert_close(logits(merged), logits(model), rtol=0, atol=1e-4)
+    assert any("qkv_proj" in name for name in load_file(tmp_path / "merged" / "model.safetensors"))
+    with pytest.raises(ValueError, match=r"hold several linear layers as one.*base=.residual"):
+        qrefta.export_lora(model, tmp_path / "lora", base="residual-4bit")
+    assert not (tmp_path / "lora").exists()
 
 
 @pytest.mark.parametrize("build_model", [tiny_gpt2, tiny_llama])
@@ -292,8 +307,38 @@ def test_published_names_and_one_file(architecture, tmp_path):
     assert written.folder.stat().st_mode & 0o777 == 0o755  # others may read it
 
 
+@pytest.mark.parametrize("make", [tiny_prophetnet, tiny_deberta, tiny_marian])
+def test_modules_read_the_weights_of_others(make, tmp_path):
+    """The folder is compared as it runs from disk: an embedding's weight is there for all."""
+    model = qrefta.prepare(make(), rank=4, progress=False)
+    written = qrefta.merge(model, torch.float32, out=tmp_path / "out")
+    assert written.difference < 1e-5
+    loaded = type(model).from_pretrained(written.folder)
+    assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_a_damaged_tensor_is_seen_from_disk(tmp_path, monkeypatch):
+    """The comparison reads the written bytes, not the model's."""
+    write = export.write_model
+
+    def write_and_damage(model, folder, *args, **options):
+        write(model, folder, *args, **options)
+        file = folder / "model.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-4096:] = bytes(4096)
+        file.write_bytes(data)
+
+    monkeypatch.setattr(export, "write_model", write_and_damage)
+    with pytest.raises(ValueError, match="differ from the model's by"):
+        qrefta.merge(prepared("bert"), torch.float32, out=tmp_path / "out", tolerance=1e-3)
+    assert not list(tmp_path.iterdir())
+
+
 def test_writing_holds_a_shard_and_a_linear_at_a_time(tmp_path):
-    """About a tenth of the dense model's 4.7 MB is held, comparison included."""
+    """About a tenth of the dense model's 4.7 MB is held, comparison included.
+
+    Mapped files are not counted: the system may drop their pages.
+    """
     sizes = {
         "vocab_size": 64,
         "hidden_size": 128,

@@ -121,6 +121,45 @@ def test_frozen_product_is_the_dense_definition(fmt, bias, leading):
         assert_close(frozen_product(x, offset, weight), y)
 
 
+IN_PLACE = {
+    "add": lambda y: y.add_(1.0),
+    "scale": lambda y: y.div_(3.0),
+    "relu": torch.relu_,
+    "assign": lambda y: y.index_fill_(-1, torch.tensor([0, 2]), 0.5),
+    "scale a view": lambda y: y.view(*y.shape[:-1], 4, -1).mul_(2.0),
+    "reshape": lambda y: y.unsqueeze_(0),
+    "detach": lambda y: y.detach_(),
+}
+
+
+@pytest.mark.parametrize("rank", [0, RANK])
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3)], ids=str)
+@pytest.mark.parametrize("change", IN_PLACE.values(), ids=list(IN_PLACE))
+def test_the_output_can_be_changed_in_place(change, leading, rank):
+    """As a dense linear layer's: Falcon adds to it, Longformer scales it."""
+    packed = packed_weight(QuantFormat())
+    found = []
+    for multiply in (product if rank else frozen, definition if rank else dense):
+        x = randn(*leading, IN).requires_grad_()
+        _, up, core, down, _ = operands(1)
+        leaves = [tensor.requires_grad_() for tensor in (up, core, down)] if rank else []
+        y = change(multiply([x, up, core, down, None], packed))
+        if y.requires_grad:
+            y.square().sum().backward()
+        found.append([y, *(leaf.grad for leaf in (x, *leaves))])
+    ours, theirs = found
+    assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+def frozen(operands, packed):
+    return frozen_product(operands[0], operands[-1], packed)
+
+
+def dense(operands, packed):
+    x, *_, bias = operands
+    return nn.functional.linear(x, packed.dequantize(x.dtype).requires_grad_(), bias)
+
+
 @all_formats
 @token_counts
 def test_a_batch_of_any_size_gives_the_same_rows(fmt, tokens):

@@ -15,7 +15,7 @@ from qrefta.model.build import model_class
 from qrefta.model.stacks import find_stacks
 from qrefta.split import checkpoint as convert_module
 from qrefta.split.calibrate import gather_moments
-from tests.models import ARCHITECTURES, EXPERTS, inputs
+from tests.models import ARCHITECTURES, EXPERTS, inputs, tiny_gte
 
 CHOSEN = ["bert", "llama_gqa", "gpt2", "vit", "t5"]
 
@@ -31,9 +31,7 @@ def saved(tmp_path):
 
 
 def in_memory(folder, **settings):
-    model = model_class(
-        json.loads((folder / "config.json").read_text())["architectures"][0], folder
-    )
+    model = model_class(json.loads((folder / "config.json").read_text()), folder)
     settings = {"method": "refta", "progress": False} | settings
     return qrefta.prepare(model.from_pretrained(folder, dtype="auto"), **settings)
 
@@ -381,6 +379,14 @@ def test_rows_and_columns_read_as_the_library_reads_them(saved):
                 assert torch.equal(checkpoint.read(name, 2, 5, columns=True), tensor.T[2:5])
 
 
+def test_layers_that_the_checkpoint_holds_as_one_are_read_by_their_rows(tmp_path):
+    dense = tiny_gte()
+    dense.save_pretrained(tmp_path / "dense")
+    assert any("qkv_proj" in name for name in load_file(tmp_path / "dense" / "model.safetensors"))
+    qrefta.prepare_checkpoint(tmp_path / "dense", tmp_path / "out", rank=5)
+    assert_equal(tmp_path / "out", qrefta.prepare(dense, rank=5))
+
+
 def test_rows_are_read_across_matrices_and_within_fused_ones(tmp_path):
     tensors = {"gate": torch.randn(3, 4), "up": torch.randn(5, 4), "fused": torch.randn(2, 3, 4)}
     save_file(tensors, tmp_path / "model.safetensors")
@@ -389,6 +395,10 @@ def test_rows_are_read_across_matrices_and_within_fused_ones(tmp_path):
     for start, stop in ((0, 8), (0, 2), (1, 3), (2, 6), (3, 8), (4, 7)):
         parts = [shards.Part("gate"), shards.Part("up")]
         assert torch.equal(checkpoint.read_parts(parts, start, stop), below[start:stop])
+    middle = [shards.Part("up", rows=(1, 4)), shards.Part("gate")]
+    below = torch.cat([tensors["up"][1:4], tensors["gate"]])
+    for start, stop in ((0, 6), (1, 3), (2, 5)):
+        assert torch.equal(checkpoint.read_parts(middle, start, stop), below[start:stop])
     second = [shards.Part("fused", 1)]
     assert torch.equal(checkpoint.read_parts(second, 1, 3), tensors["fused"][1, 1:3])
     assert torch.equal(

@@ -5,6 +5,7 @@ import re
 import sys
 from importlib.resources import files
 
+import pandas
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -114,6 +115,71 @@ def test_tools_are_kept_as_they_are(tmp_path):
         "content": "",
         "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}],
     }
+
+
+@pytest.mark.parametrize("written", [json.dumps, repr])  # pandas writes a list as Python does
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": QUESTION + ANSWER},
+        {"Conversations": SHAREGPT},
+        {"prompt": QUESTION, "completion": ANSWER},
+        {"Prompt": QUESTION, "Completion": ANSWER},
+    ],
+)
+def test_turns_in_the_cells_of_a_csv_file_are_turns(row, written, tmp_path):
+    cells = {name: [written(turns)] * 20 for name, turns in row.items()}
+    pandas.DataFrame(cells).to_csv(tmp_path / "chat.csv", index=False)
+    data = load_chat(tmp_path / "chat.csv", 0)
+    assert data["train"][0] == {"messages": QUESTION + ANSWER}
+
+
+def test_cells_of_text_stay_text_also_if_they_look_like_json_or_numbers(tmp_path):
+    rows = [{"prompt": "2+2=", "completion": "4"}, {"prompt": '[{"a": 1}]', "completion": "null"}]
+    pandas.DataFrame(rows * 10).to_csv(tmp_path / "chat.csv", index=False)
+    data = load_chat(tmp_path / "chat.csv", 0)
+    found = {(row["prompt"], row["completion"]) for row in data["train"]}
+    assert found == {(row["prompt"], row["completion"]) for row in rows}
+
+
+def test_roles_in_capital_letters_are_known(tmp_path):
+    turns = [{"role": "User", "content": "what is sky ?"}, {"role": "ASSISTANT", "content": "blue"}]
+    data = load_chat(write_rows(tmp_path / "chat.jsonl", [{"messages": turns}] * 20), 0)
+    assert data["train"][0]["messages"] == QUESTION + ANSWER
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"instruction": "a", "output": None}, "column output is None"),
+        ({"instruction": "a", "output": "  "}, "column output is '  '"),
+        ({"messages": []}, r"column messages is \[\]"),
+        ({"messages": None}, "column messages is None"),
+        ({"messages": "hello"}, "column messages is not JSON: 'hello'"),
+        ({"prompt": QUESTION, "completion": None}, "column completion is None"),
+        ({"prompt": QUESTION, "completion": 4}, "column completion, is 4; it must be text, or a"),
+        (
+            {"messages": [*QUESTION, {"role": "assistant", "content": " "}]},
+            "column messages, turn 2 is .*the assistant says nothing",
+        ),
+        (
+            {"messages": [*QUESTION, {"role": "assistant", "content": None}]},
+            "column messages, turn 2 is .*'content': None.*needed are a role",
+        ),
+    ],
+)
+def test_rows_that_are_not_filled_are_refused_with_their_column(row, message, tmp_path):
+    file = write_rows(tmp_path / "chat.jsonl", [row])
+    with pytest.raises(ValueError, match=rf"chat\.jsonl \(train\), row 1, {message}"):
+        load_chat(file, 0)
+
+
+@pytest.mark.parametrize("completion", [None, "", " "])
+def test_prompts_without_a_completion_are_refused(completion, tmp_path):
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": completion}]
+    file = write_rows(tmp_path / "chat.jsonl", rows)
+    with pytest.raises(ValueError, match=rf"row 2, .* 'c' and {completion!r}; fill the row"):
+        load_chat(file, 0)
 
 
 @pytest.mark.parametrize(

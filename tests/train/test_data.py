@@ -115,3 +115,55 @@ def test_missing_and_foreign_files_are_refused(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             load_classification(source)
+
+
+@pytest.mark.parametrize("label", ["Label", "LABELS", " Target "])
+def test_capital_letters_and_spaces_in_names_do_not_count(label, tmp_path):
+    """Of files, splits and columns."""
+    for name, rows in {"TRAIN.CSV": 6, "Dev.csv": 4}.items():
+        lines = [f"id,Text,{label}", *(f"{row},word {row},{'xy'[row % 2]}" for row in range(rows))]
+        (tmp_path / name).write_text("\n".join(lines))
+    data = load_classification(tmp_path)
+    assert {name: len(part) for name, part in data.items()} == {"train": 6, "test": 4}
+    assert data["train"][1] == {"text": "word 1", "label": 1}
+    given = load_classification(tmp_path, text_columns=["TEXT"], label_column=label.lower())
+    assert given["train"][1] == data["train"][1]
+
+
+@pytest.mark.parametrize("cell", ["", "   "])
+def test_rows_without_text_are_named_and_counted(cell, tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text(f"Sentence,label\na,x\n{cell},y\nb,x\n{cell},y\n")
+    message = r"rows without text: .*rows\.csv \(train\), column Sentence, row 2 \(2 of 4 rows\)"
+    with pytest.raises(ValueError, match=message):
+        load_classification(file)
+
+
+def test_texts_that_look_like_numbers_are_texts(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("text,label\n" + "".join(f"00{row},{'xy'[row % 2]}\n" for row in range(6)))
+    data = load_classification(file)
+    assert sorted([*data["train"]["text"], *data["test"]["text"]]) == [
+        f"00{row}" for row in range(6)
+    ]
+
+
+def test_an_index_is_not_taken_for_the_text(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text(",review,label\n" + "".join(f"{row},word,{row % 2}\n" for row in range(6)))
+    assert load_classification(file)["train"][0]["text"] == "word"
+
+
+def test_one_value_that_is_no_text_is_named(tmp_path):
+    file = write(tmp_path / "rows.jsonl", [{"text": "a", "label": 0}, {"text": 3, "label": 1}])
+    with pytest.raises(ValueError, match=r"column text, row 2, is 3; write it as text"):
+        load_classification(file)
+
+
+def test_two_files_of_a_split_and_a_mistyped_name_are_refused(tmp_path):
+    write(tmp_path / "train.csv", ROWS)
+    write(tmp_path / "Train.jsonl", ROWS)
+    with pytest.raises(ValueError, match="are files of the same split"):
+        load_classification(tmp_path)
+    with pytest.raises(ValueError, match="There is no file or folder no/such, and as a data set"):
+        load_classification("no/such")

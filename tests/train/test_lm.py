@@ -124,6 +124,11 @@ def test_memory_does_not_grow_with_the_file(tokenizer, tmp_path):
         ({"a.txt": b"short"}, "train split has less than 20 tokens; give more text or a lower"),
         ({"a.txt": b"text", "b.csv": b"text\nx\n"}, "b.csv is among .txt files"),
         ({"a.jsonl": b'{"text": "x"}\n{"text": null}\n'}, r"\(train\), row 2, column text: there"),
+        (
+            {"a.csv": b"id,text\n1,x\n2,\n"},
+            r"\(train\), row 2, column text: there is no text but None",
+        ),
+        ({"a.csv": b"id,text\n1,x\n2,  \n"}, r"row 2, column text: there is no text but '  '"),
         ({"a.jsonl": b'{"text": "x"}\n', "b.csv": b"text\nx\n"}, "files of different kinds"),
     ],
 )
@@ -149,3 +154,9 @@ def test_rows_of_text_in_memory_are_documents(tmp_path):
     data = DatasetDict(train=part, test=part)
     with pytest.raises(ValueError, match="the train split, row 1, column text: there is no text"):
         text_windows(tiny_llama(), language_tokenizer(), data, 6)
+
+
+def test_text_in_utf_16_and_files_in_capital_letters_are_read(tokenizer, tmp_path):
+    (tmp_path / "A.TXT").write_bytes(("é" * 40).encode("utf-16"))
+    recipe = windows(tmp_path / "A.TXT", tokenizer)
+    assert text_of(recipe.train, tokenizer) + text_of(recipe.test, tokenizer) == "é" * 40

@@ -1,17 +1,18 @@
 """Preference data, and DPO and GRPO whose reference is the model at its start."""
 
 import copy
+import warnings
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 import qrefta
 from qrefta.train.arguments import training_arguments
 from qrefta.train.calibration import task_batches
 from qrefta.train.reference import reference_model, starts_as_reference
 from qrefta.train.tasks import load_preferences, load_prompts
-from qrefta.train.tasks.preference import grpo_recipe, load_reward
+from qrefta.train.tasks.preference import dpo_recipe, grpo_recipe, load_reward, token_ids
 from tests.models import logits, tiny_llama
 from tests.train.talk import ANSWER, QUESTION, chat_rows, write_rows
 
@@ -98,6 +99,68 @@ def test_bad_rows_are_refused_with_their_place(load, row, message, tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", [good, row])
     with pytest.raises(ValueError, match=rf"rows\.jsonl \(train\), row 2\W.*{message}"):
         load(file, 0)
+
+
+def test_pairs_of_equal_answers_are_left_out_and_counted(tmp_path):
+    row = {"prompt": QUESTION, "chosen": ANSWER, "rejected": WORSE}
+    equal = row | {"rejected": ANSWER}
+    file = write_rows(tmp_path / "a.jsonl", [equal, *[row] * 20])
+    with pytest.warns(UserWarning, match="in 1 of 21 rows chosen and rejected are equal"):
+        data = load_preferences(file, 0)
+    assert sum(map(len, data.values())) == 20
+    with pytest.raises(ValueError, match="chosen and rejected are equal in every row"):
+        load_preferences(write_rows(tmp_path / "b.jsonl", [equal] * 3), 0)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "message"),
+    [
+        ("b", "  ", "column rejected: there is no answer but '  '"),
+        (None, "b", "column chosen: there is no answer but None"),
+        (
+            QUESTION + ANSWER,
+            [{"role": "user", "content": "and blood ?"}, *WORSE],
+            "begin with different turns, .*sky.* and .*blood",
+        ),
+    ],
+)
+def test_pairs_that_are_none_are_refused(chosen, rejected, message, tmp_path):
+    file = write_rows(tmp_path / "a.jsonl", [{"p": 1, "chosen": chosen, "rejected": rejected}])
+    with pytest.raises(ValueError, match=rf"a\.jsonl \(train\), row 1\W.*{message}"):
+        load_preferences(file, 0)
+
+
+def test_csv_files_hold_pairs_and_prompts_with_numbers_for_the_reward(tmp_path):
+    (tmp_path / "a.csv").write_text("Prompt,Chosen,Rejected\n1+1=,2,3\n2+2=,4,NA\n")
+    data = load_preferences(tmp_path / "a.csv", 0)
+    pairs = sorted((row["chosen"], row["rejected"]) for part in data.values() for row in part)
+    assert pairs == [("2", "3"), ("4", "NA")]
+    (tmp_path / "b.csv").write_text("Prompt,answer,share,name\n1,2,0.5,a\n2,3,1,b\n")
+    row = load_prompts(tmp_path / "b.csv", 0)["train"][0]
+    assert row in (
+        {"prompt": "1", "answer": 2, "share": 0.5, "name": "a"},
+        {"prompt": "2", "answer": 3, "share": 1.0, "name": "b"},
+    )
+
+
+def test_pairs_that_are_cut_or_have_no_answer_before_the_cut_are_counted(tokenizer):
+    """TRL leaves out the second without a word."""
+    rows = pair_rows(4)
+    tokens = len(token_ids(rows[0], tokenizer, answer=True))
+    rows[0]["prompt"] = [{"role": "user", "content": "what is sky ? " * 9}]
+    rows[1]["rejected"] = [{"role": "assistant", "content": "red " * 9}]
+    part = Dataset.from_list(rows)
+    data = DatasetDict(train=part, test=part)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        dpo_recipe(tiny_llama(), tokenizer, data, tokens)
+    told = [str(row.message) for row in caught]
+    assert (
+        f"1 of 4 rows of the train split have no answer in their first {tokens} tokens" in told[0]
+    )
+    assert f"1 of 4 rows of the train split have more than {tokens} tokens" in told[1]
+    with pytest.raises(ValueError, match="No row of the train split has an answer in its first 2"):
+        dpo_recipe(tiny_llama(), tokenizer, data, 2)
 
 
 # The reference

@@ -22,6 +22,14 @@ from qrefta.train.models import load_classifier
 from qrefta.train.progress import duration
 from tests.tiny import color_data, color_rows, tiny_folder, tiny_tokenizer
 
+BEST = {
+    "max_steps": 2,
+    "eval_strategy": "steps",
+    "logging_steps": 1,  # and steps between evaluations
+    "save_steps": 1,
+    "load_best_model_at_end": True,
+}
+
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
@@ -226,3 +234,28 @@ def test_the_classes_names_are_saved(start, train, tmp_path):
     finetune(model, tiny_tokenizer(), color_data(), tmp_path / "named", max_steps=1)
     assert qrefta.load(tmp_path / "named").config.id2label == {0: "red", 1: "blue"}
     assert qrefta.load(tmp_path / "named").config.label2id == {"red": 0, "blue": 1}
+
+
+def test_callbacks_are_objects_or_classes_alone_or_in_a_list(start, tmp_path):
+    def run(name, callbacks):
+        model = copy.deepcopy(start)
+        options = {"max_steps": 2, "batch_size": 8, "progress": False, "callbacks": callbacks}
+        finetune(model, tiny_tokenizer(), color_data(16, 8), tmp_path / name, **options)
+
+    run("class", [EarlyStoppingCallback])
+    run("alone", EarlyStoppingCallback(1))
+    with pytest.raises(ValueError, match="callbacks holds 'early'; give transformers' TrainerC"):
+        run("text", ["early"])
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "eval_accuracy", "loss"])
+def test_the_best_model_is_found_by_a_metric_of_the_task(metric, train):
+    _, result = train(**BEST, metric_for_best_model=metric)
+    assert result.steps == 2
+
+
+def test_a_metric_that_the_task_does_not_have_is_refused_before_the_run(train, tmp_path):
+    message = "metric_for_best_model is 'f1'; this task measures loss and accuracy"
+    with pytest.raises(ValueError, match=message):
+        train(**BEST, metric_for_best_model="f1")
+    assert not list(tmp_path.glob("**/checkpoint-*"))

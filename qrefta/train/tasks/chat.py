@@ -9,17 +9,21 @@ from datasets import Dataset, DatasetDict, Features, Json, List, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta.choices import Loss
+from qrefta.files.tables import with_names
 from qrefta.train.data import read_splits, with_test
+from qrefta.train.lengths import check_rows, warn_of_cut, warn_without_answer
 from qrefta.train.tasks.answers import IGNORED, learned_ids, left_out
 from qrefta.train.tasks.recipe import TEST_SHARE, Recipe
-from qrefta.train.tasks.turns import conversation, is_plain, tools_of
+from qrefta.train.tasks.turns import COLUMNS, conversation, is_empty, is_plain, tools_of
 from qrefta.train.trl import load_trl
 
 _PLAIN = Features({"prompt": Value("string"), "completion": Value("string")})
 _TURNS = Features({"messages": List(Json())})
 _TOOLS = Features({"tools": Json()})
 _READ = (_PLAIN, _TURNS, Features(_TURNS | _TOOLS))
-_IDS = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+_IDS = Features(
+    {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "cut": Value("bool")}
+)
 
 
 def load_chat(source: str | Path, seed: int) -> DatasetDict:
@@ -53,6 +57,7 @@ def conversations(part: Dataset, source: str) -> Dataset:
     Raises:
         ValueError: for other columns, or a row without an answer.
     """
+    part = with_names(part, COLUMNS)
     plain = is_plain(part[0])
     features = _PLAIN if plain else _TURNS
     if not plain and "tools" in part.column_names:
@@ -70,8 +75,11 @@ def conversations(part: Dataset, source: str) -> Dataset:
 def _row(row: dict[str, Any], index: int, source: str, columns: list[str]) -> dict[str, Any]:
     where = f"{source}, row {index + 1}"
     if "completion" in columns:
-        if not is_plain(row) or not row["completion"]:
-            raise ValueError(f"{where}, columns prompt and completion: text is missing.")
+        if not is_plain(row) or is_empty(row["completion"]):
+            raise ValueError(
+                f"{where}, columns prompt and completion: text is missing. They are "
+                f"{row['prompt']!r} and {row['completion']!r}; fill the row, or remove it."
+            )
         return {name: row[name] for name in columns}
     turns = {"messages": conversation(row, where)}
     return turns | ({"tools": tools_of(row, where)} if "tools" in columns else {})
@@ -89,7 +97,7 @@ def chat_recipe(
     Rows are cut to `max_length` tokens; a row with no answer before the cut is left out.
 
     Args:
-        model: not used; recipes of other tasks check it.
+        model: whose positions limit rows that are not cut.
         tokenizer: of the model, with a chat template for conversations.
         data: from `load_chat`, or with the columns that it reads.
         max_length: tokens of a row; None: all.
@@ -116,19 +124,17 @@ def chat_recipe(
             f"parts of the assistant's turns out. In the first conversation: {unmarked!r}.",
             stacklevel=2,
         )
-    parts = {name: _tokens(part, tokenizer, max_length, loss) for name, part in data.items()}
+    parts = DatasetDict(
+        {name: _tokens(part, tokenizer, max_length, loss) for name, part in data.items()}
+    )
     for name, part in parts.items():
-        if len(part) == 0:
-            raise ValueError(
-                f"No row of the {name} split has an answer in its first {max_length} tokens; give "
-                "a higher max_length."
-            )
-        if len(part) < len(data[name]):
-            warnings.warn(
-                f"{len(data[name]) - len(part)} of {len(data[name])} rows of the {name} split have "
-                f"no answer in their first {max_length} tokens and are left out.",
-                stacklevel=2,
-            )
+        rows = len(data[name])
+        warn_without_answer(rows - len(part), rows, str(name), max_length)
+        if max_length is None:
+            check_rows(model, tokenizer, [*map(len, part["input_ids"])], f"of the {name} split")
+        else:
+            warn_of_cut(sum(part["cut"]), rows, str(name), max_length)
+    parts = parts.remove_columns("cut")
     return Recipe(parts["train"], parts["test"], trainer)
 
 
@@ -147,9 +153,10 @@ def _tokens(
 
 def _cut_ids(
     row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int | None, loss: Loss
-) -> dict[str, list[int]]:
+) -> dict[str, Any]:
     ids = learned_ids(row, tokenizer, loss)
-    return {name: values[:max_length] for name, values in ids.items()}
+    cut = max_length is not None and len(ids["input_ids"]) > max_length
+    return {name: values[:max_length] for name, values in ids.items()} | {"cut": cut}
 
 
 def _has_labels(labels: list[int]) -> bool:

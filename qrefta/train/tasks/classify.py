@@ -1,15 +1,20 @@
 """Classes of texts, and what classes of texts and of images have in common."""
 
+import warnings
+from typing import Any
+
 import numpy as np
 from datasets import ClassLabel, DatasetDict
 from transformers import (
     BatchEncoding,
     DataCollatorWithPadding,
     EvalPrediction,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from qrefta.train.lengths import warn_of_cut
 from qrefta.train.tasks.recipe import Recipe
 
 
@@ -22,7 +27,7 @@ def text_classes(
         ValueError: if the classes of the data are not the labels of the model.
     """
     check_labels(model, data)
-    name_labels(model, data)
+    data = name_labels(model, data)
     tokens = tokenize(data, tokenizer, max_length)
     return Recipe(
         tokens["train"],
@@ -40,9 +45,29 @@ def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: 
 
     def encode(rows: dict[str, list[str]]) -> BatchEncoding:
         pairs = rows["text_pair"] if "text_pair" in columns else None
-        return tokenizer(rows["text"], pairs, truncation=True, max_length=max_length)
+        encoded = tokenizer(rows["text"], pairs, truncation=True, max_length=max_length)
+        encoded["cut"] = _cut(rows, encoded["input_ids"], tokenizer, max_length)
+        return encoded
 
-    return data.map(encode, batched=True, remove_columns=columns, desc="Tokenizing")
+    encoded = data.map(encode, batched=True, remove_columns=columns, desc="Tokenizing")
+    for name, part in encoded.items():
+        warn_of_cut(sum(part["cut"]), len(part), str(name), max_length)
+    return encoded.remove_columns("cut")
+
+
+def _cut(
+    rows: dict[str, list[str]], ids: Any, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[bool]:
+    """Whether each row has more tokens than `max_length`, to which `ids` are cut."""
+    full = [row for row, tokens in enumerate(ids) if len(tokens) >= max_length]
+    if not full:
+        return [False] * len(ids)
+    texts = [rows["text"][row] for row in full]
+    pairs = [rows["text_pair"][row] for row in full] if "text_pair" in rows else None
+    one_more = tokenizer(texts, pairs, truncation=True, max_length=max_length + 1)
+    longer: Any = one_more["input_ids"]
+    cut = {row for row, tokens in zip(full, longer) if len(tokens) > len(ids[row])}
+    return [row in cut for row in range(len(ids))]
 
 
 def check_labels(model: PreTrainedModel, data: DatasetDict) -> None:
@@ -62,14 +87,50 @@ def check_labels(model: PreTrainedModel, data: DatasetDict) -> None:
         )
 
 
-def name_labels(model: PreTrainedModel, data: DatasetDict) -> None:
-    """Give the model's labels the names of the classes, unless they have names."""
+def label_names(config: PreTrainedConfig, classes: list[str]) -> list[str]:
+    """Names for the labels of a model: the classes of the data, unless these are numbers or the
+    model's names, in any order and letters.
+    """
+    names = _names(config)
+    are_numbers = all(name.lstrip("-").isdecimal() for name in classes)
+    if names and (are_numbers or sorted(_small(names)) == sorted(_small(classes))):
+        return names
+    return classes
+
+
+def name_labels(model: PreTrainedModel, data: DatasetDict) -> DatasetDict:
+    """Name the model's labels by `label_names`; the data with labels in the model's order.
+
+    A warning tells if the model's names are replaced.
+    """
     config = model.config
-    unnamed = all(name == f"LABEL_{label}" for label, name in (config.id2label or {}).items())
-    if unnamed:
-        names = data["train"].features["label"].names
-        config.id2label = dict(enumerate(names))
-        config.label2id = {name: label for label, name in enumerate(names)}
+    classes = data["train"].features["label"].names
+    before = _names(config)
+    names = label_names(config, classes)
+    if before and names != before:
+        warnings.warn(
+            f"The model's labels were named {before}; they get the names of the data's classes, "
+            f"{classes}.",
+            stacklevel=3,
+        )
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: label for label, name in enumerate(names)}
+    same = sorted(_small(names)) == sorted(_small(classes))
+    if same and _small(names) != _small(classes):
+        return data.align_labels_with_mapping(config.label2id, "label")
+    return data
+
+
+def _names(config: PreTrainedConfig) -> list[str]:
+    """The names of the labels, in order; none, if they have transformers' names LABEL_0, ...."""
+    named: dict[Any, str] = config.id2label or {}
+    if all(name == f"LABEL_{label}" for label, name in named.items()):
+        return []
+    return [str(named[label]) for label in sorted(named)]
+
+
+def _small(names: list[str]) -> list[str]:
+    return [name.strip().lower() for name in names]
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:

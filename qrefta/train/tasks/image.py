@@ -51,7 +51,7 @@ def image_classes(
         ValueError: if the classes of the data are not the labels of the model.
     """
     check_labels(model, data)
-    name_labels(model, data)
+    data = name_labels(model, data)
 
     def pixels(rows: dict[str, list[Any]]) -> dict[str, Any]:
         colored = [image.convert("RGB") for image in rows["image"]]

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict, Features, List, Value
-from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qrefta.files.tables import text_column
+from qrefta.files.encodings import check_text, text_encoding
+from qrefta.files.tables import from_generator, kind_of, text_column, versions
 from qrefta.train.data import read_splits, split_files, with_test
 from qrefta.train.tasks.recipe import TEST_SHARE, Recipe
 
@@ -41,7 +41,7 @@ def load_text(source: str | Path, seed: int) -> DatasetDict:
         ValueError: if there is no text, or a row without text.
     """
     files = split_files(source, shards=True)
-    if any(file.suffix == ".txt" for part in files.values() for file in part):
+    if any(kind_of(file) == ".txt" for part in files.values() for file in part):
         return _text_files(files, seed)
     parts = read_splits(source, shards=True)
     column = text_column(parts["train"], source)
@@ -74,7 +74,7 @@ def text_windows(
         if part.features != _PIECES:
             place = f"the {name} split"
             rows = _documents(part, text_column(part, place), place)
-        windows[name] = _from_generator(
+        windows[name] = from_generator(
             _windows, _WINDOWS, rows=rows, tokenizer=tokenizer, length=max_length
         )
     needed = 1 if "test" in windows else 2
@@ -104,25 +104,11 @@ def _text_files(files: dict[str, list[Path]], seed: int) -> DatasetDict:
         }
     parts = DatasetDict()
     for name, part in files.items():
-        other = next((file for file in part if file.suffix != ".txt"), None)
+        other = next((file for file in part if kind_of(file) != ".txt"), None)
         if other is not None:
             raise ValueError(f"{other} is among .txt files; put tables in another folder.")
-        # With size and time of change, a changed file is not taken for its old content.
-        versions = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in part]
-        parts[name] = _from_generator(_pieces, _PIECES, files=tuple(versions))
+        parts[name] = from_generator(_pieces, _PIECES, files=versions(part))
     return parts
-
-
-def _from_generator(make: Any, features: Features, **arguments: Any) -> Dataset:
-    """The rows of a generator, written to the disk as they come; its ValueErrors come through."""
-    if next(make(**arguments), None) is None:  # datasets fails without rows
-        return Dataset.from_dict({name: [] for name in features}, features)
-    try:
-        return Dataset.from_generator(make, features, gen_kwargs=arguments)  # type: ignore[return-value]
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, ValueError):
-            raise error.__cause__ from None
-        raise
 
 
 def _pieces(files: Iterable[tuple[str, int, int]]) -> Iterator[dict[str, Any]]:
@@ -130,15 +116,16 @@ def _pieces(files: Iterable[tuple[str, int, int]]) -> Iterator[dict[str, Any]]:
     for name, *_ in files:
         held = ""
         try:
-            with Path(name).open(encoding="utf-8-sig", newline="") as file:
+            with Path(name).open(encoding=text_encoding(name), newline="") as file:
                 while part := file.read(_CHARACTERS):
                     held += part
                     end = held.rfind("\n") + 1 or held.rfind(" ")
                     if end > 0:
                         yield {"text": held[:end], "ends": False}
                         held = held[end:]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{name} is not text in UTF-8: {error}") from error
+        except UnicodeDecodeError:
+            check_text(name)
+            raise
         yield {"text": held, "ends": True}
 
 
@@ -155,8 +142,11 @@ def _documents(part: Dataset, column: str, source: str) -> Dataset:
 
 
 def _document(row: dict[str, Any], index: int, column: str, source: str) -> dict[str, Any]:
-    if not row[column]:
-        raise ValueError(f"{source}, row {index + 1}, column {column}: there is no text.")
+    if not isinstance(row[column], str) or not row[column].strip():
+        raise ValueError(
+            f"{source}, row {index + 1}, column {column}: there is no text but {row[column]!r}; "
+            "fill the row, or remove it."
+        )
     return {"text": row[column], "ends": True}
 
 

@@ -1,18 +1,30 @@
 """Preferences: pairs of a better and a worse answer (DPO), or prompts and a reward (GRPO)."""
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import DatasetDict, Features, Json, List, Value
+from datasets import Dataset, DatasetDict, Features, Json, List, Value
+from pyarrow import ArrowInvalid
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qrefta.train.data import read_splits, with_test
+from qrefta.files.tables import BUILDERS, is_number, is_text, kind_of, with_names
+from qrefta.train.data import read_splits, split_files, with_test
+from qrefta.train.lengths import check_rows, warn_of_cut, warn_without_answer
 from qrefta.train.reference import starts_as_reference
 from qrefta.train.tasks.chat import check_template
 from qrefta.train.tasks.recipe import TEST_SHARE, Recipe
-from qrefta.train.tasks.turns import question_of, tools_of, turns_of
+from qrefta.train.tasks.turns import (
+    COLUMNS,
+    answer_turns,
+    as_turns,
+    is_empty,
+    question_of,
+    tools_of,
+    turns_of,
+)
 from qrefta.train.trl import load_trl
 
 Reward = Callable[..., list[float | None]]
@@ -41,7 +53,8 @@ def load_preferences(source: str | Path, seed: int) -> DatasetDict:
     """
     parts = read_splits(source, shards=True)
     for name, part in parts.items():
-        plain = all(isinstance(part[0].get(column), str) for column in _PAIR)
+        part = with_names(part, COLUMNS)
+        plain = all(isinstance(as_turns(part[0].get(column)), str) for column in _PAIR)
         features = _PLAIN if plain else _TURNS
         if not plain and "tools" in part.column_names:
             features = Features(_TURNS | _TOOLS)
@@ -53,6 +66,7 @@ def load_preferences(source: str | Path, seed: int) -> DatasetDict:
             features=features,
             desc="Reading",
         )
+        parts[name] = _different(parts[name], f"{source} ({name})")
     return with_test(parts, TEST_SHARE, seed)
 
 
@@ -70,8 +84,12 @@ def load_prompts(source: str | Path, seed: int) -> DatasetDict:
         ValueError: for other columns or a broken row; it names source, row and column.
     """
     parts = read_splits(source, shards=True)
+    files = split_files(source, shards=True)
+    from_cells = any(BUILDERS[kind_of(file)] == "csv" for part in files.values() for file in part)
     for name, part in parts.items():
-        plain = isinstance(part[0].get("prompt"), str)
+        part = with_names(part, COLUMNS)
+        part = _with_numbers(part) if from_cells else part
+        plain = isinstance(as_turns(part[0].get("prompt")), str)
         prompt = Value("string") if plain else List(Json())
         parts[name] = part.map(
             _prompt,
@@ -91,14 +109,19 @@ def dpo_recipe(
 ) -> Recipe:
     """Direct preference optimization by TRL (Rafailov et al., 2023).
 
-    The reference is the model as it is. TRL reads `max_length` from its DPOConfig.
+    The reference is the model as it is. TRL reads `max_length` from its DPOConfig, cuts rows to it
+    and leaves out rows without an answer before the cut; warnings count both.
 
     Raises:
-        ValueError: for conversations and a tokenizer without a chat template.
+        ValueError: for conversations and a tokenizer without a chat template, a split without an
+            answer in its first `max_length` tokens, or rows that are not cut and have more tokens
+            than the model has positions.
         ImportError: if TRL is not installed.
     """
     trainer, _ = load_trl("dpo")
     check_template(data["train"][0], tokenizer)
+    for name, part in data.items():
+        _check_pairs(model, tokenizer, part, str(name), max_length)
     return Recipe(
         data["train"],
         data["test"],
@@ -116,19 +139,19 @@ def grpo_recipe(
 ) -> Recipe:
     """Group relative policy optimization by TRL (Shao et al., 2024).
 
-    The reference, for a beta above 0, is the model as it is. TRL reads the length of answers from
-    its GRPOConfig.
+    The reference, for a beta above 0, is the model as it is.
 
     Args:
-        model: not used; recipes of other tasks check it.
+        model: whose positions limit prompts with their answers.
         tokenizer: of the model, with a chat template for conversations.
         data: from `load_prompts`.
-        max_length: not used.
+        max_length: of answers, in tokens; TRL reads it from its GRPOConfig.
         rewards: called with prompts, completions and every further column by name; they return one
             number for each completion, and None where they do not apply.
 
     Raises:
-        ValueError: without a reward, or for conversations and a tokenizer without a chat template.
+        ValueError: without a reward, for conversations and a tokenizer without a chat template, or
+            if a prompt and an answer have more tokens than the model has positions.
         ImportError: if TRL is not installed.
     """
     trainer, _ = load_trl("grpo")
@@ -138,6 +161,10 @@ def grpo_recipe(
             "The task grpo needs a reward; give a function, or a file and the name of a function "
             "in it: reward.py:score"
         )
+    for name, part in data.items():
+        prompts = [len(token_ids(dict(row), tokenizer, answer=False)) for row in part]
+        lengths = [prompt + (max_length or 0) for prompt in prompts]
+        check_rows(model, tokenizer, lengths, f"prompts of the {name} split with an answer")
     return Recipe(
         data["train"],
         data["test"],
@@ -186,13 +213,40 @@ def token_ids(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, answer: b
     return encoded["input_ids"]
 
 
+def _check_pairs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    part: Dataset,
+    split: str,
+    max_length: int | None,
+) -> None:
+    """Count the pairs that TRL cuts, and the pairs that it leaves out."""
+    prompts = []
+    lengths = []
+    for row in map(dict, part):
+        prompts.append(len(token_ids(row, tokenizer, answer=False)))
+        answers = (row, row | {"chosen": row["rejected"]})
+        lengths.append(max(len(token_ids(one, tokenizer, answer=True)) for one in answers))
+    if max_length is None:
+        check_rows(model, tokenizer, lengths, f"of the {split} split")
+        return
+    left_out = sum(prompt >= max_length for prompt in prompts)
+    warn_without_answer(left_out, len(part), split, max_length)
+    warn_of_cut(
+        sum(length > max_length for length in lengths) - left_out, len(part), split, max_length
+    )
+
+
 def _pair(
     row: dict[str, Any], index: int, source: str, columns: list[str], plain: bool
 ) -> dict[str, Any]:
     where = f"{source}, row {index + 1}"
     for name in ("chosen", "rejected"):
-        if not row.get(name):
-            raise ValueError(f"{where}, column {name}: there is no answer.")
+        if is_empty(row.get(name)):
+            raise ValueError(
+                f"{where}, column {name}: there is no answer but {row.get(name)!r}; fill the row, "
+                "or remove it."
+            )
     if plain:
         wrong = next((name for name in _PAIR if not isinstance(row[name], str)), None)
         if wrong is not None:
@@ -200,10 +254,17 @@ def _pair(
         return {name: row[name] for name in columns}
     answers = {}
     for name in ("chosen", "rejected"):
-        answers[name] = turns_of(_as_turns(row[name]), f"{where}, column {name}")
+        place = f"{where}, column {name}"
+        answers[name] = turns_of(answer_turns(row[name], place), place)
     prompt = _common_turns(*answers.values())
     if prompt:
         answers = {name: turns[len(prompt) :] for name, turns in answers.items()}
+    elif _ask_differently(**answers):
+        first, other = (turns[0] for turns in answers.values())
+        raise ValueError(
+            f"{where}: the answer is not the assistant's. The conversations in chosen and rejected "
+            f"begin with different turns, {first!r} and {other!r}; they need the same question."
+        )
     else:
         prompt = question_of(row, where)
     for name, turns in answers.items():
@@ -215,11 +276,41 @@ def _pair(
     return {"prompt": prompt} | answers | tools
 
 
-def _as_turns(answer: Any) -> list[Any]:
-    """An answer as turns: given as text, as one turn, or as turns."""
-    if isinstance(answer, str):
-        return [{"role": "assistant", "content": answer}]
-    return [answer] if isinstance(answer, dict) else answer
+def _ask_differently(chosen: list[Any], rejected: list[Any]) -> bool:
+    """Whether both are conversations, and begin with different turns."""
+    begin = (chosen[:1], rejected[:1])
+    return begin[0] != begin[1] and all(
+        turns and turns[0]["role"] != "assistant" for turns in begin
+    )
+
+
+def _different(part: Dataset, source: str) -> Dataset:
+    """The pairs of two different answers; a warning counts the others."""
+    kept = part.filter(_is_pair, input_columns=["chosen", "rejected"], desc="Comparing answers")
+    if len(kept) == 0:
+        raise ValueError(f"{source}: chosen and rejected are equal in every row.")
+    if len(kept) < len(part):
+        warnings.warn(
+            f"{source}: in {len(part) - len(kept)} of {len(part)} rows chosen and rejected are "
+            "equal. They are left out, since they teach nothing.",
+            stacklevel=3,
+        )
+    return kept
+
+
+def _is_pair(chosen: Any, rejected: Any) -> bool:
+    return chosen != rejected
+
+
+def _with_numbers(part: Dataset) -> Dataset:
+    """The rows of a csv file with numbers, for the reward, in columns whose cells are numbers."""
+    for name in part.column_names:
+        if name not in COLUMNS and is_text(part, name) and is_number(part, name):
+            try:
+                part = part.cast_column(name, Value("int64"))
+            except ArrowInvalid:
+                part = part.cast_column(name, Value("float64"))
+    return part
 
 
 def _common_turns(one: list[Any], other: list[Any]) -> list[Any]:
@@ -233,7 +324,10 @@ def _common_turns(one: list[Any], other: list[Any]) -> list[Any]:
 def _prompt(row: dict[str, Any], index: int, source: str, plain: bool) -> dict[str, Any]:
     where = f"{source}, row {index + 1}"
     if plain:
-        if not isinstance(row["prompt"], str) or not row["prompt"]:
-            raise ValueError(f"{where}, column prompt is {row['prompt']!r}; text is needed.")
+        if not isinstance(row["prompt"], str) or is_empty(row["prompt"]):
+            raise ValueError(
+                f"{where}, column prompt is {row['prompt']!r}; text is needed. Fill the row, or "
+                "remove it."
+            )
         return {"prompt": row["prompt"]}
     return {"prompt": question_of(row, where)}

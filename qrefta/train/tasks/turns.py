@@ -2,10 +2,13 @@
 
 Known are the columns messages and conversations (turns with role and content, or ShareGPT's from
 and value), instruction, input and output (Alpaca), and prompt with completion; besides them system
-and tools.
+and tools. In a cell of a csv file turns are written as JSON, or as Python writes a list.
 """
 
+import ast
 import json
+import reprlib
+from collections.abc import Sequence
 from typing import Any
 
 _ROLES = {
@@ -21,15 +24,57 @@ _ROLES = {
     "function": "tool",
     "observation": "tool",
 }
-_KEPT = ("name", "tool_call_id", "reasoning_content", "thinking")  # of a turn, where it has them
-_COLUMNS = (
+_THOUGHTS = ("reasoning_content", "thinking")
+_KEPT = ("name", "tool_call_id", *_THOUGHTS)  # of a turn, where it has them
+COLUMNS = (
+    "messages",
+    "conversations",
+    "prompt",
+    "completion",
+    "chosen",
+    "rejected",
+    "question",
+    "instruction",
+    "input",
+    "output",
+    "system",
+    "tools",
+)
+_LAYOUTS = (
+    ("prompt", "completion"),
+    ("messages",),
+    ("conversations",),
+    ("instruction", "output"),
+)
+_NEEDED = (
     "messages (or conversations), prompt and completion, or instruction and output (with input)"
 )
 
 
 def is_plain(row: dict[str, Any]) -> bool:
     """Whether a row is text to be continued: prompt and completion are strings."""
-    return isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str)
+    return all(isinstance(as_turns(row.get(name)), str) for name in ("prompt", "completion"))
+
+
+def as_turns(value: Any) -> Any:
+    """The turns that a string holds, as a cell of a csv file does; any other value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[{", "{")):
+        return value
+    try:
+        found = _parsed(value)
+    except ValueError:
+        return value
+    turns = found if isinstance(found, list) else [found]
+    is_turn = all(
+        isinstance(turn, dict) and {"role", "from"} & {*turn} and {"content", "value"} & {*turn}
+        for turn in turns
+    )
+    return found if is_turn else value
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a value is missing, or text without a letter."""
+    return not value.strip() if isinstance(value, str) else value in (None, [], {})
 
 
 def conversation(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
@@ -56,17 +101,28 @@ def conversation(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
 
 def _given_turns(row: dict[str, Any], where: str) -> tuple[str, list[Any]]:
     """The column that holds the conversation, and its turns as they are."""
-    if row.get("prompt") and row.get("completion"):
-        return "completion", [*_opening(row["prompt"]), *_answer(row["completion"])]
-    for column in ("messages", "conversations"):
-        turns = row.get(column)
-        if isinstance(turns, list) and turns:
-            return column, turns
-    if row.get("instruction") and row.get("output"):
-        return "output", [*_opening(_instruction(row)), *_answer(row["output"])]
-    raise ValueError(
-        f"{where}: the columns with content are {[name for name in row if row[name]]}; needed are "
-        f"{_COLUMNS}."
+    layout = next(
+        (names for names in _LAYOUTS if not any(is_empty(row.get(name)) for name in names)), None
+    )
+    if layout is None:
+        whole = [names for names in _LAYOUTS if all(name in row for name in names)]
+        raise _missing(row, where, [name for names in whole for name in names], f"are {_NEEDED}")
+    column = layout[-1]
+    if len(layout) == 1:
+        return column, _turn_list(row[column], f"{where}, column {column}")
+    opening = row["prompt"] if layout[0] == "prompt" else _instruction(row, where)
+    answer = answer_turns(row[column], f"{where}, column {column}")
+    return column, [*_opening(opening, f"{where}, column {layout[0]}"), *answer]
+
+
+def _missing(row: dict[str, Any], where: str, columns: Sequence[str], needed: str) -> ValueError:
+    """The error for a row without content in these columns; it names the first that is there."""
+    empty = next((name for name in columns if name in row and is_empty(row[name])), None)
+    if empty is not None:
+        where = f"{where}, column {empty} is {row[empty]!r}"
+    return ValueError(
+        f"{where}: the columns with content are {[name for name in row if row[name]]}; needed "
+        f"{needed}. Fill the row, or remove it."
     )
 
 
@@ -78,16 +134,14 @@ def question_of(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
         ValueError: if the row has none of these columns, or a broken turn.
     """
     columns = ("prompt", "question", "instruction", "messages", "conversations")
-    column = next((name for name in columns if row.get(name)), None)
+    column = next((name for name in columns if not is_empty(row.get(name))), None)
     if column is None:
-        raise ValueError(
-            f"{where}: the columns with content are {[name for name in row if row[name]]}; needed "
-            f"is one of {', '.join(columns)}."
-        )
+        raise _missing(row, where, columns, f"is one of {', '.join(columns)}")
     given = row[column]
     if column == "instruction":
-        given = _instruction(row)
-    turns = with_system(turns_of(_opening(given), f"{where}, column {column}"), row)
+        given = _instruction(row, where)
+    place = f"{where}, column {column}"
+    turns = with_system(turns_of(_opening(given, place), place), row)
     while turns and turns[-1]["role"] == "assistant":
         turns.pop()
     if not turns:
@@ -111,29 +165,49 @@ def with_system(turns: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[s
     return [{"role": "system", "content": row["system"]}, *turns]
 
 
-def _opening(prompt: str | list[Any]) -> list[Any]:
+def _opening(prompt: Any, where: str) -> list[Any]:
     """The turns of a prompt; text is one turn of the user."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    prompt = as_turns(prompt)
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    return _turn_list(prompt, where)
 
 
-def _instruction(row: dict[str, Any]) -> str:
-    return "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
+def _instruction(row: dict[str, Any], where: str) -> str:
+    parts = {name: row.get(name) for name in ("instruction", "input")}
+    for name, part in parts.items():
+        if part is not None and not isinstance(part, str):
+            raise ValueError(f"{where}, column {name}, is {reprlib.repr(part)}; write it as text.")
+    return "\n\n".join(part for part in parts.values() if part)
 
 
-def _answer(completion: str | list[Any]) -> list[Any]:
+def answer_turns(completion: Any, where: str) -> list[Any]:
+    """The turns of an answer; text is one turn of the assistant."""
+    completion = as_turns(completion)
     if isinstance(completion, str):
         return [{"role": "assistant", "content": completion}]
-    return completion
+    return _turn_list(completion, where)
+
+
+def _turn_list(given: Any, where: str) -> list[Any]:
+    """Turns in a list, or in a cell; a single turn too."""
+    if isinstance(given, str):
+        given = _loaded(given, where)
+    if isinstance(given, dict):
+        return [given]
+    if not isinstance(given, list):
+        raise ValueError(f"{where}, is {reprlib.repr(given)}; it must be text, or a list of turns.")
+    return given
 
 
 def turn_of(given: Any, where: str) -> dict[str, Any]:
     """A turn with role, content and what else templates read, without empty entries.
 
     Raises:
-        ValueError: if the role is unknown, or the content is no text.
+        ValueError: if the role is unknown, the content is no text, or the assistant says nothing.
     """
     turn = given if isinstance(given, dict) else {}
-    role = turn.get("role") or turn.get("from")
+    role = str(turn.get("role") or turn.get("from") or "").strip().lower()
     content = turn.get("content", turn.get("value"))
     calls = turn.get("tool_calls") or []
     if role == "function_call":
@@ -146,7 +220,14 @@ def turn_of(given: Any, where: str) -> dict[str, Any]:
         content = ""
     if role not in _ROLES or not isinstance(content, str):
         raise ValueError(
-            f"{where} is {given!r}; needed are a role ({', '.join(_ROLES)}) and its content."
+            f"{where} is {given!r}; needed are a role ({', '.join(_ROLES)}) and its content, as "
+            "text."
+        )
+    says_nothing = is_empty(content) and not calls and not any(turn.get(name) for name in _THOUGHTS)
+    if _ROLES[role] == "assistant" and says_nothing:
+        raise ValueError(
+            f"{where} is {given!r}, and the assistant says nothing in it; write an answer, or "
+            "remove the row."
         )
     kept: dict[str, Any] = {"role": _ROLES[role], "content": content}
     kept |= {name: turn[name] for name in _KEPT if turn.get(name)}
@@ -184,6 +265,17 @@ def _call(call: Any, where: str) -> dict[str, Any]:
 
 def _loaded(text: Any, where: str) -> Any:
     try:
-        return json.loads(text)
+        return _parsed(text)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where} is not JSON: {text!r}.") from error
+
+
+def _parsed(text: str) -> Any:
+    """The value of JSON, or of a list as Python writes it, which pandas puts into csv files."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise error from None

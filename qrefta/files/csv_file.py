@@ -1,0 +1,135 @@
+"""Tables with commas, semicolons, tabs or bars between the cells, read by pyarrow.
+
+Every cell is text, as it is written: "NA", "null" and "01" stay words. An empty cell is None.
+"""
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import csv as arrow
+
+from qrefta.files.encodings import check_text, text_encoding
+
+_DELIMITERS = ",;\t|"
+_EXCEL = "sep="  # Excel's first line, which names the delimiter
+_BLOCK_BYTES = 16_000_000  # read at a time; a row has to fit in
+_SHOWN = 80  # characters of a row, in an error
+
+
+def csv_rows(file: str | Path, header: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a file by column, read a block at a time.
+
+    The delimiter is a comma, in a .tsv file a tab, or another one where the first line has a
+    single column with these. In a .tsv file quotation marks are characters, since GLUE's files hold
+    marks that open no quotation.
+
+    Args:
+        file: with a line of column names, unless `header` gives them.
+        header: column names.
+
+    Raises:
+        ValueError: if the file is empty or no text, a column is there twice, a row has more or
+            fewer cells than there are columns, or a quotation does not end; it names file and row.
+            Row 1 is the first below the column names.
+    """
+    path = Path(file)
+    is_tsv = path.suffix.lower() == ".tsv"
+    uneven: list[arrow.InvalidRow] = []
+
+    def note(row: arrow.InvalidRow) -> str:
+        uneven.append(row)
+        return "error"
+
+    try:
+        before, cells, delimiter = _opening(path, is_tsv, header)
+        names = _names(path, cells if header is None else header)
+        encoding = text_encoding(path)
+        reader = arrow.open_csv(
+            path,
+            arrow.ReadOptions(
+                use_threads=False,  # else rows have no numbers
+                block_size=_BLOCK_BYTES,
+                skip_rows=before,
+                column_names=names,
+                skip_rows_after_names=int(header is None),
+                encoding="utf8" if encoding == "utf-8-sig" else encoding,
+            ),
+            arrow.ParseOptions(
+                delimiter=delimiter,
+                quote_char=False if is_tsv else '"',
+                newlines_in_values=not is_tsv,
+                invalid_row_handler=note,
+            ),
+            arrow.ConvertOptions(
+                column_types={name: pa.string() for name in names},
+                null_values=[""],
+                strings_can_be_null=True,
+            ),
+        )
+        row: dict[str, Any] = {}
+        for batch in reader:
+            for row in batch.to_pylist():
+                yield row
+    except (pa.ArrowInvalid, UnicodeError, csv.Error) as error:
+        check_text(path)
+        if not uneven:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        number = (uneven[0].number or 0) - (header is None)
+        advice = (
+            "A cell of a .tsv file holds no tab and no newline; quotation marks do not help."
+            if is_tsv
+            else f"Put a cell with {delimiter!r} in quotation marks, and close every quotation."
+        )
+        raise ValueError(
+            f"{path}, row {number}, has {uneven[0].actual_columns} cells and there are "
+            f"{len(names)} columns, {names}: {uneven[0].text[:_SHOWN]!r}. {advice}"
+        ) from error
+    _check_end(path, row, names[-1])
+
+
+def _opening(path: Path, is_tsv: bool, header: list[str] | None) -> tuple[int, list[str], str]:
+    """The number of lines before the table, the cells of its first line, and the delimiter."""
+    quoting = csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL
+    delimiters = ("\t" if is_tsv else "") + _DELIMITERS
+    needed = 2 if header is None else len(header)
+    with path.open(encoding=text_encoding(path), newline="") as file:
+        for before, line in enumerate(file):
+            if not line.strip() or line.lower().startswith(_EXCEL):
+                continue
+            rows = {
+                delimiter: next(csv.reader([line], delimiter=delimiter, quoting=quoting))
+                for delimiter in delimiters
+            }
+            fitting = (delimiter for delimiter, cells in rows.items() if len(cells) >= needed)
+            delimiter = next(fitting, delimiters[0])
+            if header is None and next(file, None) is None:
+                raise ValueError(f"{path} has one line, {line[:_SHOWN]!r}, and no rows.")
+            return before, rows[delimiter], delimiter
+    raise ValueError(f"{path} is empty; a table needs a line of column names, and rows.")
+
+
+def _names(path: Path, cells: list[str]) -> list[str]:
+    """Column names; columns without a name are numbered."""
+    names = [cell.strip() or f"column {place}" for place, cell in enumerate(cells, 1)]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{path} has two columns {twice!r}; rename or remove one of them.")
+    return names
+
+
+def _check_end(path: Path, row: dict[str, Any], column: str) -> None:
+    """Refuse a quotation that swallows the rest of a file; pyarrow takes it for the last cell."""
+    cell = row.get(column) or ""
+    if "\n" not in cell:
+        return
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 64))
+        end = file.read().strip(b"\r\n\0 ")
+    if not end.endswith(b'"'):
+        raise ValueError(
+            f"{path}: the quotation that begins with {cell[:_SHOWN]!r} in the column {column} does "
+            "not end; close it, or remove the quotation mark."
+        )

@@ -1,0 +1,257 @@
+"""The weights of linear layers that a model's code reads itself, past the layer's forward pass.
+
+A packed weight would break that code, and a plain residual would make it compute something else. So
+the source of all classes in a model is searched for reads of `.weight`, and of the functions next
+to them. Names are followed through assignments, loops and arguments:
+
+    for block in self.blocks:                    # RWKV, before its first pass in eval mode
+        block.attention.output.weight.div_(2)    # reads blocks.*.attention.output
+
+Code that initializes, ties or resizes weights runs before a model is prepared. Reading the device
+is harmless, code that names `torch.int8` (T5's feed-forward) expects packed weights, and branches
+that a module's settings rule out (Bloom's) do not run.
+"""
+
+import ast
+import inspect
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from textwrap import dedent
+from typing import Any, TypeGuard
+
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+
+from qrefta.model.branches import setting_of, tested_settings, without_dead_branches
+
+# Parts of a module path; "*" stands for any one part. The first part is "self" for a path from the
+# module whose code it is, else it is any module.
+_Path = tuple[str, ...]
+
+_ANY = "*"
+_BEFORE = re.compile(r"__init__$|_?init|reset_param|post_init$|_?tie_|.*resize|set_.*embed|extra_")
+_LIBRARY = {*PreTrainedModel.__mro__, *GenerationMixin.__mro__}
+_LOOPS = ("enumerate", "zip", "reversed", "list", "tuple", "iter", "next")
+_CONTENTS = ("values", "items", "children", "named_children")
+_DEEPEST = 20  # a name may be assigned from itself
+
+
+def read_weights(model: nn.Module) -> set[str]:
+    """Paths of the modules in a model whose weight is read by code of the model."""
+    paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
+    code: dict[type, list[tuple[str, ast.AST]]] = {}
+    tested: dict[type, list[str]] = {}
+    found: dict[tuple[Any, ...], set[_Path]] = {}  # by class and by settings in its conditions
+    read: set[str] = set()
+    for path, module in model.named_modules():
+        kind = type(module)
+        if kind not in code:
+            code[kind] = _trees(kind)
+            tested[kind] = sorted(tested_settings(tree for _, tree in code[kind]))
+        key = (kind, *(setting_of(module, name) for name in tested[kind]))
+        if key not in found:
+            pruned = [(name, without_dead_branches(tree, module)) for name, tree in code[kind]]
+            found[key] = _reads(pruned)
+        for first, *parts in found[key]:
+            pattern = _pattern(path if first == "self" else None, parts)
+            read.update(filter(pattern.fullmatch, paths))
+    return read
+
+
+def _pattern(start: str | None, parts: Iterable[str]) -> re.Pattern[str]:
+    """An expression for the paths that end in `parts`, directly below `start` if it is given."""
+    tail = r"\.".join(r"[^.]+" if part == _ANY else re.escape(part) for part in parts)
+    if start is None:
+        return re.compile(rf"(.*\.)?{tail}")
+    return re.compile(rf"{re.escape(start)}\.{tail}" if start else tail)
+
+
+def _trees(kind: type) -> list[tuple[str, ast.AST]]:
+    """Names and code of the functions of a class, and near it, that may read weights."""
+    functions = _functions(kind)
+    if not any("weight" in source for _, source in functions):
+        return []
+    return [(name, ast.parse(source)) for name, source in functions if "torch.int8" not in source]
+
+
+def _reads(trees: list[tuple[str, ast.AST]]) -> set[_Path]:
+    """Paths of the modules whose weight some functions read."""
+    read: set[_Path] = set()
+    arguments: dict[str, set[int | str]] = {}  # of functions that read an argument's weight
+    for name, tree in trees:
+        names = _Names(tree)
+        for first, *parts in (path for node in _owners(tree) for path in names.paths(node)):
+            if parts:
+                read.add((first, *parts))
+            elif first in names.parameters:
+                arguments.setdefault(name, set()).update((first, names.parameters.index(first)))
+    for _, tree in trees:
+        read |= {path for path in _passed(tree, arguments) if len(path) > 1}
+    return read
+
+
+def _passed(tree: ast.AST, arguments: dict[str, set[int | str]]) -> Iterator[_Path]:
+    """Paths of the modules that are passed to functions which read their weight."""
+    names = _Names(tree)
+    for call in ast.walk(tree) if arguments else ():
+        if not isinstance(call, ast.Call):
+            continue
+        is_method = isinstance(call.func, ast.Attribute)
+        name = getattr(call.func, "attr" if is_method else "id", "")
+        given: list[tuple[int | str | None, ast.expr]] = list(enumerate(call.args, is_method))
+        given += [(keyword.arg, keyword.value) for keyword in call.keywords]
+        for place, value in given:
+            if place in arguments.get(name, ()):
+                yield from names.paths(value)
+
+
+def _owners(tree: ast.AST) -> Iterator[ast.expr]:
+    """The expressions X of `X.weight` and `getattr(X, "weight")`, except of `X.weight.device`."""
+    nodes = list(ast.walk(tree))
+    attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
+    of_device = {node.value for node in attributes if node.attr == "device"}
+    for node in attributes:
+        if node.attr == "weight" and node not in of_device:
+            yield node.value
+    for node in nodes:
+        if _is_getattr(node) and _constant(node.args[1]) == "weight":
+            yield node.args[0]
+
+
+class _Names:
+    """The names of a function, and the modules that they may stand for.
+
+    Attributes:
+        parameters: of the function, in order; "self" among them.
+    """
+
+    def __init__(self, tree: ast.AST) -> None:
+        self.parameters: list[str] = []
+        self._values: dict[str, list[ast.expr]] = {}  # that are assigned
+        self._looped: dict[str, list[ast.expr]] = {}  # whose items are assigned
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and not self.parameters:
+                taken = node.args
+                every = [*taken.posonlyargs, *taken.args, *taken.kwonlyargs]
+                self.parameters = [argument.arg for argument in every]
+            elif isinstance(node, ast.Assign):
+                for target in node.targets:
+                    self._bind(target, node.value, self._values)
+            elif isinstance(node, ast.NamedExpr | ast.AnnAssign) and node.value is not None:
+                self._bind(node.target, node.value, self._values)
+            elif isinstance(node, ast.For | ast.comprehension):
+                self._bind(node.target, node.iter, self._looped)
+
+    def _bind(self, target: ast.expr, value: ast.expr, bound: dict[str, list[ast.expr]]) -> None:
+        """Bind a name to a value, or several to the parts of a tuple, of zip or of enumerate."""
+        if isinstance(target, ast.Name):
+            bound.setdefault(target.id, []).append(value)
+        if not isinstance(target, ast.Tuple):
+            return
+        values = [value] * len(target.elts)
+        if isinstance(value, ast.Tuple):
+            values = value.elts
+        elif isinstance(value, ast.Call) and getattr(value.func, "id", "") == "zip":
+            values = value.args
+        for name, part in zip(target.elts, values, strict=False):
+            self._bind(name, part, bound)
+
+    def paths(self, node: ast.expr, depth: int = 0) -> set[_Path]:
+        """The paths that an expression may stand for; none if it is no module."""
+        depth += 1
+        if depth > _DEEPEST:
+            return set()
+        if isinstance(node, ast.Name):
+            return self._of_name(node.id, depth)
+        if isinstance(node, ast.Attribute):
+            return self._inside(node.value, node.attr, depth)
+        if isinstance(node, ast.Subscript):
+            if isinstance(node.slice, ast.Slice):
+                return self.paths(node.value, depth)
+            return self._inside(node.value, _constant(node.slice), depth)
+        if isinstance(node, ast.List | ast.Tuple):
+            return {path for part in node.elts for path in self.paths(part, depth)}
+        if _is_getattr(node):
+            return self._inside(node.args[0], _constant(node.args[1]), depth)
+        if isinstance(node, ast.Call):
+            return self._of_call(node, depth)
+        return set()
+
+    def _of_name(self, name: str, depth: int) -> set[_Path]:
+        found: set[_Path] = set()
+        for value in self._values.get(name, []):
+            found |= self.paths(value, depth)
+        for value in self._looped.get(name, []):
+            for path in self.paths(value, depth):
+                found |= {path, (*path, _ANY)}  # of a list of modules, or of a module list
+        return found or {(name,)}
+
+    def _of_call(self, call: ast.Call, depth: int) -> set[_Path]:
+        """The paths of `loop(modules)`, `modules.values()` or `module.get_submodule("a.b")`."""
+        if isinstance(call.func, ast.Name) and call.func.id in _LOOPS:
+            return {path for value in call.args for path in self.paths(value, depth)}
+        if not isinstance(call.func, ast.Attribute):
+            return set()
+        owner = call.func.value
+        if call.func.attr in _CONTENTS:
+            return self.paths(owner, depth)
+        if call.func.attr == "get_submodule" and call.args:
+            return self._inside(owner, _constant(call.args[0]), depth)
+        return set()
+
+    def _inside(self, owner: ast.expr, name: Any, depth: int) -> set[_Path]:
+        """The paths of a module's child by its name; None: of any child."""
+        parts = (_ANY,) if name is None else tuple(str(name).split("."))
+        return {(*path, *parts) for path in self.paths(owner, depth)}
+
+
+def _is_getattr(node: ast.AST) -> TypeGuard[ast.Call]:
+    return (
+        isinstance(node, ast.Call)
+        and getattr(node.func, "id", "") == "getattr"
+        and len(node.args) > 1
+    )
+
+
+def _constant(node: ast.expr) -> Any:
+    return node.value if isinstance(node, ast.Constant) else None
+
+
+def _functions(kind: type) -> list[tuple[str, str]]:
+    """Names and source code of the methods of a class and its bases, and of the functions in their
+    files that these name.
+
+    Functions without source code (made at run time) are left out, and so are transformers' base
+    classes. It is read function by function, because `inspect.getsource` of a class parses its
+    whole file.
+    """
+    sources: list[tuple[str, str]] = []
+    near: dict[str, Any] = {}
+    for base in kind.__mro__:
+        if base not in _LIBRARY:
+            module = vars(sys.modules.get(base.__module__, object))
+            near |= {name: value for name, value in module.items() if inspect.isfunction(value)}
+            for member in vars(base).values():
+                sources += _source(_plain_function(member))
+    for _, source in sources:  # it grows
+        for name in set(re.findall(r"\w+", source)) & near.keys():
+            sources += _source(near.pop(name))
+    return sources
+
+
+def _source(function: Any) -> list[tuple[str, str]]:
+    """Name and source code of a function; nothing for other objects, or without source code."""
+    if not inspect.isfunction(function) or _BEFORE.match(function.__name__):
+        return []
+    with suppress(OSError):
+        return [(function.__name__, dedent(inspect.getsource(function)))]
+    return []
+
+
+def _plain_function(member: Any) -> Any:
+    """The function of a method, property, static or class method."""
+    if isinstance(member, property):
+        return member.fget
+    return getattr(member, "__func__", member)

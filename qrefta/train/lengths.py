@@ -1,0 +1,108 @@
+"""The length of a row in tokens, by the positions of the model and the limit of the tokenizer."""
+
+import warnings
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qrefta.model.positions import position_limit, trained_positions
+
+MAX_LENGTH = 128  # tokens, where none are given
+
+
+def row_length(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> int:
+    """Tokens at which rows are cut: `max_length`, or else 128 or the model's positions.
+
+    A warning tells of a length beyond the rows that the model was trained on, or beyond the
+    tokenizer's `model_max_length`.
+
+    Raises:
+        ValueError: if `max_length` is not a positive number, or is above the positions of the
+            model.
+    """
+    if max_length is None:
+        return min(MAX_LENGTH, trained_positions(model) or MAX_LENGTH)
+    if type(max_length) is not int or max_length < 1:
+        raise ValueError(f"max_length is {max_length!r}; it must be a number of tokens, 1 or more")
+    limit = position_limit(model)
+    if limit is not None and max_length > limit:
+        raise ValueError(
+            f"max_length is {max_length}, and {type(model).__name__} has {limit} positions; give "
+            f"max_length={limit} (--max-length {limit}) or less. Longer rows are cut there."
+        )
+    _warn(f"max_length is {max_length}", max_length, model, tokenizer)
+    return max_length
+
+
+def check_rows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], rows: str
+) -> None:
+    """Raise ValueError if a row that is not cut has more tokens than the model has positions.
+
+    A warning tells of rows that are longer than the model was trained on.
+
+    Args:
+        model: to be trained.
+        tokenizer: of the model.
+        lengths: of the rows, tokens.
+        rows: words for the rows, such as "prompt with its answer".
+    """
+    longest = max(lengths)
+    limit = position_limit(model)
+    if limit is not None and longest > limit:
+        count = sum(length > limit for length in lengths)
+        raise ValueError(
+            f"{count} of {len(lengths)} rows ({rows}) have more than the {limit} positions of "
+            f"{type(model).__name__}; row {lengths.index(longest) + 1} has {longest} tokens. Give "
+            "a lower max_length (--max-length), or remove these rows."
+        )
+    _warn(f"The longest row ({rows}) has {longest} tokens", longest, model, tokenizer)
+
+
+def warn_of_cut(count: int, rows: int, split: str, max_length: int) -> None:
+    """Warn that `count` of the rows of a split are cut to `max_length` tokens, if there are any."""
+    if count:
+        warnings.warn(
+            f"{count} of {rows} rows of the {split} split have more than {max_length} tokens and "
+            "are cut there; a higher max_length (--max-length) keeps more of them.",
+            stacklevel=4,
+        )
+
+
+def warn_without_answer(count: int, rows: int, split: str, max_length: int | None) -> None:
+    """Warn that `count` rows of a split have no answer before the cut and are left out.
+
+    Raises:
+        ValueError: if no row is left.
+    """
+    if count == rows:
+        raise ValueError(
+            f"No row of the {split} split has an answer in its first {max_length} tokens; give "
+            "a higher max_length."
+        )
+    if count:
+        warnings.warn(
+            f"{count} of {rows} rows of the {split} split have "
+            f"no answer in their first {max_length} tokens and are left out.",
+            stacklevel=3,
+        )
+
+
+def _warn(
+    subject: str, length: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    trained = trained_positions(model)
+    if trained is not None and length > trained:
+        warnings.warn(
+            f"{subject}, and {type(model).__name__} was trained on rows of at most {trained} "
+            f"(max_position_embeddings in its config); it reads the rest worse.",
+            stacklevel=4,
+        )
+    elif length > tokenizer.model_max_length:
+        warnings.warn(
+            f"{subject}, and the tokenizer is made for {tokenizer.model_max_length} "
+            "(model_max_length); the model may read the rest worse.",
+            stacklevel=4,
+        )

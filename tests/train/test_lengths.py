@@ -1,0 +1,151 @@
+"""max_length, the positions of the model, and the tokenizer's limit, before a run starts."""
+
+import json
+import warnings
+
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict
+from typer.testing import CliRunner
+
+import qrefta
+from qrefta.cli import app
+from qrefta.train.arguments import training_arguments
+from qrefta.train.calibration import task_batches
+from qrefta.train.lengths import row_length
+from qrefta.train.tasks.chat import chat_recipe
+from qrefta.train.tasks.classify import text_classes
+from qrefta.train.tasks.preference import dpo_recipe, grpo_recipe
+from tests.models import tiny_bert, tiny_gpt2, tiny_llama
+from tests.tiny import color_data, tiny_folder, tiny_tokenizer
+from tests.train.talk import chat_rows, words, write_rows
+from tests.train.test_preference import pair_rows
+
+
+def test_the_default_is_lowered_to_the_positions():
+    tokenizer = tiny_tokenizer()
+    assert row_length(tiny_bert(), tokenizer, None) == 64
+    assert row_length(tiny_llama(), tokenizer, None) == 64
+    assert row_length(tiny_bert(), tokenizer, 64) == 64
+
+
+@pytest.mark.parametrize("length", [0, -1, 1.5, True, "8"])
+def test_a_length_that_is_no_count_is_refused(length):
+    with pytest.raises(ValueError, match="it must be a number of tokens, 1 or more"):
+        row_length(tiny_bert(), tiny_tokenizer(), length)
+
+
+def test_lengths_that_the_model_was_not_made_for_are_warned_of():
+    tokenizer = tiny_tokenizer()
+    with pytest.warns(UserWarning, match="max_length is 65, and LlamaForCausalLM was trained on"):
+        assert row_length(tiny_llama(), tokenizer, 65) == 65
+    tokenizer.model_max_length = 32
+    with pytest.warns(UserWarning, match="the tokenizer is made for 32"):
+        assert row_length(tiny_llama(), tokenizer, 64) == 64
+
+
+TASKS = ["classify", "lm", "sft", "dpo", "grpo"]
+
+
+def source_of(task, folder):
+    """A file for a task, and a model with 64 learned positions."""
+    file = folder / "rows.jsonl"
+    if task == "classify":
+        rows = [{"text": "red", "label": "a"}, {"text": "blue", "label": "b"}] * 10
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return file
+    rows = {"lm": [{"text": "what is sky ? " * 30}] * 20, "sft": chat_rows(20)}
+    return write_rows(file, rows.get(task) or pair_rows(20))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_length_beyond_the_positions_is_refused_before_the_run(task, tmp_path):
+    if task in ("sft", "dpo", "grpo"):
+        pytest.importorskip("trl")
+    model = tiny_bert() if task == "classify" else tiny_gpt2()
+    model.config.num_labels = 2
+    tokenizer = tiny_tokenizer() if task == "classify" else words()
+    model = qrefta.prepare(model, rank=2, progress=False)
+    source = source_of(task, tmp_path)
+    message = r"max_length is 65, and \w+ has 64 positions; give max_length=64 \(--max-length 64\)"
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=message):
+        qrefta.finetune(model, tokenizer, source, out, task=task, max_length=65, progress=False)
+    if task in ("sft", "dpo", "grpo"):
+        args = training_arguments(task, out)  # of 128 tokens
+        with pytest.raises(ValueError, match="max_length is 128, and"):
+            qrefta.finetune(model, tokenizer, source, task=task, args=args)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("calibration", ["data", "none"])
+def test_the_command_refuses_before_it_prepares(calibration, tmp_path):
+    paths = [tiny_folder(tmp_path / "dense"), source_of("classify", tmp_path), tmp_path / "out"]
+    words = ["finetune", *map(str, paths), "--max-length", "65", "--calibration", calibration]
+    result = CliRunner().invoke(app, words)
+    assert isinstance(result.exception, ValueError)
+    assert "give max_length=64 (--max-length 64)" in str(result.exception)
+    assert not paths[2].exists()
+
+
+def told(call):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(row.message) for row in caught]
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_texts_that_are_cut_are_counted(pairs):
+    """A text that just fits is whole."""
+    columns = {"text": ["red"] * 3 + ["red " * 4] * 3 + ["red " * 5] * 3, "label": [0] * 9}
+    if pairs:
+        columns["text_pair"] = ["blue"] * 9
+    part = Dataset.from_dict(columns).cast_column("label", ClassLabel(names=["a", "b"]))
+    data = DatasetDict(train=part, test=part.select(range(6)))
+    model = tiny_bert()
+    model.config.num_labels = 2
+    length = 5 if pairs else 4
+    (message,) = told(lambda: text_classes(model, tiny_tokenizer(), data, length))
+    assert message.startswith(f"3 of 9 rows of the train split have more than {length} tokens")
+    assert told(lambda: task_batches("classify", model, tiny_tokenizer(), data, max_length=2)) == []
+
+
+def test_conversations_that_are_cut_are_counted():
+    pytest.importorskip("trl")
+    rows = chat_rows(4)
+    rows[0]["messages"][1]["content"] = "blue " * 20
+    data = DatasetDict(train=Dataset.from_list(rows), test=Dataset.from_list(rows[1:]))
+    (message,) = told(lambda: chat_recipe(tiny_llama(), words(), data, 16))
+    assert message.startswith("1 of 4 rows of the train split have more than 16 tokens")
+    recipe = chat_recipe(tiny_llama(), words(), data, 16)
+    assert set(recipe.train.column_names) == {"input_ids", "labels"}
+
+
+def test_rows_that_are_not_cut_must_fit():
+    """With max_length=None, and for prompts with their answers."""
+    pytest.importorskip("trl")
+    rows = chat_rows(4)
+    rows[2]["messages"][1]["content"] = "blue " * 80
+    chats = DatasetDict(train=Dataset.from_list(rows), test=Dataset.from_list(rows[:2]))
+    message = r"1 of 4 rows \(of the train split\) have more than the 64 positions of GPT2LMHead"
+    with pytest.raises(ValueError, match=message + r".*row 3 has \d\d tokens"):
+        chat_recipe(tiny_gpt2(), words(), chats, None)
+    pairs = pair_rows(4)
+    prompts = DatasetDict({name: Dataset.from_list(pairs) for name in ("train", "test")})
+    with pytest.raises(ValueError, match=r"4 of 4 rows .* have more than the 64 positions"):
+        grpo_recipe(tiny_gpt2(), words(), prompts, 60, rewards=[len])
+    grpo_recipe(tiny_gpt2(), words(), prompts, 16, rewards=[len])
+    pairs[2]["rejected"][0]["content"] = "blue " * 80
+    long = DatasetDict({name: Dataset.from_list(pairs) for name in ("train", "test")})
+    with pytest.raises(ValueError, match=message):
+        dpo_recipe(tiny_gpt2(), words(), long, None)
+
+
+def test_a_default_length_trains_a_model_with_fewer_positions(tmp_path):
+    model = tiny_bert()
+    model.config.num_labels = 2
+    model = qrefta.prepare(model, rank=2, progress=False)
+    data = color_data(8, 8)
+    assert all(len(ids) <= 64 for ids in task_batches("classify", model, tiny_tokenizer(), data))
+    result = qrefta.finetune(model, tiny_tokenizer(), data, tmp_path, max_steps=1, progress=False)
+    assert result.steps == 1
