@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 import qrefta
+from qrefta.choices import QUANT_TYPES
 from qrefta.config import Settings
 from qrefta.linalg.metric import output_error
 from qrefta.linalg.tsvd import t_svd, t_svd_exact
@@ -26,7 +27,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
 def test_a_matrix_packed_on_the_cpu_reads_the_same_on_the_gpu(quant_type, double_quant):
     fmt = QuantFormat(quant_type, 64, double_quant)
     matrix = torch.randn(100, 96, generator=torch.Generator().manual_seed(0))
@@ -37,7 +38,7 @@ def test_a_matrix_packed_on_the_cpu_reads_the_same_on_the_gpu(quant_type, double
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
 def test_error_feedback_rounds_on_the_gpu_as_on_the_cpu(quant_type, double_quant):
     """A target near the middle of two levels may go the other way, and later columns with it."""
     fmt = QuantFormat(quant_type, 64, double_quant)
@@ -157,7 +158,9 @@ def test_saving_from_the_gpu_and_loading_on_the_cpu_keeps_the_bits(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 8, 30, 56, 90])
 @pytest.mark.parametrize(
-    "fmt", [None, QuantFormat(), QuantFormat("fp4"), QuantFormat("int4")], ids=repr
+    "fmt",
+    [None, QuantFormat(), QuantFormat("fp4"), QuantFormat("int4"), QuantFormat("nf3")],
+    ids=repr,
 )
 def test_an_adapted_product_is_the_same_on_both_devices(fmt, tokens, dtype):
     """Few tokens use bitsandbytes' fused kernel, many tokens either form of adding the update."""

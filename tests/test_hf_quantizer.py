@@ -105,6 +105,8 @@ def test_round_trip(architecture, shards, tmp_path):
     [
         {"bits": 16, "target_modules": ["query"]},
         {"quant_type": "fp4", "block_size": 128},
+        {"bits": 3, "quant_type": "int3", "block_size": 32},
+        {"bits": 2},
         {"quant_type": "int4", "double_quant": True, "seed": 3},
         {"method": "refta", "transform": "dct"},
         {"method": "refta", "refine": 1, "factor_dtype": "float32"},

@@ -11,27 +11,27 @@ from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 import qrefta
-from qrefta.choices import TRANSFORMS
+from qrefta.choices import TRANSFORMS, bits_of
 from qrefta.config import Settings
 from qrefta.files.checksums import KEY
 from qrefta.methods.refta import ReFTA
 from qrefta.model.stacks import find_stacks, model_weights
 from qrefta.nn.factors import BANK
 from qrefta.nn.linear import AdaptedLinear
-from qrefta.nn.quantized import QUANT_TYPES
 from qrefta.split.stack_split import StackSplit
 from tests.minilm import minilm, needs_minilm
 from tests.models import ARCHITECTURES, TOWERS, logits, scores
 
 all_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
 all_transforms = pytest.mark.parametrize("transform", TRANSFORMS)
-all_types = pytest.mark.parametrize("quant_type", QUANT_TYPES)
+TYPES = ("nf4", "fp4", "int4")
+all_types = pytest.mark.parametrize("quant_type", TYPES)
 # every architecture once, and nearly every transform with every type
 IN_TURN = list(
     zip(
         ARCHITECTURES,
         cycle(TRANSFORMS),
-        chain.from_iterable(permutations(QUANT_TYPES)),
+        chain.from_iterable(permutations(TYPES)),
         strict=False,
     )
 )
@@ -148,13 +148,18 @@ def test_bits_16_keep_the_function(architecture, transform, rank):
 @all_architectures
 @pytest.mark.parametrize(
     ("transform", "quant_type", "double_quant"),
-    list(zip(TRANSFORMS, QUANT_TYPES, (False, True, True), strict=True)),
+    [*zip(TRANSFORMS, TYPES, (False, True, True), strict=True), ("lsm3", "nf3", True)],
 )
-def test_4_bits_differ_by_the_stated_error_and_no_more(
+def test_few_bits_differ_by_the_stated_error_and_no_more(
     architecture, transform, quant_type, double_quant
 ):
     model = prepared(
-        architecture, rank=7, transform=transform, quant_type=quant_type, double_quant=double_quant
+        architecture,
+        rank=7,
+        bits=bits_of(quant_type),
+        transform=transform,
+        quant_type=quant_type,
+        double_quant=double_quant,
     )
     for row, report in zip(rows(model), qrefta.quant_report(model), strict=True):
         error = (

@@ -734,6 +734,7 @@ def test_random_state_is_left_alone():
     [
         {},
         {"method": "refta", "refine": 2, "quant_type": "int4"},
+        {"bits": 3},
         {"method": "refta", "transform": "dct", "bits": 16},
     ],
     ids=str,

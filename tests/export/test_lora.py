@@ -316,7 +316,7 @@ def test_a_refused_export_leaves_nothing(settings, message, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["original"]
 
 
-@pytest.mark.parametrize("settings", [{"bits": 16}, {"quant_type": "int4"}])
+@pytest.mark.parametrize("settings", [{"bits": 16}, {"bits": 3}, {"quant_type": "int4"}])
 def test_formats_unknown_to_bitsandbytes_are_refused_in_4_bits(settings, tmp_path):
     model = trained(tmp_path / "original", **settings)
     with pytest.raises(

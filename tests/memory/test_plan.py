@@ -85,6 +85,7 @@ def prepared_step(model, checkpointing, **settings):
         (tiny_llama, False, {"method": "refta", "rank": 40}),
         (tiny_llama, True, {"method": "tera", "rank": 4, "double_quant": True}),
         (tiny_mixtral, False, {"method": "refta", "rank": 8}),
+        (tiny_llama, False, {"bits": 3}),
         (
             tiny_vit,
             False,

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, 
 
 import qrefta
 from qrefta._compat.transformers import enable_checkpointing
+from qrefta.choices import bits_of
 from qrefta.hf_quantizer import place_bank
 from qrefta.nn.factors import BANK
 from qrefta.nn.quantized import QUANT_TYPES
@@ -138,7 +139,9 @@ def test_checkpointing_by_hand_gives_the_same_gradients():
             parameter.grad = None
 
 
-FORMATS = [{"quant_type": kind} for kind in QUANT_TYPES] + [{"double_quant": True}]
+FORMATS = [{"quant_type": kind, "bits": bits_of(kind)} for kind in QUANT_TYPES] + [
+    {"double_quant": True}
+]
 # 32 and 64 inputs: half a block and a whole one; few tokens, and more than features
 COMPILED = [
     *product(FORMATS, [("up_proj", 8), ("down_proj", 40)]),

@@ -68,8 +68,8 @@ def test_the_result_is_that_of_preparing_in_memory_bit_for_bit(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "settings",
-    [{"bits": 16}, {"quant_type": "int4", "double_quant": True, "refine": 1}],
-    ids=["16 bits", "int4"],
+    [{"bits": 16}, {"bits": 2}, {"quant_type": "int4", "double_quant": True, "refine": 1}],
+    ids=["16 bits", "2 bits", "int4"],
 )
 def test_other_dtypes_and_formats_are_equal_too(saved, tmp_path, dtype, settings):
     dense = saved("llama_gqa", dtype)
@@ -81,7 +81,14 @@ def test_other_dtypes_and_formats_are_equal_too(saved, tmp_path, dtype, settings
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"double_quant": True}, {"quant_type": "int4"}, {"quant_type": "fp4"}, {"rank": 0}],
+    [
+        {},
+        {"double_quant": True},
+        {"quant_type": "int4"},
+        {"quant_type": "fp4"},
+        {"bits": 3},
+        {"rank": 0},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("architecture", ["llama_gqa", "gpt2", "mixtral"])

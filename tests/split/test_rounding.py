@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from qrefta.choices import bits_of
 from qrefta.config import LayerStack, Settings
 from qrefta.linalg.metric import output_error
+from qrefta.nn import packing
 from qrefta.nn.quantized import QUANT_TYPES, QuantFormat, Rounding, quantize
 from qrefta.split import rounding as rounding_module
 from qrefta.split.calibrate import Moments
@@ -94,14 +96,12 @@ def test_feedback_equals_a_plain_loop(fmt, shape):
 
 
 def level_values(packed):
-    """The 16 levels of a format, read through the kernel: every code at scale 1."""
-    fmt = packed.format
-    codes = torch.arange(64).remainder(16).to(torch.uint8)
-    pairs = codes.view(-1, 2)
-    nibbles = (pairs[:, 0] << 4 | pairs[:, 1]).view(torch.int8)
-    plain = QuantFormat(fmt.quant_type, 64)
+    """The levels of a format, read through the kernel: every code at scale 1."""
+    plain = QuantFormat(packed.format.quant_type, 64)
+    codes = torch.arange(64).remainder(1 << plain.bits).to(torch.uint8)
+    held = packing.packed(codes, plain.bits).view(torch.int8)
     one = torch.ones(1).view(torch.uint8)
-    return set(type(packed)(nibbles, one, None, plain, (64,)).dequantize(torch.float32).tolist())
+    return set(type(packed)(held, one, None, plain, (64,)).dequantize(torch.float32).tolist())
 
 
 @formats
@@ -110,11 +110,12 @@ def test_padding_is_level_zero_with_and_without_feedback(fmt):
     stack = stack_of(11, 40)
     chosen = rounding_of(stack, moments_of(stack)).stored(0)
     fed, nearest = (
-        quantize(matrix_of(11, 40), fmt, way).codes[-4:]
+        packing.unpacked(quantize(matrix_of(11, 40), fmt, way).codes.view(torch.uint8), fmt.bits)
         for way in (chosen, chosen._replace(feedback=None))
     )
     assert 11 * 40 % 64 == 56
-    assert torch.equal(fed, nearest)
+    assert torch.equal(fed[-8:], nearest[-8:])
+    assert len(set(fed[-8:].tolist())) == 1
 
 
 @formats
@@ -211,10 +212,11 @@ def test_few_tokens_are_one_warning():
 @pytest.mark.parametrize("kind", QUANT_TYPES)
 def test_without_moments_only_the_scales_of_nf4_are_searched(kind):
     stack = stack_of(8, 64)
-    free = rounding_of(stack, None, quant_type=kind)
+    kept = {"bits": bits_of(kind), "quant_type": kind}
+    free = rounding_of(stack, None, **kept)
     assert free.stored(0) == free.nearest(0) == Rounding(search=kind == "nf4")
     for full in (True, False):
-        known = rounding_of(stack, moments_of(stack, full=full), quant_type=kind)
+        known = rounding_of(stack, moments_of(stack, full=full), **kept)
         assert known.stored(0).search
-    plain = rounding_of(stack, moments_of(stack), quant_type=kind, scales="absmax")
+    plain = rounding_of(stack, moments_of(stack), **kept, scales="absmax")
     assert not plain.stored(0).search
