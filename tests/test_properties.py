@@ -131,7 +131,7 @@ def test_a_stack_is_its_stored_tensors_plus_the_stated_error(
     if method != "refta" and not rank:
         method = "refta"
     config = Settings(
-        bits=bits,
+        bits=16 if bits == 16 else fmt.bits,
         rank=1,
         method=method,
         refine=refine,
