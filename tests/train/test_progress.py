@@ -226,3 +226,17 @@ def test_the_classes_names_are_saved(start, train, tmp_path):
     finetune(model, tiny_tokenizer(), color_data(), tmp_path / "named", max_steps=1)
     assert qrefta.load(tmp_path / "named").config.id2label == {0: "red", 1: "blue"}
     assert qrefta.load(tmp_path / "named").config.label2id == {"red": 0, "blue": 1}
+
+
+def test_no_bar_means_lines_and_no_progress_means_silence(start, tmp_path, capsys):
+    """Trainer alone prints dictionaries if its bar is off."""
+    options = {"max_steps": 10, "batch_size": 8, "task": "classify"}
+    model, data = copy.deepcopy(start), color_data()
+    finetune(model, tiny_tokenizer(), data, tmp_path / "silent", progress=False, **options)
+    assert capsys.readouterr().out == ""
+    args = training_arguments("classify", tmp_path / "lines", max_steps=10, disable_tqdm=True)
+    finetune(copy.deepcopy(start), tiny_tokenizer(), data, args=args)
+    shown = capsys.readouterr().out
+    assert "{" not in shown
+    assert "step 10 of 10: loss" in shown
+    assert "test loss" in shown
