@@ -140,7 +140,7 @@ def test_on_the_original_the_lora_is_the_change_by_training(method, settings, tm
     assert all(torch.equal(again[name], tensor) for name, tensor in adapter.items())
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "original")
-    assert any("left out" in note for note in written.notes) == (not settings)
+    assert any("rounding to 4 bits" in note for note in written.notes) == (not settings)
     found = through_peft(model, tmp_path / "lora", tmp_path / "original")
     expected = outputs(model, example_inputs(model))
     assert ((found - expected).norm() / expected.norm()).item() == pytest.approx(
