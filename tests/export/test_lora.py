@@ -287,7 +287,7 @@ def test_a_head_whose_name_blocks_have_too_is_in_the_adapter_with_them(tmp_path)
     assert exported.difference < 1e-5
     names = load_file(tmp_path / "lora" / ADAPTER)
     assert "base_model.model.norm.weight" in names
-    assert "base_model.model.swiftformer.encoder.network.0.blocks.0.norm.weight" in names
+    assert any(".blocks.0." in name and name.endswith("norm.weight") for name in names)
 
 
 def test_a_rank_too_large_for_servers_is_noted(tmp_path):
