@@ -162,6 +162,7 @@ def prepare_checkpoint(
     moments: Moments | str | Path | None = None,
     device: torch.device | str = "cpu",
     max_memory: int | str = "2GB",
+    trust_remote_code: bool = False,
     progress: bool = True,
     **settings: Unpack[SettingsKeywords],
 ) -> Path:
@@ -183,6 +184,7 @@ def prepare_checkpoint(
         device: where each stack is worked on.
         max_memory: bytes, or text like "3GB", that preparing may take besides the imported
             libraries.
+        trust_remote_code: whether to run code that comes with the model.
         progress: show a progress bar over the stacks, if it takes more than two seconds.
 
     Raises:
@@ -200,7 +202,16 @@ def prepare_checkpoint(
             save_tokenizer(source, folder)
             write_card(folder, prepared_config(model))
         return Path(out)
-    return convert(source, Path(out), chosen, loaded, torch.device(device), max_memory, progress)
+    return convert(
+        source,
+        Path(out),
+        chosen,
+        loaded,
+        torch.device(device),
+        max_memory,
+        progress,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def _dense_of_gguf(source: str | Path, max_memory: int | str) -> PreTrainedModel:

@@ -132,19 +132,22 @@ class _Stopped:
         return torch.full((len(input_ids),), self.now, dtype=torch.bool, device=input_ids.device)
 
 
-def conversation(source: str, device: str | None = None, **settings: Any) -> Conversation:
+def conversation(
+    source: str, device: str | None = None, trust_remote_code: bool = False, **settings: Any
+) -> Conversation:
     """A conversation with the model of a folder, hub name or GGUF file.
 
     Args:
         source: prepared, trained, merged or dense.
         device: such as "cuda:1"; default: the GPU, on a machine without one the CPU.
+        trust_remote_code: whether to run code that comes with the model.
         settings: see `Conversation`.
 
     Raises:
         ValueError: if it is not a causal language model, or has no tokenizer.
     """
-    model = load_causal_model(source, device)
-    tokenizer = load_tokenizer(source)
+    model = load_causal_model(source, device, trust_remote_code)
+    tokenizer = load_tokenizer(source, trust_remote_code)
     if tokenizer is None:
         raise ValueError(
             f"{source} has no tokenizer; save one into it with "

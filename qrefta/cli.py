@@ -47,6 +47,9 @@ NONE = "none"
 ROWS = "data"  # rows of the training data
 DEFAULT_OF_FINETUNE = ROWS
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+]
 _KINDS = "a file (txt, csv, tsv, jsonl, parquet), text (generic text) or none"
 
 
@@ -78,6 +81,7 @@ def prepare(
     max_memory: Annotated[
         str, typer.Option(help="Memory for preparing, on top of the imported libraries.")
     ] = "2GB",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Split a checkpoint into a 4-bit residual and trainable factors, a few rows at a time.
 
@@ -95,13 +99,19 @@ def prepare(
     if calibration is None:
         calibration = NONE if moments is not None else _calibration_of(model, max_memory)
     if calibration != NONE:
-        gathered = _gather(model, calibration, settings["seed"])
+        gathered = _gather(model, calibration, settings["seed"], trust_remote_code)
         if moments is not None:
             gathered.save(moments)
     elif moments is not None:
         gathered = load_moments(moments)
     prepare_checkpoint(
-        model, out, moments=gathered, device=device or "cpu", max_memory=max_memory, **settings
+        model,
+        out,
+        moments=gathered,
+        device=device or "cpu",
+        max_memory=max_memory,
+        trust_remote_code=trust_remote_code,
+        **settings,
     )
     console.print(report_table(_read_rows(out)))
     console.print(f"{_megabytes(dense_bytes(model))} -> {_megabytes(weights_bytes(out))} in {out}")
@@ -263,6 +273,7 @@ def finetune(
     resume: Annotated[
         bool, typer.Option(help="Go on from the last checkpoint in OUT.", rich_help_panel=RUN)
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Train a model: prepare it if it is dense, train its factors and head, save everything.
 
@@ -326,8 +337,10 @@ def finetune(
         if mix:
             others = load_mixture(task, TASKS[task].load, dict(map(parse_weight, mix)), seed)
             data = Mixture([data, *others.parts], [1.0, *others.weights])
-        processor = TASKS[task].processor.from_pretrained(**pretrained_source(model))
-        loaded = load_model(str(start) if start.is_dir() else model, task, data, seed)
+        named = pretrained_source(model, trust_remote_code)
+        processor = TASKS[task].processor.from_pretrained(**named)
+        begun = str(start) if start.is_dir() else model
+        loaded = load_model(begun, task, data, seed, trust_remote_code)
         if not is_prepared(loaded):
             if not state.is_main_process:
                 raise ValueError(
@@ -389,13 +402,16 @@ def inspect(folder: Annotated[Path, typer.Argument(help="Folder of a prepared mo
 
 
 @app.command()
-def verify(folder: Annotated[Path, typer.Argument(help="Folder of a prepared model.")]) -> None:
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Folder of a prepared model.")],
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
     """Check every file of a prepared model against its checksums and its config.json."""
     quiet_libraries(data=False)
     from qrefta.model.verify import verify as verify_folder
     from qrefta.tables import files_table
 
-    files = verify_folder(folder)
+    files = verify_folder(folder, trust_remote_code=trust_remote_code)
     console.print(files_table(files))
     console.print(f"{folder} is whole: {len(files)} files")
 
@@ -409,6 +425,7 @@ def merge(
         float | None,
         typer.Option(help="Largest relative difference of logits; default: room for rounding."),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write a plain dense transformers model that loads without qrefta."""
     quiet_libraries(data=False)
@@ -422,7 +439,8 @@ def merge(
 
     check_new(out)
     allowed = ROUNDING_TOLERANCE if tolerance is None else tolerance
-    written = merge_model(load(folder), getattr(torch, dtype), out=out, tolerance=allowed)
+    model = load(folder, trust_remote_code=trust_remote_code)
+    written = merge_model(model, getattr(torch, dtype), out=out, tolerance=allowed)
     before = _megabytes(weights_bytes(folder))
     console.print(f"{before} -> {_megabytes(weights_bytes(out))} {dtype} in {out}")
     _print_differences(written)
@@ -454,6 +472,7 @@ def export_lora(
     tolerance: Annotated[
         float | None, typer.Option(help="Largest relative difference of logits.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write the factors as a LoRA that PEFT and servers load, with its base model."""
     quiet_libraries(data=False)
@@ -466,7 +485,7 @@ def export_lora(
 
     check_new(out)
     written = export_lora_model(
-        load(folder),
+        load(folder, trust_remote_code=trust_remote_code),
         out,
         base,
         original=original,
@@ -588,6 +607,7 @@ def evaluate(
     ] = None,
     batch_size: Annotated[str, typer.Option(help="Rows of a task at a time, or auto.")] = "8",
     device: Annotated[str | None, typer.Option(help="Device, such as cuda.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure a language model: its distance to a reference on texts, or its scores on tasks.
 
@@ -605,7 +625,8 @@ def evaluate(
         raise ValueError(f"tasks need a folder or hub name, and {model} is a file; use --text")
     quiet_libraries(data=bool(tasks))
     if text:
-        _compare(model, reference, text, card, window=window, limit=limit, device=device)
+        options = {"window": window, "limit": limit, "device": device}
+        _compare(model, reference, text, card, trust_remote_code=trust_remote_code, **options)
     if not tasks:
         return
     from qrefta.measure.harness import evaluate as evaluate_model
@@ -619,6 +640,7 @@ def evaluate(
         limit=limit,
         batch_size=batch_size,
         device=device,
+        trust_remote_code=trust_remote_code,
     )
     console.print(scores_table(scores["results"]))
 
@@ -637,6 +659,7 @@ def chat(
         float, typer.Option(help="Of sampling; 0: the most likely token.")
     ] = 0.0,
     device: Annotated[str | None, typer.Option(help="Device, such as cuda.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a language model in the terminal, or answer the lines of standard input.
 
@@ -648,6 +671,7 @@ def chat(
     told = conversation(
         model,
         device,
+        trust_remote_code,
         system=system,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -781,20 +805,21 @@ def _calibration_of(model: str, max_memory: str) -> str:
     return NONE
 
 
-def _gather(model: str, calibration: str, seed: int) -> "Moments":
+def _gather(model: str, calibration: str, seed: int, trust_remote_code: bool) -> "Moments":
     """Moments of a dense model's inputs on text; the model is in memory while they are gathered."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from qrefta.files.safetensors import resolve_folder
     from qrefta.files.sources import is_gguf, pretrained_source
     from qrefta.model.build import model_class
     from qrefta.split.sources import calibration_batches
 
-    source = pretrained_source(model)
+    source = pretrained_source(model, trust_remote_code)
     if is_gguf(model):
         kind = AutoModelForCausalLM  # the file names no class
     else:
-        names = AutoConfig.from_pretrained(**source).architectures or [""]
-        kind = model_class(names[0], model)
+        config = AutoConfig.from_pretrained(**source)
+        kind = model_class(vars(config), resolve_folder(model), trust_remote_code)
     dense = kind.from_pretrained(**source, dtype="auto", use_safetensors=True)
     batches = calibration_batches(dense, calibration, seed=seed)
     return _calibrated(dense, list(batches), calibration)

@@ -82,23 +82,31 @@ def quant_report(model: nn.Module) -> list[dict[str, Any]]:
     return [row.report() for row in prepared_config(model).stacks]
 
 
-def load(folder: str | Path, **kwargs: Any) -> "PreTrainedModel":
+def load(
+    folder: str | Path, *, trust_remote_code: bool = False, **kwargs: Any
+) -> "PreTrainedModel":
     """A prepared model from a local folder, of the class that saved it.
 
     Short for `AutoModelFor...from_pretrained(folder, **kwargs)` with the class looked up in
     config.json, which is checked before transformers reads it.
 
+    Args:
+        folder: that a prepared model was saved to.
+        trust_remote_code: whether to run code that comes with the model.
+        kwargs: of `from_pretrained`.
+
     Raises:
-        ValueError: if the folder has no config.json, holds no prepared model, or is damaged.
+        ValueError: if the folder has no config.json, holds no prepared model, is damaged, or needs
+            code that is not trusted.
     """
     from qrefta.model.build import model_class
 
     config = read_config(folder)
     if not is_switched_off():
         check_settings(Path(folder), config)
-    kind = model_class((config.get("architectures") or [""])[0], folder)
+    kind = model_class(config, folder, trust_remote_code)
     try:
-        return kind.from_pretrained(folder, **kwargs)
+        return kind.from_pretrained(folder, trust_remote_code=trust_remote_code, **kwargs)
     except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # raised by transformers over a config that makes no model
@@ -303,6 +311,7 @@ class QReftaQuantizer(HfQuantizer):
         """Prepare a dense checkpoint on its way into memory, out of core, and replace `files` by
         the new files.
         """
+        from qrefta.files.code import is_trusted
         from qrefta.split.checkpoint import UNLIMITED, convert
 
         if not files:
@@ -323,6 +332,8 @@ class QReftaQuantizer(HfQuantizer):
                 UNLIMITED,
                 progress=False,
                 base_model=model.name_or_path,
+                trust_remote_code=is_trusted(model),
+                kind=type(model),
             )
         files[:] = [str(file) for file in sorted(out.glob("*.safetensors"))]
         config = QReftaConfig.of(read_config(out))

@@ -1,9 +1,11 @@
 """Private names of transformers, all in release 5.0 or earlier, unless another release is named."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 
@@ -22,6 +24,9 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
+
+# Writes the files of a class that does not belong to transformers. If it goes: copy them.
+from transformers.dynamic_module_utils import custom_object_save
 
 # The table of forward passes of fused experts; qrefta adds one. If it goes: replace the
 # experts' `forward`.
@@ -53,6 +58,7 @@ __all__ = [
     "mark_initialized",
     "model_of_config",
     "prepare_inputs",
+    "registered_class",
     "rename_source_key",
     "revert_weight_conversion",
     "rotate_checkpoints",
@@ -60,6 +66,7 @@ __all__ = [
     "set_experts_implementation",
     "unmark_quantized",
     "was_initialized",
+    "write_code",
 ]
 
 # Attributes of a module that keeps fused experts and leaves its forward pass to
@@ -182,6 +189,31 @@ def has_peft_adapter(model: nn.Module) -> bool:
     If it goes: look for modules whose class belongs to peft.
     """
     return getattr(model, "_hf_peft_config_loaded", False)
+
+
+def registered_class(name: str) -> type[PreTrainedModel] | None:
+    """The model class of this name that the user gave to `AutoModelFor...register`.
+
+    transformers registers classes that come with a model, too; they serve that model alone. If it
+    goes: only transformers' classes are found by their names.
+    """
+    for auto_name in dir(transformers.models.auto.modeling_auto):
+        auto = getattr(transformers.models.auto.modeling_auto, auto_name)
+        registered = getattr(getattr(auto, "_model_mapping", None), "_extra_content", {})
+        for kind in registered.values():
+            its_own = str(getattr(kind, "__module__", "")).startswith("transformers_modules.")
+            if getattr(kind, "__name__", None) == name and not its_own:
+                return kind
+    return None
+
+
+def write_code(model: PreTrainedModel, folder: Path, config: PreTrainedConfig) -> None:
+    """Write the code of a model whose class is not transformers', as `save_pretrained` does.
+
+    The config gets the names of its classes. If it goes: copy the files of the model's folder.
+    """
+    if model._auto_class is not None:
+        custom_object_save(model, folder, config=config)  # pyright: ignore[reportArgumentType]
 
 
 def prepare_inputs(trainer: Trainer, inputs: dict[str, Any]) -> dict[str, Any]:

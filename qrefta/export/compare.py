@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qrefta._compat.transformers import model_of_config
+from qrefta.files.code import is_trusted
 from qrefta.files.safetensors import Checkpoint
 from qrefta.files.sources import load_tokenizer
 from qrefta.model.names import sources
@@ -33,37 +34,35 @@ def output_difference(found: Tensor, expected: Tensor) -> float:
     return difference.item() if torch.isfinite(difference) else float("inf")
 
 
-def run_from_disk(
-    model_class: type[PreTrainedModel], folder: Path, dtype: torch.dtype
-) -> PreTrainedModel:
-    """A dense model whose parameters are read from files as they are used, and not kept.
+def run_from_disk(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of the class of `model`, whose parameters are read from files as they are used.
 
-    They are mapped, so that modules may read each other's parameters, or change them in place.
+    They are mapped, and not kept; modules may read each other's, or change them in place.
     `from_pretrained` loads a checkpoint in which several tensors make up one parameter; then all of
     them are held.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = type(model.config).from_pretrained(folder)
     config.dtype = dtype
     with init_empty_weights():
-        model = model_of_config(model_class, config, dtype)
+        written = model_of_config(type(model), config, dtype)
     checkpoint = Checkpoint(folder)
     stored_names = {
         name: parts[0][0]
-        for name, parts in sources(model, checkpoint).items()
+        for name, parts in sources(written, checkpoint).items()
         if len(parts) == len(parts[0]) == 1
     }
-    model.tie_weights()
+    written.tie_weights()
     # A checkpoint holds one of two tied parameters; both read it.
-    for tied, source in model.all_tied_weights_keys.items():
+    for tied, source in written.all_tied_weights_keys.items():
         for name, other in ((tied, source), (source, tied)):
             if other in stored_names:
                 stored_names.setdefault(name, stored_names[other])
-    if not {name for name, _ in model.named_parameters()} <= stored_names.keys():
-        return model_class.from_pretrained(folder, dtype=dtype)
+    if not {name for name, _ in written.named_parameters()} <= stored_names.keys():
+        return type(model).from_pretrained(folder, dtype=dtype)
     tensors = checkpoint.mapped(set(stored_names.values()))
     state = {name: tensors[stored] for name, stored in stored_names.items()}
-    model.load_state_dict(state, strict=False, assign=True)
-    return model
+    written.load_state_dict(state, strict=False, assign=True)
+    return written
 
 
 @torch.no_grad()
@@ -133,7 +132,7 @@ def _sentences(model: PreTrainedModel) -> dict[str, Tensor]:
     if not model.name_or_path:
         return {}
     with suppress(ValueError, OSError, ImportError, KeyError):
-        tokenizer = load_tokenizer(model.name_or_path)
+        tokenizer = load_tokenizer(model.name_or_path, is_trusted(model))
         if tokenizer is None:
             return {}
         rows = [tokenizer(text)["input_ids"][:_TOKENS] for text in _SENTENCES]

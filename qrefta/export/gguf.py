@@ -173,9 +173,10 @@ def _check_call(file: Path, type: GgufType) -> None:
 
 def _loaded(source: str | Path) -> PreTrainedModel:
     """The model in a folder or hub name; another family is refused before its weights are read."""
-    name = (AutoConfig.from_pretrained(source).architectures or [""])[0]
-    _family(name)
-    return model_class(name, source).from_pretrained(source, dtype="auto", use_safetensors=True)
+    settings, _ = PretrainedConfig.get_config_dict(source)
+    _family((settings.get("architectures") or [""])[0])
+    kind = model_class(settings, source)
+    return kind.from_pretrained(source, dtype="auto", use_safetensors=True)
 
 
 def _family(name: str) -> _Family:

@@ -28,6 +28,7 @@ from qrefta.export.merge import (
 )
 from qrefta.export.updates import Update, layer_updates, starting_factors
 from qrefta.export.write import copy_tokenizer, plain_config, write_model
+from qrefta.files.code import is_trusted
 from qrefta.files.folders import new_folder
 from qrefta.files.safetensors import write_shard
 from qrefta.hf_config import QReftaConfig
@@ -119,11 +120,13 @@ def export_lora(
     _check_settings(config, base, rank, dtype)
     bare: PreTrainedModel | None = None
     starts: Iterator[Factors] | None = None
+    notes: list[str] = []
     if base == "original":
-        bare = _original(model, original or config.base_model)
+        bare, notes = _original(model, original or config.base_model)
         if METHODS[config.settings.method].fits:
-            begun = load(start) if isinstance(start, str | Path) else start
-            starts = starting_factors(model, config, bare, begun)
+            if isinstance(start, str | Path):
+                start = load(start, trust_remote_code=is_trusted(model))
+            starts = starting_factors(model, config, bare, start)
     updates = layer_updates(model, config, starts, rank)
     with new_folder(out) as folder:
         source = str(original or config.base_model)
@@ -141,11 +144,14 @@ def export_lora(
         largest = max(written.ranks)
         text = f"This is the trained part as a LoRA of rank {largest} on {_DESCRIPTIONS[base]}."
         write_card(folder, config, text, _USE.replace("{base}", source))
-    return Export(Path(out), difference, written.error, _notes(config, written.ranks, base))
+    notes += _notes(config, written.ranks, base)
+    return Export(Path(out), difference, written.error, notes)
 
 
-def _original(model: PreTrainedModel, source: str | Path | None) -> PreTrainedModel:
-    """The dense model that was prepared, with new heads if its checkpoint has none."""
+def _original(
+    model: PreTrainedModel, source: str | Path | None
+) -> tuple[PreTrainedModel, list[str]]:
+    """The dense model that was prepared, with new heads if its checkpoint has none; and notes."""
     if source is None:
         raise ValueError(
             "The prepared model does not name the model that it was prepared from; give it as "
@@ -159,16 +165,52 @@ def _original(model: PreTrainedModel, source: str | Path | None) -> PreTrainedMo
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-    mismatched = {key for key, *_ in loaded["mismatched_keys"]}
-    unusable = mismatched | set(loaded["missing_keys"])
-    for row in prepared_config(model).stacks:
+    stored = {key: list(shape) for key, shape, *_ in loaded["mismatched_keys"]}
+    _check_original(model, source, stored, set(loaded["missing_keys"]))
+    notes = [
+        f"{name} is {shape} in {source}: give the base the model's shape before PEFT loads the "
+        "adapter (embeddings: resize_token_embeddings)"
+        for name, shape in stored.items()
+    ]
+    return bare.to(model.device), notes
+
+
+def _check_original(
+    model: PreTrainedModel, source: str | Path, stored: dict[str, list[int]], missing: set[str]
+) -> None:
+    """Refuse an original that is without a tensor which the adapter does not hold either.
+
+    Args:
+        model: prepared.
+        source: of the original.
+        stored: shapes of the tensors that have another shape there.
+        missing: names of the tensors that it does not have.
+
+    Raises:
+        ValueError: naming the tensor and both shapes.
+    """
+    config = prepared_config(model)
+    for row in config.stacks:
         for path in row.stack.modules:
-            if (path if row.stack.experts else f"{path}.weight") in unusable:
+            if (path if row.stack.experts else f"{path}.weight") in stored.keys() | missing:
                 raise ValueError(
                     f"{source} has no {path}.weight in the shape of the prepared model; give the "
                     "model that was prepared as `original`."
                 )
-    return bare.to(model.device)
+    unusable = {name: f"{shape} in {source}" for name, shape in stored.items()}
+    unusable |= dict.fromkeys(missing, f"missing in {source}")
+    for tied, name in model.all_tied_weights_keys.items():
+        if name in unusable:
+            unusable.setdefault(tied, unusable[name])
+    in_adapter = tuple(f"{path}." for path in config.settings.modules_to_save)
+    for name, tensor in model.state_dict().items():
+        if name in unusable and not name.startswith(in_adapter):
+            raise ValueError(
+                f"{name} is {list(tensor.shape)} in this model and {unusable[name]}, and the "
+                "adapter does not hold it. It was added or resized after that model was loaded "
+                "(for example by resize_token_embeddings). Save the dense model after that change "
+                'and give its folder as `original`, or give base="residual", whose base holds it.'
+            )
 
 
 def _write_base(
@@ -285,7 +327,7 @@ def _write_adapter(
     return _Written(sorted(set(ranks.values())), missing / norm if norm else 0.0)
 
 
-def _taken_by_peft(modules: dict[str, nn.Module], saved: list[str]) -> list[str]:
+def _taken_by_peft(modules: Mapping[str, nn.Module], saved: list[str]) -> list[str]:
     """Paths of the modules that PEFT reads from an adapter for `modules_to_save`.
 
     It takes every module whose path ends in one of the names: for SwiftFormer's final `norm` those

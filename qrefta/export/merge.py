@@ -152,7 +152,7 @@ def _check_folder(
 ) -> float:
     """The difference of the logits of a dense folder, which is read from disk as it runs."""
     inputs = example_inputs(model) if inputs is None else inputs
-    written = run_from_disk(type(model), folder, dtype)
+    written = run_from_disk(model, folder, dtype)
     difference = output_difference(outputs(written, inputs), outputs(model, inputs))
     fix = "Give inputs that the model was made for, a wider dtype, or a larger tolerance."
     return agreed(difference, tolerance, fix)

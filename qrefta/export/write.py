@@ -16,6 +16,7 @@ from qrefta._compat.transformers import (
     float32_under_float16,
     revert_weight_conversion,
     unmark_quantized,
+    write_code,
 )
 from qrefta.config import StackReport
 from qrefta.files.safetensors import (
@@ -80,6 +81,7 @@ def write_model(
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
     config = plain_config(model, dtype, quantization)
+    write_code(model, folder, config)
     replace_text(folder / "config.json", config.to_json_string(use_diff=True))
 
 

@@ -51,7 +51,7 @@ _LARGEST_HEADER = 100_000_000
 _LARGEST = (1 << 63) - 1  # size of a file or tensor
 _COPY_BYTES = 16 << 20
 _KEPT_BACK = ("config.json", "adapter_config.json", "qrefta_sha256.json", "qrefta_unfinished.json")
-_COMPANIONS = ["*.json", "*.model", "*.txt", "*.jinja"]  # tokenizer, generation settings
+_COMPANIONS = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]  # tokenizer, settings, code
 _FILES = ["*.safetensors", *_COMPANIONS, "LICENSE*"]
 
 

@@ -8,6 +8,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_gguf_available
 
 from qrefta._compat.transformers import dequantized_gguf
+from qrefta.files.code import check_trusted
+from qrefta.files.json_file import read_json
 from qrefta.files.safetensors import resolve_folder, weights_bytes
 
 
@@ -16,17 +18,25 @@ def is_gguf(source: str | Path) -> bool:
     return Path(source).suffix == ".gguf"
 
 
-def pretrained_source(source: str | Path) -> dict[str, Any]:
+def pretrained_source(source: str | Path, trust_remote_code: bool = False) -> dict[str, Any]:
     """The arguments of `from_pretrained` that name a folder, a hub name, or a GGUF file.
 
-    transformers dequantizes a GGUF file to a dense float32 model.
+    transformers dequantizes a GGUF file to a dense float32 model. It does not ask on the terminal
+    whether it may run code that comes with the model.
 
     Raises:
-        ValueError: if the GGUF file does not exist.
+        ValueError: if the GGUF file does not exist, or the model in a folder needs code that is
+            not trusted.
         ImportError: for a GGUF file, if the package gguf is not installed.
     """
     if not is_gguf(source):
-        return {"pretrained_model_name_or_path": str(source)}
+        config = Path(source) / "config.json"
+        if config.is_file() and isinstance(settings := read_json(config), dict):
+            check_trusted(settings, source, trust_remote_code)
+        return {
+            "pretrained_model_name_or_path": str(source),
+            "trust_remote_code": trust_remote_code,
+        }
     path = Path(source)
     if not path.is_file():
         raise ValueError(f"There is no file {source}.")
@@ -56,7 +66,9 @@ def loaded_from(model: PreTrainedModel) -> str:
     return name
 
 
-def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(
+    source: str | Path, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase | None:
     """The tokenizer in a folder, hub name or GGUF file; None if there is none.
 
     Raises:
@@ -68,7 +80,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
     with suppress(ValueError, OSError, ImportError, KeyError):
         folder = resolve_folder(source, weights=False)
         if any(folder.glob("tokenizer*")):
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     return None
 
 

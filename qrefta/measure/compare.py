@@ -102,6 +102,7 @@ def compare(
     window: int = 512,
     limit: int | None = None,
     device: str | None = None,
+    trust_remote_code: bool = False,
     progress: bool = True,
 ) -> list[TextComparison]:
     """How much of `reference` the model keeps: perplexity, KL divergence and top-1 agreement.
@@ -128,6 +129,7 @@ def compare(
         limit: windows of each text; default: all.
         device: of models given by name, such as "cuda:1"; default: the GPU, on a machine without
             one the CPU. Objects stay where they are, also on two different devices.
+        trust_remote_code: whether to run code that comes with models given by name.
         progress: show a progress bar.
 
     Returns:
@@ -145,9 +147,9 @@ def compare(
     tokenizer = tokenizer or _shared_tokenizer(model, reference)
     model_name = source_name(model)
     reference_name = None if reference is None else source_name(reference)
-    models = [load_causal_model(model, device)]
+    models = [load_causal_model(model, device, trust_remote_code)]
     if reference is not None:
-        models.append(load_causal_model(reference, device))
+        models.append(load_causal_model(reference, device, trust_remote_code))
         _check_vocabularies(*models)
     length = min([window, *_positions(models)])
     comparisons = []

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from qrefta.files.sources import pretrained_source
+
 
 def evaluate(
     model: str | Path,
@@ -16,6 +18,7 @@ def evaluate(
     limit: int | None = None,
     batch_size: int | str = 8,
     device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """The results of `lm_eval.simple_evaluate` for a causal language model.
 
@@ -30,6 +33,7 @@ def evaluate(
         limit: questions of each task; default: all.
         batch_size: rows at a time, or "auto".
         device: such as "cuda:1"; default: the GPU, on a machine without one the CPU.
+        trust_remote_code: whether to run code that comes with the model.
 
     Raises:
         ValueError: for a task that the harness does not know.
@@ -46,10 +50,15 @@ def evaluate(
         include_path=None if include_path is None else str(include_path),
         include_defaults=include_path is None,  # the harness' 13,000 files take seconds to list
     )
+    pretrained_source(model, trust_remote_code)  # refuses code that is not trusted
     _check_tasks(tasks, manager.all_tasks, include_path)
     results = simple_evaluate(
         model="hf",
-        model_args={"pretrained": str(model), "dtype": "auto"},
+        model_args={
+            "pretrained": str(model),
+            "dtype": "auto",
+            "trust_remote_code": trust_remote_code,
+        },
         tasks=list(tasks),
         num_fewshot=num_fewshot,
         limit=limit,

@@ -11,6 +11,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from qrefta.files.code import is_trusted
 from qrefta.files.sources import is_gguf, loaded_from, pretrained_source
 from qrefta.files.sources import load_tokenizer as tokenizer_of
 from qrefta.model.build import model_class
@@ -24,7 +25,9 @@ def source_name(source: PreTrainedModel | str | Path) -> str:
 
 
 def load_causal_model(
-    source: PreTrainedModel | str | Path, device: str | None = None
+    source: PreTrainedModel | str | Path,
+    device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """A causal language model: an object as it is, a name or file loaded in the dtype it has.
 
@@ -36,9 +39,11 @@ def load_causal_model(
             or a `.gguf` file, whose weights transformers dequantizes to float32.
         device: for a name or file, such as "cuda:1"; default: the GPU, on a machine without one the
             CPU.
+        trust_remote_code: whether to run code that comes with the model.
 
     Raises:
-        ValueError: if the model does not predict the next token of a text.
+        ValueError: if the model does not predict the next token of a text, or needs code that is
+            not trusted.
         ImportError: for a GGUF file, if the package gguf is not installed.
     """
     if not isinstance(source, str | Path):
@@ -48,20 +53,25 @@ def load_causal_model(
     options: dict[str, Any] = {"dtype": "auto", "device_map": place}
     if is_gguf(source):
         return AutoModelForCausalLM.from_pretrained(**pretrained_source(source), **options)
-    config = AutoConfig.from_pretrained(source)
-    kind = model_class((config.architectures or [""])[0], source)
+    named = pretrained_source(source, trust_remote_code)
+    config = AutoConfig.from_pretrained(**named)
+    kind = model_class(vars(config), source, trust_remote_code)
     _check_causal(kind, config, f"{source} ({kind.__name__})")
-    return kind.from_pretrained(source, use_safetensors=True, **options)
+    return kind.from_pretrained(**named, use_safetensors=True, **options)
 
 
-def load_tokenizer(source: PreTrainedModel | str | Path) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(
+    source: PreTrainedModel | str | Path, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase | None:
     """The tokenizer next to a model; None if there is none.
 
     Raises:
         ImportError: for a GGUF file, if the package gguf is not installed.
     """
-    name = source if isinstance(source, str | Path) else loaded_from(source)
-    return tokenizer_of(name) if name else None
+    if isinstance(source, str | Path):
+        return tokenizer_of(source, trust_remote_code)
+    name = loaded_from(source)
+    return tokenizer_of(name, is_trusted(source)) if name else None
 
 
 def _check_causal(model: Any, config: Any, name: str) -> None:

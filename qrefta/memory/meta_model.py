@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from qrefta.config import LayerStack, Settings
+from qrefta.files.code import is_trusted
+from qrefta.files.sources import pretrained_source
 from qrefta.memory.footprint import COUNTED_BLOCKS
 from qrefta.model.build import Placement, build, freeze, model_class, with_trained_modules
 from qrefta.model.stacks import ends_with, find_stacks, select_stacks
@@ -162,7 +164,7 @@ def _check_whole(name: str, value: object) -> None:
 def _without_storage(source: ModelSource) -> PreTrainedModel:
     kind: type[PreTrainedModel] | None = None
     if isinstance(source, str | Path):
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(**pretrained_source(source))
     elif isinstance(source, PreTrainedModel):
         config = copy.deepcopy(source.config)
         kind = type(source)
@@ -182,7 +184,7 @@ def _without_storage(source: ModelSource) -> PreTrainedModel:
                 "as "
                 '["LlamaForCausalLM"], or give a model, which may be on the meta device.'
             )
-        kind = model_class(config.architectures[0], "it")
+        kind = model_class(vars(config), config.name_or_path or "it", is_trusted(config))
     config.use_cache = False
     with torch.device("meta"):
         model = kind(config)

@@ -1,9 +1,9 @@
 """The modules of a prepared model: adapted linear layers, the factor bank, and trained modules."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import transformers
 from torch import Tensor, nn
@@ -12,9 +12,11 @@ from transformers import PreTrainedModel
 from qrefta._compat.transformers import (
     always_float32,
     mark_initialized,
+    registered_class,
     set_always_float32,
 )
 from qrefta.config import LayerStack, Rank, Settings
+from qrefta.files.code import check_trusted, class_with_model
 from qrefta.methods import METHODS
 from qrefta.model.stacks import ends_with, linear_layer, read_slice, replace_module
 from qrefta.nn.experts import add_expert
@@ -82,16 +84,30 @@ def _only_holds_adapted(module: nn.Module) -> bool:
     return not own and any(isinstance(child, AdaptedLinear) for child in module.children())
 
 
-def model_class(name: str, source: str | Path) -> type[PreTrainedModel]:
-    """The transformers class that a config names as its architecture.
+def model_class(
+    settings: Mapping[str, Any], source: str | Path, trust_remote_code: bool = False
+) -> type[PreTrainedModel]:
+    """The class that a config names as its architecture: of transformers, or with the model.
+
+    Args:
+        settings: the content of the model's config.json.
+        source: its folder or hub name.
+        trust_remote_code: whether to run code that comes with the model.
 
     Raises:
-        ValueError: if transformers has no such model class.
+        ValueError: if there is no such model class, or its code is not trusted.
     """
-    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    check_trusted(settings, source, trust_remote_code)
+    kind = class_with_model(settings, source) if trust_remote_code else None
+    if kind is not None:
+        return kind
+    name = (settings.get("architectures") or [""])[0]
+    kind = getattr(transformers, str(name), None) or registered_class(str(name))
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         raise ValueError(
-            f"transformers has no model class {name!r}; load {source} with the class that saved it."
+            f"transformers has no model class {name!r}; load {source} with the class that saved "
+            "it, or register this class: AutoModelForCausalLM.register (or of its task), and "
+            "AutoConfig.register."
         )
     return kind
 

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from textwrap import dedent
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
@@ -99,7 +99,7 @@ def _passed(tree: ast.AST, arguments: dict[str, set[int | str]]) -> Iterator[_Pa
         if not isinstance(call, ast.Call):
             continue
         is_method = isinstance(call.func, ast.Attribute)
-        name = call.func.attr if is_method else getattr(call.func, "id", "")
+        name = getattr(call.func, "attr" if is_method else "id", "")
         given: list[tuple[int | str | None, ast.expr]] = list(enumerate(call.args, is_method))
         given += [(keyword.arg, keyword.value) for keyword in call.keywords]
         for place, value in given:
@@ -204,11 +204,10 @@ class _Names:
     def _inside(self, owner: ast.expr, name: Any, depth: int) -> set[_Path]:
         """The paths of a module's child by its name; None: of any child."""
         parts = (_ANY,) if name is None else tuple(str(name).split("."))
-        parts = () if name == "_modules" else parts
         return {(*path, *parts) for path in self.paths(owner, depth)}
 
 
-def _is_getattr(node: Any) -> bool:
+def _is_getattr(node: ast.AST) -> TypeGuard[ast.Call]:
     return (
         isinstance(node, ast.Call)
         and getattr(node.func, "id", "") == "getattr"

@@ -35,7 +35,7 @@ class VerifiedFile(NamedTuple):
     checked: str
 
 
-def verify(folder: str | Path) -> list[VerifiedFile]:
+def verify(folder: str | Path, *, trust_remote_code: bool = False) -> list[VerifiedFile]:
     """The files of a prepared folder, each with how it was checked; all of them are whole.
 
     Reads every byte of the weights once, a few megabytes at a time. It checks that
@@ -47,6 +47,10 @@ def verify(folder: str | Path) -> list[VerifiedFile]:
     - other JSON files can be read.
 
     `QREFTA_VERIFY` is ignored.
+
+    Args:
+        folder: that a prepared model was saved to.
+        trust_remote_code: whether to run code that comes with the model.
 
     Raises:
         ValueError: for the first fault; it names the file and the fix.
@@ -65,7 +69,7 @@ def verify(folder: str | Path) -> list[VerifiedFile]:
     check_files(files, folder)
     _check_left_over(folder, paths, config.format_version)
     check_saved(files, config.format_version)
-    model = _empty_model(folder, settings, config)
+    model = _empty_model(folder, settings, config, trust_remote_code)
     check_headers(model, files)
     missing = missing_tensors(model, files)
     if missing:
@@ -108,11 +112,13 @@ def _check_left_over(folder: Path, paths: list[Path], version: int) -> None:
         )
 
 
-def _empty_model(folder: Path, settings: dict[str, Any], config: QReftaConfig) -> PreTrainedModel:
+def _empty_model(
+    folder: Path, settings: dict[str, Any], config: QReftaConfig, trust_remote_code: bool
+) -> PreTrainedModel:
     """The model that config.json describes, adapted, without storage."""
-    kind = model_class((settings.get("architectures") or [""])[0], folder)
+    kind = model_class(settings, folder, trust_remote_code)
     try:
-        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with init_empty_weights(include_buffers=True):
             model = kind(model_config)
     except Exception as error:

@@ -65,6 +65,8 @@ def convert(
     max_memory: int | str,
     progress: bool,
     base_model: str | None = None,
+    trust_remote_code: bool = False,
+    kind: type[PreTrainedModel] | None = None,
 ) -> Path:
     """Prepare the model in `source` (folder or hub name) into `out`; the arguments of
     `qrefta.prepare_checkpoint`.
@@ -75,6 +77,8 @@ def convert(
 
     Args:
         base_model: name of the source to keep in the config; default: `source`.
+        trust_remote_code: whether to run code that comes with the model.
+        kind: used if it has the name of the model's class; default: found by that name.
 
     Returns:
         `out`.
@@ -83,7 +87,10 @@ def convert(
         ValueError: as `qrefta.prepare_checkpoint`.
     """
     calibrated = moments is not None
-    checkpoint = CheckpointSource(resolve_folder(source), settings, device, max_memory, calibrated)
+    dense = resolve_folder(source)
+    checkpoint = CheckpointSource(
+        dense, settings, device, max_memory, calibrated, trust_remote_code, kind
+    )
     settings = checkpoint.settings
     folder = FolderSink(out, checkpoint, calibrated)
     split_stacks(checkpoint, folder, settings, moments, progress)
@@ -106,6 +113,8 @@ class CheckpointSource:
         device: where a stack is worked on.
         max_memory: bytes that preparing may take.
         calibrated: whether residuals may be rounded with error feedback.
+        trust_remote_code: whether to run code that comes with the model.
+        kind: used if it has the name of the model's class; default: found by that name.
 
     Attributes:
         settings: with the paths of all modules that train in full.
@@ -122,11 +131,13 @@ class CheckpointSource:
         device: torch.device,
         max_memory: int | str,
         calibrated: bool,
+        trust_remote_code: bool = False,
+        kind: type[PreTrainedModel] | None = None,
     ) -> None:
         self.folder = folder
         self.device = device
         self.checkpoint = Checkpoint(folder)
-        model = _model_without_storage(folder, self.checkpoint)
+        model = _model_without_storage(folder, self.checkpoint, trust_remote_code, kind)
         self.model_config = model.config
         self.stacks = find_stacks(model)
         targets = select_stacks(self.stacks, settings.target_modules)
@@ -277,9 +288,19 @@ def _is_empty(folder: Path) -> bool:
     return folder.is_dir() and all(path.name == f"{JOURNAL}.tmp" for path in folder.iterdir())
 
 
-def _model_without_storage(folder: Path, checkpoint: Checkpoint) -> PreTrainedModel:
+def _model_without_storage(
+    folder: Path,
+    checkpoint: Checkpoint,
+    trust_remote_code: bool,
+    kind: type[PreTrainedModel] | None,
+) -> PreTrainedModel:
     """The model that config.json describes, without storage, in the dtype of its weights."""
-    config = _read_config(folder)
+    settings = _read_settings(folder)
+    if kind is not None and settings.get("architectures") != [kind.__name__]:
+        kind = None
+    if kind is None:
+        kind = model_class(settings, folder, trust_remote_code)
+    config = _read_config(kind, folder, trust_remote_code)
     if getattr(config, "quantization_config", None):
         raise ValueError(
             f"{folder} is already quantized; prepare quantizes a dense checkpoint itself."
@@ -287,7 +308,6 @@ def _model_without_storage(folder: Path, checkpoint: Checkpoint) -> PreTrainedMo
     if config.dtype is None:
         dtypes = map(checkpoint.dtype, checkpoint.names)
         config.dtype = next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
-    kind = model_class((config.architectures or [""])[0], folder)
     try:
         with init_empty_weights(include_buffers=True):
             return kind(config)
@@ -295,18 +315,27 @@ def _model_without_storage(folder: Path, checkpoint: Checkpoint) -> PreTrainedMo
         raise _no_model(folder, error) from error
 
 
-def _read_config(folder: Path) -> PreTrainedConfig:
-    """config.json as transformers reads it; a number out of range is refused first, since building
-    would not end.
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """The content of config.json; a number out of range is refused, since building would not
+    end.
     """
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
+    settings = read_json(folder / "config.json")
+    if not isinstance(settings, dict):
         raise ValueError(
             f"{folder / 'config.json'} is damaged: it holds no settings by name; copy it again."
         )
-    check_config(config)
+    check_config(settings)
+    return settings
+
+
+def _read_config(
+    kind: type[PreTrainedModel], folder: Path, trust_remote_code: bool
+) -> PreTrainedConfig:
+    """config.json as transformers reads it."""
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if not kind.__module__.startswith("transformers.") and kind.config_class is not None:
+            return kind.config_class.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise _no_model(folder, error) from error
 

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta.choices import GENERIC_TEXT
+from qrefta.files.code import is_trusted
 from qrefta.files.sources import loaded_from, pretrained_source
 from qrefta.split.calibrate import Batch
 from qrefta.split.texts import (
@@ -108,7 +109,7 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     problem: Exception | None = None
     if name:
         try:
-            return AutoTokenizer.from_pretrained(**pretrained_source(name))
+            return AutoTokenizer.from_pretrained(**pretrained_source(name, is_trusted(model)))
         except (OSError, ValueError, KeyError, ImportError) as error:
             problem = error
     raise ValueError(

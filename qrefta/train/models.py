@@ -13,22 +13,30 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
 
 
-def load_model(source: str, task: Task, data: "DatasetDict", seed: int) -> PreTrainedModel:
+def load_model(
+    source: str, task: Task, data: "DatasetDict", seed: int, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """A model of the task's class, with a head for the classes of the data where it has them."""
     kind = TASKS[task].model
     if task not in ("classify", "image"):
-        return kind.from_pretrained(**pretrained_source(source), dtype="auto", use_safetensors=True)
-    return load_classifier(source, data["train"].features["label"].names, seed, kind)
+        named = pretrained_source(source, trust_remote_code)
+        return kind.from_pretrained(**named, dtype="auto", use_safetensors=True)
+    classes = data["train"].features["label"].names
+    return load_classifier(source, classes, seed, kind, trust_remote_code)
 
 
 def load_classifier(
-    model: str, classes: list[str], seed: int, auto: type = AutoModelForSequenceClassification
+    model: str,
+    classes: list[str],
+    seed: int,
+    auto: type = AutoModelForSequenceClassification,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """A classifier for these classes, of the class `auto`.
 
     Its head is drawn from `seed` if the checkpoint has none that fits.
     """
-    source = pretrained_source(model)
+    source = pretrained_source(model, trust_remote_code)
     has_labels = AutoConfig.from_pretrained(**source).num_labels
     with torch.random.fork_rng():
         torch.manual_seed(seed)

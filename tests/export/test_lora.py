@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import qrefta
-from qrefta.export.compare import example_inputs, outputs
+from qrefta.export.compare import example_inputs, output_difference, outputs
 from qrefta.export.lora import _notes
 from qrefta.hf_quantizer import prepared_config
 from qrefta.nn.factors import BANK
@@ -26,6 +26,7 @@ from qrefta.nn.linear import AdaptedLinear
 from tests.export.test_merge import take_steps
 from tests.models import (
     ARCHITECTURES,
+    VOCAB,
     build,
     decoder_sizes,
     tiny_bert,
@@ -399,3 +400,46 @@ def test_without_peft_the_error_names_the_package_to_install(tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match="pip install peft"):
         qrefta.export_lora(model, tmp_path / "lora")
+
+
+def resized(folder, tokens=VOCAB + 8):
+    """A dense model with more tokens than its folder has."""
+    tiny_llama(hidden=64).save_pretrained(folder)
+    model = LlamaForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(tokens, mean_resizing=False)
+    return model
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_an_original_without_the_added_tokens_is_named(before, tmp_path):
+    """Its embeddings would be drawn at random. A resized folder serves."""
+    model = resized(tmp_path / "dense")
+    model.save_pretrained(tmp_path / "larger")
+    if not before:
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "dense")
+    model = qrefta.prepare(model, rank=4, progress=False)
+    if not before:
+        wider = LlamaForCausalLM.from_pretrained(tmp_path / "larger")
+        model.resize_token_embeddings(VOCAB + 8, mean_resizing=False)
+        model.get_input_embeddings().load_state_dict(wider.get_input_embeddings().state_dict())
+        model.get_output_embeddings().load_state_dict(wider.get_output_embeddings().state_dict())
+    cause = rf"embed_tokens.weight is \[{VOCAB + 8}, 64\] .* and \[{VOCAB}, 64\] in .*dense"
+    with pytest.raises(ValueError, match=cause):
+        qrefta.export_lora(model, tmp_path / "out", "original", original=tmp_path / "dense")
+    assert not (tmp_path / "out").exists()
+    options = {"original": tmp_path / "larger", "dtype": torch.float32}
+    written = qrefta.export_lora(model, tmp_path / "out", "original", **options)
+    assert written.difference < 0.5
+    qrefta.export_lora(model, tmp_path / "residual", "residual", dtype=torch.float32)
+
+
+def test_resized_embeddings_in_the_adapter_are_noted(tmp_path):
+    trained = ["embed_tokens", "lm_head"]
+    model = qrefta.prepare(resized(tmp_path / "dense"), modules_to_save=trained, progress=False)
+    written = qrefta.export_lora(model, tmp_path / "out", "original", dtype=torch.float32)
+    assert any("give the base the model's shape before PEFT" in note for note in written.notes)
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    base.resize_token_embeddings(VOCAB + 8)
+    loaded = PeftModel.from_pretrained(base, written.folder)
+    batch = {"input_ids": torch.arange(VOCAB, VOCAB + 8).view(1, 8)}
+    assert output_difference(outputs(loaded, batch), outputs(model, batch)) < 0.5

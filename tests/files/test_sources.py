@@ -90,6 +90,7 @@ def test_the_command_line_trains_a_gguf_file(gguf_file, tmp_path):
 
 
 def test_other_sources_are_passed_on():
-    assert pretrained_source("org/name") == {"pretrained_model_name_or_path": "org/name"}
+    named = {"pretrained_model_name_or_path": "org/name", "trust_remote_code": False}
+    assert pretrained_source("org/name") == named
     model, _ = language_model("llama")
     assert loaded_from(model) == ""

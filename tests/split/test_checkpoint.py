@@ -31,9 +31,7 @@ def saved(tmp_path):
 
 
 def in_memory(folder, **settings):
-    model = model_class(
-        json.loads((folder / "config.json").read_text())["architectures"][0], folder
-    )
+    model = model_class(json.loads((folder / "config.json").read_text()), folder)
     settings = {"method": "refta", "progress": False} | settings
     return qrefta.prepare(model.from_pretrained(folder, dtype="auto"), **settings)
 
