@@ -336,12 +336,35 @@ def _write_adapter(
         for path in config.settings.modules_to_save
         if path in modules and list(modules[path].parameters())
     ]
-    for path in saved:
+    for path in _taken_by_peft(modules, saved):
         for name, tensor in modules[path].state_dict().items():
             tensors[f"base_model.model.{path}.{name}"] = tensor.detach().cpu().contiguous()
     write_shard(folder / _ADAPTER, tensors)
     _lora_config(model, config, ranks, saved, source).save_pretrained(folder)
     return _Written(sorted(set(ranks.values())), missing / norm if norm else 0.0)
+
+
+def _taken_by_peft(modules: Mapping[str, nn.Module], saved: list[str]) -> list[str]:
+    """Paths of the modules that PEFT reads from an adapter for `modules_to_save`.
+
+    It takes every module whose path ends in one of the names: for SwiftFormer's final `norm` those
+    of the blocks too.
+
+    Raises:
+        ValueError: if one of them holds packed weights.
+    """
+    paths = [
+        path
+        for path, module in modules.items()
+        if any(path.endswith(name) for name in saved) and list(module.parameters())
+    ]
+    for path in paths:
+        if any(isinstance(module, AdaptedLinear) for module in modules[path].modules()):
+            raise ValueError(
+                f"PEFT takes modules to train in full by the ends of their paths; {saved} are ends "
+                f"of {path}, which holds packed weights. Merge the model instead."
+            )
+    return paths
 
 
 def _lora_config(
