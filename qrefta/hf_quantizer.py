@@ -324,7 +324,6 @@ class QReftaQuantizer(HfQuantizer):
         """Prepare a dense checkpoint on its way into memory, out of core, and replace `files` by
         the new files.
         """
-        from qrefta.files.code import is_trusted
         from qrefta.split.checkpoint import UNLIMITED, convert
 
         if not files:
@@ -348,7 +347,6 @@ class QReftaQuantizer(HfQuantizer):
                 UNLIMITED,
                 progress=False,
                 base_model=model.name_or_path,
-                trust_remote_code=is_trusted(model),
                 kind=type(model),
             )
         files[:] = [str(file) for file in sorted(out.glob("*.safetensors"))]

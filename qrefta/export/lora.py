@@ -29,12 +29,12 @@ from qrefta.export.merge import (
 )
 from qrefta.export.updates import Update, layer_updates, starting_factors
 from qrefta.export.write import copy_tokenizer, plain_config, write_model
-from qrefta.files.code import is_trusted
 from qrefta.files.folders import new_folder
 from qrefta.files.safetensors import write_shard
 from qrefta.hf_config import QReftaConfig
-from qrefta.hf_quantizer import load, prepared_config
+from qrefta.hf_quantizer import prepared_config
 from qrefta.methods import METHODS
+from qrefta.model.config_file import read_config
 from qrefta.model_card import write_card
 from qrefta.nn.factors import Factors
 from qrefta.nn.grid import level_table
@@ -134,7 +134,8 @@ def export_lora(
         bare, notes = _original(model, original or config.base_model)
         if METHODS[config.settings.method].fits:
             if isinstance(start, str | Path):
-                start = load(start, trust_remote_code=is_trusted(model))
+                read_config(start)  # refuses a folder that holds no prepared model
+                start = type(model).from_pretrained(start)
             starts = starting_factors(model, config, bare, start)
     bar = tqdm(
         layer_updates(model, config, starts, rank),
