@@ -17,6 +17,7 @@ from qrefta.config import (
     LayerStack,
     Rank,
     RankSetting,
+    Settings,
     SettingsKeywords,
     StackReport,
     parse_bytes,
@@ -32,11 +33,10 @@ from qrefta.files.sources import (
     save_tokenizer,
 )
 from qrefta.hf_config import QReftaConfig
-from qrefta.hf_quantizer import is_prepared, prepared_config, register
+from qrefta.hf_quantizer import is_prepared, register
 from qrefta.model.build import adapt, attach_bank, bank_key, freeze, with_trained_modules
 from qrefta.model.stacks import Weights, check_values, find_stacks, model_weights, read_slice
 from qrefta.model.unquantized import warn_of_unquantized
-from qrefta.model_card import write_card
 from qrefta.nn.factors import BANK, FactorBank
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.nn.quantized import QuantFormat
@@ -80,7 +80,8 @@ def prepare(
             that `from_pretrained(folder, gguf_file=name)` dequantized.
         bits, rank, settings: see `qrefta.config.Settings`.
         calibration: text of the kind that the model will read: a file (txt, csv, tsv, jsonl,
-            parquet), a list of strings, a `datasets.Dataset` with a column of text or tokenized
+            parquet; a causal language model reads a txt as one document, other models read it line
+            by line), a list of strings, a `datasets.Dataset` with a column of text or tokenized
             rows, or the word "text" for generic text. Or batches of model inputs; images and audio
             always. The split then keeps the outputs of the layers close to the original, instead
             of the weights.
@@ -125,6 +126,19 @@ def prepare(
             "calibration and moments are both given; moments are gathered from calibration: give "
             "one of the two."
         )
+    return _prepare(model, chosen, calibration, moments, tokenizer, device, progress)
+
+
+def _prepare(
+    model: PreTrainedModel,
+    chosen: Settings,
+    calibration: Calibration | None,
+    moments: Moments | str | Path | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    device: torch.device | str | None,
+    progress: bool,
+) -> PreTrainedModel:
+    """`prepare` with settings that were checked."""
     _check_model(model)
     name = loaded_from(model)  # a GGUF file's name goes with the marks that are replaced below
     source = _ModelSource(model, None if device is None else torch.device(device))
@@ -197,10 +211,9 @@ def prepare_checkpoint(
     if is_gguf(source):
         with new_folder(out) as folder:
             model = _dense_of_gguf(source, max_memory)
-            prepare(model, bits, rank, moments=loaded, device=device, progress=progress, **settings)
+            _prepare(model, chosen, None, loaded, None, device, progress)
             model.save_pretrained(folder)
             save_tokenizer(source, folder)
-            write_card(folder, prepared_config(model))
         return Path(out)
     return convert(
         source,

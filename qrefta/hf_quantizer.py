@@ -208,6 +208,8 @@ class QReftaQuantizer(HfQuantizer):
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The state dict, and the checksums that transformers writes into the header of each file.
 
+        The folder gets a model card, unless it has a README.md.
+
         Masters that are bf16 values are stored as bf16, which loses nothing. Under FSDP2 the state
         dict is empty in all processes but the first.
 
@@ -215,8 +217,10 @@ class QReftaQuantizer(HfQuantizer):
             ValueError: if FSDP2 sharded the model and the other processes do not save it too, or
                 packed weights were multiplied.
         """
+        from qrefta._compat.saving import folder_being_saved
         from qrefta.distributed import is_sharded, wait_for_all, whole_state
         from qrefta.model.saving import saved_checksums
+        from qrefta.model_card import write_card
         from qrefta.nn.factors import stored
         from qrefta.nn.packed import plain_bytes
 
@@ -234,6 +238,9 @@ class QReftaQuantizer(HfQuantizer):
         state = {name: plain_bytes(tensor) for name, tensor in state.items()}
         if not state:
             return state, {}
+        folder = folder_being_saved()
+        if folder is not None:
+            write_card(folder, self.quantization_config)
         return state, saved_checksums(model, state).metadata()
 
     def update_attn_implementation(self, config: "PreTrainedConfig") -> "PreTrainedConfig":
@@ -317,7 +324,6 @@ class QReftaQuantizer(HfQuantizer):
         """Prepare a dense checkpoint on its way into memory, out of core, and replace `files` by
         the new files.
         """
-        from qrefta.files.code import is_trusted
         from qrefta.split.checkpoint import UNLIMITED, convert
 
         if not files:
@@ -341,7 +347,6 @@ class QReftaQuantizer(HfQuantizer):
                 UNLIMITED,
                 progress=False,
                 base_model=model.name_or_path,
-                trust_remote_code=is_trusted(model),
                 kind=type(model),
             )
         files[:] = [str(file) for file in sorted(out.glob("*.safetensors"))]

@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub.utils import validate_repo_id
 
 from qrefta.choices import FITTED
 from qrefta.config import Settings
@@ -23,7 +24,13 @@ model = qrefta.load("this-folder")
 `import qrefta` lets `from_pretrained` of transformers load it too."""
 
 
-def write_card(folder: Path, config: QReftaConfig, did: str = "", use: str = _USE) -> None:
+def write_card(
+    folder: Path,
+    config: QReftaConfig,
+    did: str = "",
+    use: str = _USE,
+    library: str = "transformers",
+) -> None:
     """Write README.md into the folder of a prepared, trained or exported model; keep an existing
     file.
 
@@ -32,18 +39,25 @@ def write_card(folder: Path, config: QReftaConfig, did: str = "", use: str = _US
         config: of the prepared model.
         did: sentences about later steps, such as training or merging.
         use: how to load the folder, Markdown.
+        library: that loads the folder, by its name on the hub.
     """
     if not (folder / NAME).exists():
-        replace_text(folder / NAME, model_card(config, did, use))
+        replace_text(folder / NAME, model_card(config, did, use, library))
 
 
-def model_card(config: QReftaConfig, did: str = "", use: str = _USE) -> str:
-    """The card as Markdown, with a header that model hubs read: base model, licence, errors."""
+def model_card(
+    config: QReftaConfig, did: str = "", use: str = _USE, library: str = "transformers"
+) -> str:
+    """The card as Markdown, with a header that model hubs read: base model, licence, errors.
+
+    A base model in a folder is called by the folder's name, and is not in the header: hubs refuse a
+    base model that is no repository.
+    """
     settings = config.settings
     data = ModelCardData(
-        base_model=config.base_model,
+        base_model=_repository(config.base_model),
         license=base_license(config.base_model),
-        library_name="transformers",
+        library_name=library,
         tags=[
             "qrefta",
             settings.method,
@@ -51,6 +65,8 @@ def model_card(config: QReftaConfig, did: str = "", use: str = _USE) -> str:
         ],
     )
     source = config.base_model or "a model that was not named"
+    if _repository(source) is None:
+        source = Path(source).name
     licence = data.license or "see the page of the base model; it covers these weights too"
     return "\n\n".join(
         [
@@ -68,6 +84,17 @@ def model_card(config: QReftaConfig, did: str = "", use: str = _USE) -> str:
             "",
         ]
     )
+
+
+def _repository(source: str | None) -> str | None:
+    """The name of a repository on a hub; None for a folder, a file or no name."""
+    if source is None or Path(source).exists():
+        return None
+    try:
+        validate_repo_id(source)
+    except ValueError:
+        return None
+    return source
 
 
 def _factors(settings: Settings) -> str:

@@ -17,8 +17,11 @@ def report_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The rows of `quant_report` as a table, with a line for the whole model."""
     prefix = _common_prefix([row["stack"] for row in rows])
     where = f" in {prefix.removesuffix('.')}" if prefix else ""
-    table = _table(f"Squared quantization error{where}: whole weight W, residual Wr")
+    table = new_table(f"Squared quantization error{where}: whole weight W, residual Wr")
     has_outputs = rows[0]["output_ratio"] is not None
+    if has_outputs:
+        table.caption = "output: error of the layers' outputs, where 1 is W rounded plainly"
+        table.caption_justify = "left"
     columns = ["stack", "shape", "R", "W-Q(W)", "Wr-Q(Wr)", "ratio"]
     if has_outputs:
         columns.append("output")
@@ -37,8 +40,8 @@ def _report_cells(row: Mapping[str, Any], prefix: str, has_outputs: bool) -> lis
         row["stack"].removeprefix(prefix),
         f"{row['layers']}x{out_features}x{in_features}",
         str(row["rank"]),
-        f"{row['baseline_error']:.4g}",
-        f"{row['residual_error']:.4g}",
+        _number_text(row["baseline_error"]),
+        _number_text(row["residual_error"]),
         f"{row['ratio']:.3f}",
     ]
     if has_outputs:
@@ -52,7 +55,8 @@ def _total_cells(rows: Sequence[Mapping[str, Any]], has_outputs: bool) -> list[s
     weights = sum(row["layers"] * row["shape"][0] * row["shape"][1] for row in rows)
     bits = 8 * sum(row["bytes"] for row in rows) / weights
     ratio = residual / baseline if baseline else 1.0
-    cells = ["all", f"{weights:,}", "", f"{baseline:.4g}", f"{residual:.4g}", f"{ratio:.3f}"]
+    errors = [_number_text(baseline), _number_text(residual)]
+    cells = ["all", _count_text(weights), "", *errors, f"{ratio:.3f}"]
     if has_outputs:
         cells.append("")
     return [*cells, f"{bits:.2f}"]
@@ -60,7 +64,7 @@ def _total_cells(rows: Sequence[Mapping[str, Any]], has_outputs: bool) -> list[s
 
 def settings_table(settings: Mapping[str, Any]) -> Table:
     """Settings of a prepared model, one a line."""
-    table = _table("Settings")
+    table = new_table("Settings")
     table.add_column("setting")
     table.add_column("value", overflow="fold")
     for name, value in settings.items():
@@ -71,7 +75,7 @@ def settings_table(settings: Mapping[str, Any]) -> Table:
 
 def results_table(results: Mapping[str, "FinetuneResult"]) -> Table:
     """Training runs side by side: rewards, accuracy or perplexity, and loss on the test rows."""
-    table = _table("On the test rows, before and after training")
+    table = new_table("On the test rows, before and after training")
     measure = next((_scores(result)[0] for result in results.values()), "")
     for name in (
         "method",
@@ -83,7 +87,8 @@ def results_table(results: Mapping[str, "FinetuneResult"]) -> Table:
         "steps",
         "seconds",
     ):
-        table.add_column(name, justify="left" if name == "method" else "right")
+        longest = max(len(word) for word in name.split())  # rich would cut words in narrow windows
+        table.add_column(name, justify="left" if name == "method" else "right", min_width=longest)
     for name, result in results.items():
         table.add_row(
             name,
@@ -110,7 +115,7 @@ def _scores(result: "FinetuneResult") -> tuple[str, str, str]:
 
 def plan_table(plan: "Plan") -> Table:
     """The parts of a plan."""
-    table = _table("Memory of a training step")
+    table = new_table("Memory of a training step")
     table.add_column("part")
     table.add_column("size", justify="right")
     parts = {
@@ -130,7 +135,7 @@ def plan_table(plan: "Plan") -> Table:
 
 def scores_table(scores: Mapping[str, Mapping[str, Any]]) -> Table:
     """Scores of lm-evaluation-harness: metrics by task."""
-    table = _table("lm-evaluation-harness")
+    table = new_table("lm-evaluation-harness")
     table.add_column("task")
     table.add_column("metric")
     table.add_column("value", justify="right")
@@ -150,7 +155,7 @@ def comparison_table(comparisons: Sequence["TextComparison"]) -> Table:
     """A model on texts, next to its reference if there is one: one column a text."""
     first = comparisons[0]
     against = "" if first.reference is None else f" compared with {first.reference}"
-    table = _table(f"{first.model}{against}, windows of {first.window} tokens")
+    table = new_table(f"{first.model}{against}, windows of {first.window} tokens")
     table.add_column("", overflow="fold")
     for comparison in comparisons:
         table.add_column(comparison.text, justify="right", overflow="fold")
@@ -161,7 +166,7 @@ def comparison_table(comparisons: Sequence["TextComparison"]) -> Table:
 
 def files_table(files: Sequence[tuple[str, str]]) -> Table:
     """Verified files, one a line."""
-    table = _table("Verified")
+    table = new_table("Verified")
     table.add_column("file", overflow="fold")
     table.add_column("checked", overflow="fold")
     for name, checked in files:
@@ -169,13 +174,27 @@ def files_table(files: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+def new_table(title: str) -> Table:
+    """An empty table in the style of all tables that qrefta prints."""
+    # the report's columns fit in 80 characters
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
 def size_text(nbytes: int) -> str:
     """Bytes as people read them: 3.30 GB, 12.5 MB, 0.1 MB."""
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
+def _count_text(count: int) -> str:
+    """A count as people read it: 1.10 B, 106.2 M, 36,864."""
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} B"
+    return f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
+
+
+def _number_text(number: float) -> str:
+    """Four digits, and no exponent that takes more room than the digits: 0.01234, 5542, 13,240."""
+    return f"{number:,.0f}" if 1e4 <= number < 1e7 else f"{number:.4g}"
 
 
 def _percent(share: float | None) -> str:

@@ -4,21 +4,26 @@ import json
 import re
 import runpy
 import sys
+import warnings
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel
 from typer.testing import CliRunner
 
 import qrefta
-from qrefta.cli import _calibration_of, _largest, app, main
+from qrefta.cli import app, main
+from qrefta.cli.calibrating import calibration_of
+from qrefta.cli.plan import _largest
 from qrefta.config import parse_rank
+from qrefta.hf_config import QReftaConfig
 from qrefta.hf_quantizer import quant_report
 from qrefta.model.stacks import find_stacks
 from qrefta.split.calibrate import gather_moments
 from qrefta.split.sources import calibration_batches
-from qrefta.tables import results_table
+from qrefta.tables import report_table, results_table
 from qrefta.train._finetune import FinetuneResult
 from qrefta.train.models import load_classifier
 from tests.models import logits, tiny_llama
@@ -126,7 +131,7 @@ def test_old_rank_options_work_and_name_the_new_one(old, new, dense, tmp_path, m
     monkeypatch.setattr(
         "qrefta._prepare.prepare_checkpoint", lambda *args, **settings: chosen.append(settings)
     )
-    monkeypatch.setattr("qrefta.cli._read_rows", lambda folder: [])
+    monkeypatch.setattr("qrefta.cli.prepare.saved_config", lambda folder: QReftaConfig())
     monkeypatch.setattr("qrefta.tables.report_table", lambda rows: "")
     result = invoke("prepare", dense, tmp_path / "out", *old)
     assert f"use --rank {new}" in result.output
@@ -212,11 +217,11 @@ def test_prepare_calibrates_on_generic_text_if_the_model_fits_in_memory(dense, t
 
 
 def test_prepare_says_that_a_model_is_too_large_to_calibrate(dense, tmp_path, capsys):
-    assert _calibration_of(str(dense), "1GB") == "text"
-    assert _calibration_of(str(dense), "1KB") == "none"
+    assert calibration_of(str(dense), "1GB") == "text"
+    assert calibration_of(str(dense), "1KB") == "none"
     assert "Not calibrated" in capsys.readouterr().out
     BertModel.from_pretrained(dense).save_pretrained(tmp_path)  # without a tokenizer
-    assert _calibration_of(str(tmp_path), "1GB") == "none"
+    assert calibration_of(str(tmp_path), "1GB") == "none"
 
 
 def test_a_prepared_base_model_is_fine_tuned(dense, rows, tmp_path):
@@ -408,3 +413,64 @@ def test_a_plan_shows_units_and_tells_what_does_not_fit(dense):
         "no rank fits",
         "largest rank 1,200",
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rank", 5], r"--rank 5 belongs to preparing.*is prepared already with rank 4; leave"),
+        (["--quant-type", "int4"], "prepared already with quant_type nf4"),
+        (["--target", "query"], "prepared already with target_modules None"),
+        (["--calibration", "text"], "--calibration text belongs to preparing"),
+    ],
+    ids=str,
+)
+def test_settings_of_preparing_are_refused_for_a_prepared_model(
+    options, message, dense, rows, tmp_path
+):
+    invoke("prepare", dense, tmp_path / "4bit", "--rank", 4, "--calibration", "none")
+    with pytest.raises(ValueError, match=message):
+        invoke("finetune", tmp_path / "4bit", rows, tmp_path / "out", "--max-steps", 1, *options)
+    same = ["--rank", 4, "--seed", 1, "--max-steps", 1]
+    assert invoke("finetune", tmp_path / "4bit", rows, tmp_path / "out", *same).exit_code == 0
+    recipe = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert recipe["seed"] == 1
+    assert not {"rank", "method", "quant-type", "calibration"} & recipe.keys()
+
+
+def test_warnings_are_one_line(dense, tmp_path, monkeypatch, capsys):
+    words = ["plan", str(dense), "--seq", "32", "--transform", "dct"]
+    monkeypatch.setattr(sys, "argv", ["qrefta", *words])
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    with pytest.raises(SystemExit):
+        main()
+    line = warnings.formatwarning(UserWarning("transform has no effect"), UserWarning, "a.py", 3)
+    assert line == "Warning: transform has no effect\n"
+
+
+def test_tables_fit_in_80_characters():
+    """Names of roles and words of the head are whole, also without room to spare."""
+    row = {
+        "stack": "model.layers.*.self_attn.q_proj",
+        "layers": 30,
+        "shape": (1536, 576),
+        "rank": 60,
+        "baseline_error": 10070.4,
+        "residual_error": 1234567.8,
+        "ratio": 1.521,
+        "output_ratio": 0.169,
+        "bits_per_weight": 4.61,
+        "bytes": 15_000_000,
+    }
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(report_table([row, row | {"stack": "model.layers.*.mlp.down_proj"}]))
+        result = FinetuneResult(None, None, 3.7, 2.6, 1.2, 40, 12.0, 1_234_567)
+        console.print(results_table({"QLoRA r=2": result, "qrefta": result}))
+    shown = capture.get()
+    assert "self_attn.q_proj" in shown
+    assert "30x1536x576" in shown
+    assert "10,070" in shown
+    assert "53.1 M" in shown
+    assert "perplexity" in shown
+    assert "…" not in shown

@@ -1,6 +1,7 @@
 """The model card names the base, its licence, the steps taken and the errors."""
 
 from huggingface_hub import ModelCard
+from transformers import BertForSequenceClassification
 
 import qrefta
 from qrefta import model_card as card
@@ -23,7 +24,9 @@ def prepared(folder, **settings):
 def test_hubs_can_read_the_header(tmp_path):
     config = prepared(tmp_path, double_quant=True)
     page = ModelCard(model_card(config, "It was trained."))
-    assert page.data.base_model == str(tmp_path)
+    assert page.data.base_model is None  # a folder; a hub refuses it
+    assert tmp_path.name in page.text
+    assert str(tmp_path) not in page.text
     assert page.data.license == "mit"
     assert page.data.library_name == "transformers"
     assert {"qrefta", "windows", "nf4"} <= set(page.data.tags)
@@ -94,19 +97,45 @@ def test_a_licence_is_looked_for_where_the_base_is(tmp_path, monkeypatch):
     assert base_license(str(tmp_path)) is None
 
 
-def test_preparing_a_folder_merging_and_exporting_write_cards(tmp_path):
+def test_all_that_writes_a_folder_writes_a_card(tmp_path):
     tiny_folder(tmp_path / "dense")
     (tmp_path / "dense" / "README.md").write_text(LICENSED)
     qrefta.prepare_checkpoint(tmp_path / "dense", tmp_path / "4bit", rank=4, progress=False)
     model = qrefta.load(tmp_path / "4bit")
     qrefta.merge(model, out=tmp_path / "merged")
     qrefta.export_lora(model, tmp_path / "lora")
+    model.save_pretrained(tmp_path / "loaded")
+    dense = BertForSequenceClassification.from_pretrained(tmp_path / "dense")
+    qrefta.prepare(dense, rank=4, progress=False).save_pretrained(tmp_path / "saved")
     for folder, words in (
         ("4bit", "qrefta.load"),
         ("merged", "merged"),
         ("lora", "PeftModel.from_pretrained"),
+        ("lora/base", "the residual, dequantized"),
+        ("saved", "qrefta.load"),
+        ("loaded", "qrefta.load"),
     ):
         page = ModelCard.load(tmp_path / folder / "README.md")
         assert page.data.license == "mit"
-        assert page.data.base_model == str(tmp_path / "dense")
+        assert page.data.library_name == ("peft" if folder == "lora" else "transformers")
         assert words in page.text
+
+
+def test_a_hub_name_is_the_base_model(tmp_path, monkeypatch):
+    """A folder may have a name that a repository could have."""
+    config = prepared(tmp_path)
+    monkeypatch.chdir(tmp_path.parent)
+    config.base_model = tmp_path.name
+    assert ModelCard(model_card(config)).data.base_model is None
+    config.base_model = "some/model"
+    page = ModelCard(model_card(config))
+    assert page.data.base_model == "some/model"
+    assert "in the blocks of some/model are" in page.text
+
+
+def test_a_merged_model_writes_no_card(tmp_path):
+    tiny_folder(tmp_path / "dense")
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "dense")
+    dense = qrefta.merge(qrefta.prepare(model, rank=4, progress=False))
+    dense.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out" / "README.md").exists()

@@ -159,8 +159,8 @@ def test_a_prepared_folder_keeps_its_code(folder, model, tmp_path):
         assert torch.equal(logits(trusted(made)), logits(model))
         loaded.save_pretrained(tmp_path / f"{made.name}-again")
         assert python_files(tmp_path / f"{made.name}-again") == FILES
-    loading = trusted(folder, quantization_config=qrefta.QReftaConfig(rank=4, method="refta"))
-    assert torch.equal(logits(loading), logits(model))
+    settings = qrefta.QReftaConfig(rank=4, method="refta")
+    assert torch.equal(logits(trusted(folder, quantization_config=settings)), logits(model))
 
 
 def test_a_merged_folder_keeps_its_code(model, tmp_path):

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from datasets import DatasetDict
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -33,7 +32,7 @@ from eval.tasks.questions import docstring_questions
 from eval.tasks.smollm2 import NAME, cache_folder, smollm2_folder
 from qrefta import FinetuneResult, TextComparison
 from qrefta.files.safetensors import weights_bytes
-from qrefta.tables import results_table
+from qrefta.tables import new_table, results_table
 from qrefta.train.arguments import training_arguments
 from qrefta.train.calibration import task_batches
 from qrefta.train.tasks import load_chat
@@ -217,7 +216,7 @@ def check_files(
 def kept_table(kept: Mapping[str, TextComparison]) -> Table:
     """Divergence and perplexity of the 4-bit models before training."""
     first = next(iter(kept.values()))
-    table = _table(
+    table = new_table(
         f"Before training: the 4-bit model on {first.tokens:,} tokens of the test conversations"
     )
     for name in ("base", "KL divergence to the dense model", "perplexity"):
@@ -231,7 +230,7 @@ def kept_table(kept: Mapping[str, TextComparison]) -> Table:
 
 def answers_table(told: list[dict[str, str]]) -> Table:
     """Answers side by side."""
-    table = _table("Answers of the 4-bit model")
+    table = new_table("Answers of the 4-bit model")
     for name in ("question", "docstring", "before", "after"):
         table.add_column(name, overflow="fold", ratio=1)
     for row in told:
@@ -271,7 +270,3 @@ def to_rows(
     ]
     said = [{"kind": "answer"} | row for row in told]
     return [study | row for row in [*bases, *runs, *said, {"kind": "run"} | numbers._asdict()]]
-
-
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)

@@ -4,12 +4,7 @@ import re
 from collections import Counter
 from typing import Any
 
-HEADINGS = {
-    "fails": "fails",
-    "refused": "refused",
-    "works": "works",
-    "not built": "not built",
-}
+RESULTS = {"works": "work", "refused": "refused", "fails": "fail", "not built": "not built"}
 CHECKS = {  # of `eval.tasks.checks`, as the table calls them
     "16 bits": "prepare",
     "training": "training step",
@@ -25,7 +20,7 @@ def architectures_table(rows: list[dict[str, Any]]) -> str:
     """In Markdown: how many architectures work, and a line for each, by its last row."""
     last = {row["type"]: row for row in rows if "type" in row}
     counts = Counter(row["result"] for row in last.values())
-    listed = ", ".join(f"{counts[name]} {text}" for name, text in HEADINGS.items() if counts[name])
+    listed = ", ".join(f"{counts[name]} {text}" for name, text in RESULTS.items() if counts[name])
     lines = [
         f"{len(last)} architectures: {listed}.",
         "",
@@ -34,7 +29,8 @@ def architectures_table(rows: list[dict[str, Any]]) -> str:
     ]
     for name in sorted(last):
         row = last[name]
-        kept = f"{row['share_16_bit']:.0%}" if "share_16_bit" in row else ""
+        prepared = any(outcome == "works" for outcome in row.get("checks", {}).values())
+        kept = f"{row['share_16_bit']:.0%}" if prepared else ""
         lines.append(
             f"| {name} | `{row['class']}` | {row['result']} | {kept} | {'; '.join(_notes(row))} |"
         )

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from eval.report.findings import Row, Table
 from eval.report.pages import markdown_table
-from eval.report.scores import Difference, Score, difference, scores, shown, signed
+from eval.report.scores import Difference, Score, Study, difference, scores, shown, signed
 from eval.tasks.task import METRICS
 
 
@@ -65,14 +65,20 @@ def comparison(accuracy: list[Row]) -> str:
     return "\n\n".join(_part(compared, accuracy) for compared in STUDIES)
 
 
+def study_of(compared: Compared, accuracy: list[Row]) -> tuple[Study, dict[str, Score]] | None:
+    """The study in the rows, and its scores by method; None if it was not measured."""
+    place = (compared.task, compared.model, compared.test_rows)
+    for study, methods in scores(accuracy).items():
+        if (study.task, study.model, study.test_rows) == place and compared.rival in methods:
+            return study, methods
+    return None
+
+
 def _part(compared: Compared, accuracy: list[Row]) -> str:
-    study, methods = next(
-        (study, methods)
-        for study, methods in scores(accuracy).items()
-        if (study.task, study.model, study.test_rows)
-        == (compared.task, compared.model, compared.test_rows)
-        and compared.rival in methods
-    )
+    found = study_of(compared, accuracy)
+    if found is None:
+        raise ValueError(f"the rows have no study {compared.caption!r} with {compared.rival}")
+    study, methods = found
     rival = methods[compared.rival]
     names = {name: methods[key] for name, key in compared.methods.items() if key in methods}
     header = [

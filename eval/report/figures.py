@@ -31,8 +31,11 @@ from eval.report.findings import (
 )
 from eval.report.kept import Points, front
 from eval.report.scores import RANK_WORDS, Score, kind
+from eval.tasks.task import METRICS
 
 WIDTH = 4.2  # inches
+LOWER = "\n(lower is better)"
+HIGHER = "\n(higher is better)"
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "qrefta",
@@ -177,7 +180,7 @@ def whole(axes: Axes) -> None:
 
 def error_curves(rows: list[Row], value: str, error: str, name: str, alt: str) -> Picture:
     """Error over R, one curve per method, from rows of kind model and one format."""
-    figure, axes = canvas(3.9, "R, components per stack", f"{error}, relative to Q(W)")
+    figure, axes = canvas(3.9, "R, components per stack", f"{error}, relative to Q(W){LOWER}")
     whole(axes)
     for one, points in curves(ranked(rows), value).items():
         axes.plot(*zip(*points), label=one.label, **look(one))
@@ -192,7 +195,9 @@ def transform_curves(rows: list[Row], start: str, name: str, alt: str) -> Pictur
         one.transform: dict(points)
         for one, points in curves(pick(rows, start=start), "ratio").items()
     }
-    figure, axes = canvas(3.4, "R, components per stack", "weight error, relative to identity")
+    figure, axes = canvas(
+        3.4, "R, components per stack", f"weight error, relative to identity{LOWER}"
+    )
     for transform, points in found.items():
         shared = [rank for rank in points if rank and rank in found.get("identity", {})]
         color, marker = TRANSFORMS[transform]
@@ -212,7 +217,9 @@ def transform_curves(rows: list[Row], start: str, name: str, alt: str) -> Pictur
 def bytes_curves(rows: list[Row], name: str, alt: str) -> Picture:
     """Error over bits per weight, one curve per method, from rows of kind model and one format."""
     figure, axes = canvas(
-        4.2, "bits per weight, factors and scales included", "weight error, relative to Q(W)"
+        4.2,
+        "bits per weight, factors and scales included",
+        f"weight error, relative to Q(W){LOWER}",
     )
     whole(axes)
     for one, points in curves(
@@ -233,7 +240,9 @@ def stack_dots(rows: list[Row], rank: int, name: str, alt: str) -> Picture:
     """Error of every stack at one R, one dot per method."""
     found = pick(ranked(rows), rank=rank)
     stacks = distinct(found, "stack")
-    figure, axes = canvas(1.5 + 0.42 * len(stacks), f"error at R = {rank}, relative to Q(W)", "")
+    figure, axes = canvas(
+        1.5 + 0.42 * len(stacks), f"error at R = {rank}, relative to Q(W){LOWER}", ""
+    )
     axes.axvline(1, color=GREY, linestyle=(0, (4, 3)), linewidth=1)
     for one in dict.fromkeys(map(series, found)):
         points = [(row["ratio"], stacks.index(row["stack"])) for row in found if series(row) == one]
@@ -267,13 +276,13 @@ def layer_map(rows: list[Row], rank: int, name: str, alt: str) -> Picture:
                 column, row, f"{ratio:.2f}", ha="center", va="center", fontsize=7.5, color=color
             )
     with matplotlib.rc_context(STYLE):
-        figure.colorbar(image, label="relative to Q(W)")
+        figure.colorbar(image, label=f"error, relative to Q(W){LOWER}")
     return render(figure, name, alt)
 
 
 def spectrum_lines(rows: list[Row], name: str, alt: str) -> Picture:
     """Tensor singular values of one stack by transform: about 100, evenly on the log axis."""
-    figure, axes = canvas(3.5, "component", "tensor singular value")
+    figure, axes = canvas(3.5, "component, largest first", "tensor singular value")
     for row in rows:
         count = len(row["values"])
         drawn = sorted({min(count, round(count ** (step / 100))) for step in range(101)})
@@ -301,7 +310,9 @@ def spectrum_lines(rows: list[Row], name: str, alt: str) -> Picture:
 def score_scatter(methods: dict[str, Score], name: str, alt: str) -> Picture:
     """Scores with standard errors over adapter parameters; head-only and full are lines."""
     scale = 100 if next(iter(methods.values())).metric == "accuracy" else 1
-    metric = f"{next(iter(methods.values())).metric}{', %' if scale == 100 else ''}"
+    measured = next(iter(methods.values())).metric
+    direction = HIGHER if METRICS[measured].more_is_better else LOWER
+    metric = f"{measured}{', %' if scale == 100 else ''}{direction}"
     figure, axes = canvas(5.9, "adapter parameters (similar counts side by side)", metric)
     axes.set_xscale("log")
     lines = [score for score in methods.values() if score.adapter == 0 or score.method == "full"]
@@ -404,7 +415,7 @@ def kept_points(points: dict[str, Points], value: str, text: str, name: str, alt
         text: that it was measured on.
         name, alt: of the picture.
     """
-    figure, axes = canvas(4.4, "bits a weight, scales and factors included", value)
+    figure, axes = canvas(4.4, "bits a weight, scales and factors included", f"{value}{LOWER}")
     best = front(point for found in points.values() for point in found)
     axes.plot(*zip(*best), color=GREY, linewidth=1, zorder=1)
     for maker, (color, marker) in KEPT.items():
@@ -428,7 +439,7 @@ def depth_lines(
     stacks: list[tuple[int, int, int]], layers: list[int], name: str, alt: str
 ) -> Picture:
     """Trainable parameters over the number of layers, the crossings, and the model's depth."""
-    figure, axes = canvas(3.8, "layers", "trainable parameters")
+    figure, axes = canvas(3.8, "layers of the model", f"trainable parameters{LOWER}")
     for R, color, style in zip(DRAWN_SHARED, (GREEN, GREEN), ("-", "--")):
         axes.plot(
             layers,
@@ -460,7 +471,7 @@ def depth_lines(
 
 def cost_dots(rows: list[Row], name: str, alt: str) -> Picture:
     """Time and peak memory of a step relative to the floor, one line per method."""
-    figure, axes = canvas(1.3 + 0.29 * len(rows), "relative to the floor", "")
+    figure, axes = canvas(1.3 + 0.29 * len(rows), f"relative to the floor{LOWER}", "")
     axes.axvline(1, color=GREY, linestyle=(0, (4, 3)), linewidth=1)
     places = range(len(rows))
     axes.plot(

@@ -1,5 +1,6 @@
 """The report as a Markdown file with linked pictures, and as one self-contained HTML page."""
 
+from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ h2 {
   font-size: 1.25rem; line-height: 1.35; margin: 0 0 .5em;
   text-wrap: balance; overflow-wrap: anywhere;
 }
-p { max-width: 46rem; overflow-wrap: anywhere; }
+p, li { max-width: 46rem; overflow-wrap: anywhere; }
 section { margin: 2.6rem 0; padding-top: 1.4rem; border-top: 1px solid #d8d8d8; }
 .pictures {
   display: grid; gap: 1.2rem;
@@ -79,12 +80,13 @@ td:first-child { min-width: 8.5em; }
 
 
 class Section(NamedTuple):
-    """A finding: title, reading aid, pictures, and tables by name."""
+    """A finding: title, reading aid, pictures, tables by name, and sentences before all of them."""
 
     title: str
     text: str
     pictures: list[Picture]
     tables: dict[str, Table]
+    points: Sequence[str] = ()
 
 
 class Report(NamedTuple):
@@ -126,6 +128,7 @@ def markdown_section(section: Section, folder: str) -> list[str]:
     """Title, text, pictures and folded tables of a section; `folder` holds its pictures."""
     return [
         f"## {section.title}",
+        *(["\n".join(f"- {point}" for point in section.points)] if section.points else []),
         section.text,
         *(f"![{picture.alt}]({folder}/{picture.name}.svg)" for picture in section.pictures),
         *(folded(name, table) for name, table in section.tables.items()),
@@ -172,8 +175,10 @@ def html_section(section: Section) -> str:
     pictures = "\n".join(f"<figure>\n{picture.svg}</figure>" for picture in section.pictures)
     tables = "\n".join(html_details(name, table) for name, table in section.tables.items())
     layout = "two-columns" if len(section.pictures) == 1 else "one-column"
+    points = "".join(f"<li>{escape(point)}</li>\n" for point in section.points)
     return (
         f"<section><h2>{escape(section.title)}</h2>\n"
+        f"{f'<ul>{points}</ul>' if points else ''}\n"
         f'<div class="{layout}"><p>{escape(section.text)}</p>\n'
         f'<div class="pictures">\n{pictures}\n</div></div>\n{tables}</section>'
     )

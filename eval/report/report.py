@@ -14,6 +14,7 @@ from eval.peers.bases import Base
 from eval.report import figures, findings, kept, over_tasks, scores
 from eval.report.findings import FORMATS, Row, distinct, pick
 from eval.report.pages import Report, Section, html_page, markdown
+from eval.report.summary import summary
 from eval.report.verdicts import verdicts
 from eval.rows import read
 from eval.studies.quant_error import Cell
@@ -49,7 +50,7 @@ def run(
     """Write the report."""
     files = read_all(rows)
     report = Report(
-        first=language_sections(files)[:1],
+        first=first_sections(files),
         verdicts=verdicts(files),
         sections=sections(files),
         missing=[command for name, command in MAKES.items() if name not in files],
@@ -93,6 +94,8 @@ def read_all(folder: Path) -> dict[str, list[Row]]:
                     f"older version; it "
                     f"needs {', '.join(needed)}. Measure again: {MAKES[name]}."
                 )
+    for row in (row for rows in files.values() for row in rows if row.get("model")):
+        row["model"] = Path(row["model"]).name  # the row keeps the folder on its machine
     if "quant_error" in files:
         files["quant_error"] = one_setting(files["quant_error"], folder / "quant_error.jsonl")
     return files
@@ -137,6 +140,18 @@ def sections(files: dict[str, list[Row]]) -> list[Section]:
     return found
 
 
+def first_sections(files: dict[str, list[Row]]) -> list[Section]:
+    """The answer in short, with the picture of the bases if they were measured."""
+    points = summary(files)
+    sections = language_sections(files)[:1]
+    if not points:
+        return sections
+    if not sections:
+        return [Section("In short", "", [], {}, points)]
+    (bases,) = sections
+    return [bases._replace(title="In short", text=f"{bases.title}. {bases.text}", points=points)]
+
+
 def language_sections(files: dict[str, list[Row]]) -> list[Section]:
     """How much of language models is kept; the study with the most bases first."""
     return [language_section(group) for group in kept.groups(files.get("kld", []), "language")]
@@ -152,7 +167,7 @@ def language_section(group: kept.Group) -> Section:
         pictures.append(
             figures.kept_points(
                 kept.series_points(group.rows, values),
-                "mean KL divergence to the 16-bit model",
+                "mean KL divergence to the 16-bit model, nats",
                 text,
                 f"{name}-{slug(text)}",
                 f"KL divergence by bits a weight, {text}. {title}",

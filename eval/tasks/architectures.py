@@ -318,7 +318,7 @@ def small_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
         batch["input_values"] = torch.randn(ROWS, *shape, generator=generator)
     elif "input_features" in names:
         shape = (FRAMES, getattr(config, "feature_projection_input_dim", 16))
-        if "max_source_positions" in vars(config):
+        if {"max_source_positions", "num_mel_bins"} <= vars(config).keys():
             shape = (config.num_mel_bins, 2 * config.max_source_positions)
         batch["input_features"] = torch.randn(ROWS, *shape, generator=generator)
     elif "pixel_values" in names:

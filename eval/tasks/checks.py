@@ -19,7 +19,7 @@ from qrefta.model.stacks import find_stacks
 from qrefta.model.unquantized import unquantized
 
 RANK = 2
-TRAINING_MODE = ("reformer",)  # types whose code trains in no other mode
+REVERSIBLE = ("reformer",)  # types that train in no other mode, and if the embeddings do
 EQUAL = 1e-3  # relative difference of outputs that float32 may make in another order
 PACKAGE = Path(inspect.getfile(Settings)).parent
 
@@ -108,7 +108,8 @@ class _Subject:
         self.start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         self.prepared = model
         idle = self._idle_layers()
-        model.train(model.config.model_type in TRAINING_MODE)
+        if model.config.model_type in REVERSIBLE:
+            model.train().enable_input_require_grads()
         torch.manual_seed(0)
         model(**self.inputs)[0].float().square().mean().backward()
         for index, row in enumerate(model.hf_quantizer.quantization_config.stacks):
@@ -127,7 +128,7 @@ class _Subject:
         """Paths of the dense model's weights that the inputs do not reach."""
         torch.manual_seed(0)
         dense = copy.deepcopy(self.dense)
-        dense.train(dense.config.model_type in TRAINING_MODE)
+        dense.train(dense.config.model_type in REVERSIBLE)
         dense(**self.inputs)[0].float().square().mean().backward()
         return {
             name.removesuffix(".weight")

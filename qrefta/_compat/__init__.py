@@ -22,4 +22,7 @@ OVERRIDDEN = {
     # In 5.0 or earlier. If it goes: a callback that runs after saving, with checkpoints that may be
     # incomplete while they are written.
     "_save_checkpoint",
+    # lm-evaluation-harness: loads the model. It passes the quantization_config of config.json on as
+    # an argument, and transformers warns of two. In 0.4.10 or earlier. If it goes: the warning.
+    "_create_model",
 }

@@ -8,12 +8,13 @@ would include some of this error, but the error is by far the larger part and do
 rank: on SST-2 the logits are then 0.064 of their size from the trained model's, not 0.076.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig, Conv1D, PreTrainedModel
 
 from qrefta._compat.transformers import float32_under_float16
@@ -28,17 +29,18 @@ from qrefta.export.merge import (
 )
 from qrefta.export.updates import Update, layer_updates, starting_factors
 from qrefta.export.write import copy_tokenizer, plain_config, write_model
-from qrefta.files.code import is_trusted
 from qrefta.files.folders import new_folder
 from qrefta.files.safetensors import write_shard
 from qrefta.hf_config import QReftaConfig
-from qrefta.hf_quantizer import load, prepared_config
+from qrefta.hf_quantizer import prepared_config
 from qrefta.methods import METHODS
+from qrefta.model.config_file import read_config
 from qrefta.model_card import write_card
 from qrefta.nn.factors import Factors
 from qrefta.nn.grid import level_table
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.nn.quantized import QuantFormat, QuantizedWeight
+from qrefta.split.loop import PROGRESS_DELAY_S
 
 # A cut rank or a missing quantization error changes the function: this only refuses results that
 # are not even close.
@@ -67,6 +69,11 @@ _DESCRIPTIONS: dict[LoraBase, str] = {
     "residual-4bit": "the residual in bitsandbytes' 4 bits (base/)",
     "original": "the base model; the quantization error that it was trained with is left out",
 }
+_BASES: dict[LoraBase, str] = {
+    "residual": "the residual, dequantized",
+    "residual-4bit": "the residual in bitsandbytes' 4 bits",
+}
+_BASE_USE = "The LoRA in the folder above belongs to it; load both with PEFT."
 _USE = """```python
 from peft import PeftModel
 from transformers import AutoModel  # or the class with the head
@@ -86,6 +93,7 @@ def export_lora(
     dtype: torch.dtype = torch.bfloat16,
     inputs: Mapping[str, Any] | None = None,
     tolerance: float | None = None,
+    progress: bool = True,
 ) -> Export:
     """Write a LoRA that PEFT loads, and the base that it goes on; the model stays as it is.
 
@@ -109,6 +117,7 @@ def export_lora(
         inputs: a batch to compare logits on; default: see `qrefta.export.compare.example_inputs`.
         tolerance: largest relative difference of the logits; beyond it nothing is written. Default:
             0.15 if the result differs by rounding only, else 0.5.
+        progress: show a progress bar over the linear layers, if they take more than two seconds.
 
     Raises:
         ValueError: if the model is not prepared, a setting is not allowed, the original or the
@@ -125,15 +134,23 @@ def export_lora(
         bare, notes = _original(model, original or config.base_model)
         if METHODS[config.settings.method].fits:
             if isinstance(start, str | Path):
-                start = load(start, trust_remote_code=is_trusted(model))
+                read_config(start)  # refuses a folder that holds no prepared model
+                start = type(model).from_pretrained(start)
             starts = starting_factors(model, config, bare, start)
-    updates = layer_updates(model, config, starts, rank)
+    bar = tqdm(
+        layer_updates(model, config, starts, rank),
+        total=sum(len(row.stack.modules) for row in config.stacks if row.rank),
+        desc="LoRA",
+        unit="layer",
+        disable=not progress,
+        delay=PROGRESS_DELAY_S,
+    )
     with new_folder(out) as folder:
         source = str(original or config.base_model)
         if bare is None:
             source = str(Path(out) / "base")
             bare = _write_base(model, config, folder / "base", base, dtype)
-        written = _write_adapter(model, config, folder, updates, source, dtype)
+        written = _write_adapter(model, config, folder, bar, source, dtype)
         if base == "original":
             bare = _moved(bare, dtype)
         exact = base != "original" and written.error == 0
@@ -143,7 +160,7 @@ def export_lora(
         copy_tokenizer(model, folder)
         largest = max(written.ranks)
         text = f"This is the trained part as a LoRA of rank {largest} on {_DESCRIPTIONS[base]}."
-        write_card(folder, config, text, _USE.replace("{base}", source))
+        write_card(folder, config, text, _USE.replace("{base}", source), library="peft")
     notes += _notes(config, written.ranks, base)
     return Export(Path(out), difference, written.error, notes)
 
@@ -218,6 +235,7 @@ def _write_base(
 ) -> PreTrainedModel:
     """Write the residuals as a plain model, and load it."""
     folder.mkdir()
+    write_card(folder, config, f"This is {_BASES[base]}, without the factors.", _BASE_USE)
     if base == "residual":
         write_model(model, folder, dtype, _residual_tensors)
         return _moved(type(model).from_pretrained(folder, dtype=dtype), model.device)
@@ -299,7 +317,7 @@ def _write_adapter(
     model: PreTrainedModel,
     config: QReftaConfig,
     folder: Path,
-    updates: Iterator[tuple[str, Update]],
+    updates: Iterable[tuple[str, Update]],
     source: str,
     dtype: torch.dtype,
 ) -> _Written:
@@ -321,12 +339,35 @@ def _write_adapter(
         for path in config.settings.modules_to_save
         if path in modules and list(modules[path].parameters())
     ]
-    for path in saved:
+    for path in _taken_by_peft(modules, saved):
         for name, tensor in modules[path].state_dict().items():
             tensors[f"base_model.model.{path}.{name}"] = tensor.detach().cpu().contiguous()
     write_shard(folder / _ADAPTER, tensors)
     _lora_config(model, config, ranks, saved, source).save_pretrained(folder)
     return _Written(sorted(set(ranks.values())), missing / norm if norm else 0.0)
+
+
+def _taken_by_peft(modules: Mapping[str, nn.Module], saved: list[str]) -> list[str]:
+    """Paths of the modules that PEFT reads from an adapter for `modules_to_save`.
+
+    It takes every module whose path ends in one of the names: for SwiftFormer's final `norm` those
+    of the blocks too.
+
+    Raises:
+        ValueError: if one of them holds packed weights.
+    """
+    paths = [
+        path
+        for path, module in modules.items()
+        if any(path.endswith(name) for name in saved) and list(module.parameters())
+    ]
+    for path in paths:
+        if any(isinstance(module, AdaptedLinear) for module in modules[path].modules()):
+            raise ValueError(
+                f"PEFT takes modules to train in full by the ends of their paths; {saved} are ends "
+                f"of {path}, which holds packed weights. Merge the model instead."
+            )
+    return paths
 
 
 def _lora_config(
@@ -403,12 +444,10 @@ def _notes(config: QReftaConfig, ranks: list[int], base: LoraBase) -> list[str]:
     """Settings that a server needs, and things that it will refuse."""
     notes = []
     if base == "original" and config.settings.bits != 16:
-        error = sum(row.residual_error for row in config.stacks)
-        baseline = sum(row.baseline_error for row in config.stacks)
-        ratio = f"{error / baseline:.3f}" if baseline else "1"
         notes.append(
-            f"the squared quantization error of the residual is left out: {error:.4g}, {ratio} of "
-            "the error of whole weights"
+            f"the LoRA was trained on the {config.settings.bits}-bit weights and goes on the "
+            f"original ones, so the difference includes the rounding to {config.settings.bits} "
+            "bits; base residual has none of it"
         )
     if max(ranks) > _LARGEST_SERVED:
         notes.append(

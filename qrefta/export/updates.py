@@ -104,7 +104,7 @@ def starting_factors(
     if start is None and config.calibrated:
         raise ValueError(
             "The split was calibrated, so it cannot be made again from the original; give the "
-            "prepared model before training, or its folder, as `start`."
+            "prepared model before training, or its folder, as `start` (--start FOLDER)."
         )
     for row in config.stacks:
         if not row.rank:

@@ -46,27 +46,33 @@ def evaluate(
         raise ImportError(
             "Evaluating needs lm-evaluation-harness: pip install 'lm-eval[hf]'"
         ) from error
+    from qrefta._compat.lm_eval import ModelOfFolder, without_git
+
     manager = TaskManager(
         include_path=None if include_path is None else str(include_path),
         include_defaults=include_path is None,  # the harness' 13,000 files take seconds to list
     )
     pretrained_source(model, trust_remote_code)  # refuses code that is not trusted
     _check_tasks(tasks, manager.all_tasks, include_path)
-    results = simple_evaluate(
-        model="hf",
-        model_args={
-            "pretrained": str(model),
-            "dtype": "auto",
-            "trust_remote_code": trust_remote_code,
-        },
-        tasks=list(tasks),
-        num_fewshot=num_fewshot,
-        limit=limit,
-        batch_size=batch_size,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        task_manager=manager,
-        verbosity="ERROR",
-    )
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with without_git():
+        results = simple_evaluate(
+            model=ModelOfFolder(
+                pretrained=str(model),
+                dtype="auto",
+                batch_size=batch_size,
+                device=place,
+                trust_remote_code=trust_remote_code,
+            ),
+            model_args={"pretrained": str(model), "dtype": "auto"},
+            tasks=list(tasks),
+            num_fewshot=num_fewshot,
+            limit=limit,
+            batch_size=batch_size,
+            device=place,
+            task_manager=manager,
+            verbosity="ERROR",
+        )
     return dict(results or {})  # None in all processes but the first
 
 

@@ -89,6 +89,5 @@ def _check_causal(model: Any, config: Any, name: str) -> None:
         return
     raise ValueError(
         f"{name} is not a causal language model, which predicts the next token of a text. "
-        "Encoder-decoder models, encoders, classifiers, and models of images or sound cannot be "
-        "compared."
+        "Encoder-decoder models, encoders, classifiers, and models of images or sound are refused."
     )

@@ -9,6 +9,7 @@ last: until then no loader takes the folder for a model. The source is only read
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def convert(
     Args:
         base_model: name of the source to keep in the config; default: `source`.
         trust_remote_code: whether to run code that comes with the model.
-        kind: used if it has the name of the model's class; default: found by that name.
+        kind: a class in whose module the model's class is looked for first.
 
     Returns:
         `out`.
@@ -114,7 +115,7 @@ class CheckpointSource:
         max_memory: bytes that preparing may take.
         calibrated: whether residuals may be rounded with error feedback.
         trust_remote_code: whether to run code that comes with the model.
-        kind: used if it has the name of the model's class; default: found by that name.
+        kind: a class in whose module the model's class is looked for first.
 
     Attributes:
         settings: with the paths of all modules that train in full.
@@ -296,10 +297,7 @@ def _model_without_storage(
 ) -> PreTrainedModel:
     """The model that config.json describes, without storage, in the dtype of its weights."""
     settings = _read_settings(folder)
-    if kind is not None and settings.get("architectures") != [kind.__name__]:
-        kind = None
-    if kind is None:
-        kind = model_class(settings, folder, trust_remote_code)
+    kind = _near(kind, settings) or model_class(settings, folder, trust_remote_code)
     config = _read_config(kind, folder, trust_remote_code)
     if getattr(config, "quantization_config", None):
         raise ValueError(
@@ -313,6 +311,16 @@ def _model_without_storage(
             return kind(config)
     except Exception as error:
         raise _no_model(folder, error) from error
+
+
+def _near(
+    kind: type[PreTrainedModel] | None, settings: dict[str, Any]
+) -> type[PreTrainedModel] | None:
+    """The class that config.json names, if it is in the module of `kind`; no code is run for it."""
+    name = (settings.get("architectures") or [""])[0]
+    module = None if kind is None else sys.modules.get(kind.__module__)
+    found = getattr(module, str(name), None)
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

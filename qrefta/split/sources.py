@@ -34,7 +34,8 @@ def calibration_batches(
     """Batches of model inputs to calibrate with.
 
     Text becomes windows of running text for causal language models (`windows_of_text`), and one
-    row a text for other models (`rows_of_text`).
+    row a text for other models (`rows_of_text`). A .txt file is one document for the first, and one
+    text a line for the others.
 
     Args:
         model: the model to prepare.
@@ -55,13 +56,14 @@ def calibration_batches(
         calibration = calibration.get("train") or next(iter(calibration.values()))
     if isinstance(calibration, Mapping):
         return [calibration]
-    texts = _texts(calibration)
+    runs = model.can_generate() and not model.config.is_encoder_decoder
+    texts = _texts(calibration, lines=not runs)
     if texts is None:
         return calibration  # type: ignore[return-value]
     _check_reads_text(model)
     tokenizer = tokenizer or _tokenizer_of(model)
     length = _max_length(model)
-    if model.can_generate() and not model.config.is_encoder_decoder:
+    if runs:
         batches = windows_of_text(texts, tokenizer, max_length=length, seed=seed)
     else:
         batches = rows_of_text(texts, tokenizer, max_length=length, seed=seed)
@@ -69,8 +71,13 @@ def calibration_batches(
     return batches
 
 
-def _texts(calibration: Calibration) -> list[str] | None:
-    """The texts of a calibration; None if it has batches or tokenized rows."""
+def _texts(calibration: Calibration, lines: bool) -> list[str] | None:
+    """The texts of a calibration; None if it has batches or tokenized rows.
+
+    Args:
+        calibration: as for `calibration_batches`.
+        lines: whether a .txt file holds one text a line.
+    """
     from datasets import Dataset
 
     from qrefta.files.tables import is_text, text_column
@@ -78,7 +85,7 @@ def _texts(calibration: Calibration) -> list[str] | None:
     if isinstance(calibration, str) and calibration == GENERIC_TEXT:
         return generic_texts()
     if isinstance(calibration, str | Path):
-        return read_texts(calibration)
+        return read_texts(calibration, lines=lines)
     if isinstance(calibration, Dataset):
         textual = any(is_text(calibration, name) for name in calibration.column_names)
         if "input_ids" in calibration.column_names or not textual:

@@ -33,12 +33,13 @@ _GENERIC_CHARACTERS = 1_000_000
 _SHORTEST_DOCSTRING = 200  # characters
 
 
-def read_texts(path: str | Path) -> list[str]:
+def read_texts(path: str | Path, *, lines: bool = True) -> list[str]:
     """The texts of a file that are not empty: the lines of a .txt file, or a column of a table.
 
     Args:
         path: txt, csv, tsv, json, jsonl or parquet. The column is text, sentence or content, else
             the first column of strings.
+        lines: False: a .txt file is one text, with its newlines, as the task `lm` reads it.
 
     Raises:
         ValueError: if the file is missing, cannot be read or has no text.
@@ -50,16 +51,20 @@ def read_texts(path: str | Path) -> list[str]:
         )
     texts: Iterable[str | None] = []
     if path.suffix.lower() == ".txt":
-        texts = _lines(path)
-    elif path.stat().st_size:
+        content = _content(path, newline=None if lines else "")
+        if not lines and content.strip():
+            return [content]
+        texts = content.split("\n")
+    elif path.stat().st_size:  # datasets fails on a file of no bytes
         texts = _column_of_text(path)
     return filled(texts, str(path))
 
 
-def _lines(path: Path) -> list[str]:
-    """The lines of a file."""
+def _content(path: Path, newline: str | None) -> str:
+    """The text of a file; `newline` as in `open`."""
     try:
-        return path.read_text(encoding=text_encoding(path)).split("\n")
+        with path.open(encoding=text_encoding(path), newline=newline) as file:
+            return file.read()
     except UnicodeDecodeError:
         check_text(path)
         raise

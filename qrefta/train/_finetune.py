@@ -15,6 +15,7 @@ from transformers import (
     IntervalStrategy,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     ProgressCallback,
     Trainer,
     TrainerCallback,
@@ -41,7 +42,7 @@ from qrefta.train.interrupt import interruptible
 from qrefta.train.lengths import row_length
 from qrefta.train.nan_guard import finite_steps
 from qrefta.train.packing import check_apart
-from qrefta.train.progress import Progress
+from qrefta.train.progress import Lines, Progress
 from qrefta.train.rates import chosen_rate, warn_of_rate
 from qrefta.train.tasks import TASKS, Recipe, TaskName
 from qrefta.train.tasks.mixture import Mixture, load_mixture, mixed_recipe
@@ -181,7 +182,8 @@ def finetune(
         resume: continue from the last checkpoint in `output_dir`; the result is the same, bit for
             bit, as without the interruption.
         callbacks: transformers' TrainerCallbacks.
-        progress: show the progress bar; True.
+        progress: show the progress bar and a line every ten steps; True. `args` with
+            `disable_tqdm=True` keep the lines without the bar.
         deprecated: keywords of older releases: warmup_steps, weight_decay, save_steps, optimizer,
             fsdp, report_to.
 
@@ -239,7 +241,8 @@ def finetune(
     length = _length(model, processor, task, arguments, max_length, is_default=args is None)
     with together.main_process_first():  # the other processes find its cache
         recipe = _recipe(model, processor, dataset, task, arguments.seed, length, loss, reward)
-    return _train(model, processor, recipe, arguments, task, resume, callbacks)
+    quiet = progress is False
+    return _train(model, processor, recipe, arguments, task, resume, callbacks, quiet)
 
 
 def round_masters(model: nn.Module) -> None:
@@ -397,6 +400,7 @@ def _train(
     task: TaskName,
     resume: bool,
     callbacks: Sequence[TrainerCallback],
+    quiet: bool,
 ) -> FinetuneResult:
     """Train, evaluate and write the model."""
     run = Path(str(arguments.output_dir))
@@ -410,6 +414,7 @@ def _train(
             recipe,
             arguments,
             [*callbacks, evaluations, interrupts, GradientWatch()],
+            quiet,
         )
         outcome = trainer.train(
             resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
@@ -462,6 +467,7 @@ def _trainer(
     recipe: Recipe,
     arguments: TrainingArguments,
     callbacks: list[TrainerCallback],
+    quiet: bool,
 ) -> Trainer:
     if getattr(arguments, "padding_free", False) and not getattr(arguments, "packing", False):
         arguments.max_length = None  # type: ignore[attr-defined]  # the recipe has cut the rows
@@ -476,9 +482,12 @@ def _trainer(
         # GRPOTrainer takes neither of them
         **{name: value for name, value in options.items() if value is not None},
     )
-    if any(type(callback) is ProgressCallback for callback in trainer.callback_handler.callbacks):
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(Progress())
+    for callback in list(trainer.callback_handler.callbacks):
+        ours = {ProgressCallback: Progress, PrinterCallback: Lines}.get(type(callback))
+        if ours is not None:
+            trainer.remove_callback(callback)
+            if not quiet:
+                trainer.add_callback(ours())
     if getattr(trainer, "padding_free", False):
         check_apart(trainer)
     if recipe.mean_loss:
@@ -501,11 +510,11 @@ def _save(
     if not write:
         return
     with writing(run, "the model") as folder:
+        if is_prepared(model):
+            write_card(folder, prepared_config(model), training)  # save_pretrained keeps it
         with saved_state(model, state):
             model.save_pretrained(folder, state_dict=state)
         processor.save_pretrained(folder)
-        if is_prepared(model):
-            write_card(folder, prepared_config(model), training)
         publish(folder, run)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import (
     ProgressCallback,
+    TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
@@ -14,8 +15,8 @@ EVERY = 10  # steps between two lines; of long runs 1 %
 _PARTS = 100
 
 
-class Progress(ProgressCallback):
-    """Trainer's progress bar with lines instead of dictionaries.
+class Lines(TrainerCallback):
+    """Lines instead of the dictionaries that Trainer prints without a progress bar.
 
     A run that logs every EVERY steps, as by default, logs every hundredth part if that is longer.
     Seconds are of training alone: evaluating and saving do not count.
@@ -56,11 +57,14 @@ class Progress(ProgressCallback):
         logs: dict[str, Any] | None = None,
         **others: Any,
     ) -> None:
-        if not state.is_world_process_zero or self.training_bar is None or logs is None:
+        if not state.is_world_process_zero or logs is None:
             return
         line = self._line(state, logs)
         if line:
-            self.training_bar.write(line)
+            self._write(line)
+
+    def _write(self, line: str) -> None:
+        print(line, flush=True)
 
     def _line(self, state: TrainerState, logs: dict[str, Any]) -> str:
         """Words for a row of Trainer's log; none for its summary at the end."""
@@ -84,6 +88,14 @@ class Progress(ProgressCallback):
             left = (state.max_steps - state.global_step) * self._train_s / self._steps
             parts.append(f"{duration(left)} left")
         return ", ".join(parts)
+
+
+class Progress(Lines, ProgressCallback):
+    """Trainer's progress bar, with lines above it."""
+
+    def _write(self, line: str) -> None:
+        if self.training_bar is not None:
+            self.training_bar.write(line)
 
 
 def duration(seconds: float) -> str:

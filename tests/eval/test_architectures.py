@@ -100,7 +100,7 @@ def test_the_table_has_the_last_row_of_a_type_and_says_what_was_refused():
         {"type": "a", "class": "A", "result": "works", "share_16_bit": 0.0, "checks": good},
     ]
     assert architectures_table(json.loads(json.dumps(rows))).splitlines() == [
-        "2 architectures: 1 refused, 1 works.",
+        "2 architectures: 1 work, 1 refused.",
         "",
         "| model type | class | result | stays in 16 bits | notes |",
         "|---|---|---|---|---|",

@@ -4,6 +4,7 @@ what it found.
 
 import ast
 import builtins
+import inspect
 import json
 import os
 import shutil
@@ -13,13 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import qrefta
 from eval.robustness import hostile
+from qrefta.chat import conversation
+from qrefta.cli import app
 from qrefta.files.safetensors import INDEX, SINGLE, Checkpoint, replace_text
 from qrefta.files.verify import SWITCH
+from qrefta.model.verify import verify
 from tests.models import ARCHITECTURES, tiny_bert
 
 ROOT = Path(__file__).parents[2]
@@ -350,8 +355,8 @@ def test_writing_does_not_follow_a_planted_link(tmp_path):
 
 
 def test_the_package_neither_unpickles_nor_evaluates_nor_trusts_remote_code():
-    """Weights are safetensors only; whoever wants a hub's code passes trust_remote_code to
-    transformers.
+    """Weights are safetensors only; a model's code runs only where the user passes
+    trust_remote_code.
     """
     modules = {
         "pickle",
@@ -393,12 +398,28 @@ def test_the_package_neither_unpickles_nor_evaluates_nor_trusts_remote_code():
                 assert node.id not in names, (path, node.lineno)
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 assert (node.value.id, node.attr) not in attributes, (path, node.lineno)
-            elif isinstance(node, ast.keyword) and node.arg in (
-                "trust_remote_code",
-                "weights_only",
-            ):
+            elif isinstance(node, ast.keyword) and node.arg == "weights_only":
                 assert isinstance(node.value, ast.Constant), path
-                assert node.value.value is (node.arg == "weights_only"), path
+                assert node.value.value is True, path
+
+
+def test_trust_is_the_users_alone():
+    """Every function that takes it has False as default, and it is passed on as it came."""
+    passed_on = {"False", "trust_remote_code", "is_trusted(model)"}
+    for path, tree in PACKAGE:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                assert ast.unparse(node.value) in passed_on, (path, node.lineno)
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                assert "trust_remote_code" not in map(ast.unparse, targets), (path, node.lineno)
+    for function in (qrefta.load, qrefta.prepare_checkpoint, qrefta.compare, verify, conversation):
+        assert inspect.signature(function).parameters["trust_remote_code"].default is False
+    commands = typer.main.get_command(app).commands.values()
+    options = [option for command in commands for option in command.params]
+    trusts = [option.default for option in options if option.name == "trust_remote_code"]
+    assert len(trusts) == 7
+    assert not any(trusts)
 
 
 @pytest.mark.parametrize("read", [qrefta.load, out_of_core], ids=["load", "prepare"])

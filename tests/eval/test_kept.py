@@ -7,6 +7,7 @@ from eval.peers.bases import TEXT, UNCALIBRATED, Base, sets_of_bases
 from eval.report import kept
 from eval.report.kept import ROUNDED, SHAKESPEARE, TARGETS, WIKITEXT, front, groups
 from eval.report.report import encoder_sections, language_sections, run, sections
+from eval.report.summary import summary
 from eval.report.verdicts import FAILS, HOLDS, IN_PART, UNDECIDED, verdicts
 from eval.tasks.smollm2 import NAME
 from tests.eval.test_report_page import CONTEXT, cost_rows, write
@@ -188,3 +189,29 @@ def test_the_first_section_comes_before_the_claims(tmp_path):
         assert text.index("keeps most of") < text.index("The claims") < text.index("mean cosine")
     assert len(list((tmp_path / "page").glob("kld-*.svg"))) == 2
     assert len(sections({"kld": rows_of()})) == 0
+
+
+def test_the_summary_names_base_and_ranks_from_the_rows():
+    base, rank = summary({"kld": rows_of()})
+    assert base.startswith("Base: qrefta 0.110 (4.50 bits a weight) away from the 16-bit SmolLM2")
+    assert "lower is better" in base
+    assert "GPTQ on NF4 (absmax scales, columns in order) 0.150" in base  # the nearest other
+    assert "bitsandbytes NF4 0.267" in base
+    assert 'method="refta", R = 64 0.085 (4.60 bits a weight)' in rank
+    assert summary({}) == []
+
+
+def test_the_page_opens_with_the_summary_and_the_pictures_of_the_bases(tmp_path):
+    write(tmp_path, kld=rows_of())
+    run(rows=tmp_path, out=tmp_path / "R.md", page=tmp_path / "page")
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert page.index("In short") < page.index("Base: qrefta") < page.index("<svg")
+    assert page.index("<svg") < page.index("The claims")
+    assert page.count("(lower is better)") >= 2  # on the axes
+
+
+def test_models_are_called_by_name(tmp_path):
+    write(tmp_path, kld=rows_of(model="runs/models/tiny"))
+    run(rows=tmp_path, out=tmp_path / "R.md", page=tmp_path / "page")
+    assert "keeps most of tiny:" in (tmp_path / "R.md").read_text()
+    assert "runs/models" not in (tmp_path / "R.md").read_text()

@@ -10,7 +10,12 @@ from bitsandbytes.cextension import lib
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    SwiftFormerConfig,
+    SwiftFormerForImageClassification,
+)
 
 import qrefta
 from qrefta.export.compare import example_inputs, output_difference, outputs
@@ -140,7 +145,7 @@ def test_on_the_original_the_lora_is_the_change_by_training(method, settings, tm
     assert all(torch.equal(again[name], tensor) for name, tensor in adapter.items())
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "original")
-    assert any("left out" in note for note in written.notes) == (not settings)
+    assert any("rounding to 4 bits" in note for note in written.notes) == (not settings)
     found = through_peft(model, tmp_path / "lora", tmp_path / "original")
     expected = outputs(model, example_inputs(model))
     assert ((found - expected).norm() / expected.norm()).item() == pytest.approx(
@@ -271,6 +276,19 @@ def test_a_head_that_trained_is_in_the_adapter_and_said(tmp_path):
     adapter = load_file(tmp_path / "lora" / ADAPTER)
     assert torch.equal(adapter["base_model.model.classifier.weight"], model.classifier.weight)
     assert any("trained in full are in the adapter (classifier)" in note for note in written.notes)
+
+
+def test_a_head_whose_name_blocks_have_too_is_in_the_adapter_with_them(tmp_path):
+    """SwiftFormer's head begins with a `norm`, and PEFT takes every module that is called so."""
+    config = SwiftFormerConfig(
+        image_size=32, embed_dims=[8, 16, 16, 16], depths=[1, 1, 2, 2], num_labels=3
+    )
+    model = qrefta.prepare(build(SwiftFormerForImageClassification, config), rank=2)
+    exported = qrefta.export_lora(model, tmp_path / "lora", dtype=torch.float32)
+    assert exported.difference < 1e-5
+    names = load_file(tmp_path / "lora" / ADAPTER)
+    assert "base_model.model.norm.weight" in names
+    assert any(".blocks.0." in name and name.endswith("norm.weight") for name in names)
 
 
 def test_a_rank_too_large_for_servers_is_noted(tmp_path):

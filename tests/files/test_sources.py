@@ -94,3 +94,12 @@ def test_other_sources_are_passed_on():
     assert pretrained_source("org/name") == named
     model, _ = language_model("llama")
     assert loaded_from(model) == ""
+
+
+def test_settings_of_a_gguf_file_are_checked_once(gguf_file, tmp_path):
+    """A warning about a setting without effect comes once."""
+    with pytest.warns(UserWarning, match="no effect") as found:
+        qrefta.prepare_checkpoint(
+            gguf_file.path, tmp_path / "out", rank=2, transform="dct", progress=False
+        )
+    assert len([one for one in found if "no effect" in str(one.message)]) == 1

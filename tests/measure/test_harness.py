@@ -94,3 +94,14 @@ def test_unknown_tasks_are_refused(folders):
         qrefta.evaluate(root / "4bit", ["colors", "shades"], include_path=root / "tasks")
     with pytest.raises(ValueError, match="no task is given"):
         qrefta.evaluate(root / "4bit", [], include_path=root / "tasks")
+
+
+def test_nothing_is_printed_of_git_and_two_configs(folders, tmp_path, monkeypatch, capfd, recwarn):
+    """In a folder that is no git repository, on a prepared model."""
+    root, _, _ = folders
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    scores = qrefta.evaluate(root / "4bit", ["colors"], include_path=root / "tasks", limit=1)
+    assert scores["git_hash"] is None
+    assert "not a git repository" not in capfd.readouterr().err
+    assert not [one for one in recwarn if "quantization_config" in str(one.message)]

@@ -7,6 +7,7 @@ from datasets import Dataset, DatasetDict
 from qrefta.model.stacks import find_stacks
 from qrefta.split.calibrate import gather_moments
 from qrefta.split.sources import calibration_batches
+from qrefta.train.tasks.lm import load_text, text_windows
 from tests.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit
 from tests.tiny import color_rows, tiny_tokenizer
 
@@ -86,3 +87,18 @@ def test_unusable_calibrations_are_refused(tmp_path):
     tokenizer.add_tokens([f"word{index}" for index in range(300)])
     with pytest.raises(ValueError, match=r"token \d+ and the model has \d+ embeddings"):
         calibration_batches(model, ["word299"], tokenizer)
+
+
+def test_a_txt_file_is_one_document_for_causal_models_as_for_the_task_lm(tmp_path):
+    """End-of-text stands once, at its end; other models read a text a line."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "[UNK]"
+    (tmp_path / "a.txt").write_text("red blue\nblue\n\nred\n" * 10)
+    (batch,) = calibration_batches(tiny_llama(), tmp_path / "a.txt", tokenizer)
+    calibrated = batch["input_ids"].flatten().tolist()
+    recipe = text_windows(tiny_llama(), tokenizer, load_text(tmp_path / "a.txt", seed=0), 8)
+    trained = [token for row in recipe.train for token in row["input_ids"]]
+    assert calibrated[: len(trained)] == trained
+    assert calibrated.count(tokenizer.eos_token_id) == 1
+    rows = calibration_batches(tiny_bert(), tmp_path / "a.txt", tokenizer)
+    assert sum(len(part["input_ids"]) for part in rows) == 30

@@ -259,3 +259,17 @@ def test_a_metric_that_the_task_does_not_have_is_refused_before_the_run(train, t
     with pytest.raises(ValueError, match=message):
         train(**BEST, metric_for_best_model="f1")
     assert not list(tmp_path.glob("**/checkpoint-*"))
+
+
+def test_no_bar_means_lines_and_no_progress_means_silence(start, tmp_path, capsys):
+    """Trainer alone prints dictionaries if its bar is off."""
+    options = {"max_steps": 10, "batch_size": 8, "task": "classify"}
+    model, data = copy.deepcopy(start), color_data()
+    finetune(model, tiny_tokenizer(), data, tmp_path / "silent", progress=False, **options)
+    assert capsys.readouterr().out == ""
+    args = training_arguments("classify", tmp_path / "lines", max_steps=10, disable_tqdm=True)
+    finetune(copy.deepcopy(start), tiny_tokenizer(), data, args=args)
+    shown = capsys.readouterr().out
+    assert "{" not in shown
+    assert "step 10 of 10: loss" in shown
+    assert "test loss" in shown

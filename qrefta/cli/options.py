@@ -1,17 +1,35 @@
-"""Command-line options for the settings of `prepare`, made from the fields of
-`qrefta.config.Settings`.
+"""Arguments and options that several commands share; the settings of `prepare` among them, which
+are made from the fields of `qrefta.config.Settings`.
 """
 
 import inspect
 from collections.abc import Callable
 from dataclasses import fields
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from qrefta.choices import AUTO_RANK
 from qrefta.config import Settings, parse_rank
+
+Folder = Annotated[Path, typer.Argument(help="Folder of a prepared model.")]
+NewFolder = Annotated[Path, typer.Argument(help="Folder to write: new or empty.")]
+LanguageModel = Annotated[
+    str,
+    typer.Argument(
+        help="Language model: folder, hub name or .gguf file; prepared, merged or plain."
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="Device, such as cuda.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+]
+Tolerance = Annotated[
+    float | None,
+    typer.Option(help="Largest relative difference of logits; default: room for rounding."),
+]
 
 # Fields whose option has another type or name than the field.
 _SPECIAL: dict[str, tuple[Any, Any, str]] = {
@@ -46,6 +64,15 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     # typer reads types from here, and they must not be those of `command`.
     with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in keyword}
     return with_options
+
+
+def setting_of(option: str) -> str | None:
+    """The setting that an option gives, by the option's parameter; None for other options."""
+    if option == _REGEX:
+        return "target_modules"
+    if option in _OLD_OPTIONS:
+        return "rank"
+    return option if option in {setting.name for setting in fields(Settings)} else None
 
 
 def _setting_options() -> list[inspect.Parameter]:

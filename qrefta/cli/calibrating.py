@@ -1,0 +1,75 @@
+"""Text to calibrate a dense model with, as --calibration names it."""
+
+from typing import TYPE_CHECKING, Any
+
+from qrefta.choices import GENERIC_TEXT
+from qrefta.cli.console import console, megabytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from qrefta.split.calibrate import Moments
+
+NONE = "none"
+KINDS = "a file (txt, csv, tsv, jsonl, parquet), text (generic text) or none"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
+
+
+def calibration_of(model: str, max_memory: str) -> str:
+    """The text to calibrate on if none is named: the model is loaded for it, so it has to fit."""
+    from qrefta.config import parse_bytes
+    from qrefta.files.safetensors import resolve_folder
+    from qrefta.files.sources import dense_bytes, is_gguf
+
+    if not is_gguf(model):
+        folder = resolve_folder(model)
+        if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            return NONE
+    size = dense_bytes(model)
+    if size <= parse_bytes("max_memory", max_memory):
+        return GENERIC_TEXT
+    if is_gguf(model):
+        return NONE  # it is refused, for the same reason
+    console.print(
+        f"Not calibrated: the model takes {megabytes(size)}, more than --max-memory "
+        f"{max_memory}. --calibration text loads it and keeps its outputs better."
+    )
+    return NONE
+
+
+def gather(model: str, calibration: str, seed: int, trust_remote_code: bool) -> "Moments":
+    """Moments of a dense model's inputs on text; the model is in memory while they are gathered."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from qrefta.files.safetensors import resolve_folder
+    from qrefta.files.sources import is_gguf, pretrained_source
+    from qrefta.model.build import model_class
+    from qrefta.split.sources import calibration_batches
+
+    source = pretrained_source(model, trust_remote_code)
+    if is_gguf(model):
+        kind = AutoModelForCausalLM  # the file names no class
+    else:
+        config = AutoConfig.from_pretrained(**source)
+        kind = model_class(vars(config), resolve_folder(model), trust_remote_code)
+    dense = kind.from_pretrained(**source, dtype="auto", use_safetensors=True)
+    batches = calibration_batches(dense, calibration, seed=seed)
+    return calibrated(dense, list(batches), calibration)
+
+
+def calibrated(model: "PreTrainedModel", batches: list[Any], source: str) -> "Moments":
+    """Moments of a dense model's inputs on batches from `source`; prints the cost."""
+    from time import perf_counter
+
+    from qrefta._prepare import calibrate
+
+    start = perf_counter()
+    gathered = calibrate(model, batches)
+    seconds = perf_counter() - start
+    rows = sum(len(next(iter(batch.values()))) for batch in batches)
+    tokens = next(iter(gathered.tokens.values()))
+    console.print(
+        f"Calibrated on {rows:,} rows of {source} ({tokens:,} tokens) in {seconds:.0f} s; "
+        "--calibration none turns it off."
+    )
+    return gathered
