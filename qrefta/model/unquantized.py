@@ -7,13 +7,20 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from transformers import Conv1D
 
 from qrefta.config import LayerStack
 from qrefta.model.stacks import body_modules, left_dense, role_of
 
 WARNED_SHARE = 0.05
+_CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
 LISTED = 12  # roles in the warning
 
 
@@ -112,7 +119,7 @@ def _block_weights(model: nn.Module) -> Iterator[_Weight]:
         if isinstance(module, nn.Linear | Conv1D):
             reason = _reason(module, role, left.get(path))
             yield _Weight(path, role, module.weight.numel(), reason)
-        elif not isinstance(module, _ConvNd):
+        elif not isinstance(module, _CONVOLUTIONS):
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() == 3 and min(parameter.shape) > 1:
                     reason = f"{type(module).__name__} computes it with code of its model"

@@ -117,7 +117,8 @@ def assert_whole(folder):
 
 
 def test_save_pretrained_writes_checksums(saved):
-    assert {path.name for path in saved.iterdir()} == {"config.json", "model.safetensors"}
+    written = {path.name for path in saved.iterdir()}
+    assert written == {"README.md", "config.json", "model.safetensors"}
     assert_whole(saved)
 
 
@@ -590,7 +591,10 @@ def test_adapters_of_other_libraries_in_the_folder_do_not_matter(folder):
 def test_verify_names_the_files(folder):
     tiny_tokenizer().save_pretrained(folder)
     names = [file.name for file in qrefta.verify(folder)]
-    assert set(names) == {path.name for path in folder.iterdir()} - {"special_tokens_map.json"}
+    assert set(names) == {path.name for path in folder.iterdir()} - {
+        "README.md",
+        "special_tokens_map.json",
+    }
     assert names[:2] == ["config.json", "model.safetensors"]
 
 
