@@ -195,7 +195,7 @@ def _one_of(allowed: Sequence[Any], text: str) -> dict[str, Any]:
 
     def check(name: str, value: Any) -> Any:
         if not any(value == one and type(value) is type(one) for one in allowed):
-            listed = ", ".join(map(str, allowed))
+            listed = ", ".join(str(one) for one in allowed if one is not None)
             raise ValueError(f"{name} is {value!r}; it must be one of {listed}")
         return value
 

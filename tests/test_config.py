@@ -125,10 +125,10 @@ def test_a_report_states_ratios_and_bits_without_loading_details():
             r"transform \(with method craft\) is 'dct'; it must be one of lsm3",
         ),
         ({"bits": 8}, "bits is 8; it must be one of 4, 3, 2, 16"),
-        ({"quant_type": "int8"}, "quant_type is 'int8'; it must be one of None, nf4, fp4, int4"),
+        ({"quant_type": "int8"}, "quant_type is 'int8'; it must be one of nf4, fp4, int4"),
         ({"block_size": 100}, "block_size is 100; it must be one of 32, 64, 128"),
         ({"block_size": True}, "block_size is True"),
-        ({"double_quant": 1}, "double_quant is 1; it must be one of None, False, True"),
+        ({"double_quant": 1}, "double_quant is 1; it must be one of False, True"),
         (
             {"factor_dtype": "float16"},
             "factor_dtype is 'float16'; it must be one of bfloat16, float32",
