@@ -1,4 +1,4 @@
-"""How much of a model its 4-bit bases keep: titles and tables, from the rows of kld.jsonl."""
+"""How much of a model its bases in few bits keep: titles and tables, from the rows of kld.jsonl."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -37,10 +37,12 @@ class Target(NamedTuple):
 WIKITEXT = "wikitext2/test.txt"
 SHAKESPEARE = "tinyshakespeare/input.txt"
 ROUNDED = Base(calibration=TEXT, scales="searched", rounding="feedback")
+THREE_BITS = ROUNDED._replace(quant_type="nf3", double_quant=True)
 TARGETS = (
     Target(ROUNDED, {WIKITEXT: 0.115, SHAKESPEARE: 0.175}),
     Target(ROUNDED._replace(rank=R, refine=1), {WIKITEXT: 0.090, SHAKESPEARE: 0.135}),
     Target(ROUNDED._replace(double_quant=True), {WIKITEXT: 0.13}),
+    Target(THREE_BITS._replace(rank=R, refine=1), {WIKITEXT: 0.36, SHAKESPEARE: 0.55}),
 )
 
 
@@ -58,6 +60,12 @@ SELECTED = {
     "qrefta": ROUNDED,
     f'qrefta, `method="refta"`, R = {R}': ROUNDED._replace(rank=R, refine=1),
     'qrefta, `method="refta"`, R = 240': ROUNDED._replace(rank=240, refine=1),
+    "GPTQ on NF3 (absmax scales, columns in order)": Base(
+        "gptq", 0, TEXT, quant_type="nf3", double_quant=True
+    ),
+    "qrefta, `bits=3`": THREE_BITS,
+    f'qrefta, `bits=3`, `method="refta"`, R = {R}': THREE_BITS._replace(rank=R, refine=1),
+    'qrefta, `bits=3`, `method="refta"`, R = 240': THREE_BITS._replace(rank=240, refine=1),
 }
 
 
@@ -221,7 +229,7 @@ def short_table(rows: list[Row]) -> tuple[Table, str]:
         lines.append([name, f"{row['bits_per_weight']:.2f}", *cells])
     exact = " and ".join(f"{text['reference_perplexity']:.1f}" for text in group.rows[0]["texts"])
     caption = (
-        f"{group.model}, all linear layers of the blocks in 4 bits, before any training. Mean KL "
+        f"{group.model}, all linear layers of the blocks, before any training. Mean KL "
         f"divergence to the 16-bit model in nats (± standard error) and perplexity (16 bits: "
         f"{exact}) over {group.tokens:,} tokens of {' and '.join(group.measured)}, in windows of "
         f"{group.window}. Calibrated bases, GPTQ and QERA read {TEXT:,} tokens of "

@@ -121,9 +121,10 @@ def test_the_study_measures_every_base_that_a_verdict_reads():
 
 def test_targets_hold_or_not():
     claims = [target.base.label for target in TARGETS]
-    assert [word(f"{claim}: KL", rows_of()) for claim in claims] == [HOLDS] * 3
-    missed = rows_of({target.base: 0.2 for target in TARGETS})
-    assert [word(f"{claim}: KL", missed) for claim in claims] == [FAILS] * 3
+    met = rows_of({TARGETS[-1].base: 0.3})
+    assert [word(f"{claim}: KL", met) for claim in claims] == [HOLDS] * 4
+    missed = rows_of({target.base: 0.45 for target in TARGETS})
+    assert [word(f"{claim}: KL", missed) for claim in claims] == [FAILS] * 4
     half = rows_of({ROUNDED: 0.1155})  # 0.1155 and 0.1617
     assert word(f"{claims[0]}: KL", half) == IN_PART
     assert word(f"{claims[0]}: KL", rows_of(model="other")) == UNDECIDED
