@@ -33,8 +33,7 @@ OPTIMIZER_NAMES: tuple[Optimizer, ...] = get_args(Optimizer)
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
 AUTO_RATE = "auto"  # as learning rate: the best measured one for the method
-AUTO_RANK: Literal["auto"] = "auto"  # as rank: COMPONENTS_PER_LAYER times the layers of a stack
-COMPONENTS_PER_LAYER = 2
+AUTO_RANK: Literal["auto"] = "auto"  # as rank: see `qrefta.split.allocate.automatic_rank`
 GENERIC_TEXT = "text"  # as calibration: the docstrings of the standard library
 
 BITSANDBYTES_TYPES: tuple[QuantType, ...] = ("nf4", "fp4")  # the others are ours

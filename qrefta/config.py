@@ -282,8 +282,8 @@ class Settings:
             error).
         rank: R, the number of components that every target stack keeps over all its layers
             together; a stack has R (in + out) trainable parameters. "auto": twice the number of
-            its layers, which trains as much as LoRA with r = 2 does. 0 quantizes only. A tuple
-            (layers, outputs, inputs) for method craft, each capped at the stack's size. A
+            its layers, and in shallow models 48, but at most eight a layer. 0 quantizes only.
+            A tuple (layers, outputs, inputs) for method craft, each capped at the stack's size. A
             `RankBudget` chooses the ranks.
         method: windows, an update from zero whose components neighbouring layers share; refta,
             which trains the principal part of the weights and quantizes the rest; craft, which
@@ -326,7 +326,7 @@ class Settings:
         default=AUTO_RANK,
         metadata=_checked(
             _check_rank,
-            "Components of every stack over all its layers, auto: twice its layers; or 24,100,100 "
+            "Components of every stack over all its layers; auto: by their number; or 24,100,100 "
             "for craft; or a budget: bytes=8MB, error=0.5, parameters=300000.",
         ),
     )

@@ -30,13 +30,13 @@ from eval.memory import tensor_peak
 from eval.peers.baselines import lora, qlora, quantize_layers, vera
 from eval.rows import append
 from qrefta._compat.transformers import enable_checkpointing
-from qrefta.choices import COMPONENTS_PER_LAYER
 from qrefta.cli import guarded
 from qrefta.methods import METHODS
 from qrefta.model.stacks import replace_module
 from qrefta.nn.linear import AdaptedLinear
 
 ALWAYS = ("floor", "qlora r=16")  # the references of all ratios
+SMALL = 2  # components a layer of the smallest update
 console = Console()
 
 
@@ -204,12 +204,12 @@ def _ratios(prefix: str, values: dict[str, float], name: str) -> dict[str, float
 def method_names(setting: str, ranks: str) -> list[str]:
     """All methods, the floor first.
 
-    QLoRA with r = 64 / layers has the size of R = 64, and with r = 2 that of the default rank.
+    QLoRA with r = 64 / layers has the size of R = 64, and with r = SMALL that of the first windows.
     """
     layers = SETTINGS[setting].config["num_hidden_layers"]
     matched = max(1, round(64 / layers))
-    lora = [f"qlora r={r}" for r in dict.fromkeys([16, 8, matched, COMPONENTS_PER_LAYER])]
-    windows = [f"windows R={rank}" for rank in (COMPONENTS_PER_LAYER * layers, 64)]
+    lora = [f"qlora r={r}" for r in dict.fromkeys([16, 8, matched, SMALL])]
+    windows = [f"windows R={rank}" for rank in (SMALL * layers, 64)]
     ours = [*windows, *(f"qrefta R={rank}" for rank in ranks.split(","))]
     peers = ["qlora r=16 dropout=0.05", "lora r=16", "vera r=256", "rebuilding R=64"]
     return ["floor", "floor bitsandbytes", *lora, *peers, *ours, "craft R=64", "tera R=64"]

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from qrefta.choices import AUTO_RANK, COMPONENTS_PER_LAYER
+from qrefta.choices import AUTO_RANK
 from qrefta.config import LayerStack, Rank, RankBudget, Settings, StackReport
 from qrefta.linalg.tsvd import squared_norm
 from qrefta.methods import METHODS
@@ -40,6 +40,10 @@ _MOST_TRIALS = 6  # measured allocations
 # of the measured gain over the model, so that the next trial errs below the error asked for
 _CAUTION = 0.995
 _LEAST_GAIN = 1e-3  # of factors that a trial found of no use
+# The rank by default.
+_LAYERS = 2
+_SHALLOW = 48
+_MOST_OF_A_LAYER = 8
 _CLOSE = 0.98  # an allocation with at least this share of the error asked for is good enough
 
 
@@ -99,7 +103,7 @@ def given_ranks(targets: list[LayerStack], settings: Settings) -> dict[LayerStac
     if rank == 0:
         return dict.fromkeys(targets, 0)
     if rank == AUTO_RANK:
-        return {stack: _auto_rank(method, stack) for stack in targets}
+        return {stack: _automatic(method, stack) for stack in targets}
     if isinstance(rank, RankBudget):
         if settings.weighs_error:
             raise ValueError(
@@ -120,9 +124,18 @@ def given_ranks(targets: list[LayerStack], settings: Settings) -> dict[LayerStac
     return {stack: method.rank_of(*stack.shape, asked) for stack in targets}
 
 
-def _auto_rank(method: type[Factors], stack: LayerStack) -> Rank:
+def automatic_rank(layers: int) -> int:
+    """The rank by default of a stack: twice its layers, in shallow models 48 or eight a layer.
+
+    On SmolLM2 (30 layers) R = 60 ends at least as low in perplexity as QLoRA with r = 8. On MiniLM
+    (6 layers) R = 48 scores 81.9 % on SST-2 and R = 12 80.4 % (`eval/rows/accuracy.jsonl`).
+    """
+    return max(_LAYERS * layers, min(_SHALLOW, _MOST_OF_A_LAYER * layers))
+
+
+def _automatic(method: type[Factors], stack: LayerStack) -> Rank:
     """The rank by default, or the largest of a stack that takes less."""
-    rank = COMPONENTS_PER_LAYER * len(stack.modules)  # of experts the blocks, not the slices
+    rank = automatic_rank(len(stack.modules))  # of experts the blocks, not the slices
     return method.rank_of(*stack.shape, min(rank, method.largest_rank(*stack.shape)))
 
 

@@ -10,7 +10,7 @@ from qrefta.config import RankBudget, Settings
 from qrefta.model.stacks import find_stacks, model_weights
 from qrefta.nn.factors import BANK
 from qrefta.split import stack_split
-from qrefta.split.allocate import _Spectra
+from qrefta.split.allocate import _Spectra, automatic_rank
 from tests.minilm import minilm, needs_minilm
 from tests.models import tiny_bert
 
@@ -139,14 +139,14 @@ def test_bytes_give_other_methods_the_largest_common_rank(method):
 
 
 @pytest.mark.parametrize("method", ["windows", "refta", "lorta"])
-def test_the_rank_by_default_trains_as_much_as_lora_of_rank_two(method):
+def test_the_rank_by_default_trains_as_much_as_lora_of_rank_eight_in_three_layers(method):
     dense = tiny_bert()
     targets = [path for stack in find_stacks(dense) for path in stack.modules]
-    lora = get_peft_model(copy.deepcopy(dense), LoraConfig(r=2, target_modules=targets))
+    lora = get_peft_model(copy.deepcopy(dense), LoraConfig(r=8, target_modules=targets))
     expected = sum(value.numel() for value in lora.parameters() if value.requires_grad)
     model = qrefta.prepare(dense, method=method)
     factors = list(getattr(model, BANK).values())
-    assert {row["rank"] for row in qrefta.quant_report(model)} == {2 * factors[0].layers}
+    assert {row["rank"] for row in qrefta.quant_report(model)} == {8 * factors[0].layers}
     trained = sum(value.numel() for made in factors for value in made.trained())
     # ReFTA's bf16 factors and LoRTA's may add one number a component or a layer.
     assert expected <= trained <= 1.1 * expected
@@ -160,4 +160,9 @@ def test_the_rank_by_default_is_at_most_the_largest_of_a_stack():
     model = qrefta.prepare(dense, method="refta", target_modules=["query", "key"])
     layers = dense.config.num_hidden_layers
     ranks = {row["stack"].rsplit(".")[-1]: row["rank"] for row in qrefta.quant_report(model)}
-    assert (ranks["query"], ranks["key"]) == (layers, 2 * layers)
+    assert (ranks["query"], ranks["key"]) == (layers, 8 * layers)
+
+
+def test_the_rank_by_default_by_depth():
+    """Eight a layer up to six layers, then 48, then two a layer."""
+    assert [automatic_rank(layers) for layers in (1, 6, 12, 24, 30, 80)] == [8, 48, 48, 48, 60, 160]
