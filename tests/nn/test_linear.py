@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from qrefta.choices import bits_of
 from qrefta.nn.factors import FactorBank
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.nn.quantized import QUANT_TYPES, QuantFormat, quantize
@@ -16,7 +17,12 @@ IN = 40
 RANK = 5
 FORMATS = [
     None,
-    *(QuantFormat(kind, 64, double) for kind in QUANT_TYPES for double in (False, True)),
+    *(
+        QuantFormat(kind, 64, double)
+        for kind in QUANT_TYPES
+        for double in (False, True)
+        if double or bits_of(kind) == 4
+    ),
 ]
 all_formats = pytest.mark.parametrize(
     "fmt", FORMATS, ids=lambda fmt: repr(fmt and (fmt.quant_type, fmt.double_quant))

@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from qrefta.choices import bits_of
 from qrefta.nn import packing
 from qrefta.nn.quantized import (
     BLOCK_SIZES,
@@ -14,7 +15,12 @@ from qrefta.nn.quantized import (
     rounded,
 )
 
-FORMATS = [QuantFormat(kind, 64, double) for kind in QUANT_TYPES for double in (False, True)]
+FORMATS = [
+    QuantFormat(kind, 64, double)
+    for kind in QUANT_TYPES
+    for double in (False, True)
+    if double or bits_of(kind) == 4
+]
 all_formats = pytest.mark.parametrize(
     "fmt", FORMATS, ids=lambda fmt: fmt.quant_type + "-double" * fmt.double_quant
 )

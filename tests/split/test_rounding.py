@@ -15,7 +15,12 @@ from qrefta.split.rounding import StackRounding, warn_of_few_tokens
 
 formats = pytest.mark.parametrize(
     "fmt",
-    [QuantFormat(kind, 64, double) for kind in QUANT_TYPES for double in (False, True)],
+    [
+        QuantFormat(kind, 64, double)
+        for kind in QUANT_TYPES
+        for double in (False, True)
+        if double or bits_of(kind) == 4
+    ],
     ids=lambda fmt: fmt.quant_type + "-double" * fmt.double_quant,
 )
 
