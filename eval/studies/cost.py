@@ -204,12 +204,12 @@ def _ratios(prefix: str, values: dict[str, float], name: str) -> dict[str, float
 def method_names(setting: str, ranks: str) -> list[str]:
     """All methods, the floor first.
 
-    QLoRA with r = 64 / layers has the size of R = 64, and with r = SMALL that of the first windows.
+    QLoRA with r = 64 / layers is as large as R = 64, and with r = 2 as the smaller R of windows.
     """
     layers = SETTINGS[setting].config["num_hidden_layers"]
     matched = max(1, round(64 / layers))
     lora = [f"qlora r={r}" for r in dict.fromkeys([16, 8, matched, SMALL])]
-    windows = [f"windows R={rank}" for rank in (SMALL * layers, 64)]
+    windows = [f"windows R={rank}" for rank in dict.fromkeys([SMALL * layers, 64])]
     ours = [*windows, *(f"qrefta R={rank}" for rank in ranks.split(","))]
     peers = ["qlora r=16 dropout=0.05", "lora r=16", "vera r=256", "rebuilding R=64"]
     return ["floor", "floor bitsandbytes", *lora, *peers, *ours, "craft R=64", "tera R=64"]

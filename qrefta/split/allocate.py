@@ -40,11 +40,10 @@ _MOST_TRIALS = 6  # measured allocations
 # of the measured gain over the model, so that the next trial errs below the error asked for
 _CAUTION = 0.995
 _LEAST_GAIN = 1e-3  # of factors that a trial found of no use
-# The rank by default.
-_LAYERS = 2
-_SHALLOW = 48
-_MOST_OF_A_LAYER = 8
 _CLOSE = 0.98  # an allocation with at least this share of the error asked for is good enough
+_PER_LAYER = 2  # components by default
+_MOST_PER_LAYER = 8  # of them, in models with so few layers that a stack would have less than
+_SHALLOW = 48
 
 
 class Allocation(NamedTuple):
@@ -103,7 +102,10 @@ def given_ranks(targets: list[LayerStack], settings: Settings) -> dict[LayerStac
     if rank == 0:
         return dict.fromkeys(targets, 0)
     if rank == AUTO_RANK:
-        return {stack: _automatic(method, stack) for stack in targets}
+        # Of experts the blocks count, not the slices.
+        return {
+            stack: _capped(method, stack, automatic_rank(len(stack.modules))) for stack in targets
+        }
     if isinstance(rank, RankBudget):
         if settings.weighs_error:
             raise ValueError(
@@ -130,12 +132,11 @@ def automatic_rank(layers: int) -> int:
     On SmolLM2 (30 layers) R = 60 ends at least as low in perplexity as QLoRA with r = 8. On MiniLM
     (6 layers) R = 48 scores 81.9 % on SST-2 and R = 12 80.4 % (`eval/rows/accuracy.jsonl`).
     """
-    return max(_LAYERS * layers, min(_SHALLOW, _MOST_OF_A_LAYER * layers))
+    return max(_PER_LAYER * layers, min(_SHALLOW, _MOST_PER_LAYER * layers))
 
 
-def _automatic(method: type[Factors], stack: LayerStack) -> Rank:
-    """The rank by default, or the largest of a stack that takes less."""
-    rank = automatic_rank(len(stack.modules))  # of experts the blocks, not the slices
+def _capped(method: type[Factors], stack: LayerStack, rank: int) -> Rank:
+    """The rank of a stack, or the largest of a stack that takes less."""
     return method.rank_of(*stack.shape, min(rank, method.largest_rank(*stack.shape)))
 
 
@@ -147,10 +148,7 @@ def _common_ranks(
     """
 
     def ranks(rank: int) -> list[Rank]:
-        return [
-            method.rank_of(*stack.shape, min(rank, method.largest_rank(*stack.shape)))
-            for stack in targets
-        ]
+        return [_capped(method, stack, rank) for stack in targets]
 
     def size(rank: int) -> int:
         with torch.device("meta"):

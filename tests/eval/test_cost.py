@@ -50,6 +50,13 @@ def test_every_method_is_measured(rows):
         )
 
 
+@pytest.mark.parametrize("setting", cost.SETTINGS)
+def test_no_method_is_measured_twice(setting):
+    """With 32 layers the smallest windows have R = 64."""
+    names = cost.method_names(setting, "16,64")
+    assert len(set(names)) == len(names)
+
+
 def test_trainable_parameters_of_each_method(rows):
     """Two layers: q and o 128 x 128, k and v 64 x 128, gate and up 256 x 128, down 128 x 256."""
     sums = 2 * 256 + 2 * 192 + 3 * 384
