@@ -29,6 +29,7 @@ from eval.tasks.task import NAMED, Named, Sizes, Task, by_length, load_task
 TASK_FILE = Path(__file__).parent / "multiple_choice.yaml"
 TEST_SHARE = 0.1  # of a single text file, at its end
 IGNORED = -100  # the loss ignores this label
+LEAD = "the correct answer is"
 
 
 def text_lm_task(
@@ -67,11 +68,12 @@ def text_lm_task(
 def choice_task(
     name: str, source: str, model: str | None, header: list[str] | None, sizes: Sizes, seed: int
 ) -> Task:
-    """Multiple-choice questions: lists of {instruction, output, answer} in train.json and
+    """Multiple-choice questions: lists of {instruction, answer} in train.json and
     test.json.
 
     A folder of folders with both files is one task with equally many rows of each. Trains on the
-    output only; the metric is the accuracy of lm-evaluation-harness.
+    answer only; the metric is the accuracy of lm-evaluation-harness. Options that the instruction
+    lists (Answer1: ... Answer2: ...) are not shown to the model: it answers in the option's words.
 
     Raises:
         ValueError: if the model, a file or a column is missing.
@@ -107,7 +109,7 @@ def prompt_task(
 
 
 def _answered(train: Dataset, test: Dataset, model: str, source: str, sizes: Sizes) -> Task:
-    """The task of answering questions: columns instruction, output and answer.
+    """The task of answering questions: columns question, lead, choices and target.
 
     The model is in bfloat16, as a language model is used; scoring takes half the time of float32.
     """
@@ -148,15 +150,16 @@ def _shares(folders: list[Path], split: str, count: int, seed: int | None) -> Da
 
 
 def _prompts(rows: Dataset, answers: tuple[str, ...]) -> Dataset:
-    """Labelled text as questions, in the layout of LLM-Adapters' commonsense sets."""
+    """Labelled text as questions, in LLM-Adapters' wording."""
     choices = "/".join(answers)
     return Dataset.from_list(
         [
             {
-                "instruction": f"Please choose the sentiment of the review: {row['text'].strip()}"
+                "question": f"Please choose the sentiment of the review: {row['text'].strip()}"
                 f"\n\nAnswer format: {choices}",
-                "output": f"the correct answer is {answers[row['label']]}",
-                "answer": answers[row["label"]],
+                "lead": LEAD,
+                "choices": list(answers),
+                "target": row["label"],
             }
             for row in rows
         ]
@@ -172,9 +175,8 @@ class Judged(NamedTuple):
     """The score of answers in words.
 
     Attributes:
-        accuracy: share of questions whose correct answer is the most likely.
-        loss: mean negative log-likelihood, in nats, of the correct answer; of its number alone, if
-            the choices are numbered.
+        accuracy: share of questions whose correct answer is the most likely per byte (acc_norm).
+        loss: mean negative log-likelihood, in nats, of the correct answer.
     """
 
     accuracy: float
@@ -188,7 +190,7 @@ def judge_choices(
 
     Args:
         model: a causal language model, with adapters or without.
-        rows: columns instruction (ending with "Answer format: a/b/c") and answer.
+        rows: columns question, lead, choices and target.
     """
     from lm_eval import simple_evaluate  # slow import
     from lm_eval.models.huggingface import HFLM
@@ -208,27 +210,18 @@ def judge_choices(
         )
     samples = found["samples"][task["task"]]
     return Judged(
-        found["results"][task["task"]]["acc,none"],
+        found["results"][task["task"]]["acc_norm,none"],
         -fmean(sample["filtered_resps"][sample["target"]][0] for sample in samples),
     )
 
 
 def _choices(row: dict[str, Any]) -> dict[str, Any]:
-    """The prompt and the choices of a question.
-
-    Numbered choices (answer1/answer2) differ in their number only. The word before it is put into
-    the prompt, so that the harness needs one forward pass a question instead of one a choice.
-    """
-    choices = row["instruction"].split("Answer format: ")[1].strip().split("/")
-    prompt = f"{row['instruction']}\n\nthe correct answer is"
-    numbered = [re.fullmatch(r"(\D+)(\d)", choice) for choice in choices]
-    words = {match[1] for match in numbered if match}
-    if all(numbered) and len(words) == 1:
-        prompt += f" {words.pop()}"
-        shown = [match[2] for match in numbered if match]
-    else:
-        shown = [f" {choice}" for choice in choices]
-    return {"prompt": prompt, "choices": shown, "target": choices.index(row["answer"])}
+    """A question as the task file names its parts."""
+    return {
+        "prompt": f"{row['question']}\n\n{row['lead']}",
+        "choices": [f" {choice}" for choice in row["choices"]],
+        "target": row["target"],
+    }
 
 
 def _named(model: str | None, name: str) -> str:
@@ -272,35 +265,56 @@ def _stack(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 def _questions(file: Path) -> Dataset:
     if not file.is_file():
-        raise ValueError(
-            f"{file} is missing; it must be a JSON list of {{instruction, output, answer}}."
-        )
+        raise ValueError(f"{file} is missing; it must be a JSON list of {{instruction, answer}}.")
     rows = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(
-            f"{file} must be a JSON list of {{instruction, output, answer}} with at least one row."
+            f"{file} must be a JSON list of {{instruction, answer}} with at least one row."
         )
     for number, row in enumerate(rows):
-        missing = {"instruction", "output", "answer"} - row.keys()
+        missing = {"instruction", "answer"} - row.keys()
         if missing or "Answer format: " not in row["instruction"]:
             raise ValueError(
-                f"{file}, row {number}: instruction (ending with 'Answer format: a/b/c'), output "
-                f"and answer are "
-                f"required; missing: {', '.join(sorted(missing)) or 'Answer format'}."
+                f"{file}, row {number}: instruction (ending with 'Answer format: a/b/c') "
+                f"and answer are required; "
+                f"missing: {', '.join(sorted(missing)) or 'Answer format'}."
             )
-    return Dataset.from_list(
-        [{key: row[key] for key in ("instruction", "output", "answer")} for row in rows]
-    )
+    return Dataset.from_list([_question(row, f"{file}, row {at}") for at, row in enumerate(rows)])
+
+
+def _question(row: dict[str, str], place: str) -> dict[str, Any]:
+    """Question, words before the answer, choices, and the place of the correct one."""
+    text, names = row["instruction"].split("Answer format: ")
+    labels = names.strip().split("/")
+    if row["answer"] not in labels:
+        raise ValueError(f"{place}: answer is {row['answer']!r}; allowed are {', '.join(labels)}")
+    target = labels.index(row["answer"])
+    listed = r"\s+(.*?)\s+".join(f"{label.capitalize()}:" for label in labels)
+    match = re.fullmatch(rf"[^:]*: (.*?)\s+{listed}\s+(.*?)\s*", text, re.DOTALL)
+    if match is None:
+        return {
+            "question": row["instruction"],
+            "lead": LEAD,
+            "choices": labels,
+            "target": target,
+        }
+    question, *choices = match.groups()
+    return {
+        "question": f"Question: {question}",
+        "lead": "Answer:",
+        "choices": choices,
+        "target": target,
+    }
 
 
 def _encode(
-    row: dict[str, str], tokenizer: PreTrainedTokenizerBase, length: int
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, length: int
 ) -> dict[str, list[int]]:
-    """The last `length` tokens of instruction and output; only the output has labels."""
-    question = tokenizer(row["instruction"] + "\n\n")["input_ids"]
-    answer = tokenizer(row["output"], add_special_tokens=False)["input_ids"]
-    ids = question + answer
-    labels = [IGNORED] * len(question) + answer
+    """The last `length` tokens of question and answer; only the answer has labels."""
+    question = tokenizer(f"{row['question']}\n\n")["input_ids"]
+    answer = tokenizer(f"{row['lead']} {row['choices'][row['target']]}", add_special_tokens=False)
+    ids = question + answer["input_ids"]
+    labels = [IGNORED] * len(question) + answer["input_ids"]
     return {"input_ids": ids[-length:], "labels": labels[-length:]}
 
 

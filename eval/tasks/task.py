@@ -61,7 +61,7 @@ class Named(NamedTuple):
     answers: tuple[str, ...] = ()
 
 
-_JSON = "train.json and test.json, LLM-Adapters' lists of {instruction, output, answer}"
+_JSON = "train.json and test.json, LLM-Adapters' lists of {instruction, answer}"
 NAMED = {
     "sst2": Named("nyu-mll/glue:sst2"),
     "sst2-prompt": Named(

@@ -137,29 +137,58 @@ def test_questions_are_learned_and_judged_by_the_harness(folder, questions):
     assert row["value"] == pytest.approx(math.exp(row["loss"]))
 
 
-@pytest.mark.parametrize("words", [("blue", "green"), ("blue1", "blue2")])
-def test_the_harness_scores_the_most_likely_choice(folder, questions, words):
-    """Compared with sums of log probabilities; numbered choices differ in their number only."""
-    pytest.importorskip("lm_eval")
+LISTED = (
+    "Choose: the {thing} is ? Answer1: blue Answer2: green red\n\nAnswer format: answer1/answer2"
+)
+NAMED_ANSWERS = {"blue": "answer1", "green": "answer2"}
+
+
+def test_listed_options_are_answered_in_their_words(folder, questions):
+    """The model sees no option, and its answer is the text of one."""
     for split in ("train", "test"):
         file = questions / f"{split}.json"
-        text = file.read_text().replace("blue", words[0]).replace("green", words[1])
-        file.write_text(text)
+        rows = json.loads(file.read_text())
+        for row in rows:
+            thing = "sky" if "sky" in row["instruction"] else "grass"
+            row["instruction"] = LISTED.format(thing=thing)
+            row["answer"] = NAMED_ANSWERS[row["answer"]]
+        file.write_text(json.dumps(rows))
+    task = choice_task("mine", str(questions), folder, None, SIZES, 0)
+    tokenizer = language.AutoTokenizer.from_pretrained(folder)
+    for row in task.test:
+        thing = "sky" if "sky" in row["question"] else "grass"
+        assert row["question"] == f"Question: the {thing} is ?"
+        assert row["choices"] == ["blue", "green red"]
+        answer = "blue" if thing == "sky" else "green red"
+        assert tokenizer.decode(row["input_ids"]).endswith(f": {answer}")
+
+
+def test_the_harness_scores_the_most_likely_choice_per_byte(folder, questions):
+    """Compared with sums of log probabilities, divided by the bytes of the choices."""
+    pytest.importorskip("lm_eval")
+    words = ("blue", "green red")
+    for split in ("train", "test"):
+        file = questions / f"{split}.json"
+        file.write_text(file.read_text().replace("green", words[1]))
     task = choice_task("mine", str(questions), folder, None, SIZES, 0)
     model = task.model(0).float().eval()
     tokenizer = language.AutoTokenizer.from_pretrained(folder)
     right, loss = 0, 0.0
     for row in task.test:
         scores = []
-        prompt = tokenizer(row["instruction"] + "\n\nthe correct answer is")["input_ids"]
+        prompt = tokenizer(row["question"] + "\n\nthe correct answer is")["input_ids"]
         for choice in words:
             ids = torch.tensor([prompt + tokenizer(choice)["input_ids"]])
             with torch.no_grad():
-                scores.append(model(ids).logits[0, -2].log_softmax(-1)[ids[0, -1]].item())
-        right += words[scores[1] > scores[0]] == row["answer"]
-        loss -= scores[words.index(row["answer"])]
+                odds = model(ids).logits[0].log_softmax(-1)
+            scores.append(
+                sum(odds[at - 1, ids[0, at]].item() for at in range(len(prompt), ids.shape[1]))
+            )
+        best = max(range(2), key=lambda at: scores[at] / len(words[at]))
+        right += best == row["target"]
+        loss -= scores[row["target"]]
     judged = judge_choices(model, task.test, tokenizer)
-    assert judged.accuracy == pytest.approx(right / len(task.test))
+    assert 0 < judged.accuracy == pytest.approx(right / len(task.test))
     assert judged.loss == pytest.approx(loss / len(task.test), rel=1e-4)
 
 
@@ -184,10 +213,10 @@ def test_a_folder_of_question_sets_is_one_task_with_equal_shares(folder, questio
     (union / "untrained" / "test.json").write_text("[]")
     task = choice_task("mine", str(union), folder, None, SIZES, 0)
     for rows, count in ((task.test, 12), (task.train, 40)):
-        answers = rows["answer"]
+        answers = rows["target"]
         assert len(answers) == count
-        assert abs(answers.count("blue") - count / 2) <= 5  # 10 of 50 drawn rows validate
-    assert task.train["answer"] != sorted(task.train["answer"])
+        assert abs(answers.count(0) - count / 2) <= 5  # 10 of 50 drawn rows validate
+    assert task.train["target"] != sorted(task.train["target"])
 
 
 def test_a_classification_is_a_prompt_with_answers_in_words(folder, tmp_path, monkeypatch):
@@ -198,9 +227,9 @@ def test_a_classification_is_a_prompt_with_answers_in_words(folder, tmp_path, mo
     task = prompt_task("mine", str(tmp_path), folder, None, SIZES, 0)
     assert len(task.test) == 12  # 6 of dev and 6 of test-labeled
     for row in task.test:
-        assert row["instruction"].endswith("\n\nAnswer format: red/blue")
-        assert row["answer"] == ("blue" if "the sky 1" in row["instruction"] else "red")
-        assert row["output"] == f"the correct answer is {row['answer']}"
+        assert row["question"].endswith("\n\nAnswer format: red/blue")
+        assert row["choices"] == ["red", "blue"]
+        assert row["target"] == ("the sky 1" in row["question"])
     with pytest.raises(ValueError, match="other has 2 classes and 0 answers"):
         prompt_task("other", str(tmp_path), folder, None, SIZES, 0)
 
@@ -208,15 +237,16 @@ def test_a_classification_is_a_prompt_with_answers_in_words(folder, tmp_path, mo
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"instruction": "a"}, r"must be a JSON list of \{instruction, output, answer\} with at"),
+        ({"instruction": "a"}, r"must be a JSON list of \{instruction, answer\} with at"),
         ([], "must be a JSON list"),
-        ([{"instruction": "Answer format: a/b", "output": "a"}], "row 0: .*missing: answer"),
+        ([{"instruction": "Answer format: a/b"}], "row 0: .*missing: answer"),
+        ([{"instruction": "why?", "answer": "a"}], "row 0: .*missing: Answer format"),
         (
-            [{"instruction": "why?", "output": "a", "answer": "a"}],
-            "row 0: .*missing: Answer format",
+            [{"instruction": "Answer format: a/b", "answer": "c"}],
+            "row 0: answer is 'c'; allowed are a, b",
         ),
         (
-            [{"instruction": "Answer format: a/b", "output": "a", "answer": "a"}],
+            [{"instruction": "Answer format: a/b", "answer": "a"}],
             "1 training rows and 10 are put aside",
         ),
     ],
