@@ -102,12 +102,13 @@ def finetune(
         ),
     ] = False,
     padding_free: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            help="For sft: join the conversations of a batch instead of padding.",
+            help="For sft: join the conversations of a batch instead of padding; default: where "
+            "it is right and faster.",
             rich_help_panel=DATA,
         ),
-    ] = False,
+    ] = None,
     loss: Annotated[
         Loss,
         typer.Option(

@@ -9,7 +9,6 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-import pyarrow.compute
 from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import Trainer
@@ -82,6 +81,8 @@ def _sampler(trainer: Trainer, rows: Any) -> BalancedSampler | None:
 def row_lengths(rows: Dataset) -> list[int]:
     """Tokens of every row."""
     lengths: list[int] = []
-    for part in rows.select_columns("input_ids").with_format("arrow").iter(batch_size=1000):
-        lengths += pyarrow.compute.list_value_length(part["input_ids"]).to_pylist()
+    parts: Iterator[Any] = rows.select_columns("input_ids").with_format("arrow").iter(1000)
+    for part in parts:
+        for chunk in part["input_ids"].chunks:
+            lengths += chunk.value_lengths().to_pylist()
     return lengths

@@ -111,7 +111,7 @@ def _add_gradients(
         of_weight += of_logits.T @ hidden.to(head.dtype)
 
 
-def has_plain_head(model: nn.Module) -> bool:
+def has_plain_head(model: Any) -> bool:
     """Whether the model's loss is the cross-entropy of its head's output, tried on a few tokens.
 
     Models differ that cap their logits, and models whose code does not call the loss function of
@@ -135,9 +135,9 @@ def has_plain_head(model: nn.Module) -> bool:
     return own is not None and bool((own - ours).abs() <= _TOLERANCE * own.abs())
 
 
-def causal_model_of(model: nn.Module) -> PreTrainedModel | None:
+def causal_model_of(model: Any) -> PreTrainedModel | None:
     """The transformers model inside PEFT's; None if there is none with a head and a loss."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(base, PreTrainedModel) or not base.can_generate():
         return None
     return base
@@ -196,8 +196,8 @@ def without_logits(kind: type[Trainer]) -> type[Trainer]:
             return_outputs: bool = False,
             num_items_in_batch: Tensor | int | None = None,
         ) -> Any:
-            base = causal_model_of(self.model)
-            if base is None or not self._is_plain():
+            base = self._plain_model()
+            if base is None:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             joined = "cu_seq_lens_q" in inputs  # with a cache its rows would see each other
             if joined or "use_cache" in inspect.signature(base.forward).parameters:
@@ -205,12 +205,15 @@ def without_logits(kind: type[Trainer]) -> type[Trainer]:
             with plain_head(base):
                 return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
-        def _is_plain(self) -> bool:
+        def _plain_model(self) -> PreTrainedModel | None:
+            """The model inside PEFT's, if its loss needs no logits; else None."""
             needs_logits = (self.compute_metrics, self.label_smoother, self.compute_loss_func)
             if any(needs_logits) or getattr(self.args, "loss_type", "nll") != "nll":
-                return False
+                return None
+            model = self.model
+            assert isinstance(model, nn.Module)
             if self._has_plain_head is None:
-                self._has_plain_head = has_plain_head(self.model)
-            return self._has_plain_head
+                self._has_plain_head = has_plain_head(model)
+            return causal_model_of(model) if self._has_plain_head else None
 
     return WithoutLogits

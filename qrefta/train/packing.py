@@ -96,9 +96,9 @@ def joined(rows: list[list[int]]) -> dict[str, Any]:
 
 
 @contextmanager
-def row_by_row(model: nn.Module) -> Iterator[None]:
+def row_by_row(model: Any) -> Iterator[None]:
     """The model's attention is `row_attention` on a CPU, if it takes another function."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     if not (on_cpu and _takes_row_attention(base)):
         yield
@@ -140,8 +140,8 @@ def row_attention(
         mask: Tensor | None = attention_mask[..., row, row]
         if torch.equal(mask, _causal(end - start)):
             mask = None  # the kernel leaves the upper half out
-        parts = (tensor[:, :, row] for tensor in (query, key, value))
-        outputs.append(sdpa_attention(module, *parts, mask, **options)[0])
+        its_query, its_key, its_value = (tensor[:, :, row] for tensor in (query, key, value))
+        outputs.append(sdpa_attention(module, its_query, its_key, its_value, mask, **options)[0])
     return torch.cat(outputs, dim=1), None
 
 
