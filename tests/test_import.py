@@ -24,7 +24,7 @@ HEAVY = ("torch", "transformers", "datasets", "bitsandbytes", "accelerate", "lm_
 
 FORKS = """
 import os, sys
-import torch, bitsandbytes
+import accelerate, bitsandbytes, scipy.optimize, torch
 assert "transformers" not in sys.modules
 for code in sys.argv[1:]:
     child = os.fork()
@@ -39,7 +39,7 @@ for code in sys.argv[1:]:
 
 def forked(codes):
     """The JSON that each piece of code prints in a process where neither qrefta nor transformers
-    was imported: forks of one process that has imported torch and bitsandbytes, which take seconds.
+    was imported: forks of one process that has imported others, which take seconds.
     """
     run = subprocess.run([sys.executable, "-c", FORKS, *codes], stdout=subprocess.PIPE, check=True)
     return [json.loads(line) for line in run.stdout.splitlines()]
