@@ -136,7 +136,7 @@ def test_old_rank_options_work_and_name_the_new_one(old, new, dense, tmp_path, m
     )
     monkeypatch.setattr("qrefta.cli.prepare.saved_config", lambda folder: QReftaConfig())
     monkeypatch.setattr("qrefta.tables.report_table", lambda rows: "")
-    result = invoke("prepare", dense, tmp_path / "out", *old)
+    result = invoke("prepare", dense, tmp_path / "out", *old, "--calibration", "none")
     assert f"use --rank {new}" in result.output
     assert chosen[0]["rank"] == parse_rank(new)
 
@@ -242,7 +242,7 @@ def test_a_prepared_base_model_is_fine_tuned(dense, rows, tmp_path):
 def test_existing_output_is_never_overwritten(dense, tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(ValueError, match="not empty"):
-        invoke("prepare", dense, tmp_path)
+        invoke("prepare", dense, tmp_path, "--calibration", "none")
     with pytest.raises(ValueError, match="not empty"):
         invoke("finetune", dense, tmp_path / "rows.csv", tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
@@ -251,7 +251,7 @@ def test_existing_output_is_never_overwritten(dense, tmp_path):
 def test_expected_errors_are_one_line_and_exit_code_2(dense, tmp_path, monkeypatch, capsys):
     """No traceback for mistakes of the user, and brackets are not taken for markup."""
     words = ["prepare", str(dense), str(tmp_path / "out"), "--target-regex", ".*[qv]_x"]
-    monkeypatch.setattr(sys, "argv", ["qrefta", *words])
+    monkeypatch.setattr(sys, "argv", ["qrefta", *words, "--calibration", "none"])
     with pytest.raises(SystemExit) as exit:
         runpy.run_module("qrefta", run_name="__main__")
     assert exit.value.code == 2

@@ -21,7 +21,7 @@ from qrefta.nn.linear import AdaptedLinear
 from qrefta.split.stack_split import StackSplit
 from tests import models
 from tests.minilm import minilm, needs_minilm
-from tests.models import ARCHITECTURES, TOWERS, logits, scores
+from tests.models import ARCHITECTURES, TOWERS, covered, logits, scores
 
 all_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
 all_transforms = pytest.mark.parametrize("transform", TRANSFORMS)
@@ -35,13 +35,6 @@ IN_TURN = list(
         strict=False,
     )
 )
-
-
-def covered(cases):
-    """Every architecture with one of the cases in turn, and the first one with all of them."""
-    first, *others = ARCHITECTURES
-    pairs = [(first, case) for case in cases] + list(zip(others, cycle(cases), strict=False))
-    return [(architecture, *case) for architecture, case in pairs]
 
 
 # NF4, block 64, refine 0: squared error of the residual relative to quantizing the whole stack, by
@@ -128,7 +121,10 @@ def rows(model):
 
 @pytest.mark.parametrize(
     ("architecture", "transform", "rank"),
-    covered([("lsm3", 1), ("lsm3", "largest"), ("dct", 7), ("identity", 7)]),
+    [
+        (one, *case)
+        for one, case in covered([("lsm3", 1), ("lsm3", "largest"), ("dct", 7), ("identity", 7)])
+    ],
 )
 def test_bits_16_keep_the_function(architecture, transform, rank):
     """W_res + Delta = W for all U and R; the published code reads U transposed and fails this."""
@@ -154,7 +150,12 @@ def test_bits_16_keep_the_function(architecture, transform, rank):
 
 @pytest.mark.parametrize(
     ("architecture", "transform", "quant_type", "double_quant"),
-    covered([*zip(TRANSFORMS, TYPES, (False, True, True), strict=True), ("lsm3", "nf3", True)]),
+    [
+        (one, *case)
+        for one, case in covered(
+            [*zip(TRANSFORMS, TYPES, (False, True, True), strict=True), ("lsm3", "nf3", True)]
+        )
+    ],
 )
 def test_few_bits_differ_by_the_stated_error_and_no_more(
     architecture, transform, quant_type, double_quant
@@ -210,7 +211,7 @@ def test_ratio_is_at_most_1_and_falls_with_the_rank(architecture, transform, qua
         assert ratios[2] < 0.3
 
 
-@pytest.mark.parametrize(("architecture", "double_quant"), covered([(False,), (True,)]))
+@pytest.mark.parametrize(("architecture", "double_quant"), covered([False, True]))
 def test_rows_describe_the_stored_tensors(architecture, double_quant):
     model = prepared(architecture, rank=7, double_quant=double_quant)
     keys = "stack layers shape rank slice_ranks transform quant_type "
