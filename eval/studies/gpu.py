@@ -446,10 +446,10 @@ def tell(text: str) -> None:
 
 
 PARTS = {
-    "tests": Part(0.22, cuda_tests),
-    "step": Part(0.32, steps),
+    "tests": Part(0.25, cuda_tests),
+    "step": Part(0.30, steps),
     "prepare": Part(0.22, preparations),
-    "decoding": Part(0.14, generations),
+    "decoding": Part(0.13, generations),
     "memory": Part(0.10, large_steps),
 }
 
