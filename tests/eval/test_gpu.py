@@ -13,7 +13,7 @@ import torch
 from eval.report import report
 from eval.report.gpu import sections
 from eval.rows import read
-from eval.studies import gpu
+from eval.studies import gpu, plan_check
 from eval.studies.gpu import DRY, Measurement, NothingMeasuredError, Part
 
 ROOT = Path(gpu.__file__).parents[2]
@@ -60,6 +60,8 @@ def test_decoding_and_the_memory_of_a_large_model_are_measured(tmp_path):
     rows = measured("memory", tmp_path)[len(rows) :]
     assert len({row["method"] for row in rows}) == len(rows) == 3
     assert all(row["peak_bytes"] > 0 and "step_s" not in row for row in rows)
+    for row in plan_check._decoders(rows):  # a plan of the same step
+        assert row["planned_bytes"] == pytest.approx(row["measured_bytes"], rel=0.1)
 
 
 def test_tests_are_counted_and_a_failing_one_is_no_row(tmp_path, monkeypatch):
