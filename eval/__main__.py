@@ -39,6 +39,7 @@ STUDIES = {
     "coverage": Entry("eval.studies.coverage", "share of a model's weights in 4 bits"),
     "exports": Entry("eval.studies.exports", "difference of each export from the trained model"),
     "factor_dtype": Entry("eval.studies.factor_dtype", "bf16 against float32 factors in training"),
+    "gpu": Entry("eval.studies.gpu", "tests, time and memory on one GPU in a few minutes"),
     "init_cost": Entry("eval.studies.init_cost", "time and memory of splitting a stack"),
     "out_of_core": Entry("eval.studies.out_of_core", "preparing a checkpoint larger than memory"),
     "plan_check": Entry("eval.studies.plan_check", "planned against measured peak memory"),

@@ -7,35 +7,52 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import qrefta
+
 SCHEMA = 1
-PACKAGES = ("qrefta", "torch", "transformers", "bitsandbytes", "accelerate", "datasets", "peft")
+PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "datasets", "peft")
 
 
-def context(seed: int) -> dict[str, Any]:
-    """Command, commit, versions, device, threads and seed of a measurement."""
-    cuda = torch.cuda.is_available()
-    return {
+def context(seed: int, device: str | None = None) -> dict[str, Any]:
+    """Command, commit, versions, device, threads and seed of a measurement.
+
+    Packages that are not installed have no version. In a copy without a git repository the commit
+    is the environment's QREFTA_COMMIT.
+
+    Args:
+        seed: of random numbers.
+        device: cpu or cuda; default: cuda, on a machine without it cpu.
+    """
+    cuda = (device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda"
+    versions = {name: _version(name) for name in PACKAGES}
+    shared = {
         "schema": SCHEMA,
         "command": _command(),
         "commit": _commit(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {"qrefta": qrefta.__version__}
+        | {name: found for name, found in versions.items() if found is not None},
         "device": torch.cuda.get_device_name() if cuda else _processor(),
         "threads": torch.get_num_threads(),
         "seed": seed,
     }
+    if cuda:
+        shared |= {"cuda": torch.version.cuda, "driver": _driver()}
+    return shared
 
 
-def append(path: Path, rows: Iterable[dict[str, Any]], seed: int) -> None:
+def append(
+    path: Path, rows: Iterable[dict[str, Any]], seed: int, device: str | None = None
+) -> None:
     """Add rows with their context to a file; an unfinished last line is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    shared = context(seed)
+    shared = context(seed, device)
     lines = "".join(json.dumps(shared | row, ensure_ascii=False) + "\n" for row in rows)
     with path.open("ab+") as file:
         file.seek(0)
@@ -109,8 +126,26 @@ def _commit() -> str:
             [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("QREFTA_COMMIT", "unknown")
     return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
+def _version(name: str) -> str | None:
+    """The version of a package, if it is installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _driver() -> str:
+    """The version of the driver of the first GPU."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return told.split("\n")[0].strip()
 
 
 def _processor() -> str:

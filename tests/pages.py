@@ -4,11 +4,8 @@ import json
 import re
 from pathlib import Path
 
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-
 from tests.language import language_model
-from tests.models import VOCAB, tiny_llama
+from tests.models import language_tokenizer, tiny_llama
 from tests.tiny import tiny_folder
 
 ROOT = Path(__file__).parents[1]
@@ -16,7 +13,6 @@ CLASSIFIER = "sentence-transformers/all-MiniLM-L6-v2"
 LANGUAGE_MODEL = "meta-llama/Llama-3.2-1B"
 CHAT_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"  # its tokenizer is one that GGUF files hold
 PYTHON_BLOCK = re.compile(r"```python\n(.*?)```", flags=re.DOTALL)
-CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
 
 def small_models(root):
@@ -31,18 +27,6 @@ def small_models(root):
         LANGUAGE_MODEL: str(root / "language"),
         CHAT_MODEL: str(root / "chat"),
     }
-
-
-def language_tokenizer():
-    """Words w0, w1, ... and a chat template that joins the turns."""
-    vocabulary = {f"w{index}": index for index in range(VOCAB)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="w0", pad_token="w1", eos_token="w2"
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
 
 
 def write_data(folder):

@@ -122,36 +122,45 @@ def quantize_layers(model: PreTrainedModel, double_quant: bool = False) -> None:
     """Replace the linear layers of the blocks by bitsandbytes' NF4 layers, as transformers does.
 
     Raises:
-        ValueError: on a CPU, if a width is no multiple of 64: bitsandbytes' kernel would be wrong.
+        ValueError: see `quantized_layer`.
     """
     for path in adapted_layers(model):
-        old = model.get_submodule(path)
-        if old.weight.device.type == "cpu" and old.in_features % NF4.block_size:
-            raise ValueError(
-                f"{path} has width {old.in_features}; on a CPU bitsandbytes' Linear4bit needs "
-                f"multiples of "
-                f"{NF4.block_size}. Measure quantized peers of this model on a GPU."
-            )
-        new = bnb.nn.Linear4bit(
-            old.in_features,
-            old.out_features,
-            bias=old.bias is not None,
-            compute_dtype=old.weight.dtype,
-            quant_type="nf4",
-            compress_statistics=double_quant,
+        replace_module(model, path, quantized_layer(path, model.get_submodule(path), double_quant))
+
+
+def quantized_layer(path: str, old: nn.Module, double_quant: bool) -> bnb.nn.Linear4bit:
+    """The NF4 layer of bitsandbytes with the weight and bias of a linear layer, on its device.
+
+    Raises:
+        ValueError: on a CPU, if a width is no multiple of 64: bitsandbytes' kernel would be wrong.
+    """
+    if old.weight.device.type == "cpu" and old.in_features % NF4.block_size:
+        raise ValueError(
+            f"{path} has width {old.in_features}; on a CPU bitsandbytes' Linear4bit needs "
+            f"multiples of "
+            f"{NF4.block_size}. Measure quantized peers of this model on a GPU."
         )
-        new.weight = bnb.nn.Params4bit(
-            old.weight.data.cpu(),
-            requires_grad=False,
-            quant_type="nf4",
-            compress_statistics=double_quant,
-            module=new,
-        )
-        new.bias = old.bias
-        # On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks the weights in the first evaluation and
-        # does not undo it, so that training after an evaluation gets wrong gradients.
-        new.support_avx512bf16_for_cpu = False
-        replace_module(model, path, new.to(old.weight.device))
+    new = bnb.nn.Linear4bit(
+        old.in_features,
+        old.out_features,
+        bias=old.bias is not None,
+        compute_dtype=old.weight.dtype,
+        quant_type="nf4",
+        compress_statistics=double_quant,
+        device="meta",
+    )
+    new.weight = bnb.nn.Params4bit(
+        old.weight.data,
+        requires_grad=False,
+        quant_type="nf4",
+        compress_statistics=double_quant,
+        module=new,
+    )
+    new.bias = old.bias
+    # On CPUs with AVX512-BF16 bitsandbytes 0.50 repacks the weights in the first evaluation and
+    # does not undo it, so that training after an evaluation gets wrong gradients.
+    new.support_avx512bf16_for_cpu = False
+    return new.to(old.weight.device)
 
 
 def _heads(model: PreTrainedModel, heads: Sequence[str]) -> list[str] | None:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from eval.peers.bases import Base
-from eval.report import figures, findings, kept, over_tasks, scores
+from eval.report import figures, findings, gpu, kept, over_tasks, scores
 from eval.report.findings import FORMATS, Row, distinct, pick
 from eval.report.pages import Report, Section, html_page, markdown
 from eval.report.summary import summary
@@ -98,7 +98,8 @@ def read_all(folder: Path) -> dict[str, list[Row]]:
         row["model"] = Path(row["model"]).name  # the row keeps the folder on its machine
     if "quant_error" in files:
         files["quant_error"] = one_setting(files["quant_error"], folder / "quant_error.jsonl")
-    return files
+    on_gpu = folder / "gpu.jsonl"  # of a machine that few have, so the report does not ask for it
+    return files | ({"gpu": read(on_gpu)} if on_gpu.exists() else {})
 
 
 def one_setting(rows: list[Row], path: Path) -> list[Row]:
@@ -137,7 +138,7 @@ def sections(files: dict[str, list[Row]]) -> list[Section]:
         found.append(depth_section(findings.shapes(pick(errors, model=model)), model, scored))
     for setting, device in dict.fromkeys((row["setting"], row["device"]) for row in cost):
         found.append(cost_section(pick(cost, setting=setting, device=device)))
-    return found
+    return [*found, *gpu.sections(files.get("gpu", []))]
 
 
 def first_sections(files: dict[str, list[Row]]) -> list[Section]:

@@ -4,9 +4,12 @@ Greedy decoding with a key-value cache and random weights. The prompt is exclude
 with one new token is subtracted. Values are medians over alternated repetitions.
 """
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Annotated
+from time import monotonic
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -43,40 +46,73 @@ def run(
         checkpointing=False,
     )
     names = [PLAIN, "floor", "qlora r=16", *(f"qrefta R={rank}" for rank in ranks.split(","))]
-    models = {name: build(name, shared).eval() for name in names}
-    found = []
-    for batch in map(int, batches.split(",")):
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(
-            SETTINGS[setting].config["vocab_size"], (batch, prompt), generator=generator
+    found = measure(
+        names, shared, [int(batch) for batch in batches.split(",")], prompt, new_tokens, repetitions
+    )
+    for row in found:
+        console.print(
+            f"batch {row['batch']}, {row['method']}: {row['tokens_per_s']:.1f} tokens/s, "
+            f"{row['of_bitsandbytes']:.3f} times bitsandbytes"
         )
-        ids = ids.to(shared.device)
+    if rows is not None:
+        append(rows, [{"study": "decoding"} | row for row in found], seed=0)
+
+
+def measure(
+    names: Sequence[str],
+    settings: Run,
+    batches: Sequence[int],
+    prompt: int,
+    new_tokens: int,
+    repetitions: int,
+    until: float = math.inf,
+) -> list[dict[str, Any]]:
+    """A row for every model and batch size.
+
+    Args:
+        names: of the models, with `PLAIN`; see `eval.studies.cost.build`.
+        settings: of all models.
+        batches: sizes.
+        prompt: tokens of the prompt.
+        new_tokens: to generate for each sequence, at least 2.
+        repetitions: alternated runs per model, after a first one.
+        until: no further repetition begins after this time of `monotonic`, once there is one; each
+            batch size gets its part of the time.
+    """
+    cuda = settings.device == "cuda"
+    models = {name: build(name, settings).eval() for name in names}
+    found = []
+    for place, batch in enumerate(batches):
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(settings.config["vocab_size"], (batch, prompt), generator=generator)
+        ids = ids.to(settings.device)
         times: dict[str, list[float]] = {name: [] for name in names}
+        now = monotonic()
+        batch_until = now + (until - now) / (len(batches) - place)
         for repetition in range(repetitions + 1):
+            if repetition > 1 and monotonic() > batch_until:
+                break
             for name, model in models.items():
                 seconds = _seconds(model, ids, new_tokens, cuda) - _seconds(model, ids, 1, cuda)
                 times[name] += [seconds] if repetition else []
         speeds = {name: batch * (new_tokens - 1) / median(values) for name, values in times.items()}
         for name, speed in speeds.items():
-            row = {
-                "kind": "decoding",
-                "setting": setting,
-                "method": name,
-                "batch": batch,
-                "prompt": prompt,
-                "new_tokens": new_tokens,
-                "n": repetitions,
-                "dtype": str(shared.dtype).removeprefix("torch."),
-                "tokens_per_s": speed,
-                "of_bitsandbytes": speed / speeds[PLAIN],
-            }
-            found.append(row)
-            console.print(
-                f"batch {batch}, {name}: {speed:.1f} tokens/s, {row['of_bitsandbytes']:.3f} times "
-                f"bitsandbytes"
+            found.append(
+                {
+                    "kind": "decoding",
+                    "setting": settings.setting,
+                    "layers": settings.config["num_hidden_layers"],
+                    "method": name,
+                    "batch": batch,
+                    "prompt": prompt,
+                    "new_tokens": new_tokens,
+                    "n": len(times[name]),
+                    "dtype": str(settings.dtype).removeprefix("torch."),
+                    "tokens_per_s": speed,
+                    "of_bitsandbytes": speed / speeds[PLAIN],
+                }
             )
-    if rows is not None:
-        append(rows, [{"study": "decoding"} | row for row in found], seed=0)
+    return found
 
 
 def _seconds(model: nn.Module, ids: torch.Tensor, new_tokens: int, cuda: bool) -> float:

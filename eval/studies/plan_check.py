@@ -1,9 +1,10 @@
-"""Planned against measured peak memory of a training step, in float32 on the CPU.
+"""Planned against measured peak memory of a training step.
 
-The measured peaks of the Llama-shaped decoder come from the rows of `eval.studies.cost`. plan()
+The measured peaks of the Llama-shaped decoder come from the rows of `eval.studies.cost` or
+`eval.studies.gpu`; the others are measured here, in float32 on the CPU. plan()
 does not cover the frozen floor and PEFT's QLoRA; they are counted with plan's functions. Other
-architectures and methods are measured here, without dropout, because dropout keeps more memory on a
-CPU than on a GPU. Plans assume the same number of tokens for every expert; an untrained router
+architectures and methods are measured without dropout, because dropout keeps more memory on a CPU
+than on a GPU. Plans assume the same number of tokens for every expert; an untrained router
 distributes them unevenly.
 """
 
@@ -41,7 +42,7 @@ import qrefta
 from eval.memory import tensor_peak
 from eval.peers.baselines import lora
 from eval.rows import append, read
-from eval.studies.cost import SETTINGS
+from eval.studies.cost import Run, outline
 from qrefta._compat.transformers import enable_checkpointing
 from qrefta.cli import guarded
 from qrefta.memory.footprint import CHECKPOINTING, count_step, fake
@@ -131,7 +132,7 @@ console = Console()
 
 
 def run(
-    measured: Annotated[Path, typer.Option(help="Rows of the study `cost`.")] = Path(
+    measured: Annotated[Path, typer.Option(help="Rows of the studies `cost` or `gpu`.")] = Path(
         "eval/rows/cost.jsonl"
     ),
     only: Annotated[
@@ -145,7 +146,8 @@ def run(
 ) -> None:
     """Compare every configuration."""
     torch.set_num_threads(threads)
-    decoders = [row for row in read(measured) if _chosen(only, row["setting"], row["method"])]
+    steps = [row for row in read(measured) if row["kind"] == "step"]
+    decoders = [row for row in steps if _chosen(only, row["setting"], row["method"])]
     for row in chain(_decoders(decoders), _others(only)):
         row["planned_of_measured"] = row["planned_bytes"] / row["measured_bytes"]
         console.print(
@@ -163,21 +165,27 @@ def _chosen(only: str, setting: str, method: str) -> bool:
 
 
 def _decoders(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Rows of the cost study whose methods can be counted, with the planned bytes."""
+    """Rows of training steps whose methods can be counted, with the planned bytes."""
     for row in rows:
         kind, *options = row["method"].split()
-        if row["dtype"] != "float32" or "peak_bytes" not in row or len(options) > 1:
+        if "peak_bytes" not in row or len(options) > 1:
             continue
+        settings = Run(
+            row["setting"],
+            "cpu",
+            getattr(torch, row["dtype"]),
+            row["checkpointing"],
+            row.get("layers", 0),
+        )
         if kind in ("floor", "qlora") and options != ["bitsandbytes"]:
-            planned = _counted(
-                row["setting"], row["checkpointing"], int(options[0][2:]) if options else 0
-            )
+            planned = _counted(settings, int(options[0][2:]) if options else 0)
         elif kind in ("qrefta", *METHODS):
-            batch, seq = row["batch"]
+            batch, seq = settings.batch
             planned = plan(
-                LlamaConfig(**SETTINGS[row["setting"]].config, architectures=["LlamaForCausalLM"]),
+                LlamaConfig(**settings.config, architectures=["LlamaForCausalLM"]),
                 batch=batch,
                 seq=seq,
+                dtype=row["dtype"],
                 gradient_checkpointing=row["checkpointing"],
                 rank=int(options[0][2:]),
                 method="refta" if kind == "qrefta" else kind,
@@ -185,22 +193,20 @@ def _decoders(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             ).total_bytes
         else:
             continue
-        kept = {key: row[key] for key in ("setting", "method", "checkpointing", "dtype", "batch")}
-        yield kept | {
+        names = ("setting", "layers", "method", "checkpointing", "dtype", "batch")
+        yield {key: row[key] for key in names if key in row} | {
             "measured_commit": row["commit"],
             "planned_bytes": planned,
             "measured_bytes": row["peak_bytes"],
         }
 
 
-def _counted(setting: str, checkpointing: bool, lora_rank: int) -> int:
+def _counted(settings: Run, lora_rank: int) -> int:
     """Bytes of a step of the frozen 4-bit model, with PEFT's LoRA if a rank is given."""
-    batch, seq = SETTINGS[setting].batch
+    batch, seq = settings.batch
+    model: nn.Module = outline(settings)
     with torch.device("meta"):
-        model: nn.Module = LlamaForCausalLM(LlamaConfig(**SETTINGS[setting].config)).requires_grad_(
-            False
-        )
-        if checkpointing:
+        if settings.checkpointing:
             enable_checkpointing(model, CHECKPOINTING)
         paths = [path for stack in find_stacks(model) for path in stack.modules]
         if lora_rank:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from eval import rows
 from eval.rows import SCHEMA, append, find, read
 
 
@@ -66,3 +67,28 @@ def test_a_row_is_found_by_its_values_the_last_first():
     assert find(rows, {"a": 1}) == {"a": 1, "b": 2}
     assert find(rows, {"a": 1, "b": 1}) == {"a": 1, "b": 1}
     assert find(rows, {"b": None}) is None
+
+
+def test_a_package_that_is_not_installed_has_no_version(monkeypatch):
+    monkeypatch.setattr(rows, "PACKAGES", ("torch", "no-such-package"))
+    assert set(rows.context(seed=0)["versions"]) == {"qrefta", "torch"}
+
+
+def test_a_copy_without_git_takes_the_commit_from_the_environment(monkeypatch):
+    def missing(*arguments, **options):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(rows.subprocess, "run", missing)
+    monkeypatch.delenv("QREFTA_COMMIT", raising=False)
+    assert rows.context(seed=0, device="cpu")["commit"] == "unknown"
+    monkeypatch.setenv("QREFTA_COMMIT", "0123456789ab")
+    assert rows.context(seed=0, device="cpu")["commit"] == "0123456789ab"
+
+
+def test_a_row_of_a_gpu_names_card_driver_and_cuda(monkeypatch):
+    monkeypatch.setattr(rows.torch.cuda, "get_device_name", lambda: "A card")
+    monkeypatch.setattr(rows, "_driver", lambda: "580.1")
+    row = rows.context(seed=0, device="cuda")
+    assert (row["device"], row["driver"]) == ("A card", "580.1")
+    assert "cuda" in row
+    assert not {"cuda", "driver"} & set(rows.context(seed=0, device="cpu"))
