@@ -55,12 +55,8 @@ def check_sharding() -> None:
         and state.deepspeed_plugin
     ):
         zero = str(state.deepspeed_plugin.zero_stage)
-    # https://github.com/pytorch/pytorch/pull/177948
-    if fsdp == "2" and TorchVersion(torch.__version__) < "2.12":
-        raise ValueError(
-            f"FSDP2 shards packed weights from torch 2.12 on, and this is {torch.__version__}; "
-            "use DDP."
-        )
+    if fsdp == "2":
+        check_fsdp2()
     if fsdp == "1":
         raise ValueError(
             "accelerate is set up for FSDP1, whose flat tensors cannot hold packed 4-bit "
@@ -73,6 +69,20 @@ def check_sharding() -> None:
             "DeepSpeed ZeRO-3 gathers parameters for their module's forward pass only, and "
             "every layer reads the shared factors; use DDP, or FSDP2 to shard the weights: "
             "fsdp=True with torchrun."
+        )
+
+
+def check_fsdp2() -> None:
+    """Refuse an FSDP2 that cannot shard bytes.
+
+    Raises:
+        ValueError: before torch 2.12.
+    """
+    # https://github.com/pytorch/pytorch/pull/177948
+    if TorchVersion(torch.__version__) < "2.12":
+        raise ValueError(
+            f"FSDP2 shards packed weights from torch 2.12 on, and this is {torch.__version__}; "
+            "use DDP."
         )
 
 
