@@ -21,6 +21,7 @@ from transformers import LlamaConfig
 
 import qrefta
 from qrefta.config import Settings, StackReport
+from qrefta.distributed import is_sharded
 from qrefta.hf_config import QReftaConfig
 from qrefta.hf_quantizer import register
 from qrefta.memory.meta_model import Outline
@@ -71,16 +72,16 @@ class Memory:
     def __init__(self):
         # Freed buffers return to the system at once, so they are not counted.
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)
+        self.restart()
+        threading.Thread(target=self._sample, daemon=True).start()
+
+    def restart(self):
         gc.collect()
         self._start = _anonymous()
         self._peak = self._start
-        threading.Thread(target=self._sample, daemon=True).start()
 
     def peak(self):
-        """The most since the last call."""
-        peak = max(self._peak, _anonymous())
-        self._peak = 0
-        return peak - self._start
+        return max(self._peak, _anonymous()) - self._start
 
     def _sample(self):
         while True:
@@ -119,11 +120,23 @@ def _by_hand(folder, name, memory=None, results=None):
     out = folder / f"{name}-{dist.get_world_size()}"
     dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=out / "parts")
     if memory is not None:
-        memory.peak()
+        memory.restart()
     model.save_pretrained(out / "whole")
     if memory is not None:
         results["saved"] = memory.peak()
     return model
+
+
+def consolidated(folder):
+    """A sharded checkpoint as one folder, in one process."""
+    _consolidated(folder, "tiny")
+    memory = Memory()
+    _consolidated(folder, "large")
+    torch.save([memory.peak()], folder / "consolidated.pt")
+
+
+def _consolidated(folder, name):
+    qrefta.consolidate(folder / f"{name}-4" / "parts", folder / name, folder / f"{name}-4" / "out")
 
 
 def by_accelerate(folder):
@@ -136,7 +149,7 @@ def by_accelerate(folder):
     _by_accelerate(accelerator, folder / "tiny")
     memory = Memory()
     model = _by_accelerate(accelerator, folder / "large")
-    results = {"loaded": memory.peak(), "is sharded": qrefta.distributed.is_sharded(model)}
+    results = {"loaded": memory.peak(), "sharded": is_sharded(model)}
     torch.save(results, folder / f"accelerate-{os.environ['RANK']}.pt")
 
 
