@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 from transformers import PreTrainedModel
 
 from qrefta.export.write import copy_tokenizer
@@ -72,7 +73,7 @@ def _parts_folder(checkpoint: Path) -> Path:
 
 def _read(parts: Path, model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
     """The state dict in a checkpoint, whose tensors are on the disk of `folder`."""
-    stored = dcp.FileSystemReader(parts).read_metadata().state_dict_metadata
+    stored = FileSystemReader(parts).read_metadata().state_dict_metadata
     expected = model.state_dict()
     prefix = "" if expected.keys() <= stored.keys() else "model."
     forms: dict[str, tuple[torch.dtype, torch.Size]] = {}
@@ -93,5 +94,5 @@ def _read(parts: Path, model: PreTrainedModel, folder: Path) -> dict[str, Tensor
         forms[name] = (entry.properties.dtype, entry.size)
     state = empty_on_disk(folder, forms)
     wanted: dict[str, Any] = {prefix + name: tensor for name, tensor in state.items()}
-    dcp.load(wanted, storage_reader=dcp.FileSystemReader(parts), no_dist=True)
+    load_parts(wanted, storage_reader=FileSystemReader(parts), no_dist=True)
     return state
