@@ -12,6 +12,7 @@ from qrefta import _plugin
 if TYPE_CHECKING:
     from qrefta._prepare import prepare, prepare_checkpoint
     from qrefta.config import RankBudget, Settings
+    from qrefta.export.consolidate import consolidate
     from qrefta.export.gguf import export_gguf
     from qrefta.export.lora import export_lora
     from qrefta.export.merge import merge
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from qrefta.memory.plan import plan
     from qrefta.model.verify import verify
     from qrefta.train._finetune import FinetuneResult, finetune
+    from qrefta.train.sharding import shard
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "Settings",
     "TextComparison",
     "compare",
+    "consolidate",
     "evaluate",
     "export_gguf",
     "export_lora",
@@ -41,12 +44,14 @@ __all__ = [
     "prepare",
     "prepare_checkpoint",
     "quant_report",
+    "shard",
     "verify",
 ]
 
 _MODULES = {
     "QReftaConfig": "qrefta.hf_config",
     "compare": "qrefta.measure.compare",
+    "consolidate": "qrefta.export.consolidate",
     "evaluate": "qrefta.measure.harness",
     "export_gguf": "qrefta.export.gguf",
     "export_lora": "qrefta.export.lora",
@@ -60,6 +65,7 @@ _MODULES = {
     "prepare": "qrefta._prepare",
     "prepare_checkpoint": "qrefta._prepare",
     "quant_report": "qrefta.hf_quantizer",
+    "shard": "qrefta.train.sharding",
     "TextComparison": "qrefta.measure.compare",
     "verify": "qrefta.model.verify",
 }

@@ -10,21 +10,22 @@ pass, but the layers read the factors outside of theirs.
 
 import os
 import time
-from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.torch_version import TorchVersion
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from qrefta._compat.accelerate import accelerator_state
 from qrefta._compat.torch import default_store
+from qrefta.files.on_disk import empty_on_disk
 
 _PREPARING = timedelta(hours=6)  # the others wait while the first process prepares a model
 _SAVING_S = 60.0
@@ -54,12 +55,8 @@ def check_sharding() -> None:
         and state.deepspeed_plugin
     ):
         zero = str(state.deepspeed_plugin.zero_stage)
-    # https://github.com/pytorch/pytorch/pull/177948
-    if fsdp == "2" and TorchVersion(torch.__version__) < "2.12":
-        raise ValueError(
-            f"FSDP2 shards packed weights from torch 2.12 on, and this is {torch.__version__}; "
-            "use DDP."
-        )
+    if fsdp == "2":
+        check_fsdp2()
     if fsdp == "1":
         raise ValueError(
             "accelerate is set up for FSDP1, whose flat tensors cannot hold packed 4-bit "
@@ -72,6 +69,20 @@ def check_sharding() -> None:
             "DeepSpeed ZeRO-3 gathers parameters for their module's forward pass only, and "
             "every layer reads the shared factors; use DDP, or FSDP2 to shard the weights: "
             "fsdp=True with torchrun."
+        )
+
+
+def check_fsdp2() -> None:
+    """Refuse an FSDP2 that cannot shard bytes.
+
+    Raises:
+        ValueError: before torch 2.12.
+    """
+    # https://github.com/pytorch/pytorch/pull/177948
+    if TorchVersion(torch.__version__) < "2.12":
+        raise ValueError(
+            f"FSDP2 shards packed weights from torch 2.12 on, and this is {torch.__version__}; "
+            "use DDP."
         )
 
 
@@ -106,17 +117,57 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def whole_state(model: nn.Module) -> Mapping[str, Tensor]:
-    """The state dict; if FSDP2 sharded the model, of whole tensors in CPU memory, and empty in all
-    processes but one.
+def whole_state(model: nn.Module, folder: Path | None) -> dict[str, Tensor]:
+    """The state dict; if FSDP2 sharded the model, of whole tensors on the CPU, and empty in all
+    processes but the first.
+
+    Tensors are gathered one at a time. The first process keeps them in a file without a name, so
+    its memory holds one of them.
 
     All processes must call it, or those that do wait for ever.
+
+    Args:
+        model: sharded or not.
+        folder: for the file; None: the first process keeps all tensors in memory.
+
+    Raises:
+        OSError: in the first process, if the disk is full.
     """
     if not is_sharded(model):
-        return model.state_dict()
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    gathered = get_model_state_dict(model, options=options)
-    return {name: tensor for name, tensor in gathered.items() if isinstance(tensor, Tensor)}
+        return dict(model.state_dict())
+    shards = {
+        name: shard
+        for name, shard in get_model_state_dict(model).items()
+        if isinstance(shard, Tensor)
+    }
+    whole: dict[str, Tensor] = {}
+    if dist.get_rank() == 0:
+        whole = _room(shards, folder)
+    for name, shard in shards.items():
+        tensor = shard.full_tensor() if isinstance(shard, DTensor) else shard
+        if whole:
+            whole[name].copy_(tensor)
+    return whole
+
+
+def _room(shards: dict[str, Tensor], folder: Path | None) -> dict[str, Tensor]:
+    """Tensors to gather into, in a file or in memory; tied ones are one tensor."""
+    forms = {name: (shard.dtype, shard.shape) for name, shard in shards.items()}
+    first_names: dict[int, str] = {}
+    names = {
+        name: first_names.setdefault(_local(shard).data_ptr(), name)
+        for name, shard in shards.items()
+    }
+    forms = {name: form for name, form in forms.items() if names[name] == name}
+    if folder is None:
+        room = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in forms.items()}
+    else:
+        room = empty_on_disk(folder, forms)
+    return {name: room[first] for name, first in names.items()}
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def wait_for_all() -> None:

@@ -224,10 +224,11 @@ class QReftaQuantizer(HfQuantizer):
         from qrefta.nn.factors import stored
         from qrefta.nn.packed import plain_bytes
 
+        folder = folder_being_saved()
         if self.state is None:
             if is_sharded(model):
                 wait_for_all()
-            state = dict(whole_state(model))
+            state = whole_state(model, folder)
         else:
             state = dict(self.state)
         if not _gathered_again(model):
@@ -238,7 +239,6 @@ class QReftaQuantizer(HfQuantizer):
         state = {name: plain_bytes(tensor) for name, tensor in state.items()}
         if not state:
             return state, {}
-        folder = folder_being_saved()
         if folder is not None:
             write_card(folder, self.quantization_config)
         return state, saved_checksums(model, state).metadata()

@@ -52,12 +52,12 @@ WARNINGS: list[str] = []  # of deprecations, by finetune in this process
 COMMAND_STEPS = 8  # of the command line, which saves at every quarter
 
 
-def torchrun(work, folder):
-    """Call `work(folder)` in two processes, forked from one that has imported everything."""
+def torchrun(work, folder, processes=2):
+    """Call `work(folder)` in processes that are forked from one that has imported everything."""
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=2,
+        nproc_per_node=processes,
         run_id="tests",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
@@ -67,7 +67,7 @@ def torchrun(work, folder):
     )
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        elastic_launch(config, _entry)(work.__name__, folder)
+        elastic_launch(config, _entry)(work, folder)
     finally:  # the launcher leaves its handlers behind
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -78,10 +78,10 @@ def _entry(work, folder):
     torch.set_num_threads(1)
     gc.freeze()  # as in conftest.py
     with (
-        open(folder / f"{work}{os.environ['RANK']}.txt", "w") as file,
+        open(folder / f"{work.__name__}{os.environ['RANK']}.txt", "w") as file,
         contextlib.redirect_stdout(file),
     ):
-        globals()[work](folder)
+        work(folder)
 
 
 def killed(folder):
@@ -201,9 +201,9 @@ def documented(folder):
             exec(block, namespace)
             trainers.append(namespace["trainer"])
             os.environ.pop("ACCELERATE_USE_FSDP", None)  # set by the first block
-        trainers[1].train()
-        trainers[1].save_model("at-load")
-    return trainers
+        trainers[-1].train()
+        trainers[-1].save_model("at-load")
+    return trainers[0], trainers[-1]
 
 
 def checkpoint_in_full(folder):

@@ -1,4 +1,7 @@
-"""qrefta merge, export-lora and export-gguf: a prepared model in forms that load without qrefta."""
+"""qrefta merge, export-lora and export-gguf: a prepared model in forms that load without qrefta.
+
+And qrefta consolidate: the parts of a sharded checkpoint as one prepared folder.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -37,6 +40,25 @@ def merge(
     before = megabytes(weights_bytes(folder))
     console.print(f"{before} -> {megabytes(weights_bytes(out))} {dtype} in {out}")
     _print_differences(written)
+
+
+def consolidate(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Checkpoint that the processes of a sharded run wrote in parts.")
+    ],
+    base: Annotated[
+        Path, typer.Argument(help="Folder of the prepared model that the run started from.")
+    ],
+    out: NewFolder,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Write a sharded checkpoint as one ordinary folder of a prepared model."""
+    quiet_libraries(data=False)
+    from qrefta.export.consolidate import consolidate as consolidate_checkpoint
+    from qrefta.files.safetensors import weights_bytes
+
+    consolidate_checkpoint(checkpoint, base, out, trust_remote_code=trust_remote_code)
+    console.print(f"{megabytes(weights_bytes(out))} in {out}")
 
 
 def export_lora(

@@ -522,7 +522,7 @@ def _save(
     write: bool,
 ) -> None:
     """Write the model, its processor and a card; all processes call it, some `write`."""
-    state = dict(whole_state(model))
+    state = whole_state(model, run)
     if not write:
         return
     with writing(run, "the model") as folder:
