@@ -428,9 +428,10 @@ def test_a_plan_shows_units_and_tells_what_does_not_fit(dense):
 def test_settings_of_preparing_are_refused_for_a_prepared_model(
     options, message, dense, rows, tmp_path
 ):
+    """Before data and model are read."""
     invoke("prepare", dense, tmp_path / "4bit", "--rank", 4, "--calibration", "none")
     with pytest.raises(ValueError, match=message):
-        invoke("finetune", tmp_path / "4bit", rows, tmp_path / "out", "--max-steps", 1, *options)
+        invoke("finetune", tmp_path / "4bit", "none.csv", tmp_path / "out", *options)
     same = ["--rank", 4, "--seed", 1, "--max-steps", 1]
     assert invoke("finetune", tmp_path / "4bit", rows, tmp_path / "out", *same).exit_code == 0
     recipe = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())

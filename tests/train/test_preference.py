@@ -12,7 +12,7 @@ from qrefta.train.arguments import training_arguments
 from qrefta.train.calibration import task_batches
 from qrefta.train.reference import reference_model, starts_as_reference
 from qrefta.train.tasks import load_preferences, load_prompts
-from qrefta.train.tasks.preference import dpo_recipe, grpo_recipe, load_reward, token_ids
+from qrefta.train.tasks.preference import dpo_recipe, load_reward, token_ids
 from tests.models import logits, tiny_llama
 from tests.train.talk import ANSWER, QUESTION, chat_rows, write_rows
 
@@ -301,10 +301,14 @@ def test_rewards_come_from_files(tmp_path):
             load_reward(text)
 
 
-def test_grpo_needs_a_reward(tokenizer, tmp_path):
-    data = load_prompts(write_rows(tmp_path / "rows.jsonl", chat_rows(4)), 0)
-    with pytest.raises(ValueError, match=r"needs a reward; give a function, or a file"):
-        grpo_recipe(tiny_llama(), tokenizer, data)
+def test_grpo_needs_a_reward_and_no_other_task_takes_one(tokenizer, tmp_path):
+    """Refused before the data are read."""
+    for task, reward, message in [
+        ("grpo", (), "needs a reward; give a function, or a file"),
+        ("dpo", len, "reward is for the task grpo; the task is 'dpo'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            qrefta.finetune(tiny_llama(), tokenizer, "none", tmp_path, task=task, reward=reward)
 
 
 @pytest.mark.parametrize(("task", "load"), [("dpo", load_preferences), ("grpo", load_prompts)])
