@@ -1,6 +1,7 @@
 """Preference data, and DPO and GRPO whose reference is the model at its start."""
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -196,7 +197,7 @@ def finetuned(model, tokenizer, file, out, task, **options):
 
 
 @pytest.mark.parametrize("settings", METHODS)
-def test_dpo_prefers_the_better_answers(settings, tokenizer, tmp_path):
+def test_dpo_prefers_the_better_answers(settings, tokenizer, tmp_path, capsys):
     """Before training, model and reference are equal, so the loss is log 2."""
     file = write_rows(tmp_path / "pairs.jsonl", pair_rows(60))
     model = qrefta.prepare(tiny_llama(), rank=48, progress=False, **settings)
@@ -206,6 +207,9 @@ def test_dpo_prefers_the_better_answers(settings, tokenizer, tmp_path):
     assert result.accuracy_before == 0.0
     assert result.accuracy_after > 0.9
     assert result.reward_after is None
+    shown = capsys.readouterr().out
+    assert "step 0 of 20: test loss 0.6931, accuracy 0.0%" in shown
+    assert re.search(r"step 20 of 20: loss [\d.]+, accuracy [\d.]+%, learning rate", shown)
 
 
 REWARD = """
@@ -217,7 +221,9 @@ def blue(prompts, completions, **columns):
 
 
 @pytest.mark.parametrize("settings", METHODS)
-def test_grpo_follows_the_reward_and_its_reference_is_the_start(settings, tokenizer, tmp_path):
+def test_grpo_follows_the_reward_and_its_reference_is_the_start(
+    settings, tokenizer, tmp_path, capsys
+):
     """The dense model is never loaded: its folder is gone when training begins."""
     tiny_llama().save_pretrained(tmp_path / "dense")
     dense = type(tiny_llama()).from_pretrained(tmp_path / "dense")
@@ -242,6 +248,9 @@ def test_grpo_follows_the_reward_and_its_reference_is_the_start(settings, tokeni
     assert result.reward_before < 0.3
     assert result.reward_after > result.reward_before + 0.1
     assert result.accuracy_after is None
+    shown = capsys.readouterr().out
+    assert re.search(r"step 0 of 40: test loss \S+, reward [\d.]+\n", shown)
+    assert re.search(r"step 40 of 40: loss \S+, reward [\d.]+, learning rate", shown)
 
 
 def test_grpo_s_divergence_is_measured_from_the_start(tokenizer, tmp_path):
