@@ -33,6 +33,7 @@ STUDIES = {
         "eval.studies.calibration_cost", "time of gathering second moments in forward passes"
     ),
     "cost": Entry("eval.studies.cost", "time and memory of a training step"),
+    "whole_step": Entry("eval.studies.whole_step", "time and memory of a chat model's whole step"),
     "cost_model": Entry("eval.studies.cost_model", "measured times against counted operations"),
     "decoding": Entry("eval.studies.decoding", "tokens per second of generation"),
     "coverage": Entry("eval.studies.coverage", "share of a model's weights in 4 bits"),

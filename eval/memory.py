@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -37,24 +38,46 @@ def living(device: str) -> int:
 def tensor_peak(step: Callable[[], None], device: str) -> int:
     """Peak bytes of torch's tensors on a device while `step` runs, all living tensors included.
 
-    On a CPU the profiler counts every allocation and release, so memory that the C library keeps
-    does not matter. `step` must not free tensors that it did not allocate.
+    `step` must not free tensors that it did not allocate.
     """
-    held = living(device)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return torch.cuda.max_memory_allocated()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = [
-        event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"
-    ]
-    most = held
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
+    peak = TensorPeak(device)
+    peak.start()
+    step()
+    return peak.stop()
+
+
+class TensorPeak:
+    """Peak bytes of torch's tensors on a device between `start` and `stop`.
+
+    All living tensors are included; those that live at the start must live at the end. On a CPU the
+    profiler counts every allocation and release, so memory that the C library keeps does not
+    matter.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def start(self) -> None:
+        """Begin to count."""
+        self.held = living(self.device)
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            return
+        self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self.profiler.start()
+
+    def stop(self) -> int:
+        """The peak since `start`."""
+        if self.device == "cuda":
+            return torch.cuda.max_memory_allocated()
+        self.profiler.stop()
+        results: Any = self.profiler.profiler
+        events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+        held = most = self.held
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            held += event.nbytes()
+            most = max(most, held)
+        return most
 
 
 def _storages(device: str) -> dict[int, int]:

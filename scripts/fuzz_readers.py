@@ -6,8 +6,8 @@ or OSError, or read.
     python scripts/fuzz_readers.py --rows eval/rows/fuzz.jsonl -max_total_time=600
 
 The first byte chooses a reader: a safetensors file, an index, checksums in a header, settings, or
-    config.json.
-safetensors itself must take every file that our reader takes, with the same bytes in every tensor.
+config.json. safetensors itself must take every file that our reader takes, with the same bytes in
+every tensor.
 """
 
 import argparse

@@ -8,6 +8,7 @@ once per process.
 import copy
 import json
 from functools import cache
+from itertools import cycle
 
 import torch
 from transformers import (
@@ -273,6 +274,12 @@ ARCHITECTURES = {
     "bert_100": bert_100,
     "llama_96": llama_96,
 }
+
+
+def covered(cases):
+    """Pairs: every architecture with one of the cases in turn, and the first one with all."""
+    first, *others = ARCHITECTURES
+    return [(first, case) for case in cases] + list(zip(others, cycle(cases), strict=False))
 
 
 TOWERS = {"whisper": tiny_whisper, "clip": tiny_clip, "siglip": tiny_siglip}

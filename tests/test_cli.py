@@ -84,8 +84,9 @@ def test_prepare_inspect_merge_round_trip(dense, tmp_path):
 
 def test_other_methods_are_prepared_and_trained(dense, rows, tmp_path):
     """CRAFT with three ranks, from a checkpoint; TeRA with a count of numbers, trained at once."""
+    uncalibrated = ["--calibration", "none", "--refine", 1]
     result = invoke(
-        "prepare", dense, tmp_path / "craft", "--method", "craft", "--rank", "2,5,6", "--refine", 1
+        "prepare", dense, tmp_path / "craft", "--method", "craft", "--rank", "2,5,6", *uncalibrated
     )
     assert result.exit_code == 0
     shown = " ".join(invoke("inspect", tmp_path / "craft").output.split())
@@ -106,6 +107,8 @@ def test_other_methods_are_prepared_and_trained(dense, rows, tmp_path):
         "absmax",
         "--rounding",
         "nearest",
+        "--calibration",
+        "none",
     )
     assert result.exit_code == 0
     reports = quant_report(qrefta.load(tmp_path / "tera"))
@@ -133,7 +136,7 @@ def test_old_rank_options_work_and_name_the_new_one(old, new, dense, tmp_path, m
     )
     monkeypatch.setattr("qrefta.cli.prepare.saved_config", lambda folder: QReftaConfig())
     monkeypatch.setattr("qrefta.tables.report_table", lambda rows: "")
-    result = invoke("prepare", dense, tmp_path / "out", *old)
+    result = invoke("prepare", dense, tmp_path / "out", *old, "--calibration", "none")
     assert f"use --rank {new}" in result.output
     assert chosen[0]["rank"] == parse_rank(new)
 
@@ -197,8 +200,6 @@ def test_finetune_calibrates_on_its_training_rows_by_default(option, source, den
     count = r"54rowsofthetrainingdata" if option is None else r"\d+rowsof\S*" + re.escape(source)
     assert re.search(rf"Calibratedon{count}\([\d,]+tokens\)in\d+s;--calibrationnone", shown)
     assert qrefta.load(tmp_path / "out").config.quantization_config.calibrated
-    again = invoke("finetune", tmp_path / "out", rows, tmp_path / "more", "--max-steps", 1)
-    assert "Calibrated on" not in again.output
 
 
 def test_calibration_can_be_turned_off(dense, rows, tmp_path):
@@ -230,16 +231,18 @@ def test_a_prepared_base_model_is_fine_tuned(dense, rows, tmp_path):
     """
     BertModel.from_pretrained(dense).save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
-    assert invoke("prepare", tmp_path / "base", tmp_path / "4bit", "--rank", 4).exit_code == 0
+    words = ["--rank", 4, "--calibration", "none"]
+    assert invoke("prepare", tmp_path / "base", tmp_path / "4bit", *words).exit_code == 0
     result = invoke("finetune", tmp_path / "4bit", rows, tmp_path / "out", "--max-steps", 2)
     assert result.exit_code == 0
+    assert "Calibrated on" not in result.output
     assert qrefta.load(tmp_path / "out").classifier.weight.requires_grad
 
 
 def test_existing_output_is_never_overwritten(dense, tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(ValueError, match="not empty"):
-        invoke("prepare", dense, tmp_path)
+        invoke("prepare", dense, tmp_path, "--calibration", "none")
     with pytest.raises(ValueError, match="not empty"):
         invoke("finetune", dense, tmp_path / "rows.csv", tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
@@ -248,7 +251,7 @@ def test_existing_output_is_never_overwritten(dense, tmp_path):
 def test_expected_errors_are_one_line_and_exit_code_2(dense, tmp_path, monkeypatch, capsys):
     """No traceback for mistakes of the user, and brackets are not taken for markup."""
     words = ["prepare", str(dense), str(tmp_path / "out"), "--target-regex", ".*[qv]_x"]
-    monkeypatch.setattr(sys, "argv", ["qrefta", *words])
+    monkeypatch.setattr(sys, "argv", ["qrefta", *words, "--calibration", "none"])
     with pytest.raises(SystemExit) as exit:
         runpy.run_module("qrefta", run_name="__main__")
     assert exit.value.code == 2
@@ -260,7 +263,7 @@ def test_expected_errors_are_one_line_and_exit_code_2(dense, tmp_path, monkeypat
 
 def test_a_rank_too_large_names_the_largest(dense, tmp_path):
     with pytest.raises(ValueError, match="the largest allowed rank is 96"):
-        invoke("prepare", dense, tmp_path / "out", "--rank", 100000)
+        invoke("prepare", dense, tmp_path / "out", "--rank", 100000, "--calibration", "none")
     assert not (tmp_path / "out").exists()
 
 
@@ -280,7 +283,8 @@ def test_head_is_drawn_from_the_seed_and_leaves_the_global_one_alone(dense):
 
 
 def test_verify_prints_a_line_a_file_and_refuses_with_the_fix(dense, tmp_path, monkeypatch, capsys):
-    invoke("prepare", dense, tmp_path / "4bit", "--rank", 2, "--refine", 0)
+    options = ["--rank", 2, "--refine", 0, "--calibration", "none"]
+    invoke("prepare", dense, tmp_path / "4bit", *options)
     shown = " ".join(invoke("verify", tmp_path / "4bit").output.split())
     names = [path.name for path in (tmp_path / "4bit").iterdir() if path.suffix != ".md"]
     assert all(name in shown for name in names if name.endswith((".json", ".safetensors")))
@@ -304,7 +308,8 @@ def language(tmp_path_factory):
     root = tmp_path_factory.mktemp("language")
     tiny_llama().save_pretrained(root / "dense")
     language_tokenizer().save_pretrained(root / "dense")
-    invoke("prepare", root / "dense", root / "4bit", "--rank", 2, "--refine", 0)
+    options = ["--rank", 2, "--refine", 0, "--calibration", "none"]
+    invoke("prepare", root / "dense", root / "4bit", *options)
     (root / "text.txt").write_text(" ".join(f"w{30 + index * index % 60}" for index in range(90)))
     (root / "more.txt").write_text("w40 w50 w60")
     return root
@@ -415,6 +420,13 @@ def test_a_plan_shows_units_and_tells_what_does_not_fit(dense):
     ]
 
 
+@pytest.fixture(scope="module")
+def prepared(dense, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared") / "4bit"
+    invoke("prepare", dense, folder, "--rank", 4, "--calibration", "none")
+    return folder
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -426,14 +438,17 @@ def test_a_plan_shows_units_and_tells_what_does_not_fit(dense):
     ids=str,
 )
 def test_settings_of_preparing_are_refused_for_a_prepared_model(
-    options, message, dense, rows, tmp_path
+    options, message, prepared, tmp_path
 ):
     """Before data and model are read."""
-    invoke("prepare", dense, tmp_path / "4bit", "--rank", 4, "--calibration", "none")
     with pytest.raises(ValueError, match=message):
-        invoke("finetune", tmp_path / "4bit", "none.csv", tmp_path / "out", *options)
+        invoke("finetune", prepared, "none.csv", tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_settings_with_which_a_model_was_prepared_may_be_given_again(prepared, rows, tmp_path):
     same = ["--rank", 4, "--seed", 1, "--max-steps", 1]
-    assert invoke("finetune", tmp_path / "4bit", rows, tmp_path / "out", *same).exit_code == 0
+    assert invoke("finetune", prepared, rows, tmp_path / "out", *same).exit_code == 0
     recipe = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
     assert recipe["seed"] == 1
     assert not {"rank", "method", "quant-type", "calibration"} & recipe.keys()

@@ -35,6 +35,7 @@ from tests.models import (
     ARCHITECTURES,
     VOCAB,
     build,
+    covered,
     encoder_sizes,
     header_and_data,
     inputs,
@@ -48,7 +49,6 @@ from tests.models import (
 )
 from tests.peak import added_peak
 
-all_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
 QUERY = "bert.encoder.layer.0.attention.self.query"
 A, B, MIX = (
     f"{BANK}.{key}"
@@ -88,8 +88,7 @@ def nudge(model, scale=1e-4):
 # Round trips
 
 
-@all_architectures
-@pytest.mark.parametrize("shards", ["single", "sharded"])
+@pytest.mark.parametrize(("architecture", "shards"), covered(["sharded", "single"]))
 def test_round_trip(architecture, shards, tmp_path):
     model = prepared(ARCHITECTURES[architecture], rank=5, double_quant=shards == "sharded")
     model.save_pretrained(tmp_path, max_shard_size="30KB" if shards == "sharded" else "1GB")
@@ -120,7 +119,7 @@ def test_round_trip(architecture, shards, tmp_path):
     ids=str,
 )
 def test_round_trip_of_every_setting(settings, tmp_path):
-    model = qrefta.prepare(tiny_bert(), rank=5, **settings)
+    model = qrefta.prepare(tiny_bert(), **{"rank": 5, "refine": 0} | settings)
     model.save_pretrained(tmp_path)
     loaded = qrefta.load(tmp_path)
     assert_same_state(loaded, model)
@@ -455,13 +454,12 @@ def test_from_pretrained_with_our_config_prepares(build_model, tmp_path):
     """
     dense = build_model()
     dense.save_pretrained(tmp_path / "dense", max_shard_size="30KB")
-    config = qrefta.QReftaConfig(method="refta", rank=5, transform="dct")
+    settings = {"method": "refta", "rank": 5, "transform": "dct", "refine": 0}
+    config = qrefta.QReftaConfig(**settings)
     for _ in range(2):  # the config is a setting: it serves again
         loaded = type(dense).from_pretrained(tmp_path / "dense", quantization_config=config)
     assert config.stacks == []
-    expected = qrefta.prepare(
-        type(dense).from_pretrained(tmp_path / "dense"), method="refta", rank=5, transform="dct"
-    )
+    expected = qrefta.prepare(type(dense).from_pretrained(tmp_path / "dense"), **settings)
     assert_same_state(loaded, expected)
     assert loaded.config.to_dict() == expected.config.to_dict()
     loaded.save_pretrained(tmp_path / "saved")

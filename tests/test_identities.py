@@ -19,13 +19,13 @@ from qrefta.model.stacks import find_stacks, model_weights
 from qrefta.nn.factors import BANK
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.split.stack_split import StackSplit
+from tests import models
 from tests.minilm import minilm, needs_minilm
-from tests.models import ARCHITECTURES, TOWERS, logits, scores
+from tests.models import ARCHITECTURES, TOWERS, covered, logits, scores
 
 all_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
 all_transforms = pytest.mark.parametrize("transform", TRANSFORMS)
 TYPES = ("nf4", "fp4", "int4")
-all_types = pytest.mark.parametrize("quant_type", TYPES)
 # every architecture once, and nearly every transform with every type
 IN_TURN = list(
     zip(
@@ -35,6 +35,7 @@ IN_TURN = list(
         strict=False,
     )
 )
+
 
 # NF4, block 64, refine 0: squared error of the residual relative to quantizing the whole stack, by
 # R, from an independent implementation.
@@ -92,8 +93,7 @@ def minilm_ratio(name, rank, **settings):
 
 def prepared(architecture, refine=0, **settings):
     """One shot unless `refine` is given: fast, and the identities do not depend on it."""
-    settings = {"method": "refta", "refine": refine} | settings
-    return qrefta.prepare(copy.deepcopy(original(architecture)), **settings)
+    return models.prepared((ARCHITECTURES | TOWERS)[architecture], refine=refine, **settings)
 
 
 def largest_rank(architecture):
@@ -119,9 +119,12 @@ def rows(model):
     return model.config.quantization_config.stacks
 
 
-@all_architectures
 @pytest.mark.parametrize(
-    ("transform", "rank"), [("lsm3", 1), ("lsm3", "largest"), ("dct", 7), ("identity", 7)]
+    ("architecture", "transform", "rank"),
+    [
+        (one, *case)
+        for one, case in covered([("lsm3", 1), ("lsm3", "largest"), ("dct", 7), ("identity", 7)])
+    ],
 )
 def test_bits_16_keep_the_function(architecture, transform, rank):
     """W_res + Delta = W for all U and R; the published code reads U transposed and fails this."""
@@ -145,10 +148,14 @@ def test_bits_16_keep_the_function(architecture, transform, rank):
         )
 
 
-@all_architectures
 @pytest.mark.parametrize(
-    ("transform", "quant_type", "double_quant"),
-    [*zip(TRANSFORMS, TYPES, (False, True, True), strict=True), ("lsm3", "nf3", True)],
+    ("architecture", "transform", "quant_type", "double_quant"),
+    [
+        (one, *case)
+        for one, case in covered(
+            [*zip(TRANSFORMS, TYPES, (False, True, True), strict=True), ("lsm3", "nf3", True)]
+        )
+    ],
 )
 def test_few_bits_differ_by_the_stated_error_and_no_more(
     architecture, transform, quant_type, double_quant
@@ -204,8 +211,7 @@ def test_ratio_is_at_most_1_and_falls_with_the_rank(architecture, transform, qua
         assert ratios[2] < 0.3
 
 
-@all_architectures
-@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize(("architecture", "double_quant"), covered([False, True]))
 def test_rows_describe_the_stored_tensors(architecture, double_quant):
     model = prepared(architecture, rank=7, double_quant=double_quant)
     keys = "stack layers shape rank slice_ranks transform quant_type "
@@ -271,8 +277,10 @@ def test_principal_energy_and_residual_energy_add_up_to_1(architecture, transfor
         assert 0 < row.principal_energy < 1
 
 
-@pytest.mark.parametrize("architecture", ["bert", "llama_gqa", "gpt2", "t5"])
-@all_types
+@pytest.mark.parametrize(
+    ("architecture", "quant_type"),
+    zip(["bert", "llama_gqa", "gpt2", "t5"], cycle(TYPES), strict=False),
+)
 def test_refinement_lowers_the_stated_error_and_the_statement_stays_true(architecture, quant_type):
     one_shot = rows(prepared(architecture, rank=7, quant_type=quant_type))
     model = prepared(architecture, rank=7, quant_type=quant_type, refine=2)

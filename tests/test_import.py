@@ -22,19 +22,34 @@ from tests.models import tiny_bert
 HEAVY = ("torch", "transformers", "datasets", "bitsandbytes", "accelerate", "lm_eval", "scipy")
 
 
-def fresh(code, *arguments):
-    """The last line that a fresh process prints, as JSON."""
-    run = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return json.loads(run.stdout.splitlines()[-1])
+FORKS = """
+import os, sys
+import accelerate, bitsandbytes, scipy.optimize, torch
+assert "transformers" not in sys.modules
+for code in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        exec(code)
+        sys.stdout.flush()
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(1)
+"""
+
+
+def forked(codes):
+    """The JSON that each piece of code prints in a process where neither qrefta nor transformers
+    was imported: forks of one process that has imported others, which take seconds.
+    """
+    run = subprocess.run([sys.executable, "-c", FORKS, *codes], stdout=subprocess.PIPE, check=True)
+    return [json.loads(line) for line in run.stdout.splitlines()]
 
 
 def loaded_modules(code):
-    return fresh(f"{code}\nimport sys, json; print(json.dumps(sorted(sys.modules)))")
+    """Names of the modules that a fresh process has imported after running some code."""
+    code += "\nimport sys, json; print(json.dumps(sorted(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def test_import_loads_nothing_heavy():
@@ -69,7 +84,7 @@ def test_help_takes_little_processor_time():
 
 
 ATTRIBUTES = """
-import json, sys
+import json
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 from transformers import configuration_utils, modeling_utils
@@ -95,35 +110,38 @@ print(json.dumps(changed))
 """
 
 
-def test_import_changes_nothing_in_transformers():
-    assert fresh(ATTRIBUTES) == []
-
-
 LOAD = """
-import json, sys
+import json
 {imports}
-model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
+from transformers import AutoModelForSequenceClassification
+model = AutoModelForSequenceClassification.from_pretrained({folder!r})
 print(json.dumps(type(model.hf_quantizer).__name__))
 """
+ORDERS = [
+    "import qrefta, transformers",
+    "import transformers, qrefta",
+    "import transformers.modeling_utils, qrefta",
+    "import qrefta.hf_quantizer",
+    "import qrefta.hf_config",
+]
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import qrefta; from transformers import AutoModelForSequenceClassification",
-        "from transformers import AutoModelForSequenceClassification; import qrefta",
-        "import transformers.modeling_utils, qrefta; from transformers import "
-        "AutoModelForSequenceClassification",
-        "import qrefta, transformers.modeling_utils; from transformers import "
-        "AutoModelForSequenceClassification",
-        "import qrefta.hf_quantizer; from transformers import AutoModelForSequenceClassification",
-        "import qrefta.hf_config; from transformers import AutoModelForSequenceClassification",
-        "from qrefta import load; from transformers import AutoModelForSequenceClassification",
-    ],
-)
-def test_plain_from_pretrained_knows_prepared_folders_in_any_order_of_imports(imports, tmp_path):
-    qrefta.prepare(tiny_bert(), rank=2, refine=0, progress=False).save_pretrained(tmp_path)
-    assert fresh(LOAD.format(imports=imports), tmp_path) == "QReftaQuantizer"
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """By code: names that qrefta changed in transformers, and the quantizer of a plain load."""
+    folder = tmp_path_factory.mktemp("prepared")
+    qrefta.prepare(tiny_bert(), rank=2, refine=0, progress=False).save_pretrained(folder)
+    codes = [LOAD.format(imports=imports, folder=str(folder)) for imports in ORDERS]
+    return dict(zip(["attributes", *ORDERS], forked([ATTRIBUTES, *codes]), strict=True))
+
+
+def test_import_changes_nothing_in_transformers(answers):
+    assert answers["attributes"] == []
+
+
+@pytest.mark.parametrize("imports", ORDERS)
+def test_plain_from_pretrained_knows_prepared_folders_in_any_order_of_imports(imports, answers):
+    assert answers[imports] == "QReftaQuantizer"
 
 
 def test_names_are_imported_on_first_use():

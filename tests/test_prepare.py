@@ -50,6 +50,7 @@ from tests.models import (
     ARCHITECTURES,
     VOCAB,
     build,
+    covered,
     decoder_sizes,
     encoder_sizes,
     logits,
@@ -610,8 +611,7 @@ def test_training_mode_is_kept(mode):
     } == before
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@all_architectures
+@pytest.mark.parametrize(("architecture", "dtype"), covered([torch.bfloat16, torch.float16]))
 def test_half_models_are_split_as_their_float32_copies(architecture, dtype):
     """Computed in float32 whatever the model's dtype; the rest keeps its dtype, the masters are
     float32.

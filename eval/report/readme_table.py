@@ -128,6 +128,29 @@ def cost_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", caption])
 
 
+def whole_step_table(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table of `eval.studies.whole_step`, each dtype and kind of rows from one run."""
+    lines = [
+        "| rows | dtype | method | trainable parameters | tokens a second | / QLoRA r=16 "
+        "| peak memory | / QLoRA r=16 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['rows']} | {row['dtype']} | {row['method']} | {row['trained_parameters']:,} | "
+            f"{row['tokens_per_s']:.0f} | {row['tokens_per_s_of_qlora']:.2f} | "
+            f"{row['peak_bytes'] / 1e6:.0f} MB | {row['peak_bytes_of_qlora']:.2f} |"
+        )
+    first = rows[0]
+    checkpointing = "with" if first["checkpointing"] else "without"
+    caption = (
+        f"{first['model']}, {first['batch_size']} rows a step, {checkpointing} gradient "
+        f"checkpointing, {first['steps']} alternated steps ({first['device']}, "
+        f"{first['threads']} threads)."
+    )
+    return "\n".join([*lines, "", caption])
+
+
 def accuracy_table(rows: list[dict[str, Any]]) -> str:
     """Markdown tables of `eval.studies.accuracy`, one per study of the README's tasks."""
     parts = []
@@ -204,6 +227,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "quickstart_chat": (quickstart_chat_table, ("quickstart_chat",)),
     "quickstart_sst2": (quickstart_table, ("quickstart_sst2",)),
     "cost": (cost_table, ("cost",)),
+    "whole_step": (whole_step_table, ("whole_step",)),
     "accuracy": (accuracy_table, ("accuracy",)),
     "architectures": (architectures_table, ("coverage",)),
     "coverage": (coverage_table, ("coverage",)),

@@ -10,9 +10,9 @@ rows, differ a little between Python versions.
 
 import ast
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from datasets import Dataset, DatasetDict
 
@@ -57,6 +57,40 @@ def docstring_questions(train_size: int | None = None, test_size: int | None = N
             f"files"
         )
     return DatasetDict(train=_rows(train, train_size), test=_rows(test, test_size))
+
+
+def docstring_chats(count: int, tokens: Callable[[Any], int], bounds: tuple[int, int]) -> Dataset:
+    """Conversations whose answer is a whole docstring; column `messages`, in the order of a hash.
+
+    Args:
+        count: rows.
+        tokens: length of a conversation.
+        bounds: least and largest length.
+
+    Raises:
+        FileNotFoundError: if this Python has no library sources.
+    """
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    asked = sorted(_with_docstring(stdlib), key=lambda question: fraction(question.text))
+    rows = []
+    for row in _conversations(asked):
+        if bounds[0] <= tokens(row["messages"]) <= bounds[1]:
+            rows.append(row)
+        if len(rows) == count:
+            return Dataset.from_list(rows)
+    raise FileNotFoundError(
+        f"{stdlib} gives {len(rows)} conversations, and {count} are needed; use a Python that "
+        f"contains the .py files of its library, or fewer rows"
+    )
+
+
+def _with_docstring(stdlib: Path) -> Iterator[Question]:
+    for module in sorted(" ".join([*CHAPTERS.values(), MORE_MODULES]).split()):
+        for path in module_files(stdlib, module):
+            for name, node in _public(ast.parse(path.read_bytes()), path.stem):
+                docstring = ast.get_docstring(node)
+                if docstring:
+                    yield Question(f"What does `{name}` do?", docstring, module)
 
 
 def stdlib_questions(stdlib: Path) -> Iterator[Question]:
@@ -124,14 +158,16 @@ def _rows(questions: list[Question], size: int | None) -> Dataset:
             f"{size} rows were requested, but this Python's docstrings give {len(questions)}; "
             f"request fewer rows"
         )
-    return Dataset.from_list(
-        [
-            {
-                "messages": [
-                    {"role": "user", "content": question.text},
-                    {"role": "assistant", "content": question.answer},
-                ]
-            }
-            for question in questions[:size]
-        ]
-    )
+    return Dataset.from_list(_conversations(questions[:size]))
+
+
+def _conversations(questions: list[Question]) -> list[dict[str, Any]]:
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": question.text},
+                {"role": "assistant", "content": question.answer},
+            ]
+        }
+        for question in questions
+    ]

@@ -1,12 +1,14 @@
 """Private names of transformers, all in release 5.0 or earlier, unless another release is named."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 
 # Renamings and conversions of the tensors in a checkpoint. qrefta reads checkpoints without
@@ -31,6 +33,11 @@ from transformers.dynamic_module_utils import custom_object_save
 # The table of forward passes of fused experts; qrefta adds one. If it goes: replace the
 # experts' `forward`.
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+# Attention and its mask by torch's scaled_dot_product_attention; the documentation of custom
+# attention functions imports them so. If they go: call that function.
+from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention
+from transformers.masking_utils import sdpa_mask
 
 # Removes checkpoints above `save_total_limit`. Since 5.2. If it goes: sort the folders by step and
 # remove the oldest.
@@ -63,8 +70,12 @@ __all__ = [
     "rename_source_key",
     "revert_weight_conversion",
     "rotate_checkpoints",
+    "sampled_by",
+    "sdpa_attention",
+    "sdpa_mask",
     "set_always_float32",
     "set_experts_implementation",
+    "supports_attention_functions",
     "unmark_quantized",
     "was_initialized",
     "write_code",
@@ -149,6 +160,37 @@ def attention_implementation(model: nn.Module) -> str:
     If it goes: treat every model as one without flash attention.
     """
     return getattr(getattr(model, "config", None), "_attn_implementation", None) or ""
+
+
+def supports_attention_functions(model: PreTrainedModel) -> bool:
+    """Whether the model calls the function that `AttentionInterface` has under its name.
+
+    If it goes: no model does.
+    """
+    return model._supports_attention_backend
+
+
+def sampled_by(
+    kind: type[Trainer], sampler: Callable[[Trainer, Any], Sampler[int] | None]
+) -> type[Trainer]:
+    """A subclass of the Trainer that takes the order of its training rows from a function.
+
+    If `_get_train_sampler` goes: override `get_train_dataloader`.
+
+    Args:
+        kind: the class.
+        sampler: trainer and training rows -> the order, or None for the Trainer's.
+    """
+
+    class Sampled(kind):
+        """Asks the function first."""
+
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            rows = self.train_dataset if train_dataset is None else train_dataset
+            found = sampler(self, rows)
+            return super()._get_train_sampler(train_dataset) if found is None else found
+
+    return Sampled
 
 
 def unmark_quantized(config: PreTrainedConfig) -> None:

@@ -45,7 +45,7 @@ def finetune(
     batch_size: given.BatchSize = 32,
     max_length: given.MaxLength = None,
     packing: given.Packing = False,
-    padding_free: given.PaddingFree = False,
+    padding_free: given.PaddingFree = None,
     loss: given.Loss = "all",
     reward: given.Reward = None,
     beta: given.Beta = None,

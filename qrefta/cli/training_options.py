@@ -57,7 +57,11 @@ MaxLength = Annotated[
 ]
 Packing = Annotated[bool, _data(help="For sft: put several conversations into a sequence.")]
 PaddingFree = Annotated[
-    bool, _data(help="For sft: join the conversations of a batch instead of padding.")
+    bool | None,
+    _data(
+        help="For sft: join the conversations of a batch instead of padding; default: where it is "
+        "right and faster."
+    ),
 ]
 Loss = Annotated[LossName, _data(help="For sft: learn all turns of the assistant, or the last.")]
 

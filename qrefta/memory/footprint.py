@@ -1,11 +1,11 @@
 """The memory of a training step, counted without running it.
 
 The model is made of fake tensors: they have shape, dtype and device but no values, and every
-    operation on them does the
-bookkeeping of a real operation, autograd included. A storage counts from the operation that makes
-it until the last tensor on it is gone, which Python and autograd decide as in a real step. So the
-count follows the code that will run, whatever the architecture; there is no formula for the
-activations of a model. Integers such as token ids are real: code may look at their values.
+operation on them does the bookkeeping of a real operation, autograd included. A storage counts from
+the operation that makes it until the last tensor on it is gone, which Python and autograd decide as
+in a real step. So the count follows the code that will run, whatever the architecture; there is no
+formula for the activations of a model. Integers such as token ids are real: code may look at their
+values.
 
 A model of many equal blocks is counted with three of them. At the border between two blocks, in the
 forward and in the backward pass, a new segment of the count begins; the segments of the second
@@ -13,11 +13,10 @@ block stand for all blocks between the first and the last. This is exact, since 
 adds and releases the same bytes.
 
 The count is for a GPU: attention is a fused kernel, which keeps its operands, its output and a
-    number a row, and sums
-the gradient of the queries in float32; dropout keeps one byte an element. Memory inside other
-kernels is not counted: bitsandbytes' product dequantizes its weight there, but this is below the
-    peak, since the backward pass dequantizes it
-outside the kernel, together with more tensors.
+number a row, and sums the gradient of the queries in float32; dropout keeps one byte an element.
+Memory inside other kernels is not counted: bitsandbytes' product dequantizes its weight there, but
+this is below the peak, since the backward pass dequantizes it outside the kernel, together with
+more tensors.
 """
 
 import weakref

@@ -2,9 +2,8 @@
 make it fit.
 
 Everything comes from the config: the model is made without storage, with adapted layers as
-    `prepare` makes them
-(`qrefta.memory.meta_model`), and a training step is counted (`qrefta.memory.footprint`). No weight
-is read.
+`prepare` makes them (`qrefta.memory.meta_model`), and a training step is counted
+(`qrefta.memory.footprint`). No weight is read.
 """
 
 import math

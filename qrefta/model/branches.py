@@ -7,7 +7,7 @@ is 1, so this code never runs.
 import ast
 import copy
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -45,48 +45,53 @@ def setting_of(module: nn.Module, name: str) -> Any:
     return value if plain else _UNKNOWN
 
 
-def without_dead_branches(tree: ast.AST, module: nn.Module) -> ast.AST:
-    """A copy of code without the branches that the module's settings rule out."""
-    return _Pruned(module).visit(copy.deepcopy(tree))
+def without_dead_branches(tree: ast.AST, settings: Mapping[str, Any]) -> ast.AST:
+    """A copy of code without the branches that a module's settings rule out.
+
+    Args:
+        tree: of a function.
+        settings: `setting_of` the module, by name: of all `tested_settings` of the code.
+    """
+    return _Pruned(settings).visit(copy.deepcopy(tree))
 
 
 class _Pruned(ast.NodeTransformer):
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._settings = settings
 
     def visit_If(self, node: ast.If) -> Any:
-        taken = _value(node.test, self._module)
+        taken = _value(node.test, self._settings)
         self.generic_visit(node)
         if taken is _UNKNOWN:
             return node
         return (node.body if taken else node.orelse) or ast.Pass()
 
 
-def _value(test: ast.expr, module: nn.Module) -> Any:
+def _value(test: ast.expr, settings: Mapping[str, Any]) -> Any:
     """The value of a condition on plain settings of a module; `_UNKNOWN` if others decide it."""
     if isinstance(test, ast.Constant):
         return test.value
     if isinstance(test, ast.BoolOp):
-        values = [_value(part, module) for part in test.values]
+        values = [_value(part, settings) for part in test.values]
         decisive = isinstance(test.op, ast.Or)
         if any(value is not _UNKNOWN and bool(value) is decisive for value in values):
             return decisive
         return _UNKNOWN if _UNKNOWN in values else not decisive
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-        value = _value(test.operand, module)
+        value = _value(test.operand, settings)
         return value if value is _UNKNOWN else not value
     if isinstance(test, ast.Compare) and len(test.ops) == 1:
         compare = _COMPARISONS.get(type(test.ops[0]))
-        left = _value(test.left, module)
-        right = _value(test.comparators[0], module)
+        left = _value(test.left, settings)
+        right = _value(test.comparators[0], settings)
         if compare is None or _UNKNOWN in (left, right):
             return _UNKNOWN
         return compare(left, right)
-    return _setting(test, module)
+    return _setting(test, settings)
 
 
-def _setting(node: ast.expr, module: nn.Module) -> Any:
+def _setting(node: ast.expr, settings: Mapping[str, Any]) -> Any:
     """The value of `self.<name>` if it is a plain setting of the module, else `_UNKNOWN`."""
     if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)):
         return _UNKNOWN
-    return setting_of(module, node.attr) if node.value.id == "self" else _UNKNOWN
+    return settings[node.attr] if node.value.id == "self" else _UNKNOWN

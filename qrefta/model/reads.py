@@ -13,6 +13,7 @@ that a module's settings rule out (Bloom's) do not run.
 """
 
 import ast
+import functools
 import inspect
 import re
 import sys
@@ -41,23 +42,28 @@ _DEEPEST = 20  # a name may be assigned from itself
 def read_weights(model: nn.Module) -> set[str]:
     """Paths of the modules in a model whose weight is read by code of the model."""
     paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
-    code: dict[type, list[tuple[str, ast.AST]]] = {}
-    tested: dict[type, list[str]] = {}
-    found: dict[tuple[Any, ...], set[_Path]] = {}  # by class and by settings in its conditions
     read: set[str] = set()
     for path, module in model.named_modules():
         kind = type(module)
-        if kind not in code:
-            code[kind] = _trees(kind)
-            tested[kind] = sorted(tested_settings(tree for _, tree in code[kind]))
-        key = (kind, *(setting_of(module, name) for name in tested[kind]))
-        if key not in found:
-            pruned = [(name, without_dead_branches(tree, module)) for name, tree in code[kind]]
-            found[key] = _reads(pruned)
-        for first, *parts in found[key]:
+        settings = tuple((name, setting_of(module, name)) for name in _tested(kind))
+        for first, *parts in _read_by(kind, settings):
             pattern = _pattern(path if first == "self" else None, parts)
             read.update(filter(pattern.fullmatch, paths))
     return read
+
+
+# Kept, because finding and parsing the code of a class takes longer than all else here.
+@functools.cache
+def _read_by(kind: type, settings: tuple[tuple[str, Any], ...]) -> set[_Path]:
+    """Paths of the modules whose weight the code of a class reads, with some settings."""
+    pruned = [(name, without_dead_branches(tree, dict(settings))) for name, tree in _trees(kind)]
+    return _reads(pruned)
+
+
+@functools.cache
+def _tested(kind: type) -> list[str]:
+    """Names of the settings that conditions in the code of a class use."""
+    return sorted(tested_settings(tree for _, tree in _trees(kind)))
 
 
 def _pattern(start: str | None, parts: Iterable[str]) -> re.Pattern[str]:
@@ -68,6 +74,7 @@ def _pattern(start: str | None, parts: Iterable[str]) -> re.Pattern[str]:
     return re.compile(rf"{re.escape(start)}\.{tail}" if start else tail)
 
 
+@functools.cache
 def _trees(kind: type) -> list[tuple[str, ast.AST]]:
     """Names and code of the functions of a class, and near it, that may read weights."""
     functions = _functions(kind)

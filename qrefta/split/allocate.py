@@ -5,15 +5,15 @@ A budget of parameters, or of bytes for any method but ReFTA, gives all stacks o
 a budget of bytes or of error is spent where it removes most error:
 
 A component of a stack with tensor singular value s removes s^2 of the squared norm of the quantized
-weights. Quantization error is nearly proportional to that norm, so the component removes about c
-s^2 of it, where c is the stack's ratio of quantization error to norm, and costs the bytes of one
-component. Components of all stacks are taken in
-order of error removed per byte: the best choice for this model of the error, since the values of
-    each stack fall.
-The error without factors, under the chosen rounding, is measured first. Refinement removes more
-than the model says, by a factor that differs little between stacks: for a budget of error,
-    splits are made and
-measured, and the factor is corrected until the measured ratio is just below the ratio asked for.
+weights. Quantization error is nearly proportional to that norm, so the component removes about
+c s^2 of it, where c is the stack's ratio of quantization error to norm, and costs the bytes of one
+component. Components of all stacks are taken in order of error removed per byte: the best choice
+for this model of the error, since the values of each stack fall. The error without factors, under
+the chosen rounding, is measured first.
+
+Refinement removes more than the model says, by a factor that differs little between stacks. For a
+budget of error, splits are therefore made and measured, and the factor is corrected until the
+measured ratio is just below the ratio asked for.
 """
 
 from bisect import bisect_right

@@ -1,6 +1,7 @@
 """Fine-tuning on transformers' Trainer, of a prepared model or any other, for all tasks."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -41,7 +42,7 @@ from qrefta.train.gradients import GradientWatch, check_trainable
 from qrefta.train.interrupt import interruptible
 from qrefta.train.lengths import row_length
 from qrefta.train.nan_guard import finite_steps
-from qrefta.train.packing import check_apart
+from qrefta.train.packing import check_apart, joins_rows, row_by_row
 from qrefta.train.progress import Lines, Progress
 from qrefta.train.rates import chosen_rate, warn_of_rate
 from qrefta.train.tasks import TASKS, Recipe, TaskName
@@ -162,7 +163,8 @@ def finetune(
             of a window, for grpo of an answer; 128, or the model's positions if it has fewer.
         packing: for sft, fill sequences of `max_length` tokens with several conversations; False.
         padding_free: for sft, put the conversations of a batch behind each other in place of
-            padding them; False.
+            padding them; default, without `args`: where the model's attention keeps them apart,
+            and on a GPU only with flash attention. The batches then have similar numbers of tokens.
         loss: for sft, on all turns of the assistant, or on the last.
         reward: for grpo, a function that takes prompts, completions and every further column of the
             data by name, and returns a number for each completion; also "file.py:function", or
@@ -235,6 +237,8 @@ def finetune(
         settings |= _old_settings(deprecated, args)
     together = processes()  # before TrainingArguments, whose processes wait less long for the first
     if args is None:
+        if task == "sft" and not packing and padding_free is None:
+            settings["padding_free"] = joins_rows(model)
         show = together.is_main_process and progress is not False
         settings["learning_rate"] = chosen_rate(model, learning_rate, show, task)
     arguments = run_arguments(model, task, args, output_dir, settings)
@@ -416,15 +420,17 @@ def _train(
             [*callbacks, evaluations, interrupts, GradientWatch()],
             quiet,
         )
-        outcome = trainer.train(
-            resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
-        )
+        with _attention(trainer):
+            outcome = trainer.train(
+                resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
+            )
     interrupts.check(run, trainer.state)
     train_s = outcome.metrics["train_runtime"] - evaluations.runtime_s
     # the log of a resumed run begins with the run before
     before = next(row for row in trainer.state.log_history if "eval_loss" in row)
     round_masters(model)
-    after = trainer.evaluate()
+    with _attention(trainer):
+        after = trainer.evaluate()
     loss = after["eval_loss"]
     training = f"It was fine-tuned ({task}, {outcome.global_step} steps, test loss {loss:.4f})."
     _save(model, processor, run, training, write=arguments.should_save)
@@ -488,14 +494,24 @@ def _trainer(
             trainer.remove_callback(callback)
             if not quiet:
                 trainer.add_callback(ours())
-    if getattr(trainer, "padding_free", False):
-        check_apart(trainer)
+    if _joins(trainer):
+        check_apart(model)
     if recipe.mean_loss:
         # Trainer assumes a sum over tokens for models whose forward takes **kwargs.
         trainer.model_accepts_loss_kwargs = False
     if arguments.fsdp and not trainer.is_fsdp_enabled:
         raise ValueError("fsdp shards a model over GPUs, and there are none here; leave it out.")
     return trainer
+
+
+def _attention(trainer: Trainer) -> AbstractContextManager[None]:
+    """The attention of a run; of joined rows, row by row."""
+    assert trainer.model is not None
+    return row_by_row(trainer.model) if _joins(trainer) else nullcontext()
+
+
+def _joins(trainer: Trainer) -> bool:
+    return getattr(trainer, "padding_free", False)  # SFTTrainer's
 
 
 def _save(

@@ -72,7 +72,7 @@ def model(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def task(source, model):
     return image_task("cifar10", source, model, None, SIZES, 0)
 

@@ -46,7 +46,7 @@ def trained(folder, architecture=tiny_bert, hidden=32, steps=3, **settings):
     """A model prepared from a folder, with factors and head moved away from their start."""
     original = architecture() if hidden is None else architecture(hidden=hidden)
     original.save_pretrained(folder)
-    settings = {"method": "refta", "rank": 5, "refine": 1} | settings
+    settings = {"method": "refta", "rank": 5, "refine": 0} | settings
     return take_steps(qrefta.prepare(type(original).from_pretrained(folder), **settings), steps)
 
 

@@ -338,18 +338,20 @@ def energy_share(stack, rank, **options):
 @pytest.mark.parametrize(
     "shape", [(4, 200, 200), (3, 331, 173), (2, 150, 301), (1, 256, 256)], ids=str
 )
-@pytest.mark.parametrize("rank", [1, 15, 40])
+@pytest.mark.parametrize("rank", [1, 40])
 def test_block_method_captures_the_energy(power, shape, rank):
     stack = random_stack(shape) if power == 0 else falling(*shape, power)
     assert 0.999 <= energy_share(stack, rank) <= 1 + 1e-9
 
 
-@pytest.mark.parametrize("power", [0.3, 0.6, 1.0])
-def test_block_method_captures_the_energy_of_large_slices(power):
-    """4096 x 4096 with known singular values: two cosine bases with random signs around them."""
+def test_block_method_captures_the_energy_of_large_slices():
+    """4096 x 4096 with known singular values: two cosine bases with random signs around them.
+
+    The values fall slowly, which is the hard case.
+    """
     size = 4096
     rank = 64
-    values = (torch.arange(1, size + 1, dtype=torch.float32) ** -power).numpy()
+    values = (torch.arange(1, size + 1, dtype=torch.float32) ** -0.3).numpy()
     signs = np.random.default_rng(0).choice(np.float32([-1, 1]), size=(2, size))
     left = scipy.fft.dct(np.diag(values * signs[0]), axis=0, norm="ortho")
     stack = torch.from_numpy(scipy.fft.dct(left * signs[1], axis=1, norm="ortho")).unsqueeze(0)
@@ -366,7 +368,7 @@ def test_block_method_captures_the_energy_of_large_slices(power):
     spoilt=st.sampled_from(["nothing", "zero slices", "constant slices", "rank one"]),
     transform=st.sampled_from(TRANSFORMS),
 )
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 def test_any_stack_against_numpy(layers, shape, part, power, spoilt, transform):
     """Orthonormal within each slice, with the energy of numpy's SVDs.
 

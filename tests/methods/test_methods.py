@@ -2,6 +2,7 @@
 
 import copy
 import re
+from itertools import cycle, product
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from qrefta.nn.linear import AdaptedLinear
 from qrefta.nn.quantized import DenseWeight
 from qrefta.split.calibrate import gather_moments
 from tests import models
-from tests.models import ARCHITECTURES, inputs, logits
+from tests.models import ARCHITECTURES, covered, inputs, logits
 from tests.stacks import slices_of, transform_of
 
 RANKS = {
@@ -224,9 +225,8 @@ def test_a_layer_under_autocast_trains_in_half_precision(method, monkeypatch):
 # The start
 
 
-@all_methods
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_function_is_kept_at_the_start(method, architecture):
+@pytest.mark.parametrize(("architecture", "method"), covered(METHODS))
+def test_the_function_is_kept_at_the_start(architecture, method):
     """Without quantization, on every architecture. Measured: at most 4e-6 of the largest logit."""
     original = logits(ARCHITECTURES[architecture]())
     found = logits(prepared(architecture, method, bits=16))
@@ -468,8 +468,13 @@ def test_bad_settings_are_refused():
 # Save, load, merge, convert
 
 
-@all_methods
-@pytest.mark.parametrize("architecture", ["bert_100", "llama_gqa", "gpt2", "vit"])
+KINDS = ["bert_100", "llama_gqa", "gpt2", "vit"]
+
+
+@pytest.mark.parametrize(
+    ("method", "architecture"),
+    [*zip(METHODS, cycle(KINDS), strict=False), *product(["windows"], KINDS[:1] + KINDS[2:])],
+)
 def test_round_trip_and_merge(method, architecture, tmp_path):
     """Random frozen tensors are in the file; the merged model computes the same in float32."""
     model = prepared(architecture, method, steps=True)

@@ -27,6 +27,7 @@ from qrefta.model.stacks import find_stacks, model_weights, select_stacks
 from qrefta.nn.experts import add_expert, fused_names, is_experts, restore_fused, route_evenly
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.split.calibrate import gather_moments
+from tests import models
 from tests.models import EXPERTS, VOCAB, header_and_data, inputs, logits, tiny_mixtral
 
 all_models = pytest.mark.parametrize("name", EXPERTS)
@@ -38,9 +39,7 @@ def randn(*shape, seed=0):
 
 
 def prepared(name, **options):
-    return qrefta.prepare(
-        EXPERTS[name](), **({"method": "refta", "rank": 6, "refine": 0} | options)
-    )
+    return models.prepared(EXPERTS[name], **({"rank": 6} | options))
 
 
 def rows(model):
@@ -192,7 +191,7 @@ def test_experts_are_targets_by_their_parameters():
 
 @all_models
 def test_only_routers_and_norms_of_the_blocks_stay_dense(name):
-    model = prepared(name, target_modules=["q_proj"])
+    model = prepared(name, target_modules=("q_proj",))
     left = {path for path, p in model.model.layers.named_parameters() if p.is_floating_point()}
     kept = ("norm", "mlp.gate.", "mlp.router.", "sinks", "bias")
     assert not {path for path in left if not any(part in path for part in kept)}
@@ -274,7 +273,7 @@ def test_checkpointing_changes_no_bit():
 
 def test_a_compiled_block_has_the_same_gradients_and_does_not_recompile():
     """Experts are not compiled: the number of tokens of each differs in every step."""
-    block = moved(prepared("mixtral", target_modules=["experts.down_proj"])).model.layers[0].mlp
+    block = moved(prepared("mixtral", target_modules=("experts.down_proj",))).model.layers[0].mlp
     torch.compiler.reset()
     compiled = torch.compile(block, backend="aot_eager")
     factors = block.experts.down_proj_adapted[0].factors
@@ -306,7 +305,7 @@ def test_a_dense_model_of_the_same_config_computes_as_before():
 
 @all_models
 def test_round_trip(name, tmp_path):
-    model = moved(prepared(name, double_quant=True, target_modules=["q_proj", "experts.down_proj"]))
+    model = moved(prepared(name, double_quant=True, target_modules=("q_proj", "experts.down_proj")))
     model.save_pretrained(tmp_path / "first", max_shard_size="100KB")
     loaded = qrefta.load(tmp_path / "first")
     state = loaded.state_dict()
@@ -470,7 +469,7 @@ def test_moments_belong_to_the_inputs_of_the_experts(name):
 def test_calibrated_experts_state_the_error_of_their_outputs():
     original = tiny_mixtral()
     moments = gather_moments(original, find_stacks(original), [masked_batch()], progress=False)
-    model = prepared("mixtral", moments=moments, refine=2)
+    model = qrefta.prepare(tiny_mixtral(), method="refta", rank=6, refine=2, moments=moments)
     dense = dense_weights(model)
     for row in rows(model):
         if row.stack.experts:

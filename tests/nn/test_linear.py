@@ -126,14 +126,14 @@ def test_forward_is_a_linear_with_the_dense_weight(fmt, bias):
         )
 
 
-@pytest.mark.parametrize("shape", [(), (7,), (1,), (2, 5), (2, 3, 4), (0,), (2, 0)], ids=str)
 @all_formats
-def test_leading_dimensions_pass_through(shape, fmt):
+def test_leading_dimensions_pass_through(fmt):
     layer = Adapted(fmt).layers[1]
-    x = randn(*shape, IN)
-    y = layer(x)
-    assert y.shape == (*shape, OUT)
-    assert_close(y.reshape(-1, OUT), layer(x.reshape(-1, IN)))
+    for shape in [(), (7,), (1,), (2, 5), (2, 3, 4), (0,), (2, 0)]:
+        x = randn(*shape, IN)
+        y = layer(x)
+        assert y.shape == (*shape, OUT)
+        assert_close(y.reshape(-1, OUT), layer(x.reshape(-1, IN)))
 
 
 @all_formats

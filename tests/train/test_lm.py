@@ -104,16 +104,17 @@ def test_a_document_begins_as_the_tokenizer_begins_texts(tokenizer, tmp_path, mo
     assert text_of(recipe.train, tokenizer) == "<s>" + "ab cd ef\n" * 3 + "<end>"
 
 
-def test_memory_does_not_grow_with_the_file(tokenizer, tmp_path):
+def test_memory_does_not_grow_with_the_file(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("qrefta.train.tasks.lm._CHARACTERS", 100_000)
     peaks = []
-    for megabytes in (2, 6):
-        file = tmp_path / f"{megabytes}.txt"
-        file.write_text(("x" * 99 + "\n") * 10_000 * megabytes)
+    for lines in (3_000, 9_000):
+        file = tmp_path / f"{lines}.txt"
+        file.write_text(("x" * 99 + "\n") * lines)
         tracemalloc.start()
-        recipe = windows(file, tokenizer, length=1000)
+        recipe = windows(file, tokenizer, length=100)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-        assert len(recipe.train) + len(recipe.test) == 1000 * megabytes
+        assert len(recipe.train) + len(recipe.test) == lines
     assert peaks[1] < 1.5 * peaks[0]
 
 

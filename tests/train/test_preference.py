@@ -220,14 +220,11 @@ def blue(prompts, completions, **columns):
 """
 
 
-@pytest.mark.parametrize("settings", METHODS)
-def test_grpo_follows_the_reward_and_its_reference_is_the_start(
-    settings, tokenizer, tmp_path, capsys
-):
+def test_grpo_follows_the_reward_and_its_reference_is_the_start(tokenizer, tmp_path, capsys):
     """The dense model is never loaded: its folder is gone when training begins."""
     tiny_llama().save_pretrained(tmp_path / "dense")
     dense = type(tiny_llama()).from_pretrained(tmp_path / "dense")
-    model = qrefta.prepare(dense, rank=48, progress=False, **settings)
+    model = qrefta.prepare(dense, rank=48, progress=False)
     (tmp_path / "dense").rename(tmp_path / "gone")
     (tmp_path / "reward.py").write_text(REWARD)
     rows = [{"prompt": QUESTION, "wanted": "blue", "number": 1}] * 40

@@ -10,7 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta.choices import Loss
 from qrefta.files.tables import with_names
+from qrefta.train.balance import balanced
 from qrefta.train.data import read_splits, with_test
+from qrefta.train.head_loss import without_logits
 from qrefta.train.lengths import check_rows, warn_of_cut, warn_without_answer
 from qrefta.train.tasks.answers import IGNORED, learned_ids, left_out
 from qrefta.train.tasks.recipe import TEST_SHARE, Recipe
@@ -108,7 +110,7 @@ def chat_recipe(
             answer in its first `max_length` tokens.
         ImportError: if TRL is not installed.
     """
-    trainer, _ = load_trl("sft")
+    trainer = balanced(without_logits(load_trl("sft")[0]))
     data = DatasetDict(
         {
             name: part if part.features in _READ else conversations(part, f"the {name} split")

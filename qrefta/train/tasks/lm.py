@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from datasets import Dataset, DatasetDict, Features, List, Value
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from qrefta.files.encodings import check_text, text_encoding
 from qrefta.files.tables import from_generator, kind_of, text_column, versions
 from qrefta.train.data import read_splits, split_files, with_test
+from qrefta.train.head_loss import without_logits
 from qrefta.train.tasks.recipe import TEST_SHARE, Recipe
 
 _CHARACTERS = 1_000_000  # of a piece of a file, and of the pieces that are tokenized together
@@ -89,7 +90,8 @@ def text_windows(
         held_out = max(1, round(TEST_SHARE * len(whole)))
         windows["train"] = whole.select(range(len(whole) - held_out))
         windows["test"] = whole.select(range(len(whole) - held_out, len(whole)))
-    return Recipe(windows["train"], windows["test"], collate=_batch)
+    trainer = without_logits(Trainer)
+    return Recipe(windows["train"], windows["test"], trainer, collate=_batch)
 
 
 def _text_files(files: dict[str, list[Path]], seed: int) -> DatasetDict:
