@@ -25,6 +25,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 
 from qrefta._compat.hub import cached_hub_file, commit_hash
+from qrefta._compat.saving import folder_being_saved, set_upload, upload
 from qrefta.config import BANK
 from qrefta.files.json_file import read_json
 from qrefta.files.verify import LIST, check_layout, check_saved, check_settings, is_switched_off
@@ -60,13 +61,15 @@ def register(model: "PreTrainedModel", config: QReftaConfig) -> None:
     """Mark a model that was prepared in memory as quantized, as transformers does for a model that
     it loads.
     """
+    quantizer = QReftaQuantizer(config)
     marks = {
-        "hf_quantizer": QReftaQuantizer(config),
+        "hf_quantizer": quantizer,
         "is_quantized": True,
         "quantization_method": config.quant_method,
     }
     for name, value in marks.items():
         setattr(model, name, value)
+    set_upload(model, quantizer.upload)
     model.config.quantization_config = config
 
 
@@ -217,7 +220,6 @@ class QReftaQuantizer(HfQuantizer):
             ValueError: if FSDP2 sharded the model and the other processes do not save it too, or
                 packed weights were multiplied.
         """
-        from qrefta._compat.saving import folder_being_saved
         from qrefta.distributed import is_sharded, wait_for_all, whole_state
         from qrefta.model.saving import saved_checksums
         from qrefta.model_card import write_card
@@ -242,6 +244,21 @@ class QReftaQuantizer(HfQuantizer):
         if folder is not None:
             write_card(folder, self.quantization_config)
         return state, saved_checksums(model, state).metadata()
+
+    def upload(self, folder: str, *args: Any, **kwargs: Any) -> Any:
+        """Upload a folder that transformers has saved, with our card if the hub has none.
+
+        transformers replaces the card in the folder by the hub's, or else by one of its template.
+        """
+        from qrefta.model_card import replace_template
+
+        replace_template(Path(folder), self.quantization_config)
+        return upload(folder, *args, **kwargs)
+
+    def remove_quantization_config(self, model: "PreTrainedModel") -> None:
+        """Remove the marks of a prepared model, which has become dense."""
+        super().remove_quantization_config(model)
+        set_upload(model, None)
 
     def update_attn_implementation(self, config: "PreTrainedConfig") -> "PreTrainedConfig":
         """The config as it is, checked: the only hook that runs before transformers builds the
@@ -302,6 +319,7 @@ class QReftaQuantizer(HfQuantizer):
         trained = dict.fromkeys([*config.settings.modules_to_save, *task_head(model)])
         config.settings = replace(config.settings, modules_to_save=tuple(trained))
         freeze(model, config.settings.modules_to_save)
+        set_upload(model, self.upload)
         return model
 
     def _check_saved(self, model: "PreTrainedModel", files: list[str]) -> None:

@@ -14,6 +14,7 @@ from qrefta.files.safetensors import replace_text
 from qrefta.hf_config import QReftaConfig
 
 NAME = "README.md"
+_OF_TEMPLATE = "This model card has been automatically generated."  # in the cards of transformers
 
 _USE = """```python
 import qrefta
@@ -43,6 +44,23 @@ def write_card(
     """
     if not (folder / NAME).exists():
         replace_text(folder / NAME, model_card(config, did, use, library))
+
+
+def replace_template(folder: Path, config: QReftaConfig) -> None:
+    """Write README.md in place of a card that transformers made from its template; keep its tags
+    and any other card.
+
+    Args:
+        folder: with a README.md.
+        config: of the prepared model.
+    """
+    found = ModelCard.load(folder / NAME)
+    if _OF_TEMPLATE not in found.text:
+        return
+    card = ModelCard(model_card(config))
+    tags = card.data.tags or []
+    card.data.tags = [*tags, *(tag for tag in found.data.tags or [] if tag not in tags)]
+    card.save(folder / NAME)
 
 
 def model_card(

@@ -438,10 +438,11 @@ def prepared(dense, tmp_path_factory):
     ids=str,
 )
 def test_settings_of_preparing_are_refused_for_a_prepared_model(
-    options, message, prepared, rows, tmp_path
+    options, message, prepared, tmp_path
 ):
+    """Before data and model are read."""
     with pytest.raises(ValueError, match=message):
-        invoke("finetune", prepared, rows, tmp_path / "out", "--max-steps", 1, *options)
+        invoke("finetune", prepared, "none.csv", tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
 
 

@@ -40,9 +40,11 @@ def test_links_lead_somewhere():
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_every_page_is_in_the_navigation():
+def test_every_page_and_notebook_is_in_the_navigation():
     settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))
-    assert sorted(_page_names(settings["nav"])) == sorted(PAGES)
+    notebooks = [path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.ipynb")]
+    assert notebooks
+    assert sorted(_page_names(settings["nav"])) == sorted([*PAGES, *notebooks])
 
 
 def test_documented_settings_are_those_of_prepare():

@@ -1,7 +1,15 @@
 """The model card names the base, its licence, the steps taken and the errors."""
 
+import copy
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 from huggingface_hub import ModelCard
-from transformers import BertForSequenceClassification
+from huggingface_hub.errors import EntryNotFoundError
+from transformers import BertForSequenceClassification, modeling_utils
+from transformers.utils import hub
 
 import qrefta
 from qrefta import model_card as card
@@ -10,6 +18,7 @@ from qrefta.model_card import base_license, model_card, write_card
 from tests.models import inputs, tiny_bert
 from tests.tiny import tiny_folder
 
+USE = "qrefta.load("
 LICENSED = "---\nlicense: mit\n---\n# Base\n"
 
 
@@ -139,3 +148,63 @@ def test_a_merged_model_writes_no_card(tmp_path):
     dense = qrefta.merge(qrefta.prepare(model, rank=4, progress=False))
     dense.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out" / "README.md").exists()
+
+
+@pytest.fixture
+def pushed(monkeypatch):
+    """Cards that were sent to a hub, and the card that its repository had before, or None."""
+    found = SimpleNamespace(cards=[], on_hub=None)
+
+    class Card(ModelCard):
+        @classmethod
+        def load(cls, name, **_):
+            assert name == "me/model"
+            if found.on_hub is None:
+                raise EntryNotFoundError("There is no README.md.")
+            return cls(found.on_hub)
+
+    def create_commit(**commit):
+        for one in commit["operations"]:
+            if one.path_in_repo == "README.md":
+                found.cards.append(ModelCard.load(one.path_or_fileobj))
+
+    api = SimpleNamespace(
+        create_repo=lambda *_, **__: SimpleNamespace(repo_id="me/model"),
+        create_commit=create_commit,
+    )
+    monkeypatch.setattr(hub, "ModelCard", Card)
+    monkeypatch.setattr(hub, "hf_api", lambda: api)
+    monkeypatch.setattr(modeling_utils, "hf_api", lambda: api)
+    return found
+
+
+def copied(model):
+    return [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+
+
+def test_a_pushed_model_has_the_card_and_the_callers_tags(tmp_path, pushed):
+    """transformers writes a card of its template over the card of `save_pretrained`."""
+    model = qrefta.prepare(tiny_bert(), rank=5, progress=False)
+    model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="me/model")
+    for one in [model, qrefta.load(tmp_path / "saved"), *copied(model)]:
+        one.push_to_hub("me/model", tags=["mine"])
+    assert len(pushed.cards) == 5
+    for page in pushed.cards:
+        assert USE in page.text
+        assert {"qrefta", "windows"} <= set(page.data.tags)
+    assert all("mine" in page.data.tags for page in pushed.cards[1:])
+    assert USE in Path(tmp_path, "saved", "README.md").read_text()
+
+
+def test_the_card_of_a_repository_is_kept(pushed):
+    pushed.on_hub = LICENSED
+    qrefta.prepare(tiny_bert(), rank=5, progress=False).push_to_hub("me/model")
+    (page,) = pushed.cards
+    assert page.text.strip() == "# Base"
+
+
+def test_a_merged_model_is_pushed_as_any_dense_model(pushed):
+    dense = qrefta.merge(qrefta.prepare(tiny_bert(), rank=5, progress=False))
+    dense.push_to_hub("me/model")
+    (page,) = pushed.cards
+    assert USE not in page.text

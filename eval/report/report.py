@@ -58,12 +58,28 @@ def run(
     )
     folder = page or out.parent / "page"
     folder.mkdir(parents=True, exist_ok=True)
+    link = Path(os.path.relpath(folder, out.parent)).as_posix()
+    for name in earlier_pictures(out, link):
+        (folder / name).unlink(missing_ok=True)
     for section in [*report.first, *report.sections]:
         for picture in section.pictures:
             (folder / f"{picture.name}.svg").write_text(picture.svg, encoding="utf-8")
-    link = Path(os.path.relpath(folder, out.parent)).as_posix()
     out.write_text(markdown(report, link), encoding="utf-8")
     (folder / "index.html").write_text(html_page(report), encoding="utf-8")
+
+
+def earlier_pictures(report: Path, link: str) -> list[str]:
+    """Files of the pictures that an earlier report shows, in its folder of pictures.
+
+    Args:
+        report: Markdown file, if there is one.
+        link: to the folder, from the report.
+    """
+    if not report.exists():
+        return []
+    return re.findall(
+        rf"\]\({re.escape(link)}/([\w.-]+\.svg)\)", report.read_text(encoding="utf-8")
+    )
 
 
 def read_all(folder: Path) -> dict[str, list[Row]]:

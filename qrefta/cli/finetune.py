@@ -4,185 +4,61 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from qrefta.choices import AUTO_RATE, Loss, Task
-from qrefta.cli.calibrating import KINDS, NONE, calibrated
+from qrefta.choices import AUTO_RATE, Task
+from qrefta.cli import training_options as given
+from qrefta.cli.calibrating import NONE, calibrated
 from qrefta.cli.console import console, megabytes, quiet_libraries
 from qrefta.cli.options import TrustRemoteCode, setting_of, with_settings
 from qrefta.recipe import NAME as RECIPE
 from qrefta.recipe import write_recipe
 
 if TYPE_CHECKING:
-    from qrefta.config import Settings
+    from datasets import DatasetDict
+    from transformers import PreTrainedModel
 
-DATA, TRAINING, MEMORY, RUN = "Data", "Training", "Memory", "While it runs"  # groups of options
+    from qrefta.config import Settings
+    from qrefta.train.tasks.mixture import Mixture
+
 ROWS = "data"  # rows of the training data
 
 
 @with_settings
 def finetune(
     ctx: typer.Context,
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="Hub name, folder or .gguf file: dense (is prepared first), or prepared."
-        ),
-    ],
-    dataset: Annotated[
-        str, typer.Argument(help="Hub name, folder or file (csv, tsv, json, jsonl, parquet).")
-    ],
-    out: Annotated[Path, typer.Argument(help="Folder for checkpoints and the trained model.")],
+    model: given.Model,
+    dataset: given.Dataset,
+    out: given.Out,
     settings: dict[str, Any],
-    calibration: Annotated[
-        str,
-        typer.Option(help=f"Keep the outputs on rows of the training data (data), {KINDS}."),
-    ] = ROWS,
-    task: Annotated[
-        Task,
-        typer.Option(
-            help="Classes of text, language modelling, conversations, preferences (dpo: pairs of "
-            "answers; grpo: prompts and a reward), or classes of images."
-        ),
-    ] = "classify",
-    mix: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="SOURCE:WEIGHT of one more data set, where DATASET has the weight 1; repeat the "
-            "option for more.",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    text_column: Annotated[
-        list[str] | None,
-        typer.Option(help="Column with text; give two for pairs.", rich_help_panel=DATA),
-    ] = None,
-    label_column: Annotated[
-        str | None, typer.Option(help="Column with classes.", rich_help_panel=DATA)
-    ] = None,
-    header: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Column names, in order, of a file without header.", rich_help_panel=DATA
-        ),
-    ] = None,
-    learning_rate: Annotated[
-        str,
-        typer.Option(
-            help="Peak learning rate; auto: the best measured one for the method.",
-            rich_help_panel=TRAINING,
-        ),
-    ] = AUTO_RATE,
-    epochs: Annotated[
-        float, typer.Option(help="Passes over the training data.", rich_help_panel=TRAINING)
-    ] = 3.0,
-    max_steps: Annotated[
-        int,
-        typer.Option(
-            help="Optimizer steps; if positive, used instead of --epochs.", rich_help_panel=TRAINING
-        ),
-    ] = -1,
-    batch_size: Annotated[
-        int, typer.Option(help="Rows a forward and backward pass.", rich_help_panel=TRAINING)
-    ] = 32,
-    max_length: Annotated[
-        int | None,
-        typer.Option(
-            help="Rows are cut to this many tokens; default: 128, or the model's positions if it "
-            "has fewer.",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    packing: Annotated[
-        bool,
-        typer.Option(
-            help="For sft: put several conversations into a sequence.", rich_help_panel=DATA
-        ),
-    ] = False,
-    padding_free: Annotated[
-        bool | None,
-        typer.Option(
-            help="For sft: join the conversations of a batch instead of padding; default: where "
-            "it is right and faster.",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    loss: Annotated[
-        Loss,
-        typer.Option(
-            help="For sft: learn all turns of the assistant, or the last.", rich_help_panel=DATA
-        ),
-    ] = "all",
-    reward: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="For grpo: FILE.py:FUNCTION; repeat the option for a sum of rewards.",
-            rich_help_panel=TRAINING,
-        ),
-    ] = None,
-    beta: Annotated[
-        float | None,
-        typer.Option(
-            help="For dpo and grpo: weight of staying near the model at the start.",
-            rich_help_panel=TRAINING,
-        ),
-    ] = None,
-    num_generations: Annotated[
-        int | None,
-        typer.Option(
-            help="For grpo: answers to each prompt; default: 8.", rich_help_panel=TRAINING
-        ),
-    ] = None,
-    optimizer: Annotated[
-        str,
-        typer.Option(
-            help="An optimizer of transformers' Trainer, such as adamw_8bit.",
-            rich_help_panel=TRAINING,
-        ),
-    ] = "adamw_torch",
-    gradient_accumulation: Annotated[
-        int,
-        typer.Option(
-            help="Forward and backward passes an optimizer step.", rich_help_panel=TRAINING
-        ),
-    ] = 1,
-    gradient_checkpointing: Annotated[
-        bool,
-        typer.Option(help="Recompute activations: less memory, more time.", rich_help_panel=MEMORY),
-    ] = False,
-    bf16: Annotated[
-        bool, typer.Option(help="Compute in bf16 under autocast.", rich_help_panel=MEMORY)
-    ] = False,
-    fsdp: Annotated[
-        bool,
-        typer.Option(
-            help="Shard the model over torchrun's processes, by FSDP2.", rich_help_panel=MEMORY
-        ),
-    ] = False,
-    report_to: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Logging integration of Trainer; repeat the option for more.", rich_help_panel=RUN
-        ),
-    ] = None,
-    eval_steps: Annotated[
-        float | None,
-        typer.Option(
-            help="Evaluate every so many steps, or share of the run below 1.", rich_help_panel=RUN
-        ),
-    ] = None,
-    early_stopping: Annotated[
-        int | None,
-        typer.Option(
-            help="Stop after so many evaluations without a lower test loss; keep the best model.",
-            rich_help_panel=RUN,
-        ),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option(help="Go on from the last checkpoint in OUT.", rich_help_panel=RUN)
-    ] = False,
+    calibration: given.Calibration = ROWS,
+    task: given.Task = "classify",
+    mix: given.Mix = None,
+    text_column: given.TextColumn = None,
+    label_column: given.LabelColumn = None,
+    header: given.Header = None,
+    learning_rate: given.LearningRate = AUTO_RATE,
+    epochs: given.Epochs = 3.0,
+    max_steps: given.MaxSteps = -1,
+    batch_size: given.BatchSize = 32,
+    max_length: given.MaxLength = None,
+    packing: given.Packing = False,
+    padding_free: given.PaddingFree = None,
+    loss: given.Loss = "all",
+    reward: given.Reward = None,
+    beta: given.Beta = None,
+    num_generations: given.NumGenerations = None,
+    optimizer: given.Optimizer = "adamw_torch",
+    gradient_accumulation: given.GradientAccumulation = 1,
+    gradient_checkpointing: given.GradientCheckpointing = False,
+    bf16: given.Bf16 = False,
+    fsdp: given.Fsdp = False,
+    report_to: given.ReportTo = None,
+    eval_steps: given.EvalSteps = None,
+    early_stopping: given.EarlyStopping = None,
+    resume: given.Resume = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Train a model: prepare it if it is dense, train its factors and head, save everything.
@@ -194,24 +70,23 @@ def finetune(
 
     check_sharding()
     quiet_libraries()
-    from qrefta._prepare import prepare as prepare_model
     from qrefta.files.safetensors import weights_bytes
     from qrefta.files.sources import pretrained_source
-    from qrefta.hf_quantizer import is_prepared, prepared_config, quant_report
-    from qrefta.split.sources import calibration_batches
+    from qrefta.hf_quantizer import is_prepared, quant_report
     from qrefta.tables import report_table, results_table
     from qrefta.train._finetune import finetune as finetune_model
     from qrefta.train.arguments import LENGTH_FIELDS, task_settings, training_arguments
-    from qrefta.train.calibration import task_batches
     from qrefta.train.interrupt import TrainingInterrupted
     from qrefta.train.lengths import row_length
     from qrefta.train.models import load_model
     from qrefta.train.rates import chosen_rate, parse_rate
     from qrefta.train.tasks import TASKS
-    from qrefta.train.tasks.mixture import Mixture, load_mixture, parse_weight
+    from qrefta.train.tasks.preference import load_rewards
 
     seed = settings["seed"]
     rate = parse_rate(learning_rate)
+    rewards = load_rewards(task, reward or ())
+    options = _options_of_run(ctx, settings, trust_remote_code)
     args = training_arguments(
         task,
         out,
@@ -243,36 +118,22 @@ def finetune(
     with state.main_process_first():
         if state.is_main_process and not resume:
             _check_run(out)
-        data: Any = TASKS[task].load(dataset, seed=seed, **columns)
-        if mix:
-            others = load_mixture(task, TASKS[task].load, dict(map(parse_weight, mix)), seed)
-            data = Mixture([data, *others.parts], [1.0, *others.weights])
-        named = pretrained_source(model, trust_remote_code)
-        processor = TASKS[task].processor.from_pretrained(**named)
+        data = _load_data(task, dataset, mix or [], seed, columns)
+        processor = TASKS[task].processor.from_pretrained(
+            **pretrained_source(model, trust_remote_code)
+        )
         begun = str(start) if start.is_dir() else model
         loaded = load_model(begun, task, data, seed, trust_remote_code)
         if task != "image":
             max_length = row_length(loaded, processor, max_length)
         if task in LENGTH_FIELDS:
             setattr(args, LENGTH_FIELDS[task], max_length)
-        options = dict(ctx.params)
-        if is_prepared(loaded) and not start.is_dir():
-            options = _without_settings(ctx, prepared_config(loaded).settings, settings)
         if not is_prepared(loaded):
             if not state.is_main_process:
                 raise ValueError(
                     f"{start} is not seen here; OUT must be a folder that all nodes share."
                 )
-            gathered = None
-            if calibration == ROWS:
-                batches = task_batches(
-                    task, loaded, processor, data, max_length=max_length, seed=seed
-                )
-                gathered = calibrated(loaded, batches, "the training data")
-            elif calibration != NONE:
-                batches = calibration_batches(loaded, calibration, processor, seed=seed)
-                gathered = calibrated(loaded, list(batches), calibration)
-            prepare_model(loaded, moments=gathered, **settings)
+            _prepare(loaded, processor, task, data, max_length, calibration, settings)
             if state.num_processes > 1:  # the others load it, whole or not at all
                 loaded.save_pretrained(f"{start}.partial")
                 Path(f"{start}.partial").rename(start)
@@ -289,7 +150,7 @@ def finetune(
             args=args,
             max_length=None if task in LENGTH_FIELDS else max_length,
             loss=loss,
-            reward=reward or (),
+            reward=rewards,
             eval_steps=eval_steps,
             early_stopping=early_stopping,
             resume=resume,
@@ -305,23 +166,63 @@ def finetune(
     console.print(f"Saved in {out} ({megabytes(weights_bytes(out))})")
 
 
-def _without_settings(
-    ctx: typer.Context, prepared: "Settings", settings: dict[str, Any]
-) -> dict[str, Any]:
-    """The values of the options that hold for a prepared model: all but those of preparing.
+def _load_data(
+    task: Task, dataset: str, mix: list[str], seed: int, columns: dict[str, Any]
+) -> "DatasetDict | Mixture":
+    """The data of the run: of one source, or of several with weights."""
+    from qrefta.train.tasks import TASKS
+    from qrefta.train.tasks.mixture import Mixture, load_mixture, parse_weight
 
-    Args:
-        ctx: of the command.
-        prepared: settings of the model.
-        settings: from the options.
+    load = TASKS[task].load
+    data = load(dataset, seed=seed, **columns)
+    if not mix:
+        return data
+    others = load_mixture(task, load, dict(map(parse_weight, mix)), seed)
+    return Mixture([data, *others.parts], [1.0, *others.weights])
+
+
+def _prepare(
+    model: "PreTrainedModel",
+    processor: Any,
+    task: Task,
+    data: Any,
+    max_length: int | None,
+    calibration: str,
+    settings: dict[str, Any],
+) -> None:
+    """Prepare a dense model in place, calibrated as --calibration says."""
+    from qrefta._prepare import prepare
+    from qrefta.split.sources import calibration_batches
+    from qrefta.train.calibration import task_batches
+
+    seed = settings["seed"]
+    moments = None
+    if calibration == ROWS:
+        batches = task_batches(task, model, processor, data, max_length=max_length, seed=seed)
+        moments = calibrated(model, batches, "the training data")
+    elif calibration != NONE:
+        batches = calibration_batches(model, calibration, processor, seed=seed)
+        moments = calibrated(model, list(batches), calibration)
+    prepare(model, moments=moments, **settings)
+
+
+def _options_of_run(
+    ctx: typer.Context, settings: dict[str, Any], trust_remote_code: bool
+) -> dict[str, Any]:
+    """The values of the options that hold for the run: for a prepared model all but those of
+    preparing.
 
     Raises:
-        ValueError: if an option was given that would prepare the model in another way.
+        ValueError: if an option was given that would prepare a prepared model in another way.
     """
     from qrefta.config import Settings
 
-    asked = Settings(**settings)
     kept = dict(ctx.params)
+    model = kept["model"]
+    prepared = _prepared_settings(model, trust_remote_code)
+    if prepared is None:
+        return kept
+    asked = Settings(**settings)
     for parameter in ctx.command.params:
         name = str(parameter.name)
         setting = setting_of(name)
@@ -335,16 +236,30 @@ def _without_settings(
             continue
         has = "" if setting is None else f" with {setting} {getattr(prepared, setting)}"
         raise ValueError(
-            f"{max(parameter.opts, key=len)} {value} belongs to preparing, and "
-            f"{ctx.params['model']} is prepared already{has}; leave the option out, or give the "
-            "dense model"
+            f"{max(parameter.opts, key=len)} {value} belongs to preparing, and {model} is prepared "
+            f"already{has}; leave the option out, or give the dense model"
         )
     return kept
 
 
+def _prepared_settings(model: str, trust_remote_code: bool) -> "Settings | None":
+    """How a model was prepared, from its config.json; None for a dense model."""
+    from transformers import AutoConfig
+
+    from qrefta.files.sources import is_gguf, pretrained_source
+    from qrefta.hf_config import QReftaConfig
+
+    if is_gguf(model):
+        return None
+    config = AutoConfig.from_pretrained(**pretrained_source(model, trust_remote_code)).to_dict()
+    if (config.get("quantization_config") or {}).get("quant_method") != "qrefta":
+        return None
+    return QReftaConfig.of(config).settings
+
+
 def _agrees(setting: str, asked: "Settings", prepared: "Settings") -> bool:
     """Whether a prepared model has what an option asks for."""
-    if setting == "modules_to_save":  # the model's list has its task head too
+    if setting == "modules_to_save":  # the list of the model has its task head too
         return set(asked.modules_to_save) <= set(prepared.modules_to_save)
     return getattr(asked, setting) == getattr(prepared, setting)
 

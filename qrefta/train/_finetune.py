@@ -47,7 +47,7 @@ from qrefta.train.progress import Lines, Progress
 from qrefta.train.rates import chosen_rate, warn_of_rate
 from qrefta.train.tasks import TASKS, Recipe, TaskName
 from qrefta.train.tasks.mixture import Mixture, load_mixture, mixed_recipe
-from qrefta.train.tasks.preference import Reward, load_reward
+from qrefta.train.tasks.preference import Reward, load_rewards
 
 _PART_OF_RUN = 0.1  # between two evaluations of early stopping
 _OLD_KEYWORDS = {
@@ -202,6 +202,7 @@ def finetune(
     if task not in TASKS:
         raise ValueError(f"task is {task!r}; it must be one of {', '.join(TASKS)}")
     check_trainable(model)
+    rewards = load_rewards(task, reward)
     settings = {
         "learning_rate": learning_rate,
         "num_train_epochs": epochs,
@@ -244,7 +245,7 @@ def finetune(
     warn_of_rate(model, arguments.learning_rate)
     length = _length(model, processor, task, arguments, max_length, is_default=args is None)
     with together.main_process_first():  # the other processes find its cache
-        recipe = _recipe(model, processor, dataset, task, arguments.seed, length, loss, reward)
+        recipe = _recipe(model, processor, dataset, task, arguments.seed, length, loss, rewards)
     quiet = progress is False
     return _train(model, processor, recipe, arguments, task, resume, callbacks, quiet)
 
@@ -378,7 +379,7 @@ def _recipe(
     seed: int,
     max_length: int | None,
     loss: Loss,
-    reward: str | Path | Reward | Sequence[str | Path | Reward],
+    rewards: list[Reward],
 ) -> Recipe:
     data = dataset
     if isinstance(data, str | Path):
@@ -387,8 +388,7 @@ def _recipe(
         data = load_mixture(task, TASKS[task].load, data, seed)
     options: dict[str, Any] = {"loss": loss} if task == "sft" else {}
     if task == "grpo":
-        several = [reward] if isinstance(reward, str | Path) or callable(reward) else reward
-        options = {"rewards": [load_reward(one) for one in several]}
+        options = {"rewards": rewards}
 
     def make(one: DatasetDict) -> Recipe:
         return TASKS[task].recipe(model, processor, one, max_length, **options)

@@ -13,6 +13,12 @@ from transformers import (
 
 EVERY = 10  # steps between two lines; of long runs 1 %
 _PARTS = 100
+# scores in Trainer's log, and their words; of the test rows they begin with eval_
+_SCORES = {
+    "accuracy": "accuracy {:.1%}",
+    "rewards/accuracies": "accuracy {:.1%}",
+    "reward": "reward {:.3g}",
+}
 
 
 class Lines(TrainerCallback):
@@ -70,12 +76,12 @@ class Lines(TrainerCallback):
         """Words for a row of Trainer's log; none for its summary at the end."""
         where = f"step {state.global_step:,} of {state.max_steps:,}"
         if "eval_loss" in logs:
-            found = f"{where}: test loss {logs['eval_loss']:.4g}"
-            accuracy = logs.get("eval_accuracy")
-            return found if accuracy is None else f"{found}, accuracy {accuracy:.1%}"
+            return ", ".join(
+                [f"{where}: test loss {logs['eval_loss']:.4g}", *_scores(logs, "eval_")]
+            )
         if "loss" not in logs:
             return ""
-        parts = [f"{where}: loss {logs['loss']:.4g}"]
+        parts = [f"{where}: loss {logs['loss']:.4g}", *_scores(logs)]
         if "learning_rate" in logs:
             parts.append(f"learning rate {logs['learning_rate']:.2g}")
         seconds, tokens = self._logged
@@ -88,6 +94,12 @@ class Lines(TrainerCallback):
             left = (state.max_steps - state.global_step) * self._train_s / self._steps
             parts.append(f"{duration(left)} left")
         return ", ".join(parts)
+
+
+def _scores(logs: dict[str, Any], prefix: str = "") -> list[str]:
+    """Words for the scores in a row of Trainer's log."""
+    found = {name: logs.get(prefix + name) for name in _SCORES}
+    return [_SCORES[name].format(score) for name, score in found.items() if score is not None]
 
 
 class Progress(Lines, ProgressCallback):

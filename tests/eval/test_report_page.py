@@ -600,6 +600,21 @@ def test_the_same_rows_give_the_same_bytes(report, tmp_path):
     assert (tmp_path / "REPORT.md").read_bytes() == (report / "REPORT.md").read_bytes()
 
 
+def test_pictures_of_removed_rows_go_and_other_files_stay(tmp_path):
+    rows = cost_rows()
+    write(tmp_path / "rows", cost=[row | {"setting": f"old {row['setting']}"} for row in rows])
+    run(tmp_path / "rows", tmp_path / "REPORT.md", None)
+    page = tmp_path / "page"
+    before = {path.name for path in page.glob("*.svg")}
+    (page / "mine.svg").write_text("<svg/>")
+    run(write(tmp_path / "rows", cost=rows), tmp_path / "REPORT.md", None)
+    after = {path.name for path in page.glob("*.svg")}
+    assert before
+    assert after & before == set()
+    assert "mine.svg" in after
+    assert len(after) == len(before) + 1
+
+
 def test_a_missing_file_leaves_its_section_out_and_names_its_command(tmp_path):
     run(write(tmp_path / "rows", cost=cost_rows()), tmp_path / "REPORT.md", tmp_path / "out")
     for text in (

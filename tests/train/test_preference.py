@@ -1,6 +1,7 @@
 """Preference data, and DPO and GRPO whose reference is the model at its start."""
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -12,7 +13,7 @@ from qrefta.train.arguments import training_arguments
 from qrefta.train.calibration import task_batches
 from qrefta.train.reference import reference_model, starts_as_reference
 from qrefta.train.tasks import load_preferences, load_prompts
-from qrefta.train.tasks.preference import dpo_recipe, grpo_recipe, load_reward, token_ids
+from qrefta.train.tasks.preference import dpo_recipe, load_reward, token_ids
 from tests.models import logits, tiny_llama
 from tests.train.talk import ANSWER, QUESTION, chat_rows, write_rows
 
@@ -196,7 +197,7 @@ def finetuned(model, tokenizer, file, out, task, **options):
 
 
 @pytest.mark.parametrize("settings", METHODS)
-def test_dpo_prefers_the_better_answers(settings, tokenizer, tmp_path):
+def test_dpo_prefers_the_better_answers(settings, tokenizer, tmp_path, capsys):
     """Before training, model and reference are equal, so the loss is log 2."""
     file = write_rows(tmp_path / "pairs.jsonl", pair_rows(60))
     model = qrefta.prepare(tiny_llama(), rank=48, progress=False, **settings)
@@ -206,6 +207,9 @@ def test_dpo_prefers_the_better_answers(settings, tokenizer, tmp_path):
     assert result.accuracy_before == 0.0
     assert result.accuracy_after > 0.9
     assert result.reward_after is None
+    shown = capsys.readouterr().out
+    assert "step 0 of 20: test loss 0.6931, accuracy 0.0%" in shown
+    assert re.search(r"step 20 of 20: loss [\d.]+, accuracy [\d.]+%, learning rate", shown)
 
 
 REWARD = """
@@ -216,7 +220,7 @@ def blue(prompts, completions, **columns):
 """
 
 
-def test_grpo_follows_the_reward_and_its_reference_is_the_start(tokenizer, tmp_path):
+def test_grpo_follows_the_reward_and_its_reference_is_the_start(tokenizer, tmp_path, capsys):
     """The dense model is never loaded: its folder is gone when training begins."""
     tiny_llama().save_pretrained(tmp_path / "dense")
     dense = type(tiny_llama()).from_pretrained(tmp_path / "dense")
@@ -241,6 +245,9 @@ def test_grpo_follows_the_reward_and_its_reference_is_the_start(tokenizer, tmp_p
     assert result.reward_before < 0.3
     assert result.reward_after > result.reward_before + 0.1
     assert result.accuracy_after is None
+    shown = capsys.readouterr().out
+    assert re.search(r"step 0 of 40: test loss \S+, reward [\d.]+\n", shown)
+    assert re.search(r"step 40 of 40: loss \S+, reward [\d.]+, learning rate", shown)
 
 
 def test_grpo_s_divergence_is_measured_from_the_start(tokenizer, tmp_path):
@@ -300,10 +307,14 @@ def test_rewards_come_from_files(tmp_path):
             load_reward(text)
 
 
-def test_grpo_needs_a_reward(tokenizer, tmp_path):
-    data = load_prompts(write_rows(tmp_path / "rows.jsonl", chat_rows(4)), 0)
-    with pytest.raises(ValueError, match=r"needs a reward; give a function, or a file"):
-        grpo_recipe(tiny_llama(), tokenizer, data)
+def test_grpo_needs_a_reward_and_no_other_task_takes_one(tokenizer, tmp_path):
+    """Refused before the data are read."""
+    for task, reward, message in [
+        ("grpo", (), "needs a reward; give a function, or a file"),
+        ("dpo", len, "reward is for the task grpo; the task is 'dpo'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            qrefta.finetune(tiny_llama(), tokenizer, "none", tmp_path, task=task, reward=reward)
 
 
 @pytest.mark.parametrize(("task", "load"), [("dpo", load_preferences), ("grpo", load_prompts)])

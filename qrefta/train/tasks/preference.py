@@ -10,6 +10,7 @@ from datasets import Dataset, DatasetDict, Features, Json, List, Value
 from pyarrow import ArrowInvalid
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qrefta.choices import Task
 from qrefta.files.tables import BUILDERS, is_number, is_text, kind_of, with_names
 from qrefta.train.data import read_splits, split_files, with_test
 from qrefta.train.lengths import check_rows, warn_of_cut, warn_without_answer
@@ -135,7 +136,8 @@ def grpo_recipe(
     tokenizer: PreTrainedTokenizerBase,
     data: DatasetDict,
     max_length: int | None = None,
-    rewards: Sequence[Reward] = (),
+    *,
+    rewards: Sequence[Reward],
 ) -> Recipe:
     """Group relative policy optimization by TRL (Shao et al., 2024).
 
@@ -150,17 +152,12 @@ def grpo_recipe(
             number for each completion, and None where they do not apply.
 
     Raises:
-        ValueError: without a reward, for conversations and a tokenizer without a chat template, or
-            if a prompt and an answer have more tokens than the model has positions.
+        ValueError: for conversations and a tokenizer without a chat template, or if a prompt and an
+            answer have more tokens than the model has positions.
         ImportError: if TRL is not installed.
     """
     trainer, _ = load_trl("grpo")
     check_template({"prompt": data["train"][0]["prompt"]}, tokenizer)
-    if not rewards:
-        raise ValueError(
-            "The task grpo needs a reward; give a function, or a file and the name of a function "
-            "in it: reward.py:score"
-        )
     for name, part in data.items():
         prompts = [len(token_ids(dict(row), tokenizer, answer=False)) for row in part]
         lengths = [prompt + (max_length or 0) for prompt in prompts]
@@ -172,6 +169,25 @@ def grpo_recipe(
         options={"reward_funcs": list(rewards)},
         scores={"reward": "reward"},
     )
+
+
+def load_rewards(
+    task: Task, reward: str | Path | Reward | Sequence[str | Path | Reward]
+) -> list[Reward]:
+    """The functions that are given as a reward for a task, one or several; none for most tasks.
+
+    Raises:
+        ValueError: if the task grpo has none, or another task has one, and as `load_reward`.
+    """
+    several = [reward] if isinstance(reward, str | Path) or callable(reward) else list(reward)
+    if several and task != "grpo":
+        raise ValueError(f"reward is for the task grpo; the task is {task!r}")
+    if task == "grpo" and not several:
+        raise ValueError(
+            "The task grpo needs a reward; give a function, or a file and the name of a function "
+            "in it: reward.py:score"
+        )
+    return [load_reward(one) for one in several]
 
 
 def load_reward(reward: str | Path | Reward) -> Reward:
