@@ -66,11 +66,11 @@ def test_a_process_loads_its_share_and_holds_one_block_more_at_most(way, process
 
 @linux
 @pytest.mark.parametrize("processes", [2, 4])
-def test_saving_a_sharded_model_adds_one_block_at_most(processes, folder):
+def test_saving_a_sharded_model_adds_a_few_blocks_at_most(processes, folder):
     """The first process too: it keeps the gathered tensors on the disk."""
     whole = size(folder / "large")
     for rank in results(folder, f"by-hand-{processes}", processes):
-        assert rank["saved"] < whole / LAYERS
+        assert rank["saved"] < 3 * whole / LAYERS
 
 
 @pytest.mark.parametrize("processes", [2, 4])

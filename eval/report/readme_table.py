@@ -137,16 +137,17 @@ def whole_step_table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         lines.append(
-            f"| {row['rows']} | {row['dtype']} | {row['method']} | {row['trained_parameters']:,} | "
+            f"| {row['batch_size']} of {row['rows']} | {row['dtype']} | {row['method']} | {row['trained_parameters']:,} | "
             f"{row['tokens_per_s']:.0f} | {row['tokens_per_s_of_qlora']:.2f} | "
             f"{row['peak_bytes'] / 1e6:.0f} MB | {row['peak_bytes_of_qlora']:.2f} |"
         )
     first = rows[0]
     checkpointing = "with" if first["checkpointing"] else "without"
+    steps = sorted({row["steps"] for row in rows})
     caption = (
-        f"{first['model']}, {first['batch_size']} rows a step, {checkpointing} gradient "
-        f"checkpointing, {first['steps']} alternated steps ({first['device']}, "
-        f"{first['threads']} threads)."
+        f"{first['model']}, {checkpointing} gradient checkpointing, {steps[0]} to {steps[-1]} "
+        f"alternated steps of each method ({first['device']}, {first['threads']} threads). Each "
+        f"kind of rows and dtype is one run."
     )
     return "\n".join([*lines, "", caption])
 

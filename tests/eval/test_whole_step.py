@@ -44,7 +44,7 @@ def test_processes_take_turns_and_their_tokens_are_counted(tmp_path):
     table = whole_step_table(
         [row | {"peak_bytes": 2e6, "peak_bytes_of_qlora": 0.5} for row in read(rows)]
     )
-    assert "| 16 to 512 tokens | float32 | qrefta R=24 |" in table
+    assert "| 2 of 16 to 512 tokens | float32 | qrefta R=24 |" in table
 
 
 def test_rows_of_one_length_are_longer_than_it():

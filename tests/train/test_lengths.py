@@ -57,6 +57,10 @@ def source_of(task, folder):
     return write_rows(file, rows.get(task) or pair_rows(20))
 
 
+def no_reward(completions, **_):
+    return [0.0] * len(completions)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_a_length_beyond_the_positions_is_refused_before_the_run(task, tmp_path):
     if task in ("sft", "dpo", "grpo"):
@@ -66,14 +70,17 @@ def test_a_length_beyond_the_positions_is_refused_before_the_run(task, tmp_path)
     tokenizer = tiny_tokenizer() if task == "classify" else words()
     model = qrefta.prepare(model, rank=2, progress=False)
     source = source_of(task, tmp_path)
+    reward = {"reward": no_reward} if task == "grpo" else {}
     message = r"max_length is 65, and \w+ has 64 positions; give max_length=64 \(--max-length 64\)"
     out = tmp_path / "out"
     with pytest.raises(ValueError, match=message):
-        qrefta.finetune(model, tokenizer, source, out, task=task, max_length=65, progress=False)
+        qrefta.finetune(
+            model, tokenizer, source, out, task=task, max_length=65, progress=False, **reward
+        )
     if task in ("sft", "dpo", "grpo"):
         args = training_arguments(task, out)  # of 128 tokens
         with pytest.raises(ValueError, match="max_length is 128, and"):
-            qrefta.finetune(model, tokenizer, source, task=task, args=args)
+            qrefta.finetune(model, tokenizer, source, task=task, args=args, **reward)
     assert not out.exists()
 
 
