@@ -71,13 +71,14 @@ class Over(NamedTuple):
 def over_tasks(studies: dict[Study, dict[str, Score]], theirs: str = "qlora") -> list[Over]:
     """Every method whose rival it is, on all tasks where both were scored; the best mean first.
 
-    If a task was studied several times, the last study counts. Tasks on which the rival learned
-    nothing are left out.
+    If a task was studied several times, the last study counts; of several sizes in a study, the
+    largest. Tasks on which the rival learned nothing are left out.
     """
     found: dict[tuple[str, str, str], dict[str, Difference]] = defaultdict(dict)
     for study, methods in studies.items():
         for ours in sorted({kind(method) for method in methods if rival_of(method) == theirs}):
-            for pair in differences(methods, ours, theirs):
+            pairs = differences(methods, ours, theirs)
+            for pair in sorted(pairs, key=lambda pair: pair.ours.adapter):
                 share = pair.ours.adapter / pair.theirs.adapter
                 for size, (least, most) in SIZES.items():
                     if least <= share <= most and pair.learned:

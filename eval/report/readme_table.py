@@ -137,8 +137,9 @@ def whole_step_table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         lines.append(
-            f"| {row['batch_size']} of {row['rows']} | {row['dtype']} | {row['method']} | {row['trained_parameters']:,} | "
-            f"{row['tokens_per_s']:.0f} | {row['tokens_per_s_of_qlora']:.2f} | "
+            f"| {row['batch_size']} of {row['rows']} | {row['dtype']} | {row['method']} | "
+            f"{row['trained_parameters']:,} | {row['tokens_per_s']:.0f} | "
+            f"{row['tokens_per_s_of_qlora']:.2f} | "
             f"{row['peak_bytes'] / 1e6:.0f} MB | {row['peak_bytes_of_qlora']:.2f} |"
         )
     first = rows[0]

@@ -58,6 +58,21 @@ def test_the_interval_has_the_freedom_of_the_noisy_tasks():
     assert found.interval == pytest.approx((-half, half))
 
 
+def test_of_several_sizes_in_a_task_the_largest_counts():
+    sizes = [
+        score(f"{name} R={rank}", mean, adapter)
+        for name, means in (("refta", (0.82, 0.9)), ("qlora", (0.8, 0.8)))
+        for rank, mean, adapter in zip((48, 12), means, (100, 25), strict=True)
+    ]
+    for order in (sizes, sizes[::-1]):
+        (found,) = [
+            group
+            for group in over_tasks({study(task): methods(*order) for task in "ab"})
+            if group.size == "as many"
+        ]
+        assert found.mean == pytest.approx(2)
+
+
 def test_one_task_or_another_size_is_no_group():
     ours, theirs = score("refta R=4", 0.8, 10), score("qlora r=2", 0.7, 20)
     assert over_tasks({study(task): methods(ours, theirs) for task in "ab"}) == []
