@@ -58,8 +58,8 @@ def replace_template(folder: Path, config: QReftaConfig) -> None:
     if _OF_TEMPLATE not in found.text:
         return
     card = ModelCard(model_card(config))
-    tags = card.data.tags or []
-    card.data.tags = [*tags, *(tag for tag in found.data.tags or [] if tag not in tags)]
+    ours, theirs = card.data.get("tags") or [], found.data.get("tags") or []
+    card.data["tags"] = [*ours, *(tag for tag in theirs if tag not in ours)]
     card.save(folder / NAME)
 
 

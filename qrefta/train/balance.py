@@ -81,8 +81,8 @@ def _sampler(trainer: Trainer, rows: Any) -> BalancedSampler | None:
 def row_lengths(rows: Dataset) -> list[int]:
     """Tokens of every row."""
     lengths: list[int] = []
-    parts: Iterator[Any] = rows.select_columns("input_ids").with_format("arrow").iter(1000)
-    for part in parts:
-        for chunk in part["input_ids"].chunks:
+    tables: Any = rows.select_columns("input_ids").with_format("arrow")
+    for table in tables.iter(batch_size=1000):
+        for chunk in table["input_ids"].chunks:
             lengths += chunk.value_lengths().to_pylist()
     return lengths

@@ -1,27 +1,29 @@
 """Models of a task's class, with a head for the classes of its data."""
 
-from typing import TYPE_CHECKING
-
 import torch
+from datasets import DatasetDict
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from qrefta.choices import Task
 from qrefta.files.sources import pretrained_source
 from qrefta.train.tasks import TASKS
 from qrefta.train.tasks.classify import label_names
-
-if TYPE_CHECKING:
-    from datasets import DatasetDict
+from qrefta.train.tasks.mixture import Mixture
 
 
 def load_model(
-    source: str, task: Task, data: "DatasetDict", seed: int, trust_remote_code: bool = False
+    source: str,
+    task: Task,
+    data: DatasetDict | Mixture,
+    seed: int,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """A model of the task's class, with a head for the classes of the data where it has them."""
     kind = TASKS[task].model
     if task not in ("classify", "image"):
         named = pretrained_source(source, trust_remote_code)
         return kind.from_pretrained(**named, dtype="auto", use_safetensors=True)
+    assert isinstance(data, DatasetDict)  # several data sets are for language models
     classes = data["train"].features["label"].names
     return load_classifier(source, classes, seed, kind, trust_remote_code)
 
