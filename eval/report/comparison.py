@@ -41,6 +41,30 @@ STUDIES = [
         },
     ),
     Compared(
+        "commonsense",
+        "SmolLM2-135M-Instruct",
+        900,
+        "SmolLM2-135M-Instruct on questions of ARC-Easy, ARC-Challenge, OpenBookQA and BoolQ",
+        "qlora r=2",
+        {
+            "QLoRA, r = 2": "qlora r=2",
+            "QLoRA, r = 8": "qlora r=8",
+            "qrefta, R = 60": "windows R=60 calibrated",
+        },
+    ),
+    Compared(
+        "sst2-prompt",
+        "SmolLM2-135M-Instruct",
+        1800,
+        "SmolLM2-135M-Instruct on SST-2 as a prompt",
+        "qlora r=2",
+        {
+            "QLoRA, r = 2": "qlora r=2",
+            "QLoRA, r = 8": "qlora r=8",
+            "qrefta, R = 60": "windows R=60 calibrated",
+        },
+    ),
+    Compared(
         "sst2",
         "all-MiniLM-L6-v2",
         2700,
@@ -50,7 +74,21 @@ STUDIES = [
             "QLoRA, r = 8": "qlora r=8",
             "qrefta, R = 48": "windows R=48 calibrated",
             'qrefta, `method="refta"`, R = 48': "refta R=48 calibrated",
+            "qrefta, R = 12": "windows R=12 calibrated",
             'qrefta, `method="lorta"`, R = 12': "lorta R=12 calibrated",
+        },
+    ),
+    Compared(
+        "cifar10",
+        "runs/vit",
+        3000,
+        "a ViT of 6 layers on four classes of CIFAR-10",
+        "qlora r=8",
+        {
+            "QLoRA, r = 8": "qlora r=8",
+            "QLoRA, r = 2": "qlora r=2",
+            "qrefta, R = 48": "windows R=48 calibrated",
+            "qrefta, R = 12": "windows R=12 calibrated",
         },
     ),
 ]

@@ -77,8 +77,9 @@ def finetune(
     from qrefta.train._finetune import finetune as finetune_model
     from qrefta.train.arguments import LENGTH_FIELDS, task_settings, training_arguments
     from qrefta.train.interrupt import TrainingInterrupted
-    from qrefta.train.lengths import row_length
+    from qrefta.train.lengths import MAX_LENGTH, row_length
     from qrefta.train.models import load_model
+    from qrefta.train.packing import joins_rows
     from qrefta.train.rates import chosen_rate, parse_rate
     from qrefta.train.tasks import TASKS
     from qrefta.train.tasks.preference import load_rewards
@@ -128,6 +129,9 @@ def finetune(
             max_length = row_length(loaded, processor, max_length)
         if task in LENGTH_FIELDS:
             setattr(args, LENGTH_FIELDS[task], max_length)
+        if task == "sft" and padding_free is None and not packing:
+            tokens = args.per_device_eval_batch_size * (max_length or MAX_LENGTH)
+            args.padding_free = joins_rows(loaded, tokens)
         if not is_prepared(loaded):
             if not state.is_main_process:
                 raise ValueError(

@@ -30,7 +30,7 @@ from qrefta.hf_quantizer import is_prepared, prepared_config, saved_state
 from qrefta.model.verify import check_weights
 from qrefta.model_card import write_card
 from qrefta.nn.factors import BANK
-from qrefta.train.arguments import LENGTH_FIELDS, run_arguments, task_settings
+from qrefta.train.arguments import DEFAULTS, LENGTH_FIELDS, run_arguments, task_settings
 from qrefta.train.checkpoints import (
     clear_unfinished,
     last_checkpoint,
@@ -40,7 +40,7 @@ from qrefta.train.checkpoints import (
 )
 from qrefta.train.gradients import GradientWatch, check_trainable
 from qrefta.train.interrupt import interruptible
-from qrefta.train.lengths import row_length
+from qrefta.train.lengths import MAX_LENGTH, row_length
 from qrefta.train.nan_guard import finite_steps
 from qrefta.train.packing import check_apart, joins_rows, row_by_row
 from qrefta.train.progress import Lines, Progress
@@ -48,6 +48,7 @@ from qrefta.train.rates import chosen_rate, warn_of_rate
 from qrefta.train.tasks import TASKS, Recipe, TaskName
 from qrefta.train.tasks.mixture import Mixture, load_mixture, mixed_recipe
 from qrefta.train.tasks.preference import Reward, load_rewards
+from qrefta.train.trl import TRL_TASKS
 
 _PART_OF_RUN = 0.1  # between two evaluations of early stopping
 _OLD_KEYWORDS = {
@@ -132,8 +133,8 @@ def finetune(
     uses non-reentrant gradient checkpointing, whatever `args` say.
 
     In several processes that torchrun started, all with the same arguments, a step takes
-    `batch_size` rows a process, in the order of one process with all rows. The first process writes
-    the files.
+    `batch_size` rows a process, in the order of one process with all rows (joined rows of sft: in
+    another). The first process writes the files.
 
     Args:
         model: of the task's class; a classifier with as many labels as the data have classes.
@@ -238,7 +239,10 @@ def finetune(
     together = processes()  # before TrainingArguments, whose processes wait less long for the first
     if args is None:
         if task == "sft" and not packing and padding_free is None:
-            settings["padding_free"] = joins_rows(model)
+            rows = settings.get(
+                "per_device_train_batch_size", DEFAULTS["per_device_train_batch_size"]
+            )
+            settings["padding_free"] = joins_rows(model, 2 * rows * (max_length or MAX_LENGTH))
         show = together.is_main_process and progress is not False
         settings["learning_rate"] = chosen_rate(model, learning_rate, show, task)
     arguments = run_arguments(model, task, args, output_dir, settings)
@@ -279,11 +283,11 @@ def _callbacks(callbacks: Any) -> list[TrainerCallback]:
     return found
 
 
-def _check_metric(arguments: TrainingArguments, recipe: Recipe) -> None:
+def _check_metric(arguments: TrainingArguments, recipe: Recipe, task: TaskName) -> None:
     """Refuse a metric to find the best model by that the task does not have."""
     metric = (arguments.metric_for_best_model or "loss").removeprefix("eval_")
     metrics = ["loss", *recipe.scores.values()]
-    if recipe.trainer is Trainer and metric not in metrics:
+    if task not in TRL_TASKS and metric not in metrics:
         raise ValueError(
             f"metric_for_best_model is {arguments.metric_for_best_model!r}; this task measures "
             f"{' and '.join(metrics)}"
@@ -408,7 +412,7 @@ def _train(
 ) -> FinetuneResult:
     """Train, evaluate and write the model."""
     run = Path(str(arguments.output_dir))
-    _check_metric(arguments, recipe)
+    _check_metric(arguments, recipe, task)
     checkpoint = _checkpoint_of(run, resume, is_prepared(model))
     evaluations = _Evaluations()
     with interruptible() as interrupts:
@@ -475,8 +479,10 @@ def _trainer(
     callbacks: list[TrainerCallback],
     quiet: bool,
 ) -> Trainer:
-    if getattr(arguments, "padding_free", False) and not getattr(arguments, "packing", False):
-        arguments.max_length = None  # type: ignore[attr-defined]  # the recipe has cut the rows
+    if getattr(arguments, "padding_free", False):
+        arguments.include_num_input_tokens_seen = "all"  # without a mask, paddings are unknown
+        if not getattr(arguments, "packing", False):
+            arguments.max_length = None  # type: ignore[attr-defined]  # the recipe has cut the rows
     options = {"data_collator": recipe.collate, "compute_metrics": recipe.metrics} | recipe.options
     trainer = finite_steps(whole_checkpoints(recipe.trainer))(
         model=model,

@@ -42,11 +42,10 @@ def head_cross_entropy(
         count: divisor; None: the number of labelled tokens.
     """
     labelled = labels != IGNORED
-    if count is None:
-        count = labelled.sum().clamp(min=1)
+    divisor = labelled.sum() if count is None else torch.as_tensor(count, device=hidden.device)
     total = _HeadLoss.apply(hidden[labelled], weight, bias, labels[labelled])
     assert isinstance(total, Tensor)
-    return total / count
+    return total / divisor.clamp(min=1)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -64,9 +63,10 @@ class _HeadLoss(torch.autograd.Function):
         needed = ctx.needs_input_grad
         gradients: list[Tensor | None] = [
             torch.empty_like(hidden) if needed[0] else None,
-            torch.zeros_like(weight) if needed[1] else None,
-            torch.zeros_like(bias) if bias is not None and needed[2] else None,
+            torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None,
+            None if bias is None or not needed[2] else torch.zeros_like(bias, dtype=torch.float32),
         ]
+        ctx.dtypes = [None if one is None else one.dtype for one in (hidden, weight, bias)]
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), CHUNK):
                 part = slice(start, start + CHUNK)
@@ -82,8 +82,8 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [
-            None if tensor is None else tensor * gradient.to(tensor.dtype)
-            for tensor in ctx.saved_tensors
+            None if tensor is None else (tensor * gradient).to(dtype)
+            for tensor, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return *scaled, None
 
@@ -121,8 +121,10 @@ def has_plain_head(model: Any) -> bool:
     head = None if base is None else base.get_output_embeddings()
     if base is None or type(head) is not nn.Linear or "forward" in vars(head):
         return False  # a wrapped head, or one that accelerate moves between devices
+    if getattr(base.config.get_text_config(), "final_logit_softcapping", None):
+        return False  # small logits would pass the trial
     tokens = torch.arange(1, 9, device=base.device)[None] % base.config.get_text_config().vocab_size
-    inputs = {"input_ids": tokens, "labels": tokens, "use_cache": False}
+    inputs = {"input_ids": tokens, "labels": tokens} | _without_cache(base)
     training = model.training
     model.eval()
     try:
@@ -130,9 +132,16 @@ def has_plain_head(model: Any) -> bool:
             own = model(**inputs).loss
             with plain_head(base):
                 ours = model(**inputs).loss
+    except (IndexError, RuntimeError, TypeError, ValueError):
+        return False  # a loss in the model's own code, which takes logits
     finally:
         model.train(training)
     return own is not None and bool((own - ours).abs() <= _TOLERANCE * own.abs())
+
+
+def _without_cache(model: PreTrainedModel) -> dict[str, bool]:
+    has_cache = "use_cache" in inspect.signature(model.forward).parameters
+    return {"use_cache": False} if has_cache else {}
 
 
 def causal_model_of(model: Any) -> PreTrainedModel | None:
@@ -199,9 +208,9 @@ def without_logits(kind: type[Trainer]) -> type[Trainer]:
             base = self._plain_model()
             if base is None:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            joined = "cu_seq_lens_q" in inputs  # with a cache its rows would see each other
-            if joined or "use_cache" in inspect.signature(base.forward).parameters:
-                inputs = {**inputs, "use_cache": False}
+            inputs = {**inputs, **_without_cache(base)}
+            if "cu_seq_lens_q" in inputs:  # with a cache the joined rows would see each other
+                inputs["use_cache"] = False
             with plain_head(base):
                 return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
@@ -210,6 +219,8 @@ def without_logits(kind: type[Trainer]) -> type[Trainer]:
             needs_logits = (self.compute_metrics, self.label_smoother, self.compute_loss_func)
             if any(needs_logits) or getattr(self.args, "loss_type", "nll") != "nll":
                 return None
+            if getattr(self, "aux_loss_enabled", False):
+                return None  # SFTTrainer weighs the loss of a mixture's router itself
             model = self.model
             assert isinstance(model, nn.Module)
             if self._has_plain_head is None:

@@ -24,19 +24,29 @@ from qrefta._compat.transformers import (
 )
 
 ROW_ATTENTION = "qrefta_rows"
+MOST_TOKENS = 1 << 14  # of a joined batch by default; its mask has their square of bytes
 _TOKENS = 4  # of a row of the check
 
 
-def joins_rows(model: nn.Module) -> bool:
+def joins_rows(model: Any, tokens: int) -> bool:
     """Whether sft joins the rows of a batch by default: rows stay apart, and it is faster.
 
     Without flash attention a GPU computes the rows' products with each other, which takes longer
-    than padding.
+    than padding. On a CPU the mask of the joined rows must not become large.
+
+    Args:
+        model: a language model, prepared, plain or PEFT's.
+        tokens: of the largest batch.
     """
-    if "flash" in attention_implementation(model):
-        return True
-    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    return on_cpu and _takes_row_attention(model) and keeps_rows_apart(model)
+    base = _unwrapped(model)
+    if "flash" in attention_implementation(base):
+        return not _has_state(base)
+    if torch.accelerator.is_available() or tokens > MOST_TOKENS or not _takes_row_attention(base):
+        return False
+    try:
+        return keeps_rows_apart(base)
+    except (RuntimeError, TypeError, ValueError):  # its code refuses joined rows
+        return False
 
 
 def check_apart(model: nn.Module) -> None:
@@ -98,7 +108,7 @@ def joined(rows: list[list[int]]) -> dict[str, Any]:
 @contextmanager
 def row_by_row(model: Any) -> Iterator[None]:
     """The model's attention is `row_attention` on a CPU, if it takes another function."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _unwrapped(model)
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     if not (on_cpu and _takes_row_attention(base)):
         yield
@@ -145,9 +155,24 @@ def row_attention(
     return torch.cat(outputs, dim=1), None
 
 
-@lru_cache(maxsize=1024)
 def _causal(length: int) -> Tensor:
-    return torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+    return _triangle(1 << length.bit_length())[..., :length, :length]
+
+
+@lru_cache(maxsize=16)
+def _triangle(size: int) -> Tensor:
+    return torch.ones(1, 1, size, size, dtype=torch.bool).tril()
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model inside PEFT's."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _has_state(model: Any) -> bool:
+    """Whether layers other than attention carry tokens from row to row."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    return getattr(model, "_is_stateful", False) or any("attention" not in kind for kind in kinds)
 
 
 def _takes_row_attention(model: Any) -> bool:

@@ -129,6 +129,37 @@ def test_a_model_that_caps_its_logits_keeps_its_own_loss(tmp_path):
     torch.testing.assert_close(trainer.compute_loss(model, batch), model(**batch).loss)
 
 
+def test_a_model_whose_code_takes_the_logits_for_its_loss_keeps_it():
+    model = tiny_llama()
+    forward = model.forward
+
+    def own(labels=None, **inputs):
+        output = forward(**inputs)
+        output.loss = nn.functional.cross_entropy(output.logits.view(-1, VOCAB), labels.view(-1))
+        return output
+
+    model.forward = own
+    assert not has_plain_head(model)
+    assert "forward" not in vars(model.lm_head)
+
+
+def test_a_count_of_zero_gives_a_finite_loss():
+    hidden = torch.randn(5, 8, requires_grad=True)
+    none = torch.full((5,), -100)
+    assert head_cross_entropy(hidden, torch.randn(7, 8), None, none, torch.tensor(0)) == 0
+
+
+def test_a_trained_head_in_bfloat16_sums_its_gradient_in_float32():
+    tokens, words = 64 * CHUNK, 8
+    hidden = torch.ones(tokens, 4, dtype=torch.bfloat16)
+    weight = torch.zeros(words, 4, dtype=torch.bfloat16, requires_grad=True)
+    loss = head_cross_entropy(hidden, weight, None, torch.zeros(tokens, dtype=torch.long), 1)
+    loss.backward()
+    expected = torch.full((words, 4), tokens / words)
+    expected[0] -= tokens
+    torch.testing.assert_close(weight.grad.float(), expected, rtol=5e-3, atol=0)
+
+
 def test_models_without_a_head_of_words_are_left_alone():
     assert causal_model_of(tiny_bert()) is None
     assert not has_plain_head(tiny_vit())

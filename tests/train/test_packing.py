@@ -5,6 +5,7 @@ import torch
 
 import qrefta
 from qrefta.train.packing import (
+    MOST_TOKENS,
     ROW_ATTENTION,
     check_apart,
     joined,
@@ -62,19 +63,41 @@ def test_row_by_row_no_row_is_compared_with_another(monkeypatch):
 def test_a_model_that_ignores_positions_is_refused():
     model = tiny_llama()
     check_apart(model)
-    assert joins_rows(model)
+    assert joins_rows(model, 100)
+    assert not joins_rows(model, MOST_TOKENS + 1)
     forward = model.forward
     model.forward = lambda **inputs: forward(**inputs | {"position_ids": None})
     with pytest.raises(ValueError, match="does not keep packed conversations apart; leave packing"):
         check_apart(model)
-    assert not joins_rows(model)
+    assert not joins_rows(model, 100)
+    model.forward = None  # code that refuses joined rows
+    assert not joins_rows(model, 100)
+
+
+def test_on_a_gpu_rows_are_joined_with_flash_attention_only(monkeypatch):
+    """Of models whose layers are all attention."""
+    model = tiny_llama()
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert not joins_rows(model, 100)
+    model.config._attn_implementation = "flash_attention_2"
+    assert joins_rows(model, 100)
+    model.config.layer_types = ["full_attention", "sliding_attention"]
+    assert joins_rows(model, 100)
+    model.config.layer_types = ["full_attention", "conv"]
+    assert not joins_rows(model, 100)
+
+
+def test_pefts_models_join_rows_too():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    assert joins_rows(peft.get_peft_model(tiny_llama(), config), 100)
 
 
 def test_other_attention_stays_as_it_is():
     eager = tiny_llama()
     eager.set_attn_implementation("eager")
     assert keeps_rows_apart(eager)
-    assert not joins_rows(eager)
+    assert not joins_rows(eager, 100)
     with row_by_row(eager):
         assert eager.config._attn_implementation == "eager"
 
