@@ -82,7 +82,7 @@ STUDIES = [
         "cifar10",
         "runs/vit",
         3000,
-        "a ViT of 6 layers on four classes of CIFAR-10",
+        "A ViT of 6 layers on four classes of CIFAR-10",
         "qlora r=8",
         {
             "QLoRA, r = 8": "qlora r=8",
