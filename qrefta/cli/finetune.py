@@ -131,7 +131,7 @@ def finetune(
             setattr(args, LENGTH_FIELDS[task], max_length)
         if task == "sft" and padding_free is None and not packing:
             tokens = args.per_device_eval_batch_size * (max_length or MAX_LENGTH)
-            args.padding_free = joins_rows(loaded, tokens)
+            args.padding_free = joins_rows(loaded, tokens)  # type: ignore[attr-defined]  # SFTConfig's
         if not is_prepared(loaded):
             if not state.is_main_process:
                 raise ValueError(
