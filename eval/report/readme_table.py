@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.report.architectures import architectures_table
-from eval.report.comparison import comparison
+from eval.report.comparison import by_task, comparison
 from eval.report.kept import short_table
 from eval.report.pages import markdown_table
 from eval.report.scores import score_table, scores
@@ -223,6 +223,7 @@ def _caption(rows: list[dict[str, Any]], run: dict[str, Any], files: dict[str, A
 
 # By the name in a page's mark: the function, and the rows files that it reads.
 TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
+    "by_task": (by_task, ("accuracy",)),
     "comparison": (comparison, ("accuracy",)),
     "kept": (kept_table, ("kld",)),
     "quickstart": (quickstart_table, ("quickstart",)),
