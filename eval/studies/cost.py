@@ -41,7 +41,7 @@ from qrefta.nn.linear import AdaptedLinear
 from qrefta.nn.packed import plain_bytes
 from qrefta.nn.quantized import QuantFormat, quantize
 
-# Of all ratios.
+# The references of all ratios.
 REFERENCES = {"floor": "floor", "bitsandbytes": "floor bitsandbytes", "qlora": "qlora r=16"}
 SMALL = 2  # components a layer of the smallest update
 FORMAT = QuantFormat("nf4", double_quant=True)  # stored as QLoRA's

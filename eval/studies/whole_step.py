@@ -49,7 +49,7 @@ console = Console()
 
 
 class Run(NamedTuple):
-    """What the processes of all methods share."""
+    """The settings that the processes of all methods share."""
 
     model: str
     rows: int

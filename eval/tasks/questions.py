@@ -85,12 +85,18 @@ def docstring_chats(count: int, tokens: Callable[[Any], int], bounds: tuple[int,
 
 
 def _with_docstring(stdlib: Path) -> Iterator[Question]:
+    for module, path in _library_files(stdlib):
+        for name, node in _public(ast.parse(path.read_bytes()), path.stem):
+            docstring = ast.get_docstring(node)
+            if docstring:
+                yield Question(f"What does `{name}` do?", docstring, module)
+
+
+def _library_files(stdlib: Path) -> Iterator[tuple[str, Path]]:
+    """The modules that are asked about, with each of their source files."""
     for module in sorted(" ".join([*CHAPTERS.values(), MORE_MODULES]).split()):
         for path in module_files(stdlib, module):
-            for name, node in _public(ast.parse(path.read_bytes()), path.stem):
-                docstring = ast.get_docstring(node)
-                if docstring:
-                    yield Question(f"What does `{name}` do?", docstring, module)
+            yield module, path
 
 
 def stdlib_questions(stdlib: Path) -> Iterator[Question]:
@@ -98,14 +104,12 @@ def stdlib_questions(stdlib: Path) -> Iterator[Question]:
 
     An answer occurs once: a later function with the same first sentence is left out.
     """
-    modules = " ".join([*CHAPTERS.values(), MORE_MODULES]).split()
     seen: set[tuple[str, ...]] = set()
-    for module in sorted(modules):
-        for path in module_files(stdlib, module):
-            for question in file_questions(path, stdlib):
-                if question.words not in seen:
-                    seen.add(question.words)
-                    yield question
+    for _, path in _library_files(stdlib):
+        for question in file_questions(path, stdlib):
+            if question.words not in seen:
+                seen.add(question.words)
+                yield question
 
 
 def file_questions(path: Path, stdlib: Path) -> Iterator[Question]:

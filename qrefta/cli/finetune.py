@@ -77,9 +77,9 @@ def finetune(
     from qrefta.train._finetune import finetune as finetune_model
     from qrefta.train.arguments import LENGTH_FIELDS, task_settings, training_arguments
     from qrefta.train.interrupt import TrainingInterrupted
-    from qrefta.train.lengths import MAX_LENGTH, row_length
+    from qrefta.train.lengths import row_length
     from qrefta.train.models import load_model
-    from qrefta.train.packing import joins_rows
+    from qrefta.train.packing import join_by_default
     from qrefta.train.rates import chosen_rate, parse_rate
     from qrefta.train.tasks import TASKS
     from qrefta.train.tasks.preference import load_rewards
@@ -130,8 +130,7 @@ def finetune(
         if task in LENGTH_FIELDS:
             setattr(args, LENGTH_FIELDS[task], max_length)
         if task == "sft" and padding_free is None and not packing:
-            tokens = args.per_device_eval_batch_size * (max_length or MAX_LENGTH)
-            args.padding_free = joins_rows(loaded, tokens)  # type: ignore[attr-defined]  # SFTConfig's
+            join_by_default(loaded, args)
         if not is_prepared(loaded):
             if not state.is_main_process:
                 raise ValueError(
@@ -213,7 +212,7 @@ def _prepare(
 def _options_of_run(
     ctx: typer.Context, settings: dict[str, Any], trust_remote_code: bool
 ) -> dict[str, Any]:
-    """The values of the options that hold for the run: for a prepared model all but those of
+    """The values of the options that hold for the run; for a prepared model without the options of
     preparing.
 
     Raises:

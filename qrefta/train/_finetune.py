@@ -30,7 +30,7 @@ from qrefta.hf_quantizer import is_prepared, prepared_config, saved_state
 from qrefta.model.verify import check_weights
 from qrefta.model_card import write_card
 from qrefta.nn.factors import BANK
-from qrefta.train.arguments import DEFAULTS, LENGTH_FIELDS, run_arguments, task_settings
+from qrefta.train.arguments import LENGTH_FIELDS, run_arguments, task_settings
 from qrefta.train.checkpoints import (
     clear_unfinished,
     last_checkpoint,
@@ -40,9 +40,9 @@ from qrefta.train.checkpoints import (
 )
 from qrefta.train.gradients import GradientWatch, check_trainable
 from qrefta.train.interrupt import interruptible
-from qrefta.train.lengths import MAX_LENGTH, row_length
+from qrefta.train.lengths import row_length
 from qrefta.train.nan_guard import finite_steps
-from qrefta.train.packing import check_apart, joins_rows, row_by_row
+from qrefta.train.packing import check_apart, join_by_default, row_by_row
 from qrefta.train.progress import Lines, Progress
 from qrefta.train.rates import chosen_rate, warn_of_rate
 from qrefta.train.tasks import TASKS, Recipe, TaskName
@@ -238,16 +238,13 @@ def finetune(
         settings |= _old_settings(deprecated, args)
     together = processes()  # before TrainingArguments, whose processes wait less long for the first
     if args is None:
-        if task == "sft" and not packing and padding_free is None:
-            rows = settings.get(
-                "per_device_train_batch_size", DEFAULTS["per_device_train_batch_size"]
-            )
-            settings["padding_free"] = joins_rows(model, 2 * rows * (max_length or MAX_LENGTH))
         show = together.is_main_process and progress is not False
         settings["learning_rate"] = chosen_rate(model, learning_rate, show, task)
     arguments = run_arguments(model, task, args, output_dir, settings)
     warn_of_rate(model, arguments.learning_rate)
     length = _length(model, processor, task, arguments, max_length, is_default=args is None)
+    if args is None and task == "sft" and not packing and padding_free is None:
+        join_by_default(model, arguments)
     with together.main_process_first():  # the other processes find its cache
         recipe = _recipe(model, processor, dataset, task, arguments.seed, length, loss, rewards)
     quiet = progress is False

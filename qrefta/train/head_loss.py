@@ -1,8 +1,8 @@
 """Cross-entropy of a language model without whole logits.
 
 The logits of a batch are the largest tensor of a training step: tokens times 49,000 to 262,000
-words. Here they are made for a few tokens at a time, for tokens with a label only, and the gradient
-of the hidden states is computed with them, so that the backward pass needs no logits.
+words. Here they are made for a few tokens at a time, and for tokens with a label only. The gradient
+of the hidden states is computed from them at once, so the backward pass needs no logits.
 
 The model's own forward pass runs, with everything around the head (a mixture's auxiliary loss, DDP,
 FSDP): while it runs, the head returns the hidden states as they are, and the model's loss function
@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer
 
-IGNORED = -100
+IGNORED = -100  # as a label: no loss
 CHUNK = 128  # tokens whose logits exist at a time
 _TOLERANCE = 1e-2  # of the loss that a model's own loss function gives; far above rounding
 
@@ -146,10 +146,15 @@ def _without_cache(model: PreTrainedModel) -> dict[str, bool]:
 
 def causal_model_of(model: Any) -> PreTrainedModel | None:
     """The transformers model inside PEFT's; None if there is none with a head and a loss."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = without_peft(model)
     if not isinstance(base, PreTrainedModel) or not base.can_generate():
         return None
     return base
+
+
+def without_peft(model: Any) -> Any:
+    """The model inside PEFT's, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @contextmanager

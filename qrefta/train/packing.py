@@ -22,6 +22,7 @@ from qrefta._compat.transformers import (
     sdpa_mask,
     supports_attention_functions,
 )
+from qrefta.train.head_loss import without_peft
 
 ROW_ATTENTION = "qrefta_rows"
 MOST_TOKENS = 1 << 14  # of a joined batch by default; its mask has their square of bytes
@@ -38,7 +39,7 @@ def joins_rows(model: Any, tokens: int) -> bool:
         model: a language model, prepared, plain or PEFT's.
         tokens: of the largest batch.
     """
-    base = _unwrapped(model)
+    base = without_peft(model)
     if "flash" in attention_implementation(base):
         return not _has_state(base)
     if torch.accelerator.is_available() or tokens > MOST_TOKENS or not _takes_row_attention(base):
@@ -47,6 +48,16 @@ def joins_rows(model: Any, tokens: int) -> bool:
         return keeps_rows_apart(base)
     except (RuntimeError, TypeError, ValueError):  # its code refuses joined rows
         return False
+
+
+def join_by_default(model: nn.Module, args: Any) -> None:
+    """Let a run of sft join the rows of a batch, if `joins_rows` says so.
+
+    Args:
+        model: to be trained.
+        args: TRL's SFTConfig with a `max_length`; its `padding_free` is set.
+    """
+    args.padding_free = joins_rows(model, args.per_device_eval_batch_size * args.max_length)
 
 
 def check_apart(model: nn.Module) -> None:
@@ -108,7 +119,7 @@ def joined(rows: list[list[int]]) -> dict[str, Any]:
 @contextmanager
 def row_by_row(model: Any) -> Iterator[None]:
     """The model's attention is `row_attention` on a CPU, if it takes another function."""
-    base = _unwrapped(model)
+    base = without_peft(model)
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     if not (on_cpu and _takes_row_attention(base)):
         yield
@@ -162,11 +173,6 @@ def _causal(length: int) -> Tensor:
 @lru_cache(maxsize=16)
 def _triangle(size: int) -> Tensor:
     return torch.ones(1, 1, size, size, dtype=torch.bool).tril()
-
-
-def _unwrapped(model: Any) -> Any:
-    """The model inside PEFT's."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _has_state(model: Any) -> bool:

@@ -17,8 +17,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from qrefta.choices import Loss
+from qrefta.train.head_loss import IGNORED
 
-IGNORED = -100  # as a label: no loss
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PLACEHOLDER = "PlaceOfTheAnswer"
 
