@@ -41,7 +41,7 @@ def write_data(folder):
     (folder / "questions.jsonl").write_text((json.dumps(question) + "\n") * 20)
     reviews = [f"{'red' if index % 2 else 'blue'} film {index},{index % 2}" for index in range(40)]
     (folder / "reviews.csv").write_text("\n".join(["text,label", *reviews]))
-    words = [f"w{5 + index % 20}" for index in range(4000)]
+    words = [f"w{5 + index % 20}" for index in range(1000)]
     lines = [" ".join(words[start : start + 20]) for start in range(0, len(words), 20)]
     (folder / "train.txt").write_text("\n".join(lines))
 

@@ -1,6 +1,18 @@
-"""Peak memory of a step, counted by torch's profiler, without memory kept by the C library."""
+"""Memory of a step, counted by torch's profiler, without memory kept by the C library."""
+
+from itertools import accumulate
 
 from torch.profiler import ProfilerActivity, profile
+
+
+def allocations(step):
+    """Bytes of CPU tensors after each allocation and release of `step`, beyond those before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = profiler.profiler.kineto_results.events()
+    changes = [event for event in events if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return list(accumulate(change.nbytes() for change in changes))
 
 
 def added_peak(step):
@@ -8,13 +20,4 @@ def added_peak(step):
 
     A step that frees tensors which it did not allocate itself makes the figure too small.
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    events = profiler.profiler.kineto_results.events()
-    changes = [event for event in events if event.name() == "[memory]"]
-    held = 0
-    peak = 0
-    for change in sorted(changes, key=lambda event: event.start_ns()):
-        held += change.nbytes()
-        peak = max(peak, held)
-    return peak
+    return max([0, *allocations(step)])

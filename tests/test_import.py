@@ -119,10 +119,8 @@ print(json.dumps(type(model.hf_quantizer).__name__))
 """
 ORDERS = [
     "import qrefta, transformers",
-    "import transformers, qrefta",
     "import transformers.modeling_utils, qrefta",
     "import qrefta.hf_quantizer",
-    "import qrefta.hf_config",
 ]
 
 

@@ -12,7 +12,6 @@ from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
 from transformers import (
     AlbertConfig,
@@ -61,6 +60,7 @@ from tests.models import (
     tiny_t5,
     tiny_whisper,
 )
+from tests.peak import allocations
 from tests.peers import add_adapter
 from tests.tiny import color_rows, tiny_tokenizer
 
@@ -673,7 +673,7 @@ def test_dense_weights_are_released_stack_by_stack(monkeypatch):
     [{}, {"method": "refta", "refine": 0}, {"method": "refta", "refine": 1}, {"bits": 16}],
     ids=str,
 )
-def test_peak_memory_is_a_stack_not_the_model(settings, tmp_path, monkeypatch):
+def test_peak_memory_is_a_stack_not_the_model(settings, monkeypatch):
     """Allocated while preparing, less what stays, as torch's profiler counts it.
 
     It does not see the dense weights being released, which only makes the figure larger. Blocks of
@@ -682,19 +682,14 @@ def test_peak_memory_is_a_stack_not_the_model(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(qrefta.model.stacks, "BLOCK_BYTES", 256 << 10)
     model = tiny_bert(hidden=256, layers=12)
     largest = max(4 * np.prod(stack.shape) for stack in find_stacks(model))
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        qrefta.prepare(model, rank=8, target_modules=["intermediate.dense"], **settings)
-    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
-    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    events = sorted(
-        (event for event in events if event.get("name") == "[memory]"),
-        key=lambda event: event["ts"],
+    targets = ["intermediate.dense"]
+    allocated = allocations(
+        lambda: qrefta.prepare(model, rank=8, target_modules=targets, **settings)
     )
-    allocated = np.cumsum([event["args"]["Bytes"] for event in events])
     stored = sum(p.nbytes for module in adapted(model).values() for p in module.parameters())
     stored += sum(p.nbytes for p in getattr(model, BANK).parameters())
     assert allocated[-1] == pytest.approx(stored, rel=0.2)  # the profiler saw it all
-    assert allocated.max() - stored < 2.2 * largest
+    assert max(allocated) - stored < 2.2 * largest
 
 
 # Copies, seeds, several models

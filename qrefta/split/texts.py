@@ -12,7 +12,7 @@ import copy
 import random
 import sysconfig
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -110,17 +110,19 @@ def generic_texts() -> list[str]:
     texts: list[str] = []
     room = _GENERIC_CHARACTERS
     for file in sorted(folder.glob("*.py")):
-        for text in _docstrings(file.read_text(encoding="utf-8")):
+        for text in _docstrings(file):
             if len(text) <= room:
                 texts.append(text)
                 room -= len(text)
     return filled(texts, f"The standard library in {folder}")
 
 
-def _docstrings(source: str) -> list[str]:
+@cache  # parsing the library takes a second
+def _docstrings(file: Path) -> list[str]:
     """The docstrings of a module, its classes and functions, without the shortest."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
-    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    nodes = [node for node in ast.walk(tree) if isinstance(node, kinds)]
     texts = [ast.get_docstring(node) or "" for node in nodes]
     return [text for text in texts if len(text) >= _SHORTEST_DOCSTRING]
 

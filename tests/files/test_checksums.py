@@ -301,11 +301,11 @@ def test_a_changed_config_is_refused_before_transformers_makes_anything_of_it(ch
 
 
 def test_from_pretrained_refuses_a_changed_config_before_it_builds_a_model(folder, monkeypatch):
-    edit_config(folder, lambda config: config.update(num_labels=10**6))
+    edit_config(folder, lambda config: config.update(num_labels=150_000))
     monkeypatch.setattr(
         BertForSequenceClassification, "__init__", lambda *args: pytest.fail("a model was built")
     )
-    with pytest.raises(ValueError, match="num_labels 1,000,000, and 100,000 is the largest"):
+    with pytest.raises(ValueError, match="num_labels 150,000, and 100,000 is the largest"):
         AutoModelForSequenceClassification.from_pretrained(folder)
     edit_config(folder, lambda config: config.update(num_labels=5))
     with pytest.raises(ValueError, match=r"config\.json differs from the one that was saved"):
@@ -323,8 +323,8 @@ def test_a_kernel_of_a_hub_in_the_config_is_refused_before_it_is_fetched(folder,
 
 def test_without_checksums_numbers_of_the_config_are_still_checked(old):
     (old / LIST).unlink()
-    edit_config(old, lambda config: config.update(num_labels=10**6))
-    with pytest.raises(ValueError, match="num_labels 1,000,000, and 100,000 is the largest"):
+    edit_config(old, lambda config: config.update(num_labels=150_000))
+    with pytest.raises(ValueError, match="num_labels 150,000, and 100,000 is the largest"):
         AutoModelForSequenceClassification.from_pretrained(old)
 
 
