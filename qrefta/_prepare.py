@@ -386,6 +386,11 @@ def _check_model(model: nn.Module) -> None:
             "model.gradient_checkpointing_disable() before prepare, or enable it with "
             'gradient_checkpointing_kwargs={"use_reentrant": False}.'
         )
+    if torch.is_inference_mode_enabled() or any(one.is_inference() for one in model.parameters()):
+        raise ValueError(
+            "The model was made, or is prepared, under torch.inference_mode(), whose tensors cannot "
+            "train. Load and prepare it outside; torch.no_grad() is allowed."
+        )
     for path, module in model.named_modules():
         kind = type(module)
         if kind.__module__.startswith(("bitsandbytes.", "peft.")):

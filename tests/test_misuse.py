@@ -255,6 +255,20 @@ def test_reentrant_checkpointing_before_preparing_is_refused_and_changes_nothing
     assert bytes_of(dense) == before
 
 
+@pytest.mark.parametrize("made_inside", [True, False])
+def test_inference_mode_is_refused_and_no_grad_is_not(made_inside):
+    with torch.inference_mode(made_inside):
+        model = tiny_bert()
+    with (
+        torch.inference_mode(not made_inside),
+        pytest.raises(ValueError, match=r"under torch\.inference_mode\(\).*no_grad\(\) is allowed"),
+    ):
+        qrefta.prepare(model, rank=4)
+    with torch.no_grad():
+        model = qrefta.prepare(tiny_bert(), rank=4)
+    assert any(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_a_model_that_is_deleted_frees_its_memory_at_once(model, tmp_path):
     """Nothing refers to it in a circle, prepared or loaded: on a GPU that would wait for Python's
     collector.
