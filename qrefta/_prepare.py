@@ -386,9 +386,10 @@ def _check_model(model: nn.Module) -> None:
             "model.gradient_checkpointing_disable() before prepare, or enable it with "
             'gradient_checkpointing_kwargs={"use_reentrant": False}.'
         )
-    if torch.is_inference_mode_enabled() or any(one.is_inference() for one in model.parameters()):
+    inference = any(parameter.is_inference() for parameter in model.parameters())
+    if inference or torch.is_inference_mode_enabled():
         raise ValueError(
-            "The model was made, or is prepared, under torch.inference_mode(), whose tensors cannot "
+            "The model was made or is prepared under torch.inference_mode(), whose tensors cannot "
             "train. Load and prepare it outside; torch.no_grad() is allowed."
         )
     for path, module in model.named_modules():
