@@ -34,6 +34,7 @@ STUDIES = {
     ),
     "cost": Entry("eval.studies.cost", "time and memory of a training step"),
     "whole_step": Entry("eval.studies.whole_step", "time and memory of a chat model's whole step"),
+    "startup": Entry("eval.studies.startup", "time from a command to its first training step"),
     "cost_model": Entry("eval.studies.cost_model", "measured times against counted operations"),
     "decoding": Entry("eval.studies.decoding", "tokens per second of generation"),
     "coverage": Entry("eval.studies.coverage", "share of a model's weights in 4 bits"),

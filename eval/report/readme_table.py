@@ -153,6 +153,24 @@ def whole_step_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", caption])
 
 
+def startup_table(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table from one run of `eval.studies.startup`."""
+    lines = [
+        "| from the start of the process to its first step | median | longest |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| {row['method']} | {row['first_step_s']:.1f} s | {row['longest_s']:.1f} s |"
+        for row in rows
+    ]
+    first = rows[0]
+    caption = (
+        f"{first['model']}, {first['batch_size']} rows a step, {first['repetitions']} alternated "
+        f"starts of each ({first['device']}, {first['threads']} threads)."
+    )
+    return "\n".join([*lines, "", caption])
+
+
 def accuracy_table(rows: list[dict[str, Any]]) -> str:
     """Markdown tables of `eval.studies.accuracy`, one per study of the README's tasks."""
     parts = []
@@ -231,6 +249,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "quickstart_sst2": (quickstart_table, ("quickstart_sst2",)),
     "cost": (cost_table, ("cost",)),
     "whole_step": (whole_step_table, ("whole_step",)),
+    "startup": (startup_table, ("startup",)),
     "accuracy": (accuracy_table, ("accuracy",)),
     "architectures": (architectures_table, ("coverage",)),
     "coverage": (coverage_table, ("coverage",)),

@@ -134,6 +134,25 @@ def parse(method: str) -> tuple[str, int]:
     )
 
 
+def first_step(name: str, settings: Run) -> float:
+    """Seconds from the start of a method's process to the end of its first step.
+
+    Raises:
+        RuntimeError: if the process ends before.
+    """
+    start = perf_counter()
+    process = _start(name, settings)
+    try:
+        for _ in ("set up", "first step"):
+            _say(process, GO)
+            if _heard(process) is None:
+                raise RuntimeError(f"{name} ended before its first step (see above)")
+        return perf_counter() - start
+    finally:
+        process.kill()
+        process.wait()
+
+
 def _take_turns(names: list[str], settings: Run, *options: str) -> dict[str, list[dict[str, Any]]]:
     """The steps of every method, one process each, one step of each after the other."""
     processes = {name: _start(name, settings, *options) for name in names}
