@@ -187,6 +187,7 @@ def _decoders(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 seq=seq,
                 dtype=row["dtype"],
                 gradient_checkpointing=row["checkpointing"],
+                whole_logits=True,
                 rank=int(options[0][2:]),
                 method="refta" if kind == "qrefta" else kind,
                 double_quant=True,
@@ -234,11 +235,16 @@ def _others(only: str) -> Iterator[dict[str, Any]]:
         for method in METHODS if name == "bert" else ["refta"]:
             if not _chosen(only, name, f"{method} R={RANK}"):
                 continue
-            settings = {"rank": RANK, "method": method}
+            settings: dict[str, Any] = {"rank": RANK, "method": method}
             dense = _dense(kind, config)
             planned = [
                 plan(
-                    dense, batch=batch, seq=seq, gradient_checkpointing=checkpointing, **settings
+                    dense,
+                    batch=batch,
+                    seq=seq,
+                    gradient_checkpointing=checkpointing,
+                    whole_logits=True,
+                    **settings,
                 ).total_bytes
                 for checkpointing in (False, True)
             ]

@@ -26,6 +26,9 @@ def plan(
         Dtype | None, typer.Option(help="Dtype of the parts that stay dense; default: the model's.")
     ] = None,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute activations.")] = False,
+    whole_logits: Annotated[
+        bool, typer.Option(help="Count the logits of all tokens: for dpo, grpo and other trainers.")
+    ] = False,
     optimizer: Annotated[Optimizer, typer.Option(help="AdamW in 32 or 8 bits.")] = "adamw",
 ) -> None:
     """Count the memory of a training step from the config alone; suggest changes if needed."""
@@ -42,6 +45,7 @@ def plan(
         dtype=dtype,
         optimizer=optimizer,
         gradient_checkpointing=gradient_checkpointing,
+        whole_logits=whole_logits,
         **settings,
     )
     console.print(plan_table(memory))

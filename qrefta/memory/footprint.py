@@ -33,6 +33,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from qrefta._compat.torch import FakeTensorMode, TorchDispatchMode, storage_id, tree_leaves
+from qrefta.nn.head_loss import plain_head, summed_cross_entropy
 from qrefta.nn.packed import unpack
 
 COUNTED_BLOCKS = 3  # the first, one for all between, the last
@@ -69,6 +70,7 @@ def count_step(
     inputs: Mapping[str, Tensor],
     make_optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
     repeated: Mapping[str, int],
+    head: nn.Linear | None = None,
 ) -> Footprint:
     """Footprint of a training step after the first, on the mean cross-entropy of the first output,
     in float32.
@@ -79,6 +81,7 @@ def count_step(
         make_optimizer: makes an optimizer of the trainable parameters, if there are any.
         repeated: paths of the lists of blocks that were cut to `COUNTED_BLOCKS`, with their number
             of blocks.
+        head: of a language model whose loss makes no whole logits (`qrefta.nn.head_loss`).
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(trainable) if trainable else None
@@ -90,7 +93,7 @@ def count_step(
     with _AsOnCuda(), ledger, _blocks_followed(model, repeated, ledger):
         ledger.leave_out([*model.parameters(), *model.buffers(), *states])
         ledger.enter(inputs.values())
-        loss = _loss(model, inputs)
+        loss = _loss(model, inputs, head)
         kept = ledger.level()
         ledger.turned = True
         ledger.begin()
@@ -110,11 +113,20 @@ def _states(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) ->
     return list(filter(_is_tensor, tree_leaves(list(optimizer.state.values()))))
 
 
-def _loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Mean cross-entropy of the first output, in float32 as transformers computes it."""
-    logits = model(**inputs)[0]
-    rows = logits.float().flatten(0, -2)
-    return nn.functional.cross_entropy(rows, torch.zeros(len(rows), dtype=torch.long))
+def _loss(model: nn.Module, inputs: Mapping[str, Tensor], head: nn.Linear | None) -> Tensor:
+    """Mean cross-entropy of the first output, in float32 as transformers computes it, or of the
+    head of its tokens, which all have a label.
+    """
+    if head is None:
+        logits = model(**inputs)[0]
+        rows = logits.float().flatten(0, -2)
+        return nn.functional.cross_entropy(rows, torch.zeros(len(rows), dtype=torch.long))
+    assert isinstance(model, PreTrainedModel)
+    with plain_head(model):
+        hidden = model(**inputs)[0].flatten(0, -2)
+    labels = torch.zeros(len(hidden), dtype=torch.long)
+    labelled = torch.arange(len(hidden))
+    return summed_cross_entropy(hidden[labelled], head.weight, head.bias, labels) / len(hidden)
 
 
 @dataclass

@@ -30,6 +30,7 @@ from qrefta.memory.footprint import CHECKPOINTING, count_step, fake
 from qrefta.memory.meta_model import ModelSource, Outline
 from qrefta.methods import METHODS
 from qrefta.model.stacks import select_stacks
+from qrefta.nn.head_loss import linear_head
 from qrefta.split.allocate import given_ranks
 
 OPTIMIZERS: dict[Optimizer, Callable[..., torch.optim.Optimizer]] = {
@@ -105,6 +106,7 @@ def plan(
     reserve: int | str = "1GB",
     dtype: Dtype | None = None,
     gradient_checkpointing: bool = False,
+    whole_logits: bool = False,
     optimizer: Optimizer = "adamw",
     bits: Bits = 4,
     rank: RankSetting = AUTO_RANK,
@@ -130,6 +132,9 @@ def plan(
             the model.
         gradient_checkpointing: recompute the activations of the blocks in the backward pass instead
             of keeping them.
+        whole_logits: count the logits of all tokens of a language model, which a plain Trainer and
+            the tasks dpo and grpo of `finetune` make. Its tasks lm and sft do not; for these all
+            tokens count as labelled.
         optimizer: adamw or adamw_8bit.
         bits, rank, settings: see `qrefta.config.Settings`; a `RankBudget` must be of trainable
             parameters.
@@ -147,6 +152,7 @@ def plan(
         seq,
         dtype or _dtype_name(outline.model.dtype),
         gradient_checkpointing,
+        whole_logits,
         optimizer,
         chosen,
     )
@@ -185,6 +191,7 @@ class _Case:
     seq: int | None
     dtype: Dtype
     gradient_checkpointing: bool
+    whole_logits: bool
     optimizer: Optimizer
     settings: Settings
 
@@ -204,7 +211,9 @@ def _plan(outline: Outline, case: _Case) -> Plan:
         enable_checkpointing(model, CHECKPOINTING)
     fake(model.train())
     try:
-        step = count_step(model, inputs, OPTIMIZERS[case.optimizer], outline.blocks)
+        whole = case.whole_logits or model.config.is_encoder_decoder
+        head = None if whole else linear_head(model)
+        step = count_step(model, inputs, OPTIMIZERS[case.optimizer], outline.blocks, head)
     except (RuntimeError, TypeError, AttributeError) as error:  # from the code of the model
         raise ValueError(
             f"{type(model).__name__} cannot be counted on zeros for {', '.join(inputs)}: "

@@ -1,6 +1,7 @@
 """Planned memory: compared with a real step, the whole count, and the report of plan()."""
 
 import time
+from contextlib import nullcontext
 
 import bitsandbytes
 import pytest
@@ -11,6 +12,7 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     LlamaConfig,
+    LlamaForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -29,8 +31,9 @@ from qrefta.memory.meta_model import Outline
 from qrefta.memory.plan import _Case, _largest, _plan, plan
 from qrefta.model.stacks import find_stacks
 from qrefta.nn.factors import BANK
+from qrefta.nn.head_loss import plain_head
 from qrefta.nn.linear import AdaptedLinear
-from tests.models import decoder_sizes, tiny_bert, tiny_llama, tiny_mixtral, tiny_vit
+from tests.models import build, decoder_sizes, tiny_bert, tiny_llama, tiny_mixtral, tiny_vit
 from tests.peak import added_peak
 
 BATCH, SEQ = 8, 64
@@ -57,9 +60,9 @@ def randint(seq):
     return torch.randint(96, (BATCH, seq), generator=torch.Generator().manual_seed(0))
 
 
-def prepared_step(model, checkpointing, **settings):
+def prepared_step(model, checkpointing, plain=False, **settings):
     """Prepare a model; its inputs, optimizer, and a step with the loss that transformers
-    computes.
+    computes, or with a plain head.
     """
     qrefta.prepare(model, refine=0, progress=False, **settings)
     if checkpointing:
@@ -72,7 +75,9 @@ def prepared_step(model, checkpointing, **settings):
     optimizer = torch.optim.AdamW(trained)
 
     def step():
-        model(**{model.main_input_name: inputs}, labels=labels).loss.backward()
+        with plain_head(model) if plain else nullcontext():
+            loss = model(**{model.main_input_name: inputs}, labels=labels).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -99,7 +104,8 @@ def test_a_plan_equals_the_memory_of_a_step(make, checkpointing, settings):
     """
     model = make(hidden=64)
     seq = None if make is tiny_vit else SEQ
-    planned = plan(model, batch=BATCH, seq=seq, gradient_checkpointing=checkpointing, **settings)
+    asked = {"batch": BATCH, "seq": seq, "gradient_checkpointing": checkpointing}
+    planned = plan(model, **asked, whole_logits=True, **settings)
     model.config.use_cache = False  # as a plan and a Trainer have it
     inputs, optimizer, step = prepared_step(model, checkpointing, **settings)
     step()
@@ -119,6 +125,23 @@ def test_a_plan_equals_the_memory_of_a_step(make, checkpointing, settings):
     )
     assert planned.linears_bytes + planned.factors_bytes + planned.rest_bytes == whole
     assert planned.total_bytes == pytest.approx(whole + states + inputs.nbytes + added, rel=0.01)
+
+
+@pytest.mark.parametrize("modules_to_save", [None, ["lm_head"]], ids=str)
+def test_logits_of_a_chunk_are_counted_where_finetune_makes_no_more(modules_to_save):
+    """4,000 words, and four chunks of tokens: whole logits are most of the step."""
+    settings = {"rank": 8, "modules_to_save": modules_to_save}
+    model = build(LlamaForCausalLM, small(vocab_size=4000, num_hidden_layers=2))
+    planned = plan(model, batch=BATCH, seq=SEQ, **settings)
+    whole = plan(model, batch=BATCH, seq=SEQ, whole_logits=True, **settings)
+    model.config.use_cache = False
+    _, optimizer, step = prepared_step(model, False, plain=True, **settings)
+    step()
+    added = added_peak(step)
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    held += sum(tensor.nbytes for state in optimizer.state.values() for tensor in state.values())
+    assert planned.total_bytes == pytest.approx(held + added, rel=0.02)
+    assert whole.total_bytes - planned.total_bytes > 4 * BATCH * SEQ * 4000
 
 
 def one_list_of_blocks():
@@ -150,6 +173,7 @@ def test_three_blocks_stand_for_all(make, checkpointing, target, batch, seq):
         seq,
         "bfloat16",
         checkpointing,
+        True,
         "adamw",
         Settings(rank=90, bits=16, target_modules=[target]),
     )
@@ -238,7 +262,7 @@ def test_logits_are_kept_in_float32():
     token.
     """
     few, many = (
-        plan(small(vocab_size=size), seq=64, dtype="bfloat16").activations_bytes
+        plan(small(vocab_size=size), seq=64, dtype="bfloat16", whole_logits=True).activations_bytes
         for size in (1024, 2048)
     )
     assert many - few == 4 * 64 * 1024

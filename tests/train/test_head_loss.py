@@ -17,14 +17,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from qrefta.train.head_loss import (
-    CHUNK,
-    causal_model_of,
-    has_plain_head,
-    head_cross_entropy,
-    plain_head,
-    without_logits,
-)
+from qrefta.nn.head_loss import CHUNK, head_cross_entropy, plain_head
+from qrefta.train.head_loss import causal_model_of, has_plain_head, without_logits
 from tests.models import (
     build,
     decoder_sizes,

@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from qrefta.choices import Loss
-from qrefta.train.head_loss import IGNORED
+from qrefta.nn.head_loss import IGNORED
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PLACEHOLDER = "PlaceOfTheAnswer"
