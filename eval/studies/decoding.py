@@ -26,7 +26,9 @@ console = Console()
 
 def run(
     setting: Annotated[str, typer.Option(help=f"One of {', '.join(SETTINGS)}.")] = "cpu",
-    ranks: Annotated[str, typer.Option(help="Values of R, separated by commas.")] = "16,64",
+    methods: Annotated[
+        str, typer.Option(help="Methods of `eval.studies.cost`, separated by commas.")
+    ] = "qlora r=16,qlora r=8,windows R=64,qrefta R=64",
     batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8",
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 32,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate for each sequence.")] = 33,
@@ -45,7 +47,7 @@ def run(
         torch.bfloat16 if cuda else torch.float32,
         checkpointing=False,
     )
-    names = [PLAIN, "floor", "qlora r=16", *(f"qrefta R={rank}" for rank in ranks.split(","))]
+    names = [PLAIN, "floor", *(name.strip() for name in methods.split(","))]
     found = measure(
         names, shared, [int(batch) for batch in batches.split(",")], prompt, new_tokens, repetitions
     )

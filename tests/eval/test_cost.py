@@ -100,7 +100,7 @@ def test_the_rebuilding_form_computes_the_same():
 def test_decoding_is_measured_with_plain_bitsandbytes(tmp_path):
     decoding.run(
         "tiny",
-        "16",
+        "qlora r=16, windows R=16",
         "1,2",
         prompt=4,
         new_tokens=3,
@@ -114,7 +114,7 @@ def test_decoding_is_measured_with_plain_bitsandbytes(tmp_path):
         "floor bitsandbytes",
         "floor",
         "qlora r=16",
-        "qrefta R=16",
+        "windows R=16",
     }
     assert all(
         row["of_bitsandbytes"] == 1 for row in found if row["method"] == "floor bitsandbytes"
