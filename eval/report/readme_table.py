@@ -135,6 +135,7 @@ def whole_step_table(rows: list[dict[str, Any]]) -> str:
         "| peak memory | / QLoRA r=16 |",
         "|---|---|---|---|---|---|---|---|",
     ]
+    rows = [row for row in rows if "kind" not in row]
     for row in rows:
         lines.append(
             f"| {row['batch_size']} of {row['rows']} | {row['dtype']} | {row['method']} | "
@@ -149,6 +150,30 @@ def whole_step_table(rows: list[dict[str, Any]]) -> str:
         f"{first['model']}, {checkpointing} gradient checkpointing, {steps[0]} to {steps[-1]} "
         f"alternated steps of each method ({first['device']}, {first['threads']} threads). Each "
         f"kind of rows and dtype is one run."
+    )
+    return "\n".join([*lines, "", caption])
+
+
+def step_profile_table(rows: list[dict[str, Any]]) -> str:
+    """In Markdown: where the time of the whole step goes, by `eval.studies.whole_step`."""
+    rows = [row for row in rows if row.get("kind") == "profile"]
+    kinds = rows[0]["seconds"]
+    lines = [
+        f"| milliseconds a step | {' | '.join(row['method'] for row in rows)} |",
+        "|---|" + len(rows) * "---|",
+    ]
+    for kind in [*kinds, "all"]:
+        cells = [
+            (sum(row["seconds"].values()) if kind == "all" else row["seconds"][kind]) / row["steps"]
+            for row in rows
+        ]
+        lines.append(f"| {kind} | {' | '.join(f'{1e3 * cell:,.0f}' for cell in cells)} |")
+    first = rows[0]
+    caption = (
+        f"{first['model']}, {first['batch_size']} rows of {first['rows']}, {first['dtype']}, "
+        f"{'with' if first['checkpointing'] else 'without'} gradient checkpointing, means of "
+        f"{first['steps']} alternated steps under torch's profiler ({first['device']}, "
+        f"{first['threads']} threads)."
     )
     return "\n".join([*lines, "", caption])
 
@@ -249,6 +274,7 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "quickstart_sst2": (quickstart_table, ("quickstart_sst2",)),
     "cost": (cost_table, ("cost",)),
     "whole_step": (whole_step_table, ("whole_step",)),
+    "step_profile": (step_profile_table, ("whole_step",)),
     "startup": (startup_table, ("startup",)),
     "accuracy": (accuracy_table, ("accuracy",)),
     "architectures": (architectures_table, ("coverage",)),

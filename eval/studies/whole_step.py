@@ -26,6 +26,7 @@ from datasets import Dataset, DatasetDict
 from peft import LoraConfig
 from rich.console import Console
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -36,6 +37,7 @@ from transformers import (
 import qrefta
 from eval.memory import TensorPeak
 from eval.rows import append
+from eval.studies.step_profile import KINDS, StepProfile
 from eval.tasks.questions import docstring_chats
 from eval.tasks.smollm2 import NAME, cache_folder, smollm2_folder
 from qrefta.cli import guarded, quiet_libraries
@@ -72,21 +74,25 @@ def run(
     checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing.")] = True,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     memory: Annotated[bool, typer.Option(help="Measure peaks of memory too.")] = True,
+    profiled: Annotated[
+        bool, typer.Option("--profile", help="Show where the time goes, in rows of their own.")
+    ] = False,
     rows: Annotated[Path | None, typer.Option(help="JSON lines file; rows are added.")] = None,
     child: Annotated[str, typer.Option(hidden=True)] = "",
-    counts_memory: Annotated[bool, typer.Option(hidden=True)] = False,
+    watched: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Measure the whole step of every method."""
     source = model or str(smollm2_folder(cache_folder()))
     settings = Run(source, steps * batch_size, batch_size, length, bf16, checkpointing, threads)
     if child:
-        _train(child, settings, counts_memory)
+        _train(child, settings, watched)
         return
     names = [name.strip() for name in methods.split(",")]
     for name in names:
         parse(name)
     times = _take_turns(names, settings)
-    peaks = _take_turns(names, settings, "--counts-memory") if memory else {}
+    peaks = _take_turns(names, settings, "--watched", "memory") if memory else {}
+    profiles = _take_turns(names, settings, "--watched", "profile") if profiled else {}
     found = []
     for name in names:
         seconds = [step["seconds"] for step in times[name][1:]]
@@ -116,7 +122,26 @@ def run(
         shown = {key: round(row[key], 3) for key in row if type(row[key]) is float}
         console.print(shown, row["method"])
     if rows is not None:
-        append(rows, found, seed=0)
+        append(rows, [*found, *_profile_rows(found, profiles)], seed=0)
+
+
+def _profile_rows(
+    found: list[dict[str, Any]], profiles: dict[str, list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """One row a method: seconds by kind of operation, over all steps but the first."""
+    shared = ("study", "model", "method", "rows", "batch_size", "dtype", "checkpointing", "steps")
+    return [
+        {name: row[name] for name in shared}
+        | {
+            "kind": "profile",
+            "seconds": {
+                kind: sum(step["profile"][kind] for step in profiles[row["method"]][1:])
+                for kind in KINDS
+            },
+        }
+        for row in found
+        if row["method"] in profiles
+    ]
 
 
 def parse(method: str) -> tuple[str, int]:
@@ -215,8 +240,9 @@ def _heard(process: "subprocess.Popen[str]") -> dict[str, Any] | None:
 class Turns(TrainerCallback):
     """Waits before each step until it is this process's turn, and reports the step."""
 
-    def __init__(self, counts_memory: bool) -> None:
-        self.peak = TensorPeak("cpu") if counts_memory else None
+    def __init__(self, watched: str, words: int) -> None:
+        self.peak = TensorPeak("cpu") if watched == "memory" else None
+        self.profile = StepProfile(words) if watched == "profile" else None
         self.tokens = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
@@ -230,6 +256,8 @@ class Turns(TrainerCallback):
         sys.stdin.readline()
         if self.peak is not None:
             self.peak.start()
+        if self.profile is not None:
+            self.profile.start()
         self.at = perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -241,6 +269,7 @@ class Turns(TrainerCallback):
                 "seconds": seconds,
                 "tokens": self.tokens - before,
                 "peak_bytes": None if self.peak is None else self.peak.stop(),
+                "profile": None if self.profile is None else self.profile.stop(),
                 "trained_parameters": self.trained,
             }
         )
@@ -250,7 +279,7 @@ def _report(values: dict[str, Any]) -> None:
     print(SIGN + json.dumps(values), flush=True)
 
 
-def _train(method: str, settings: Run, counts_memory: bool) -> None:
+def _train(method: str, settings: Run, watched: str) -> None:
     sys.stdin.readline()
     quiet_libraries()
     torch.set_num_threads(settings.threads)
@@ -260,7 +289,9 @@ def _train(method: str, settings: Run, counts_memory: bool) -> None:
     data = data_of(settings, tokenizer)
     train = _ours if kind == "qrefta" else _theirs
     with TemporaryDirectory() as folder:
-        train(rank, settings, tokenizer, data, Turns(counts_memory), folder)
+        words = AutoConfig.from_pretrained(settings.model).vocab_size
+        turns = Turns(watched, words)
+        train(rank, settings, tokenizer, data, turns, folder)
 
 
 def data_of(settings: Run, tokenizer: PreTrainedTokenizerBase) -> Dataset:

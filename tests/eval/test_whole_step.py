@@ -1,10 +1,13 @@
 """The study of the whole step: two processes take turns on a tiny model."""
 
 import pytest
+import torch
+from torch.nn import functional
 
-from eval.report.readme_table import whole_step_table
+from eval.report.readme_table import step_profile_table, whole_step_table
 from eval.rows import read
 from eval.studies import whole_step
+from eval.studies.step_profile import KINDS, StepProfile, kind_of
 from tests.models import tiny_llama
 from tests.train.talk import words
 
@@ -26,9 +29,10 @@ def test_processes_take_turns_and_their_tokens_are_counted(tmp_path):
         checkpointing=True,
         threads=1,
         memory=False,
+        profiled=False,
         rows=rows,
         child="",
-        counts_memory=False,
+        watched="",
     )
     theirs, ours = read(rows)
     settings = whole_step.Run(str(model), 4, 2, 0, False, True, 1)
@@ -53,6 +57,32 @@ def test_rows_of_one_length_are_longer_than_it():
     for messages in whole_step.data_of(settings, tokenizer)["messages"]:
         ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
         assert len(ids) > 48
+
+
+def test_a_profile_tells_the_kinds_of_operations_apart():
+    """Of a small layer with a factor of width 4 and a head of 300 words."""
+    up, weight = torch.randn(4, 96, requires_grad=True), torch.randn(96, 96)
+    head = torch.randn(96, 300)
+    optimizer = torch.optim.AdamW([up])
+    x = torch.randn(256, 96)
+    profile = StepProfile(words=300)
+    profile.start()
+    hidden = x @ weight + (x[:, :4] @ up)
+    hidden = functional.scaled_dot_product_attention(*3 * [hidden.view(1, 4, 64, 96)])
+    (hidden.reshape(256, 96) @ head).logsumexp(1).sum().backward()
+    optimizer.step()
+    seconds = profile.stop()
+    assert tuple(seconds) == KINDS
+    assert {kind for kind in KINDS if seconds[kind] > 0} == set(KINDS) - {"dequantization"}
+    assert kind_of("bitsandbytes::dequantize_4bit", [[64, 64]], 300) == "dequantization"
+    rows = [
+        {"kind": "profile", "model": "m", "method": method, "rows": "9 tokens", "batch_size": 8}
+        | {"dtype": "float32", "checkpointing": True, "steps": 2, "device": "CPU", "threads": 1}
+        | {"seconds": dict.fromkeys(KINDS, at)}
+        for at, method in enumerate(["a", "b"], start=1)
+    ]
+    assert "| attention | 500 | 1,000 |" in step_profile_table(rows)
+    assert "| all | 3,500 | 7,000 |" in step_profile_table(rows)
 
 
 @pytest.mark.parametrize("method", ["qlora r=16", "qrefta r=8", "trl qlora r=0", "qrefta R=", ""])
