@@ -20,6 +20,8 @@ from transformers import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
 )
 
@@ -268,6 +270,17 @@ class _Evaluations(TrainerCallback):
         self.runtime_s += metrics["eval_runtime"]
 
 
+class _OwnIntervals(TrainerCallback):
+    """Logs, evaluates and saves at the intervals of this run, where a Trainer that resumes takes
+    those of the checkpoint: of another number of steps, they may be every step.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        state.compute_steps(args, state.max_steps)
+
+
 def _callbacks(callbacks: Any) -> list[TrainerCallback]:
     """Callbacks as objects; Trainer takes classes too."""
     several = callbacks if isinstance(callbacks, Sequence) else [callbacks]
@@ -418,7 +431,7 @@ def _train(
             processor,
             recipe,
             arguments,
-            [*callbacks, evaluations, interrupts, GradientWatch()],
+            [*callbacks, _OwnIntervals(), evaluations, interrupts, GradientWatch()],
             quiet,
         )
         with _attention(trainer):

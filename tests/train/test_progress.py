@@ -119,6 +119,15 @@ def test_ctrl_c_writes_a_checkpoint_and_the_run_resumes_bit_for_bit(train, tmp_p
         assert_close(parameter, whole.get_parameter(name), rtol=0, atol=0)
 
 
+def test_a_resumed_run_saves_at_its_own_intervals(train, tmp_path):
+    """A quarter of 4 steps is 1, and of 12 it is 3."""
+    train(max_steps=4)
+    _, result = train(max_steps=12, resume=True)
+    assert result.steps == 12
+    saved = {int(path.name.split("-")[1]) for path in (tmp_path / "run").glob("checkpoint-*")}
+    assert saved == {9, 12}  # the last two are kept
+
+
 def test_a_second_ctrl_c_stops_at_once(train, tmp_path):
     with pytest.raises(KeyboardInterrupt) as stopped:
         train(max_steps=12, callbacks=[Interrupt(5, times=2)])
