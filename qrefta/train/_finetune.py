@@ -28,7 +28,7 @@ from transformers import (
 from qrefta._deprecations import deprecated_keywords
 from qrefta.choices import LOSSES, Loss
 from qrefta.distributed import check_sharding, processes, whole_state
-from qrefta.hf_quantizer import is_prepared, prepared_config, saved_state
+from qrefta.hf_quantizer import is_prepared, prepared_config
 from qrefta.model.verify import check_weights
 from qrefta.model_card import write_card
 from qrefta.nn.factors import BANK
@@ -544,8 +544,7 @@ def _save(
     with writing(run, "the model") as folder:
         if is_prepared(model):
             write_card(folder, prepared_config(model), training)  # save_pretrained keeps it
-        with saved_state(model, state):
-            model.save_pretrained(folder, state_dict=state)
+        model.save_pretrained(folder, state_dict=state)
         processor.save_pretrained(folder)
         publish(folder, run)
 

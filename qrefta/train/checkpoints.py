@@ -18,7 +18,6 @@ from transformers import Trainer
 
 from qrefta._compat.transformers import rotate_checkpoints
 from qrefta.files.safetensors import sync_folder
-from qrefta.hf_quantizer import saved_state
 
 UNFINISHED = "unfinished"  # folder in a run's folder: files being written, or left by a killed run
 _STATE = "trainer_state.json"  # Trainer writes this file last
@@ -33,11 +32,6 @@ def whole_checkpoints(kind: type[Trainer]) -> type[Trainer]:
 
     class WholeCheckpoints(kind):
         """All processes write to `unfinished`; when all are done, the first process renames."""
-
-        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-            assert self.model is not None, "Trainer does not start without a model"
-            with saved_state(self.model, state_dict):
-                super()._save(output_dir, state_dict)
 
         def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
             run = Path(str(self.args.output_dir))
