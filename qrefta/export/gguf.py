@@ -33,7 +33,7 @@ from qrefta.export.compare import example_inputs, output_difference, outputs
 from qrefta.export.gguf_vocab import add_vocabulary
 from qrefta.export.merge import Export, agreed
 from qrefta.export.modelfile import MODELFILE, modelfile
-from qrefta.export.write import Stored, dense_tensors, plain_tensors
+from qrefta.export.write import Stored, check_exportable, dense_tensors, plain_tensors
 from qrefta.files.sources import is_gguf, load_tokenizer, loaded_from, pretrained_source
 from qrefta.model.build import model_class
 from qrefta.nn.linear import AdaptedLinear
@@ -108,7 +108,8 @@ def export_gguf(
     The weights are written a tensor at a time: besides the model this takes the memory of its
     largest tensor in float32, twice. The file is then read by transformers, and by
     llama-cpp-python where it is installed, and their logits are compared with the model's before it
-    gets its name.
+    gets its name. For this transformers dequantizes the whole file, so a dense model is held
+    besides the given one.
 
     Llama, Mistral, Qwen 2 and 3, and Gemma 2 and 3 are written, without experts and images.
 
@@ -127,9 +128,9 @@ def export_gguf(
         The file's folder, the largest difference, and notes.
 
     Raises:
-        ValueError: for a model of another family or with settings that llama.cpp does not have, a
-            tokenizer that it cannot run, a file that exists, or logits that differ by more than
-            `tolerance`.
+        ValueError: for a model of another family, with offloaded parameters, or with settings that
+            llama.cpp does not have, a tokenizer that it cannot run, a file that exists, or logits
+            that differ by more than `tolerance`.
         ImportError: if the package gguf is not installed.
     """
     file = Path(file)
@@ -137,6 +138,7 @@ def export_gguf(
     if isinstance(model, str | Path):
         model = _loaded(model)
     family = _family(model.__class__.__name__)
+    check_exportable(model)
     config = model.config
     notes = _check_config(config, family)
     tokenizer = tokenizer or load_tokenizer(loaded_from(model) or ".")

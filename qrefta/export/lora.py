@@ -28,7 +28,7 @@ from qrefta.export.merge import (
     check_floating,
 )
 from qrefta.export.updates import Update, layer_updates, starting_factors
-from qrefta.export.write import copy_tokenizer, plain_config, write_model
+from qrefta.export.write import check_exportable, copy_tokenizer, plain_config, write_model
 from qrefta.files.folders import new_folder
 from qrefta.files.safetensors import write_shard
 from qrefta.hf_config import QReftaConfig
@@ -120,12 +120,13 @@ def export_lora(
         progress: show a progress bar over the linear layers, if they take more than two seconds.
 
     Raises:
-        ValueError: if the model is not prepared, a setting is not allowed, the original or the
-            start is not the model that was prepared, `out` is not empty, or the logits differ by
-            more than `tolerance`.
+        ValueError: if the model is not prepared, parameters are offloaded, a setting is not
+            allowed, the original or the start is not the model that was prepared, `out` is not
+            empty, or the logits differ by more than `tolerance`.
         ImportError: if PEFT is not installed.
     """
     config = prepared_config(model)
+    check_exportable(model)
     _check_settings(config, base, rank, dtype)
     bare: PreTrainedModel | None = None
     starts: Iterator[Factors] | None = None

@@ -29,13 +29,33 @@ from qrefta.files.safetensors import (
 )
 from qrefta.files.sources import is_gguf, save_tokenizer
 from qrefta.hf_quantizer import is_prepared, prepared_config
+from qrefta.model.check import check_in_memory
 from qrefta.model.names import stored_together
 from qrefta.nn.experts import expert_path
 from qrefta.nn.factors import BANK
-from qrefta.nn.linear import AdaptedLinear, adapted_layer
+from qrefta.nn.linear import AdaptedLinear, adapted_layer, has_adapted_layer
+
+LOAD_WHOLE = "Load it whole, without offloading."
 
 # The tensors of an adapted linear layer, without its bias, by their names in the module.
 Stored = Callable[[AdaptedLinear, StackReport], Mapping[str, Tensor]]
+
+
+def check_exportable(model: PreTrainedModel) -> None:
+    """Refuse a dense or prepared model that cannot be written.
+
+    Raises:
+        ValueError: if parameters have no values, or an earlier merge in place was interrupted.
+    """
+    check_in_memory(model, LOAD_WHOLE)
+    stacks = prepared_config(model).stacks if is_prepared(model) else []
+    for row in stacks:
+        for path in row.stack.adapted:
+            if not has_adapted_layer(model, path):
+                raise ValueError(
+                    f"{path} is dense already: an earlier merge in place was interrupted. Call "
+                    "qrefta.merge(model) again, which finishes it, or load the model again."
+                )
 
 
 def write_model(

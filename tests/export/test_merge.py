@@ -3,6 +3,8 @@ import json
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_submodules
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
@@ -11,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 import qrefta
 from qrefta.export import merge as export
-from qrefta.hf_quantizer import is_prepared
+from qrefta.hf_quantizer import is_prepared, prepared_config
+from qrefta.nn import experts
 from qrefta.nn.factors import BANK
 from qrefta.nn.linear import AdaptedLinear
 from tests import models
@@ -26,6 +29,7 @@ from tests.models import (
     tiny_gpt2,
     tiny_gte,
     tiny_llama,
+    tiny_mixtral,
     tiny_segformer,
 )
 from tests.peak import added_peak
@@ -263,6 +267,88 @@ def test_modules_that_the_model_wants_in_float32_stay_in_float32(tmp_path):
     assert {p.dtype for p in merged.parameters()} == {torch.float16, torch.float32}
     for (name, ours), theirs in zip(merged.named_parameters(), loaded.parameters(), strict=True):
         assert ours.dtype == theirs.dtype, name
+
+
+def test_merging_in_place_holds_one_linear_layer_in_float32():
+    """The dense model takes 2 bytes a weight; in float32 it would take 4."""
+    sizes = decoder_sizes(128, layers=12) | {"vocab_size": 32}
+    model = qrefta.prepare(build(LlamaForCausalLM, LlamaConfig(**sizes)), rank=4, refine=0)
+    weights = sum(row.weights for row in prepared_config(model).stacks)
+    assert added_peak(lambda: qrefta.merge(model)) < 2.3 * weights
+
+
+@pytest.mark.parametrize("make", [tiny_bert, tiny_gpt2, tiny_mixtral])
+@pytest.mark.parametrize("calls", range(1, 30, 4))
+def test_an_interrupted_merge_is_finished_by_the_next(make, calls, monkeypatch):
+    """Ctrl-C in any step: the layers that are dense already are left as they are."""
+    model = models.prepared(make, rank=5)
+    expected = qrefta.merge(copy.deepcopy(model)).state_dict()
+    interrupt_after(calls, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        qrefta.merge(model)
+    monkeypatch.undo()
+    merged = qrefta.merge(model).state_dict()
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
+    assert not is_prepared(model)
+    assert classes(model) == classes(make())
+
+
+def interrupt_after(calls, monkeypatch):
+    """Raise KeyboardInterrupt in one of the steps of a merge in place."""
+    left = [calls]
+
+    def counted(step):
+        def run(*args):
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            return step(*args)
+
+        return run
+
+    for owner, name in (
+        (export, "replace_module"),
+        (AdaptedLinear, "dense_weight"),
+        (experts, "_use"),
+        (export, "set_always_float32"),
+        (export, "wanted_dtype"),
+    ):
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
+
+
+def test_a_half_merged_model_is_not_written(tmp_path, monkeypatch):
+    model = prepared("llama_gqa")
+    interrupt_after(5, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        qrefta.merge(model)
+    monkeypatch.undo()
+    for write in (
+        lambda: qrefta.merge(model, out=tmp_path / "out"),
+        lambda: qrefta.export_lora(model, tmp_path / "out"),
+        lambda: qrefta.export_gguf(model, tmp_path / "out.gguf"),
+    ):
+        with pytest.raises(ValueError, match=r"merge in place was interrupted. Call qrefta.merge"):
+            write()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_offloaded_model_is_refused_and_left_as_it_was(tmp_path):
+    """Its parameters are on the meta device between two forward passes."""
+    model = prepared("llama_gqa")
+    expected = logits(model)
+    cpu_offload(model)
+    for write in (
+        lambda: qrefta.merge(model),
+        lambda: qrefta.merge(model, out=tmp_path / "out"),
+        lambda: qrefta.export_lora(model, tmp_path / "out"),
+        lambda: qrefta.export_gguf(model, tmp_path / "out.gguf"),
+    ):
+        with pytest.raises(ValueError, match=r"on the meta device .* offloads them. Load it whole"):
+            write()
+    assert not list(tmp_path.iterdir())
+    remove_hook_from_submodules(model)
+    assert torch.equal(logits(model), expected)
 
 
 # Written to a folder
