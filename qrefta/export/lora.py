@@ -27,10 +27,18 @@ from qrefta.export.merge import (
     agreed,
     check_floating,
 )
-from qrefta.export.updates import Update, layer_updates, starting_factors
+from qrefta.export.updates import (
+    Update,
+    check_original,
+    check_start,
+    layer_updates,
+    starting_factors,
+)
 from qrefta.export.write import check_exportable, copy_tokenizer, plain_config, write_model
+from qrefta.files.code import is_trusted
 from qrefta.files.folders import new_folder
 from qrefta.files.safetensors import write_shard
+from qrefta.files.sources import is_gguf, pretrained_source
 from qrefta.hf_config import QReftaConfig
 from qrefta.hf_quantizer import prepared_config
 from qrefta.methods import METHODS
@@ -78,7 +86,7 @@ _USE = """```python
 from peft import PeftModel
 from transformers import AutoModel  # or the class with the head
 
-model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), "this-folder")
+model = PeftModel.from_pretrained(AutoModel.from_pretrained({base}), "this-folder")
 ```"""
 
 
@@ -137,7 +145,11 @@ def export_lora(
             if isinstance(start, str | Path):
                 read_config(start)  # refuses a folder that holds no prepared model
                 start = type(model).from_pretrained(start)
+            if start is not None:
+                check_start(start, config)
             starts = starting_factors(model, config, bare, start)
+        else:
+            check_original(model, config, bare)
     bar = tqdm(
         layer_updates(model, config, starts, rank),
         total=sum(len(row.stack.modules) for row in config.stacks if row.rank),
@@ -161,9 +173,17 @@ def export_lora(
         copy_tokenizer(model, folder)
         largest = max(written.ranks)
         text = f"This is the trained part as a LoRA of rank {largest} on {_DESCRIPTIONS[base]}."
-        write_card(folder, config, text, _USE.replace("{base}", source), library="peft")
+        write_card(folder, config, text, _use(source), library="peft")
     notes += _notes(config, written.ranks, base)
     return Export(Path(out), difference, written.error, notes)
+
+
+def _use(source: str) -> str:
+    """Code that loads the base and the adapter."""
+    named = f'"{source}"'
+    if is_gguf(source):
+        named = f'"{Path(source).parent}", gguf_file="{Path(source).name}"'
+    return _USE.replace("{base}", named)
 
 
 def _original(
@@ -177,7 +197,7 @@ def _original(
         )
     model_class: Any = type(model)  # the annotation of from_pretrained knows no loading info
     bare, loaded = model_class.from_pretrained(
-        source,
+        **pretrained_source(source, is_trusted(model)),
         config=plain_config(model, model.dtype, None),
         dtype=model.dtype,
         ignore_mismatched_sizes=True,
@@ -384,6 +404,8 @@ def _lora_config(
     others = {path: rank for path, rank in ranks.items() if rank != most_common}
     name = type(model).__name__
     tasks = [task for suffix, task in _TASKS.items() if name.endswith(suffix)]
+    if tasks == ["SEQ_2_SEQ_LM"] and not model.config.is_encoder_decoder:
+        tasks = ["CAUSAL_LM"]  # images and text in, text out (Llava)
     if model.main_input_name != "input_ids":
         tasks = []  # PEFT's wrapper of a task passes input_ids to the model
     return peft.LoraConfig(
