@@ -9,9 +9,10 @@ must be those of the model, or it is refused.
 """
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,7 @@ def export_gguf(
     check_exportable(model)
     config = model.config
     notes = _check_config(config, family)
+    _check_names(model, family)
     tokenizer = tokenizer or load_tokenizer(loaded_from(model) or ".")
     if tokenizer is None:
         raise ValueError(
@@ -332,6 +334,32 @@ def _add_settings(writer: Any, model: PreTrainedModel, family: _Family, type: Gg
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
 
 
+def _check_names(model: PreTrainedModel, family: _Family) -> None:
+    """Refuse a model with a tensor that files of its architecture do not have.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    name_of = _names(model.config, family)
+    for path, _ in plain_tensors(model, model.dtype, _sizes):
+        if name_of(path) is None:
+            raise ValueError(
+                f"{path} has no place in a GGUF file of {family.arch}: llama.cpp reads no such "
+                "tensor for this architecture, and takes the embeddings for the head. Give a model "
+                "without it (for a head: tie_word_embeddings=True), or serve the merged model by "
+                "other programs."
+            )
+
+
+def _names(config: Any, family: _Family) -> Callable[[str], str | None]:
+    """llama.cpp's name of a tensor; None if the architecture has none for it."""
+    import gguf
+
+    (arch,) = [key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.arch]
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    return partial(names.get_name, try_suffixes=(".weight", ".bias"))
+
+
 def _sizes(layer: AdaptedLinear, row: StackReport) -> dict[str, Tensor]:
     """The merged weight without storage."""
     return {"weight": torch.empty(layer.out_features, layer.in_features, device="meta")}
@@ -346,16 +374,13 @@ def _tensors(
         model, dtype, stored: see `qrefta.export.write.plain_tensors`.
         family: of the model.
     """
-    import gguf
-
     config: Any = model.config
-    (arch,) = [key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.arch]
-    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    name_of = _names(config, family)
     if _ropes(config)["full_attention"].get("rope_type") == "llama3":
         yield "rope_freqs.weight", _rope_factors(model)
     for path, tensor in plain_tensors(model, dtype, stored):
-        name = names.get_name(path, try_suffixes=(".weight", ".bias"))
-        assert name is not None, f"{path} has no name in {family.arch}"
+        name = name_of(path)
+        assert name is not None, "names were checked"
         if family.interleaved and ".attn_q." in name:
             tensor = _interleaved(tensor, config.num_attention_heads)
         elif family.interleaved and ".attn_k." in name:
