@@ -34,7 +34,14 @@ from qrefta.export.compare import example_inputs, output_difference, outputs
 from qrefta.export.gguf_vocab import add_vocabulary
 from qrefta.export.merge import Export, agreed
 from qrefta.export.modelfile import MODELFILE, modelfile
-from qrefta.export.write import Stored, check_exportable, dense_tensors, plain_tensors
+from qrefta.export.write import (
+    Stored,
+    check_exportable,
+    check_tokenizer,
+    dense_tensors,
+    plain_tensors,
+    tokenizer_notes,
+)
 from qrefta.files.sources import is_gguf, load_tokenizer, loaded_from, pretrained_source
 from qrefta.model.build import model_class
 from qrefta.nn.linear import AdaptedLinear
@@ -143,12 +150,14 @@ def export_gguf(
     config = model.config
     notes = _check_config(config, family)
     _check_names(model, family)
+    notes += tokenizer_notes(model, tokenizer)
     tokenizer = tokenizer or load_tokenizer(loaded_from(model) or ".")
     if tokenizer is None:
         raise ValueError(
             "A GGUF file holds the tokenizer, and none was found with the model; give it as "
             "`tokenizer`."
         )
+    check_tokenizer(model, tokenizer)
     inputs = example_inputs(model) if inputs is None else inputs
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as folder:

@@ -50,20 +50,15 @@ def add_vocabulary(
 
     Args:
         writer: of the file.
-        tokenizer: of the model.
+        tokenizer: of the model; its token numbers are below `size`.
         size: of the model's vocabulary; tokens that the tokenizer has no text for are unused.
         generation: its further end tokens are ends of a turn.
 
     Raises:
-        ValueError: for a tokenizer that llama.cpp cannot run, or with more tokens than the model.
+        ValueError: for a tokenizer that llama.cpp cannot run.
     """
     state = _backend_state(tokenizer)
     model = state["model"]
-    if max(tokenizer.get_vocab().values()) >= size:
-        raise ValueError(
-            f"The tokenizer has the token number {max(tokenizer.get_vocab().values())} and the "
-            f"model's vocabulary {size} tokens; give the model's tokenizer as `tokenizer`."
-        )
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     if model["byte_fallback"]:
         vocabulary = _vocabulary(tokenizer, size, _scores(merges))

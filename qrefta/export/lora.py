@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import BitsAndBytesConfig, Conv1D, PreTrainedModel
+from transformers import BitsAndBytesConfig, Conv1D, PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta._compat.transformers import float32_under_float16
 from qrefta.choices import BITSANDBYTES_TYPES, LORA_BASES, LoraBase
@@ -34,7 +34,14 @@ from qrefta.export.updates import (
     layer_updates,
     starting_factors,
 )
-from qrefta.export.write import check_exportable, copy_tokenizer, plain_config, write_model
+from qrefta.export.write import (
+    check_exportable,
+    check_tokenizer,
+    copy_tokenizer,
+    plain_config,
+    tokenizer_notes,
+    write_model,
+)
 from qrefta.files.code import is_trusted
 from qrefta.files.folders import new_folder
 from qrefta.files.safetensors import write_shard
@@ -99,6 +106,7 @@ def export_lora(
     start: PreTrainedModel | str | Path | None = None,
     rank: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     inputs: Mapping[str, Any] | None = None,
     tolerance: float | None = None,
     progress: bool = True,
@@ -122,6 +130,8 @@ def export_lora(
         rank: of the LoRA; default: the width of the factors, for "original" twice that. The part
             that is left out is measured.
         dtype: of the LoRA, and of the base's dense parameters.
+        tokenizer: written with both; default: the one that the model was loaded with. Give it if
+            tokens were added.
         inputs: a batch to compare logits on; default: see `qrefta.export.compare.example_inputs`.
         tolerance: largest relative difference of the logits; beyond it nothing is written. Default:
             0.15 if the result differs by rounding only, else 0.5.
@@ -130,12 +140,15 @@ def export_lora(
     Raises:
         ValueError: if the model is not prepared, parameters are offloaded, a setting is not
             allowed, the original or the start is not the model that was prepared, `out` is not
-            empty, or the logits differ by more than `tolerance`.
+            empty, the tokenizer has more tokens than the model, or the logits differ by more than
+            `tolerance`.
         ImportError: if PEFT is not installed.
     """
     config = prepared_config(model)
     check_exportable(model)
     _check_settings(config, base, rank, dtype)
+    if tokenizer is not None:
+        check_tokenizer(model, tokenizer)
     bare: PreTrainedModel | None = None
     starts: Iterator[Factors] | None = None
     notes: list[str] = []
@@ -162,7 +175,7 @@ def export_lora(
         source = str(original or config.base_model)
         if bare is None:
             source = str(Path(out) / "base")
-            bare = _write_base(model, config, folder / "base", base, dtype)
+            bare = _write_base(model, config, folder / "base", base, dtype, tokenizer)
         written = _write_adapter(model, config, folder, bar, source, dtype)
         if base == "original":
             bare = _moved(bare, dtype)
@@ -170,11 +183,11 @@ def export_lora(
         default = ROUNDING_TOLERANCE if exact else APPROXIMATION_TOLERANCE
         difference = _difference(model, _with_adapter(bare, folder), inputs, base)
         agreed(difference, default if tolerance is None else tolerance, _FIXES[base])
-        copy_tokenizer(model, folder)
+        copy_tokenizer(model, folder, tokenizer)
         largest = max(written.ranks)
         text = f"This is the trained part as a LoRA of rank {largest} on {_DESCRIPTIONS[base]}."
         write_card(folder, config, text, _use(source), library="peft")
-    notes += _notes(config, written.ranks, base)
+    notes += _notes(config, written.ranks, base) + tokenizer_notes(model, tokenizer)
     return Export(Path(out), difference, written.error, notes)
 
 
@@ -252,13 +265,18 @@ def _check_original(
 
 
 def _write_base(
-    model: PreTrainedModel, config: QReftaConfig, folder: Path, base: LoraBase, dtype: torch.dtype
+    model: PreTrainedModel,
+    config: QReftaConfig,
+    folder: Path,
+    base: LoraBase,
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> PreTrainedModel:
     """Write the residuals as a plain model, and load it."""
     folder.mkdir()
     write_card(folder, config, f"This is {_BASES[base]}, without the factors.", _BASE_USE)
     if base == "residual":
-        write_model(model, folder, dtype, _residual_tensors)
+        write_model(model, folder, dtype, _residual_tensors, tokenizer=tokenizer)
         return _moved(type(model).from_pretrained(folder, dtype=dtype), model.device)
     dense = _kept_dense(model, config)
     fmt = QuantFormat.of(config.settings)
@@ -277,7 +295,7 @@ def _write_base(
             return _residual_tensors(layer, row)
         return _bnb_tensors(layer)
 
-    write_model(model, folder, dtype, stored, quantization)
+    write_model(model, folder, dtype, stored, quantization, tokenizer=tokenizer)
     return type(model).from_pretrained(folder, dtype=dtype, device_map={"": model.device})
 
 

@@ -7,7 +7,7 @@ from typing import Any, overload
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from qrefta._compat.transformers import (
@@ -20,7 +20,9 @@ from qrefta.export.compare import example_inputs, output_difference, outputs, ru
 from qrefta.export.write import (
     LOAD_WHOLE,
     check_exportable,
+    check_tokenizer,
     dense_tensors,
+    tokenizer_notes,
     wanted_dtype,
     write_model,
 )
@@ -70,6 +72,7 @@ def merge(
     dtype: torch.dtype = ...,
     *,
     out: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = ...,
     inputs: Mapping[str, Any] | None = ...,
     tolerance: float = ...,
     max_shard_size: int | str = ...,
@@ -79,6 +82,7 @@ def merge(
     dtype: torch.dtype = torch.bfloat16,
     *,
     out: str | Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     inputs: Mapping[str, Any] | None = None,
     tolerance: float = ROUNDING_TOLERANCE,
     max_shard_size: int | str = "2GB",
@@ -103,13 +107,16 @@ def merge(
         model: prepared.
         dtype: of the dense parameters.
         out: folder to write; new or empty.
+        tokenizer: written to `out`; default: the one that the model was loaded with. Give it if
+            tokens were added.
         inputs: a batch to compare logits on; default: see `qrefta.export.compare.example_inputs`.
         tolerance: largest relative difference of the logits; beyond it nothing is written.
         max_shard_size: bytes of one file, or text such as "5GB".
 
     Raises:
         ValueError: if the model is not prepared, parameters are offloaded, `dtype` is not a
-            floating type, `out` is not empty, or the logits differ by more than `tolerance`.
+            floating type, `out` is not empty, the tokenizer has more tokens than the model, the
+            generation settings are not valid, or the logits differ by more than `tolerance`.
     """
     config = prepared_config(model)
     check_floating(dtype)
@@ -117,12 +124,21 @@ def merge(
         check_in_memory(model, LOAD_WHOLE)
         return _merge_in_place(model, config.stacks, dtype)
     check_exportable(model)
+    if tokenizer is not None:
+        check_tokenizer(model, tokenizer)
     with new_folder(out) as folder:
-        write_model(model, folder, dtype, dense_tensors, max_shard_size=max_shard_size)
+        write_model(
+            model,
+            folder,
+            dtype,
+            dense_tensors,
+            max_shard_size=max_shard_size,
+            tokenizer=tokenizer,
+        )
         difference = _check_folder(model, folder, dtype, inputs, tolerance)
         name = str(dtype).removeprefix("torch.")
         write_card(folder, config, f"It was merged to dense {name} weights.", _USE)
-    return Export(Path(out), difference)
+    return Export(Path(out), difference, notes=tokenizer_notes(model, tokenizer))
 
 
 def check_floating(dtype: torch.dtype) -> None:

@@ -415,6 +415,18 @@ def test_gemma_3_may_have_a_head(tmp_path):
     assert {"output.weight", "token_embd.weight"} <= tensors
 
 
+def test_a_model_resized_after_it_was_loaded_is_noted_without_its_tokenizer(tmp_path):
+    model, tokenizer = language_model("llama")
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    model = type(model).from_pretrained(tmp_path / "dense")
+    assert export_gguf(model, tmp_path / "a" / "m.gguf").notes == []
+    model.resize_token_embeddings(VOCAB + 2, mean_resizing=False)
+    (note,) = export_gguf(model, tmp_path / "b" / "m.gguf").notes
+    assert f"has {VOCAB + 2} tokens, and {VOCAB} in {tmp_path / 'dense'}" in note
+    assert export_gguf(model, tmp_path / "c" / "m.gguf", tokenizer=tokenizer).notes == []
+
+
 def test_bad_calls_are_refused_before_anything_is_read(tmp_path, monkeypatch):
     model, tokenizer = language_model("llama")
     with pytest.raises(ValueError, match="type is 'q5_k'; it must be one of f16, q8_0, q4_0"):

@@ -8,11 +8,12 @@ from accelerate.hooks import remove_hook_from_submodules
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import qrefta
 from qrefta.export import merge as export
+from qrefta.export import write
 from qrefta.hf_quantizer import is_prepared, prepared_config
 from qrefta.nn import experts
 from qrefta.nn.factors import BANK
@@ -24,6 +25,7 @@ from tests.models import (
     build,
     decoder_sizes,
     inputs,
+    language_tokenizer,
     logits,
     tiny_bert,
     tiny_gpt2,
@@ -34,7 +36,7 @@ from tests.models import (
 )
 from tests.peak import added_peak
 from tests.peculiar import tiny_deberta, tiny_marian, tiny_prophetnet
-from tests.tiny import tiny_folder
+from tests.tiny import tiny_folder, tiny_tokenizer
 
 all_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
@@ -323,13 +325,13 @@ def test_a_half_merged_model_is_not_written(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         qrefta.merge(model)
     monkeypatch.undo()
-    for write in (
+    for export_to in (
         lambda: qrefta.merge(model, out=tmp_path / "out"),
         lambda: qrefta.export_lora(model, tmp_path / "out"),
         lambda: qrefta.export_gguf(model, tmp_path / "out.gguf"),
     ):
         with pytest.raises(ValueError, match=r"merge in place was interrupted. Call qrefta.merge"):
-            write()
+            export_to()
     assert not list(tmp_path.iterdir())
 
 
@@ -338,14 +340,14 @@ def test_an_offloaded_model_is_refused_and_left_as_it_was(tmp_path):
     model = prepared("llama_gqa")
     expected = logits(model)
     cpu_offload(model)
-    for write in (
+    for export_to in (
         lambda: qrefta.merge(model),
         lambda: qrefta.merge(model, out=tmp_path / "out"),
         lambda: qrefta.export_lora(model, tmp_path / "out"),
         lambda: qrefta.export_gguf(model, tmp_path / "out.gguf"),
     ):
         with pytest.raises(ValueError, match=r"on the meta device .* offloads them. Load it whole"):
-            write()
+            export_to()
     assert not list(tmp_path.iterdir())
     remove_hook_from_submodules(model)
     assert torch.equal(logits(model), expected)
@@ -462,3 +464,66 @@ def test_logits_that_differ_too_much_leave_nothing(tmp_path):
     with pytest.raises(ValueError, match="exists and is not empty"):
         qrefta.merge(model, out=tmp_path.parent)
     assert is_prepared(model)
+
+
+def test_invalid_generation_settings_are_found_before_a_tensor_is_written(tmp_path, monkeypatch):
+    """A temperature without sampling, which transformers does not save."""
+    model = prepared("llama_gqa")
+    model.generation_config.temperature = 0.5
+    written = []
+    monkeypatch.setattr(write.ShardWriter, "add", lambda *given: written.append(given))
+    with pytest.raises(ValueError, match="temperature"):
+        qrefta.merge(model, out=tmp_path / "out")
+    assert written == []
+    assert not list(tmp_path.iterdir())
+
+
+def with_added_tokens(folder):
+    """A prepared language model and its tokenizer, both with tokens that its folder has not."""
+    tiny_llama().save_pretrained(folder)
+    words = language_tokenizer()
+    words.save_pretrained(folder)
+    model = LlamaForCausalLM.from_pretrained(folder)
+    words.add_tokens(["<tool>", "</tool>"])
+    model.resize_token_embeddings(VOCAB + 8, mean_resizing=False)
+    return qrefta.prepare(model, progress=False), words
+
+
+def test_tokens_added_in_memory_are_in_the_written_tokenizer(tmp_path):
+    """Given as `tokenizer`; else a note names the difference."""
+    model, words = with_added_tokens(tmp_path / "dense")
+    for name, export_to in (
+        ("merged", lambda out, **given: qrefta.merge(model, out=out, **given)),
+        ("lora", lambda out, **given: qrefta.export_lora(model, out, **given)),
+    ):
+        written = export_to(tmp_path / name, tokenizer=words)
+        assert not any("tokens were added" in note for note in written.notes)
+        for folder in {written.folder, *written.folder.glob("base")}:
+            read = AutoTokenizer.from_pretrained(folder)
+            assert read("<tool>")["input_ids"] == [VOCAB]
+        without = export_to(tmp_path / f"{name}-without")
+        (note,) = [note for note in without.notes if "tokens were added" in note]
+        assert f"has {VOCAB + 8} tokens, and {VOCAB} in {tmp_path / 'dense'}" in note
+
+
+def test_a_model_with_more_embeddings_than_tokens_has_no_note(tmp_path):
+    """Sizes of embeddings are often rounded up."""
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    model = qrefta.prepare(LlamaForCausalLM.from_pretrained(tmp_path / "dense"), progress=False)
+    assert len(tiny_tokenizer()) < VOCAB
+    assert qrefta.merge(model, out=tmp_path / "out").notes == []
+    assert qrefta.merge(model, out=tmp_path / "given", tokenizer=tiny_tokenizer()).notes == []
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
+    model = prepared("llama_gqa")
+    words = language_tokenizer()
+    words.add_tokens(["<tool>"])
+    for export_to in (
+        lambda: qrefta.merge(model, out=tmp_path / "out", tokenizer=words),
+        lambda: qrefta.export_lora(model, tmp_path / "out", tokenizer=words),
+    ):
+        with pytest.raises(ValueError, match=f"number {VOCAB} and the model's vocabulary {VOCAB} "):
+            export_to()
+    assert not list(tmp_path.iterdir())
