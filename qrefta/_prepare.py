@@ -35,6 +35,7 @@ from qrefta.files.sources import (
 from qrefta.hf_config import QReftaConfig
 from qrefta.hf_quantizer import check_no_peft, is_prepared, register
 from qrefta.model.build import adapt, attach_bank, bank_key, freeze, with_trained_modules
+from qrefta.model.check import check_in_memory
 from qrefta.model.stacks import Weights, check_values, find_stacks, model_weights, read_slice
 from qrefta.model.unquantized import warn_of_unquantized
 from qrefta.nn.factors import BANK, FactorBank
@@ -401,13 +402,9 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _check_weights(model: PreTrainedModel, stacks: list[LayerStack]) -> None:
-    absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if absent:
-        raise ValueError(
-            f"{len(absent)} parameters are on the meta device ({absent[0]}, ...): the model has no "
-            "weights, or a device_map offloads them. Load it whole, without device_map, or call "
-            "prepare_checkpoint on its folder."
-        )
+    check_in_memory(
+        model, "Load it whole, without device_map, or call prepare_checkpoint on its folder."
+    )
     for stack in stacks:
         for path in stack.modules:
             if stack.experts:
