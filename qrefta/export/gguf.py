@@ -145,8 +145,8 @@ def export_gguf(
     _check_call(file, type)
     if isinstance(model, str | Path):
         model = _loaded(model)
-    family = _family(model.__class__.__name__)
     check_exportable(model)
+    family = _family(model.__class__.__name__)
     config = model.config
     notes = _check_config(config, family)
     _check_names(model, family)

@@ -27,7 +27,7 @@ from qrefta.export.write import (
     write_model,
 )
 from qrefta.files.folders import new_folder
-from qrefta.hf_quantizer import prepared_config
+from qrefta.hf_quantizer import check_no_peft, prepared_config
 from qrefta.model.check import check_in_memory
 from qrefta.model.stacks import replace_module
 from qrefta.model_card import write_card
@@ -121,6 +121,7 @@ def merge(
     config = prepared_config(model)
     check_floating(dtype)
     if out is None:
+        check_no_peft(model)
         check_in_memory(model, LOAD_WHOLE)
         return _merge_in_place(model, config.stacks, dtype)
     check_exportable(model)

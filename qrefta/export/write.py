@@ -29,7 +29,7 @@ from qrefta.files.safetensors import (
     write_index,
 )
 from qrefta.files.sources import is_gguf, loaded_from, pretrained_source, save_tokenizer
-from qrefta.hf_quantizer import is_prepared, prepared_config
+from qrefta.hf_quantizer import check_no_peft, is_prepared, prepared_config
 from qrefta.model.check import check_in_memory
 from qrefta.model.names import stored_together
 from qrefta.nn.experts import expert_path
@@ -46,8 +46,10 @@ def check_exportable(model: PreTrainedModel) -> None:
     """Refuse a dense or prepared model that cannot be written.
 
     Raises:
-        ValueError: if parameters have no values, or an earlier merge in place was interrupted.
+        ValueError: if parameters have no values, the model carries PEFT adapters, or an earlier
+            merge in place was interrupted.
     """
+    check_no_peft(model)
     check_in_memory(model, LOAD_WHOLE)
     stacks = prepared_config(model).stacks if is_prepared(model) else []
     for row in stacks:

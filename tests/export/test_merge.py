@@ -5,6 +5,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_submodules
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
@@ -333,6 +334,23 @@ def test_a_half_merged_model_is_not_written(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"merge in place was interrupted. Call qrefta.merge"):
             export_to()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_with_adapters_of_peft_is_refused_and_left_as_it_was(tmp_path):
+    model = prepared("llama_gqa")
+    peft = get_peft_model(model, LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
+    expected = logits(peft)
+    for one in (peft, peft.get_base_model()):
+        for export_to in (
+            qrefta.merge,
+            lambda model: qrefta.merge(model, out=tmp_path / "out"),
+            lambda model: qrefta.export_lora(model, tmp_path / "out"),
+            lambda model: qrefta.export_gguf(model, tmp_path / "out.gguf"),
+        ):
+            with pytest.raises(ValueError, match=r"carries PEFT adapters; call merge_and_unload"):
+                export_to(one)
+    assert not list(tmp_path.iterdir())
+    assert torch.equal(logits(peft), expected)
 
 
 def test_an_offloaded_model_is_refused_and_left_as_it_was(tmp_path):
