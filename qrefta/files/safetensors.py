@@ -30,6 +30,7 @@ from qrefta.files.checksums import (
     byte_view,
     tensor_checksum,
 )
+from qrefta.files.folders import sync_folder
 from qrefta.files.json_file import check_regular, read_json
 
 INDEX = "model.safetensors.index.json"
@@ -454,15 +455,6 @@ def _replacing(path: Path, nbytes: int) -> Iterator[BinaryIO]:
             error.errno, f"cannot write {path} ({nbytes / 1e6:.1f} MB): {error.strerror}"
         ) from error
     sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until a folder's entries, new names among them, are on the disk."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 def _shards(folder: Path) -> dict[str, list[str] | None]:

@@ -174,7 +174,9 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("ending", WRITERS)
-@pytest.mark.parametrize(("stem", "alike"), [("train[1]", "train1"), ("part?", "part1"), ("a*", "ab")])
+@pytest.mark.parametrize(
+    ("stem", "alike"), [("train[1]", "train1"), ("part?", "part1"), ("a*", "ab")]
+)
 def test_a_name_with_signs_of_a_pattern_is_read_and_not_a_file_that_fits_it(
     ending, stem, alike, tmp_path
 ):
