@@ -34,7 +34,7 @@ from qrefta.export.gguf_vocab import add_vocabulary
 from qrefta.export.merge import Export, agreed
 from qrefta.export.modelfile import MODELFILE, modelfile
 from qrefta.export.write import Stored, dense_tensors, plain_tensors
-from qrefta.files.sources import is_gguf, load_tokenizer, loaded_from, pretrained_source
+from qrefta.files.sources import is_gguf, loaded_from, pretrained_source, tokenizer_of
 from qrefta.model.build import model_class
 from qrefta.nn.linear import AdaptedLinear
 
@@ -139,7 +139,7 @@ def export_gguf(
     family = _family(model.__class__.__name__)
     config = model.config
     notes = _check_config(config, family)
-    tokenizer = tokenizer or load_tokenizer(loaded_from(model) or ".")
+    tokenizer = tokenizer or tokenizer_of(model)
     if tokenizer is None:
         raise ValueError(
             "A GGUF file holds the tokenizer, and none was found with the model; give it as "

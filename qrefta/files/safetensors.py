@@ -30,6 +30,7 @@ from qrefta.files.checksums import (
     byte_view,
     tensor_checksum,
 )
+from qrefta.files.companions import COMPANIONS, companion_files
 from qrefta.files.folders import sync_folder
 from qrefta.files.json_file import check_regular, read_json
 
@@ -51,9 +52,6 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LARGEST_HEADER = 100_000_000
 _LARGEST = (1 << 63) - 1  # size of a file or tensor
 _COPY_BYTES = 16 << 20
-_KEPT_BACK = ("config.json", "adapter_config.json", "qrefta_sha256.json", "qrefta_unfinished.json")
-_COMPANIONS = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]  # tokenizer, settings, code
-_FILES = ["*.safetensors", *_COMPANIONS, "LICENSE*"]
 
 
 class _Stored(NamedTuple):
@@ -249,8 +247,13 @@ class Checkpoint:
         return buffer
 
 
-def resolve_folder(source: str | Path, weights: bool = True) -> Path:
+def resolve_folder(source: str | Path, weights: bool = True, revision: str | None = None) -> Path:
     """A local folder as it is; for a hub name its snapshot, downloaded with or without weights.
+
+    Args:
+        source: a folder or hub name.
+        weights: whether to download the weights too: the single file, or the files of the index.
+        revision: of a hub name: branch, tag or commit; default: the newest.
 
     Raises:
         ValueError: if `source` is neither.
@@ -259,13 +262,19 @@ def resolve_folder(source: str | Path, weights: bool = True) -> Path:
         return Path(source)
     from huggingface_hub import snapshot_download  # takes a fifth of a second
 
-    patterns = _FILES if weights else _COMPANIONS
     try:
-        return Path(snapshot_download(str(source), allow_patterns=patterns))
+        small = [*COMPANIONS, "config.json", INDEX, "*.py"]
+        folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=small))
+        if weights:
+            # The snapshot's name is its commit, in case the branch moves in between.
+            indexed = read_index(folder).values() if (folder / INDEX).is_file() else []
+            files = sorted({SINGLE, *indexed})
+            snapshot_download(str(source), revision=folder.name, allow_patterns=files)
     except Exception as error:
         raise ValueError(
             f"{source} is neither a local folder nor a model that the hub gave ({error})."
         ) from error
+    return folder
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -330,14 +339,13 @@ class ShardWriter:
 
 
 def copy_companions(folder: Path, out: Path) -> None:
-    """Copy the files that accompany a model's weights, such as the tokenizer; not config, index and
-    checksums.
+    """Copy the files that accompany a model's weights, such as the tokenizer; see
+    `qrefta.files.companions`.
     """
-    for pattern in _COMPANIONS:
-        for file in sorted(folder.glob(pattern)):
-            kept_back = file.name in _KEPT_BACK or ".index." in file.name
-            if file.is_file() and not kept_back:
-                shutil.copyfile(file, out / file.name)
+    for file in companion_files(folder):
+        copy = out / file.relative_to(folder)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
