@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 CONFIGS = ("config.json", "adapter_config.json")  # without them a folder holds no model
+JOURNAL = "qrefta_unfinished.json"  # in a folder that a checkpoint is being prepared into
 
 
 def check_new(out: str | Path) -> Path:

@@ -12,6 +12,7 @@ and data. Files written here carry the checksums of `qrefta.files.checksums` in 
 import json
 import math
 import os
+import secrets
 import shutil
 import struct
 from collections.abc import Iterable, Iterator, Sequence
@@ -52,6 +53,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LARGEST_HEADER = 100_000_000
 _LARGEST = (1 << 63) - 1  # size of a file or tensor
 _COPY_BYTES = 16 << 20
+_TOKEN_BYTES = 8  # of the names of files that are being written
 
 
 class _Stored(NamedTuple):
@@ -307,8 +309,9 @@ def read_checksums(file: Path) -> Checksums | None:
 
 
 class ShardWriter:
-    """Safetensors files of about `part_bytes`, each written as soon as it is full; names are `stem`
-    and a number.
+    """Safetensors files, each written as soon as it is full; names are `stem` and a number.
+
+    The tensors of a file take at most `part_bytes`; a larger tensor gets a file to itself.
     """
 
     def __init__(self, folder: Path, stem: str, part_bytes: int) -> None:
@@ -320,8 +323,10 @@ class ShardWriter:
         self.files: list[str] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
+        if self.tensors and self.nbytes + tensor.nbytes > self.part_bytes:
+            self._flush()
         self.tensors[name] = tensor.detach().to("cpu").contiguous()
-        self.nbytes += self.tensors[name].nbytes
+        self.nbytes += tensor.nbytes
         if self.nbytes >= self.part_bytes:
             self._flush()
 
@@ -448,9 +453,8 @@ def _header_bytes(entries: dict[str, _Entry], checksums: dict[str, str], known: 
 
 @contextmanager
 def _replacing(path: Path, nbytes: int) -> Iterator[BinaryIO]:
-    """A file under a temporary name; at the end it is synced and renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)  # a link of that name would be written through
+    """A file under a temporary name of this call alone; at the end it is synced and renamed."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(_TOKEN_BYTES)}.tmp")
     try:
         with temporary.open("xb") as file:
             yield file
@@ -462,7 +466,19 @@ def _replacing(path: Path, nbytes: int) -> Iterator[BinaryIO]:
         raise OSError(
             error.errno, f"cannot write {path} ({nbytes / 1e6:.1f} MB): {error.strerror}"
         ) from error
+    except BaseException:  # Ctrl-C too
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove the files that a killed process left in a folder under their temporary names.
+
+    No other process may be writing to the folder.
+    """
+    for path in folder.glob("*." + "[0-9a-f]" * 2 * _TOKEN_BYTES + ".tmp"):
+        path.unlink(missing_ok=True)
 
 
 def _shards(folder: Path) -> dict[str, list[str] | None]:
