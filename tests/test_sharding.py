@@ -147,3 +147,10 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr("os.posix_fallocate", full)
     with pytest.raises(OSError, match=r"cannot keep a model \(0\.0 MB\) in a file in"):
         empty_on_disk(tmp_path, {"a": (torch.int8, (8,))})
+
+
+def test_tensors_on_disk_need_no_room_reserved(tmp_path, monkeypatch):
+    """macOS and Windows have no posix_fallocate."""
+    monkeypatch.delattr("os.posix_fallocate", raising=False)
+    tensors = empty_on_disk(tmp_path, {"a": (torch.int16, (3, 4))})
+    assert_close(tensors["a"], torch.zeros(3, 4, dtype=torch.int16))

@@ -29,7 +29,7 @@ import qrefta
 from eval.robustness.small_model import numbers, tokenizer, write_decoder
 from eval.rows import append
 from qrefta.cli import guarded, quiet_libraries
-from qrefta.split.checkpoint import JOURNAL
+from qrefta.files.folders import JOURNAL
 from qrefta.train._finetune import finetune
 from qrefta.train.arguments import training_arguments
 from qrefta.train.checkpoints import UNFINISHED, last_checkpoint

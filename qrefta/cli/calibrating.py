@@ -12,19 +12,17 @@ if TYPE_CHECKING:
 
 NONE = "none"
 KINDS = "a file (txt, csv, tsv, jsonl, parquet), text (generic text) or none"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
 
 
 def calibration_of(model: str, max_memory: str) -> str:
     """The text to calibrate on if none is named: the model is loaded for it, so it has to fit."""
     from qrefta.config import parse_bytes
+    from qrefta.files.companions import has_vocabulary
     from qrefta.files.safetensors import resolve_folder
     from qrefta.files.sources import dense_bytes, is_gguf
 
-    if not is_gguf(model):
-        folder = resolve_folder(model)
-        if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-            return NONE
+    if not is_gguf(model) and not has_vocabulary(resolve_folder(model)):
+        return NONE
     size = dense_bytes(model)
     if size <= parse_bytes("max_memory", max_memory):
         return GENERIC_TEXT

@@ -42,7 +42,7 @@ from qrefta.export.write import (
     plain_tensors,
     tokenizer_notes,
 )
-from qrefta.files.sources import is_gguf, load_tokenizer, loaded_from, pretrained_source
+from qrefta.files.sources import is_gguf, loaded_from, pretrained_source, tokenizer_of
 from qrefta.model.build import model_class
 from qrefta.nn.linear import AdaptedLinear
 
@@ -151,7 +151,7 @@ def export_gguf(
     notes = _check_config(config, family)
     _check_names(model, family)
     notes += tokenizer_notes(model, tokenizer)
-    tokenizer = tokenizer or load_tokenizer(loaded_from(model) or ".")
+    tokenizer = tokenizer or tokenizer_of(model)
     if tokenizer is None:
         raise ValueError(
             "A GGUF file holds the tokenizer, and none was found with the model; give it as "

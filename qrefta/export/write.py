@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from qrefta._compat.hub import commit_hash
 from qrefta._compat.transformers import (
     always_float32,
     float32_under_float16,
@@ -150,7 +151,8 @@ def copy_tokenizer(
             save_tokenizer(source, folder)
     elif source:
         with suppress(ValueError):  # made in this process: neither a folder nor on the hub
-            copy_companions(resolve_folder(source, weights=False), folder)
+            revision = commit_hash(model.config)
+            copy_companions(resolve_folder(source, weights=False, revision=revision), folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

@@ -1,10 +1,15 @@
 """Folders to write: whole or not at all."""
 
+import errno
+import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+CONFIGS = ("config.json", "adapter_config.json")  # without them a folder holds no model
+JOURNAL = "qrefta_unfinished.json"  # in a folder that a checkpoint is being prepared into
 
 
 def check_new(out: str | Path) -> Path:
@@ -14,24 +19,76 @@ def check_new(out: str | Path) -> Path:
         ValueError: if it exists and is not empty.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; choose another folder or remove it.")
+    if out.exists():
+        held = sorted(path.name for path in out.iterdir()) if out.is_dir() else ["it is a file"]
+        if held:
+            raise ValueError(
+                f"{out} exists and is not empty ({held[0]}); choose another folder or remove it."
+            )
     return out
 
 
 @contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
-    """A folder to write to, that gets the name `out` if all went well, and is removed otherwise.
+    """A folder to write to, whose content gets the name `out` if all went well, and is removed
+    otherwise.
+
+    A new `out` appears in one step. A folder that exists may be a mount point, a link to another
+    disk or the current folder, so it stays as it is: the content is written inside it under a
+    temporary name, and moved up at the end, the config last. Without a config no loader takes the
+    folder for a model.
 
     Raises:
         ValueError: if `out` exists and is not empty.
+        OSError: if the content cannot get its name. Then it is kept, and the message names it.
     """
-    out = check_new(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    out = check_new(out).resolve()
+    place = out if out.exists() else out.parent
+    folder = place / f".{out.name}-{secrets.token_hex(8)}"
+    folder.mkdir(parents=True)
     try:
         yield folder
-        folder.chmod(0o755)  # mkdtemp makes it readable for one user only
-        folder.replace(out)
-    finally:
+    except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
+        raise
+    try:
+        _publish(folder, out)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{out} cannot be written ({error.strerror}), and the files that were meant for it are "
+            f"kept in {folder}; move them.",
+        ) from error
+
+
+def move_entries(folder: Path, out: Path) -> None:
+    """Move all files and folders of `folder` into `out`, the config last; `folder` is removed."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name in CONFIGS):
+        if path.name in CONFIGS:
+            sync_folder(out)  # the other names are on the disk first
+        path.replace(out / path.name)
+    sync_folder(out)
+    folder.rmdir()
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until a folder's entries, new names among them, are on the disk, where that is possible:
+    Windows opens no folders, and some network file systems sync none.
+    """
+    with suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+def _publish(folder: Path, out: Path) -> None:
+    if not out.exists():
+        folder.rename(out)
+        return
+    temporary = f".{out.name}-"  # of this process, and of others that write to `out`
+    held = sorted(path.name for path in out.iterdir() if not path.name.startswith(temporary))
+    if held:
+        raise FileExistsError(errno.EEXIST, f"it holds {held[0]} by now")
+    move_entries(folder, out)

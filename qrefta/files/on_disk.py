@@ -48,13 +48,18 @@ def empty_on_disk(
 def _take(file: int, nbytes: int, folder: Path) -> None:
     """Take room on the disk for a file: on a full disk, a write to its map would end the process.
 
+    macOS and Windows cannot reserve room in this way; there the file only gets its size.
+
     Raises:
         OSError: if there is too little.
     """
     if not nbytes:
         return
     try:
-        os.posix_fallocate(file, 0, nbytes)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file, 0, nbytes)
+        else:
+            os.ftruncate(file, nbytes)
     except OSError as error:
         raise OSError(
             error.errno,

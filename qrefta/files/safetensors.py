@@ -12,6 +12,7 @@ and data. Files written here carry the checksums of `qrefta.files.checksums` in 
 import json
 import math
 import os
+import secrets
 import shutil
 import struct
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,6 +31,8 @@ from qrefta.files.checksums import (
     byte_view,
     tensor_checksum,
 )
+from qrefta.files.companions import COMPANIONS, companion_files
+from qrefta.files.folders import sync_folder
 from qrefta.files.json_file import check_regular, read_json
 
 INDEX = "model.safetensors.index.json"
@@ -50,9 +53,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LARGEST_HEADER = 100_000_000
 _LARGEST = (1 << 63) - 1  # size of a file or tensor
 _COPY_BYTES = 16 << 20
-_KEPT_BACK = ("config.json", "adapter_config.json", "qrefta_sha256.json", "qrefta_unfinished.json")
-_COMPANIONS = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]  # tokenizer, settings, code
-_FILES = ["*.safetensors", *_COMPANIONS, "LICENSE*"]
+_TOKEN_BYTES = 8  # of the names of files that are being written
 
 
 class _Stored(NamedTuple):
@@ -248,8 +249,13 @@ class Checkpoint:
         return buffer
 
 
-def resolve_folder(source: str | Path, weights: bool = True) -> Path:
+def resolve_folder(source: str | Path, weights: bool = True, revision: str | None = None) -> Path:
     """A local folder as it is; for a hub name its snapshot, downloaded with or without weights.
+
+    Args:
+        source: a folder or hub name.
+        weights: whether to download the weights too: the single file, or the files of the index.
+        revision: of a hub name: branch, tag or commit; default: the newest.
 
     Raises:
         ValueError: if `source` is neither.
@@ -258,13 +264,19 @@ def resolve_folder(source: str | Path, weights: bool = True) -> Path:
         return Path(source)
     from huggingface_hub import snapshot_download  # takes a fifth of a second
 
-    patterns = _FILES if weights else _COMPANIONS
     try:
-        return Path(snapshot_download(str(source), allow_patterns=patterns))
+        small = [*COMPANIONS, "config.json", INDEX, "*.py"]
+        folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=small))
+        if weights:
+            # The snapshot's name is its commit, in case the branch moves in between.
+            indexed = read_index(folder).values() if (folder / INDEX).is_file() else []
+            files = sorted({SINGLE, *indexed})
+            snapshot_download(str(source), revision=folder.name, allow_patterns=files)
     except Exception as error:
         raise ValueError(
             f"{source} is neither a local folder nor a model that the hub gave ({error})."
         ) from error
+    return folder
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -297,8 +309,9 @@ def read_checksums(file: Path) -> Checksums | None:
 
 
 class ShardWriter:
-    """Safetensors files of about `part_bytes`, each written as soon as it is full; names are `stem`
-    and a number.
+    """Safetensors files, each written as soon as it is full; names are `stem` and a number.
+
+    The tensors of a file take at most `part_bytes`; a larger tensor gets a file to itself.
     """
 
     def __init__(self, folder: Path, stem: str, part_bytes: int) -> None:
@@ -310,8 +323,10 @@ class ShardWriter:
         self.files: list[str] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
+        if self.tensors and self.nbytes + tensor.nbytes > self.part_bytes:
+            self._flush()
         self.tensors[name] = tensor.detach().to("cpu").contiguous()
-        self.nbytes += self.tensors[name].nbytes
+        self.nbytes += tensor.nbytes
         if self.nbytes >= self.part_bytes:
             self._flush()
 
@@ -329,14 +344,13 @@ class ShardWriter:
 
 
 def copy_companions(folder: Path, out: Path) -> None:
-    """Copy the files that accompany a model's weights, such as the tokenizer; not config, index and
-    checksums.
+    """Copy the files that accompany a model's weights, such as the tokenizer; see
+    `qrefta.files.companions`.
     """
-    for pattern in _COMPANIONS:
-        for file in sorted(folder.glob(pattern)):
-            kept_back = file.name in _KEPT_BACK or ".index." in file.name
-            if file.is_file() and not kept_back:
-                shutil.copyfile(file, out / file.name)
+    for file in companion_files(folder):
+        copy = out / file.relative_to(folder)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -439,9 +453,8 @@ def _header_bytes(entries: dict[str, _Entry], checksums: dict[str, str], known: 
 
 @contextmanager
 def _replacing(path: Path, nbytes: int) -> Iterator[BinaryIO]:
-    """A file under a temporary name; at the end it is synced and renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)  # a link of that name would be written through
+    """A file under a temporary name of this call alone; at the end it is synced and renamed."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(_TOKEN_BYTES)}.tmp")
     try:
         with temporary.open("xb") as file:
             yield file
@@ -453,16 +466,19 @@ def _replacing(path: Path, nbytes: int) -> Iterator[BinaryIO]:
         raise OSError(
             error.errno, f"cannot write {path} ({nbytes / 1e6:.1f} MB): {error.strerror}"
         ) from error
+    except BaseException:  # Ctrl-C too
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until a folder's entries, new names among them, are on the disk."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
+def clear_unfinished(folder: Path) -> None:
+    """Remove the files that a killed process left in a folder under their temporary names.
+
+    No other process may be writing to the folder.
+    """
+    for path in folder.glob("*." + "[0-9a-f]" * 2 * _TOKEN_BYTES + ".tmp"):
+        path.unlink(missing_ok=True)
 
 
 def _shards(folder: Path) -> dict[str, list[str] | None]:

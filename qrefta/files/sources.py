@@ -1,16 +1,17 @@
 """A folder, hub name or GGUF file as transformers reads it, and its tokenizer."""
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_gguf_available
 
+from qrefta._compat.hub import commit_hash
 from qrefta._compat.transformers import dequantized_gguf
-from qrefta.files.code import check_trusted
+from qrefta.files.code import check_trusted, is_trusted
+from qrefta.files.companions import has_vocabulary
 from qrefta.files.json_file import read_json
-from qrefta.files.safetensors import resolve_folder, weights_bytes
+from qrefta.files.safetensors import resolve_folder, weight_files
 
 
 def is_gguf(source: str | Path) -> bool:
@@ -48,7 +49,7 @@ def pretrained_source(source: str | Path, trust_remote_code: bool = False) -> di
 def dense_bytes(source: str | Path) -> int:
     """Bytes of the dense weights of a folder, hub name or GGUF file once they are loaded."""
     if not is_gguf(source):
-        return weights_bytes(resolve_folder(source))
+        return sum(file.stat().st_size for file in weight_files(resolve_folder(source)))
     pretrained_source(source)  # the file and the package are there
     from gguf import GGUFReader
 
@@ -67,21 +68,50 @@ def loaded_from(model: PreTrainedModel) -> str:
 
 
 def load_tokenizer(
-    source: str | Path, trust_remote_code: bool = False
+    source: str | Path, trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a folder, hub name or GGUF file; None if there is none.
+    """The tokenizer in a folder, hub name or GGUF file; None if a folder has no vocabulary.
+
+    Args:
+        source: folder, hub name or GGUF file.
+        trust_remote_code: whether to run code that comes with the tokenizer.
+        revision: of a hub name: branch, tag or commit; default: the newest.
 
     Raises:
-        ValueError: if the GGUF file does not exist.
+        ValueError: if there is no such source, or its tokenizer cannot be loaded: a file is
+            damaged, a package is missing, or its code is not trusted.
         ImportError: for a GGUF file, if the package gguf is not installed.
     """
     if is_gguf(source):
         return AutoTokenizer.from_pretrained(**pretrained_source(source))
-    with suppress(ValueError, OSError, ImportError, KeyError):
-        folder = resolve_folder(source, weights=False)
-        if any(folder.glob("tokenizer*")):
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    return None
+    folder = resolve_folder(source, weights=False, revision=revision)
+    has_config = (folder / "tokenizer_config.json").is_file()
+    if not has_config and not has_vocabulary(folder):
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ValueError(
+            f"The tokenizer of {source} cannot be loaded ({type(error).__name__}: {error}). Copy "
+            "its files again, install the package that is missing, or give another tokenizer."
+        ) from error
+    # Without the files of its vocabulary transformers makes an empty one. Some read no files.
+    files = tokenizer.vocab_files_names.values()
+    found = has_vocabulary(folder) or any((folder / file).is_file() for file in files)
+    return tokenizer if found or not files else None
+
+
+def tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that lies with a model's weights, of the same commit; None for a model made in
+    this process, or without a tokenizer.
+
+    Raises:
+        ValueError, ImportError: as `load_tokenizer`.
+    """
+    name = loaded_from(model)
+    if not name:
+        return None
+    return load_tokenizer(name, is_trusted(model), commit_hash(model.config))
 
 
 def save_tokenizer(source: str | Path, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Files of text and tables -> a `datasets.DatasetDict`, and the columns that hold text."""
 
+import glob
 import json
 import warnings
 from collections.abc import Iterator
@@ -119,10 +120,11 @@ def _csv_rows(
 def _load(files: list[Path], builder: str, **options: Any) -> Dataset:
     """The rows of files by a builder of `datasets`."""
     names = [str(file) for file in files]
+    patterns = [glob.escape(name) for name in names]  # datasets reads [, * and ? as patterns
     if builder == "json":
         _check_utf8(files)
     try:
-        data: Any = load_dataset(builder, data_files=names, split="train", **options)
+        data: Any = load_dataset(builder, data_files=patterns, split="train", **options)
     except (ValueError, DatasetGenerationError) as error:  # ValueError: a header without rows
         for file in files:
             if kind_of(file) == ".jsonl":

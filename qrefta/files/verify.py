@@ -20,6 +20,7 @@ from qrefta.files.safetensors import (
     INDEX,
     SINGLE,
     Checkpoint,
+    clear_unfinished,
     copy_shard,
     read_checksums,
     read_index,
@@ -42,23 +43,44 @@ def is_switched_off() -> bool:
 
 
 def check_layout(folder: Path) -> None:
-    """Refuse a folder with weights in both layouts, where transformers would load the older ones.
+    """Refuse a folder with weights in both layouts, where transformers would load the single file.
 
     `save_pretrained` leaves one file from an earlier save where it now writes shards, and the other
     way round.
 
     Raises:
-        ValueError: if there are one file and an index; it says which file to delete.
+        ValueError: if there are one file and an index; it says which of them was saved with
+            config.json, if their checksums tell that.
     """
     single = folder / SINGLE
     index = folder / INDEX
     if not single.is_file() or not index.is_file():
         return
-    stale = SINGLE if single.stat().st_mtime_ns < index.stat().st_mtime_ns else INDEX
+    shards = [folder / file for file in set(read_index(folder).values())]
+    belong = [_saved_with_config(folder, [single]), _saved_with_config(folder, shards)]
+    if belong.count(True) == 1:
+        stale, kept = (INDEX, "the single file") if belong[0] else (SINGLE, "the shards")
+        advice = f"Delete {stale}: by its checksum, config.json was saved with {kept}."
+    else:
+        older = SINGLE if single.stat().st_mtime_ns < index.stat().st_mtime_ns else INDEX
+        advice = (
+            f"{older} has the older date, which a copy may have changed; delete the save that you "
+            "do not want."
+        )
     raise ValueError(
-        f"{folder} holds two saves: {SINGLE}, and shards with {INDEX}. Delete {stale}, which is "
-        f"the older. (Without {SINGLE} the shards are loaded, without {INDEX} the single file.)"
+        f"{folder} holds two saves: {SINGLE}, and shards with {INDEX}. {advice} (Without {SINGLE} "
+        f"the shards are loaded, without {INDEX} the single file.)"
     )
+
+
+def _saved_with_config(folder: Path, files: list[Path]) -> bool:
+    """Whether a header of the files has the checksum of the folder's config.json."""
+    try:
+        config = settings_checksum(read_json(folder / "config.json"))
+        headers = [read_checksums(file) for file in files]
+    except ValueError:  # damaged, so it is not known
+        return False
+    return any(header is not None and header.config == config for header in headers)
 
 
 def check_saved(files: Sequence[str | Path], version: int, listed: Path | None = None) -> None:
@@ -102,12 +124,15 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     Folders without weights are passed over: loading them says which file is missing.
 
     Raises:
-        ValueError: if they differ.
+        ValueError: if they differ; if the folder holds two saves, it says so.
     """
     try:
         headers = [read_checksums(file) for file in weight_files(folder)]
     except ValueError:  # said by the check of the weights
         headers = []
+    saved = {header.config for header in headers if header is not None}
+    if not saved <= {None, settings_checksum(settings)}:
+        check_layout(folder)
     for header in headers:
         if header is not None:
             _compare_settings(folder / "config.json", settings, header)
@@ -126,6 +151,7 @@ def write_checksums(folder: str | Path) -> None:
         OSError: if a file cannot be written.
     """
     folder = Path(folder)
+    clear_unfinished(folder)
     config = settings_checksum(read_json(folder / "config.json"))
     for file in weight_files(folder):
         checkpoint = Checkpoint.of_files([file])

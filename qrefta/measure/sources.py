@@ -11,9 +11,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from qrefta.files.code import is_trusted
-from qrefta.files.sources import is_gguf, loaded_from, pretrained_source
-from qrefta.files.sources import load_tokenizer as tokenizer_of
+from qrefta.files.sources import is_gguf, loaded_from, pretrained_source, tokenizer_of
+from qrefta.files.sources import load_tokenizer as tokenizer_in
 from qrefta.model.build import model_class
 
 
@@ -66,12 +65,12 @@ def load_tokenizer(
     """The tokenizer next to a model; None if there is none.
 
     Raises:
+        ValueError: if there is no such source, or its tokenizer cannot be loaded.
         ImportError: for a GGUF file, if the package gguf is not installed.
     """
     if isinstance(source, str | Path):
-        return tokenizer_of(source, trust_remote_code)
-    name = loaded_from(source)
-    return tokenizer_of(name, is_trusted(source)) if name else None
+        return tokenizer_in(source, trust_remote_code)
+    return tokenizer_of(source)
 
 
 def _check_causal(model: Any, config: Any, name: str) -> None:

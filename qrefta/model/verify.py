@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from accelerate import init_empty_weights
 from transformers import AutoConfig, PreTrainedModel
 
+from qrefta.files.folders import JOURNAL
 from qrefta.files.json_file import read_json
 from qrefta.files.safetensors import Checkpoint, weight_files
 from qrefta.files.verify import LIST, check_layout, check_saved, is_switched_off
@@ -19,8 +20,6 @@ from qrefta.model.check import (
     missing_tensors,
 )
 from qrefta.model.config_file import read_config
-
-_UNFINISHED = "qrefta_unfinished.json"
 
 
 class VerifiedFile(NamedTuple):
@@ -57,9 +56,9 @@ def verify(folder: str | Path, *, trust_remote_code: bool = False) -> list[Verif
     """
     folder = Path(folder)
     settings = read_config(folder)
-    if (folder / _UNFINISHED).exists():
+    if (folder / JOURNAL).exists():
         raise ValueError(
-            f"{folder} is unfinished: it holds {_UNFINISHED}. Run the same prepare command again "
+            f"{folder} is unfinished: it holds {JOURNAL}. Run the same prepare command again "
             "to resume it."
         )
     config = QReftaConfig(**settings["quantization_config"])

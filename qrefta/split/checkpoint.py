@@ -8,22 +8,29 @@ stack is complete. An interrupted run resumes from the stacks in the journal. co
 last: until then no loader takes the folder for a model. The source is only read.
 """
 
+import errno
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from qrefta.config import LayerStack, Rank, Settings, StackReport, parse_bytes
 from qrefta.files.checksums import Checksums, settings_checksum
+from qrefta.files.folders import JOURNAL
 from qrefta.files.json_file import read_json
 from qrefta.files.safetensors import (
     Checkpoint,
     ShardWriter,
+    clear_unfinished,
     copy_companions,
     copy_shard,
     read_checksums,
@@ -44,7 +51,7 @@ from qrefta.split.calibrate import FULL_WIDTH, Moments
 from qrefta.split.loop import split_stacks
 from qrefta.split.stack_split import StackSplit
 
-JOURNAL = "qrefta_unfinished.json"
+LOCK = "qrefta_unfinished.lock"  # held by the process that writes to the folder
 # For `max_memory`: as much as it needs, six times the largest linear layer in float32.
 UNLIMITED = 1 << 62
 _REST = "model-rest.safetensors"
@@ -93,15 +100,16 @@ def convert(
         dense, settings, device, max_memory, calibrated, trust_remote_code, kind
     )
     settings = checkpoint.settings
-    folder = FolderSink(out, checkpoint, calibrated)
-    split_stacks(checkpoint, folder, settings, moments, progress)
-    config = QReftaConfig(
-        settings,
-        calibrated=calibrated,
-        base_model=base_model or str(source),
-        stacks=folder.reports,
-    )
-    folder.finish(config)
+    with _locked(out):
+        folder = FolderSink(out, checkpoint, calibrated)
+        split_stacks(checkpoint, folder, settings, moments, progress)
+        config = QReftaConfig(
+            settings,
+            calibrated=calibrated,
+            base_model=base_model or str(source),
+            stacks=folder.reports,
+        )
+        folder.finish(config)
     return out
 
 
@@ -170,7 +178,7 @@ class FolderSink:
         ranks, reports: see `qrefta.split.loop.Sink`.
 
     Raises:
-        ValueError: if the folder holds something else, or an unfinished run with other settings.
+        ValueError: if the folder holds an unfinished run with other settings.
     """
 
     def __init__(self, out: Path, source: CheckpointSource, calibrated: bool) -> None:
@@ -183,11 +191,8 @@ class FolderSink:
         self._fingerprint = _fingerprint(source.checkpoint, source.settings, calibrated)
         if self._path.is_file():
             self._resume(read_json(self._path))
-        elif out.exists() and not _is_empty(out):
-            raise ValueError(f"{out} exists and is not empty; choose another folder or remove it.")
 
     def begin(self, ranks: list[Rank]) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
         self.ranks = ranks
         self._write_journal()
 
@@ -282,11 +287,52 @@ class FolderSink:
         self.reports = [StackReport.from_dict(report) for report in state["reports"]]
 
 
-def _is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing but a journal that was not complete when its run was
-    killed.
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Within this context no other process prepares into the folder; it is made if it is new.
+
+    The system gives the lock back when a process is killed.
+
+    Raises:
+        ValueError: if another process holds the lock, or the folder holds something else than an
+            unfinished run.
     """
-    return folder.is_dir() and all(path.name == f"{JOURNAL}.tmp" for path in folder.iterdir())
+    _check_out(out)
+    new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"Another process is writing to {out} and holds {LOCK}; wait for it, or choose another "
+            "folder."
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a network mount without locks
+            raise
+    try:
+        _check_out(out)  # another process may have finished it meanwhile
+        clear_unfinished(out)
+        yield
+    finally:
+        lock.release()
+        if not (out / JOURNAL).exists():
+            (out / LOCK).unlink(missing_ok=True)
+        if new and not any(out.iterdir()):
+            out.rmdir()
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a folder with other files than an unfinished run; a run that was killed early has left
+    its lock, and its journal under a temporary name.
+    """
+    if (out / JOURNAL).is_file() or not out.exists():
+        return
+    if not out.is_dir() or any(
+        path.name != LOCK and not fnmatch(path.name, f"{JOURNAL}.*.tmp") for path in out.iterdir()
+    ):
+        raise ValueError(f"{out} exists and is not empty; choose another folder or remove it.")
 
 
 def _model_without_storage(

@@ -5,11 +5,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta.choices import GENERIC_TEXT
-from qrefta.files.code import is_trusted
-from qrefta.files.sources import loaded_from, pretrained_source
+from qrefta.files.sources import loaded_from, tokenizer_of
 from qrefta.model.positions import trained_positions
 from qrefta.split.calibrate import Batch
 from qrefta.split.texts import (
@@ -113,17 +112,14 @@ def _check_reads_text(model: PreTrainedModel) -> None:
 
 
 def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    name = loaded_from(model)
-    problem: Exception | None = None
-    if name:
-        try:
-            return AutoTokenizer.from_pretrained(**pretrained_source(name, is_trusted(model)))
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            problem = error
-    raise ValueError(
-        f"Calibration on text needs a tokenizer, and none was found for {name or 'this model'!r}; "
-        "give it: prepare(model, ..., tokenizer=tokenizer)."
-    ) from problem
+    tokenizer = tokenizer_of(model)
+    if tokenizer is None:
+        raise ValueError(
+            "Calibration on text needs a tokenizer, and none was found for "
+            f"{loaded_from(model) or 'this model'!r}; give it: prepare(model, ..., "
+            "tokenizer=tokenizer)."
+        )
+    return tokenizer
 
 
 def _max_length(model: PreTrainedModel) -> int:

@@ -18,12 +18,11 @@ from torch import nn
 from transformers import Trainer
 
 from qrefta._compat.transformers import rotate_checkpoints
-from qrefta.files.safetensors import sync_folder
+from qrefta.files.folders import CONFIGS, move_entries, sync_folder
 from qrefta.train.same_run import MARKS
 
 UNFINISHED = "unfinished"  # folder in a run's folder: files being written, or left by a killed run
 _STATE = "trainer_state.json"  # Trainer writes this file last
-_CONFIGS = ("config.json", "adapter_config.json")  # without them a folder holds no model
 _WEIGHTS = tuple(
     f"{name}{kind}"
     for name in ("model", "model-*-of-*", "adapter_model")
@@ -119,16 +118,14 @@ def publish(folder: Path, run: Path) -> None:
     files of both models. Files with other names stay.
     """
     _sync(folder)
-    for pattern in (*_CONFIGS, *_WEIGHTS):
+    for pattern in (*CONFIGS, *_WEIGHTS):
         for old in run.glob(pattern):
             old.unlink()
     sync_folder(run)
-    for path in sorted(folder.iterdir(), key=lambda path: path.name in _CONFIGS):
+    for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(run / path.name, ignore_errors=True)
-        path.replace(run / path.name)
-    sync_folder(run)
-    folder.rmdir()
+    move_entries(folder, run)
 
 
 def _place(checkpoint: Path, run: Path) -> None:

@@ -563,12 +563,28 @@ def test_saving_over_the_other_layout_is_refused_until_the_older_file_is_deleted
     last.save_pretrained(tmp_path, max_shard_size=next(iter(sizes.values())))
     stale = "model.safetensors" if first == "one file" else "model.safetensors.index.json"
     for load in (*LOADERS.values(), qrefta.verify):
-        with pytest.raises(
-            ValueError, match=f"holds two saves.* Delete {stale}, which is the older"
-        ):
+        # transformers removes older shards, though not their index
+        advice = f"{stale} has the older date" if first == "one file" else f"Delete {stale}"
+        with pytest.raises(ValueError, match=f"holds two saves.* {advice}"):
             load(tmp_path)
     (tmp_path / stale).unlink()
     assert_close(logits(qrefta.load(tmp_path)), logits(last), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("first", ["one file", "shards"])
+def test_of_two_saves_the_one_of_config_json_is_kept_whatever_the_dates(first, tmp_path):
+    """Copying a folder may reverse the dates of its files."""
+    sizes = {"one file": "1GB", "shards": "20KB"}
+    prepared(rank=4).save_pretrained(tmp_path, max_shard_size=sizes.pop(first))
+    prepared(rank=3).save_pretrained(tmp_path, max_shard_size=next(iter(sizes.values())))
+    names = ["model.safetensors", "model.safetensors.index.json"]
+    stale, kept = names if first == "one file" else reversed(names)
+    os.utime(tmp_path / stale, (2e9, 2e9))
+    os.utime(tmp_path / kept, (1e9, 1e9))
+    with pytest.raises(ValueError, match=f"Delete {stale}: by its checksum, config.json"):
+        qrefta.load(tmp_path)
+    (tmp_path / stale).unlink()
+    qrefta.load(tmp_path)
 
 
 def test_a_save_that_stops_halfway_is_refused(folder, monkeypatch):

@@ -162,3 +162,32 @@ def test_the_column_of_text_is_the_usual_one_or_the_first_with_a_warning(tmp_pat
     data = read(tmp_path / "b.csv", "id,title,body\n1,a,b\n")
     with pytest.warns(UserWarning, match=r"'title' is read. To read another one of \['body'\]"):
         assert text_column(data, "b.csv") == "title"
+
+
+WRITERS = {
+    "jsonl": lambda path, text: path.write_text(json.dumps({"text": text})),
+    "json": lambda path, text: path.write_text(json.dumps([{"text": text}])),
+    "txt": lambda path, text: path.write_text(text),
+    "csv": lambda path, text: path.write_text(f"text\n{text}"),
+    "parquet": lambda path, text: pandas.DataFrame({"text": [text]}).to_parquet(path),
+}
+
+
+@pytest.mark.parametrize("ending", WRITERS)
+@pytest.mark.parametrize(
+    ("stem", "alike"), [("train[1]", "train1"), ("part?", "part1"), ("a*", "ab")]
+)
+def test_a_name_with_signs_of_a_pattern_is_read_and_not_a_file_that_fits_it(
+    ending, stem, alike, tmp_path
+):
+    """Alone, beside a file that fits it as a pattern, and in a folder of such a name."""
+    named = tmp_path / f"{stem}.{ending}"
+    WRITERS[ending](named, "right")
+    assert [row["text"] for row in read_files({"train": [named]})["train"]] == ["right"]
+    WRITERS[ending](tmp_path / f"{alike}.{ending}", "wrong")
+    assert [row["text"] for row in read_files({"train": [named]})["train"]] == ["right"]
+    for name, text in (("runs1", "wrong"), ("runs[1]", "right")):
+        (tmp_path / name).mkdir()
+        WRITERS[ending](tmp_path / name / f"a.{ending}", text)
+    rows = read_files({"train": [tmp_path / "runs[1]" / f"a.{ending}"]})["train"]
+    assert [row["text"] for row in rows] == ["right"]

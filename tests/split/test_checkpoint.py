@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 import qrefta
 from qrefta.files import safetensors as shards
+from qrefta.files.folders import JOURNAL
 from qrefta.model.build import model_class
 from qrefta.model.stacks import find_stacks
 from qrefta.split import checkpoint as convert_module
@@ -212,10 +213,52 @@ def test_an_interrupted_run_is_no_model_and_goes_on(saved, tmp_path, monkeypatch
 def test_a_run_that_was_killed_before_its_journal_had_its_name_is_begun_anew(saved, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    (out / f"{convert_module.JOURNAL}.tmp").write_text("{")
+    (out / f"{JOURNAL}.0123456789abcdef.tmp").write_text("{")
+    (out / convert_module.LOCK).touch()
     qrefta.prepare_checkpoint(saved("bert"), out, method="refta", rank=5, refine=0, progress=False)
     qrefta.load(out)
-    assert not list(out.glob("*.tmp"))
+    assert not list(out.glob(f"{JOURNAL}*"))
+
+
+def test_files_that_a_killed_run_left_half_written_are_removed(saved, tmp_path, monkeypatch):
+    dense, out = saved("bert"), tmp_path / "out"
+    settings = {"method": "refta", "rank": 5, "refine": 0, "progress": False}
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_module, "write_card", lambda *_: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            qrefta.prepare_checkpoint(dense, out, **settings)
+    (out / "model-stack000-0000.safetensors.0123456789abcdef.tmp").write_text("half")
+    qrefta.prepare_checkpoint(dense, out, **settings)
+    assert not [path for path in out.iterdir() if path.suffix in (".tmp", ".lock")]
+    qrefta.verify(out)
+
+
+def test_a_second_process_on_the_same_folder_is_refused(saved, tmp_path, monkeypatch):
+    dense, out = saved("bert"), tmp_path / "out"
+    settings = {"method": "refta", "rank": 5, "refine": 0, "progress": False}
+    code = "import sys, qrefta; qrefta.prepare_checkpoint(*sys.argv[1:], method='refta', rank=5)"
+    write_card = convert_module.write_card
+    said = []
+
+    def meanwhile(*arguments):
+        other = subprocess.run(
+            [sys.executable, "-c", code, dense, out], capture_output=True, text=True
+        )
+        said.append(other.stderr)
+        write_card(*arguments)
+
+    monkeypatch.setattr(convert_module, "write_card", meanwhile)
+    qrefta.prepare_checkpoint(dense, out, **settings)
+    assert "Another process is writing to" in said[0]
+    qrefta.verify(out)
+
+
+def test_a_refused_run_leaves_no_folder(saved, tmp_path):
+    with pytest.raises(ValueError, match="rank"):
+        qrefta.prepare_checkpoint(
+            saved("bert"), tmp_path / "out", method="refta", rank=9999, progress=False
+        )
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("last", ["write_index", "write_card"])
@@ -226,7 +269,7 @@ def test_a_run_that_was_killed_while_it_finished_goes_on(saved, tmp_path, monkey
         with pytest.raises(KeyboardInterrupt):
             qrefta.prepare_checkpoint(dense, out, method="refta", rank=5, refine=0, progress=False)
     qrefta.prepare_checkpoint(dense, out, method="refta", rank=5, refine=0, progress=False)
-    assert not (out / convert_module.JOURNAL).exists()
+    assert not (out / JOURNAL).exists()
     qrefta.load(out)
 
 
@@ -239,7 +282,7 @@ def test_a_killed_run_goes_on(saved, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "qrefta", "prepare", dense, out, "--rank=5", "--method=refta"]
     )
-    while not (out / convert_module.JOURNAL).exists() and process.poll() is None:
+    while not (out / JOURNAL).exists() and process.poll() is None:
         time.sleep(0.002)
     process.kill()
     if process.wait():

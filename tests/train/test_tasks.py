@@ -44,6 +44,17 @@ def test_pictures_come_from_folders(pictures):
     assert torch.isfinite(batch["pixel_values"]).all()
 
 
+def test_a_folder_is_read_and_not_one_that_fits_its_name_as_a_pattern(tmp_path):
+    for name, color in (("pictures1", "blue"), ("pictures[1]", "red")):
+        for kind in ("a", "b"):
+            folder = tmp_path / name / "train" / kind
+            folder.mkdir(parents=True)
+            for index in range(2):
+                Image.new("RGB", (4, 4), color).save(folder / f"{index}.png")
+    data = load_images(tmp_path / "pictures[1]", 0)
+    assert data["train"][0]["image"].getpixel((0, 0)) == (255, 0, 0)
+
+
 def test_a_folder_without_classes_is_refused(tmp_path):
     for index in range(3):
         Image.new("RGB", (4, 4)).save(tmp_path / f"{index}.png")

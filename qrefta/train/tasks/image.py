@@ -1,5 +1,6 @@
 """Classes of images."""
 
+import glob
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ def load_images(source: str | Path, seed: int) -> DatasetDict:
         ValueError: if the columns image and label are missing.
     """
     if Path(source).is_dir():
-        splits = load_dataset("imagefolder", data_dir=str(source))
+        # datasets reads [, * and ? in a name as a pattern
+        splits = load_dataset("imagefolder", data_dir=glob.escape(str(source)))
     else:
         name, _, config = str(source).partition(":")
         splits = load_dataset(name, config or None)

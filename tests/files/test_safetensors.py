@@ -1,0 +1,81 @@
+"""Files that are written whole or not at all, by one process or several, and how large they are."""
+
+import pytest
+import torch
+
+from qrefta.files.safetensors import (
+    Checkpoint,
+    ShardWriter,
+    clear_unfinished,
+    copy_shard,
+    replace_text,
+    write_shard,
+)
+
+
+class Interrupted(Checkpoint):
+    """Ctrl-C while a file is written; `then` runs at that moment."""
+
+    def bytes_of(self, name):
+        yield from super().bytes_of(name)
+        self.then()
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    write_shard(folder / "model.safetensors", {"a": torch.arange(9)})
+    return Interrupted(folder)
+
+
+def test_ctrl_c_leaves_no_file(source, tmp_path):
+    def stop():
+        raise KeyboardInterrupt
+
+    source.then = stop
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        copy_shard(out / "model.safetensors", source, ["a"])
+    assert list(out.iterdir()) == []
+
+
+def test_a_process_does_not_publish_the_half_written_file_of_another(source, tmp_path):
+    file = tmp_path / "model.safetensors"
+    seen = []
+
+    def other():
+        write_shard(file, {"b": torch.ones(3)})
+        seen.append(Checkpoint(tmp_path).names)
+
+    source.then = other
+    copy_shard(file, source, ["a"])
+    assert seen == [["b"]]
+    assert Checkpoint(tmp_path).names == ["a"]
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "source"}
+
+
+def test_only_files_of_killed_processes_are_cleared(tmp_path):
+    replace_text(tmp_path / "a.json", "{}")
+    for name in ("mine.tmp", "a.json.0123456789abcdef.tmp"):
+        (tmp_path / name).touch()
+    clear_unfinished(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "mine.tmp"}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "files"),
+    [
+        ([6, 6, 6], [[6], [6], [6]]),
+        ([4, 4, 4, 4], [[4, 4], [4, 4]]),
+        ([2, 30, 2, 2], [[2], [30], [2, 2]]),
+        ([10, 1], [[10], [1]]),
+    ],
+)
+def test_files_stay_below_their_maximum_but_for_a_larger_tensor(sizes, files, tmp_path):
+    writer = ShardWriter(tmp_path, "model-", 10)
+    for index, size in enumerate(sizes):
+        writer.add(str(index), torch.zeros(size, dtype=torch.int8))
+    written = [Checkpoint.of_files([tmp_path / file]) for file in writer.close()]
+    assert [[one.nbytes(name) for name in one.names] for one in written] == files
