@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, Features, Value, load_dataset
+from datasets import Dataset, DatasetDict, Features, LargeList, List, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from qrefta.files.csv_file import csv_rows
@@ -175,6 +175,26 @@ def _check_lines(file: Path) -> None:
                 ) from error
             if not isinstance(found, dict):
                 raise ValueError(f"{shown}, is {line.strip()[:_SHOWN]!r}; it must be an object.")
+
+
+def as_written(row: dict[str, Any], features: Features) -> dict[str, Any]:
+    """A row without the keys that Arrow added: a struct has all keys of all rows, most of them None.
+
+    Nulls of JSON stay, also within a struct.
+    """
+    return {name: _without_nulls(value, features.get(name)) for name, value in row.items()}
+
+
+def _without_nulls(value: Any, feature: Any) -> Any:
+    if isinstance(feature, dict) and isinstance(value, dict):
+        return {
+            name: _without_nulls(one, feature[name])
+            for name, one in value.items()
+            if one is not None
+        }
+    if isinstance(feature, List | LargeList) and isinstance(value, list):
+        return [_without_nulls(one, feature.feature) for one in value]
+    return value
 
 
 def is_text(data: Dataset, column: str) -> bool:

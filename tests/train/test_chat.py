@@ -21,7 +21,11 @@ from tests.train.talk import ANSWER, QUESTION, TEMPLATE, WORDS, chat_rows, lette
 
 pytest.importorskip("trl")
 SYSTEM = [{"role": "system", "content": "red"}]
-CALL = {"type": "function", "function": {"name": "multiply", "arguments": {"a": 2, "b": 3}}}
+CALL = {
+    "id": "call00001",
+    "type": "function",
+    "function": {"name": "multiply", "arguments": {"a": 2, "b": 3}},
+}
 TOOLS = [
     {
         "type": "function",
@@ -116,6 +120,37 @@ def test_tools_are_kept_as_they_are(tmp_path):
     }
 
 
+def test_arguments_and_tools_of_parquet_get_no_keys_of_other_rows(tmp_path):
+    """Arrow gives every call all keys of all calls; nulls that a row writes as JSON stay."""
+
+    def row(arguments):
+        parameters = {"properties": {name: {"type": "string"} for name in arguments}}
+        function = {"name": "f", "arguments": arguments}
+        called = {"role": "assistant", "content": None, "tool_calls": [{"function": function}]}
+        tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+        return {"messages": [*QUESTION, called], "tools": tools}
+
+    rows = [row({"city": "Paris"}), row({"street": "Rue", "flat": [{"door": 1}]})]
+    Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    write_rows(tmp_path / "test.jsonl", [row({"city": None}), *rows])
+    data = load_chat(tmp_path, 0)
+    for part, given in ((data["train"], rows), (data["test"], [row({"city": None}), *rows])):
+        assert part["tools"] == [one["tools"] for one in given]
+        calls = [turns[1]["tool_calls"][0]["function"] for turns in part["messages"]]
+        assert calls == [one["messages"][1]["tool_calls"][0]["function"] for one in given]
+
+
+def test_calls_of_tools_keep_the_number_that_their_answers_name(tmp_path):
+    turns = [
+        *QUESTION,
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "6", "tool_call_id": CALL["id"]},
+        *ANSWER,
+    ]
+    file = write_rows(tmp_path / "chat.jsonl", [{"messages": turns}] * 2)
+    assert load_chat(file, 0)["train"][0]["messages"] == turns
+
+
 @pytest.mark.parametrize("written", [json.dumps, repr])  # pandas writes a list as Python does
 @pytest.mark.parametrize(
     "row",
@@ -163,7 +198,7 @@ def test_roles_in_capital_letters_are_known(tmp_path):
         ),
         (
             {"messages": [*QUESTION, {"role": "assistant", "content": None}]},
-            "column messages, turn 2 is .*'content': None.*needed are a role",
+            "column messages, turn 2 is .*'role': 'assistant'}; needed are a role",
         ),
     ],
 )

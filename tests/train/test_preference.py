@@ -66,6 +66,19 @@ def test_pairs_of_text_stay_text_and_system_turns_and_tools_are_kept(tmp_path):
     assert data["train"][0]["tools"] == [{"n": 1}]
 
 
+def test_a_question_stays_before_turns_that_both_answers_begin_with(tmp_path):
+    """The answers are the last turns of two dialogues that go on from the prompt."""
+    more = [{"role": "assistant", "content": "red"}, {"role": "user", "content": "no"}]
+    row = {"prompt": QUESTION, "chosen": more + ANSWER, "rejected": more + WORSE, "system": "s"}
+    system = [{"role": "system", "content": "s"}]
+    data = load_preferences(write_rows(tmp_path / "a.jsonl", [row] * 4), 0)
+    expected = {"prompt": system + QUESTION + more, "chosen": ANSWER, "rejected": WORSE}
+    assert data["train"][0] == expected
+    whole = {name: QUESTION + row[name] for name in ("chosen", "rejected")} | {"system": "s"}
+    data = load_preferences(write_rows(tmp_path / "b.jsonl", [whole] * 4), 0)
+    assert data["train"][0] == expected
+
+
 def test_prompts_keep_the_columns_that_the_reward_reads(tmp_path):
     rows = [{"question": "what is sky ?", "answer": 4}] * 4
     data = load_prompts(write_rows(tmp_path / "a.jsonl", rows), 0)

@@ -9,7 +9,7 @@ from datasets import Dataset, DatasetDict, Features, Json, List, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta.choices import Loss
-from qrefta.files.tables import with_names
+from qrefta.files.tables import as_written, with_names
 from qrefta.train.balance import balanced
 from qrefta.train.data import read_splits, with_test
 from qrefta.train.head_loss import without_logits
@@ -67,14 +67,17 @@ def conversations(part: Dataset, source: str) -> Dataset:
     return part.map(
         _row,
         with_indices=True,
-        fn_kwargs={"source": source, "columns": list(features)},
+        fn_kwargs={"source": source, "columns": list(features), "given": part.features},
         remove_columns=part.column_names,
         features=features,
         desc="Reading",
     )
 
 
-def _row(row: dict[str, Any], index: int, source: str, columns: list[str]) -> dict[str, Any]:
+def _row(
+    row: dict[str, Any], index: int, source: str, columns: list[str], given: Features
+) -> dict[str, Any]:
+    row = as_written(row, given)
     where = f"{source}, row {index + 1}"
     if "completion" in columns:
         if not is_plain(row) or is_empty(row["completion"]):
