@@ -178,7 +178,7 @@ def _check_lines(file: Path) -> None:
 
 
 def as_written(row: dict[str, Any], features: Features) -> dict[str, Any]:
-    """A row without the keys that Arrow added: a struct has all keys of all rows, most of them None.
+    """A row without the keys that Arrow added: its structs have all keys of all rows, with None.
 
     Nulls of JSON stay, also within a struct.
     """

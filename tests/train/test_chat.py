@@ -1,6 +1,8 @@
 """Conversations: their columns, which tokens are learned under any chat template, packing."""
 
+import itertools
 import json
+import random
 import re
 import sys
 from importlib.resources import files
@@ -14,18 +16,21 @@ from jinja2 import TemplateError
 import qrefta
 from qrefta.train.arguments import training_arguments
 from qrefta.train.tasks import load_chat
-from qrefta.train.tasks.answers import IGNORED, answer_spans, learned_ids, left_out
+from qrefta.train.tasks.answers import (
+    IGNORED,
+    _common_length,
+    answer_spans,
+    learned_ids,
+    left_out,
+)
 from qrefta.train.tasks.chat import chat_recipe
 from tests.models import tiny_llama
 from tests.train.talk import ANSWER, QUESTION, TEMPLATE, WORDS, chat_rows, letters, write_rows
 
 pytest.importorskip("trl")
 SYSTEM = [{"role": "system", "content": "red"}]
-CALL = {
-    "id": "call00001",
-    "type": "function",
-    "function": {"name": "multiply", "arguments": {"a": 2, "b": 3}},
-}
+MULTIPLY = {"name": "multiply", "arguments": {"a": 2, "b": 3}}
+CALL = {"id": "call00001", "type": "function", "function": MULTIPLY}
 TOOLS = [
     {
         "type": "function",
@@ -400,6 +405,50 @@ def test_answers_are_what_the_template_itself_marks(name, kind):
     for (start, end), turn in zip(spans, turns, strict=True):
         answer = turn["content"].split("</think>")[-1].strip() or "multiply"
         assert answer in text[start:end]
+
+
+def test_rows_that_the_template_does_not_take_are_named(tokenizer, tmp_path):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}{{ m['content'] }}{% endfor %}"
+    )
+    good = {"messages": QUESTION + ANSWER}
+    twice = {"messages": QUESTION + QUESTION + ANSWER}
+    write_rows(tmp_path / "train.jsonl", [good, twice])
+    write_rows(tmp_path / "test.jsonl", [good])
+    data = load_chat(tmp_path, 0)
+    message = r"The train split, row 2: the chat template .*: roles must alternate\. Change or remo"
+    with pytest.raises(ValueError, match=message):
+        chat_recipe(tiny_llama(), tokenizer, data, 32)
+    data["train"] = data["train"].select([1])
+    with pytest.raises(ValueError, match="The train split, row 1: the chat template"):
+        chat_recipe(tiny_llama(), tokenizer, data, 32)
+
+
+@pytest.mark.parametrize("loss", ["all", "last"])
+@pytest.mark.parametrize("template", [CHATML, MARKED, THINKING])
+def test_turns_behind_the_cut_change_nothing_and_are_not_looked_for(template, loss, monkeypatch):
+    tokenizer = letters()
+    tokenizer.chat_template = template
+    row = {"messages": TURNS * 5}
+    whole = learned_ids(row, tokenizer, loss)
+    for length in (1, 30, 80, len(whole["input_ids"]) - 1):
+        cut = learned_ids(row, tokenizer, loss, length)
+        assert {name: ids[:length] for name, ids in cut.items()} == {
+            name: ids[:length] for name, ids in whole.items()
+        }
+    last = len(tokenizer.apply_chat_template(row["messages"], tokenize=False)) // 2
+    assert len(answer_spans(row["messages"], None, tokenizer, last)[1]) < 8
+
+
+def test_the_common_length_of_two_texts_is_counted():
+    for one, other, length in [("", "a", 0), ("abc", "abd", 2), ("ab", "abc", 2), ("a", "a", 1)]:
+        assert _common_length(one, other) == length
+    generator = random.Random(0)
+    for _ in range(200):
+        one, other = ("".join(generator.choices("ab", k=9)) for _ in range(2))
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other))
+        assert _common_length(one, other) == len([*same])
 
 
 # Training

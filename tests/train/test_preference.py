@@ -12,7 +12,7 @@ import qrefta
 from qrefta.train.arguments import training_arguments
 from qrefta.train.calibration import task_batches
 from qrefta.train.reference import reference_model, starts_as_reference
-from qrefta.train.tasks import load_preferences, load_prompts
+from qrefta.train.tasks import TASKS, load_preferences, load_prompts
 from qrefta.train.tasks.preference import dpo_recipe, load_reward, token_ids
 from tests.models import logits, tiny_llama
 from tests.train.talk import ANSWER, QUESTION, chat_rows, write_rows
@@ -340,6 +340,23 @@ def test_preferences_are_calibrated_on_as_conversations(task, load, tokenizer, t
         f"user : what is {thing}? assistant :{answer}".replace("?", " ?")
         for thing, answer in zip(("sky", "blood"), answers)
     }
+
+
+@pytest.mark.parametrize("task", ["dpo", "grpo"])
+def test_a_prompt_that_the_template_does_not_take_is_named(task, tokenizer):
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    )
+    rows = pair_rows(3)
+    rows[2]["prompt"] = [{"role": "system", "content": "red"}, *QUESTION]
+    data = DatasetDict(train=Dataset.from_list(rows[:2]), test=Dataset.from_list(rows))
+    options = {"rewards": [len]} if task == "grpo" else {}
+    message = r"The test split, row 3: the chat template does not take .*: no system role\. Change"
+    with pytest.raises(ValueError, match=message):
+        TASKS[task].recipe(tiny_llama(), tokenizer, data, 32, **options)
+    data = DatasetDict(train=Dataset.from_list(rows))
+    with pytest.raises(ValueError, match=r"A row of the train split: .*: no system role"):
+        task_batches(task, tiny_llama(), tokenizer, data, max_length=32)
 
 
 def test_a_setting_of_another_task_is_refused(tokenizer, tmp_path):

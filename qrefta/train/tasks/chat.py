@@ -14,7 +14,7 @@ from qrefta.train.balance import balanced
 from qrefta.train.data import read_splits, with_test
 from qrefta.train.head_loss import without_logits
 from qrefta.train.lengths import check_rows, warn_of_cut, warn_without_answer
-from qrefta.train.tasks.answers import IGNORED, learned_ids, left_out
+from qrefta.train.tasks.answers import IGNORED, learned_ids, left_out, template_errors
 from qrefta.train.tasks.recipe import TEST_SHARE, Recipe
 from qrefta.train.tasks.turns import COLUMNS, conversation, is_empty, is_plain, tools_of
 from qrefta.train.trl import load_trl
@@ -109,8 +109,8 @@ def chat_recipe(
         loss: on all of the assistant's turns, or on the last.
 
     Raises:
-        ValueError: for conversations and a tokenizer without a chat template, or a split without an
-            answer in its first `max_length` tokens.
+        ValueError: for conversations and a tokenizer without a chat template, a row that the
+            template does not take, or a split without an answer in its first `max_length` tokens.
         ImportError: if TRL is not installed.
     """
     trainer = balanced(without_logits(load_trl("sft")[0]))
@@ -122,7 +122,8 @@ def chat_recipe(
     )
     first = data["train"][0]
     check_template(first, tokenizer)
-    unmarked = left_out(first, tokenizer) if "messages" in first else ""
+    with template_errors("The train split, row 1", first):
+        unmarked = left_out(first, tokenizer) if "messages" in first else ""
     if unmarked:
         warnings.warn(
             "The chat template marks what is learned of a conversation (generation), and leaves "
@@ -130,7 +131,7 @@ def chat_recipe(
             stacklevel=2,
         )
     parts = DatasetDict(
-        {name: _tokens(part, tokenizer, max_length, loss) for name, part in data.items()}
+        {name: _tokens(part, name, tokenizer, max_length, loss) for name, part in data.items()}
     )
     for name, part in parts.items():
         rows = len(data[name])
@@ -144,11 +145,16 @@ def chat_recipe(
 
 
 def _tokens(
-    part: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, loss: Loss
+    part: Dataset,
+    split: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    loss: Loss,
 ) -> Dataset:
     """Token ids and labels of the rows that have labels."""
     encoded = part.map(
-        partial(_cut_ids, tokenizer=tokenizer, max_length=max_length, loss=loss),
+        partial(_cut_ids, split=split, tokenizer=tokenizer, max_length=max_length, loss=loss),
+        with_indices=True,
         remove_columns=part.column_names,
         features=_IDS,
         desc="Tokenizing",
@@ -157,9 +163,15 @@ def _tokens(
 
 
 def _cut_ids(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int | None, loss: Loss
+    row: dict[str, Any],
+    index: int,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    loss: Loss,
 ) -> dict[str, Any]:
-    ids = learned_ids(row, tokenizer, loss)
+    with template_errors(f"The {split} split, row {index + 1}", row):
+        ids = learned_ids(row, tokenizer, loss, max_length)
     cut = max_length is not None and len(ids["input_ids"]) > max_length
     return {name: values[:max_length] for name, values in ids.items()} | {"cut": cut}
 

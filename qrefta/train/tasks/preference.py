@@ -15,6 +15,7 @@ from qrefta.files.tables import BUILDERS, as_written, is_number, is_text, kind_o
 from qrefta.train.data import read_splits, split_files, with_test
 from qrefta.train.lengths import check_rows, warn_of_cut, warn_without_answer
 from qrefta.train.reference import starts_as_reference
+from qrefta.train.tasks.answers import template_errors
 from qrefta.train.tasks.chat import check_template
 from qrefta.train.tasks.recipe import TEST_SHARE, Recipe
 from qrefta.train.tasks.turns import (
@@ -166,7 +167,10 @@ def grpo_recipe(
     trainer, _ = load_trl("grpo")
     check_template({"prompt": data["train"][0]["prompt"]}, tokenizer)
     for name, part in data.items():
-        prompts = [len(token_ids(dict(row), tokenizer, answer=False)) for row in part]
+        prompts = [
+            len(token_ids(dict(row), tokenizer, False, f"The {name} split, row {number}"))
+            for number, row in enumerate(part, 1)
+        ]
         lengths = [prompt + (max_length or 0) for prompt in prompts]
         check_rows(model, tokenizer, lengths, f"prompts of the {name} split with an answer")
     return Recipe(
@@ -224,15 +228,25 @@ def load_reward(reward: str | Path | Reward) -> Reward:
     return function  # type: ignore[return-value]
 
 
-def token_ids(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, answer: bool) -> list[int]:
-    """The token ids of a prompt, with the better answer or else ready for an answer."""
+def token_ids(
+    row: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    answer: bool,
+    where: str = "A row of the train split",
+) -> list[int]:
+    """The token ids of a prompt, with the better answer or else ready for an answer.
+
+    Raises:
+        ValueError: if the chat template does not take the row; it names `where`.
+    """
     if isinstance(row["prompt"], str):
         encoded: Any = tokenizer(row["prompt"] + (row["chosen"] if answer else ""))
     else:
         turns = [*row["prompt"], *(row["chosen"] if answer else [])]
-        encoded = tokenizer.apply_chat_template(
-            turns, tools=row.get("tools"), add_generation_prompt=not answer, return_dict=True
-        )
+        with template_errors(where, row):
+            encoded = tokenizer.apply_chat_template(
+                turns, tools=row.get("tools"), add_generation_prompt=not answer, return_dict=True
+            )
     return encoded["input_ids"]
 
 
@@ -246,10 +260,11 @@ def _check_pairs(
     """Count the pairs that TRL cuts, and the pairs that it leaves out."""
     prompts = []
     lengths = []
-    for row in map(dict, part):
-        prompts.append(len(token_ids(row, tokenizer, answer=False)))
+    for number, row in enumerate(map(dict, part), 1):
+        where = f"The {split} split, row {number}"
+        prompts.append(len(token_ids(row, tokenizer, False, where)))
         answers = (row, row | {"chosen": row["rejected"]})
-        lengths.append(max(len(token_ids(one, tokenizer, answer=True)) for one in answers))
+        lengths.append(max(len(token_ids(one, tokenizer, True, where)) for one in answers))
     if max_length is None:
         check_rows(model, tokenizer, lengths, f"of the {split} split")
         return
