@@ -238,13 +238,20 @@ def text_columns(data: Dataset) -> list[str]:
     return [name for name in columns if is_text(data, name) and not is_number(data, name)]
 
 
-def text_column(data: Dataset, path: str | Path) -> str:
-    """The column of text: the column with a usual name, else the first column of strings, with a
-    warning if there are several.
+def text_column(data: Dataset, path: str | Path, name: str | None = None) -> str:
+    """The column of text: `name`, or else the column with a usual name, or else the first column of
+    strings, with a warning if there are several.
 
     Raises:
-        ValueError: if no column holds strings; it names `path`.
+        ValueError: if there is no column `name`, or no column holds strings; it names `path`.
     """
+    if name is not None:
+        found = find_column(data, name)
+        if found is None:
+            raise ValueError(
+                f"There is no column {name!r} in {path}; the columns are {data.column_names}"
+            )
+        return found
     for names in TEXT_NAMES:
         found = find_column(data, names[0])
         if len(names) == 1 and found is not None and is_text(data, found):
