@@ -342,6 +342,14 @@ def test_preferences_are_calibrated_on_as_conversations(task, load, tokenizer, t
     }
 
 
+def test_prompts_are_not_cut_to_the_length_of_answers_in_calibration(tokenizer):
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "what is " * 9}]}] * 2)
+    (batch,) = task_batches(
+        "grpo", tiny_llama(), tokenizer, DatasetDict(train=rows, test=rows), max_length=4
+    )
+    assert batch["input_ids"].shape[1] == len(token_ids(rows[0], tokenizer, answer=False)) > 18
+
+
 @pytest.mark.parametrize("task", ["dpo", "grpo"])
 def test_a_prompt_that_the_template_does_not_take_is_named(task, tokenizer):
     tokenizer.chat_template = (
