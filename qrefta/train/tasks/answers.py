@@ -101,8 +101,9 @@ def _conversation(
     if has_marks and loss == "all":
         return _marked(messages, tools, tokenizer)
     ids, offsets = _encoded(_shown(messages, tools, tokenizer), tokenizer)
-    is_cut = max_length is not None and len(ids) > max_length
-    last = offsets[max_length][0] if is_cut else None
+    last = None
+    if max_length is not None and len(ids) > max_length:
+        last = offsets[max_length][0]
     _, spans = answer_spans(messages, tools, tokenizer, last)
     answers = sum(turn["role"] == "assistant" for turn in messages)
     mask = _inside(offsets, spans if loss == "all" else spans[answers - 1 :])
