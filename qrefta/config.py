@@ -182,6 +182,8 @@ def with_new_rank(keywords: dict[str, Any]) -> dict[str, Any]:
 
 def _rank_from_old(name: str, value: Any) -> RankSetting:
     if name == "ranks":
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"ranks is {value!r}; give the three ranks of CRAFT")
         return tuple(value)
     if name == "trained_params":
         return RankBudget(trainable_parameters=value)

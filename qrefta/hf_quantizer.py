@@ -12,7 +12,7 @@ functions import the rest.
 """
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +25,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 
 from qrefta._compat.hub import cached_hub_file, commit_hash
-from qrefta._compat.saving import folder_being_saved, set_upload, upload
+from qrefta._compat.saving import being_saved, set_upload, upload
 from qrefta.config import BANK
 from qrefta.files.json_file import read_json
+from qrefta.files.safetensors import weight_files
 from qrefta.files.verify import LIST, check_layout, check_saved, check_settings, is_switched_off
 from qrefta.hf_config import QReftaConfig
 from qrefta.model.config_file import check_config, check_counts, read_config
@@ -120,37 +121,14 @@ def load(
         ) from error
 
 
-@contextmanager
-def saved_state(model: nn.Module, state: Mapping[str, Tensor] | None) -> Iterator[None]:
-    """Within this context, `model.save_pretrained` writes `state`, where the model is prepared and
-    `state` not None.
-
-    transformers drops the `state_dict` argument of `save_pretrained` for quantized models. Under
-    FSDP2 all processes gather the state together and the first saves it alone; it must not wait for
-    the others to gather again.
-    """
-    quantizer = getattr(model, "hf_quantizer", None)
-    if not isinstance(quantizer, QReftaQuantizer) or state is None:
-        yield
-        return
-    quantizer.state = state
-    try:
-        yield
-    finally:
-        quantizer.state = None
-
-
 class QReftaQuantizer(HfQuantizer):
     """Builds the empty modules of a prepared checkpoint, checks them once filled, and saves factors
     compactly.
-
-    Attributes:
-        state: written by `save_pretrained` in place of the model's state dict; see `saved_state`.
     """
 
     quantization_config: QReftaConfig
-    state: Mapping[str, Tensor] | None = None
     _made: tempfile.TemporaryDirectory[str] | None = None  # prepared while loading, gone after it
+    _reshaped: set[str]  # paths; see `check_headers`
     _inferring = False  # a device map that comes from here on was inferred by transformers
 
     @property
@@ -226,13 +204,13 @@ class QReftaQuantizer(HfQuantizer):
         from qrefta.nn.factors import stored
         from qrefta.nn.packed import plain_bytes
 
-        folder = folder_being_saved()
-        if self.state is None:
+        folder, given = being_saved()
+        if given is not None:  # under FSDP2 all processes have gathered it
+            state = dict(given)
+        else:
             if is_sharded(model):
                 wait_for_all()
             state = whole_state(model, folder)
-        else:
-            state = dict(self.state)
         if not _gathered_again(model):
             for key, factors in getattr(model, BANK).items():
                 for name in list(state):
@@ -298,8 +276,7 @@ class QReftaQuantizer(HfQuantizer):
         ]
         placements = [Placement.of(report.stack, report.rank) for report in config.stacks]
         build(model, config.settings, placements)
-        if files:
-            check_headers(model, files)
+        self._reshaped = check_headers(model, files) if files else set()
         self._expected = {
             path: (tensor.shape, tensor.dtype) for path, tensor in adapted_parameters(model).items()
         }
@@ -310,7 +287,7 @@ class QReftaQuantizer(HfQuantizer):
         from qrefta.model.build import freeze, task_head
         from qrefta.model.check import check_filled, check_form, check_scales
 
-        check_filled(model)
+        check_filled(model, self._reshaped)
         check_form(model, self._expected)
         check_scales(model)
         if self._made is not None:
@@ -349,6 +326,14 @@ class QReftaQuantizer(HfQuantizer):
                 "There is no checkpoint to prepare; with a state_dict load the model and call "
                 "prepare."
             )
+        folder = Path(files[0]).parent
+        names = sorted(Path(file).name for file in files)
+        if names != sorted(file.name for file in weight_files(folder)):
+            raise ValueError(
+                "Preparing while loading reads a folder's usual weight files, not "
+                f"{', '.join(names)}, which another variant names. Load the model with it, and "
+                "call qrefta.prepare."
+            )
         self._made = tempfile.TemporaryDirectory(prefix="qrefta-")
         if isinstance(device_map, str):  # "auto": the map is inferred from the prepared model
             device = torch.accelerator.current_accelerator() or "cpu"
@@ -357,7 +342,7 @@ class QReftaQuantizer(HfQuantizer):
         out = Path(self._made.name) / "prepared"
         with _plain_tensors():
             convert(
-                Path(files[0]).parent,
+                folder,
                 out,
                 self.quantization_config.settings,
                 None,

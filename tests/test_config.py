@@ -107,6 +107,11 @@ def test_rank_settings_of_format_1_are_migrated(old, rank):
     assert config.settings.rank == rank
 
 
+def test_ranks_of_an_older_file_that_are_no_list_are_refused():
+    with pytest.raises(ValueError, match="ranks is 5; give the three ranks"):
+        QReftaConfig.from_dict({"format_version": 1, **OLD_SETTINGS, "ranks": 5})
+
+
 def test_a_report_states_ratios_and_bits_without_loading_details():
     shown = REPORT.report()
     assert set(ROW_OF_FORMAT_1) - set(shown) == {"modules", "transposed"}

@@ -28,7 +28,7 @@ from transformers import (
 
 import qrefta
 from qrefta.files.verify import SWITCH
-from qrefta.hf_quantizer import QReftaQuantizer, saved_state
+from qrefta.hf_quantizer import QReftaQuantizer
 from qrefta.nn.factors import BANK
 from qrefta.nn.linear import AdaptedLinear
 from tests.models import (
@@ -148,12 +148,11 @@ def test_saving_leaves_the_model_as_it_was(tmp_path):
 
 
 def test_a_given_state_dict_is_saved(tmp_path):
-    """As the recipe does under FSDP2; it stays as it was."""
+    """Averaged weights, say, and the gathered weights under FSDP2; it stays as it was."""
     model = prepared(tiny_bert, rank=5)
     state = model.state_dict() | {"classifier.bias": model.classifier.bias.detach() + 1}
     passed = dict(state)
-    with saved_state(model, passed):
-        model.save_pretrained(tmp_path, state_dict=passed)
+    model.save_pretrained(tmp_path, state_dict=passed)
     assert all(passed[name] is tensor for name, tensor in state.items())
     assert_close(dict(qrefta.load(tmp_path).state_dict()), dict(state), rtol=0, atol=0)
 
@@ -344,6 +343,16 @@ def test_the_base_model_loads_from_a_checkpoint_with_a_head(checkpoint, model_cl
     assert not again.bert.pooler.dense.weight.requires_grad
 
 
+def test_a_head_of_another_size_is_fresh_where_it_is_asked_for(checkpoint):
+    model = AutoModelForSequenceClassification.from_pretrained(
+        checkpoint, num_labels=5, ignore_mismatched_sizes=True
+    )
+    assert model.classifier.weight.shape[0] == 5
+    assert model.classifier.weight.isfinite().all()
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForSequenceClassification.from_pretrained(checkpoint, num_labels=5)
+
+
 def test_a_head_on_a_prepared_base_model_is_fresh_and_trains(tmp_path):
     qrefta.prepare(tiny_bert().bert, rank=5).save_pretrained(tmp_path)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
@@ -492,6 +501,16 @@ def test_preparing_while_loading_holds_no_dense_copy(tmp_path, monkeypatch):
     )
     assert dense > 4_000_000
     assert peak < 0.7 * dense
+
+
+def test_another_variant_of_the_weights_is_not_prepared_while_loading(tmp_path):
+    """It would read the usual files, which may hold other numbers."""
+    tiny_bert().save_pretrained(tmp_path)
+    tiny_bert().save_pretrained(tmp_path, variant="fp16")
+    with pytest.raises(ValueError, match=r"not model\.fp16\.safetensors, which another variant"):
+        AutoModelForSequenceClassification.from_pretrained(
+            tmp_path, variant="fp16", quantization_config=qrefta.QReftaConfig(rank=5)
+        )
 
 
 def test_settings_that_do_not_fit_are_refused_while_loading(tmp_path):

@@ -1,29 +1,42 @@
-"""Saving by transformers: the folder that it writes, and how it uploads a folder to a hub."""
+"""Saving by transformers: the folder and state that it writes, and how it uploads a folder."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils.hub import PushToHubMixin
 
-__all__ = ["folder_being_saved", "set_upload", "upload"]
+__all__ = ["being_saved", "set_upload", "upload"]
 
 
-def folder_being_saved() -> Path | None:
-    """The folder of the `save_pretrained` that asks a quantizer for the model's state dict.
+class Saving(NamedTuple):
+    """A call of `save_pretrained`.
 
-    It is called by the quantizer's `get_state_dict_and_metadata`. transformers passes quantizers no
-    folder, so the caller's local variables are read. None in a process that does not write, or for
-    another caller. If they go, the folder has no model card.
+    Attributes:
+        folder: that is written; None in a process that does not write, or for another caller.
+        state: the `state_dict` that was given; None: the model's.
+    """
+
+    folder: Path | None = None
+    state: Mapping[str, Tensor] | None = None
+
+
+def being_saved() -> Saving:
+    """The `save_pretrained` that asks a quantizer for the model's state dict.
+
+    It is called by the quantizer's `get_state_dict_and_metadata`. transformers passes quantizers
+    neither the folder nor the given state dict, and drops the second; so the caller's local
+    variables are read. If they go: the folder has no model card, and a given state dict has to be
+    refused.
     """
     caller = sys._getframe(2)
     names = caller.f_locals
-    if caller.f_code.co_name != "save_pretrained" or not names.get("save_on_this_rank"):
-        return None
-    folder = names.get("save_directory")
-    return None if folder is None else Path(folder)
+    if caller.f_code.co_name != "save_pretrained":
+        return Saving()
+    folder = names.get("save_directory") if names.get("save_on_this_rank") else None
+    return Saving(None if folder is None else Path(folder), names.get("state_dict"))
 
 
 def set_upload(model: nn.Module, function: Callable[..., Any] | None) -> None:

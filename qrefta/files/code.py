@@ -38,7 +38,7 @@ def check_trusted(settings: Mapping[str, Any], source: str | Path, trust_remote_
     auto_map = settings.get("auto_map") or {}
     name = (settings.get("architectures") or [""])[0]
     known = hasattr(transformers, str(name)) or registered_class(str(name)) is not None
-    known = known and settings.get("model_type") in CONFIG_MAPPING
+    known = known and str(settings.get("model_type")) in CONFIG_MAPPING
     if auto_map and not known:
         raise ValueError(
             f"{source} needs code that comes with it ({', '.join(map(str, auto_map.values()))}). "

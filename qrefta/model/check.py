@@ -61,8 +61,12 @@ def check_files(files: list[str], source: str | Path | None) -> None:
             ) from error
 
 
-def check_headers(model: PreTrainedModel, files: list[str]) -> None:
+def check_headers(model: PreTrainedModel, files: list[str]) -> set[str]:
     """Compare the headers of files with an empty model, its adapted layers and bank included.
+
+    Returns:
+        Paths of the dense tensors that the files hold in another shape. transformers refuses them,
+        or draws them at random if it is asked to (`ignore_mismatched_sizes=True`).
 
     Raises:
         ValueError: if a tensor of an adapted layer or of the factors has another shape or another
@@ -73,6 +77,7 @@ def check_headers(model: PreTrainedModel, files: list[str]) -> None:
     names = _single_sources(model, checkpoint)
     found = sources(model, checkpoint)
     adapted = adapted_parameters(model)
+    reshaped: set[str] = set()
     fresh = 0  # bytes that no file fills
     spare = 0  # bytes that are read before their shape is compared
     total = 0
@@ -83,6 +88,7 @@ def check_headers(model: PreTrainedModel, files: list[str]) -> None:
         if name is not None and path in adapted:
             _check_adapted(path, tensor, checkpoint, name)
         if name is not None and checkpoint.shape(name) != tensor.shape:
+            reshaped.add(path)
             fresh += nbytes
             spare += checkpoint.nbytes(name)
         elif not found.get(path):
@@ -100,6 +106,7 @@ def check_headers(model: PreTrainedModel, files: list[str]) -> None:
             f"describes ({total / 1e9:.3f} GB in all); they do not belong together: copy or save "
             "the folder again."
         )
+    return reshaped
 
 
 def missing_tensors(model: PreTrainedModel, files: list[str]) -> list[str]:
@@ -204,13 +211,17 @@ def check_form(model: PreTrainedModel, expected: dict[str, tuple[torch.Size, tor
         pack(module, [name])
 
 
-def check_filled(model: PreTrainedModel) -> None:
+def check_filled(model: PreTrainedModel, reshaped: set[str]) -> None:
     """Raise if a tensor of an adapted layer or of the factors is missing in the checkpoint.
 
     transformers only warns, and leaves the tensor random. In the class that saved the checkpoint no
     other tensor may be missing either, unless the class leaves it out of its files; another class
     may have a new head. transformers marks each tensor that it filled with `_is_hf_initialized`,
     the only trace left after loading.
+
+    Args:
+        model: loaded.
+        reshaped: paths that may be unfilled; see `check_headers`.
     """
     same_class = type(model).__name__ in (model.config.architectures or [])
     missing = []
@@ -221,7 +232,7 @@ def check_filled(model: PreTrainedModel) -> None:
             continue
         for name, parameter in module.named_parameters(recurse=False):
             full_name = f"{path}.{name}" if path else name
-            left_out = not ours and is_left_out(model, full_name)
+            left_out = full_name in reshaped or (not ours and is_left_out(model, full_name))
             if not was_initialized(parameter) and not left_out:
                 problems = offloaded if parameter.is_meta else missing
                 problems.append(full_name)

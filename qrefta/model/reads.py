@@ -19,7 +19,6 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from textwrap import dedent
 from typing import Any, TypeGuard
 
 from torch import nn
@@ -80,7 +79,18 @@ def _trees(kind: type) -> list[tuple[str, ast.AST]]:
     functions = _functions(kind)
     if not any("weight" in source for _, source in functions):
         return []
-    return [(name, ast.parse(source)) for name, source in functions if "torch.int8" not in source]
+    return [(name, _parsed(source)) for name, source in functions if "torch.int8" not in source]
+
+
+def _parsed(source: str) -> ast.Module:
+    """The code of a function that is indented as in its file; comments and texts in it may be
+    less.
+    """
+    if not source[:1].isspace():
+        return ast.parse(source)
+    block = ast.parse(f"if True:\n{source}").body[0]
+    assert isinstance(block, ast.If)
+    return ast.Module(block.body, type_ignores=[])
 
 
 def _reads(trees: list[tuple[str, ast.AST]]) -> set[_Path]:
@@ -253,7 +263,7 @@ def _source(function: Any) -> list[tuple[str, str]]:
     if not inspect.isfunction(function) or _BEFORE.match(function.__name__):
         return []
     with suppress(OSError):
-        return [(function.__name__, dedent(inspect.getsource(function)))]
+        return [(function.__name__, inspect.getsource(function))]
     return []
 
 

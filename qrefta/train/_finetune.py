@@ -28,7 +28,7 @@ from transformers import (
 from qrefta._deprecations import deprecated_keywords
 from qrefta.choices import LOSSES, Loss
 from qrefta.distributed import check_sharding, processes, whole_state
-from qrefta.hf_quantizer import is_prepared, prepared_config, saved_state
+from qrefta.hf_quantizer import is_prepared, prepared_config
 from qrefta.model.verify import check_weights
 from qrefta.model_card import write_card
 from qrefta.nn.factors import BANK
@@ -40,6 +40,7 @@ from qrefta.train.checkpoints import (
     whole_checkpoints,
     writing,
 )
+from qrefta.train.forward import own_forward
 from qrefta.train.gradients import GradientWatch, check_trainable
 from qrefta.train.interrupt import interruptible
 from qrefta.train.lengths import row_length
@@ -47,6 +48,7 @@ from qrefta.train.nan_guard import finite_steps
 from qrefta.train.packing import check_apart, join_by_default, row_by_row
 from qrefta.train.progress import Lines, Progress
 from qrefta.train.rates import chosen_rate, warn_of_rate
+from qrefta.train.same_run import check_same_model, check_same_run, run_marks
 from qrefta.train.tasks import TASKS, Recipe, TaskName
 from qrefta.train.tasks.mixture import Mixture, load_mixture, mixed_recipe
 from qrefta.train.tasks.preference import Reward, load_rewards
@@ -239,11 +241,11 @@ def finetune(
     if deprecated:
         settings |= _old_settings(deprecated, args)
     together = processes()  # before TrainingArguments, whose processes wait less long for the first
-    if args is None:
+    if args is None or (args.learning_rate is None and learning_rate is None):
         show = together.is_main_process and progress is not False
         settings["learning_rate"] = chosen_rate(model, learning_rate, show, task)
     arguments = run_arguments(model, task, args, output_dir, settings)
-    warn_of_rate(model, arguments.learning_rate)
+    warn_of_rate(model, arguments.learning_rate, task)
     length = _length(model, processor, task, arguments, max_length, is_default=args is None)
     if args is None and task == "sft" and not packing and padding_free is None:
         join_by_default(model, arguments)
@@ -423,28 +425,33 @@ def _train(
     """Train, evaluate and write the model."""
     run = Path(str(arguments.output_dir))
     _check_metric(arguments, recipe, task)
-    checkpoint = _checkpoint_of(run, resume, is_prepared(model))
+    marks = run_marks(recipe.train, recipe.test, arguments)
+    checkpoint = _checkpoint_of(run, resume, model, marks)
+    if checkpoint is not None:
+        arguments.eval_on_start = False  # the log has it; early stopping would count it again
+        arguments.restore_callback_states_from_checkpoint = True
     evaluations = _Evaluations()
-    with interruptible() as interrupts:
+    with own_forward(model), interruptible() as interrupts:
         trainer = _trainer(
             model,
             processor,
             recipe,
             arguments,
             [*callbacks, _OwnIntervals(), evaluations, interrupts, GradientWatch()],
+            marks,
             quiet,
         )
         with _attention(trainer):
             outcome = trainer.train(
                 resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
             )
-    interrupts.check(run, trainer.state)
+        interrupts.check(run, trainer.state)
+        round_masters(model)
+        with _attention(trainer):
+            after = trainer.evaluate()
     train_s = outcome.metrics["train_runtime"] - evaluations.runtime_s
     # the log of a resumed run begins with the run before
     before = next(row for row in trainer.state.log_history if "eval_loss" in row)
-    round_masters(model)
-    with _attention(trainer):
-        after = trainer.evaluate()
     loss = after["eval_loss"]
     training = f"It was fine-tuned ({task}, {outcome.global_step} steps, test loss {loss:.4f})."
     _save(model, processor, run, training, write=arguments.should_save)
@@ -462,7 +469,9 @@ def _train(
     )
 
 
-def _checkpoint_of(run: Path, resume: bool, prepared: bool) -> Path | None:
+def _checkpoint_of(
+    run: Path, resume: bool, model: PreTrainedModel, marks: dict[str, Any]
+) -> Path | None:
     """The checkpoint to resume from; None for a new run."""
     if processes().is_main_process:
         clear_unfinished(run)
@@ -476,7 +485,9 @@ def _checkpoint_of(run: Path, resume: bool, prepared: bool) -> Path | None:
             f"{run} holds {checkpoint.name} of an earlier run, which could be taken for one of "
             "this run. Continue that run with resume=True, give another output_dir, or remove it."
         )
-    if prepared:  # Trainer does not load weights through the plug-in
+    check_same_run(checkpoint, marks)
+    if is_prepared(model):  # Trainer does not load weights through the plug-in
+        check_same_model(checkpoint, model)
         check_weights(checkpoint)
     return checkpoint
 
@@ -487,6 +498,7 @@ def _trainer(
     recipe: Recipe,
     arguments: TrainingArguments,
     callbacks: list[TrainerCallback],
+    marks: dict[str, Any],
     quiet: bool,
 ) -> Trainer:
     if getattr(arguments, "padding_free", False):
@@ -494,7 +506,7 @@ def _trainer(
         if not getattr(arguments, "packing", False):
             arguments.max_length = None  # type: ignore[attr-defined]  # the recipe has cut the rows
     options = {"data_collator": recipe.collate, "compute_metrics": recipe.metrics} | recipe.options
-    trainer = finite_steps(whole_checkpoints(recipe.trainer))(
+    trainer = finite_steps(whole_checkpoints(recipe.trainer, marks))(
         model=model,
         args=arguments,
         train_dataset=recipe.train,
@@ -544,8 +556,7 @@ def _save(
     with writing(run, "the model") as folder:
         if is_prepared(model):
             write_card(folder, prepared_config(model), training)  # save_pretrained keeps it
-        with saved_state(model, state):
-            model.save_pretrained(folder, state_dict=state)
+        model.save_pretrained(folder, state_dict=state)
         processor.save_pretrained(folder)
         publish(folder, run)
 

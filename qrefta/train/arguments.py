@@ -15,7 +15,7 @@ from qrefta.train.tasks import TaskName
 from qrefta.train.trl import TRL_TASKS, load_trl
 
 DEFAULTS: dict[str, Any] = {
-    "learning_rate": 1e-3,
+    "learning_rate": None,  # by finetune: the best measured one for the model and task
     "num_train_epochs": 3.0,
     "per_device_train_batch_size": 32,
     "warmup_steps": 0.1,  # share of the run; the first step of a warm-up changes nothing
@@ -140,11 +140,18 @@ def run_arguments(
     values["eval_on_start"] = True  # for the result's accuracy and loss before training
     values |= _device_values(values)
     values |= _checkpointing_values(kind, values)
-    if is_prepared(model) and values.get("ddp_find_unused_parameters") is None:
-        values["ddp_find_unused_parameters"] = False  # every pass uses all factors
+    if values.get("ddp_find_unused_parameters") is None and _uses_all_factors(model):
+        values["ddp_find_unused_parameters"] = False
     if values.get("fsdp"):
         values["fsdp_config"] = fsdp2_config(model) | (values.get("fsdp_config") or {})
     return kind(**values)
+
+
+def _uses_all_factors(model: PreTrainedModel) -> bool:
+    """Whether every pass of a prepared model uses all factors: it has no second tower, say for
+    images, that a batch of text leaves out.
+    """
+    return is_prepared(model) and len(model.config.sub_configs) < 2
 
 
 def arguments_class(task: TaskName) -> type[TrainingArguments]:

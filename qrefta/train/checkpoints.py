@@ -5,6 +5,7 @@ are written to the folder `unfinished`, synced to the disk and moved by one rena
 previous checkpoint is the last.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,26 +19,30 @@ from transformers import Trainer
 
 from qrefta._compat.transformers import rotate_checkpoints
 from qrefta.files.safetensors import sync_folder
-from qrefta.hf_quantizer import saved_state
+from qrefta.train.same_run import MARKS
 
 UNFINISHED = "unfinished"  # folder in a run's folder: files being written, or left by a killed run
 _STATE = "trainer_state.json"  # Trainer writes this file last
 _CONFIGS = ("config.json", "adapter_config.json")  # without them a folder holds no model
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_WEIGHTS = tuple(
+    f"{name}{kind}"
+    for name in ("model", "model-*-of-*", "adapter_model")
+    for kind in (".safetensors", ".safetensors.index.json")
+)
 # texts in the RuntimeErrors of torch.save on a full disk
 _TORCH_SAVE = ("PytorchStreamWriter", "unexpected pos", "iostream error")
 
 
-def whole_checkpoints(kind: type[Trainer]) -> type[Trainer]:
-    """A subclass of the Trainer that writes whole checkpoints."""
+def whole_checkpoints(kind: type[Trainer], marks: dict[str, Any] | None = None) -> type[Trainer]:
+    """A subclass of the Trainer that writes whole checkpoints.
+
+    Args:
+        kind: of the Trainer.
+        marks: of the run's data, stored with each checkpoint (`qrefta.train.same_run`).
+    """
 
     class WholeCheckpoints(kind):
         """All processes write to `unfinished`; when all are done, the first process renames."""
-
-        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-            assert self.model is not None, "Trainer does not start without a model"
-            with saved_state(self.model, state_dict):
-                super()._save(output_dir, state_dict)
 
         def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
             run = Path(str(self.args.output_dir))
@@ -52,6 +57,8 @@ def whole_checkpoints(kind: type[Trainer]) -> type[Trainer]:
                 self._correct_best(checkpoint, run)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
+                    if marks is not None:
+                        (checkpoint / MARKS).write_text(json.dumps(marks), encoding="utf-8")
                     _place(checkpoint, run)
                     rotate_checkpoints(
                         output_dir=str(run),
@@ -73,8 +80,10 @@ def whole_checkpoints(kind: type[Trainer]) -> type[Trainer]:
 
 def last_checkpoint(run: str | Path) -> Path | None:
     """The last checkpoint in a run's folder; unfinished ones do not count."""
-    checkpoints = [file.parent for file in Path(run).glob(f"checkpoint-[0-9]*/{_STATE}")]
-    return max(checkpoints, key=lambda path: int(path.name.split("-")[1]), default=None)
+    checkpoints = [file.parent for file in Path(run).glob(f"checkpoint-*/{_STATE}")]
+    numbers = {path: path.name.removeprefix("checkpoint-") for path in checkpoints}
+    whole = [path for path, number in numbers.items() if number.isdecimal()]  # no copy of a user's
+    return max(whole, key=lambda path: int(numbers[path]), default=None)
 
 
 def clear_unfinished(run: str | Path) -> None:
@@ -107,7 +116,7 @@ def publish(folder: Path, run: Path) -> None:
     """Move a model's files from `folder` to the run's folder, where they replace an older model.
 
     The old config is removed first and the new config is moved last, so the folder never holds
-    files of both models.
+    files of both models. Files with other names stay.
     """
     _sync(folder)
     for pattern in (*_CONFIGS, *_WEIGHTS):

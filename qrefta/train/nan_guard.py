@@ -19,6 +19,8 @@ from qrefta._compat.torch import tree_leaves
 from qrefta._compat.transformers import prepare_inputs
 from qrefta.train.checkpoints import last_checkpoint
 
+SCALED_STEPS = 20  # the scaler starts at 2^16 and halves: after these it is below one
+
 
 def finite_steps(kind: type[Trainer]) -> type[Trainer]:
     """A subclass of the Trainer that raises FloatingPointError before a step that is not finite."""
@@ -84,13 +86,24 @@ def finite_steps(kind: type[Trainer]) -> type[Trainer]:
 
 
 class _BeforeStep(TrainerCallback):
+    """Refuses gradients that are not finite.
+
+    In fp16 a scaler tries factors of the loss, and skips the steps in which one is too large: so
+    many steps in a row mean that the factor is not the cause.
+    """
+
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
+        self._skipped = 0
 
     def on_pre_optimizer_step(self, *_: Any, model: nn.Module, **__: Any) -> None:
         finite = _all_finite(parameter.grad for parameter in model.parameters())
         accelerator = self._trainer.accelerator
-        if not accelerator.gather(finite.reshape(1).to(accelerator.device)).all():
+        if accelerator.gather(finite.reshape(1).to(accelerator.device)).all():
+            self._skipped = 0
+            return
+        self._skipped += 1
+        if getattr(accelerator, "scaler", None) is None or self._skipped > SCALED_STEPS:
             self._trainer.refuse(model, "gradients are not finite")
 
 

@@ -44,16 +44,20 @@ def measured_rate(model: PreTrainedModel) -> tuple[float, str]:
     return FULL_RATE, "all weights"
 
 
-def warn_of_rate(model: PreTrainedModel, rate: float) -> None:
-    """Warn of a learning rate that is ten times the best measured one, or more.
+def warn_of_rate(model: PreTrainedModel, rate: float, task: Task = "classify") -> None:
+    """Warn of a learning rate that is ten times the best measured one, or more; for dpo and grpo
+    ten times PREFERENCE_SHARE of it.
 
     The warning names the line that called the caller.
     """
     best, trained = measured_rate(model)
-    if rate >= _FAR_ABOVE * best:
+    share = _share(task)
+    if rate >= _FAR_ABOVE * share * best:
+        of = "" if share == 1 else f"{share:g} of "
         warnings.warn(
-            f"The learning rate {rate:g} is {rate / best:.0f} times {best:g}, the best measured "
-            f"rate for {trained}; training may diverge. Leave it out to take that rate.",
+            f"The learning rate {rate:g} is {rate / (share * best):.0f} times {share * best:g}, "
+            f"{of}the best measured rate for {trained}; training may diverge. Leave it out to take "
+            "that rate.",
             stacklevel=3,
         )
 
@@ -70,10 +74,9 @@ def chosen_rate(
     """
     if rate is None:
         rate, trained = measured_rate(model)
-        of = ""
-        if task in ("dpo", "grpo"):
-            rate *= PREFERENCE_SHARE
-            of = f"{PREFERENCE_SHARE:g} of "
+        share = _share(task)
+        rate *= share
+        of = "" if share == 1 else f"{share:g} of "
         if show:
             tqdm.write(f"Learning rate {rate:g}, {of}the best measured for {trained}")
         return rate
@@ -97,6 +100,11 @@ def parse_rate(text: str) -> float | None:
     if not _is_rate(rate):
         raise ValueError(f"--learning-rate is {text!r}; give a positive number, or {AUTO_RATE}")
     return rate
+
+
+def _share(task: Task) -> float:
+    """The share of the measured rate that a task takes."""
+    return PREFERENCE_SHARE if task in ("dpo", "grpo") else 1.0
 
 
 def _is_rate(rate: float) -> bool:

@@ -328,6 +328,13 @@ def test_without_checksums_numbers_of_the_config_are_still_checked(old):
         AutoModelForSequenceClassification.from_pretrained(old)
 
 
+def test_without_checksums_a_strange_type_of_model_is_refused(old):
+    (old / LIST).unlink()
+    edit_config(old, lambda config: config.update(model_type={}))
+    with pytest.raises(ValueError, match=r"config\.json is damaged or of another version"):
+        qrefta.load(old)
+
+
 @any_loader
 def test_files_without_checksums_are_refused(folder, load):
     """Another program wrote them, with another program's damage."""

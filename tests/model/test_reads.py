@@ -95,6 +95,15 @@ class PassesToAFunction(Block):
         return product(x, layer=self.up)
 
 
+class ReadsBesideText(Block):
+    """The text's second line begins in the first column."""
+
+    def forward(self, x):
+        text = """of
+several lines"""
+        return x @ self.up.weight.T, text
+
+
 class PassesToAMethod(Block):
     def forward(self, x):
         return self.multiplied(self.up, x)
@@ -147,6 +156,7 @@ BLOCKS = {
     ReadsAPlace: {"mlp.0"},
     ReadsInALoop: {"mlp.0", "mlp.2"},
     PassesToAFunction: {"up"},
+    ReadsBesideText: {"up"},
     PassesToAMethod: {"up"},
     ReadsTheDevice: set(),
 }

@@ -1,5 +1,7 @@
 """A run stops before a step that is not finite, and names the step and the layer."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,14 @@ from qrefta.nn.factors import BANK
 from qrefta.train._finetune import finetune
 from qrefta.train.arguments import training_arguments
 from qrefta.train.models import load_classifier
-from qrefta.train.nan_guard import _all_finite, _finite, find_origin, finite_steps
+from qrefta.train.nan_guard import (
+    SCALED_STEPS,
+    _all_finite,
+    _BeforeStep,
+    _finite,
+    find_origin,
+    finite_steps,
+)
 from tests.models import pixels, tiny_bert, tiny_vit
 from tests.processes import Broken
 from tests.tiny import color_data, tiny_folder
@@ -110,6 +119,32 @@ def test_a_gradient_that_is_not_finite_is_not_taken_either(vit, tmp_path):
     ):
         run.train()
     assert all(torch.equal(tensor, before[name]) for name, tensor in vit.state_dict().items())
+
+
+def test_a_scaler_may_skip_some_steps_but_not_all():
+    """In fp16 it begins with a factor that is too large for most losses."""
+    layer = nn.Linear(2, 2)
+    accelerator = SimpleNamespace(gather=lambda flags: flags, device="cpu", scaler=object())
+    refused = []
+    guard = _BeforeStep(
+        SimpleNamespace(accelerator=accelerator, refuse=lambda *problem: refused.append(problem))
+    )
+
+    def steps(count, value):
+        layer.weight.grad = torch.full_like(layer.weight, value)
+        for _ in range(count):
+            guard.on_pre_optimizer_step(model=layer)
+
+    steps(SCALED_STEPS, torch.inf)
+    steps(1, 1.0)
+    steps(SCALED_STEPS, torch.nan)
+    assert not refused
+    steps(1, torch.inf)
+    assert refused == [(layer, "gradients are not finite")]
+    accelerator.scaler = None
+    steps(1, 1.0)
+    steps(1, torch.inf)
+    assert len(refused) == 2
 
 
 def test_the_origin_of_a_broken_parameter_is_the_parameter():

@@ -21,6 +21,7 @@ from qrefta.train.rates import (
     chosen_rate,
     measured_rate,
     parse_rate,
+    warn_of_rate,
 )
 from tests.models import prepared, tiny_bert, tiny_llama
 from tests.tiny import color_data, tiny_folder, tiny_tokenizer
@@ -119,3 +120,15 @@ def test_preferences_take_a_share_of_the_measured_rate(capsys):
     assert "0.05 of the best measured" in capsys.readouterr().out
     assert chosen_rate(model, None, False, "sft") == best
     assert chosen_rate(model, 0.5, False, "grpo") == 0.5
+
+
+def test_arguments_without_a_rate_take_the_measured_one(start, tmp_path, capsys):
+    args = training_arguments("classify", tmp_path / "unset", max_steps=1)
+    assert run(start, tmp_path / "unset", args=args) == 3e-3
+    assert "Learning rate 0.003, the best measured" in capsys.readouterr().out
+
+
+def test_the_warning_knows_the_task(start):
+    warn_of_rate(start, 3e-3)
+    with pytest.warns(UserWarning, match=r"0\.003 is 20 times 0\.00015, 0\.05 of the best"):
+        warn_of_rate(start, 3e-3, "dpo")

@@ -17,6 +17,7 @@ from qrefta.train.lengths import check_rows, warn_of_cut, warn_without_answer
 from qrefta.train.tasks.answers import IGNORED, learned_ids, left_out, template_errors
 from qrefta.train.tasks.recipe import TEST_SHARE, Recipe
 from qrefta.train.tasks.turns import COLUMNS, conversation, is_empty, is_plain, tools_of
+from qrefta.train.token_loss import loss_by_tokens
 from qrefta.train.trl import load_trl
 
 _PLAIN = Features({"prompt": Value("string"), "completion": Value("string")})
@@ -113,7 +114,7 @@ def chat_recipe(
             template does not take, or a split without an answer in its first `max_length` tokens.
         ImportError: if TRL is not installed.
     """
-    trainer = balanced(without_logits(load_trl("sft")[0]))
+    trainer = balanced(loss_by_tokens(without_logits(load_trl("sft")[0])))
     data = DatasetDict(
         {
             name: part if part.features in _READ else conversations(part, f"the {name} split")

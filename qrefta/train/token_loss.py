@@ -1,0 +1,58 @@
+"""The test loss of a language model: the mean over all labelled tokens.
+
+Trainer averages the means of batches, each weighted by its rows, so its loss depends on the batch
+size, and of joined rows a batch counts as one.
+"""
+
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from qrefta.nn.head_loss import IGNORED
+
+
+def loss_by_tokens(kind: type[Trainer]) -> type[Trainer]:
+    """A subclass of the Trainer whose evaluation loss is the mean over labelled tokens."""
+
+    class LossByTokens(kind):
+        """Sums the losses of an evaluation, with their tokens."""
+
+        _sums: tuple[float, int] = (0.0, 0)
+
+        def prediction_step(
+            self,
+            model: nn.Module,
+            inputs: dict[str, Any],
+            prediction_loss_only: bool,
+            ignore_keys: list[str] | None = None,
+        ) -> Any:
+            tokens = int((inputs["labels"][..., 1:] != IGNORED).sum())
+            found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            if found[0] is not None and tokens:
+                total, count = self._sums
+                self._sums = (total + float(found[0]) * tokens, count + tokens)
+            return found
+
+        def evaluation_loop(
+            self,
+            dataloader: DataLoader[Any],
+            description: str,
+            prediction_loss_only: bool | None = None,
+            ignore_keys: list[str] | None = None,
+            metric_key_prefix: str = "eval",
+        ) -> EvalLoopOutput:
+            self._sums = (0.0, 0)
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            sums = torch.tensor(gather_object([self._sums]), dtype=torch.float64).sum(0)
+            if sums[1] and output.metrics is not None:
+                output.metrics[f"{metric_key_prefix}_loss"] = (sums[0] / sums[1]).item()
+            return output
+
+    return LossByTokens
