@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from qrefta._compat.transformers import checkpointing_options, dequantized_gguf, has_peft_adapter
+from qrefta._compat.transformers import checkpointing_options, dequantized_gguf
 from qrefta.choices import AUTO_RANK, Bits
 from qrefta.config import (
     LayerStack,
@@ -33,8 +33,9 @@ from qrefta.files.sources import (
     save_tokenizer,
 )
 from qrefta.hf_config import QReftaConfig
-from qrefta.hf_quantizer import is_prepared, register
+from qrefta.hf_quantizer import check_no_peft, is_prepared, register
 from qrefta.model.build import adapt, attach_bank, bank_key, freeze, with_trained_modules
+from qrefta.model.check import check_in_memory
 from qrefta.model.stacks import Weights, check_values, find_stacks, model_weights, read_slice
 from qrefta.model.unquantized import warn_of_unquantized
 from qrefta.nn.factors import BANK, FactorBank
@@ -369,8 +370,7 @@ def _check_model(model: nn.Module) -> None:
             "A part of the model is already prepared, or an earlier prepare was interrupted; load "
             "the model again."
         )
-    if getattr(model, "peft_config", None) or has_peft_adapter(model):
-        raise ValueError("The model carries PEFT adapters; call merge_and_unload() on it first.")
+    check_no_peft(model)
     marked = getattr(model, "hf_quantizer", None) or getattr(model, "is_quantized", False)
     if marked and dequantized_gguf(model) is None:
         method = getattr(model, "quantization_method", "unknown")
@@ -394,21 +394,17 @@ def _check_model(model: nn.Module) -> None:
         )
     for path, module in model.named_modules():
         kind = type(module)
-        if kind.__module__.startswith(("bitsandbytes.", "peft.")):
+        if kind.__module__.startswith("bitsandbytes."):
             raise ValueError(
                 f"{path} is a {kind.__module__}.{kind.__name__}; prepare needs the plain dense "
-                "model: load it without quantization, or merge and unload the adapters."
+                "model: load it without quantization."
             )
 
 
 def _check_weights(model: PreTrainedModel, stacks: list[LayerStack]) -> None:
-    absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if absent:
-        raise ValueError(
-            f"{len(absent)} parameters are on the meta device ({absent[0]}, ...): the model has no "
-            "weights, or a device_map offloads them. Load it whole, without device_map, or call "
-            "prepare_checkpoint on its folder."
-        )
+    check_in_memory(
+        model, "Load it whole, without device_map, or call prepare_checkpoint on its folder."
+    )
     for stack in stacks:
         for path in stack.modules:
             if stack.experts:

@@ -43,6 +43,19 @@ def is_prepared(model: nn.Module) -> bool:
     return isinstance(getattr(model, "hf_quantizer", None), QReftaQuantizer)
 
 
+def check_no_peft(model: nn.Module) -> None:
+    """Refuse a model with PEFT adapters, which are no part of a prepared model.
+
+    Raises:
+        ValueError: if it has any, or is PEFT's.
+    """
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise ValueError(
+            "The model carries PEFT adapters; call merge_and_unload() on the PEFT model first. Its "
+            "own save_pretrained writes the adapters alone."
+        )
+
+
 def prepared_config(model: nn.Module) -> QReftaConfig:
     """The config of a prepared model.
 
@@ -198,12 +211,15 @@ class QReftaQuantizer(HfQuantizer):
             ValueError: if FSDP2 sharded the model and the other processes do not save it too, or
                 packed weights were multiplied.
         """
+        from qrefta._compat.transformers import saves_adapters_alone
         from qrefta.distributed import is_sharded, wait_for_all, whole_state
         from qrefta.model.saving import saved_checksums
         from qrefta.model_card import write_card
         from qrefta.nn.factors import stored
         from qrefta.nn.packed import plain_bytes
 
+        if not saves_adapters_alone(model):
+            check_no_peft(model)
         folder, given = being_saved()
         if given is not None:  # under FSDP2 all processes have gathered it
             state = dict(given)

@@ -220,6 +220,16 @@ def test_a_lora_on_top_is_refused_and_dequantize_names_merge(model):
         model.dequantize()
 
 
+def test_a_model_inside_pefts_is_not_saved_under_other_names(model, tmp_path):
+    adapted = get_peft_model(model, LoraConfig(target_modules=["classifier"]))
+    with pytest.raises(ValueError, match=r"carries PEFT adapters; call merge_and_unload\(\)"):
+        adapted.get_base_model().save_pretrained(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path / "whole")
+    assert torch.equal(logits(qrefta.load(tmp_path / "whole")), logits(merged))
+
+
 @pytest.mark.parametrize("options", [{}, {"use_gradient_checkpointing": False}])
 def test_preparing_for_kbit_training_is_refused_and_freezes_no_factors(model, options):
     """A habit from QLoRA; the optimizer would get no parameter."""

@@ -61,7 +61,6 @@ __all__ = [
     "enable_checkpointing",
     "float32_under_float16",
     "get_model_conversion_mapping",
-    "has_peft_adapter",
     "is_left_out",
     "mark_initialized",
     "model_of_config",
@@ -71,6 +70,7 @@ __all__ = [
     "revert_weight_conversion",
     "rotate_checkpoints",
     "sampled_by",
+    "saves_adapters_alone",
     "sdpa_attention",
     "sdpa_mask",
     "set_always_float32",
@@ -226,10 +226,10 @@ def model_of_config(
     return model_class._from_config(config, dtype=dtype)
 
 
-def has_peft_adapter(model: nn.Module) -> bool:
-    """Whether PEFT adapters were added by `model.add_adapter` or `load_adapter`.
+def saves_adapters_alone(model: nn.Module) -> bool:
+    """Whether `save_pretrained` writes the PEFT adapters that `add_adapter` added.
 
-    If it goes: look for modules whose class belongs to peft.
+    If it goes: a model with such adapters is not saved.
     """
     return getattr(model, "_hf_peft_config_loaded", False)
 

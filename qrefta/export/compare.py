@@ -14,6 +14,7 @@ from qrefta._compat.transformers import model_of_config
 from qrefta.files.code import is_trusted
 from qrefta.files.safetensors import Checkpoint
 from qrefta.files.sources import load_tokenizer
+from qrefta.model.modes import eval_mode
 from qrefta.model.names import sources
 
 _ROWS = 2
@@ -67,16 +68,26 @@ def run_from_disk(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> P
 
 @torch.no_grad()
 def outputs(model: torch.nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """The first output (logits, if there are any) in eval mode, on the CPU; the mode is kept.
+    """The first output that is no loss (logits, if there are any) in eval mode, on the CPU; each
+    module keeps its mode.
 
-    Floating-point inputs are cast to the model's dtype.
+    Floating-point inputs are cast to the model's dtype. They may hold labels, of which some models
+    make the inputs of a decoder.
+
+    Raises:
+        ValueError: if the model gives nothing but a loss.
     """
-    training = model.training
-    try:
-        batch = {name: _placed(value, model) for name, value in inputs.items()}
-        return model.eval()(**batch)[0].cpu()
-    finally:
-        model.train(training)
+    batch = {name: _placed(value, model) for name, value in inputs.items()}
+    with eval_mode(model):
+        given = model(**batch)
+    named = given if isinstance(given, Mapping) else dict(enumerate(given))
+    for name, output in named.items():
+        if "loss" not in str(name) and isinstance(output, Tensor) and output.dim() > 0:
+            return output.cpu()
+    raise ValueError(
+        f"{type(model).__name__} gives only a loss for inputs with {', '.join(inputs)}; two models "
+        "are compared by their logits. Leave out the labels."
+    )
 
 
 def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -9,9 +9,10 @@ must be those of the model, or it is refused.
 """
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,14 @@ from qrefta.export.compare import example_inputs, output_difference, outputs
 from qrefta.export.gguf_vocab import add_vocabulary
 from qrefta.export.merge import Export, agreed
 from qrefta.export.modelfile import MODELFILE, modelfile
-from qrefta.export.write import Stored, dense_tensors, plain_tensors
+from qrefta.export.write import (
+    Stored,
+    check_exportable,
+    check_tokenizer,
+    dense_tensors,
+    plain_tensors,
+    tokenizer_notes,
+)
 from qrefta.files.sources import is_gguf, load_tokenizer, loaded_from, pretrained_source
 from qrefta.model.build import model_class
 from qrefta.nn.linear import AdaptedLinear
@@ -108,7 +116,8 @@ def export_gguf(
     The weights are written a tensor at a time: besides the model this takes the memory of its
     largest tensor in float32, twice. The file is then read by transformers, and by
     llama-cpp-python where it is installed, and their logits are compared with the model's before it
-    gets its name.
+    gets its name. For this transformers dequantizes the whole file, so a dense model is held
+    besides the given one.
 
     Llama, Mistral, Qwen 2 and 3, and Gemma 2 and 3 are written, without experts and images.
 
@@ -127,9 +136,9 @@ def export_gguf(
         The file's folder, the largest difference, and notes.
 
     Raises:
-        ValueError: for a model of another family or with settings that llama.cpp does not have, a
-            tokenizer that it cannot run, a file that exists, or logits that differ by more than
-            `tolerance`.
+        ValueError: for a model of another family, with offloaded parameters, or with settings that
+            llama.cpp does not have, a tokenizer that it cannot run, a file that exists, or logits
+            that differ by more than `tolerance`.
         ImportError: if the package gguf is not installed.
     """
     file = Path(file)
@@ -137,14 +146,18 @@ def export_gguf(
     if isinstance(model, str | Path):
         model = _loaded(model)
     family = _family(model.__class__.__name__)
+    check_exportable(model)
     config = model.config
     notes = _check_config(config, family)
+    _check_names(model, family)
+    notes += tokenizer_notes(model, tokenizer)
     tokenizer = tokenizer or load_tokenizer(loaded_from(model) or ".")
     if tokenizer is None:
         raise ValueError(
             "A GGUF file holds the tokenizer, and none was found with the model; give it as "
             "`tokenizer`."
         )
+    check_tokenizer(model, tokenizer)
     inputs = example_inputs(model) if inputs is None else inputs
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as folder:
@@ -330,6 +343,32 @@ def _add_settings(writer: Any, model: PreTrainedModel, family: _Family, type: Gg
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
 
 
+def _check_names(model: PreTrainedModel, family: _Family) -> None:
+    """Refuse a model with a tensor that files of its architecture do not have.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    name_of = _names(model.config, family)
+    for path, _ in plain_tensors(model, model.dtype, _sizes):
+        if name_of(path) is None:
+            raise ValueError(
+                f"{path} has no place in a GGUF file of {family.arch}: llama.cpp reads no such "
+                "tensor for this architecture, and takes the embeddings for the head. Give a model "
+                "without it (for a head: tie_word_embeddings=True), or serve the merged model by "
+                "other programs."
+            )
+
+
+def _names(config: Any, family: _Family) -> Callable[[str], str | None]:
+    """llama.cpp's name of a tensor; None if the architecture has none for it."""
+    import gguf
+
+    (arch,) = [key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.arch]
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    return partial(names.get_name, try_suffixes=(".weight", ".bias"))
+
+
 def _sizes(layer: AdaptedLinear, row: StackReport) -> dict[str, Tensor]:
     """The merged weight without storage."""
     return {"weight": torch.empty(layer.out_features, layer.in_features, device="meta")}
@@ -344,16 +383,13 @@ def _tensors(
         model, dtype, stored: see `qrefta.export.write.plain_tensors`.
         family: of the model.
     """
-    import gguf
-
     config: Any = model.config
-    (arch,) = [key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.arch]
-    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    name_of = _names(config, family)
     if _ropes(config)["full_attention"].get("rope_type") == "llama3":
         yield "rope_freqs.weight", _rope_factors(model)
     for path, tensor in plain_tensors(model, dtype, stored):
-        name = names.get_name(path, try_suffixes=(".weight", ".bias"))
-        assert name is not None, f"{path} has no name in {family.arch}"
+        name = name_of(path)
+        assert name is not None, "names were checked"
         if family.interleaved and ".attn_q." in name:
             tensor = _interleaved(tensor, config.num_attention_heads)
         elif family.interleaved and ".attn_k." in name:

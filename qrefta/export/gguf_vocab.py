@@ -50,20 +50,15 @@ def add_vocabulary(
 
     Args:
         writer: of the file.
-        tokenizer: of the model.
+        tokenizer: of the model; its token numbers are below `size`.
         size: of the model's vocabulary; tokens that the tokenizer has no text for are unused.
         generation: its further end tokens are ends of a turn.
 
     Raises:
-        ValueError: for a tokenizer that llama.cpp cannot run, or with more tokens than the model.
+        ValueError: for a tokenizer that llama.cpp cannot run.
     """
     state = _backend_state(tokenizer)
     model = state["model"]
-    if max(tokenizer.get_vocab().values()) >= size:
-        raise ValueError(
-            f"The tokenizer has the token number {max(tokenizer.get_vocab().values())} and the "
-            f"model's vocabulary {size} tokens; give the model's tokenizer as `tokenizer`."
-        )
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     if model["byte_fallback"]:
         vocabulary = _vocabulary(tokenizer, size, _scores(merges))
@@ -175,15 +170,36 @@ def _scores(merges: list[list[str]]) -> dict[str, float]:
 
 
 def _prefixes_space(state: dict[str, Any]) -> bool:
-    """Whether the tokenizer puts a space before a text."""
-    steps = [state.get("normalizer"), state.get("pre_tokenizer")]
-    for step in steps:
-        for part in (step or {}).get("normalizers", [step] if step else []):
-            if part["type"] == "Prepend":
-                return True
-            if part["type"] == "Metaspace":
-                return part.get("prepend_scheme", "always") != "never"
+    """Whether a SentencePiece tokenizer puts a space before a text.
+
+    Raises:
+        ValueError: if it splits text by anything but spaces, which llama.cpp does not.
+    """
+    splits = _steps(state["pre_tokenizer"])
+    for step in splits:
+        by_spaces = step["type"] == "Split" and step["pattern"] == {"String": " "}
+        if step["type"] != "Metaspace" and not by_spaces:
+            raise ValueError(
+                f"The tokenizer splits text by {json.dumps(step)} before its merges, and llama.cpp "
+                "splits a text for SentencePiece's merges by nothing but spaces: it would make "
+                "other tokens."
+            )
+    for step in [*_steps(state["normalizer"]), *splits]:
+        if step["type"] == "Prepend":
+            return True
+        if step["type"] == "Metaspace":
+            return step.get("prepend_scheme", "always") != "never"
     return False
+
+
+def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The steps of a normalizer or a pre-tokenizer, sequences in it laid flat."""
+    if part is None:
+        return []
+    if part["type"] != "Sequence":
+        return [part]
+    inner = part.get("normalizers") or part.get("pretokenizers") or []
+    return [step for each in inner for step in _steps(each)]
 
 
 def _split_name(pre_tokenizer: dict[str, Any] | None) -> str:
@@ -192,15 +208,22 @@ def _split_name(pre_tokenizer: dict[str, Any] | None) -> str:
     Raises:
         ValueError: if it has no name for it.
     """
-    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer] if pre_tokenizer else [])
+    steps = _steps(pre_tokenizer)
     kinds = [step["type"] for step in steps]
+    if kinds[-1:] == ["ByteLevel"] and steps[-1]["add_prefix_space"]:
+        raise ValueError(
+            "The tokenizer puts a space before a text (ByteLevel, add_prefix_space=True), which "
+            "llama.cpp does not for byte-level BPE: it would make other tokens. Give a tokenizer "
+            "with add_prefix_space=False as `tokenizer`, if the model works with it."
+        )
     if kinds == ["ByteLevel"] and steps[0]["use_regex"]:
         return _GPT2
-    if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
+    if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and steps[1]["use_regex"]:
         return "smollm"
-    if kinds == ["Split", "ByteLevel"]:
+    if kinds == ["Split", "ByteLevel"] and not steps[1]["use_regex"]:
         name = _SPLITS.get(steps[0]["pattern"].get("Regex"))
-        if name is not None:
+        whole = steps[0]["behavior"] == "Isolated" and not steps[0]["invert"]
+        if name is not None and whole:
             return name
     raise ValueError(
         f"The tokenizer splits text by {json.dumps(pre_tokenizer)}, which has no name in GGUF "

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import BitsAndBytesConfig, Conv1D, PreTrainedModel
+from transformers import BitsAndBytesConfig, Conv1D, PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta._compat.transformers import float32_under_float16
 from qrefta.choices import BITSANDBYTES_TYPES, LORA_BASES, LoraBase
@@ -27,10 +27,25 @@ from qrefta.export.merge import (
     agreed,
     check_floating,
 )
-from qrefta.export.updates import Update, layer_updates, starting_factors
-from qrefta.export.write import copy_tokenizer, plain_config, write_model
+from qrefta.export.updates import (
+    Update,
+    check_original,
+    check_start,
+    layer_updates,
+    starting_factors,
+)
+from qrefta.export.write import (
+    check_exportable,
+    check_tokenizer,
+    copy_tokenizer,
+    plain_config,
+    tokenizer_notes,
+    write_model,
+)
+from qrefta.files.code import is_trusted
 from qrefta.files.folders import new_folder
 from qrefta.files.safetensors import write_shard
+from qrefta.files.sources import is_gguf, pretrained_source
 from qrefta.hf_config import QReftaConfig
 from qrefta.hf_quantizer import prepared_config
 from qrefta.methods import METHODS
@@ -78,7 +93,7 @@ _USE = """```python
 from peft import PeftModel
 from transformers import AutoModel  # or the class with the head
 
-model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), "this-folder")
+model = PeftModel.from_pretrained(AutoModel.from_pretrained({base}), "this-folder")
 ```"""
 
 
@@ -91,6 +106,7 @@ def export_lora(
     start: PreTrainedModel | str | Path | None = None,
     rank: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     inputs: Mapping[str, Any] | None = None,
     tolerance: float | None = None,
     progress: bool = True,
@@ -114,19 +130,25 @@ def export_lora(
         rank: of the LoRA; default: the width of the factors, for "original" twice that. The part
             that is left out is measured.
         dtype: of the LoRA, and of the base's dense parameters.
+        tokenizer: written with both; default: the one that the model was loaded with. Give it if
+            tokens were added.
         inputs: a batch to compare logits on; default: see `qrefta.export.compare.example_inputs`.
         tolerance: largest relative difference of the logits; beyond it nothing is written. Default:
             0.15 if the result differs by rounding only, else 0.5.
         progress: show a progress bar over the linear layers, if they take more than two seconds.
 
     Raises:
-        ValueError: if the model is not prepared, a setting is not allowed, the original or the
-            start is not the model that was prepared, `out` is not empty, or the logits differ by
-            more than `tolerance`.
+        ValueError: if the model is not prepared, parameters are offloaded, a setting is not
+            allowed, the original or the start is not the model that was prepared, `out` is not
+            empty, the tokenizer has more tokens than the model, or the logits differ by more than
+            `tolerance`.
         ImportError: if PEFT is not installed.
     """
     config = prepared_config(model)
+    check_exportable(model)
     _check_settings(config, base, rank, dtype)
+    if tokenizer is not None:
+        check_tokenizer(model, tokenizer)
     bare: PreTrainedModel | None = None
     starts: Iterator[Factors] | None = None
     notes: list[str] = []
@@ -136,7 +158,11 @@ def export_lora(
             if isinstance(start, str | Path):
                 read_config(start)  # refuses a folder that holds no prepared model
                 start = type(model).from_pretrained(start)
+            if start is not None:
+                check_start(start, config)
             starts = starting_factors(model, config, bare, start)
+        else:
+            check_original(model, config, bare)
     bar = tqdm(
         layer_updates(model, config, starts, rank),
         total=sum(len(row.stack.modules) for row in config.stacks if row.rank),
@@ -149,7 +175,7 @@ def export_lora(
         source = str(original or config.base_model)
         if bare is None:
             source = str(Path(out) / "base")
-            bare = _write_base(model, config, folder / "base", base, dtype)
+            bare = _write_base(model, config, folder / "base", base, dtype, tokenizer)
         written = _write_adapter(model, config, folder, bar, source, dtype)
         if base == "original":
             bare = _moved(bare, dtype)
@@ -157,12 +183,20 @@ def export_lora(
         default = ROUNDING_TOLERANCE if exact else APPROXIMATION_TOLERANCE
         difference = _difference(model, _with_adapter(bare, folder), inputs, base)
         agreed(difference, default if tolerance is None else tolerance, _FIXES[base])
-        copy_tokenizer(model, folder)
+        copy_tokenizer(model, folder, tokenizer)
         largest = max(written.ranks)
         text = f"This is the trained part as a LoRA of rank {largest} on {_DESCRIPTIONS[base]}."
-        write_card(folder, config, text, _USE.replace("{base}", source), library="peft")
-    notes += _notes(config, written.ranks, base)
+        write_card(folder, config, text, _use(source), library="peft")
+    notes += _notes(config, written.ranks, base) + tokenizer_notes(model, tokenizer)
     return Export(Path(out), difference, written.error, notes)
+
+
+def _use(source: str) -> str:
+    """Code that loads the base and the adapter."""
+    named = f'"{source}"'
+    if is_gguf(source):
+        named = f'"{Path(source).parent}", gguf_file="{Path(source).name}"'
+    return _USE.replace("{base}", named)
 
 
 def _original(
@@ -176,7 +210,7 @@ def _original(
         )
     model_class: Any = type(model)  # the annotation of from_pretrained knows no loading info
     bare, loaded = model_class.from_pretrained(
-        source,
+        **pretrained_source(source, is_trusted(model)),
         config=plain_config(model, model.dtype, None),
         dtype=model.dtype,
         ignore_mismatched_sizes=True,
@@ -231,13 +265,18 @@ def _check_original(
 
 
 def _write_base(
-    model: PreTrainedModel, config: QReftaConfig, folder: Path, base: LoraBase, dtype: torch.dtype
+    model: PreTrainedModel,
+    config: QReftaConfig,
+    folder: Path,
+    base: LoraBase,
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> PreTrainedModel:
     """Write the residuals as a plain model, and load it."""
     folder.mkdir()
     write_card(folder, config, f"This is {_BASES[base]}, without the factors.", _BASE_USE)
     if base == "residual":
-        write_model(model, folder, dtype, _residual_tensors)
+        write_model(model, folder, dtype, _residual_tensors, tokenizer=tokenizer)
         return _moved(type(model).from_pretrained(folder, dtype=dtype), model.device)
     dense = _kept_dense(model, config)
     fmt = QuantFormat.of(config.settings)
@@ -256,7 +295,7 @@ def _write_base(
             return _residual_tensors(layer, row)
         return _bnb_tensors(layer)
 
-    write_model(model, folder, dtype, stored, quantization)
+    write_model(model, folder, dtype, stored, quantization, tokenizer=tokenizer)
     return type(model).from_pretrained(folder, dtype=dtype, device_map={"": model.device})
 
 
@@ -383,6 +422,8 @@ def _lora_config(
     others = {path: rank for path, rank in ranks.items() if rank != most_common}
     name = type(model).__name__
     tasks = [task for suffix, task in _TASKS.items() if name.endswith(suffix)]
+    if tasks == ["SEQ_2_SEQ_LM"] and not model.config.is_encoder_decoder:
+        tasks = ["CAUSAL_LM"]  # images and text in, text out (Llava)
     if model.main_input_name != "input_ids":
         tasks = []  # PEFT's wrapper of a task passes input_ids to the model
     return peft.LoraConfig(

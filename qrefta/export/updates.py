@@ -18,13 +18,21 @@ from transformers import PreTrainedModel
 
 from qrefta.config import StackReport
 from qrefta.hf_config import QReftaConfig
+from qrefta.hf_quantizer import is_prepared, prepared_config
 from qrefta.linalg.slices import Slices
-from qrefta.linalg.tsvd import t_svd
+from qrefta.linalg.tsvd import squared_norm, t_svd
 from qrefta.model.stacks import model_weights
 from qrefta.nn.factors import Factors, LowRankFactors
 from qrefta.nn.linear import AdaptedLinear, adapted_layer
 from qrefta.nn.quantized import FrozenWeight
 from qrefta.split.residual import split_layers, split_stack
+
+# A squared error may differ by this much from the one that preparing measured. On tiny models the
+# two were equal in the same dtype; with weights that were prepared in float32 and loaded in bf16
+# they differed by up to 2e-3 of the error and 2e-5 of the weights' squared norm. Weights that
+# another fine-tuning moved by 1 % of their norm are beyond it.
+_ERROR_SHARE = 5e-3
+_NORM_SHARE = 1e-5
 
 
 class Update(NamedTuple):
@@ -120,8 +128,89 @@ def starting_factors(
             residuals = [layer.frozen_weight() for layer in begun]
             factors = begun[0].factors
         _check_same(row, layers, residuals)
+        if start is not None:
+            _check_error(row, bare, layers, factors)
         assert factors is not None, "a stack with a rank has factors"
         yield factors
+
+
+def check_start(start: PreTrainedModel, config: QReftaConfig) -> None:
+    """Refuse a start that was not prepared as the model.
+
+    Args:
+        start: the prepared model before training.
+        config: of the trained model.
+
+    Raises:
+        ValueError: if it is dense, or has other stacks or settings of the split.
+    """
+    if not is_prepared(start):
+        raise ValueError(
+            f"The start is a {type(start).__name__} that is not prepared; give the prepared model "
+            "before training, or its folder, as `start`."
+        )
+    given = prepared_config(start)
+    for name in ("method", "bits", "quant_type"):
+        theirs = getattr(given.settings, name)
+        ours = getattr(config.settings, name)
+        if theirs != ours:
+            raise ValueError(
+                f"The start was prepared with {name} {theirs!r} and the model with {ours!r}; give "
+                "the prepared model before training, or its folder, as `start`."
+            )
+    stacks = [(row.stack, row.rank) for row in given.stacks]
+    if stacks != [(row.stack, row.rank) for row in config.stacks]:
+        raise ValueError(
+            "The start has other linear layers or ranks than the model; give the prepared model "
+            "before training, or its folder, as `start`."
+        )
+
+
+@torch.no_grad()
+def check_original(model: PreTrainedModel, config: QReftaConfig, bare: PreTrainedModel) -> None:
+    """Refuse an original that a model with a method which starts from zero was not prepared from.
+
+    Raises:
+        ValueError: naming the stack and both errors.
+    """
+    for row in config.stacks:
+        layers = [adapted_layer(model, path) for path in row.stack.adapted]
+        _check_error(row, bare, layers, None)
+
+
+def _check_error(
+    row: StackReport, bare: PreTrainedModel, layers: list[AdaptedLinear], factors: Factors | None
+) -> None:
+    """Refuse weights whose distance from the stored ones is not the error that preparing measured.
+
+    It is the squared norm of W_l - dequant(Q_l) - Delta_l over all layers, for every method, with
+    calibration and after refits. With 16 bits it is 0.
+
+    Args:
+        row: the stack as it was prepared.
+        bare: the original model.
+        layers: of the prepared model.
+        factors: at the start; None if their Delta_l is zero.
+
+    Raises:
+        ValueError: naming the stack and both errors.
+    """
+    weights = model_weights(bare, row.stack)
+    error = 0.0
+    norm = 0.0
+    for index, layer in enumerate(layers):
+        weight = weights.layer(index)
+        norm += squared_norm(weight)
+        weight.sub_(layer.residual(torch.float32).to(weight.device))
+        if factors is not None:
+            weight.sub_(factors.delta(index).to(weight.device))
+        error += squared_norm(weight)
+    if abs(error - row.residual_error) > _ERROR_SHARE * row.residual_error + _NORM_SHARE * norm:
+        raise ValueError(
+            f"The stored weights of {row.stack.name} are {error:.4g} (squared norm) away from the "
+            f"original's, and were {row.residual_error:.4g} away from those that were prepared: it "
+            "was prepared from another model. Give that model as `original`."
+        )
 
 
 def _check_same(

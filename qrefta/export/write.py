@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from accelerate.utils.modeling import convert_file_size_to_int
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qrefta._compat.transformers import (
@@ -19,6 +19,7 @@ from qrefta._compat.transformers import (
     write_code,
 )
 from qrefta.config import StackReport
+from qrefta.files.code import is_trusted
 from qrefta.files.safetensors import (
     SINGLE,
     ShardWriter,
@@ -27,15 +28,35 @@ from qrefta.files.safetensors import (
     resolve_folder,
     write_index,
 )
-from qrefta.files.sources import is_gguf, save_tokenizer
+from qrefta.files.sources import is_gguf, loaded_from, pretrained_source, save_tokenizer
 from qrefta.hf_quantizer import is_prepared, prepared_config
+from qrefta.model.check import check_in_memory
 from qrefta.model.names import stored_together
 from qrefta.nn.experts import expert_path
 from qrefta.nn.factors import BANK
-from qrefta.nn.linear import AdaptedLinear, adapted_layer
+from qrefta.nn.linear import AdaptedLinear, adapted_layer, has_adapted_layer
+
+LOAD_WHOLE = "Load it whole, without offloading."
 
 # The tensors of an adapted linear layer, without its bias, by their names in the module.
 Stored = Callable[[AdaptedLinear, StackReport], Mapping[str, Tensor]]
+
+
+def check_exportable(model: PreTrainedModel) -> None:
+    """Refuse a dense or prepared model that cannot be written.
+
+    Raises:
+        ValueError: if parameters have no values, or an earlier merge in place was interrupted.
+    """
+    check_in_memory(model, LOAD_WHOLE)
+    stacks = prepared_config(model).stacks if is_prepared(model) else []
+    for row in stacks:
+        for path in row.stack.adapted:
+            if not has_adapted_layer(model, path):
+                raise ValueError(
+                    f"{path} is dense already: an earlier merge in place was interrupted. Call "
+                    "qrefta.merge(model) again, which finishes it, or load the model again."
+                )
 
 
 def write_model(
@@ -45,8 +66,9 @@ def write_model(
     stored: Stored,
     quantization: QuantizationConfigMixin | None = None,
     max_shard_size: int | str = "2GB",
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Write a prepared model as a plain transformers folder, with the tokenizer it came with.
+    """Write a prepared model as a plain transformers folder, with its tokenizer.
 
     Args:
         model: prepared.
@@ -56,6 +78,11 @@ def write_model(
         stored: gives the tensors of an adapted linear layer.
         quantization: the config that makes transformers load these tensors.
         max_shard_size: bytes of one file, or text such as "5GB".
+        tokenizer: see `copy_tokenizer`.
+
+    Raises:
+        ValueError: before a tensor is written, if the generation settings are not valid, or
+            bitsandbytes cannot hold the model's layers.
     """
     together = stored_together(model)
     if together and quantization is not None:
@@ -64,6 +91,12 @@ def write_model(
             f"({', '.join(next(iter(together.values())))}), which bitsandbytes' format cannot; "
             'give base="residual".'
         )
+    copy_tokenizer(model, folder, tokenizer)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)  # transformers refuses invalid settings
+    config = plain_config(model, dtype, quantization)
+    write_code(model, folder, config)
+    replace_text(folder / "config.json", config.to_json_string(use_diff=True))
     writer = ShardWriter(folder, "model-", convert_file_size_to_int(max_shard_size))
     waiting: dict[str, Tensor] = {}
     for name, tensor in plain_tensors(model, dtype, stored, quantization is not None):
@@ -77,12 +110,6 @@ def write_model(
         (folder / files[0]).rename(folder / SINGLE)
     else:
         write_index(folder, files)
-    copy_tokenizer(model, folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
-    config = plain_config(model, dtype, quantization)
-    write_code(model, folder, config)
-    replace_text(folder / "config.json", config.to_json_string(use_diff=True))
 
 
 def dense_tensors(layer: AdaptedLinear, row: StackReport) -> dict[str, Tensor]:
@@ -105,16 +132,68 @@ def plain_config(
     return config
 
 
-def copy_tokenizer(model: PreTrainedModel, folder: Path) -> None:
-    """Copy the tokenizer and the other small files of the folder that the model was loaded from."""
-    source = model.name_or_path
-    if not source:
-        return
+def copy_tokenizer(
+    model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Copy the tokenizer and the other small files of the folder that the model was loaded from.
+
+    Args:
+        model: dense or prepared.
+        folder: to write to.
+        tokenizer: written in place of the one that the model was loaded with.
+    """
+    source = model.name_or_path or ""
     if is_gguf(source):
-        save_tokenizer(source, folder)
-        return
-    with suppress(ValueError):  # made in this process: neither a folder nor on the hub
-        copy_companions(resolve_folder(source, weights=False), folder)
+        if tokenizer is None:
+            save_tokenizer(source, folder)
+    elif source:
+        with suppress(ValueError):  # made in this process: neither a folder nor on the hub
+            copy_companions(resolve_folder(source, weights=False), folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer with tokens that the model has no embeddings for.
+
+    The other way is allowed: many models have more embeddings than tokens, for even sizes.
+
+    Raises:
+        ValueError: naming the largest token number and the size of the model's vocabulary.
+    """
+    largest = max(tokenizer.get_vocab().values())
+    size = vocabulary_size(model.config)
+    if size is not None and largest >= size:
+        raise ValueError(
+            f"The tokenizer has the token number {largest} and the model's vocabulary {size} "
+            "tokens; give the model's tokenizer as `tokenizer`."
+        )
+
+
+def tokenizer_notes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+    """A note if the model was resized after its folder was loaded, and no tokenizer was given.
+
+    The tokenizer in the folder does not know tokens that were added since.
+    """
+    source = loaded_from(model)
+    if tokenizer is not None or not source:
+        return []
+    with suppress(ValueError, OSError, ImportError):
+        named = pretrained_source(source, is_trusted(model))
+        before = vocabulary_size(type(model.config).from_pretrained(**named))
+        now = vocabulary_size(model.config)
+        if before != now:
+            return [
+                f"the model's vocabulary has {now} tokens, and {before} in {source}, where the "
+                "tokenizer was taken from: if tokens were added, give the tokenizer that has them "
+                "as tokenizer="
+            ]
+    return []
+
+
+def vocabulary_size(config: PretrainedConfig) -> int | None:
+    """Rows of a model's embeddings of tokens; None without such embeddings."""
+    return getattr(config.get_text_config(), "vocab_size", None)
 
 
 def wanted_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:

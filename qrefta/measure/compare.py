@@ -1,7 +1,7 @@
 """How much of a model is kept: perplexity, and KL divergence to a reference, on texts."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from qrefta.measure.divergence import (
 )
 from qrefta.measure.sources import load_causal_model, load_tokenizer, source_name
 from qrefta.measure.texts import cut_windows, read_text
+from qrefta.model.modes import eval_mode
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,7 @@ def _measure(models: Sequence[PreTrainedModel], windows: Iterable[Tensor]) -> di
     """The measured entries of a `TextComparison`, for a model and, if given, its reference."""
     with ExitStack() as stack:
         for model in models:
-            stack.enter_context(_eval_mode(model))
+            stack.enter_context(eval_mode(model))
         if len(models) == 1:
             return _perplexity_entries(_model_losses(models[0], windows))
         return _comparison_entries(_statistics(models[0], models[1], windows))
@@ -284,18 +285,6 @@ def _with_stderr(value: float | None, stderr: float | None) -> str:
     if stderr is None:
         return f"{value:.4g}"
     return f"{value:.4g} ± {float(f'{stderr:.2g}'):g}"  # 160, not 1.6e+02
-
-
-@contextmanager
-def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Put the model in eval mode within this context; afterwards each module has its mode again."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _check_finite(name: str, values: Tensor) -> None:

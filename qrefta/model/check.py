@@ -27,6 +27,24 @@ FRESH_BYTES = 1 << 30
 FRESH_SHARE = 4
 
 
+def check_in_memory(model: nn.Module, fix: str) -> None:
+    """Refuse a model with parameters on the meta device, which hold no values.
+
+    Args:
+        model: dense or prepared.
+        fix: a sentence for the error message.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if absent:
+        raise ValueError(
+            f"{len(absent)} parameters are on the meta device ({absent[0]}, ...): the model has no "
+            f"weights, or accelerate or a device_map offloads them. {fix}"
+        )
+
+
 def check_files(files: list[str], source: str | Path | None) -> None:
     """Refuse files that are not whole safetensors files in the folder that is loaded.
 

@@ -90,7 +90,8 @@ def restore_fused(
 ) -> None:
     """Replace the linear layers of a fused parameter by the parameter.
 
-    The forward pass is transformers' default again.
+    The forward pass is transformers' default again. The linear layers go last, so an interrupted
+    call can be repeated.
 
     Args:
         experts: an adapted experts module.
@@ -107,9 +108,9 @@ def restore_fused(
             fused = weight.new_empty(count, *weight.shape, dtype=dtype)
         fused[expert] = weight
     assert fused is not None, "an experts module has experts"
-    delattr(experts, name + _SUFFIX)
     experts.register_parameter(name, nn.Parameter(fused))
     _use(experts, _DEFAULT)
+    delattr(experts, name + _SUFFIX)
 
 
 def fused_inputs(

@@ -130,6 +130,14 @@ class AdaptedLinear(nn.Module):
         return f"{sizes}, {stored}, rank={rank}"
 
 
+def has_adapted_layer(model: nn.Module, path: str) -> bool:
+    """Whether a model has an adapted linear layer at a module path."""
+    try:
+        return isinstance(model.get_submodule(path), AdaptedLinear)
+    except AttributeError:
+        return False
+
+
 def adapted_layer(model: nn.Module, path: str) -> AdaptedLinear:
     """The adapted linear layer at a module path of a prepared model."""
     layer = model.get_submodule(path)

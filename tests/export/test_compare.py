@@ -3,10 +3,17 @@
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import BertForSequenceClassification, PreTrainedTokenizerFast
 
 from qrefta.export.compare import example_inputs, output_difference, outputs
-from tests.models import ARCHITECTURES, logits, tiny_bert, tiny_segformer, tiny_whisper
+from tests.models import (
+    ARCHITECTURES,
+    logits,
+    tiny_bert,
+    tiny_segformer,
+    tiny_t5,
+    tiny_whisper,
+)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -58,6 +65,44 @@ def test_outputs_keep_the_mode_and_take_half_models():
     assert not model.training
     vit = ARCHITECTURES["vit"]().bfloat16()
     assert outputs(vit, example_inputs(vit)).dtype == torch.bfloat16
+
+
+def test_outputs_keep_the_mode_of_each_module():
+    """A frozen part may be in eval mode while the rest trains."""
+    model = tiny_bert().train()
+    model.bert.embeddings.eval()
+    modes = [module.training for module in model.modules()]
+    outputs(model, example_inputs(model))
+    assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_labels_in_the_inputs_do_not_make_the_loss_the_output(return_dict):
+    """Two models with the same loss may have different logits."""
+    model = tiny_bert()
+    model.config.return_dict = return_dict
+    batch = example_inputs(model)
+    found = outputs(model, batch | {"labels": torch.tensor([0, 2])})
+    assert torch.equal(found, outputs(model, batch))
+    assert found.shape == (2, 3)
+
+
+def test_a_decoders_inputs_may_come_from_labels():
+    model = tiny_t5()
+    batch = example_inputs(model)
+    batch["labels"] = batch.pop("decoder_input_ids")
+    assert outputs(model, batch).shape == (2, 16, model.config.vocab_size)
+
+
+def test_a_model_that_gives_only_a_loss_is_refused():
+    class OnlyLoss(BertForSequenceClassification):
+        def forward(self, **batch):
+            return {"loss": super().forward(**batch).loss}
+
+    model = OnlyLoss(tiny_bert().config)
+    batch = example_inputs(model) | {"labels": torch.tensor([0, 2])}
+    with pytest.raises(ValueError, match=r"only a loss for inputs with input_ids, labels;.*Leave"):
+        outputs(model, batch)
 
 
 def test_the_difference_is_relative_and_infinite_for_nan():

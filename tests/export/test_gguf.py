@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import gguf
 import pytest
 import torch
-from tokenizers import pre_tokenizers, processors
+from tokenizers import Regex, pre_tokenizers, processors
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama import LlamaTokenizer
@@ -325,6 +325,106 @@ def test_tokenizers_that_llama_cpp_cannot_run_are_refused(tmp_path):
     with pytest.raises(ValueError, match="none was found with the model"):
         export_gguf(model, tmp_path / "m.gguf")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([pre_tokenizers.ByteLevel(add_prefix_space=True)], "puts a space before a text"),
+        (
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=True),
+            ],
+            "puts a space before a text",
+        ),
+        (
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ],
+            "has no name in GGUF",
+        ),
+        (
+            [
+                pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="merged_with_next"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ],
+            "MergedWithNext.*has no name in GGUF",
+        ),
+        (
+            [
+                pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ],
+            "Removed.*has no name in GGUF",
+        ),
+        (
+            [
+                pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ],
+            "has no name in GGUF",
+        ),
+    ],
+)
+def test_splits_that_only_look_like_a_known_one_are_refused(steps, message, tmp_path):
+    tokenizer = byte_level_tokenizer()
+    whole = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
+    tokenizer.backend_tokenizer.pre_tokenizer = whole
+    with pytest.raises(ValueError, match=message):
+        export_gguf(language_model("llama")[0], tmp_path / "m.gguf", tokenizer=tokenizer)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("scheme", ["always", "never"])
+def test_sentencepieces_space_is_seen_in_a_sequence(scheme, tmp_path):
+    model, tokenizer = language_model("llama, sentencepiece")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)]
+    )
+    export_gguf(model, tmp_path / "m.gguf", "f16", tokenizer=tokenizer)
+    found = fields(tmp_path / "m.gguf")["tokenizer.ggml.add_space_prefix"]
+    assert found == (scheme == "always")
+
+
+def test_a_split_before_sentencepieces_merges_is_refused(tmp_path):
+    model, tokenizer = language_model("llama, sentencepiece")
+    metaspace = tokenizer.backend_tokenizer.pre_tokenizer
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, metaspace])
+    with pytest.raises(ValueError, match=r'splits text by .*"Digits".* by nothing but spaces'):
+        export_gguf(model, tmp_path / "m.gguf", tokenizer=tokenizer)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_head_that_the_architecture_does_not_have_is_refused(tmp_path):
+    """llama.cpp takes Gemma 2's embeddings for its head."""
+    model, tokenizer = changed("gemma2", tie_word_embeddings=False)
+    with pytest.raises(ValueError, match=r"lm_head.weight has no place in a GGUF file of gemma2:"):
+        export_gguf(model, tmp_path / "sub" / "m.gguf", tokenizer=tokenizer)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gemma_3_may_have_a_head(tmp_path):
+    model, tokenizer = changed("gemma3", tie_word_embeddings=False)
+    export_gguf(
+        model, tmp_path / "m.gguf", "f16", tokenizer=tokenizer, inputs=INPUTS, tolerance=0.003
+    )
+    tensors = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    assert {"output.weight", "token_embd.weight"} <= tensors
+
+
+def test_a_model_resized_after_it_was_loaded_is_noted_without_its_tokenizer(tmp_path):
+    model, tokenizer = language_model("llama")
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    model = type(model).from_pretrained(tmp_path / "dense")
+    assert export_gguf(model, tmp_path / "a" / "m.gguf").notes == []
+    model.resize_token_embeddings(VOCAB + 2, mean_resizing=False)
+    (note,) = export_gguf(model, tmp_path / "b" / "m.gguf").notes
+    assert f"has {VOCAB + 2} tokens, and {VOCAB} in {tmp_path / 'dense'}" in note
+    assert export_gguf(model, tmp_path / "c" / "m.gguf", tokenizer=tokenizer).notes == []
 
 
 def test_bad_calls_are_refused_before_anything_is_read(tmp_path, monkeypatch):

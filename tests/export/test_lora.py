@@ -11,8 +11,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import (
+    CLIPVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     SwiftFormerConfig,
     SwiftFormerForImageClassification,
 )
@@ -24,6 +27,7 @@ from qrefta.hf_quantizer import prepared_config
 from qrefta.nn.factors import BANK
 from qrefta.nn.linear import AdaptedLinear
 from tests.export.test_merge import take_steps
+from tests.language import write_gguf
 from tests.models import (
     ARCHITECTURES,
     VOCAB,
@@ -34,6 +38,7 @@ from tests.models import (
     tiny_llama,
     tiny_t5,
     tiny_whisper,
+    towers,
 )
 
 ADAPTER = "adapter_model.safetensors"
@@ -179,7 +184,9 @@ def test_a_change_is_cut_to_the_nearest_of_a_rank(tmp_path):
 def test_a_start_that_is_another_is_refused(tmp_path):
     """Another split, a calibrated one, or a start that its settings do not give."""
     model = trained(tmp_path / "original")
-    other = qrefta.prepare(type(model).from_pretrained(tmp_path / "original"), rank=5, refine=2)
+    other = qrefta.prepare(
+        type(model).from_pretrained(tmp_path / "original"), method="refta", rank=5, refine=2
+    )
     with pytest.raises(
         ValueError, match=r"packed weights of bert.* differ from the start's.*as `start`"
     ):
@@ -385,6 +392,124 @@ def test_another_original_is_refused(tmp_path):
         ValueError, match="does not name the model that it was prepared from; give it as `original`"
     ):
         qrefta.export_lora(unnamed, tmp_path / "lora", "original")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"bits": 16},
+        {"quant_type": "int4"},
+        {"method": "tera", "rank": 8},
+        {"calibration": True},
+    ],
+    ids=["windows", "16-bits", "int4", "tera", "calibrated"],
+)
+def test_another_original_of_the_same_shape_is_refused(settings, tmp_path):
+    """Factors that start from zero are without a trace of it; the quantization error has one.
+
+    The other is the same model after a fine-tuning that moves its weights by 1 %.
+    """
+    if settings.get("calibration"):
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(2, VOCAB, (8, 4, 16), generator=generator)
+        settings = {"calibration": [{"input_ids": rows} for rows in ids]}
+    settings = {"method": "windows", "rank": "auto", "refine": None} | settings
+    model = trained(tmp_path / "original", tiny_llama, **settings)
+    assert qrefta.export_lora(model, tmp_path / "lora", "original").difference < 0.5
+    other = LlamaForCausalLM.from_pretrained(tmp_path / "original")
+    for name, parameter in other.named_parameters():
+        if name.endswith("up_proj.weight"):
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+            parameter.data += 0.01 * noise * parameter.data.std()
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"up_proj are .*: it was prepared from another"):
+        qrefta.export_lora(model, tmp_path / "out", "original", original=tmp_path / "other")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_original_is_refused_with_a_start_too(tmp_path):
+    model = trained(tmp_path / "original", rank=5, refine=2)
+    start = qrefta.prepare(
+        type(model).from_pretrained(tmp_path / "original"), method="refta", rank=5, refine=2
+    )
+    qrefta.export_lora(model, tmp_path / "lora", "original", start=start)
+    other = type(model).from_pretrained(tmp_path / "original")
+    for parameter in other.parameters():
+        parameter.data *= 1.01
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="it was prepared from another model"):
+        qrefta.export_lora(
+            model, tmp_path / "out", "original", original=tmp_path / "other", start=start
+        )
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_a_model_prepared_in_float32_and_loaded_in_bf16_takes_its_original(bits, tmp_path):
+    model = trained(
+        tmp_path / "original", tiny_llama, bits=bits, method="windows", rank="auto", refine=None
+    )
+    model.save_pretrained(tmp_path / "prepared")
+    narrow = LlamaForCausalLM.from_pretrained(tmp_path / "prepared", dtype=torch.bfloat16)
+    assert qrefta.export_lora(narrow, tmp_path / "lora", "original").difference < 0.5
+
+
+def test_a_dense_start_or_one_with_other_settings_is_refused(tmp_path):
+    model = trained(tmp_path / "original")
+    dense = type(model).from_pretrained(tmp_path / "original")
+    with pytest.raises(ValueError, match=r"start is a BertFor\w+ that is not prepared; give the"):
+        qrefta.export_lora(model, tmp_path / "lora", "original", start=dense)
+    others = {
+        "bits 16 and the model with 4": {"rank": 5, "method": "refta", "bits": 16},
+        "method 'craft' and the model with 'refta'": {"rank": 5, "method": "craft"},
+        "other linear layers or ranks": {"rank": 3, "method": "refta"},
+    }
+    for message, settings in others.items():
+        start = qrefta.prepare(
+            type(model).from_pretrained(tmp_path / "original"), refine=0, **settings
+        )
+        with pytest.raises(ValueError, match=message):
+            qrefta.export_lora(model, tmp_path / "lora", "original", start=start)
+    assert not (tmp_path / "lora").exists()
+
+
+def test_the_original_may_be_a_gguf_file(tmp_path):
+    """The card says how its base is loaded."""
+    pytest.importorskip("gguf")
+    file = write_gguf(tmp_path / "dense").path
+    model = qrefta.prepare(LlamaForCausalLM.from_pretrained(file.parent, gguf_file=file.name))
+    take_steps(model)
+    written = qrefta.export_lora(model, tmp_path / "lora", "original", dtype=torch.float32)
+    assert written.difference < 0.5
+    card = (written.folder / "README.md").read_text()
+    assert f'from_pretrained("{file.parent}", gguf_file="tiny.gguf")' in card
+    base = LlamaForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+    found = outputs(PeftModel.from_pretrained(base, written.folder), example_inputs(model))
+    expected = outputs(model, example_inputs(model))
+    assert output_difference(found, expected) == pytest.approx(written.difference, rel=0.01)
+
+
+def test_a_decoder_that_takes_images_is_a_causal_language_model(tmp_path):
+    """T5's class ends in the same word, and is not."""
+    model = qrefta.prepare(tiny_llava(), progress=False)
+    batch = {"input_ids": torch.randint(2, 90, (2, 8)), "attention_mask": torch.ones(2, 8).long()}
+    qrefta.export_lora(model, tmp_path / "lora", inputs=batch)
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["task_type"] == "CAUSAL_LM"
+    qrefta.export_lora(trained(tmp_path / "t5", tiny_t5), tmp_path / "t5-lora")
+    config = json.loads((tmp_path / "t5-lora" / "adapter_config.json").read_text())
+    assert config["task_type"] == "SEQ_2_SEQ_LM"
+
+
+def tiny_llava():
+    vision = towers(16)["vision_config"]
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision),
+        text_config=LlamaConfig(**decoder_sizes(32)),
+        image_token_index=VOCAB - 1,
+        vision_feature_layer=-1,
+    )
+    return build(LlavaForConditionalGeneration, config)
 
 
 def test_a_full_folder_a_dense_model_and_no_factors_are_refused(tmp_path):

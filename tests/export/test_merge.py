@@ -3,15 +3,19 @@ import json
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_submodules
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import qrefta
 from qrefta.export import merge as export
-from qrefta.hf_quantizer import is_prepared
+from qrefta.export import write
+from qrefta.hf_quantizer import is_prepared, prepared_config
+from qrefta.nn import experts
 from qrefta.nn.factors import BANK
 from qrefta.nn.linear import AdaptedLinear
 from tests import models
@@ -21,16 +25,18 @@ from tests.models import (
     build,
     decoder_sizes,
     inputs,
+    language_tokenizer,
     logits,
     tiny_bert,
     tiny_gpt2,
     tiny_gte,
     tiny_llama,
+    tiny_mixtral,
     tiny_segformer,
 )
 from tests.peak import added_peak
 from tests.peculiar import tiny_deberta, tiny_marian, tiny_prophetnet
-from tests.tiny import tiny_folder
+from tests.tiny import tiny_folder, tiny_tokenizer
 
 all_architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
@@ -265,6 +271,88 @@ def test_modules_that_the_model_wants_in_float32_stay_in_float32(tmp_path):
         assert ours.dtype == theirs.dtype, name
 
 
+def test_merging_in_place_holds_one_linear_layer_in_float32():
+    """The dense model takes 2 bytes a weight; in float32 it would take 4."""
+    sizes = decoder_sizes(128, layers=12) | {"vocab_size": 32}
+    model = qrefta.prepare(build(LlamaForCausalLM, LlamaConfig(**sizes)), rank=4, refine=0)
+    weights = sum(row.weights for row in prepared_config(model).stacks)
+    assert added_peak(lambda: qrefta.merge(model)) < 2.3 * weights
+
+
+@pytest.mark.parametrize("make", [tiny_bert, tiny_gpt2, tiny_mixtral])
+@pytest.mark.parametrize("calls", range(1, 30, 4))
+def test_an_interrupted_merge_is_finished_by_the_next(make, calls, monkeypatch):
+    """Ctrl-C in any step: the layers that are dense already are left as they are."""
+    model = models.prepared(make, rank=5)
+    expected = qrefta.merge(copy.deepcopy(model)).state_dict()
+    interrupt_after(calls, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        qrefta.merge(model)
+    monkeypatch.undo()
+    merged = qrefta.merge(model).state_dict()
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
+    assert not is_prepared(model)
+    assert classes(model) == classes(make())
+
+
+def interrupt_after(calls, monkeypatch):
+    """Raise KeyboardInterrupt in one of the steps of a merge in place."""
+    left = [calls]
+
+    def counted(step):
+        def run(*args):
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            return step(*args)
+
+        return run
+
+    for owner, name in (
+        (export, "replace_module"),
+        (AdaptedLinear, "dense_weight"),
+        (experts, "_use"),
+        (export, "set_always_float32"),
+        (export, "wanted_dtype"),
+    ):
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
+
+
+def test_a_half_merged_model_is_not_written(tmp_path, monkeypatch):
+    model = prepared("llama_gqa")
+    interrupt_after(5, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        qrefta.merge(model)
+    monkeypatch.undo()
+    for export_to in (
+        lambda: qrefta.merge(model, out=tmp_path / "out"),
+        lambda: qrefta.export_lora(model, tmp_path / "out"),
+        lambda: qrefta.export_gguf(model, tmp_path / "out.gguf"),
+    ):
+        with pytest.raises(ValueError, match=r"merge in place was interrupted. Call qrefta.merge"):
+            export_to()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_offloaded_model_is_refused_and_left_as_it_was(tmp_path):
+    """Its parameters are on the meta device between two forward passes."""
+    model = prepared("llama_gqa")
+    expected = logits(model)
+    cpu_offload(model)
+    for export_to in (
+        lambda: qrefta.merge(model),
+        lambda: qrefta.merge(model, out=tmp_path / "out"),
+        lambda: qrefta.export_lora(model, tmp_path / "out"),
+        lambda: qrefta.export_gguf(model, tmp_path / "out.gguf"),
+    ):
+        with pytest.raises(ValueError, match=r"on the meta device .* offloads them. Load it whole"):
+            export_to()
+    assert not list(tmp_path.iterdir())
+    remove_hook_from_submodules(model)
+    assert torch.equal(logits(model), expected)
+
+
 # Written to a folder
 
 
@@ -376,3 +464,66 @@ def test_logits_that_differ_too_much_leave_nothing(tmp_path):
     with pytest.raises(ValueError, match="exists and is not empty"):
         qrefta.merge(model, out=tmp_path.parent)
     assert is_prepared(model)
+
+
+def test_invalid_generation_settings_are_found_before_a_tensor_is_written(tmp_path, monkeypatch):
+    """A temperature without sampling, which transformers does not save."""
+    model = prepared("llama_gqa")
+    model.generation_config.temperature = 0.5
+    written = []
+    monkeypatch.setattr(write.ShardWriter, "add", lambda *given: written.append(given))
+    with pytest.raises(ValueError, match="temperature"):
+        qrefta.merge(model, out=tmp_path / "out")
+    assert written == []
+    assert not list(tmp_path.iterdir())
+
+
+def with_added_tokens(folder):
+    """A prepared language model and its tokenizer, both with tokens that its folder has not."""
+    tiny_llama().save_pretrained(folder)
+    words = language_tokenizer()
+    words.save_pretrained(folder)
+    model = LlamaForCausalLM.from_pretrained(folder)
+    words.add_tokens(["<tool>", "</tool>"])
+    model.resize_token_embeddings(VOCAB + 8, mean_resizing=False)
+    return qrefta.prepare(model, progress=False), words
+
+
+def test_tokens_added_in_memory_are_in_the_written_tokenizer(tmp_path):
+    """Given as `tokenizer`; else a note names the difference."""
+    model, words = with_added_tokens(tmp_path / "dense")
+    for name, export_to in (
+        ("merged", lambda out, **given: qrefta.merge(model, out=out, **given)),
+        ("lora", lambda out, **given: qrefta.export_lora(model, out, **given)),
+    ):
+        written = export_to(tmp_path / name, tokenizer=words)
+        assert not any("tokens were added" in note for note in written.notes)
+        for folder in {written.folder, *written.folder.glob("base")}:
+            read = AutoTokenizer.from_pretrained(folder)
+            assert read("<tool>")["input_ids"] == [VOCAB]
+        without = export_to(tmp_path / f"{name}-without")
+        (note,) = [note for note in without.notes if "tokens were added" in note]
+        assert f"has {VOCAB + 8} tokens, and {VOCAB} in {tmp_path / 'dense'}" in note
+
+
+def test_a_model_with_more_embeddings_than_tokens_has_no_note(tmp_path):
+    """Sizes of embeddings are often rounded up."""
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    model = qrefta.prepare(LlamaForCausalLM.from_pretrained(tmp_path / "dense"), progress=False)
+    assert len(tiny_tokenizer()) < VOCAB
+    assert qrefta.merge(model, out=tmp_path / "out").notes == []
+    assert qrefta.merge(model, out=tmp_path / "given", tokenizer=tiny_tokenizer()).notes == []
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
+    model = prepared("llama_gqa")
+    words = language_tokenizer()
+    words.add_tokens(["<tool>"])
+    for export_to in (
+        lambda: qrefta.merge(model, out=tmp_path / "out", tokenizer=words),
+        lambda: qrefta.export_lora(model, tmp_path / "out", tokenizer=words),
+    ):
+        with pytest.raises(ValueError, match=f"number {VOCAB} and the model's vocabulary {VOCAB} "):
+            export_to()
+    assert not list(tmp_path.iterdir())
