@@ -6,6 +6,7 @@ from threading import Thread
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -99,9 +100,16 @@ class Conversation:
         if self.tokenizer.chat_template is None:
             encoded: Any = self.tokenizer(text, return_tensors="pt")
         else:
-            encoded = self.tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
+            try:
+                encoded = self.tokenizer.apply_chat_template(
+                    turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                )
+            except TemplateError as error:
+                hint = "" if self.system is None else "; leave out the system message (--system)"
+                raise ValueError(
+                    "The model's chat template does not take the conversation, whose turns are by "
+                    f"{', '.join(turn['role'] for turn in turns)}: {error}{hint}"
+                ) from error
         names = ("input_ids", "attention_mask")
         return {name: encoded[name].to(self.model.device) for name in names}
 

@@ -50,7 +50,8 @@ def read_recipe(file: Path, command: Command) -> dict[str, Any]:
     """The values of a recipe, by the names of the command's parameters.
 
     Raises:
-        ValueError: if the file is missing or no mapping, or a name is no option of the command.
+        ValueError: if the file is missing or no mapping, a name is no option of the command, or
+            two names are of the same option.
     """
     if not file.is_file():
         raise ValueError(f"There is no recipe {file}; give a YAML file, or MODEL, DATA and OUT")
@@ -63,14 +64,23 @@ def read_recipe(file: Path, command: Command) -> dict[str, Any]:
     names = {}
     for parameter in command.params:
         for option in (str(parameter.name), *parameter.opts):
-            names[_plain(option)] = str(parameter.name)
-    values = {}
+            names[_plain(option)] = parameter
+    values: dict[str, Any] = {}
+    written: dict[str, Any] = {}
     for name, value in content.items():
         if _plain(str(name)) not in names:
             allowed = ", ".join(sorted({_plain(str(known)) for known in names}))
             raise ValueError(f"{file} has {name!r}, which is no option; the options are {allowed}")
+        option = names[_plain(str(name))]
+        if option.name in written:
+            raise ValueError(
+                f"{file} has {written[option.name]!r} and {name!r}, which are the same option; "
+                "remove one"
+            )
+        written[option.name] = name
         if value is not None:
-            values[names[_plain(str(name))]] = value
+            several = getattr(option, "multiple", False) and not isinstance(value, list)
+            values[option.name] = [value] if several else value
     return values
 
 

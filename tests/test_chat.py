@@ -108,6 +108,16 @@ def test_bad_settings_are_named(folder, settings, message):
         conversation(folder, **settings)
 
 
+def test_a_system_message_that_the_template_does_not_take_is_an_error_in_words(folder):
+    told = conversation(folder, system="w9")
+    told.tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    )
+    message = r"turns are by system, user: no system role; leave out .*\(--system\)"
+    with pytest.raises(ValueError, match=message):
+        list(told.answer("w5"))
+
+
 def test_a_model_without_tokenizer_is_refused(tmp_path, monkeypatch, capsys):
     tiny_llama().save_pretrained(tmp_path)
     monkeypatch.setattr(sys, "argv", ["qrefta", "chat", str(tmp_path)])

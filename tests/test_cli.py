@@ -454,6 +454,43 @@ def test_the_settings_with_which_a_model_was_prepared_may_be_given_again(prepare
     assert not {"rank", "method", "quant-type", "calibration"} & recipe.keys()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            "--task sft --text-column a",
+            "--text-column is for the task classify and lm; the task is",
+        ),
+        ("--task lm --label-column a", "--label-column is for the task classify; the task is lm"),
+        ("--task dpo --header a", "--header is for the task classify; the task is dpo"),
+        ("--task lm --text-column a --text-column b", "the task lm reads one column"),
+        ("--loss last", "--loss last is for the task sft; the task is classify"),
+        ("--batch-size 0", "--batch-size is 0; it must be 1 or more"),
+        ("--gradient-accumulation 0", "--gradient-accumulation is 0; it must be 1 or more"),
+        ("--epochs -1", "--epochs is -1.0; it must be above 0, or give the steps"),
+        ("--epochs nan", "--epochs is nan; it must be above 0"),
+        ("--task lm --mix a.txt:2 --mix a.txt:3", "a.txt is given twice; give it once"),
+    ],
+)
+def test_options_without_effect_and_numbers_that_are_none_are_refused(options, message, tmp_path):
+    """Before data and model are read: there are none."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        invoke("finetune", "none", "none.csv", tmp_path / "out", *options.split())
+
+
+def test_running_text_is_read_from_the_named_column(language, tmp_path):
+    """Also of the further data sets; the other column has too few tokens to train on."""
+    folder = language / "dense"
+    files = []
+    for name in ("a", "b"):
+        rows = [{"title": "w1", "body": "w5 w6 w7 w8 " * 10}] * 8
+        files.append(tmp_path / f"{name}.jsonl")
+        files[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = f"--task lm --text-column body --max-length 32 --max-steps 1 --mix {files[1]}"
+    result = invoke("finetune", folder, files[0], tmp_path / "out", *options.split())
+    assert "Saved in" in result.output
+
+
 def test_warnings_are_one_line(dense, tmp_path, monkeypatch, capsys):
     words = ["plan", str(dense), "--seq", "32", "--transform", "dct"]
     monkeypatch.setattr(sys, "argv", ["qrefta", *words])

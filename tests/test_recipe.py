@@ -49,6 +49,12 @@ def test_a_recipe_gives_the_options_and_the_command_line_replaces_them(tmp_path,
     assert settings.target_modules == ("query", "key")
 
 
+def test_one_value_stands_for_a_list(tmp_path, recipe):
+    finetune(tmp_path, recipe | {"target": "query", "text-column": "text"})
+    settings = prepared_config(qrefta.load(tmp_path / "out")).settings
+    assert settings.target_modules == ("query",)
+
+
 def test_the_written_recipe_repeats_the_run(tmp_path, recipe):
     finetune(tmp_path, recipe, "--seed", "5")
     written = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
@@ -73,6 +79,10 @@ def test_a_failed_run_leaves_no_folder_in_the_way(tmp_path, recipe):
     ("change", "message"),
     [
         ({"rnak": 4}, "has 'rnak', which is no option; the options are .*rank"),
+        (
+            {"max_steps": 3},
+            "has 'max-steps' and 'max_steps', which are the same option; remove one",
+        ),
         ({"out": None}, "has no out; a recipe needs model, dataset, out"),
         ("- 4", "holds list; a recipe has lines `name: value`"),
         ("a: [", "is not YAML"),

@@ -90,6 +90,13 @@ class ToyForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None if labels is None else self.loss_function(logits, labels, logits.shape[-1])
         return CausalLMOutput(loss=loss, logits=logits)
 """
+TOKENIZER = """
+from transformers import PreTrainedTokenizerFast
+
+
+class ToyTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
 IDS = {"input_ids": torch.arange(3, 19).view(2, 8)}
 FILES = {"configuration_toy.py", "modeling_toy.py"}
 REFUSED = r"needs code that comes with it .*modeling_toy\.ToyForCausalLM.* trust_remote_code=True"
@@ -199,6 +206,15 @@ def test_evaluation_and_chat_take_the_consent(model, tmp_path):
         qrefta.compare(out, None, text)
     with pytest.raises(ValueError, match=REFUSED):
         conversation(str(out))
+    (out / "tokenization_toy.py").write_text(TOKENIZER)
+    file = out / "tokenizer_config.json"
+    code = {
+        "auto_map": {"AutoTokenizer": [None, "tokenization_toy.ToyTokenizer"]},
+        "tokenizer_class": "ToyTokenizer",
+    }
+    file.write_text(json.dumps(json.loads(file.read_text()) | code))
+    (same,) = qrefta.compare(out, None, text, window=16, trust_remote_code=True, progress=False)
+    assert same == row
 
 
 def test_a_run_trains_resumes_and_saves_the_code(model, tmp_path):

@@ -3,6 +3,7 @@
 import shlex
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +86,11 @@ def finetune(
     from qrefta.train.tasks.preference import load_rewards
 
     seed = settings["seed"]
+    _check_numbers(epochs, max_steps, batch_size, gradient_accumulation)
+    further = _weights(dataset, mix or [])
+    columns = _columns(task, text_column, label_column, header)
+    if loss != "all" and task != "sft":
+        raise ValueError(f"--loss {loss} is for the task sft; the task is {task}")
     rate = parse_rate(learning_rate)
     rewards = load_rewards(task, reward or ())
     options = _options_of_run(ctx, settings, trust_remote_code)
@@ -113,13 +119,10 @@ def finetune(
     state = processes()
     start = out / "start"  # the prepared model, for the other processes
     console.quiet = not state.is_main_process
-    columns = {}
-    if task == "classify":
-        columns = {"text_columns": text_column, "label_column": label_column, "header": header}
     with state.main_process_first():
         if state.is_main_process and not resume:
             _check_run(out)
-        data = _load_data(task, dataset, mix or [], seed, columns)
+        data = _load_data(task, dataset, further, seed, columns)
         processor = TASKS[task].processor.from_pretrained(
             **pretrained_source(model, trust_remote_code)
         )
@@ -169,18 +172,66 @@ def finetune(
     console.print(f"Saved in {out} ({megabytes(weights_bytes(out))})")
 
 
+def _check_numbers(
+    epochs: float, max_steps: int, batch_size: int, gradient_accumulation: int
+) -> None:
+    """Refuse a length of the run or a size of its steps that is none."""
+    counts = {"--batch-size": batch_size, "--gradient-accumulation": gradient_accumulation}
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be 1 or more")
+    if max_steps < 1 and not 0 < epochs < float("inf"):
+        raise ValueError(
+            f"--epochs is {epochs}; it must be above 0, or give the steps of the run by --max-steps"
+        )
+
+
+def _weights(dataset: str, mix: list[str]) -> dict[str | Path, float]:
+    """The further data sets of --mix and their weights."""
+    from qrefta.train.tasks.mixture import parse_weight
+
+    further: dict[str | Path, float] = {}
+    for source, weight in map(parse_weight, mix):
+        if source in (dataset, *further):
+            raise ValueError(
+                f"{source} is given twice; give it once, with a larger weight in --mix."
+            )
+        further[source] = weight
+    return further
+
+
+def _columns(
+    task: Task, text_column: list[str] | None, label_column: str | None, header: list[str] | None
+) -> dict[str, Any]:
+    """The options of columns, by their names in the task's loader."""
+    if task == "classify":
+        return {"text_columns": text_column, "label_column": label_column, "header": header}
+    given = {"--label-column": label_column, "--header": header}
+    if task != "lm":
+        given["--text-column"] = text_column
+    name = next((name for name, value in given.items() if value), None)
+    if name is not None:
+        also = " and lm" if name == "--text-column" else ""
+        raise ValueError(f"{name} is for the task classify{also}; the task is {task}")
+    if not text_column:
+        return {}
+    if len(text_column) > 1:
+        raise ValueError(f"--text-column is {text_column}; the task lm reads one column")
+    return {"column": text_column[0]}
+
+
 def _load_data(
-    task: Task, dataset: str, mix: list[str], seed: int, columns: dict[str, Any]
+    task: Task, dataset: str, mix: dict[str | Path, float], seed: int, columns: dict[str, Any]
 ) -> "DatasetDict | Mixture":
     """The data of the run: of one source, or of several with weights."""
     from qrefta.train.tasks import TASKS
-    from qrefta.train.tasks.mixture import Mixture, load_mixture, parse_weight
+    from qrefta.train.tasks.mixture import Mixture, load_mixture
 
-    load = TASKS[task].load
-    data = load(dataset, seed=seed, **columns)
+    load = partial(TASKS[task].load, **columns)
+    data = load(dataset, seed=seed)
     if not mix:
         return data
-    others = load_mixture(task, load, dict(map(parse_weight, mix)), seed)
+    others = load_mixture(task, load, mix, seed)
     return Mixture([data, *others.parts], [1.0, *others.weights])
 
 

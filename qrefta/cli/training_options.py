@@ -43,10 +43,12 @@ Mix = Annotated[
         "option for more."
     ),
 ]
-TextColumn = Annotated[list[str] | None, _data(help="Column with text; give two for pairs.")]
-LabelColumn = Annotated[str | None, _data(help="Column with classes.")]
+TextColumn = Annotated[
+    list[str] | None, _data(help="For classify and lm: column with text; give two for pairs.")
+]
+LabelColumn = Annotated[str | None, _data(help="For classify: column with classes.")]
 Header = Annotated[
-    list[str] | None, _data(help="Column names, in order, of a file without header.")
+    list[str] | None, _data(help="For classify: column names, in order, of a file without header.")
 ]
 MaxLength = Annotated[
     int | None,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, Features, Value, load_dataset
+from datasets import Dataset, DatasetDict, Features, LargeList, List, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from qrefta.files.csv_file import csv_rows
@@ -179,6 +179,26 @@ def _check_lines(file: Path) -> None:
                 raise ValueError(f"{shown}, is {line.strip()[:_SHOWN]!r}; it must be an object.")
 
 
+def as_written(row: dict[str, Any], features: Features) -> dict[str, Any]:
+    """A row without the keys that Arrow added: its structs have all keys of all rows, with None.
+
+    Nulls of JSON stay, also within a struct.
+    """
+    return {name: _without_nulls(value, features.get(name)) for name, value in row.items()}
+
+
+def _without_nulls(value: Any, feature: Any) -> Any:
+    if isinstance(feature, dict) and isinstance(value, dict):
+        return {
+            name: _without_nulls(one, feature[name])
+            for name, one in value.items()
+            if one is not None
+        }
+    if isinstance(feature, List | LargeList) and isinstance(value, list):
+        return [_without_nulls(one, feature.feature) for one in value]
+    return value
+
+
 def is_text(data: Dataset, column: str) -> bool:
     """Whether a column holds strings."""
     feature = data.features[column]
@@ -220,13 +240,20 @@ def text_columns(data: Dataset) -> list[str]:
     return [name for name in columns if is_text(data, name) and not is_number(data, name)]
 
 
-def text_column(data: Dataset, path: str | Path) -> str:
-    """The column of text: the column with a usual name, else the first column of strings, with a
-    warning if there are several.
+def text_column(data: Dataset, path: str | Path, name: str | None = None) -> str:
+    """The column of text: `name`, or else the column with a usual name, or else the first column of
+    strings, with a warning if there are several.
 
     Raises:
-        ValueError: if no column holds strings; it names `path`.
+        ValueError: if there is no column `name`, or no column holds strings; it names `path`.
     """
+    if name is not None:
+        found = find_column(data, name)
+        if found is None:
+            raise ValueError(
+                f"There is no column {name!r} in {path}; the columns are {data.column_names}"
+            )
+        return found
     for names in TEXT_NAMES:
         found = find_column(data, names[0])
         if len(names) == 1 and found is not None and is_text(data, found):

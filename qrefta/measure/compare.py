@@ -145,7 +145,7 @@ def compare(
     if not files:
         raise ValueError("no text is given; give at least one text file")
     contents = [read_text(file) for file in files]
-    tokenizer = tokenizer or _shared_tokenizer(model, reference)
+    tokenizer = tokenizer or _shared_tokenizer(model, reference, trust_remote_code)
     model_name = source_name(model)
     reference_name = None if reference is None else source_name(reference)
     models = [load_causal_model(model, device, trust_remote_code)]
@@ -173,13 +173,15 @@ def compare(
 
 
 def _shared_tokenizer(
-    model: PreTrainedModel | str | Path, reference: PreTrainedModel | str | Path | None
+    model: PreTrainedModel | str | Path,
+    reference: PreTrainedModel | str | Path | None,
+    trust_remote_code: bool,
 ) -> PreTrainedTokenizerBase:
     """The reference's tokenizer, or else the model's; if both have one, they must agree."""
     sources = [model] if reference is None else [reference, model]
     found = []
     for source in sources:
-        tokenizer = load_tokenizer(source)
+        tokenizer = load_tokenizer(source, trust_remote_code)
         if tokenizer is not None:
             found.append((source_name(source), tokenizer))
     if not found:

@@ -21,6 +21,7 @@ from qrefta.files.code import is_trusted
 from qrefta.files.sources import pretrained_source
 from qrefta.memory.footprint import COUNTED_BLOCKS
 from qrefta.model.build import Placement, build, freeze, model_class, with_trained_modules
+from qrefta.model.positions import position_limit
 from qrefta.model.stacks import ends_with, find_stacks, select_stacks
 from qrefta.nn.experts import route_evenly
 from qrefta.nn.factors import BANK
@@ -129,8 +130,8 @@ class Outline:
             )
         _check_whole("seq", seq)
         config = self.model.config
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None) or seq
-        if seq > positions:
+        positions = position_limit(self.model)
+        if positions is not None and seq > positions:
             raise ValueError(
                 f"seq is {seq}, but {name} has {positions} positions; give at most {positions}"
             )

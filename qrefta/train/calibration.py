@@ -9,6 +9,7 @@ from datasets import Dataset, DatasetDict
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from qrefta.choices import Task
+from qrefta.model.positions import trained_positions
 from qrefta.split.texts import BATCH_TOKENS, ROWS, TOKENS, batches_by_length, padded_batches
 from qrefta.train.lengths import row_length
 from qrefta.train.tasks.chat import chat_recipe
@@ -46,7 +47,7 @@ def task_batches(
         model: of the task's class, to be prepared.
         processor: the model's tokenizer; for images its image processor.
         data: from the task's loader, see `qrefta.finetune`.
-        max_length: tokens of a row, as in `qrefta.finetune`.
+        max_length: tokens of a row, as in `qrefta.finetune`; prompts of grpo are not cut to it.
         seed: of the choice of rows.
 
     Raises:
@@ -76,7 +77,9 @@ def _task_batches(
         return _image_batches(model, processor, splits)
     if task in ("dpo", "grpo"):
         answer = task == "dpo"
-        ids = [token_ids(dict(row), processor, answer)[:length] for row in sample]
+        # the length of grpo is of answers, and prompts are whole
+        most = length if answer else trained_positions(model)
+        ids = [token_ids(dict(row), processor, answer)[:most] for row in sample]
         return padded_batches(_within([{"input_ids": row} for row in ids]), processor)
     if task == "sft":
         rows = chat_recipe(model, processor, splits, length).train

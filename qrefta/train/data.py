@@ -1,7 +1,11 @@
 """Data from a hub name, folder or file: the splits train and test, of labelled text or any rows."""
 
+import re
 import reprlib
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
@@ -22,6 +26,8 @@ from qrefta.train.labels import encode_labels
 _TRAIN_NAMES = ("train", "training")
 # validation first, since test splits on the hub may be unlabelled
 _TEST_NAMES = ("validation", "valid", "val", "dev", "eval", "test", "test-labeled")
+# of one file of several, as the hub writes them: train-00000-of-00001, with a hash behind it
+_PART = re.compile(r"[-_.]?\d+(-of-\d+)?(-[0-9a-f]{16})?")
 _LABEL_NAMES = ("label", "labels", "target", "class")
 
 
@@ -54,7 +60,8 @@ def load_classification(
             is unknown.
     """
     parts = read_splits(source, header)
-    label_column = label_column or _find_label(parts["train"])
+    if label_column is None:
+        label_column = _find_label(parts["train"])
     text_columns = text_columns or _find_texts(parts["train"], label_column)
     if not 1 <= len(text_columns) <= 2:
         raise ValueError(
@@ -92,16 +99,28 @@ def read_splits(
 
 
 def pick_splits(splits: DatasetDict, source: str | Path) -> DatasetDict:
-    """The split to train on and, if there is one, the split to test on.
+    """The split to train on and, if there is another one, the split to test on.
+
+    Without a split train, the first split that is not for testing is trained on, or else the first;
+    a warning names it.
 
     Raises:
         ValueError: if one of them is empty.
     """
-    train = _pick(splits, _TRAIN_NAMES) or next(iter(splits.values()))
-    picked = DatasetDict({"train": train})
-    test = _pick(splits, _TEST_NAMES)
+    train = _pick(splits, _TRAIN_NAMES)
+    if train is None:
+        train = next((name for name in splits if name not in _TEST_NAMES), next(iter(splits)))
+    test = _pick({name: part for name, part in splits.items() if name != train}, _TEST_NAMES)
+    if train not in _TRAIN_NAMES:
+        tested = "rows of it are held out" if test is None else f"{test!r} is used"
+        warnings.warn(
+            f"{source} has no split train, but {', '.join(map(str, splits))}. {train!r} is trained "
+            f"on, and {tested} for testing.",
+            stacklevel=4,
+        )
+    picked = DatasetDict({"train": splits[train]})
     if test is not None:
-        picked["test"] = test
+        picked["test"] = splits[test]
     if any(len(part) == 0 for part in picked.values()):
         raise ValueError(f"{source} has a split without rows.")
     return picked
@@ -123,12 +142,16 @@ def with_test(parts: DatasetDict, test_share: float, seed: int) -> DatasetDict:
 def split_files(source: str | Path, shards: bool = False) -> dict[str, list[Path]]:
     """The files of the splits train and test of a file or folder; none for a name on the hub.
 
+    A split is a file with its name, or several with numbers behind it (train-00000-of-00002).
+
     Args:
         source: a file, which is the split train, a folder, or a hub name.
-        shards: a folder without a train file is a split train with all files below it.
+        shards: a folder without a train file is a split train with all files below it; files and
+            subfolders that have the name of a test split are the split test.
 
     Raises:
-        ValueError: if the file or folder is missing, or has no file that can be read.
+        ValueError: if the file or folder is missing, or has no file that can be read; if a folder
+            has a file for testing and none for training.
     """
     path = Path(source)
     if path.is_file():
@@ -138,34 +161,64 @@ def split_files(source: str | Path, shards: bool = False) -> dict[str, list[Path
             raise ValueError(f"There is no file or folder {source}.")
         return {}
     readable = [file for file in sorted(path.iterdir()) if kind_of(file) in BUILDERS]
-    train = _file_of(readable, _TRAIN_NAMES)
-    test = _file_of(readable, _TEST_NAMES)
-    if train is not None:
-        return {"train": [train]} | ({} if test is None else {"test": [test]})
-    below = [file for file in sorted(path.rglob("*")) if kind_of(file) in BUILDERS]
-    if shards and below:
-        return {"train": below}
+    train = _files_of(readable, _TRAIN_NAMES)
+    test = _files_of(readable, _TEST_NAMES)
+    if not train and shards:
+        readable = [file for file in sorted(path.rglob("*")) if kind_of(file) in BUILDERS]
+        train, test = _splits_below(path, readable)
+    if train:
+        return {"train": train} | ({"test": test} if test else {})
+    found = sorted(str(file.relative_to(path)) for file in readable or path.iterdir())
     raise ValueError(
-        f"{path} has no train file; it holds {sorted(file.name for file in path.iterdir())}, "
+        f"{path} has no train file; it holds {found}, "
         f"needed is train{{{','.join(BUILDERS)}}} and, better, one of {', '.join(_TEST_NAMES)}"
     )
 
 
-def _file_of(files: list[Path], names: tuple[str, ...]) -> Path | None:
-    """The file with the first of these names that is there; capital letters do not count."""
+def _splits_below(path: Path, files: list[Path]) -> tuple[list[Path], list[Path]]:
+    """The files to train and to test on, by the names of files and of their folders.
+
+    None to train on, if there are files for testing and no file has the name of a train split.
+    """
+    words = {file: (*file.relative_to(path).parts[:-1], file.stem) for file in files}
+
+    def named(names: tuple[str, ...]) -> list[Path]:
+        return [file for file in files if any(_has_name(word, names) for word in words[file])]
+
+    held_out = named(_TEST_NAMES)
+    if held_out and not named(_TRAIN_NAMES):
+        return [], []
+    train = [file for file in files if file not in held_out]
+    return train, next(filter(None, (named((name,)) for name in _TEST_NAMES)), [])
+
+
+def _files_of(files: list[Path], names: tuple[str, ...]) -> list[Path]:
+    """The files with the first of these names that is there; capital letters do not count."""
     for name in names:
-        found = [file for file in files if file.stem.lower() == name]
-        if len(found) > 1:
+        found = [file for file in files if _has_name(file.stem, (name,))]
+        whole = [file for file in found if file.stem.lower() == name]
+        if len(whole) > 1 or len({kind_of(file) for file in found}) > 1:
             raise ValueError(
                 f"{found[0]} and {found[1].name} are files of the same split; remove or rename one."
             )
         if found:
-            return found[0]
-    return None
+            return found
+    return []
 
 
-def _pick(splits: DatasetDict, names: tuple[str, ...]) -> Dataset | None:
-    return next((splits[name] for name in names if name in splits), None)
+def _has_name(word: str, names: tuple[str, ...]) -> bool:
+    """Whether a word is one of these names, or one with the number of a part behind it."""
+    for name in names:
+        if word.lower().startswith(name):
+            rest = word.lower()[len(name) :]
+            if not rest or _PART.fullmatch(rest):
+                return True
+    return False
+
+
+def _pick(splits: Mapping[Any, Dataset], names: tuple[str, ...]) -> str | None:
+    """The first of these names that is a split."""
+    return next((name for name in names if name in splits), None)
 
 
 def _find_label(data: Dataset) -> str:
@@ -184,7 +237,8 @@ def _find_texts(data: Dataset, label_column: str) -> list[str]:
         found = [find_column(data, name) for name in names]
         if None not in found:
             return list(names)
-    textual = [name for name in columns_of_text(data) if name != label_column]
+    labels = find_column(data, label_column)
+    textual = [name for name in columns_of_text(data) if name != labels]
     if len(textual) != 1:
         raise ValueError(
             f"Which of the columns {data.column_names} is the text? Name it with text_columns."

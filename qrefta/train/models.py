@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from qrefta.choices import Task
 from qrefta.files.sources import pretrained_source
 from qrefta.train.tasks import TASKS
-from qrefta.train.tasks.classify import label_names
+from qrefta.train.tasks.classify import SINGLE_LABEL, label_names
 from qrefta.train.tasks.mixture import Mixture
 
 
@@ -37,7 +37,8 @@ def load_classifier(
 ) -> PreTrainedModel:
     """A classifier for these classes, of the class `auto`.
 
-    Its head is drawn from `seed` if the checkpoint has none that fits.
+    Its head is drawn from `seed` if the checkpoint has none that fits. A row has one class, also if
+    the checkpoint was trained on several a row, or on numbers.
     """
     source = pretrained_source(model, trust_remote_code)
     config = AutoConfig.from_pretrained(**source)
@@ -50,6 +51,7 @@ def load_classifier(
             dtype=torch.float32,  # a head in bf16 would lose most of AdamW's updates
             use_safetensors=True,
             num_labels=len(classes),
+            problem_type=SINGLE_LABEL,
             id2label=dict(enumerate(names)),
             label2id={name: index for index, name in enumerate(names)},
             ignore_mismatched_sizes=not fits,

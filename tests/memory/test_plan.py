@@ -387,9 +387,10 @@ def test_a_folder_and_a_config_file_are_read_without_weights(tmp_path):
 
 def test_models_that_cannot_be_planned_say_why():
     llama, vit, bert = small(), tiny_vit(), tiny_bert()
+    prepared = qrefta.prepare(tiny_bert(), rank=2, progress=False)
     refused = {
         "give seq": (llama, {}),
-        "seq is 2049, but LlamaForCausalLM has 2048 positions": (llama, {"seq": 2049}),
+        "seq is 65, but BertForSequenceClassification has 64 positions": (bert, {"seq": 65}),
         "seq is 8, but ViTForImageClassification takes images": (vit, {"seq": 8}),
         "image_size": (on_meta(SegformerForSemanticSegmentation, SegformerConfig()), {}),
         "takes input_features": (on_meta(WhisperForConditionalGeneration, WhisperConfig()), {}),
@@ -399,9 +400,10 @@ def test_models_that_cannot_be_planned_say_why():
         ),
         "not a Linear": (torch.nn.Linear(1, 1), {}),
         "names no model class": (LlamaConfig(), {"seq": 8}),
-        "already quantized": (qrefta.prepare(bert, rank=2, progress=False), {"seq": 8}),
+        "already quantized": (prepared, {"seq": 8}),
     }
-    assert plan(llama, seq=2048).fits
+    assert plan(llama, seq=2049).fits  # rotary positions are computed, so longer rows run
+    assert plan(bert, seq=64).fits
     for message, (model, sizes) in refused.items():
         with pytest.raises(ValueError, match=message):
             plan(model, **sizes)

@@ -1,6 +1,8 @@
 """Conversations: their columns, which tokens are learned under any chat template, packing."""
 
+import itertools
 import json
+import random
 import re
 import sys
 from importlib.resources import files
@@ -14,14 +16,21 @@ from jinja2 import TemplateError
 import qrefta
 from qrefta.train.arguments import training_arguments
 from qrefta.train.tasks import load_chat
-from qrefta.train.tasks.answers import IGNORED, answer_spans, learned_ids, left_out
+from qrefta.train.tasks.answers import (
+    IGNORED,
+    _common_length,
+    answer_spans,
+    learned_ids,
+    left_out,
+)
 from qrefta.train.tasks.chat import chat_recipe
 from tests.models import tiny_llama
 from tests.train.talk import ANSWER, QUESTION, TEMPLATE, WORDS, chat_rows, letters, write_rows
 
 pytest.importorskip("trl")
 SYSTEM = [{"role": "system", "content": "red"}]
-CALL = {"type": "function", "function": {"name": "multiply", "arguments": {"a": 2, "b": 3}}}
+MULTIPLY = {"name": "multiply", "arguments": {"a": 2, "b": 3}}
+CALL = {"id": "call00001", "type": "function", "function": MULTIPLY}
 TOOLS = [
     {
         "type": "function",
@@ -116,6 +125,37 @@ def test_tools_are_kept_as_they_are(tmp_path):
     }
 
 
+def test_arguments_and_tools_of_parquet_get_no_keys_of_other_rows(tmp_path):
+    """Arrow gives every call all keys of all calls; nulls that a row writes as JSON stay."""
+
+    def row(arguments):
+        parameters = {"properties": {name: {"type": "string"} for name in arguments}}
+        function = {"name": "f", "arguments": arguments}
+        called = {"role": "assistant", "content": None, "tool_calls": [{"function": function}]}
+        tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+        return {"messages": [*QUESTION, called], "tools": tools}
+
+    rows = [row({"city": "Paris"}), row({"street": "Rue", "flat": [{"door": 1}]})]
+    Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    write_rows(tmp_path / "test.jsonl", [row({"city": None}), *rows])
+    data = load_chat(tmp_path, 0)
+    for part, given in ((data["train"], rows), (data["test"], [row({"city": None}), *rows])):
+        assert part["tools"] == [one["tools"] for one in given]
+        calls = [turns[1]["tool_calls"][0]["function"] for turns in part["messages"]]
+        assert calls == [one["messages"][1]["tool_calls"][0]["function"] for one in given]
+
+
+def test_calls_of_tools_keep_the_number_that_their_answers_name(tmp_path):
+    turns = [
+        *QUESTION,
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "6", "tool_call_id": CALL["id"]},
+        *ANSWER,
+    ]
+    file = write_rows(tmp_path / "chat.jsonl", [{"messages": turns}] * 2)
+    assert load_chat(file, 0)["train"][0]["messages"] == turns
+
+
 @pytest.mark.parametrize("written", [json.dumps, repr])  # pandas writes a list as Python does
 @pytest.mark.parametrize(
     "row",
@@ -163,7 +203,7 @@ def test_roles_in_capital_letters_are_known(tmp_path):
         ),
         (
             {"messages": [*QUESTION, {"role": "assistant", "content": None}]},
-            "column messages, turn 2 is .*'content': None.*needed are a role",
+            "column messages, turn 2 is .*'role': 'assistant'}; needed are a role",
         ),
     ],
 )
@@ -365,6 +405,50 @@ def test_answers_are_what_the_template_itself_marks(name, kind):
     for (start, end), turn in zip(spans, turns, strict=True):
         answer = turn["content"].split("</think>")[-1].strip() or "multiply"
         assert answer in text[start:end]
+
+
+def test_rows_that_the_template_does_not_take_are_named(tokenizer, tmp_path):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}{{ m['content'] }}{% endfor %}"
+    )
+    good = {"messages": QUESTION + ANSWER}
+    twice = {"messages": QUESTION + QUESTION + ANSWER}
+    write_rows(tmp_path / "train.jsonl", [good, twice])
+    write_rows(tmp_path / "test.jsonl", [good])
+    data = load_chat(tmp_path, 0)
+    message = r"The train split, row 2: the chat template .*: roles must alternate\. Change or remo"
+    with pytest.raises(ValueError, match=message):
+        chat_recipe(tiny_llama(), tokenizer, data, 32)
+    data["train"] = data["train"].select([1])
+    with pytest.raises(ValueError, match="The train split, row 1: the chat template"):
+        chat_recipe(tiny_llama(), tokenizer, data, 32)
+
+
+@pytest.mark.parametrize("loss", ["all", "last"])
+@pytest.mark.parametrize("template", [CHATML, MARKED, THINKING])
+def test_turns_behind_the_cut_change_nothing_and_are_not_looked_for(template, loss, monkeypatch):
+    tokenizer = letters()
+    tokenizer.chat_template = template
+    row = {"messages": TURNS * 5}
+    whole = learned_ids(row, tokenizer, loss)
+    for length in (1, 30, 80, len(whole["input_ids"]) - 1):
+        cut = learned_ids(row, tokenizer, loss, length)
+        assert {name: ids[:length] for name, ids in cut.items()} == {
+            name: ids[:length] for name, ids in whole.items()
+        }
+    last = len(tokenizer.apply_chat_template(row["messages"], tokenize=False)) // 2
+    assert len(answer_spans(row["messages"], None, tokenizer, last)[1]) < 8
+
+
+def test_the_common_length_of_two_texts_is_counted():
+    for one, other, length in [("", "a", 0), ("abc", "abd", 2), ("ab", "abc", 2), ("a", "a", 1)]:
+        assert _common_length(one, other) == length
+    generator = random.Random(0)
+    for _ in range(200):
+        one, other = ("".join(generator.choices("ab", k=9)) for _ in range(2))
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other))
+        assert _common_length(one, other) == len([*same])
 
 
 # Training

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
-from qrefta.train.data import load_classification
+from qrefta.train.data import load_classification, pick_splits, read_splits, with_test
 
 ROWS = [{"sentence": f'"quoted sentence number {i}', "label": i % 3} for i in range(30)]
 
@@ -60,6 +60,77 @@ def test_folder_reads_one_file_a_split_and_prefers_the_development_set(tmp_path)
     assert texts_and_labels(data["test"]) == [
         (row["sentence"], row["label"]) for row in ROWS[20:25]
     ]
+
+
+def splits_of(**rows):
+    return DatasetDict({name: Dataset.from_dict({"text": texts}) for name, texts in rows.items()})
+
+
+@pytest.mark.parametrize(
+    ("splits", "told", "train", "test"),
+    [
+        ({"test": "abcd"}, "'test' is trained on, and rows of it are held out", None, None),
+        ({"validation": "ab", "extra": "cd"}, "'extra' .*'validation' is used", "cd", "ab"),
+        ({"validation": "ab", "test": "cd"}, "'validation' .*'test' is used", "ab", "cd"),
+    ],
+)
+def test_a_split_that_is_trained_on_is_never_tested_on(splits, told, train, test):
+    with pytest.warns(UserWarning, match=f"data has no split train, but .*{told} for testing"):
+        picked = pick_splits(splits_of(**{name: [*rows] for name, rows in splits.items()}), "data")
+    parts = {name: list(part["text"]) for name, part in with_test(picked, 0.25, 0).items()}
+    assert not set(parts["train"]) & set(parts["test"])
+    if train is None:
+        assert sorted(parts["train"] + parts["test"]) == [*"abcd"]
+    else:
+        assert parts == {"train": [*train], "test": [*test]}
+
+
+def test_an_empty_train_split_is_not_replaced():
+    with pytest.raises(ValueError, match="data has a split without rows"):
+        pick_splits(splits_of(extra=["a"], train=[]), "data")
+
+
+@pytest.mark.parametrize(("folder", "shards"), [(".", False), (".", True), ("data", True)])
+def test_the_hub_s_names_of_files_are_splits(folder, shards, tmp_path):
+    (tmp_path / folder).mkdir(exist_ok=True)
+    for name, rows in {
+        "train-00000-of-00002": ROWS[:10],
+        "train-00001-of-00002": ROWS[10:20],
+        "test-00000-of-00001-a09b74b3ef9c3b56": ROWS[20:],
+    }.items():
+        write(tmp_path / folder / f"{name}.parquet", rows)
+    parts = read_splits(tmp_path, shards=shards)
+    assert list(parts["train"]) == ROWS[:20]
+    assert list(parts["test"]) == ROWS[20:]
+
+
+def test_folders_with_the_names_of_splits_are_splits(tmp_path):
+    for name, rows in {"train": ROWS[:20], "test": ROWS[20:25], "validation": ROWS[25:]}.items():
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "0000.parquet", rows)
+    parts = read_splits(tmp_path, shards=True)
+    assert {name: list(part) for name, part in parts.items()} == {
+        "train": ROWS[:20],
+        "test": ROWS[25:],
+    }
+
+
+@pytest.mark.parametrize("name", ["test", "validation-00000-of-00001", "dev"])
+def test_a_test_file_is_never_trained_on(name, tmp_path):
+    write(tmp_path / "data.jsonl", ROWS)
+    write(tmp_path / f"{name}.jsonl", ROWS)
+    message = rf"has no train file; it holds \['data\.jsonl', '{name}\.jsonl'\]"
+    for shards in (False, True):
+        with pytest.raises(ValueError, match=message):
+            read_splits(tmp_path, shards=shards)
+
+
+def test_files_without_the_name_of_a_split_are_trained_on(tmp_path):
+    """Such as test-plan or development, which are words."""
+    for name, rows in {"test-plan": ROWS[:9], "development": ROWS[9:20], "a": ROWS[20:]}.items():
+        write(tmp_path / f"{name}.jsonl", rows)
+    parts = read_splits(tmp_path, shards=True)
+    assert {name: len(part) for name, part in parts.items()} == {"train": len(ROWS)}
 
 
 def test_sentence_pairs_and_named_labels(tmp_path):
@@ -137,6 +208,14 @@ def test_rows_without_text_are_named_and_counted(cell, tmp_path):
     message = r"rows without text: .*rows\.csv \(train\), column Sentence, row 2 \(2 of 4 rows\)"
     with pytest.raises(ValueError, match=message):
         load_classification(file)
+
+
+def test_the_label_column_is_found_in_other_letters_and_is_not_the_text(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("Body,Sentiment\nhello,a\nworld,b\nfoo,a\nbar,b\n")
+    data = load_classification(file, label_column="sentiment")
+    assert data["train"].column_names == ["text", "label"]
+    assert data["train"].features["label"].names == ["a", "b"]
 
 
 def test_texts_that_look_like_numbers_are_texts(tmp_path):

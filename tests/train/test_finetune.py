@@ -1,6 +1,7 @@
 """The recipe: learns, resumes bit for bit, stores compact factors, and refuses unfit data."""
 
 import copy
+import json
 import math
 import warnings
 
@@ -8,7 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import qrefta
 from qrefta.nn.factors import BANK
@@ -16,6 +25,7 @@ from qrefta.train._finetune import finetune
 from qrefta.train.arguments import training_arguments
 from qrefta.train.checkpoints import last_checkpoint
 from qrefta.train.models import load_classifier
+from tests.models import build, decoder_sizes
 from tests.tiny import color_data, color_rows, tiny_folder, tiny_tokenizer
 
 
@@ -231,3 +241,54 @@ def test_model_and_data_that_do_not_fit_are_refused(folder, start, data, tmp_pat
     raw["train"] = raw["train"].cast_column("label", raw["train"].features["text"])
     with pytest.raises(ValueError, match="not a ClassLabel"):
         finetune(start, tokenizer, raw, tmp_path)
+    several = copy.deepcopy(start)
+    several.config.problem_type = "multi_label_classification"
+    with pytest.raises(ValueError, match=r"has problem_type 'multi_label_classification', and a"):
+        finetune(several, tokenizer, data, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["multi_label_classification", "regression"])
+def test_checkpoints_of_other_problems_are_loaded_as_classifiers(kind, tmp_path):
+    folder = tiny_folder(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"problem_type": kind}))
+    model = load_classifier(str(folder), ["red", "blue"], seed=0)
+    batch = {"input_ids": torch.tensor([[2, 3]] * 3), "labels": torch.tensor([0, 1, 1])}
+    loss = model(**batch).loss
+    expected = torch.nn.functional.cross_entropy(model(batch["input_ids"]).logits, batch["labels"])
+    assert_close(loss, expected)
+
+
+def test_a_tokenizer_is_saved_as_it_came(start, data, tmp_path):
+    """Also with the truncation that it had before tokenizing."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(50)
+    tokenizer.save_pretrained(tmp_path / "before")
+    model = copy.deepcopy(start)
+    out = tmp_path / "out"
+    finetune(model, tokenizer, data, out, max_length=5, max_steps=1, progress=False)
+    before, after = (
+        json.loads((folder / "tokenizer.json").read_text()) for folder in (tmp_path / "before", out)
+    )
+    assert before == after
+
+
+def test_a_classifier_without_a_pad_token_pads_with_the_end_of_text_token(data, tmp_path):
+    """Rows of different lengths are scored as each alone, also by the saved model."""
+    config = LlamaConfig(**decoder_sizes(32) | {"num_labels": 2, "pad_token_id": None})
+    model = qrefta.prepare(build(LlamaForSequenceClassification, config), rank=8, progress=False)
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.add_special_tokens({"eos_token": "[END]"})
+    data = data.map(lambda row: {"text": row["text"] + " word1" * len(row["text"])})
+    finetune(model, tokenizer, data, tmp_path, max_steps=2, batch_size=8, progress=False)
+    loaded = qrefta.load(tmp_path)
+    saved = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    texts = ["red word1", "blue word2 word3 word4"]
+    with torch.no_grad():
+        together = loaded(**saved(texts, padding=True, return_tensors="pt")).logits
+        alone = [loaded(**saved(text, return_tensors="pt")).logits[0] for text in texts]
+    assert_close(together, torch.stack(alone))
+    tokenizer.pad_token = tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no pad token and no end-of-text token"):
+        finetune(model, tokenizer, data, tmp_path / "again", max_steps=1)

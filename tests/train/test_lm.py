@@ -46,6 +46,18 @@ def test_a_file_is_one_document_in_order_with_its_tail_held_out(
     assert batch["labels"].equal(batch["input_ids"])
 
 
+def test_another_column_of_text_is_read_if_it_is_named(tmp_path):
+    rows = [{"title": f"title {index}", "Body": f"body {index}"} for index in range(10)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert load_text(file, 0, "body")["train"][0]["text"].startswith("body")
+    with pytest.raises(ValueError, match=r"no column 'none' in .*columns are \['title', 'Body'\]"):
+        load_text(file, 0, "none")
+    (tmp_path / "a.txt").write_text(TEXT)
+    with pytest.raises(ValueError, match=r"holds \.txt files, which have no column 'body'"):
+        load_text(tmp_path / "a.txt", 0, "body")
+
+
 def test_a_changed_file_is_read_again(tokenizer, tmp_path):
     file = tmp_path / "text.txt"
     for content in ("a" * 40, "b" * 40):

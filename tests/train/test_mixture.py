@@ -43,6 +43,28 @@ def test_rows_are_drawn_by_weight_until_a_data_set_is_used_up(sources, tokenizer
     assert sum(len(batch["input_ids"]) for batch in batches) > 0
 
 
+def test_the_rows_of_a_larger_source_are_drawn_from_all_of_it(tmp_path, tokenizer):
+    """Its first rows alone may be of one kind; the draw is the same for the same seed."""
+    for name, rows in {
+        "train": answers("red", 200) + answers("blue", 200),
+        "test": answers("sky", 2),
+    }.items():
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    small = write_rows(tmp_path / "small.jsonl", answers("sky", 50))
+    mixture = load_mixture("sft", TASKS["sft"].load, {str(tmp_path): 1.0, str(small): 1.0}, 0)
+
+    def drawn(seed):
+        recipe = mixed_recipe(
+            lambda data: chat_recipe(tiny_llama(), tokenizer, data, 32), mixture, seed
+        )
+        return list(recipe.train["input_ids"])
+
+    first = drawn(0)
+    red, blue = (tokenizer.convert_tokens_to_ids(color) for color in ("red", "blue"))
+    assert min(sum(color in ids for ids in first) for color in (red, blue)) > 5
+    assert first == drawn(0) != drawn(1)
+
+
 def test_finetune_takes_weights(sources, tokenizer, tmp_path):
     model = qrefta.prepare(tiny_llama(), rank=8, progress=False)
     result = qrefta.finetune(

@@ -12,7 +12,7 @@ import qrefta
 from qrefta.train.arguments import training_arguments
 from qrefta.train.calibration import task_batches
 from qrefta.train.reference import reference_model, starts_as_reference
-from qrefta.train.tasks import load_preferences, load_prompts
+from qrefta.train.tasks import TASKS, load_preferences, load_prompts
 from qrefta.train.tasks.preference import dpo_recipe, load_reward, token_ids
 from tests.models import logits, tiny_llama
 from tests.train.talk import ANSWER, QUESTION, chat_rows, write_rows
@@ -64,6 +64,19 @@ def test_pairs_of_text_stay_text_and_system_turns_and_tools_are_kept(tmp_path):
     data = load_preferences(write_rows(tmp_path / "turns.jsonl", [row] * 4), 0)
     assert data["train"][0]["prompt"][0] == {"role": "system", "content": "red"}
     assert data["train"][0]["tools"] == [{"n": 1}]
+
+
+def test_a_question_stays_before_turns_that_both_answers_begin_with(tmp_path):
+    """The answers are the last turns of two dialogues that go on from the prompt."""
+    more = [{"role": "assistant", "content": "red"}, {"role": "user", "content": "no"}]
+    row = {"prompt": QUESTION, "chosen": more + ANSWER, "rejected": more + WORSE, "system": "s"}
+    system = [{"role": "system", "content": "s"}]
+    data = load_preferences(write_rows(tmp_path / "a.jsonl", [row] * 4), 0)
+    expected = {"prompt": system + QUESTION + more, "chosen": ANSWER, "rejected": WORSE}
+    assert data["train"][0] == expected
+    whole = {name: QUESTION + row[name] for name in ("chosen", "rejected")} | {"system": "s"}
+    data = load_preferences(write_rows(tmp_path / "b.jsonl", [whole] * 4), 0)
+    assert data["train"][0] == expected
 
 
 def test_prompts_keep_the_columns_that_the_reward_reads(tmp_path):
@@ -327,6 +340,31 @@ def test_preferences_are_calibrated_on_as_conversations(task, load, tokenizer, t
         f"user : what is {thing}? assistant :{answer}".replace("?", " ?")
         for thing, answer in zip(("sky", "blood"), answers)
     }
+
+
+def test_prompts_are_not_cut_to_the_length_of_answers_in_calibration(tokenizer):
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": "what is " * 9}]}] * 2)
+    (batch,) = task_batches(
+        "grpo", tiny_llama(), tokenizer, DatasetDict(train=rows, test=rows), max_length=4
+    )
+    assert batch["input_ids"].shape[1] == len(token_ids(rows[0], tokenizer, answer=False)) > 18
+
+
+@pytest.mark.parametrize("task", ["dpo", "grpo"])
+def test_a_prompt_that_the_template_does_not_take_is_named(task, tokenizer):
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    )
+    rows = pair_rows(3)
+    rows[2]["prompt"] = [{"role": "system", "content": "red"}, *QUESTION]
+    data = DatasetDict(train=Dataset.from_list(rows[:2]), test=Dataset.from_list(rows))
+    options = {"rewards": [len]} if task == "grpo" else {}
+    message = r"The test split, row 3: the chat template does not take .*: no system role\. Change"
+    with pytest.raises(ValueError, match=message):
+        TASKS[task].recipe(tiny_llama(), tokenizer, data, 32, **options)
+    data = DatasetDict(train=Dataset.from_list(rows))
+    with pytest.raises(ValueError, match=r"A row of the train split: .*: no system role"):
+        task_batches(task, tiny_llama(), tokenizer, data, max_length=32)
 
 
 def test_a_setting_of_another_task_is_refused(tokenizer, tmp_path):

@@ -62,6 +62,20 @@ def test_a_folder_without_classes_is_refused(tmp_path):
         load_images(tmp_path, 0)
 
 
+@pytest.mark.parametrize("label", [-1, None])
+def test_images_without_a_label_are_refused_with_their_row(label, pictures):
+    """Unlabelled test splits of the hub have -1."""
+    data = load_images(pictures, 0)
+    model = tiny_vit()
+    model.config.num_labels = 2
+    labels = [0, label, 1, label]
+    part = data["test"].select(range(4)).remove_columns("label").add_column("label", labels)
+    data["test"] = part.cast_column("label", data["train"].features["label"])
+    message = rf"The test split, row 2, has the label {label}; .* 0 to 1 \(2 of 4 rows\)"
+    with pytest.raises(ValueError, match=message):
+        image_classes(model, ViTImageProcessor(), data)
+
+
 # Training
 
 

@@ -9,8 +9,9 @@ the conversation cut off there. Where the template marks the assistant's turns i
 """
 
 import re
-from collections.abc import Sequence
-from itertools import takewhile
+import reprlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from jinja2 import TemplateError
@@ -24,7 +25,10 @@ _PLACEHOLDER = "PlaceOfTheAnswer"
 
 
 def learned_ids(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, loss: Loss
+    row: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    loss: Loss,
+    max_length: int | None = None,
 ) -> dict[str, list[int]]:
     """The token ids of a row, and labels that are IGNORED outside the assistant's turns.
 
@@ -32,9 +36,11 @@ def learned_ids(
         row: with prompt and completion as strings, or with messages and, optionally, tools.
         tokenizer: of the model, with a chat template for messages.
         loss: all: every turn of the assistant; last: its last turn.
+        max_length: tokens behind which turns are not looked for; None: all are.
 
     Raises:
         ValueError: if the template does not show an answer, or the tokenizer has no offsets.
+        TemplateError: if the template does not take the conversation; see `template_errors`.
     """
     if "completion" in row:
         text = row["prompt"] + row["completion"]
@@ -44,9 +50,21 @@ def learned_ids(
         ids, offsets = _encoded(text, tokenizer, add_special_tokens=True)
         mask = _inside(offsets, [(len(row["prompt"]), len(text))])
     else:
-        ids, mask = _conversation(row, tokenizer, loss)
+        ids, mask = _conversation(row, tokenizer, loss, max_length)
     labels = [token if learned else IGNORED for token, learned in zip(ids, mask)]
     return {"input_ids": ids, "labels": labels}
+
+
+@contextmanager
+def template_errors(where: str, row: dict[str, Any]) -> Iterator[None]:
+    """Within this context a template that does not take a row is a ValueError, with its words."""
+    try:
+        yield
+    except TemplateError as error:
+        raise ValueError(
+            f"{where}: the chat template does not take the conversation: {error}. Change or remove "
+            f"the row, {reprlib.repr(row)}, or give a tokenizer with another chat template."
+        ) from error
 
 
 def marks_answers(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any] | None = None) -> bool:
@@ -73,15 +91,22 @@ def left_out(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _conversation(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, loss: Loss
+    row: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    loss: Loss,
+    max_length: int | None,
 ) -> tuple[list[int], list[bool]]:
     messages, tools = row["messages"], row.get("tools")
     has_marks = marks_answers(tokenizer, tools)
     if has_marks and loss == "all":
         return _marked(messages, tools, tokenizer)
-    text, spans = answer_spans(messages, tools, tokenizer)
-    ids, offsets = _encoded(text, tokenizer)
-    mask = _inside(offsets, spans if loss == "all" else spans[-1:])
+    ids, offsets = _encoded(_shown(messages, tools, tokenizer), tokenizer)
+    last = None
+    if max_length is not None and len(ids) > max_length:
+        last = offsets[max_length][0]
+    _, spans = answer_spans(messages, tools, tokenizer, last)
+    answers = sum(turn["role"] == "assistant" for turn in messages)
+    mask = _inside(offsets, spans if loss == "all" else spans[answers - 1 :])
     if has_marks:
         _, marked = _marked(messages, tools, tokenizer)
         mask = [one and other for one, other in zip(mask, marked)]
@@ -98,26 +123,45 @@ def _marked(
     return encoded["input_ids"], [bool(mark) for mark in encoded["assistant_masks"]]
 
 
+def _shown(
+    messages: list[dict[str, Any]],
+    tools: list[Any] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: bool = False,
+) -> str:
+    """The text of turns, with the generation prompt behind them if asked."""
+    text: Any = tokenizer.apply_chat_template(
+        messages, tools=tools, tokenize=False, add_generation_prompt=prompt
+    )
+    return text
+
+
 def answer_spans(
-    messages: list[dict[str, Any]], tools: list[Any] | None, tokenizer: PreTrainedTokenizerBase
+    messages: list[dict[str, Any]],
+    tools: list[Any] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    last: int | None = None,
 ) -> tuple[str, list[tuple[int, int]]]:
     """The text of a conversation, and start and end of each of the assistant's turns in it.
 
     A turn starts after the generation prompt, and ends with what ends it in the finished text.
+
+    Args:
+        messages: turns.
+        tools: that the conversation offers, or None.
+        tokenizer: with a chat template.
+        last: a place in the text, behind which no turns are looked for; None: the end.
 
     Raises:
         ValueError: if the template leaves a turn out, or renders what follows differently.
     """
 
     def render(turns: list[dict[str, Any]], prompt: bool = False) -> str:
-        shown: Any = tokenizer.apply_chat_template(
-            turns, tools=tools, tokenize=False, add_generation_prompt=prompt
-        )
-        return shown
+        return _shown(turns, tools, tokenizer, prompt)
 
     def common(one: str, other: str) -> int:
         """The length of the part that both begin with, without a part of a token."""
-        length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other)))
+        length = _common_length(one, other)
         if length == len(one) or length == len(other):
             return length
         _, offsets = _encoded(one, tokenizer)
@@ -129,13 +173,14 @@ def answer_spans(
         if turn["role"] != "assistant":
             continue
         floor = spans[-1][1] if spans else 0
-        found = (
-            _span(text, replaced, index, floor, render, common)
-            for replaced in _with_placeholder(messages, index)
-        )
+        if last is not None and floor >= last:
+            break
+        forms = _with_placeholder(messages, index)
+        opening = _generation_prompt(messages[:index], render, common)
+        found = (_span(text, replaced, index, floor, opening, render, common) for replaced in forms)
         span = next((span for span in found if span is not None), None)
-        shown = _PLACEHOLDER in render(_with_placeholder(messages, index)[-1])
-        if span is None or not shown:
+        # the last form is the tool call's, which must be shown too
+        if span is None or (len(forms) > 1 and _PLACEHOLDER not in render(forms[-1])):
             raise ValueError(
                 f"The chat template does not show turn {index + 1} of a conversation as a part of "
                 f"its text, so the turn cannot be learned: {turn!r}."
@@ -145,7 +190,13 @@ def answer_spans(
 
 
 def _span(
-    text: str, replaced: list[dict[str, Any]], index: int, floor: int, render: Any, common: Any
+    text: str,
+    replaced: list[dict[str, Any]],
+    index: int,
+    floor: int,
+    opening: tuple[str, str],
+    render: Any,
+    common: Any,
 ) -> tuple[int, int] | None:
     """Start and end of a turn; None if the placeholder is not shown, or shown out of place.
 
@@ -154,13 +205,14 @@ def _span(
         replaced: the conversation with a placeholder in the turn.
         index: of the turn.
         floor: end of the assistant's turn before it.
+        opening: the generation prompt before the turn, and all that stands before the answer.
         render: turns, and whether to add the generation prompt, to a text.
         common: two texts to the length of what both begin with.
     """
     before, shown, after = render(replaced).partition(_PLACEHOLDER)
     if not shown:
         return None
-    prompt, head = _generation_prompt(replaced[:index], render, common)
+    prompt, head = opening
     place = before.rfind(prompt, floor) if prompt else -1
     start = len(before)
     if place >= 0:
@@ -178,6 +230,19 @@ def _span(
     end = len(text) - len(following)
     in_place = text[:start] == before[:start] and text[end:] == following
     return (start, end) if in_place and start <= end else None
+
+
+def _common_length(one: str, other: str) -> int:
+    """The length of the part that both begin with, by bisection."""
+    same = 0
+    beyond = min(len(one), len(other)) + 1
+    while beyond - same > 1:
+        middle = (same + beyond) // 2
+        if one.startswith(other[same:middle], same):
+            same = middle
+        else:
+            beyond = middle
+    return same
 
 
 def _with_placeholder(messages: list[dict[str, Any]], index: int) -> list[list[dict[str, Any]]]:

@@ -9,12 +9,12 @@ from datasets import Dataset, DatasetDict, Features, Json, List, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta.choices import Loss
-from qrefta.files.tables import with_names
+from qrefta.files.tables import as_written, with_names
 from qrefta.train.balance import balanced
 from qrefta.train.data import read_splits, with_test
 from qrefta.train.head_loss import without_logits
 from qrefta.train.lengths import check_rows, warn_of_cut, warn_without_answer
-from qrefta.train.tasks.answers import IGNORED, learned_ids, left_out
+from qrefta.train.tasks.answers import IGNORED, learned_ids, left_out, template_errors
 from qrefta.train.tasks.recipe import TEST_SHARE, Recipe
 from qrefta.train.tasks.turns import COLUMNS, conversation, is_empty, is_plain, tools_of
 from qrefta.train.token_loss import loss_by_tokens
@@ -68,14 +68,17 @@ def conversations(part: Dataset, source: str) -> Dataset:
     return part.map(
         _row,
         with_indices=True,
-        fn_kwargs={"source": source, "columns": list(features)},
+        fn_kwargs={"source": source, "columns": list(features), "given": part.features},
         remove_columns=part.column_names,
         features=features,
         desc="Reading",
     )
 
 
-def _row(row: dict[str, Any], index: int, source: str, columns: list[str]) -> dict[str, Any]:
+def _row(
+    row: dict[str, Any], index: int, source: str, columns: list[str], given: Features
+) -> dict[str, Any]:
+    row = as_written(row, given)
     where = f"{source}, row {index + 1}"
     if "completion" in columns:
         if not is_plain(row) or is_empty(row["completion"]):
@@ -107,8 +110,8 @@ def chat_recipe(
         loss: on all of the assistant's turns, or on the last.
 
     Raises:
-        ValueError: for conversations and a tokenizer without a chat template, or a split without an
-            answer in its first `max_length` tokens.
+        ValueError: for conversations and a tokenizer without a chat template, a row that the
+            template does not take, or a split without an answer in its first `max_length` tokens.
         ImportError: if TRL is not installed.
     """
     trainer = balanced(loss_by_tokens(without_logits(load_trl("sft")[0])))
@@ -120,7 +123,8 @@ def chat_recipe(
     )
     first = data["train"][0]
     check_template(first, tokenizer)
-    unmarked = left_out(first, tokenizer) if "messages" in first else ""
+    with template_errors("The train split, row 1", first):
+        unmarked = left_out(first, tokenizer) if "messages" in first else ""
     if unmarked:
         warnings.warn(
             "The chat template marks what is learned of a conversation (generation), and leaves "
@@ -128,7 +132,7 @@ def chat_recipe(
             stacklevel=2,
         )
     parts = DatasetDict(
-        {name: _tokens(part, tokenizer, max_length, loss) for name, part in data.items()}
+        {name: _tokens(part, name, tokenizer, max_length, loss) for name, part in data.items()}
     )
     for name, part in parts.items():
         rows = len(data[name])
@@ -142,11 +146,16 @@ def chat_recipe(
 
 
 def _tokens(
-    part: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, loss: Loss
+    part: Dataset,
+    split: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    loss: Loss,
 ) -> Dataset:
     """Token ids and labels of the rows that have labels."""
     encoded = part.map(
-        partial(_cut_ids, tokenizer=tokenizer, max_length=max_length, loss=loss),
+        partial(_cut_ids, split=split, tokenizer=tokenizer, max_length=max_length, loss=loss),
+        with_indices=True,
         remove_columns=part.column_names,
         features=_IDS,
         desc="Tokenizing",
@@ -155,9 +164,15 @@ def _tokens(
 
 
 def _cut_ids(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int | None, loss: Loss
+    row: dict[str, Any],
+    index: int,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    loss: Loss,
 ) -> dict[str, Any]:
-    ids = learned_ids(row, tokenizer, loss)
+    with template_errors(f"The {split} split, row {index + 1}", row):
+        ids = learned_ids(row, tokenizer, loss, max_length)
     cut = max_length is not None and len(ids["input_ids"]) > max_length
     return {name: values[:max_length] for name, values in ids.items()} | {"cut": cut}
 

@@ -1,5 +1,6 @@
 """Classes of texts, and what classes of texts and of images have in common."""
 
+import copy
 import warnings
 from typing import Any
 
@@ -17,17 +18,23 @@ from transformers import (
 from qrefta.train.lengths import warn_of_cut
 from qrefta.train.tasks.recipe import Recipe
 
+SINGLE_LABEL = "single_label_classification"  # transformers' name for one class a row
+
 
 def text_classes(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DatasetDict, max_length: int
 ) -> Recipe:
     """Text classification; the metric is accuracy.
 
+    A tokenizer without a pad token, such as Llama's, gets its end-of-text token as one.
+
     Raises:
-        ValueError: if the classes of the data are not the labels of the model.
+        ValueError: if the classes of the data are not the labels of the model, or the tokenizer has
+            no token to pad with.
     """
     check_labels(model, data)
     data = name_labels(model, data)
+    _set_padding(model, tokenizer)
     tokens = tokenize(data, tokenizer, max_length)
     return Recipe(
         tokens["train"],
@@ -42,6 +49,8 @@ def text_classes(
 def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> DatasetDict:
     """Model inputs instead of the columns of text, cut to `max_length` tokens, without padding."""
     columns = [name for name in ("text", "text_pair") if name in data["train"].column_names]
+    # the truncation of a call stays in the tokenizer, which is saved with the model
+    tokenizer = copy.deepcopy(tokenizer)
 
     def encode(rows: dict[str, list[str]]) -> BatchEncoding:
         pairs = rows["text_pair"] if "text_pair" in columns else None
@@ -53,6 +62,21 @@ def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: 
     for name, part in encoded.items():
         warn_of_cut(sum(part["cut"]), len(part), str(name), max_length)
     return encoded.remove_columns("cut")
+
+
+def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give tokenizer and model the same pad token, by which the model finds the end of a row."""
+    config = model.config.get_text_config()
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "The tokenizer has no pad token and no end-of-text token, and the rows of a batch "
+                'have different lengths; save the tokenizer with one: tokenizer.pad_token = "...".'
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+        config.pad_token_id = tokenizer.pad_token_id
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
 
 
 def _cut(
@@ -71,7 +95,9 @@ def _cut(
 
 
 def check_labels(model: PreTrainedModel, data: DatasetDict) -> None:
-    """Raise ValueError unless the label column has classes, and the model as many labels."""
+    """Raise ValueError unless every row has one of the label column's classes, and the model as
+    many labels, of which one is right.
+    """
     feature = data["train"].features["label"]
     if not isinstance(feature, ClassLabel):
         raise ValueError(
@@ -85,6 +111,22 @@ def check_labels(model: PreTrainedModel, data: DatasetDict) -> None:
             f"The model has {labels} labels and the data {classes} classes; load the model with "
             f"num_labels={classes}."
         )
+    kind = model.config.problem_type
+    if kind not in (None, SINGLE_LABEL):
+        raise ValueError(
+            f"The model's config has problem_type {kind!r}, and a row of the data has one class; "
+            f'set model.config.problem_type = "{SINGLE_LABEL}".'
+        )
+    for split, part in data.items():
+        rows: Any = part.with_format(None).select_columns(["label"])[:]
+        numbers = rows["label"]
+        wrong = [row for row, label in enumerate(numbers) if label not in range(classes)]
+        if wrong:
+            raise ValueError(
+                f"The {split} split, row {wrong[0] + 1}, has the label {numbers[wrong[0]]!r}; it "
+                f"must be a number of one of the {classes} classes, 0 to {classes - 1} "
+                f"({len(wrong)} of {len(numbers)} rows). Label these rows or remove them."
+            )
 
 
 def label_names(config: PreTrainedConfig, classes: list[str]) -> list[str]:

@@ -50,7 +50,7 @@ def image_classes(
     Images are read when they are needed; `max_length` is not used.
 
     Raises:
-        ValueError: if the classes of the data are not the labels of the model.
+        ValueError: if the classes of the data are not the labels of the model, or a row has none.
     """
     check_labels(model, data)
     data = name_labels(model, data)

@@ -27,7 +27,7 @@ _PIECES = Features({"text": Value("string"), "ends": Value("bool")})
 _WINDOWS = Features({"input_ids": List(Value("int32"))})
 
 
-def load_text(source: str | Path, seed: int) -> DatasetDict:
+def load_text(source: str | Path, seed: int, column: str | None = None) -> DatasetDict:
     """Documents in order, as the split train and, unless there is a single document, test.
 
     The columns are text and ends: a row is a document, or a piece of one, and says whether the
@@ -38,15 +38,18 @@ def load_text(source: str | Path, seed: int) -> DatasetDict:
             read too; a table with a column of text, or a folder of tables, whose rows are the
             documents; a folder with one file a split (`train.txt`, `valid.txt`); or a hub name.
         seed: of the choice of the documents to test on.
+        column: of the text in a table; None: the column with a usual name, else the first of text.
 
     Raises:
-        ValueError: if there is no text, or a row without text.
+        ValueError: if there is no text, a row without text, or no such column.
     """
     files = split_files(source, shards=True)
     if any(kind_of(file) == ".txt" for part in files.values() for file in part):
+        if column is not None:
+            raise ValueError(f"{source} holds .txt files, which have no column {column!r}.")
         return _text_files(files, seed)
     parts = read_splits(source, shards=True)
-    column = text_column(parts["train"], source)
+    column = text_column(parts["train"], source, column)
     for name, part in parts.items():
         parts[name] = _documents(part, column, f"{source} ({name})")
     if len(parts["train"]) == 1:

@@ -41,8 +41,9 @@ def load_mixture(
 def mixed_recipe(make: Callable[[DatasetDict], Recipe], mixture: Mixture, seed: int) -> Recipe:
     """One recipe for all data sets: training rows by weight, all test rows.
 
-    The next training row is of a data set with the probability of its weight. An epoch ends when
-    the rows of one data set are used up, so no row comes twice in it.
+    The next training row is of a data set with the probability of its weight, and any of its rows
+    that was not drawn yet, until the rows of one data set are used up. The draw is made once: every
+    epoch has these rows, each once.
 
     Args:
         make: the data of one set to its recipe.
@@ -62,7 +63,7 @@ def mixed_recipe(make: Callable[[DatasetDict], Recipe], mixture: Mixture, seed: 
             )
     total = sum(mixture.weights)
     train = interleave_datasets(
-        [recipe.train for recipe in recipes],
+        [recipe.train.shuffle(seed=seed) for recipe in recipes],  # files may be sorted
         probabilities=[weight / total for weight in mixture.weights],
         seed=seed,
         stopping_strategy="first_exhausted",

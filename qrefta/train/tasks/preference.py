@@ -11,20 +11,23 @@ from pyarrow import ArrowInvalid
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta.choices import Task
-from qrefta.files.tables import BUILDERS, is_number, is_text, kind_of, with_names
+from qrefta.files.tables import BUILDERS, as_written, is_number, is_text, kind_of, with_names
 from qrefta.train.data import read_splits, split_files, with_test
 from qrefta.train.lengths import check_rows, warn_of_cut, warn_without_answer
 from qrefta.train.reference import starts_as_reference
+from qrefta.train.tasks.answers import template_errors
 from qrefta.train.tasks.chat import check_template
 from qrefta.train.tasks.recipe import TEST_SHARE, Recipe
 from qrefta.train.tasks.turns import (
     COLUMNS,
+    QUESTIONS,
     answer_turns,
     as_turns,
     is_empty,
     question_of,
     tools_of,
     turns_of,
+    with_system,
 )
 from qrefta.train.trl import load_trl
 
@@ -62,7 +65,12 @@ def load_preferences(source: str | Path, seed: int) -> DatasetDict:
         parts[name] = part.map(
             _pair,
             with_indices=True,
-            fn_kwargs={"source": f"{source} ({name})", "columns": list(features), "plain": plain},
+            fn_kwargs={
+                "source": f"{source} ({name})",
+                "columns": list(features),
+                "plain": plain,
+                "given": part.features,
+            },
             remove_columns=part.column_names,
             features=features,
             desc="Reading",
@@ -95,7 +103,7 @@ def load_prompts(source: str | Path, seed: int) -> DatasetDict:
         parts[name] = part.map(
             _prompt,
             with_indices=True,
-            fn_kwargs={"source": f"{source} ({name})", "plain": plain},
+            fn_kwargs={"source": f"{source} ({name})", "plain": plain, "given": part.features},
             features=Features(part.features | {"prompt": prompt}),
             desc="Reading",
         )
@@ -159,7 +167,10 @@ def grpo_recipe(
     trainer, _ = load_trl("grpo")
     check_template({"prompt": data["train"][0]["prompt"]}, tokenizer)
     for name, part in data.items():
-        prompts = [len(token_ids(dict(row), tokenizer, answer=False)) for row in part]
+        prompts = [
+            len(token_ids(dict(row), tokenizer, False, f"The {name} split, row {number}"))
+            for number, row in enumerate(part, 1)
+        ]
         lengths = [prompt + (max_length or 0) for prompt in prompts]
         check_rows(model, tokenizer, lengths, f"prompts of the {name} split with an answer")
     return Recipe(
@@ -217,15 +228,25 @@ def load_reward(reward: str | Path | Reward) -> Reward:
     return function  # type: ignore[return-value]
 
 
-def token_ids(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, answer: bool) -> list[int]:
-    """The token ids of a prompt, with the better answer or else ready for an answer."""
+def token_ids(
+    row: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    answer: bool,
+    where: str = "A row of the train split",
+) -> list[int]:
+    """The token ids of a prompt, with the better answer or else ready for an answer.
+
+    Raises:
+        ValueError: if the chat template does not take the row; it names `where`.
+    """
     if isinstance(row["prompt"], str):
         encoded: Any = tokenizer(row["prompt"] + (row["chosen"] if answer else ""))
     else:
         turns = [*row["prompt"], *(row["chosen"] if answer else [])]
-        encoded = tokenizer.apply_chat_template(
-            turns, tools=row.get("tools"), add_generation_prompt=not answer, return_dict=True
-        )
+        with template_errors(where, row):
+            encoded = tokenizer.apply_chat_template(
+                turns, tools=row.get("tools"), add_generation_prompt=not answer, return_dict=True
+            )
     return encoded["input_ids"]
 
 
@@ -239,10 +260,11 @@ def _check_pairs(
     """Count the pairs that TRL cuts, and the pairs that it leaves out."""
     prompts = []
     lengths = []
-    for row in map(dict, part):
-        prompts.append(len(token_ids(row, tokenizer, answer=False)))
+    for number, row in enumerate(map(dict, part), 1):
+        where = f"The {split} split, row {number}"
+        prompts.append(len(token_ids(row, tokenizer, False, where)))
         answers = (row, row | {"chosen": row["rejected"]})
-        lengths.append(max(len(token_ids(one, tokenizer, answer=True)) for one in answers))
+        lengths.append(max(len(token_ids(one, tokenizer, True, where)) for one in answers))
     if max_length is None:
         check_rows(model, tokenizer, lengths, f"of the {split} split")
         return
@@ -254,8 +276,14 @@ def _check_pairs(
 
 
 def _pair(
-    row: dict[str, Any], index: int, source: str, columns: list[str], plain: bool
+    row: dict[str, Any],
+    index: int,
+    source: str,
+    columns: list[str],
+    plain: bool,
+    given: Features,
 ) -> dict[str, Any]:
+    row = as_written(row, given)
     where = f"{source}, row {index + 1}"
     for name in ("chosen", "rejected"):
         if is_empty(row.get(name)):
@@ -272,9 +300,11 @@ def _pair(
     for name in ("chosen", "rejected"):
         place = f"{where}, column {name}"
         answers[name] = turns_of(answer_turns(row[name], place), place)
-    prompt = _common_turns(*answers.values())
-    if prompt:
-        answers = {name: turns[len(prompt) :] for name, turns in answers.items()}
+    common = _common_turns(*answers.values())
+    answers = {name: turns[len(common) :] for name, turns in answers.items()}
+    asks = any(not is_empty(row.get(name)) for name in QUESTIONS)
+    if common and not (asks and common[0]["role"] == "assistant"):
+        prompt = with_system(common, row)
     elif _ask_differently(**answers):
         first, other = (turns[0] for turns in answers.values())
         raise ValueError(
@@ -282,7 +312,7 @@ def _pair(
             f"begin with different turns, {first!r} and {other!r}; they need the same question."
         )
     else:
-        prompt = question_of(row, where)
+        prompt = [*question_of(row, where), *common]
     for name, turns in answers.items():
         if not turns or turns[0]["role"] != "assistant":
             raise ValueError(
@@ -337,7 +367,10 @@ def _common_turns(one: list[Any], other: list[Any]) -> list[Any]:
     return one[:same]
 
 
-def _prompt(row: dict[str, Any], index: int, source: str, plain: bool) -> dict[str, Any]:
+def _prompt(
+    row: dict[str, Any], index: int, source: str, plain: bool, given: Features
+) -> dict[str, Any]:
+    row = as_written(row, given)
     where = f"{source}, row {index + 1}"
     if plain:
         if not isinstance(row["prompt"], str) or is_empty(row["prompt"]):

@@ -46,6 +46,7 @@ _LAYOUTS = (
     ("conversations",),
     ("instruction", "output"),
 )
+QUESTIONS = ("prompt", "question", "instruction", "messages", "conversations")
 _NEEDED = (
     "messages (or conversations), prompt and completion, or instruction and output (with input)"
 )
@@ -133,10 +134,9 @@ def question_of(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
     Raises:
         ValueError: if the row has none of these columns, or a broken turn.
     """
-    columns = ("prompt", "question", "instruction", "messages", "conversations")
-    column = next((name for name in columns if not is_empty(row.get(name))), None)
+    column = next((name for name in QUESTIONS if not is_empty(row.get(name))), None)
     if column is None:
-        raise _missing(row, where, columns, f"is one of {', '.join(columns)}")
+        raise _missing(row, where, QUESTIONS, f"is one of {', '.join(QUESTIONS)}")
     given = row[column]
     if column == "instruction":
         given = _instruction(row, where)
@@ -260,7 +260,9 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
         arguments = _loaded(arguments, where)
-    return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    number = {"id": call["id"]} if call.get("id") else {}  # to which the tool's answer refers
+    kept = {"name": function["name"], "arguments": arguments}
+    return number | {"type": "function", "function": kept}
 
 
 def _loaded(text: Any, where: str) -> Any:
