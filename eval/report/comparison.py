@@ -81,6 +81,10 @@ STUDIES = [
             'qrefta, `method="refta"`, R = 48': "refta R=48 calibrated",
             "qrefta, R = 12": "windows R=12 calibrated",
             'qrefta, `method="lorta"`, R = 12': "lorta R=12 calibrated",
+            "qrefta, R = 48, on plain NF4": "windows R=48 scales=absmax",
+            "qrefta, R = 48, on 16 bits": "windows R=48 bits=16",
+            "QLoRA with rsLoRA, r = 8": "rslora r=8",
+            "QLoRA with DoRA, r = 8": "dora r=8",
         },
     ),
     Compared(
@@ -116,6 +120,7 @@ def by_task(accuracy: list[Row]) -> str:
     """
     header = ["task", "trainable parameters", "QLoRA", "qrefta", "better by (95 % interval)"]
     lines = []
+    seeds = set()
     for compared in STUDIES:
         _, methods = _measured(compared, accuracy)
         rival = methods[compared.rival]
@@ -127,9 +132,11 @@ def by_task(accuracy: list[Row]) -> str:
         line = [compared.caption, f"{ours.adapter:,}"]
         line += [f"{rival.metric} {shown(rival)}", shown(ours), _line("", ours, rival)[3]]
         lines.append(line)
+        seeds.add(len(ours.values))
+    counts = " or ".join(map(str, sorted(seeds)))
     caption = (
-        "In 4 bits, 60 or 64 steps, 5 seeds, mean ± standard error; differences are paired over "
-        "seeds."
+        f"In 4 bits, 60 or 64 steps, {counts} seeds, mean ± standard error; differences are paired "
+        "over seeds."
     )
     return f"{markdown_table(Table(header, lines))}\n\n{caption}"
 

@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 from eval.rows import append
 from eval.studies.whole_step import Run, data_of, first_step
 from eval.tasks.smollm2 import NAME, cache_folder, smollm2_folder
+from qrefta.cli import guarded
 
 COMMAND = "qrefta finetune R="
 METHODS = ("trl qlora r=16", "qrefta R=64", f"{COMMAND}64")
@@ -94,3 +95,7 @@ def _command(name: str, settings: Run) -> float:
         finally:
             process.kill()
             process.wait()
+
+
+if __name__ == "__main__":
+    guarded(lambda: typer.run(run))

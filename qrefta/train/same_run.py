@@ -9,30 +9,39 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, TrainingArguments
+from torch import nn
+from transformers import TrainingArguments
 
 from qrefta.files.json_file import read_json
-from qrefta.hf_config import QReftaConfig
-from qrefta.hf_quantizer import prepared_config
+from qrefta.hf_quantizer import is_prepared, prepared_config
 
 MARKS = "qrefta_run.json"  # in a checkpoint
 _ROWS = 8  # of each split, from its start
 _SETTINGS = ("method", "bits", "quant_type", "block_size", "double_quant", "transform")
 
 
-def run_marks(train: Any, test: Any, arguments: TrainingArguments) -> dict[str, Any]:
-    """The marks of a run's data: counts of rows, a checksum of the first ones, and the seed."""
-    return {
+def run_marks(
+    model: nn.Module, train: Any, test: Any, arguments: TrainingArguments
+) -> dict[str, Any]:
+    """The marks of a run: how its model was prepared, counts of its rows, a checksum of the first
+    ones, and the seed.
+    """
+    marks: dict[str, Any] = {
         "training rows": _count(train),
         "test rows": _count(test),
         "first training rows": _checksum(train),
         "first test rows": _checksum(test),
         "seed": arguments.seed,
     }
+    if is_prepared(model):
+        config = prepared_config(model)
+        marks |= {name: getattr(config.settings, name) for name in _SETTINGS}
+        marks["ranks"] = json.dumps([row.rank for row in config.stacks])
+    return marks
 
 
 def check_same_run(checkpoint: Path, marks: dict[str, Any]) -> None:
-    """Refuse a checkpoint of other data or another seed; an older one without marks is taken.
+    """Refuse a checkpoint of another run; an older one without marks is taken.
 
     Raises:
         ValueError: naming the differences.
@@ -48,32 +57,9 @@ def check_same_run(checkpoint: Path, marks: dict[str, Any]) -> None:
     ]
     if changed:
         raise ValueError(
-            f"{checkpoint} is of a run on other data or with another seed ({'; '.join(changed)}). "
-            "Resume with the data and settings of that run, or start a new run in another folder, "
-            "from the model of this one if you like."
-        )
-
-
-def check_same_model(checkpoint: Path, model: PreTrainedModel) -> None:
-    """Refuse a checkpoint of a model that was prepared in another way.
-
-    Raises:
-        ValueError: naming the differences.
-    """
-    before = QReftaConfig.of(read_json(checkpoint / "config.json"))
-    now = prepared_config(model)
-    changed = [
-        f"{name} {getattr(before.settings, name)} -> {getattr(now.settings, name)}"
-        for name in _SETTINGS
-        if getattr(before.settings, name) != getattr(now.settings, name)
-    ]
-    ranks = [{row.stack.name: row.rank for row in config.stacks} for config in (before, now)]
-    if not changed and ranks[0] != ranks[1]:
-        changed = ["the stacks' ranks"]
-    if changed:
-        raise ValueError(
-            f"{checkpoint} is of a model that was prepared in another way ({'; '.join(changed)}). "
-            "Resume with the model that the run began with, or give another output_dir."
+            f"{checkpoint} is of a run with other data, another seed or another model "
+            f"({'; '.join(changed)}). Resume with those of that run, or start a new run in another "
+            "folder, from the model of this one if you like."
         )
 
 

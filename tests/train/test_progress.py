@@ -128,6 +128,15 @@ def test_a_resumed_run_saves_at_its_own_intervals(train, tmp_path):
     assert saved == {9, 12}  # the last two are kept
 
 
+@pytest.fixture
+def listening():
+    """Ctrl-C is heard, also where the tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listening")
 def test_a_second_ctrl_c_stops_at_once(train, tmp_path):
     with pytest.raises(KeyboardInterrupt) as stopped:
         train(max_steps=12, callbacks=[Interrupt(5, times=2)])

@@ -64,9 +64,9 @@ def other_rows():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"data": other_rows()}, r"other data .*training rows 96 -> 88; first training rows"),
-        ({"seed": 7}, "another seed .*seed 0 -> 7"),
-        ({"method": "lorta"}, "prepared in another way .*method refta -> lorta"),
+        ({"data": other_rows()}, r"other data.*training rows 96 -> 88; first training rows"),
+        ({"seed": 7}, "another seed.*seed 0 -> 7"),
+        ({"method": "lorta"}, "another model.*method refta -> lorta"),
     ],
     ids=str,
 )
