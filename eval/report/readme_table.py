@@ -154,30 +154,6 @@ def whole_step_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", caption])
 
 
-def step_profile_table(rows: list[dict[str, Any]]) -> str:
-    """In Markdown: where the time of the whole step goes, by `eval.studies.whole_step`."""
-    rows = [row for row in rows if row.get("kind") == "profile"]
-    kinds = rows[0]["seconds"]
-    lines = [
-        f"| milliseconds a step | {' | '.join(row['method'] for row in rows)} |",
-        "|---|" + len(rows) * "---|",
-    ]
-    for kind in [*kinds, "all"]:
-        cells = [
-            (sum(row["seconds"].values()) if kind == "all" else row["seconds"][kind]) / row["steps"]
-            for row in rows
-        ]
-        lines.append(f"| {kind} | {' | '.join(f'{1e3 * cell:,.0f}' for cell in cells)} |")
-    first = rows[0]
-    caption = (
-        f"{first['model']}, {first['batch_size']} rows of {first['rows']}, {first['dtype']}, "
-        f"{'with' if first['checkpointing'] else 'without'} gradient checkpointing, means of "
-        f"{first['steps']} alternated steps under torch's profiler ({first['device']}, "
-        f"{first['threads']} threads)."
-    )
-    return "\n".join([*lines, "", caption])
-
-
 def startup_table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table from one run of `eval.studies.startup`."""
     lines = [
@@ -274,7 +250,6 @@ TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "quickstart_sst2": (quickstart_table, ("quickstart_sst2",)),
     "cost": (cost_table, ("cost",)),
     "whole_step": (whole_step_table, ("whole_step",)),
-    "step_profile": (step_profile_table, ("whole_step",)),
     "startup": (startup_table, ("startup",)),
     "accuracy": (accuracy_table, ("accuracy",)),
     "architectures": (architectures_table, ("coverage",)),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from eval.report.readme_table import step_profile_table, whole_step_table
+from eval.report.readme_table import whole_step_table
 from eval.rows import read
 from eval.studies import whole_step
 from eval.studies.step_profile import KINDS, StepProfile, kind_of
@@ -75,14 +75,6 @@ def test_a_profile_tells_the_kinds_of_operations_apart():
     assert tuple(seconds) == KINDS
     assert {kind for kind in KINDS if seconds[kind] > 0} == set(KINDS) - {"dequantization"}
     assert kind_of("bitsandbytes::dequantize_4bit", [[64, 64]], 300) == "dequantization"
-    rows = [
-        {"kind": "profile", "model": "m", "method": method, "rows": "9 tokens", "batch_size": 8}
-        | {"dtype": "float32", "checkpointing": True, "steps": 2, "device": "CPU", "threads": 1}
-        | {"seconds": dict.fromkeys(KINDS, at)}
-        for at, method in enumerate(["a", "b"], start=1)
-    ]
-    assert "| attention | 500 | 1,000 |" in step_profile_table(rows)
-    assert "| all | 3,500 | 7,000 |" in step_profile_table(rows)
 
 
 @pytest.mark.parametrize("method", ["qlora r=16", "qrefta r=8", "trl qlora r=0", "qrefta R=", ""])
