@@ -326,14 +326,19 @@ def test_a_half_merged_model_is_not_written(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         qrefta.merge(model)
     monkeypatch.undo()
-    for export_to in (
-        lambda: qrefta.merge(model, out=tmp_path / "out"),
-        lambda: qrefta.export_lora(model, tmp_path / "out"),
-        lambda: qrefta.export_gguf(model, tmp_path / "out.gguf"),
-    ):
+    for export_to in exports(tmp_path):
         with pytest.raises(ValueError, match=r"merge in place was interrupted. Call qrefta.merge"):
-            export_to()
+            export_to(model)
     assert not list(tmp_path.iterdir())
+
+
+def exports(folder):
+    """The functions that write a model to a folder."""
+    return [
+        lambda model: qrefta.merge(model, out=folder / "out"),
+        lambda model: qrefta.export_lora(model, folder / "out"),
+        lambda model: qrefta.export_gguf(model, folder / "out.gguf"),
+    ]
 
 
 def test_a_model_with_adapters_of_peft_is_refused_and_left_as_it_was(tmp_path):
@@ -341,12 +346,7 @@ def test_a_model_with_adapters_of_peft_is_refused_and_left_as_it_was(tmp_path):
     peft = get_peft_model(model, LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
     expected = logits(peft)
     for one in (peft, peft.get_base_model()):
-        for export_to in (
-            qrefta.merge,
-            lambda model: qrefta.merge(model, out=tmp_path / "out"),
-            lambda model: qrefta.export_lora(model, tmp_path / "out"),
-            lambda model: qrefta.export_gguf(model, tmp_path / "out.gguf"),
-        ):
+        for export_to in (qrefta.merge, *exports(tmp_path)):
             with pytest.raises(ValueError, match=r"carries PEFT adapters; call merge_and_unload"):
                 export_to(one)
     assert not list(tmp_path.iterdir())
@@ -358,14 +358,9 @@ def test_an_offloaded_model_is_refused_and_left_as_it_was(tmp_path):
     model = prepared("llama_gqa")
     expected = logits(model)
     cpu_offload(model)
-    for export_to in (
-        lambda: qrefta.merge(model),
-        lambda: qrefta.merge(model, out=tmp_path / "out"),
-        lambda: qrefta.export_lora(model, tmp_path / "out"),
-        lambda: qrefta.export_gguf(model, tmp_path / "out.gguf"),
-    ):
+    for export_to in (qrefta.merge, *exports(tmp_path)):
         with pytest.raises(ValueError, match=r"on the meta device .* offloads them. Load it whole"):
-            export_to()
+            export_to(model)
     assert not list(tmp_path.iterdir())
     remove_hook_from_submodules(model)
     assert torch.equal(logits(model), expected)
