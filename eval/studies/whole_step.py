@@ -75,7 +75,7 @@ def run(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     memory: Annotated[bool, typer.Option(help="Measure peaks of memory too.")] = True,
     profiled: Annotated[
-        bool, typer.Option("--profile", help="Show where the time goes, in rows of their own.")
+        bool, typer.Option("--profile", help="Add a row a method: seconds by kind of operation.")
     ] = False,
     rows: Annotated[Path | None, typer.Option(help="JSON lines file; rows are added.")] = None,
     child: Annotated[str, typer.Option(hidden=True)] = "",

@@ -18,7 +18,7 @@ from qrefta._compat.transformers import (
 from qrefta.config import StackReport
 from qrefta.export.compare import example_inputs, output_difference, outputs, run_from_disk
 from qrefta.export.write import (
-    LOAD_WHOLE,
+    check_complete,
     check_exportable,
     check_tokenizer,
     dense_tensors,
@@ -27,8 +27,7 @@ from qrefta.export.write import (
     write_model,
 )
 from qrefta.files.folders import new_folder
-from qrefta.hf_quantizer import check_no_peft, prepared_config
-from qrefta.model.check import check_in_memory
+from qrefta.hf_quantizer import prepared_config
 from qrefta.model.stacks import replace_module
 from qrefta.model_card import write_card
 from qrefta.nn.experts import expert_path, restore_fused
@@ -121,8 +120,7 @@ def merge(
     config = prepared_config(model)
     check_floating(dtype)
     if out is None:
-        check_no_peft(model)
-        check_in_memory(model, LOAD_WHOLE)
+        check_complete(model)
         return _merge_in_place(model, config.stacks, dtype)
     check_exportable(model)
     if tokenizer is not None:

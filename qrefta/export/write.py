@@ -37,21 +37,27 @@ from qrefta.nn.experts import expert_path
 from qrefta.nn.factors import BANK
 from qrefta.nn.linear import AdaptedLinear, adapted_layer, has_adapted_layer
 
-LOAD_WHOLE = "Load it whole, without offloading."
-
 # The tensors of an adapted linear layer, without its bias, by their names in the module.
 Stored = Callable[[AdaptedLinear, StackReport], Mapping[str, Tensor]]
+
+
+def check_complete(model: PreTrainedModel) -> None:
+    """Refuse a model with PEFT adapters, or with parameters that have no values.
+
+    Raises:
+        ValueError: naming the fix.
+    """
+    check_no_peft(model)
+    check_in_memory(model, "Load it whole, without offloading.")
 
 
 def check_exportable(model: PreTrainedModel) -> None:
     """Refuse a dense or prepared model that cannot be written.
 
     Raises:
-        ValueError: if parameters have no values, the model carries PEFT adapters, or an earlier
-            merge in place was interrupted.
+        ValueError: as `check_complete`, or if an earlier merge in place was interrupted.
     """
-    check_no_peft(model)
-    check_in_memory(model, LOAD_WHOLE)
+    check_complete(model)
     stacks = prepared_config(model).stacks if is_prepared(model) else []
     for row in stacks:
         for path in row.stack.adapted:

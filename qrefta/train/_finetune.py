@@ -273,8 +273,10 @@ class _Evaluations(TrainerCallback):
 
 
 class _OwnIntervals(TrainerCallback):
-    """Logs, evaluates and saves at the intervals of this run, where a Trainer that resumes takes
-    those of the checkpoint: of another number of steps, they may be every step.
+    """Logs, evaluates and saves at the intervals of this run.
+
+    A Trainer that resumes takes the checkpoint's intervals. They fit the number of steps of that
+    run, and in a longer run they may be far too short.
     """
 
     def on_train_begin(

@@ -26,7 +26,7 @@ from qrefta.train.labels import encode_labels
 _TRAIN_NAMES = ("train", "training")
 # validation first, since test splits on the hub may be unlabelled
 _TEST_NAMES = ("validation", "valid", "val", "dev", "eval", "test", "test-labeled")
-# of one file of several, as the hub writes them: train-00000-of-00001, with a hash behind it
+# what follows a split's name where it has several files: train-00000-of-00001, then maybe a hash
 _PART = re.compile(r"[-_.]?\d+(-of-\d+)?(-[0-9a-f]{16})?")
 _LABEL_NAMES = ("label", "labels", "target", "class")
 
