@@ -22,6 +22,7 @@ from qrefta._compat.transformers import (
     sdpa_mask,
     supports_attention_functions,
 )
+from qrefta.model.modes import eval_mode
 from qrefta.train.head_loss import without_peft
 
 ROW_ATTENTION = "qrefta_rows"
@@ -83,18 +84,13 @@ def keeps_rows_apart(model: nn.Module) -> bool:
     )
     device = next(model.parameters()).device
     outputs = []
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model), torch.no_grad():
         for row in (first, other):
             inputs = {
                 name: value.to(device) if isinstance(value, Tensor) else value
                 for name, value in joined([row, second]).items()
             }
-            with torch.no_grad():
-                outputs.append(model(**inputs).logits[0, _TOKENS:].float())
-    finally:
-        model.train(was_training)
+            outputs.append(model(**inputs).logits[0, _TOKENS:].float())
     one, two = outputs
     return bool((one - two).abs().max() <= 1e-2 * one.abs().max())
 
