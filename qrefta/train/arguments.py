@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
-from qrefta.hf_quantizer import is_prepared, prepared_config
+from qrefta.hf_quantizer import is_prepared
 from qrefta.train.lengths import MAX_LENGTH
 from qrefta.train.progress import EVERY
+from qrefta.train.sharding import fsdp2_config
 from qrefta.train.tasks import TaskName
 from qrefta.train.trl import TRL_TASKS, load_trl
 
@@ -157,25 +158,6 @@ def _uses_all_factors(model: PreTrainedModel) -> bool:
 def arguments_class(task: TaskName) -> type[TrainingArguments]:
     """TRL's class of settings for TRL's tasks, such as SFTConfig, else TrainingArguments."""
     return load_trl(task)[1] if task in TRL_TASKS else TrainingArguments
-
-
-def fsdp2_config(model: PreTrainedModel) -> dict[str, Any]:
-    """Trainer's `fsdp_config` to shard a model block by block.
-
-    Every process writes its part of a checkpoint.
-    The blocks of a prepared model are named here. The blocks that BERT's class names contain its
-    embeddings, on which accelerate 1.15 fails.
-    """
-    config: dict[str, Any] = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}
-    if not is_prepared(model):
-        return config
-    blocks = set()
-    for row in prepared_config(model).stacks:
-        depth = row.stack.name.split(".").index("*") + 1
-        for path in row.stack.modules:
-            block = ".".join(path.split(".")[:depth])
-            blocks.add(type(model.get_submodule(block)).__name__)
-    return config | {"transformer_layer_cls_to_wrap": sorted(blocks)}
 
 
 def _default_values(task: TaskName, settings: dict[str, Any]) -> dict[str, Any]:
