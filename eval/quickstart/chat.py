@@ -124,6 +124,7 @@ def run(options: Options) -> None:
             learning_rate=3e-3,
             max_steps=steps,
             per_device_train_batch_size=8,
+            padding_free=False,
             save_steps=1.0,
             seed=seed,
         )

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from qrefta._deprecations import deprecated_keywords
-from qrefta.choices import LOSSES, Loss
+from qrefta.choices import Loss
 from qrefta.distributed import check_sharding, processes, whole_state
 from qrefta.hf_quantizer import is_prepared, prepared_config
 from qrefta.model.verify import check_weights
@@ -50,6 +50,7 @@ from qrefta.train.progress import Lines, Progress
 from qrefta.train.rates import chosen_rate, warn_of_rate
 from qrefta.train.same_run import check_same_run, run_marks
 from qrefta.train.tasks import TASKS, Recipe, TaskName
+from qrefta.train.tasks.chat import check_loss
 from qrefta.train.tasks.mixture import Mixture, load_mixture, mixed_recipe
 from qrefta.train.tasks.preference import Reward, load_rewards
 from qrefta.train.trl import TRL_TASKS
@@ -168,8 +169,9 @@ def finetune(
             of a window, for grpo of an answer; 128, or the model's positions if it has fewer.
         packing: for sft, fill sequences of `max_length` tokens with several conversations; False.
         padding_free: for sft, put the conversations of a batch behind each other in place of
-            padding them; default, without `args`: where the model's attention keeps them apart,
-            and on a GPU only with flash attention. The batches then have similar numbers of tokens.
+            padding them; default, unless `args` have a value: where the model's attention keeps
+            them apart, and on a GPU only with flash attention. The batches then have similar
+            numbers of tokens.
         loss: for sft, on all turns of the assistant, or on the last.
         reward: for grpo, a function that takes prompts, completions and every further column of the
             data by name, and returns a number for each completion; also "file.py:function", or
@@ -208,6 +210,7 @@ def finetune(
         raise ValueError(f"task is {task!r}; it must be one of {', '.join(TASKS)}")
     check_trainable(model)
     rewards = load_rewards(task, reward)
+    check_loss(task, loss)
     settings = {
         "learning_rate": learning_rate,
         "num_train_epochs": epochs,
@@ -227,8 +230,6 @@ def finetune(
         beta=beta,
         num_generations=num_generations,
     )
-    if loss not in LOSSES:
-        raise ValueError(f"loss is {loss!r}; it must be one of {', '.join(LOSSES)}")
     settings = {name: value for name, value in settings.items() if value is not None}
     callbacks = _callbacks(callbacks)
     given = any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks)
@@ -241,13 +242,13 @@ def finetune(
     if deprecated:
         settings |= _old_settings(deprecated, args)
     together = processes()  # before TrainingArguments, whose processes wait less long for the first
-    if args is None or (args.learning_rate is None and learning_rate is None):
+    if learning_rate is not None or args is None or args.learning_rate is None:
         show = together.is_main_process and progress is not False
         settings["learning_rate"] = chosen_rate(model, learning_rate, show, task)
     arguments = run_arguments(model, task, args, output_dir, settings)
     warn_of_rate(model, arguments.learning_rate, task)
     length = _length(model, processor, task, arguments, max_length, is_default=args is None)
-    if args is None and task == "sft" and not packing and padding_free is None:
+    if task == "sft":
         join_by_default(model, arguments)
     with together.main_process_first():  # the other processes find its cache
         recipe = _recipe(model, processor, dataset, task, arguments.seed, length, loss, rewards)
@@ -502,10 +503,9 @@ def _trainer(
     marks: dict[str, Any],
     quiet: bool,
 ) -> Trainer:
+    """The recipe's Trainer, with whole checkpoints and steps that are finite."""
     if getattr(arguments, "padding_free", False):
-        arguments.include_num_input_tokens_seen = "all"  # without a mask, paddings are unknown
-        if not getattr(arguments, "packing", False):
-            arguments.max_length = None  # type: ignore[attr-defined]  # the recipe has cut the rows
+        _join_rows(arguments)
     options = {"data_collator": recipe.collate, "compute_metrics": recipe.metrics} | recipe.options
     trainer = finite_steps(whole_checkpoints(recipe.trainer, marks))(
         model=model,
@@ -517,20 +517,32 @@ def _trainer(
         # GRPOTrainer takes neither of them
         **{name: value for name, value in options.items() if value is not None},
     )
+    if arguments.fsdp and not trainer.is_fsdp_enabled:
+        raise ValueError("fsdp shards a model over GPUs, and there are none here; leave it out.")
+    if _joins(trainer):
+        check_apart(model)
+    if recipe.mean_loss:
+        # Trainer assumes a sum over tokens for models whose forward takes **kwargs.
+        trainer.model_accepts_loss_kwargs = False
+    _show_progress(trainer, quiet)
+    return trainer
+
+
+def _join_rows(arguments: Any) -> None:
+    """Adjust the settings of a run whose batches are joined rows."""
+    arguments.include_num_input_tokens_seen = "all"  # without a mask, paddings are unknown
+    if not arguments.packing:
+        arguments.max_length = None  # the recipe has cut the rows
+
+
+def _show_progress(trainer: Trainer, quiet: bool) -> None:
+    """Show qrefta's lines and bar in place of Trainer's, or nothing."""
     for callback in list(trainer.callback_handler.callbacks):
         ours = {ProgressCallback: Progress, PrinterCallback: Lines}.get(type(callback))
         if ours is not None:
             trainer.remove_callback(callback)
             if not quiet:
                 trainer.add_callback(ours())
-    if _joins(trainer):
-        check_apart(model)
-    if recipe.mean_loss:
-        # Trainer assumes a sum over tokens for models whose forward takes **kwargs.
-        trainer.model_accepts_loss_kwargs = False
-    if arguments.fsdp and not trainer.is_fsdp_enabled:
-        raise ValueError("fsdp shards a model over GPUs, and there are none here; leave it out.")
-    return trainer
 
 
 def _attention(trainer: Trainer) -> AbstractContextManager[None]:

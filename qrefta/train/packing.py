@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import pairwise
+from math import inf
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ MOST_TOKENS = 1 << 14  # of a joined batch by default; its mask has their square
 _TOKENS = 4  # of a row of the check
 
 
-def joins_rows(model: Any, tokens: int) -> bool:
+def joins_rows(model: Any, tokens: float) -> bool:
     """Whether sft joins the rows of a batch by default: rows stay apart, and it is faster.
 
     Without flash attention a GPU computes the rows' products with each other, which takes longer
@@ -38,7 +39,7 @@ def joins_rows(model: Any, tokens: int) -> bool:
 
     Args:
         model: a language model, prepared, plain or PEFT's.
-        tokens: of the largest batch.
+        tokens: of the largest batch; infinite if rows are not cut.
     """
     base = without_peft(model)
     if "flash" in attention_implementation(base):
@@ -52,13 +53,16 @@ def joins_rows(model: Any, tokens: int) -> bool:
 
 
 def join_by_default(model: nn.Module, args: Any) -> None:
-    """Let a run of sft join the rows of a batch, if `joins_rows` says so.
+    """Let a run of sft join the rows of a batch if `joins_rows` says so, unless `args` decide.
 
     Args:
         model: to be trained.
-        args: TRL's SFTConfig with a `max_length`; its `padding_free` is set.
+        args: TRL's SFTConfig; a `padding_free` of None is replaced, unless `packing` is set.
     """
-    args.padding_free = joins_rows(model, args.per_device_eval_batch_size * args.max_length)
+    if args.packing or args.padding_free is not None:
+        return
+    length = inf if args.max_length is None else args.max_length
+    args.padding_free = joins_rows(model, args.per_device_eval_batch_size * length)
 
 
 def check_apart(model: nn.Module) -> None:
