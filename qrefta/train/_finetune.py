@@ -20,8 +20,6 @@ from transformers import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 
@@ -29,17 +27,10 @@ from qrefta._deprecations import deprecated_keywords
 from qrefta.choices import Loss
 from qrefta.distributed import check_sharding, processes, whole_state
 from qrefta.hf_quantizer import is_prepared, prepared_config
-from qrefta.model.verify import check_weights
 from qrefta.model_card import write_card
 from qrefta.nn.factors import BANK
 from qrefta.train.arguments import LENGTH_FIELDS, run_arguments, task_settings
-from qrefta.train.checkpoints import (
-    clear_unfinished,
-    last_checkpoint,
-    publish,
-    whole_checkpoints,
-    writing,
-)
+from qrefta.train.checkpoints import publish, whole_checkpoints, writing
 from qrefta.train.forward import own_forward
 from qrefta.train.gradients import GradientWatch, check_trainable
 from qrefta.train.interrupt import interruptible
@@ -48,7 +39,8 @@ from qrefta.train.nan_guard import finite_steps
 from qrefta.train.packing import check_apart, join_by_default, row_by_row
 from qrefta.train.progress import Lines, Progress
 from qrefta.train.rates import chosen_rate, warn_of_rate
-from qrefta.train.same_run import check_same_run, run_marks
+from qrefta.train.resume import OrderOfEpoch, OwnIntervals, checkpoint_of
+from qrefta.train.same_run import run_marks
 from qrefta.train.tasks import TASKS, Recipe, TaskName
 from qrefta.train.tasks.chat import check_loss
 from qrefta.train.tasks.mixture import Mixture, load_mixture, mixed_recipe
@@ -273,19 +265,6 @@ class _Evaluations(TrainerCallback):
         self.runtime_s += metrics["eval_runtime"]
 
 
-class _OwnIntervals(TrainerCallback):
-    """Logs, evaluates and saves at the intervals of this run.
-
-    A Trainer that resumes takes the checkpoint's intervals. They fit the number of steps of that
-    run, and in a longer run they may be far too short.
-    """
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        state.compute_steps(args, state.max_steps)
-
-
 def _callbacks(callbacks: Any) -> list[TrainerCallback]:
     """Callbacks as objects; Trainer takes classes too."""
     several = callbacks if isinstance(callbacks, Sequence) else [callbacks]
@@ -429,7 +408,7 @@ def _train(
     run = Path(str(arguments.output_dir))
     _check_metric(arguments, recipe, task)
     marks = run_marks(model, recipe.train, recipe.test, arguments)
-    checkpoint = _checkpoint_of(run, resume, model, marks)
+    checkpoint = checkpoint_of(run, resume, model, marks)
     if checkpoint is not None:
         arguments.eval_on_start = False  # the log has it; early stopping would count it again
         arguments.restore_callback_states_from_checkpoint = True
@@ -440,7 +419,14 @@ def _train(
             processor,
             recipe,
             arguments,
-            [*callbacks, _OwnIntervals(), evaluations, interrupts, GradientWatch()],
+            [
+                *callbacks,
+                OwnIntervals(),
+                OrderOfEpoch(),
+                evaluations,
+                interrupts,
+                GradientWatch(),
+            ],
             marks,
             quiet,
         )
@@ -470,28 +456,6 @@ def _train(
         train_s=train_s,
         trained_parameters=_count_trainable(model),
     )
-
-
-def _checkpoint_of(
-    run: Path, resume: bool, model: PreTrainedModel, marks: dict[str, Any]
-) -> Path | None:
-    """The checkpoint to resume from; None for a new run."""
-    if processes().is_main_process:
-        clear_unfinished(run)
-    checkpoint = last_checkpoint(run)
-    if resume and checkpoint is None:
-        raise ValueError(f"There is no checkpoint to resume from in {run}.")
-    if checkpoint is None:
-        return None
-    if not resume:
-        raise ValueError(
-            f"{run} holds {checkpoint.name} of an earlier run, which could be taken for one of "
-            "this run. Continue that run with resume=True, give another output_dir, or remove it."
-        )
-    check_same_run(checkpoint, marks)
-    if is_prepared(model):  # Trainer does not load weights through the plug-in
-        check_weights(checkpoint)
-    return checkpoint
 
 
 def _trainer(
