@@ -28,7 +28,7 @@ from qrefta._compat.hub import cached_hub_file, commit_hash
 from qrefta._compat.saving import being_saved, set_upload, upload
 from qrefta.config import BANK
 from qrefta.files.json_file import read_json
-from qrefta.files.safetensors import weight_files
+from qrefta.files.safetensors import clear_unfinished, weight_files
 from qrefta.files.verify import LIST, check_layout, check_saved, check_settings, is_switched_off
 from qrefta.hf_config import QReftaConfig
 from qrefta.model.config_file import check_config, check_counts, read_config
@@ -202,7 +202,8 @@ class QReftaQuantizer(HfQuantizer):
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The state dict, and the checksums that transformers writes into the header of each file.
 
-        The folder gets a model card, unless it has a README.md.
+        The folder gets a model card, unless it has a README.md. A process that was killed while it
+        wrote one has left it under a temporary name; it is removed.
 
         Masters that are bf16 values are stored as bf16, which loses nothing. Under FSDP2 the state
         dict is empty in all processes but the first.
@@ -211,6 +212,8 @@ class QReftaQuantizer(HfQuantizer):
             ValueError: if FSDP2 sharded the model and the other processes do not save it too, or
                 packed weights were multiplied.
         """
+        from torch import distributed as dist
+
         from qrefta._compat.transformers import saves_adapters_alone
         from qrefta.distributed import is_sharded, wait_for_all, whole_state
         from qrefta.model.saving import saved_checksums
@@ -236,6 +239,8 @@ class QReftaQuantizer(HfQuantizer):
         if not state:
             return state, {}
         if folder is not None:
+            if not dist.is_initialized():  # other processes may be writing to the same folder
+                clear_unfinished(folder)
             write_card(folder, self.quantization_config)
         return state, saved_checksums(model, state).metadata()
 

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -26,30 +27,35 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 import qrefta
+from qrefta._compat.transformers import sampled_by
 from qrefta.cli import quiet_libraries
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.train._finetune import finetune, round_masters
 from qrefta.train.arguments import training_arguments
+from qrefta.train.balance import BalancedSampler
 from qrefta.train.calibration import task_batches
 from qrefta.train.checkpoints import whole_checkpoints
 from qrefta.train.data import load_classification
 from qrefta.train.models import load_classifier
 from qrefta.train.rates import CALIBRATED_RATE
+from qrefta.train.tasks import TASKS
+from qrefta.train.tasks.classify import text_classes
 from tests.models import VOCAB, tiny_llama
 
 DOCS = Path(__file__).parents[1] / "docs" / "distributed.md"
 TEXT = [{"input_ids": row, "labels": row} for row in torch.arange(64 * 8).view(64, 8) % VOCAB]
 BREAKS = "bert.encoder.layer.1.intermediate.dense"
-STEPS = 3
+ROWS = 32  # to train on: two steps an epoch, so every checkpoint but the last is inside one
+STEPS = 4
 SETTINGS = {
     "max_steps": STEPS,
-    "save_steps": 2,
+    "save_steps": 3,
     "optim": "sgd",  # Adam amplifies rounding in gradients near zero
     "learning_rate": 0.1,
     "disable_tqdm": True,
 }
 WARNINGS: list[str] = []  # of deprecations, by finetune in this process
-COMMAND_STEPS = 8  # of the command line, which saves at every quarter
+COMMAND_STEPS = 12  # of the command line, which saves at every quarter
 
 
 def torchrun(work, folder, processes=2):
@@ -142,7 +148,7 @@ def replicated(folder):
         "optim": "adamw_torch",
         "learning_rate": CALIBRATED_RATE,  # as the command chooses
     }
-    tune(folder, "whole", model, 8, **settings)
+    tune(folder, "whole", model, 8, recipe=text_classes, **settings)
     with contextlib.suppress(SystemExit):
         _command(folder, "--resume")
     yield "no GPUs", message(lambda: tune(folder, "no", start(folder), 8, fsdp=True))
@@ -235,12 +241,12 @@ class Broken(torch.autograd.Function):
 
 
 def stops(folder, name, by, **settings):
-    """The error of a run in which a layer of the second process breaks in the third step."""
+    """The error of a run in which a layer of the second process breaks in the last step."""
     model = start(folder)
     calls = itertools.count()
 
     def hook(module, args, output):
-        return Broken.apply(output, by) if module.training and next(calls) >= 2 else output
+        return Broken.apply(output, by) if module.training and next(calls) >= STEPS - 1 else output
 
     if os.environ["RANK"] == "1":
         model.get_submodule(BREAKS).register_forward_hook(hook, prepend=True)
@@ -333,11 +339,21 @@ def _data(folder):
     return load_classification(folder / "data")
 
 
-def tune(folder, name, model, batch_size, resume=False, **settings):
+def balanced_classes(*data):
+    """The recipe of text with labels, in the order of joined rows, whatever the processes."""
+
+    def order(trainer, rows):
+        return BalancedSampler([len(row) for row in rows["input_ids"]], 16, seed=0)
+
+    return replace(text_classes(*data), trainer=sampled_by(Trainer, order))
+
+
+def tune(folder, name, model, batch_size, resume=False, recipe=balanced_classes, **settings):
     """Finetune in `folder`/`name`."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "tiny")
     settings = SETTINGS | settings | {"per_device_train_batch_size": batch_size}
-    with warnings.catch_warnings(record=True) as caught:
+    task = TASKS["classify"]._replace(recipe=recipe)
+    with mock.patch.dict(TASKS, classify=task), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         args = training_arguments("classify", folder / name, **settings)
         result = finetune(model, tokenizer, _data(folder), args=args, resume=resume)

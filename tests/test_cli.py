@@ -464,11 +464,11 @@ def test_the_settings_with_which_a_model_was_prepared_may_be_given_again(prepare
         ("--task lm --label-column a", "--label-column is for the task classify; the task is lm"),
         ("--task dpo --header a", "--header is for the task classify; the task is dpo"),
         ("--task lm --text-column a --text-column b", "the task lm reads one column"),
-        ("--loss last", "--loss last is for the task sft; the task is classify"),
-        ("--batch-size 0", "--batch-size is 0; it must be 1 or more"),
-        ("--gradient-accumulation 0", "--gradient-accumulation is 0; it must be 1 or more"),
-        ("--epochs -1", "--epochs is -1.0; it must be above 0, or give the steps"),
-        ("--epochs nan", "--epochs is nan; it must be above 0"),
+        ("--loss last", "loss='last' (--loss) is for the task sft; the task is 'classify'"),
+        ("--batch-size 0", "batch_size (--batch-size) is 0; it must be a whole number, 1 or more"),
+        ("--gradient-accumulation 0", "(--gradient-accumulation) is 0; it must be a whole number"),
+        ("--epochs -1", "epochs (--epochs) is -1.0; it must be a number above 0, or give the st"),
+        ("--epochs nan", "epochs (--epochs) is nan; it must be a number above 0"),
         ("--task lm --mix a.txt:2 --mix a.txt:3", "a.txt is given twice; give it once"),
     ],
 )
@@ -476,6 +476,18 @@ def test_options_without_effect_and_numbers_that_are_none_are_refused(options, m
     """Before data and model are read: there are none."""
     with pytest.raises(ValueError, match=re.escape(message)):
         invoke("finetune", "none", "none.csv", tmp_path / "out", *options.split())
+
+
+def test_other_processes_wait_for_the_first_as_long_as_it_prepares(tmp_path, monkeypatch):
+    """The first settings of the processes hold, and those of TrainingArguments wait less long."""
+
+    def stop():
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr("qrefta.distributed.processes", stop)
+    monkeypatch.setattr("qrefta.train.arguments.training_arguments", None)
+    with pytest.raises(RuntimeError, match="stopped"):
+        invoke("finetune", "none", "none.csv", tmp_path / "out")
 
 
 def test_running_text_is_read_from_the_named_column(language, tmp_path):

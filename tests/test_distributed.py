@@ -26,6 +26,7 @@ from tests.processes import (
     BREAKS,
     COMMAND_STEPS,
     DOCS,
+    ROWS,
     STEPS,
     TEXT,
     everything,
@@ -51,7 +52,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     tiny_folder(folder / "tiny")
     (folder / "data").mkdir()
-    for name, count, seed in (("train", 96, 1), ("dev", 32, 2)):
+    for name, count, seed in (("train", ROWS, 1), ("dev", 32, 2)):
         lines = [json.dumps(row) for row in color_rows(count, seed)]
         (folder / "data" / f"{name}.jsonl").write_text("\n".join(lines))
     with pytest.raises(ChildFailedError) as error:
@@ -111,7 +112,9 @@ def test_training_gives_no_warning_of_a_deprecation(results):
 
 
 def test_a_run_resumes_after_a_process_was_killed(folder):
-    """Bit for bit as without the kill, with dropout, from the model that the first run prepared."""
+    """Bit for bit as without the kill, with dropout, from the model that the first run prepared;
+    inside the second epoch, whose order of rows is not that of the first.
+    """
     assert not (folder / "killed" / "start").exists()
     for name in ("model.safetensors", f"checkpoint-{COMMAND_STEPS}/model.safetensors"):
         tensors = load_file(folder / "killed" / name)
@@ -133,7 +136,7 @@ def test_sharded_processes_hold_half_of_the_packed_weights(results):
         assert set(rank["shares"]) == {0.5}
 
 
-def test_a_sharded_run_resumes_bit_for_bit(results):
+def test_a_sharded_run_resumes_bit_for_bit_inside_the_second_epoch(results):
     for rank in results:
         assert_close(rank["resumed"], rank["fsdp"][1], rtol=0, atol=0)
 
@@ -213,10 +216,10 @@ BACKWARD = f"gradients are not finite; the gradient of {BEFORE}'s output is not 
     [("ddp stops", FORWARD), ("fsdp stops", FORWARD), ("fsdp stops backwards", BACKWARD)],
 )
 def test_all_processes_stop_where_one_of_them_breaks_and_name_the_layer(case, problem, results):
-    begin = f"In step 3 {problem}. The step was not taken; the last checkpoint is"
+    begin = f"In step {STEPS} {problem}. The step was not taken; the last checkpoint is"
     for rank in results:
         assert rank[case].startswith(begin)
-        assert "checkpoint-2" in rank[case]
+        assert f"checkpoint-{STEPS - 1}" in rank[case]
 
 
 @pytest.mark.parametrize(

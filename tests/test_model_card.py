@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ import qrefta
 from qrefta import model_card as card
 from qrefta.hf_quantizer import prepared_config
 from qrefta.model_card import base_license, model_card, write_card
+from tests.kill import killed_while_writing
 from tests.models import inputs, tiny_bert
 from tests.tiny import tiny_folder
 
@@ -90,6 +92,16 @@ def test_a_card_that_is_there_is_kept(tmp_path):
     (tmp_path / "README.md").unlink()
     write_card(tmp_path, config)
     assert "qrefta.load(" in (tmp_path / "README.md").read_text()
+
+
+def test_the_card_of_a_killed_process_is_removed_by_the_next_save(tmp_path, monkeypatch):
+    model = qrefta.prepare(tiny_bert(), rank=5, refine=0, progress=False)
+    killed_while_writing(partial(model.save_pretrained, tmp_path), monkeypatch)
+    assert not (tmp_path / "README.md").exists()
+    assert [path.suffix for path in tmp_path.glob("README.md.*")] == [".tmp"]
+    model.save_pretrained(tmp_path)
+    names = {"README.md", "config.json", "model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == names
 
 
 def test_a_licence_is_looked_for_where_the_base_is(tmp_path, monkeypatch):

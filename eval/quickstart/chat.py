@@ -32,6 +32,7 @@ from eval.tasks.questions import docstring_questions
 from eval.tasks.smollm2 import NAME, cache_folder, smollm2_folder
 from qrefta import FinetuneResult, TextComparison
 from qrefta.files.safetensors import weights_bytes
+from qrefta.model.modes import eval_mode
 from qrefta.tables import new_table, results_table
 from qrefta.train.arguments import training_arguments
 from qrefta.train.calibration import task_batches
@@ -123,6 +124,7 @@ def run(options: Options) -> None:
             learning_rate=3e-3,
             max_steps=steps,
             per_device_train_batch_size=8,
+            padding_free=False,
             save_steps=1.0,
             seed=seed,
         )
@@ -175,7 +177,6 @@ def answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: list[Any]
 ) -> list[str]:
     """The most likely answer to each question, a few words long."""
-    training = model.training
     tokenizer.padding_side = "left"
     batch: Any = tokenizer.apply_chat_template(
         questions, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
@@ -186,9 +187,8 @@ def answers(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    with torch.no_grad():
-        made = model.eval().generate(**batch.to(model.device), generation_config=settings)
-    model.train(training)
+    with eval_mode(model), torch.no_grad():
+        made = model.generate(**batch.to(model.device), generation_config=settings)
     tokenizer.padding_side = "right"
     new = made[:, batch["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]

@@ -76,24 +76,22 @@ def finetune(
     from qrefta.hf_quantizer import is_prepared, quant_report
     from qrefta.tables import report_table, results_table
     from qrefta.train._finetune import finetune as finetune_model
-    from qrefta.train.arguments import LENGTH_FIELDS, task_settings, training_arguments
+    from qrefta.train.arguments import task_settings, training_arguments
     from qrefta.train.interrupt import TrainingInterrupted
     from qrefta.train.lengths import row_length
     from qrefta.train.models import load_model
-    from qrefta.train.packing import join_by_default
-    from qrefta.train.rates import chosen_rate, parse_rate
+    from qrefta.train.rates import parse_rate
     from qrefta.train.tasks import TASKS
+    from qrefta.train.tasks.chat import check_loss
     from qrefta.train.tasks.preference import load_rewards
 
-    seed = settings["seed"]
-    _check_numbers(epochs, max_steps, batch_size, gradient_accumulation)
     further = _weights(dataset, mix or [])
     columns = _columns(task, text_column, label_column, header)
-    if loss != "all" and task != "sft":
-        raise ValueError(f"--loss {loss} is for the task sft; the task is {task}")
     rate = parse_rate(learning_rate)
     rewards = load_rewards(task, reward or ())
-    options = _options_of_run(ctx, settings, trust_remote_code)
+    check_loss(task, loss)
+    state = processes()  # before TrainingArguments, whose processes wait less long for the first
+    console.quiet = not state.is_main_process
     args = training_arguments(
         task,
         out,
@@ -105,35 +103,29 @@ def finetune(
         gradient_checkpointing=gradient_checkpointing,
         bf16=bf16,
         fsdp=fsdp or None,
-        seed=seed,
+        seed=settings["seed"],
         report_to=report_to or "none",
         **task_settings(
             task,
-            max_length=max_length,
             packing=packing,
             padding_free=padding_free,
             beta=beta,
             num_generations=num_generations,
         ),
     )
-    state = processes()
+    options = _options_of_run(ctx, settings, trust_remote_code)
     start = out / "start"  # the prepared model, for the other processes
-    console.quiet = not state.is_main_process
     with state.main_process_first():
         if state.is_main_process and not resume:
             _check_run(out)
-        data = _load_data(task, dataset, further, seed, columns)
+        data = _load_data(task, dataset, further, settings["seed"], columns)
         processor = TASKS[task].processor.from_pretrained(
             **pretrained_source(model, trust_remote_code)
         )
         begun = str(start) if start.is_dir() else model
-        loaded = load_model(begun, task, data, seed, trust_remote_code)
-        if task != "image":
+        loaded = load_model(begun, task, data, settings["seed"], trust_remote_code)
+        if task != "image":  # too long a length is refused before the model is prepared
             max_length = row_length(loaded, processor, max_length)
-        if task in LENGTH_FIELDS:
-            setattr(args, LENGTH_FIELDS[task], max_length)
-        if task == "sft" and padding_free is None and not packing:
-            join_by_default(loaded, args)
         if not is_prepared(loaded):
             if not state.is_main_process:
                 raise ValueError(
@@ -144,7 +136,6 @@ def finetune(
                 loaded.save_pretrained(f"{start}.partial")
                 Path(f"{start}.partial").rename(start)
     console.print(report_table(quant_report(loaded)))
-    args.learning_rate = chosen_rate(loaded, rate, state.is_main_process, task)
     if state.is_main_process and not resume:
         write_recipe(out, ctx.command, options)
     try:
@@ -154,7 +145,8 @@ def finetune(
             data,
             task=task,
             args=args,
-            max_length=None if task in LENGTH_FIELDS else max_length,
+            learning_rate=rate,
+            max_length=max_length,
             loss=loss,
             reward=rewards,
             eval_steps=eval_steps,
@@ -170,20 +162,6 @@ def finetune(
         shutil.rmtree(start, ignore_errors=True)
     console.print(results_table({"qrefta": result}))
     console.print(f"Saved in {out} ({megabytes(weights_bytes(out))})")
-
-
-def _check_numbers(
-    epochs: float, max_steps: int, batch_size: int, gradient_accumulation: int
-) -> None:
-    """Refuse a length of the run or a size of its steps that is none."""
-    counts = {"--batch-size": batch_size, "--gradient-accumulation": gradient_accumulation}
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be 1 or more")
-    if max_steps < 1 and not 0 < epochs < float("inf"):
-        raise ValueError(
-            f"--epochs is {epochs}; it must be above 0, or give the steps of the run by --max-steps"
-        )
 
 
 def _weights(dataset: str, mix: list[str]) -> dict[str | Path, float]:

@@ -11,9 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qrefta._compat.transformers import model_of_config
-from qrefta.files.code import is_trusted
 from qrefta.files.safetensors import Checkpoint
-from qrefta.files.sources import load_tokenizer
+from qrefta.files.sources import tokenizer_of
 from qrefta.model.modes import eval_mode
 from qrefta.model.names import sources
 
@@ -140,10 +139,8 @@ def _images(config: Any, generator: torch.Generator) -> Tensor:
 def _sentences(model: PreTrainedModel) -> dict[str, Tensor]:
     """Two sentences by the model's tokenizer; nothing if no tokenizer fits its vocabulary."""
     config: Any = model.config
-    if not model.name_or_path:
-        return {}
     with suppress(ValueError, OSError, ImportError, KeyError):
-        tokenizer = load_tokenizer(model.name_or_path, is_trusted(model))
+        tokenizer = tokenizer_of(model)
         if tokenizer is None:
             return {}
         rows = [tokenizer(text)["input_ids"][:_TOKENS] for text in _SENTENCES]

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from yaml import YAMLError  # raised by ModelCard; huggingface-hub installs it
 
-from qrefta.files.safetensors import replace_text
+from qrefta.files.safetensors import clear_unfinished, replace_text
 from qrefta.measure.compare import TextComparison
 from qrefta.model_card import NAME
 
@@ -37,7 +37,7 @@ def write_comparison(folder: str | Path, comparisons: Sequence[TextComparison]) 
     """Add a section with these comparisons to the card of a model, or replace the section.
 
     Two comments mark the section. All other text stays as it is, byte by byte, and the file is
-    written whole or not at all.
+    written whole or not at all. No other process may be writing to the folder.
 
     Args:
         folder: of the model, with a card that qrefta wrote.
@@ -48,6 +48,7 @@ def write_comparison(folder: str | Path, comparisons: Sequence[TextComparison]) 
             comments is missing in the card.
     """
     check_card(folder)
+    clear_unfinished(Path(folder))
     file = Path(folder) / NAME
     card = file.read_bytes().decode()
     replace_text(file, _with_section(card, _section(comparisons), file))

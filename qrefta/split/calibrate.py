@@ -28,6 +28,7 @@ from transformers import BatchEncoding
 from qrefta._compat.torch import version_counter
 from qrefta.config import LayerStack
 from qrefta.linalg.metric import Metric, normalized, roots
+from qrefta.model.modes import eval_mode
 from qrefta.model.stacks import ends_with
 from qrefta.nn.experts import fused_inputs
 
@@ -173,7 +174,7 @@ def gather_moments(
     of the model. Wider inputs keep only the diagonal.
 
     Args:
-        model: any model; its mode is restored.
+        model: any model; each of its modules keeps its mode.
         stacks: from `find_stacks`.
         batches: inputs of the model's forward pass (other names are dropped), tensors of its main
             input, or the rows of a tokenized data set. An encoder-decoder without decoder inputs
@@ -357,11 +358,9 @@ def _hooked(
     def after_encoder(_: nn.Module, __: tuple[Tensor, ...], output: Any) -> None:
         encoded[:] = [output[0]]
 
-    modes = {module: module.training for module in model.modules()}
     inner = set(encoder.modules())
     handles = []
     try:
-        model.eval()
         if seq2seq:
             handles.append(encoder.register_forward_hook(after_encoder))
         hooks: dict[str, Callable[..., None]] = {}
@@ -374,12 +373,11 @@ def _hooked(
         for path, hook in hooks.items():
             module = model.get_submodule(path)
             handles.append(module.register_forward_pre_hook(partial(hook, path, module in inner)))
-        yield masks
+        with eval_mode(model):
+            yield masks
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
 
 
 def _inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:

@@ -20,26 +20,17 @@ from transformers import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 
 from qrefta._deprecations import deprecated_keywords
-from qrefta.choices import LOSSES, Loss
+from qrefta.choices import Loss
 from qrefta.distributed import check_sharding, processes, whole_state
 from qrefta.hf_quantizer import is_prepared, prepared_config
-from qrefta.model.verify import check_weights
 from qrefta.model_card import write_card
 from qrefta.nn.factors import BANK
 from qrefta.train.arguments import LENGTH_FIELDS, run_arguments, task_settings
-from qrefta.train.checkpoints import (
-    clear_unfinished,
-    last_checkpoint,
-    publish,
-    whole_checkpoints,
-    writing,
-)
+from qrefta.train.checkpoints import publish, whole_checkpoints, writing
 from qrefta.train.forward import own_forward
 from qrefta.train.gradients import GradientWatch, check_trainable
 from qrefta.train.interrupt import interruptible
@@ -48,8 +39,10 @@ from qrefta.train.nan_guard import finite_steps
 from qrefta.train.packing import check_apart, join_by_default, row_by_row
 from qrefta.train.progress import Lines, Progress
 from qrefta.train.rates import chosen_rate, warn_of_rate
-from qrefta.train.same_run import check_same_run, run_marks
+from qrefta.train.resume import OrderOfEpoch, OwnIntervals, checkpoint_of
+from qrefta.train.same_run import run_marks
 from qrefta.train.tasks import TASKS, Recipe, TaskName
+from qrefta.train.tasks.chat import check_loss
 from qrefta.train.tasks.mixture import Mixture, load_mixture, mixed_recipe
 from qrefta.train.tasks.preference import Reward, load_rewards
 from qrefta.train.trl import TRL_TASKS
@@ -168,8 +161,9 @@ def finetune(
             of a window, for grpo of an answer; 128, or the model's positions if it has fewer.
         packing: for sft, fill sequences of `max_length` tokens with several conversations; False.
         padding_free: for sft, put the conversations of a batch behind each other in place of
-            padding them; default, without `args`: where the model's attention keeps them apart,
-            and on a GPU only with flash attention. The batches then have similar numbers of tokens.
+            padding them; default, unless `args` have a value: where the model's attention keeps
+            them apart, and on a GPU only with flash attention. The batches then have similar
+            numbers of tokens.
         loss: for sft, on all turns of the assistant, or on the last.
         reward: for grpo, a function that takes prompts, completions and every further column of the
             data by name, and returns a number for each completion; also "file.py:function", or
@@ -208,6 +202,7 @@ def finetune(
         raise ValueError(f"task is {task!r}; it must be one of {', '.join(TASKS)}")
     check_trainable(model)
     rewards = load_rewards(task, reward)
+    check_loss(task, loss)
     settings = {
         "learning_rate": learning_rate,
         "num_train_epochs": epochs,
@@ -227,8 +222,6 @@ def finetune(
         beta=beta,
         num_generations=num_generations,
     )
-    if loss not in LOSSES:
-        raise ValueError(f"loss is {loss!r}; it must be one of {', '.join(LOSSES)}")
     settings = {name: value for name, value in settings.items() if value is not None}
     callbacks = _callbacks(callbacks)
     given = any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks)
@@ -241,13 +234,13 @@ def finetune(
     if deprecated:
         settings |= _old_settings(deprecated, args)
     together = processes()  # before TrainingArguments, whose processes wait less long for the first
-    if args is None or (args.learning_rate is None and learning_rate is None):
+    if learning_rate is not None or args is None or args.learning_rate is None:
         show = together.is_main_process and progress is not False
         settings["learning_rate"] = chosen_rate(model, learning_rate, show, task)
     arguments = run_arguments(model, task, args, output_dir, settings)
     warn_of_rate(model, arguments.learning_rate, task)
     length = _length(model, processor, task, arguments, max_length, is_default=args is None)
-    if args is None and task == "sft" and not packing and padding_free is None:
+    if task == "sft":
         join_by_default(model, arguments)
     with together.main_process_first():  # the other processes find its cache
         recipe = _recipe(model, processor, dataset, task, arguments.seed, length, loss, rewards)
@@ -270,19 +263,6 @@ class _Evaluations(TrainerCallback):
 
     def on_evaluate(self, *_: Any, metrics: dict[str, float], **__: Any) -> None:
         self.runtime_s += metrics["eval_runtime"]
-
-
-class _OwnIntervals(TrainerCallback):
-    """Logs, evaluates and saves at the intervals of this run.
-
-    A Trainer that resumes takes the checkpoint's intervals. They fit the number of steps of that
-    run, and in a longer run they may be far too short.
-    """
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        state.compute_steps(args, state.max_steps)
 
 
 def _callbacks(callbacks: Any) -> list[TrainerCallback]:
@@ -428,7 +408,7 @@ def _train(
     run = Path(str(arguments.output_dir))
     _check_metric(arguments, recipe, task)
     marks = run_marks(model, recipe.train, recipe.test, arguments)
-    checkpoint = _checkpoint_of(run, resume, model, marks)
+    checkpoint = checkpoint_of(run, resume, model, marks)
     if checkpoint is not None:
         arguments.eval_on_start = False  # the log has it; early stopping would count it again
         arguments.restore_callback_states_from_checkpoint = True
@@ -439,7 +419,14 @@ def _train(
             processor,
             recipe,
             arguments,
-            [*callbacks, _OwnIntervals(), evaluations, interrupts, GradientWatch()],
+            [
+                *callbacks,
+                OwnIntervals(),
+                OrderOfEpoch(),
+                evaluations,
+                interrupts,
+                GradientWatch(),
+            ],
             marks,
             quiet,
         )
@@ -471,28 +458,6 @@ def _train(
     )
 
 
-def _checkpoint_of(
-    run: Path, resume: bool, model: PreTrainedModel, marks: dict[str, Any]
-) -> Path | None:
-    """The checkpoint to resume from; None for a new run."""
-    if processes().is_main_process:
-        clear_unfinished(run)
-    checkpoint = last_checkpoint(run)
-    if resume and checkpoint is None:
-        raise ValueError(f"There is no checkpoint to resume from in {run}.")
-    if checkpoint is None:
-        return None
-    if not resume:
-        raise ValueError(
-            f"{run} holds {checkpoint.name} of an earlier run, which could be taken for one of "
-            "this run. Continue that run with resume=True, give another output_dir, or remove it."
-        )
-    check_same_run(checkpoint, marks)
-    if is_prepared(model):  # Trainer does not load weights through the plug-in
-        check_weights(checkpoint)
-    return checkpoint
-
-
 def _trainer(
     model: PreTrainedModel,
     processor: PreTrainedTokenizerBase | BaseImageProcessor,
@@ -502,10 +467,9 @@ def _trainer(
     marks: dict[str, Any],
     quiet: bool,
 ) -> Trainer:
+    """The recipe's Trainer, with whole checkpoints and steps that are finite."""
     if getattr(arguments, "padding_free", False):
-        arguments.include_num_input_tokens_seen = "all"  # without a mask, paddings are unknown
-        if not getattr(arguments, "packing", False):
-            arguments.max_length = None  # type: ignore[attr-defined]  # the recipe has cut the rows
+        _join_rows(arguments)
     options = {"data_collator": recipe.collate, "compute_metrics": recipe.metrics} | recipe.options
     trainer = finite_steps(whole_checkpoints(recipe.trainer, marks))(
         model=model,
@@ -517,20 +481,32 @@ def _trainer(
         # GRPOTrainer takes neither of them
         **{name: value for name, value in options.items() if value is not None},
     )
+    if arguments.fsdp and not trainer.is_fsdp_enabled:
+        raise ValueError("fsdp shards a model over GPUs, and there are none here; leave it out.")
+    if _joins(trainer):
+        check_apart(model)
+    if recipe.mean_loss:
+        # Trainer assumes a sum over tokens for models whose forward takes **kwargs.
+        trainer.model_accepts_loss_kwargs = False
+    _show_progress(trainer, quiet)
+    return trainer
+
+
+def _join_rows(arguments: Any) -> None:
+    """Adjust the settings of a run whose batches are joined rows."""
+    arguments.include_num_input_tokens_seen = "all"  # without a mask, paddings are unknown
+    if not arguments.packing:
+        arguments.max_length = None  # the recipe has cut the rows
+
+
+def _show_progress(trainer: Trainer, quiet: bool) -> None:
+    """Show qrefta's lines and bar in place of Trainer's, or nothing."""
     for callback in list(trainer.callback_handler.callbacks):
         ours = {ProgressCallback: Progress, PrinterCallback: Lines}.get(type(callback))
         if ours is not None:
             trainer.remove_callback(callback)
             if not quiet:
                 trainer.add_callback(ours())
-    if _joins(trainer):
-        check_apart(model)
-    if recipe.mean_loss:
-        # Trainer assumes a sum over tokens for models whose forward takes **kwargs.
-        trainer.model_accepts_loss_kwargs = False
-    if arguments.fsdp and not trainer.is_fsdp_enabled:
-        raise ValueError("fsdp shards a model over GPUs, and there are none here; leave it out.")
-    return trainer
 
 
 def _attention(trainer: Trainer) -> AbstractContextManager[None]:

@@ -2,15 +2,18 @@
 
 import copy
 from dataclasses import fields
+from math import inf
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
-from qrefta.hf_quantizer import is_prepared, prepared_config
+from qrefta.hf_quantizer import is_prepared
 from qrefta.train.lengths import MAX_LENGTH
 from qrefta.train.progress import EVERY
+from qrefta.train.sharding import fsdp2_config
 from qrefta.train.tasks import TaskName
 from qrefta.train.trl import TRL_TASKS, load_trl
 
@@ -32,7 +35,8 @@ DEFAULTS: dict[str, Any] = {
 }
 TASK_DEFAULTS: dict[TaskName, dict[str, Any]] = {
     "lm": {"include_num_input_tokens_seen": "all"},  # windows have no padding
-    "sft": {"max_length": MAX_LENGTH, "packing": False},
+    # padding_free by finetune: whether the model keeps joined rows apart
+    "sft": {"max_length": MAX_LENGTH, "packing": False, "padding_free": None},
     "dpo": {"max_length": MAX_LENGTH, "include_num_input_tokens_seen": "no"},
     "grpo": {"max_completion_length": MAX_LENGTH, "include_num_input_tokens_seen": "no"},
     "image": {"include_num_input_tokens_seen": "no"},
@@ -77,14 +81,11 @@ def training_arguments(
         settings: any field of the class; each replaces a default.
 
     Raises:
+        ValueError: for a size of a step below 1, or a run without a length.
         ImportError: for sft, dpo and grpo, if TRL is not installed.
     """
-    kind = arguments_class(task)
-    values = _default_values(task, settings)
-    values["output_dir"] = str(output_dir)
-    values |= _device_values(values)
-    values |= _checkpointing_values(kind, values)
-    return kind(**values)
+    values = _default_values(task, settings) | {"output_dir": str(output_dir)}
+    return _made(arguments_class(task), values)
 
 
 def task_settings(task: TaskName, **given: Any) -> dict[str, Any]:
@@ -128,23 +129,60 @@ def run_arguments(
 
     Raises:
         ValueError: if `args` is of another class than the task needs, contradicts a keyword, or
-            asks for something that a run cannot do.
+            asks for something that a run cannot do; for a size of a step below 1, or a run without
+            a length.
     """
-    kind = arguments_class(task) if args is None else type(args)
     if args is None:
+        kind = arguments_class(task)
         values = _default_values(task, settings)
     else:
-        values = _given_values(args, arguments_class(task), settings)
+        kind = type(args)
+        _check_supported(args, arguments_class(task))
+        values = _given_values(args, task, settings)
     values["output_dir"] = str(_output_dir(args, output_dir))
     values |= TASK_VALUES.get(task, {})
     values["eval_on_start"] = True  # for the result's accuracy and loss before training
-    values |= _device_values(values)
-    values |= _checkpointing_values(kind, values)
     if values.get("ddp_find_unused_parameters") is None and _uses_all_factors(model):
         values["ddp_find_unused_parameters"] = False
     if values.get("fsdp"):
         values["fsdp_config"] = fsdp2_config(model) | (values.get("fsdp_config") or {})
-    return kind(**values)
+    return _made(kind, values)
+
+
+def _made(kind: type[TrainingArguments], values: dict[str, Any]) -> TrainingArguments:
+    """The arguments with these values, checked, for the devices that are here."""
+    _check_size(values)
+    return kind(**values | _device_values(values) | _checkpointing_values(kind, values))
+
+
+def _check_size(values: dict[str, Any]) -> None:
+    """Refuse a step without rows and a run without steps."""
+    for field in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        value = values.get(field, 1)
+        if not _is_whole(value) or value < 1:
+            raise ValueError(f"{_named(field)} is {value!r}; it must be a whole number, 1 or more")
+    steps = values.get("max_steps", -1)
+    if not _is_whole(steps):
+        raise ValueError(
+            f"{_named('max_steps')} is {steps!r}; it must be a whole number of steps, or -1 for "
+            "the length in epochs"
+        )
+    epochs = values["num_train_epochs"]
+    if steps < 1 and not (isinstance(epochs, int | float) and 0 < epochs < inf):
+        raise ValueError(
+            f"{_named('num_train_epochs')} is {epochs!r}; it must be a number above 0, or give the "
+            f"steps of the run by {_named('max_steps')}"
+        )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _named(field: str) -> str:
+    """A field by the keyword of `finetune`, and its option."""
+    keyword = KEYWORDS.get(field, field)
+    return f"{keyword} (--{keyword.replace('_', '-')})"
 
 
 def _uses_all_factors(model: PreTrainedModel) -> bool:
@@ -159,54 +197,39 @@ def arguments_class(task: TaskName) -> type[TrainingArguments]:
     return load_trl(task)[1] if task in TRL_TASKS else TrainingArguments
 
 
-def fsdp2_config(model: PreTrainedModel) -> dict[str, Any]:
-    """Trainer's `fsdp_config` to shard a model block by block.
-
-    Every process writes its part of a checkpoint.
-    The blocks of a prepared model are named here. The blocks that BERT's class names contain its
-    embeddings, on which accelerate 1.15 fails.
-    """
-    config: dict[str, Any] = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}
-    if not is_prepared(model):
-        return config
-    blocks = set()
-    for row in prepared_config(model).stacks:
-        depth = row.stack.name.split(".").index("*") + 1
-        for path in row.stack.modules:
-            block = ".".join(path.split(".")[:depth])
-            blocks.add(type(model.get_submodule(block)).__name__)
-    return config | {"transformer_layer_cls_to_wrap": sorted(blocks)}
-
-
 def _default_values(task: TaskName, settings: dict[str, Any]) -> dict[str, Any]:
     values = DEFAULTS | TASK_DEFAULTS.get(task, {}) | settings
     values.setdefault("per_device_eval_batch_size", 2 * values["per_device_train_batch_size"])
     return values
 
 
-def _given_values(
-    args: TrainingArguments, kind: type[TrainingArguments], settings: dict[str, Any]
-) -> dict[str, Any]:
-    """The fields of `args`; a keyword replaces a field that still has a default: of its class, or
-    qrefta's.
-    """
+def _check_supported(args: TrainingArguments, kind: type[TrainingArguments]) -> None:
+    """Refuse arguments of another class than `kind`, and fields that a run does not follow."""
     if not isinstance(args, kind):
         raise ValueError(f"args is a {type(args).__name__}; this task needs a {kind.__name__}")
     for name, instead in UNSUPPORTED.items():
         if getattr(args, name, None):
             raise ValueError(f"args.{name} is not supported; {instead}.")
+
+
+def _given_values(
+    args: TrainingArguments, task: TaskName, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """The fields of `args`; a keyword replaces a field that still has a default: of its class, or
+    qrefta's.
+    """
+    ours = DEFAULTS | TASK_DEFAULTS.get(task, {})
     values: dict[str, Any] = {}
     for field in fields(args):
         if not field.init:
             continue
         given = copy.deepcopy(getattr(args, field.name))
-        if field.name in settings and settings[field.name] != given:
-            # TrainingArguments turns a default of None into False
-            unset = given == field.default or (not given and field.default is None)
-            if not unset and given != DEFAULTS.get(field.name, field.default):
-                raise _contradiction(field.name, settings[field.name], given)
-            given = settings[field.name]
-        values[field.name] = given
+        value = settings.get(field.name, given)
+        # TrainingArguments turns a default of None into False
+        is_default = given == field.default or (not given and field.default is None)
+        if value != given and not is_default and given != ours.get(field.name, field.default):
+            raise _contradiction(field.name, value, given)
+        values[field.name] = value
     for name in ("activation_checkpointing", "activation_checkpointing_kwargs"):
         # They copy the fields with the old name, which a keyword may have changed.
         values.pop(name, None)

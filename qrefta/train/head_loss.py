@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
+from qrefta.model.modes import eval_mode
 from qrefta.nn.head_loss import linear_head, plain_head
 
 _TOLERANCE = 1e-2  # of the loss that a model's own loss function gives; far above rounding
@@ -26,17 +27,13 @@ def has_plain_head(model: Any) -> bool:
         return False
     tokens = torch.arange(1, 9, device=base.device)[None] % base.config.get_text_config().vocab_size
     inputs = {"input_ids": tokens, "labels": tokens} | _without_cache(base)
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             own = model(**inputs).loss
             with plain_head(base):
                 ours = model(**inputs).loss
     except (IndexError, RuntimeError, TypeError, ValueError):
         return False  # a loss in the model's own code, which takes logits
-    finally:
-        model.train(training)
     return own is not None and bool((own - ours).abs() <= _TOLERANCE * own.abs())
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import pairwise
+from math import inf
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from qrefta._compat.transformers import (
     sdpa_mask,
     supports_attention_functions,
 )
+from qrefta.model.modes import eval_mode
 from qrefta.train.head_loss import without_peft
 
 ROW_ATTENTION = "qrefta_rows"
@@ -29,7 +31,7 @@ MOST_TOKENS = 1 << 14  # of a joined batch by default; its mask has their square
 _TOKENS = 4  # of a row of the check
 
 
-def joins_rows(model: Any, tokens: int) -> bool:
+def joins_rows(model: Any, tokens: float) -> bool:
     """Whether sft joins the rows of a batch by default: rows stay apart, and it is faster.
 
     Without flash attention a GPU computes the rows' products with each other, which takes longer
@@ -37,7 +39,7 @@ def joins_rows(model: Any, tokens: int) -> bool:
 
     Args:
         model: a language model, prepared, plain or PEFT's.
-        tokens: of the largest batch.
+        tokens: of the largest batch; infinite if rows are not cut.
     """
     base = without_peft(model)
     if "flash" in attention_implementation(base):
@@ -51,13 +53,16 @@ def joins_rows(model: Any, tokens: int) -> bool:
 
 
 def join_by_default(model: nn.Module, args: Any) -> None:
-    """Let a run of sft join the rows of a batch, if `joins_rows` says so.
+    """Let a run of sft join the rows of a batch if `joins_rows` says so, unless `args` decide.
 
     Args:
         model: to be trained.
-        args: TRL's SFTConfig with a `max_length`; its `padding_free` is set.
+        args: TRL's SFTConfig; a `padding_free` of None is replaced, unless `packing` is set.
     """
-    args.padding_free = joins_rows(model, args.per_device_eval_batch_size * args.max_length)
+    if args.packing or args.padding_free is not None:
+        return
+    length = inf if args.max_length is None else args.max_length
+    args.padding_free = joins_rows(model, args.per_device_eval_batch_size * length)
 
 
 def check_apart(model: nn.Module) -> None:
@@ -83,18 +88,13 @@ def keeps_rows_apart(model: nn.Module) -> bool:
     )
     device = next(model.parameters()).device
     outputs = []
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model), torch.no_grad():
         for row in (first, other):
             inputs = {
                 name: value.to(device) if isinstance(value, Tensor) else value
                 for name, value in joined([row, second]).items()
             }
-            with torch.no_grad():
-                outputs.append(model(**inputs).logits[0, _TOKENS:].float())
-    finally:
-        model.train(was_training)
+            outputs.append(model(**inputs).logits[0, _TOKENS:].float())
     one, two = outputs
     return bool((one - two).abs().max() <= 1e-2 * one.abs().max())
 

@@ -1,4 +1,6 @@
-"""A prepared model sharded by FSDP2, for training loops without Trainer and accelerate."""
+"""A model sharded by FSDP2, block by block: by Trainer, or in a training loop without it."""
+
+from typing import Any
 
 from torch import distributed as dist
 from torch import nn
@@ -7,8 +9,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
 from qrefta.distributed import check_fsdp2, is_sharded
-from qrefta.hf_quantizer import prepared_config
-from qrefta.nn.linear import AdaptedLinear
+from qrefta.hf_quantizer import is_prepared, prepared_config
 
 
 def shard(
@@ -36,7 +37,7 @@ def shard(
         ValueError: if the model is not prepared or already sharded, there is no process group, or
             torch is older than 2.12.
     """
-    prepared_config(model)
+    blocks = repeated_blocks(model)
     check_fsdp2()
     if not dist.is_initialized():
         raise ValueError(
@@ -47,21 +48,38 @@ def shard(
     if is_sharded(model):
         raise ValueError("The model is sharded already; call qrefta.shard(model) once.")
     policy = mp_policy or MixedPrecisionPolicy()
-    for part in [*_blocks(model), *_embeddings(model)]:
+    for part in [*blocks, *_embeddings(model)]:
         fully_shard(part, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     return model
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks: the outermost modules in lists that hold adapted linear layers."""
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a prepared model, each once: what the layer number in a stack's name counts.
+
+    Raises:
+        ValueError: if the model is not prepared.
+    """
     paths: dict[str, None] = {}
-    for path, module in model.named_modules():
-        parts = path.split(".")
-        numbers = [index for index, part in enumerate(parts) if part.isdigit()]
-        if isinstance(module, AdaptedLinear) and numbers:
-            paths[".".join(parts[: numbers[0] + 1])] = None
+    for row in prepared_config(model).stacks:
+        depth = row.stack.name.split(".").index("*") + 1
+        for path in row.stack.modules:
+            paths[".".join(path.split(".")[:depth])] = None
     return [model.get_submodule(path) for path in paths]
+
+
+def fsdp2_config(model: PreTrainedModel) -> dict[str, Any]:
+    """Trainer's `fsdp_config` to shard a model block by block.
+
+    Every process writes its part of a checkpoint.
+    The blocks of a prepared model are named here. The blocks that BERT's class names contain its
+    embeddings, on which accelerate 1.15 fails.
+    """
+    config: dict[str, Any] = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}
+    if not is_prepared(model):
+        return config
+    classes = {type(block).__name__ for block in repeated_blocks(model)}
+    return config | {"transformer_layer_cls_to_wrap": sorted(classes)}
 
 
 def _embeddings(model: PreTrainedModel) -> list[nn.Module]:

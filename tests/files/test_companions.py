@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from transformers import ByT5Tokenizer
 
 import qrefta
+from qrefta.export.compare import example_inputs
 from qrefta.files.companions import companion_files
 from qrefta.files.safetensors import resolve_folder
 from qrefta.files.sources import dense_bytes, load_tokenizer, tokenizer_of
@@ -172,13 +173,15 @@ def test_a_second_copy_of_the_weights_is_neither_downloaded_nor_counted(shards, 
 
 
 def test_tokenizer_and_code_are_of_the_commit_of_the_model(hub, tmp_path):
-    for commit in ("newest", "abc123"):
+    for commit, word in (("newest", "river"), ("abc123", "film")):
         tokenizer = tiny_tokenizer()
-        tokenizer.add_tokens([commit])
+        tokenizer.add_tokens([word])
         tokenizer.save_pretrained(hub / commit)
     model = qrefta.prepare(tiny_llama(), rank=2, progress=False)
     model.name_or_path = "org/name"
     model.config._commit_hash = "abc123"
-    assert "abc123" in tokenizer_of(model).get_vocab()
+    film = tokenizer_of(model).get_vocab()["film"]
+    sentences = example_inputs(model)["input_ids"]  # by which exports are checked
+    assert (sentences == film).any(1).tolist() == [False, True]
     qrefta.merge(model, out=tmp_path / "merged")
-    assert "abc123" in load_tokenizer(tmp_path / "merged").get_vocab()
+    assert "film" in load_tokenizer(tmp_path / "merged").get_vocab()

@@ -1,6 +1,7 @@
 """The section of the model card: added, replaced, and nothing else touched."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from huggingface_hub import ModelCard
@@ -11,6 +12,7 @@ from qrefta.hf_quantizer import prepared_config
 from qrefta.measure.card import check_card, write_comparison
 from qrefta.measure.compare import TextComparison
 from qrefta.model_card import write_card
+from tests.kill import killed_while_writing
 
 COMPARISON = TextComparison(
     model="mine",
@@ -62,6 +64,13 @@ def test_the_section_is_added_once_and_then_replaced(card):
     assert second.count("## Kept of the base model") == 1
     assert second.count("| wikitext2/test.txt |") == 2
     assert "tags" in ModelCard.load(card).data.to_dict()
+
+
+def test_the_file_of_a_killed_process_is_removed(card, monkeypatch):
+    killed_while_writing(partial(write_comparison, card.parent, [COMPARISON]), monkeypatch)
+    assert len(list(card.parent.iterdir())) == 2
+    write_comparison(card.parent, [COMPARISON])
+    assert list(card.parent.iterdir()) == [card]
 
 
 def test_other_text_stays_byte_by_byte(card):

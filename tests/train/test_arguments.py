@@ -1,11 +1,14 @@
 """Arguments of a run: from keywords, from TrainingArguments, from both, from older keywords."""
 
+import re
+from math import inf, nan
+
 import pytest
 from transformers import TrainingArguments
 
 from qrefta import finetune
 from qrefta._deprecations import deprecated_keywords
-from qrefta.train.arguments import DEFAULTS, run_arguments
+from qrefta.train.arguments import DEFAULTS, run_arguments, training_arguments
 from tests.models import prepared, tiny_bert, tiny_llama
 
 SFTConfig = pytest.importorskip("trl").SFTConfig
@@ -89,6 +92,48 @@ def test_contradictions_of_args_are_refused(given, keywords, message, model):
     args = TrainingArguments("out", **given)
     with pytest.raises(ValueError, match=message):
         finetune(model, None, "no-such-file.csv", args=args, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"batch_size": 0}, "batch_size (--batch-size) is 0; it must be a whole number, 1 or more"),
+        ({"batch_size": 2.5}, "batch_size (--batch-size) is 2.5; it must be a whole number"),
+        ({"gradient_accumulation": 0}, "(--gradient-accumulation) is 0; it must be a whole number"),
+        ({"gradient_accumulation": True}, "is True; it must be a whole number"),
+        ({"max_steps": 1.5}, "max_steps (--max-steps) is 1.5; it must be a whole number of steps"),
+        ({"epochs": -1}, "epochs (--epochs) is -1; it must be a number above 0, or give the steps"),
+        ({"epochs": nan}, "epochs (--epochs) is nan; it must be a number above 0"),
+        ({"epochs": inf, "max_steps": 0}, "is inf; it must be a number above 0"),
+        ({"loss": "last"}, "loss='last' (--loss) is for the task sft; the task is 'classify'"),
+        ({"loss": "first"}, "loss is 'first'; it must be one of all, last"),
+        ({"learning_rate": -1}, "learning_rate is -1; it must be a positive number"),
+    ],
+    ids=str,
+)
+def test_numbers_and_choices_that_make_no_run_are_refused(keywords, message, model):
+    """By keyword, and in args; before the data are read: there are none."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        finetune(model, None, "no-such-file.csv", "out", **keywords)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        finetune(model, None, "no-such-file.csv", args=TrainingArguments("out"), **keywords)
+
+
+def test_sizes_and_lengths_in_args_are_checked_too(model):
+    with pytest.raises(ValueError, match=r"batch_size \(--batch-size\) is 0"):
+        training_arguments("classify", "out", per_device_train_batch_size=0)
+    args = TrainingArguments("out", num_train_epochs=0)
+    with pytest.raises(ValueError, match=r"epochs \(--epochs\) is 0"):
+        finetune(model, None, "no-such-file.csv", args=args)
+    assert run_arguments(model, "classify", args, None, {"max_steps": 5}).max_steps == 5
+
+
+def test_a_length_replaces_qreftas_default_in_args_and_no_other(model):
+    ours = training_arguments("sft", "out")
+    assert run_arguments(model, "sft", ours, None, {"max_length": 5}).max_length == 5
+    theirs = training_arguments("sft", "out", max_length=7)
+    with pytest.raises(ValueError, match="max_length=5 contradicts args, where max_length=7"):
+        run_arguments(model, "sft", theirs, None, {"max_length": 5})
 
 
 @old_name

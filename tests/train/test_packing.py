@@ -4,10 +4,12 @@ import pytest
 import torch
 
 import qrefta
+from qrefta.train.arguments import training_arguments
 from qrefta.train.packing import (
     MOST_TOKENS,
     ROW_ATTENTION,
     check_apart,
+    join_by_default,
     joined,
     joins_rows,
     keeps_rows_apart,
@@ -72,6 +74,25 @@ def test_a_model_that_ignores_positions_is_refused():
     assert not joins_rows(model, 100)
     model.forward = None  # code that refuses joined rows
     assert not joins_rows(model, 100)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, True),
+        ({"max_length": None}, False),  # nobody knows how large the mask becomes
+        ({"padding_free": False}, False),
+        ({"padding_free": True}, True),
+        ({"packing": True}, None),
+    ],
+    ids=str,
+)
+def test_arguments_that_leave_it_open_join_rows_where_the_model_can(given, expected, tmp_path):
+    """Those of `training_arguments`, which the command line makes."""
+    pytest.importorskip("trl")
+    args = training_arguments("sft", tmp_path, **given)
+    join_by_default(tiny_llama(), args)
+    assert args.padding_free is expected
 
 
 def test_on_a_gpu_rows_are_joined_with_flash_attention_only(monkeypatch):

@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, Features, Json, List, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qrefta.choices import Loss
+from qrefta.choices import LOSSES, Loss, Task
 from qrefta.files.tables import as_written, with_names
 from qrefta.train.balance import balanced
 from qrefta.train.data import read_splits, with_test
@@ -48,6 +48,20 @@ def load_chat(source: str | Path, seed: int) -> DatasetDict:
         {name: conversations(part, f"{source} ({name})") for name, part in parts.items()}
     )
     return with_test(parts, TEST_SHARE, seed)
+
+
+def check_loss(task: Task, loss: Loss) -> None:
+    """Refuse a loss that there is not, or that the task does not have.
+
+    Raises:
+        ValueError: for a loss other than all and last, and for last in another task than sft.
+    """
+    if loss not in LOSSES:
+        raise ValueError(f"loss is {loss!r}; it must be one of {', '.join(LOSSES)}")
+    if loss != "all" and task != "sft":
+        raise ValueError(
+            f"loss={loss!r} (--loss) is for the task sft; the task is {task!r}. Leave it out."
+        )
 
 
 def conversations(part: Dataset, source: str) -> Dataset:

@@ -1,0 +1,85 @@
+"""A run that resumes goes on as if it had not stopped: from a whole checkpoint of the same run, at
+its own intervals, with the rows in the order of the epoch.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+from transformers import (
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from qrefta.distributed import processes
+from qrefta.hf_quantizer import is_prepared
+from qrefta.model.verify import check_weights
+from qrefta.train.checkpoints import clear_unfinished, last_checkpoint
+from qrefta.train.same_run import check_same_run
+
+
+def checkpoint_of(
+    run: Path, resume: bool, model: PreTrainedModel, marks: dict[str, Any]
+) -> Path | None:
+    """The checkpoint to resume from; None for a new run.
+
+    Raises:
+        ValueError: if there is none to resume from, one of another run, or a damaged one; for a new
+            run if there is one.
+    """
+    if processes().is_main_process:
+        clear_unfinished(run)
+    checkpoint = last_checkpoint(run)
+    if resume and checkpoint is None:
+        raise ValueError(f"There is no checkpoint to resume from in {run}.")
+    if checkpoint is None:
+        return None
+    if not resume:
+        raise ValueError(
+            f"{run} holds {checkpoint.name} of an earlier run, which could be taken for one of "
+            "this run. Continue that run with resume=True, give another output_dir, or remove it."
+        )
+    check_same_run(checkpoint, marks)
+    if is_prepared(model):  # Trainer does not load weights through the plug-in
+        check_weights(checkpoint)
+    return checkpoint
+
+
+class OwnIntervals(TrainerCallback):
+    """Logs, evaluates and saves at the intervals of this run.
+
+    A Trainer that resumes takes the checkpoint's intervals. They fit the number of steps of that
+    run, and in a longer run they may be far too short.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        state.compute_steps(args, state.max_steps)
+
+
+class OrderOfEpoch(TrainerCallback):
+    """Tells the sampler which epoch begins, through all that wraps it.
+
+    `DataLoaderShard.set_epoch` of accelerate 1.15 looks for the sampler below one wrapper. In
+    several processes that skip the batches before a checkpoint there are two, and a sampler of
+    ours would give the first epoch's order (https://github.com/huggingface/accelerate/issues/3242).
+    """
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: DataLoader[Any],
+        **_: Any,
+    ) -> None:
+        batches: Any = train_dataloader.batch_sampler
+        while hasattr(batches, "batch_sampler"):
+            batches = batches.batch_sampler
+        sampler: Any = getattr(batches, "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(int(state.epoch or 0))
