@@ -527,3 +527,33 @@ def test_tables_fit_in_80_characters():
     assert "53.1 M" in shown
     assert "perplexity" in shown
     assert "…" not in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        ([], False),
+        (["--gradient-checkpointing"], True),
+        (["--gradient-checkpointing", "on"], True),
+        (["--gradient-checkpointing=selective"], "selective"),
+        (["--gradient-checkpointing", "--no-gradient-checkpointing"], False),
+    ],
+    ids=str,
+)
+def test_checkpointing_is_on_without_a_value(words, value, dense, monkeypatch):
+    """As in qrefta 0.1, where it was a flag; also in front of an argument."""
+    asked = {}
+
+    def plan(_, **given):
+        asked.update(given)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("qrefta.memory.plan.plan", plan)
+    with pytest.raises(ValueError, match="seen"):
+        invoke("plan", *words, dense)
+    assert asked["gradient_checkpointing"] == value
+
+
+def test_other_values_of_checkpointing_are_refused(dense):
+    with pytest.raises(ValueError, match="is 'full'; it must be off, on or selective"):
+        invoke("plan", dense, "--gradient-checkpointing=full")

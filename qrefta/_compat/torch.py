@@ -28,6 +28,7 @@ __all__ = [
     "direct_children",
     "direct_parameters",
     "is_replica",
+    "operator_schema",
     "plain_functions",
     "storage_id",
     "tree_leaves",
@@ -87,6 +88,15 @@ def is_replica(module: nn.Module) -> bool:
     If it goes: compare the devices of the weights and of the factors.
     """
     return "_is_replica" in module.__dict__
+
+
+def operator_schema(operator: Any) -> torch.FunctionSchema | None:
+    """Names of an operator's arguments, and whether it writes to any; None for operators of higher
+    order.
+
+    If it goes: keep the results of torch's attention operators alone, by their names.
+    """
+    return getattr(operator, "_schema", None)
 
 
 def plain_functions() -> AbstractContextManager[None]:

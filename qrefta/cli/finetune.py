@@ -13,7 +13,12 @@ from qrefta.choices import AUTO_RATE, Task
 from qrefta.cli import training_options as given
 from qrefta.cli.calibrating import NONE, calibrated
 from qrefta.cli.console import console, megabytes, quiet_libraries
-from qrefta.cli.options import TrustRemoteCode, setting_of, with_settings
+from qrefta.cli.options import (
+    TrustRemoteCode,
+    parse_checkpointing,
+    setting_of,
+    with_settings,
+)
 from qrefta.recipe import NAME as RECIPE
 from qrefta.recipe import write_recipe
 
@@ -53,7 +58,7 @@ def finetune(
     num_generations: given.NumGenerations = None,
     optimizer: given.Optimizer = "adamw_torch",
     gradient_accumulation: given.GradientAccumulation = 1,
-    gradient_checkpointing: given.GradientCheckpointing = False,
+    gradient_checkpointing: given.GradientCheckpointing = "off",
     bf16: given.Bf16 = False,
     fsdp: given.Fsdp = False,
     report_to: given.ReportTo = None,
@@ -77,6 +82,7 @@ def finetune(
     from qrefta.tables import report_table, results_table
     from qrefta.train._finetune import finetune as finetune_model
     from qrefta.train.arguments import LENGTH_FIELDS, task_settings, training_arguments
+    from qrefta.train.checkpointing import checkpointing_settings
     from qrefta.train.interrupt import TrainingInterrupted
     from qrefta.train.lengths import row_length
     from qrefta.train.models import load_model
@@ -92,6 +98,7 @@ def finetune(
     if loss != "all" and task != "sft":
         raise ValueError(f"--loss {loss} is for the task sft; the task is {task}")
     rate = parse_rate(learning_rate)
+    checkpointing = parse_checkpointing(gradient_checkpointing)
     rewards = load_rewards(task, reward or ())
     options = _options_of_run(ctx, settings, trust_remote_code)
     args = training_arguments(
@@ -102,11 +109,11 @@ def finetune(
         per_device_train_batch_size=batch_size,
         optim=optimizer,
         gradient_accumulation_steps=gradient_accumulation,
-        gradient_checkpointing=gradient_checkpointing,
         bf16=bf16,
         fsdp=fsdp or None,
         seed=seed,
         report_to=report_to or "none",
+        **checkpointing_settings(checkpointing),
         **task_settings(
             task,
             max_length=max_length,

@@ -11,6 +11,7 @@ import typer
 from qrefta.choices import Loss as LossName
 from qrefta.choices import Task as TaskName
 from qrefta.cli.calibrating import KINDS
+from qrefta.cli.options import CHECKPOINTING
 
 _data = partial(typer.Option, rich_help_panel="Data")
 _training = partial(typer.Option, rich_help_panel="Training")
@@ -92,7 +93,12 @@ GradientAccumulation = Annotated[
 ]
 
 GradientCheckpointing = Annotated[
-    bool, _memory(help="Recompute activations: less memory, more time.")
+    str,
+    _memory(
+        metavar=CHECKPOINTING,
+        help="Recompute activations: less memory, more time; selective: all but the results of "
+        "attention.",
+    ),
 ]
 Bf16 = Annotated[bool, _memory(help="Compute in bf16 under autocast.")]
 Fsdp = Annotated[bool, _memory(help="Shard the model over torchrun's processes, by FSDP2.")]
