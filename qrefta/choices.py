@@ -17,6 +17,7 @@ LoraBase = Literal["residual", "residual-4bit", "original"]
 GgufType = Literal["f16", "q8_0", "q4_0"]
 Optimizer = Literal["adamw", "adamw_8bit"]
 Dtype = Literal["bfloat16", "float16", "float32"]
+LoadDtype = Literal["auto", "bfloat16", "float16", "float32"]
 Selective = Literal["selective"]  # as gradient checkpointing, next to True and False
 
 METHOD_NAMES: tuple[Method, ...] = get_args(Method)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from qrefta.choices import AUTO_RATE, Task
+from qrefta.choices import AUTO_RATE, LoadDtype, Task
 from qrefta.cli import training_options as given
 from qrefta.cli.calibrating import NONE, calibrated
 from qrefta.cli.console import console, megabytes, quiet_libraries
@@ -59,6 +59,7 @@ def finetune(
     optimizer: given.Optimizer = "adamw_torch",
     gradient_accumulation: given.GradientAccumulation = 1,
     gradient_checkpointing: given.GradientCheckpointing = "off",
+    dtype: given.Dtype = "auto",
     bf16: given.Bf16 = False,
     fsdp: given.Fsdp = False,
     report_to: given.ReportTo = None,
@@ -134,7 +135,8 @@ def finetune(
             **pretrained_source(model, trust_remote_code)
         )
         begun = str(start) if start.is_dir() else model
-        loaded = load_model(begun, task, data, seed, trust_remote_code)
+        chosen = _dtype(begun, dtype, task, args.device.type, trust_remote_code)
+        loaded = load_model(begun, task, data, seed, trust_remote_code, chosen)
         if task != "image":
             max_length = row_length(loaded, processor, max_length)
         if task in LENGTH_FIELDS:
@@ -225,6 +227,35 @@ def _columns(
     if len(text_column) > 1:
         raise ValueError(f"--text-column is {text_column}; the task lm reads one column")
     return {"column": text_column[0]}
+
+
+def _dtype(source: str, dtype: LoadDtype, task: Task, device: str, trust_remote_code: bool) -> Any:
+    """The dtype to load the model in, which is said if it is not that of the files.
+
+    Raises:
+        ValueError: if a dtype is given that the model of a task does not train in.
+    """
+    import torch
+
+    from qrefta.files.sources import pretrained_source
+    from qrefta.model.dtype import loading_dtype
+
+    if task in ("classify", "image"):
+        if dtype not in ("auto", "float32"):
+            raise ValueError(
+                f"--dtype is {dtype}, and the task {task} trains a head, in float32; leave it out, "
+                "or give --bf16, which computes in bfloat16"
+            )
+        return "auto"
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    chosen = loading_dtype(pretrained_source(source, trust_remote_code), device)
+    if chosen != "auto":
+        console.print(
+            "In float32, in memory and in OUT: this processor computes bfloat16 many times slower. "
+            "--dtype bfloat16 keeps the files' dtype."
+        )
+    return chosen
 
 
 def _load_data(

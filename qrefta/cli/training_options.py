@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from qrefta.choices import LoadDtype
 from qrefta.choices import Loss as LossName
 from qrefta.choices import Task as TaskName
 from qrefta.cli.calibrating import KINDS
@@ -98,6 +99,13 @@ GradientCheckpointing = Annotated[
         metavar=CHECKPOINTING,
         help="Recompute activations: less memory, more time; selective: all but the results of "
         "attention.",
+    ),
+]
+Dtype = Annotated[
+    LoadDtype,
+    _memory(
+        help="Dtype of a language model, in memory and in OUT; auto: as it is stored, but float32 "
+        "on a processor that computes bfloat16 slowly."
     ),
 ]
 Bf16 = Annotated[bool, _memory(help="Compute in bf16 under autocast.")]

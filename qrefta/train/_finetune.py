@@ -29,6 +29,7 @@ from qrefta._deprecations import deprecated_keywords
 from qrefta.choices import LOSSES, Loss, Selective
 from qrefta.distributed import check_sharding, processes, whole_state
 from qrefta.hf_quantizer import is_prepared, prepared_config
+from qrefta.model.dtype import warn_of_slow_dtype
 from qrefta.model.verify import check_weights
 from qrefta.model_card import write_card
 from qrefta.nn.factors import BANK
@@ -250,6 +251,7 @@ def finetune(
         settings["learning_rate"] = chosen_rate(model, learning_rate, show, task)
     arguments = run_arguments(model, task, args, output_dir, settings)
     warn_of_rate(model, arguments.learning_rate, task)
+    warn_of_slow_dtype(model, arguments.device.type, arguments.bf16)
     length = _length(model, processor, task, arguments, max_length, is_default=args is None)
     if args is None and task == "sft" and not packing and padding_free is None:
         join_by_default(model, arguments)
