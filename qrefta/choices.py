@@ -17,6 +17,8 @@ LoraBase = Literal["residual", "residual-4bit", "original"]
 GgufType = Literal["f16", "q8_0", "q4_0"]
 Optimizer = Literal["adamw", "adamw_8bit"]
 Dtype = Literal["bfloat16", "float16", "float32"]
+LoadDtype = Literal["auto", "bfloat16", "float16", "float32"]
+Selective = Literal["selective"]  # as gradient checkpointing, next to True and False
 
 METHOD_NAMES: tuple[Method, ...] = get_args(Method)
 TRANSFORMS: tuple[Transform, ...] = get_args(Transform)
@@ -31,6 +33,7 @@ LORA_BASES: tuple[LoraBase, ...] = get_args(LoraBase)
 GGUF_TYPES: tuple[GgufType, ...] = get_args(GgufType)
 OPTIMIZER_NAMES: tuple[Optimizer, ...] = get_args(Optimizer)
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+SELECTIVE: Selective = "selective"
 
 AUTO_RATE = "auto"  # as learning rate: the best measured one for the method
 AUTO_RANK: Literal["auto"] = "auto"  # as rank: see `qrefta.split.allocate.automatic_rank`

@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shutil
 import sys
 import warnings
 
@@ -10,7 +11,12 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertModel,
+)
 from typer.testing import CliRunner
 
 import qrefta
@@ -539,3 +545,100 @@ def test_tables_fit_in_80_characters():
     assert "53.1 M" in shown
     assert "perplexity" in shown
     assert "…" not in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        ([], False),
+        (["--gradient-checkpointing"], True),
+        (["--gradient-checkpointing", "on"], True),
+        (["--gradient-checkpointing=selective"], "selective"),
+        (["--gradient-checkpointing", "--no-gradient-checkpointing"], False),
+    ],
+    ids=str,
+)
+def test_checkpointing_is_on_without_a_value(words, value, dense, monkeypatch):
+    """As in qrefta 0.1, where it was a flag; also in front of an argument."""
+    asked = {}
+
+    def plan(_, **given):
+        asked.update(given)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("qrefta.memory.plan.plan", plan)
+    with pytest.raises(ValueError, match="seen"):
+        invoke("plan", *words, dense)
+    assert asked["gradient_checkpointing"] == value
+
+
+def test_other_values_of_checkpointing_are_refused(dense):
+    with pytest.raises(ValueError, match="is 'full'; it must be off, on or selective"):
+        invoke("plan", dense, "--gradient-checkpointing=full")
+
+
+@pytest.fixture
+def narrow(language, tmp_path):
+    """The language model in bfloat16, and its running text."""
+    folder = tmp_path / "narrow"
+    shutil.copytree(language / "dense", folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    file = tmp_path / "text.jsonl"
+    file.write_text("".join(json.dumps({"text": "w5 w6 w7 w8 " * 10}) + "\n" for _ in range(8)))
+    return folder, file
+
+
+def embeddings_of(folder):
+    return qrefta.load(folder, dtype="auto").get_input_embeddings().weight.dtype
+
+
+@pytest.mark.parametrize(
+    ("fast", "options", "dtype"),
+    [
+        (False, "", torch.float32),
+        (False, "--dtype bfloat16", torch.bfloat16),
+        (True, "", torch.bfloat16),
+        (True, "--dtype float32", torch.float32),
+    ],
+)
+def test_a_language_model_trains_in_float32_where_bfloat16_is_slow(
+    fast, options, dtype, narrow, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("qrefta.model.dtype.has_bf16_instructions", lambda: fast)
+    folder, file = narrow
+    words = f"--task lm --max-length 32 --max-steps 1 --calibration none {options}".split()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        output = invoke("finetune", folder, file, tmp_path / "out", *words).output
+    warned = [one for one in caught if "computes in bfloat16" in str(one.message)]
+    assert len(warned) == (not fast and dtype == torch.bfloat16)
+    assert ("In float32, in memory and in OUT" in output) == (not fast and not options)
+    assert embeddings_of(tmp_path / "out") == dtype
+
+
+def test_a_dtype_for_a_classifier_is_refused(dense, rows, tmp_path):
+    with pytest.raises(ValueError, match="--dtype is bfloat16, and the task classify trains a hea"):
+        invoke("finetune", dense, rows, tmp_path / "out", "--dtype", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("max_memory", "line"),
+    [
+        ("2GB", "Calibrating in float32"),
+        ("1KB", "Calibrating in the files' dtype.* with --max-memory 0.1MB"),
+    ],
+)
+def test_prepare_calibrates_in_float32_where_bfloat16_is_slow(
+    max_memory, line, narrow, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("qrefta.model.dtype.has_bf16_instructions", lambda: False)
+    monkeypatch.setattr("qrefta._prepare.prepare_checkpoint", lambda *_, **__: stop())
+
+    def stop():
+        raise ValueError("prepared")
+
+    words = ["prepare", narrow[0], tmp_path / "out", "--calibration", "text"]
+    found = CliRunner().invoke(app, [*map(str, words), "--max-memory", max_memory])
+    assert str(found.exception) == "prepared"
+    assert re.search(line, " ".join(found.output.split()))

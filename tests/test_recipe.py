@@ -55,6 +55,13 @@ def test_one_value_stands_for_a_list(tmp_path, recipe):
     assert settings.target_modules == ("query",)
 
 
+@pytest.mark.parametrize(("value", "written"), [(True, "True"), ("selective", "selective")])
+def test_checkpointing_is_true_or_selective(tmp_path, recipe, value, written):
+    finetune(tmp_path, recipe | {"gradient-checkpointing": value})
+    kept = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert kept["gradient-checkpointing"] == written
+
+
 def test_the_written_recipe_repeats_the_run(tmp_path, recipe):
     finetune(tmp_path, recipe, "--seed", "5")
     written = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())

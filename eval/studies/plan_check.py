@@ -44,15 +44,18 @@ from eval.peers.baselines import lora
 from eval.rows import append, read
 from eval.studies.cost import Run, outline
 from qrefta._compat.transformers import enable_checkpointing
+from qrefta.choices import SELECTIVE, Selective
 from qrefta.cli import guarded
-from qrefta.memory.footprint import CHECKPOINTING, count_step, fake
+from qrefta.memory.footprint import count_step, counted_checkpointing, fake
 from qrefta.memory.plan import plan
 from qrefta.methods import METHODS
 from qrefta.model.stacks import find_stacks, replace_module
+from qrefta.nn.checkpointing import selective_contexts
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.nn.quantized import QuantFormat
 
 RANK = 16
+CHECKPOINTINGS: tuple[bool | Selective, ...] = (False, SELECTIVE, True)
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SIZES = {
     "hidden_size": 384,
@@ -152,12 +155,18 @@ def run(
         row["planned_of_measured"] = row["planned_bytes"] / row["measured_bytes"]
         console.print(
             f"{row['setting']}, {row['method']}"
-            f"{', checkpointing' if row['checkpointing'] else ''}: planned "
+            f"{_words(row['checkpointing'])}: planned "
             f"{row['planned_bytes'] / 1e6:.1f} MB, measured {row['measured_bytes'] / 1e6:.1f} MB, "
             f"{row['planned_of_measured']:.4f}"
         )
         if rows is not None:
             append(rows, [{"study": "plan"} | row], seed=0)
+
+
+def _words(checkpointing: bool | Selective) -> str:
+    if checkpointing == SELECTIVE:
+        return ", selective checkpointing"
+    return ", checkpointing" if checkpointing else ""
 
 
 def _chosen(only: str, setting: str, method: str) -> bool:
@@ -208,7 +217,7 @@ def _counted(settings: Run, lora_rank: int) -> int:
     model: nn.Module = outline(settings)
     with torch.device("meta"):
         if settings.checkpointing:
-            enable_checkpointing(model, CHECKPOINTING)
+            enable_checkpointing(model, counted_checkpointing(selective=False))
         paths = [path for stack in find_stacks(model) for path in stack.modules]
         if lora_rank:
             lora(model, lora_rank, alpha=lora_rank)
@@ -237,8 +246,8 @@ def _others(only: str) -> Iterator[dict[str, Any]]:
                 continue
             settings: dict[str, Any] = {"rank": RANK, "method": method}
             dense = _dense(kind, config)
-            planned = [
-                plan(
+            planned = {
+                checkpointing: plan(
                     dense,
                     batch=batch,
                     seq=seq,
@@ -246,10 +255,10 @@ def _others(only: str) -> Iterator[dict[str, Any]]:
                     whole_logits=True,
                     **settings,
                 ).total_bytes
-                for checkpointing in (False, True)
-            ]
+                for checkpointing in CHECKPOINTINGS
+            }
             model = qrefta.prepare(dense, refine=0, progress=False, **settings)
-            for checkpointing in (False, True):
+            for checkpointing in CHECKPOINTINGS:
                 yield {
                     "setting": name,
                     "method": f"{method} R={RANK}",
@@ -268,10 +277,15 @@ def _dense(kind: type, config: PreTrainedConfig) -> nn.Module:
     return kind(config)
 
 
-def _measured(model: nn.Module, batch: int, seq: int | None, checkpointing: bool) -> int:
+def _measured(
+    model: nn.Module, batch: int, seq: int | None, checkpointing: bool | Selective
+) -> int:
     """Peak bytes of torch's tensors in the second step."""
+    options: dict[str, Any] = {"use_reentrant": False}
+    if checkpointing == SELECTIVE:
+        options["context_fn"] = selective_contexts
     if checkpointing:
-        enable_checkpointing(model, {"use_reentrant": False})
+        enable_checkpointing(model, options)
     if seq is None:
         size = model.config.image_size
         inputs: Tensor = torch.zeros(batch, model.config.num_channels, size, size)

@@ -1,5 +1,6 @@
 """Private names of torch, all in release 2.8, the oldest that qrefta admits, or earlier."""
 
+import platform
 from collections.abc import ItemsView, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -27,7 +28,9 @@ __all__ = [
     "default_store",
     "direct_children",
     "direct_parameters",
+    "has_bf16_instructions",
     "is_replica",
+    "operator_schema",
     "plain_functions",
     "storage_id",
     "tree_leaves",
@@ -81,12 +84,36 @@ def direct_children(module: nn.Module) -> ItemsView[str, nn.Module | None]:
     return module._modules.items()
 
 
+def has_bf16_instructions() -> bool:
+    """Whether the processor multiplies bfloat16 in hardware; true for other processors than x86,
+    whose instructions torch chooses itself.
+
+    `torch.cpu.get_capabilities` is public; torch 2.8 has private functions in its place. If they
+    go: require a release with the public one.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    if hasattr(torch.cpu, "get_capabilities"):
+        found = torch.cpu.get_capabilities()
+        return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def is_replica(module: nn.Module) -> bool:
     """Whether `nn.DataParallel` made this copy of a module for another device.
 
     If it goes: compare the devices of the weights and of the factors.
     """
     return "_is_replica" in module.__dict__
+
+
+def operator_schema(operator: Any) -> torch.FunctionSchema | None:
+    """Names of an operator's arguments, and whether it writes to any; None for operators of higher
+    order.
+
+    If it goes: keep the results of torch's attention operators alone, by their names.
+    """
+    return getattr(operator, "_schema", None)
 
 
 def plain_functions() -> AbstractContextManager[None]:

@@ -11,22 +11,28 @@ import typer
 
 from qrefta.cli import chat, evaluate, export, finetune, inspect, plan, prepare
 from qrefta.cli.console import guarded, quiet_libraries
+from qrefta.cli.options import CheckpointingCommand
 from qrefta.recipe import RecipeCommand
 
 __all__ = ["app", "guarded", "main", "quiet_libraries"]
+
+
+class FinetuneCommand(CheckpointingCommand, RecipeCommand):
+    """It takes a recipe, and --gradient-checkpointing without a value."""
+
 
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
 )
 app.command()(prepare.prepare)
-app.command(cls=RecipeCommand)(finetune.finetune)
+app.command(cls=FinetuneCommand)(finetune.finetune)
 app.command()(inspect.inspect)
 app.command()(inspect.verify)
 app.command()(export.merge)
 app.command()(export.consolidate)
 app.command(name="export-lora")(export.export_lora)
 app.command(name="export-gguf")(export.export_gguf)
-app.command()(plan.plan)
+app.command(cls=CheckpointingCommand)(plan.plan)
 app.command()(evaluate.evaluate)
 app.command()(chat.chat)
 

@@ -35,7 +35,9 @@ def calibration_of(model: str, max_memory: str) -> str:
     return NONE
 
 
-def gather(model: str, calibration: str, seed: int, trust_remote_code: bool) -> "Moments":
+def gather(
+    model: str, calibration: str, seed: int, max_memory: str, trust_remote_code: bool
+) -> "Moments":
     """Moments of a dense model's inputs on text; the model is in memory while they are gathered."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -50,9 +52,33 @@ def gather(model: str, calibration: str, seed: int, trust_remote_code: bool) -> 
     else:
         config = AutoConfig.from_pretrained(**source)
         kind = model_class(vars(config), resolve_folder(model), trust_remote_code)
-    dense = kind.from_pretrained(**source, dtype="auto", use_safetensors=True)
+    dtype = _dtype(model, source, max_memory)
+    dense = kind.from_pretrained(**source, dtype=dtype, use_safetensors=True)
     batches = calibration_batches(dense, calibration, seed=seed)
     return calibrated(dense, list(batches), calibration)
+
+
+def _dtype(model: str, source: dict[str, Any], max_memory: str) -> Any:
+    """The dtype to calibrate in; a line says so if the files' dtype is slow."""
+    from qrefta.config import parse_bytes
+    from qrefta.files.sources import dense_bytes
+    from qrefta.model.dtype import loading_dtype
+
+    chosen = loading_dtype(source, "cpu")
+    if chosen == "auto":
+        return chosen
+    needed = 2 * dense_bytes(model)
+    if needed <= parse_bytes("max_memory", max_memory):
+        console.print(
+            "Calibrating in float32: this processor computes bfloat16 many times slower. OUT keeps "
+            "the files' dtype."
+        )
+        return chosen
+    console.print(
+        "Calibrating in the files' dtype, which this processor computes many times slower than "
+        f"float32; with --max-memory {megabytes(needed).replace(' ', '')} it takes float32."
+    )
+    return "auto"
 
 
 def calibrated(model: "PreTrainedModel", batches: list[Any], source: str) -> "Moments":

@@ -9,11 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from qrefta.choices import AUTO_RATE, Task
+from qrefta.choices import AUTO_RATE, LoadDtype, Task
 from qrefta.cli import training_options as given
 from qrefta.cli.calibrating import NONE, calibrated
 from qrefta.cli.console import console, megabytes, quiet_libraries
-from qrefta.cli.options import TrustRemoteCode, setting_of, with_settings
+from qrefta.cli.options import (
+    TrustRemoteCode,
+    parse_checkpointing,
+    setting_of,
+    with_settings,
+)
 from qrefta.recipe import NAME as RECIPE
 from qrefta.recipe import write_recipe
 
@@ -53,7 +58,8 @@ def finetune(
     num_generations: given.NumGenerations = None,
     optimizer: given.Optimizer = "adamw_torch",
     gradient_accumulation: given.GradientAccumulation = 1,
-    gradient_checkpointing: given.GradientCheckpointing = False,
+    gradient_checkpointing: given.GradientCheckpointing = "off",
+    dtype: given.Dtype = "auto",
     bf16: given.Bf16 = False,
     fsdp: given.Fsdp = False,
     report_to: given.ReportTo = None,
@@ -77,6 +83,7 @@ def finetune(
     from qrefta.tables import report_table, results_table
     from qrefta.train._finetune import finetune as finetune_model
     from qrefta.train.arguments import task_settings, training_arguments
+    from qrefta.train.checkpointing import checkpointing_settings
     from qrefta.train.interrupt import TrainingInterrupted
     from qrefta.train.lengths import row_length
     from qrefta.train.models import load_model
@@ -88,6 +95,7 @@ def finetune(
     further = _weights(dataset, mix or [])
     columns = _columns(task, text_column, label_column, header)
     rate = parse_rate(learning_rate)
+    checkpointing = parse_checkpointing(gradient_checkpointing)
     rewards = load_rewards(task, reward or ())
     check_loss(task, loss)
     state = processes()  # before TrainingArguments, whose processes wait less long for the first
@@ -100,11 +108,11 @@ def finetune(
         per_device_train_batch_size=batch_size,
         optim=optimizer,
         gradient_accumulation_steps=gradient_accumulation,
-        gradient_checkpointing=gradient_checkpointing,
         bf16=bf16,
         fsdp=fsdp or None,
         seed=settings["seed"],
         report_to=report_to or "none",
+        **checkpointing_settings(checkpointing),
         **task_settings(
             task,
             packing=packing,
@@ -123,7 +131,8 @@ def finetune(
             **pretrained_source(model, trust_remote_code)
         )
         begun = str(start) if start.is_dir() else model
-        loaded = load_model(begun, task, data, settings["seed"], trust_remote_code)
+        chosen = _dtype(begun, dtype, task, args.device.type, trust_remote_code)
+        loaded = load_model(begun, task, data, settings["seed"], trust_remote_code, chosen)
         if task != "image":  # too long a length is refused before the model is prepared
             max_length = row_length(loaded, processor, max_length)
         if not is_prepared(loaded):
@@ -196,6 +205,35 @@ def _columns(
     if len(text_column) > 1:
         raise ValueError(f"--text-column is {text_column}; the task lm reads one column")
     return {"column": text_column[0]}
+
+
+def _dtype(source: str, dtype: LoadDtype, task: Task, device: str, trust_remote_code: bool) -> Any:
+    """The dtype to load the model in, which is said if it is not that of the files.
+
+    Raises:
+        ValueError: if a dtype is given that the model of a task does not train in.
+    """
+    import torch
+
+    from qrefta.files.sources import pretrained_source
+    from qrefta.model.dtype import loading_dtype
+
+    if task in ("classify", "image"):
+        if dtype not in ("auto", "float32"):
+            raise ValueError(
+                f"--dtype is {dtype}, and the task {task} trains a head, in float32; leave it out, "
+                "or give --bf16, which computes in bfloat16"
+            )
+        return "auto"
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    chosen = loading_dtype(pretrained_source(source, trust_remote_code), device)
+    if chosen != "auto":
+        console.print(
+            "In float32, in memory and in OUT: this processor computes bfloat16 many times slower. "
+            "--dtype bfloat16 keeps the files' dtype."
+        )
+    return chosen
 
 
 def _load_data(

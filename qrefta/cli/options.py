@@ -6,12 +6,14 @@ import inspect
 from collections.abc import Callable
 from dataclasses import fields
 from functools import wraps
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from qrefta.choices import AUTO_RANK
+from qrefta.choices import AUTO_RANK, SELECTIVE, Selective
 from qrefta.config import Settings, parse_rank
 
 Folder = Annotated[Path, typer.Argument(help="Folder of a prepared model.")]
@@ -31,6 +33,16 @@ Tolerance = Annotated[
     typer.Option(help="Largest relative difference of logits; default: room for rounding."),
 ]
 
+# Values of --gradient-checkpointing; YAML reads on and off as true and false.
+_CHECKPOINTING: dict[str, bool | Selective] = {
+    "off": False,
+    "on": True,
+    SELECTIVE: SELECTIVE,
+    "false": False,
+    "true": True,
+}
+CHECKPOINTING = "[off|on|selective]"
+
 # Fields whose option has another type or name than the field.
 _SPECIAL: dict[str, tuple[Any, Any, str]] = {
     "rank": (str, AUTO_RANK, "--rank"),
@@ -46,6 +58,32 @@ _OLD_OPTIONS: dict[str, tuple[type, str]] = {
     "budget_mb": (float, "bytes={}"),
     "error_ratio": (float, "error={}"),
 }
+
+
+class CheckpointingCommand(TyperCommand):
+    """A command that takes --gradient-checkpointing without a value for "on"."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        plain: list[str] = []
+        for word, following in zip_longest(args, args[1:]):
+            if word == "--no-gradient-checkpointing":
+                word = "--gradient-checkpointing=off"
+            elif word == "--gradient-checkpointing" and following not in _CHECKPOINTING:
+                word = "--gradient-checkpointing=on"
+            plain.append(word)
+        return super().parse_args(ctx, plain)
+
+
+def parse_checkpointing(text: str) -> bool | Selective:
+    """The value of the setting `gradient_checkpointing` for the text of its option.
+
+    Raises:
+        ValueError: for other texts than off, on, selective, true and false.
+    """
+    value = text.lower()
+    if value not in _CHECKPOINTING:
+        raise ValueError(f"--gradient-checkpointing is {text!r}; it must be off, on or {SELECTIVE}")
+    return _CHECKPOINTING[value]
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:

@@ -6,7 +6,7 @@ import typer
 
 from qrefta.choices import Dtype, Optimizer
 from qrefta.cli.console import console, quiet_libraries
-from qrefta.cli.options import with_settings
+from qrefta.cli.options import CHECKPOINTING, parse_checkpointing, with_settings
 
 
 @with_settings
@@ -25,7 +25,13 @@ def plan(
     dtype: Annotated[
         Dtype | None, typer.Option(help="Dtype of the parts that stay dense; default: the model's.")
     ] = None,
-    gradient_checkpointing: Annotated[bool, typer.Option(help="Recompute activations.")] = False,
+    gradient_checkpointing: Annotated[
+        str,
+        typer.Option(
+            metavar=CHECKPOINTING,
+            help="Recompute activations; selective: all but the results of attention.",
+        ),
+    ] = "off",
     whole_logits: Annotated[
         bool, typer.Option(help="Count the logits of all tokens: for dpo, grpo and other trainers.")
     ] = False,
@@ -44,7 +50,7 @@ def plan(
         reserve=reserve,
         dtype=dtype,
         optimizer=optimizer,
-        gradient_checkpointing=gradient_checkpointing,
+        gradient_checkpointing=parse_checkpointing(gradient_checkpointing),
         whole_logits=whole_logits,
         **settings,
     )

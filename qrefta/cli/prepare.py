@@ -56,7 +56,7 @@ def prepare(
     if calibration is None:
         calibration = NONE if moments is not None else calibration_of(model, max_memory)
     if calibration != NONE:
-        gathered = gather(model, calibration, settings["seed"], trust_remote_code)
+        gathered = gather(model, calibration, settings["seed"], max_memory, trust_remote_code)
         if moments is not None:
             gathered.save(moments)
     elif moments is not None:

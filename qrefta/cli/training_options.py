@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
+from qrefta.choices import LoadDtype
 from qrefta.choices import Loss as LossName
 from qrefta.choices import Task as TaskName
 from qrefta.cli.calibrating import KINDS
+from qrefta.cli.options import CHECKPOINTING
 
 _data = partial(typer.Option, rich_help_panel="Data")
 _training = partial(typer.Option, rich_help_panel="Training")
@@ -92,7 +94,19 @@ GradientAccumulation = Annotated[
 ]
 
 GradientCheckpointing = Annotated[
-    bool, _memory(help="Recompute activations: less memory, more time.")
+    str,
+    _memory(
+        metavar=CHECKPOINTING,
+        help="Recompute activations: less memory, more time; selective: all but the results of "
+        "attention.",
+    ),
+]
+Dtype = Annotated[
+    LoadDtype,
+    _memory(
+        help="Dtype of a language model, in memory and in OUT; auto: as it is stored, but float32 "
+        "on a processor that computes bfloat16 slowly."
+    ),
 ]
 Bf16 = Annotated[bool, _memory(help="Compute in bf16 under autocast.")]
 Fsdp = Annotated[bool, _memory(help="Shard the model over torchrun's processes, by FSDP2.")]

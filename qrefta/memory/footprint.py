@@ -21,7 +21,7 @@ more tensors.
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeGuard
@@ -33,13 +33,11 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from qrefta._compat.torch import FakeTensorMode, TorchDispatchMode, storage_id, tree_leaves
+from qrefta.nn.checkpointing import selective_contexts
 from qrefta.nn.head_loss import plain_head, summed_cross_entropy
 from qrefta.nn.packed import unpack
 
 COUNTED_BLOCKS = 3  # the first, one for all between, the last
-
-# gradient_checkpointing_kwargs of a counted model: torch leaves a mode while `backward` runs.
-CHECKPOINTING = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), _AsOnCuda())}
 
 
 class Footprint(NamedTuple):
@@ -210,6 +208,26 @@ class _Ledger(TorchDispatchMode):
         return result
 
 
+def counted_checkpointing(selective: bool) -> dict[str, Any]:
+    """`gradient_checkpointing_kwargs` of a counted model; torch leaves a mode while `backward`
+    runs.
+    """
+
+    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        if not selective:
+            return nullcontext(), _AsOnCuda()
+        keeping, recomputing = selective_contexts()
+        return keeping, _on_cuda(recomputing)
+
+    return {"use_reentrant": False, "context_fn": contexts}
+
+
+@contextmanager
+def _on_cuda(context: AbstractContextManager[Any]) -> Iterator[None]:
+    with context, _AsOnCuda():
+        yield
+
+
 @contextmanager
 def _blocks_followed(
     model: nn.Module, repeated: Mapping[str, int], ledger: _Ledger
@@ -275,6 +293,19 @@ def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = F
     return torch.native_dropout(x, p, True)[0] if training and p > 0 else x
 
 
+def _attention_room(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the result of a fused kernel, and for a number a row."""
+    *others, heads, tokens, _ = query.shape
+    # The kernels lay out their output as (..., tokens, heads, width).
+    out = query.new_empty(*others, tokens, heads, value.shape[-1]).transpose(-2, -3)
+    return out, query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+# One operator named attention, as selective checkpointing sees the kernels.
+_attention_kernel = torch.library.custom_op("qrefta::attention", _attention_room, mutates_args=())
+_attention_kernel.register_fake(_attention_room)
+
+
 class _FusedAttention(torch.autograd.Function):
     """The tensors that a fused attention kernel takes and keeps; a boolean mask becomes an additive
     one.
@@ -284,10 +315,7 @@ class _FusedAttention(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> Tensor:
-        *others, heads, tokens, _ = query.shape
-        # The kernels lay out their output as (..., tokens, heads, width).
-        out = query.new_empty(*others, tokens, heads, value.shape[-1]).transpose(-2, -3)
-        rows = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        out, rows = _attention_kernel(query, key, value)
         kept = [query, key, value, out, rows]
         if mask is not None:
             kept.append(mask.to(query.dtype))

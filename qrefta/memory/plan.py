@@ -17,7 +17,16 @@ from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportPrivateImportU
 from torch.optim import AdamW
 
 from qrefta._compat.transformers import enable_checkpointing
-from qrefta.choices import AUTO_RANK, DTYPES, OPTIMIZER_NAMES, Bits, Dtype, Optimizer
+from qrefta.choices import (
+    AUTO_RANK,
+    DTYPES,
+    OPTIMIZER_NAMES,
+    SELECTIVE,
+    Bits,
+    Dtype,
+    Optimizer,
+    Selective,
+)
 from qrefta.config import (
     RankSetting,
     Settings,
@@ -26,10 +35,11 @@ from qrefta.config import (
     settings_of_call,
     shows_settings,
 )
-from qrefta.memory.footprint import CHECKPOINTING, count_step, fake
+from qrefta.memory.footprint import count_step, counted_checkpointing, fake
 from qrefta.memory.meta_model import ModelSource, Outline
 from qrefta.methods import METHODS
 from qrefta.model.stacks import select_stacks
+from qrefta.nn.checkpointing import check_checkpointing
 from qrefta.nn.head_loss import linear_head
 from qrefta.split.allocate import given_ranks
 
@@ -105,7 +115,7 @@ def plan(
     gpu: int | str | None = None,
     reserve: int | str = "1GB",
     dtype: Dtype | None = None,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: bool | Selective = False,
     whole_logits: bool = False,
     optimizer: Optimizer = "adamw",
     bits: Bits = 4,
@@ -131,7 +141,7 @@ def plan(
         dtype: bfloat16, float16 or float32 for dense parameters and computation; None: the dtype of
             the model.
         gradient_checkpointing: recompute the activations of the blocks in the backward pass instead
-            of keeping them.
+            of keeping them; "selective": all but the results of attention.
         whole_logits: count the logits of all tokens of a language model, which a plain Trainer and
             the tasks dpo and grpo of `finetune` make. Its tasks lm and sft do not; for these all
             tokens count as labelled.
@@ -190,7 +200,7 @@ class _Case:
     batch: int
     seq: int | None
     dtype: Dtype
-    gradient_checkpointing: bool
+    gradient_checkpointing: bool | Selective
     whole_logits: bool
     optimizer: Optimizer
     settings: Settings
@@ -204,11 +214,13 @@ def _plan(outline: Outline, case: _Case) -> Plan:
     """The plan of one case, without a GPU."""
     _check_choice("dtype", case.dtype, DTYPES)
     _check_choice("optimizer", case.optimizer, OPTIMIZER_NAMES)
+    check_checkpointing(case.gradient_checkpointing)
     dtype = _TORCH_DTYPES[case.dtype]
     inputs = outline.inputs(case.batch, case.seq, dtype)
     model, sizes = outline.prepared(case.settings, dtype)
     if case.gradient_checkpointing:
-        enable_checkpointing(model, CHECKPOINTING)
+        selective = case.gradient_checkpointing == SELECTIVE
+        enable_checkpointing(model, counted_checkpointing(selective))
     fake(model.train())
     try:
         whole = case.whole_logits or model.config.is_encoder_decoder
@@ -314,8 +326,13 @@ def _changes(outline: Outline, case: _Case) -> dict[str, _Case]:
     """Changes of one setting that may save memory, by their words."""
     settings = case.settings
     changes = {}
-    if not case.gradient_checkpointing and outline.model.supports_gradient_checkpointing:
-        changes["gradient checkpointing"] = replace(case, gradient_checkpointing=True)
+    if outline.model.supports_gradient_checkpointing:
+        before = case.gradient_checkpointing
+        if not before:
+            selective = replace(case, gradient_checkpointing=SELECTIVE)
+            changes["selective gradient checkpointing"] = selective
+        if before is not True:
+            changes["gradient checkpointing"] = replace(case, gradient_checkpointing=True)
     if case.batch > 1:
         changes[f"batch {case.batch // 2}"] = replace(case, batch=case.batch // 2)
     if case.seq is not None and case.seq > 1:

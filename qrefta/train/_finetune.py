@@ -24,12 +24,14 @@ from transformers import (
 )
 
 from qrefta._deprecations import deprecated_keywords
-from qrefta.choices import Loss
+from qrefta.choices import Loss, Selective
 from qrefta.distributed import check_sharding, processes, whole_state
 from qrefta.hf_quantizer import is_prepared, prepared_config
+from qrefta.model.dtype import warn_of_slow_dtype
 from qrefta.model_card import write_card
 from qrefta.nn.factors import BANK
 from qrefta.train.arguments import LENGTH_FIELDS, run_arguments, task_settings
+from qrefta.train.checkpointing import checkpointing_settings, follow_arguments
 from qrefta.train.checkpoints import publish, whole_checkpoints, writing
 from qrefta.train.forward import own_forward
 from qrefta.train.gradients import GradientWatch, check_trainable
@@ -106,7 +108,7 @@ def finetune(
     beta: float | None = None,
     num_generations: int | None = None,
     gradient_accumulation: int | None = None,
-    gradient_checkpointing: bool | None = None,
+    gradient_checkpointing: bool | Selective | None = None,
     bf16: bool | None = None,
     seed: int | None = None,
     eval_steps: float | None = None,
@@ -173,6 +175,9 @@ def finetune(
         num_generations: for grpo, answers to each prompt; 8. A step's rows must be a multiple.
         gradient_accumulation: passes of a step, of `batch_size` rows each; 1.
         gradient_checkpointing: recompute the activations of the blocks in the backward pass; False.
+            "selective" keeps the results of attention, which are one more hidden state a block:
+            for sequences longer than the model is wide. In `args`:
+            gradient_checkpointing_kwargs={"selective": True}.
         bf16: compute in bf16 under autocast; False. For a model that is loaded in float32: in a
             model loaded in bf16 the head trains in bf16 and loses small updates.
         seed: of the batch order and dropout; 0.
@@ -209,11 +214,11 @@ def finetune(
         "max_steps": max_steps,
         "per_device_train_batch_size": batch_size,
         "gradient_accumulation_steps": gradient_accumulation,
-        "gradient_checkpointing": gradient_checkpointing,
         "bf16": bf16,
         "seed": seed,
         "disable_tqdm": None if progress is None else not progress,
     }
+    settings |= checkpointing_settings(gradient_checkpointing)
     settings |= task_settings(
         task,
         max_length=max_length,
@@ -239,6 +244,7 @@ def finetune(
         settings["learning_rate"] = chosen_rate(model, learning_rate, show, task)
     arguments = run_arguments(model, task, args, output_dir, settings)
     warn_of_rate(model, arguments.learning_rate, task)
+    warn_of_slow_dtype(model, arguments.device.type, arguments.bf16)
     length = _length(model, processor, task, arguments, max_length, is_default=args is None)
     if task == "sft":
         join_by_default(model, arguments)
@@ -414,6 +420,7 @@ def _train(
         arguments.restore_callback_states_from_checkpoint = True
     evaluations = _Evaluations()
     with own_forward(model), interruptible() as interrupts:
+        follow_arguments(model, arguments)
         trainer = _trainer(
             model,
             processor,

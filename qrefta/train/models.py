@@ -1,5 +1,7 @@
 """Models of a task's class, with a head for the classes of its data."""
 
+from typing import Literal
+
 import torch
 from datasets import DatasetDict
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
@@ -17,12 +19,22 @@ def load_model(
     data: DatasetDict | Mixture,
     seed: int,
     trust_remote_code: bool = False,
+    dtype: torch.dtype | Literal["auto"] = "auto",
 ) -> PreTrainedModel:
-    """A model of the task's class, with a head for the classes of the data where it has them."""
+    """A model of the task's class, with a head for the classes of the data where it has them.
+
+    Args:
+        source: folder, hub name or GGUF file.
+        task: of the run.
+        data: of the run, for its classes.
+        seed: of a head that is drawn.
+        trust_remote_code: whether to run code that comes with the model.
+        dtype: of a language model; "auto": as it is stored. A classifier is float32.
+    """
     kind = TASKS[task].model
     if task not in ("classify", "image"):
         named = pretrained_source(source, trust_remote_code)
-        return kind.from_pretrained(**named, dtype="auto", use_safetensors=True)
+        return kind.from_pretrained(**named, dtype=dtype, use_safetensors=True)
     assert isinstance(data, DatasetDict)  # several data sets are for language models
     classes = data["train"].features["label"].names
     return load_classifier(source, classes, seed, kind, trust_remote_code)

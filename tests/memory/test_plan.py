@@ -30,6 +30,7 @@ from qrefta.memory.footprint import _AsOnCuda, _Ledger
 from qrefta.memory.meta_model import Outline
 from qrefta.memory.plan import _Case, _largest, _plan, plan
 from qrefta.model.stacks import find_stacks
+from qrefta.nn.checkpointing import selective_contexts
 from qrefta.nn.factors import BANK
 from qrefta.nn.head_loss import plain_head
 from qrefta.nn.linear import AdaptedLinear
@@ -65,9 +66,12 @@ def prepared_step(model, checkpointing, plain=False, **settings):
     computes, or with a plain head.
     """
     qrefta.prepare(model, refine=0, progress=False, **settings)
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    if checkpointing == "selective":
+        options["context_fn"] = selective_contexts
     if checkpointing:
         # the states of the CPU's generator, five KB a block, are in no GPU's memory
-        enable_checkpointing(model, {"use_reentrant": False, "preserve_rng_state": False})
+        enable_checkpointing(model, options)
     images = model.main_input_name == "pixel_values"
     inputs = torch.zeros(BATCH, 3, 16, 16) if images else randint(SEQ)
     labels = torch.zeros(BATCH, dtype=torch.long) if images else inputs
@@ -89,6 +93,7 @@ def prepared_step(model, checkpointing, plain=False, **settings):
     [
         (tiny_llama, False, {"method": "refta", "rank": 40}),
         (tiny_llama, True, {"method": "tera", "rank": 4, "double_quant": True}),
+        (tiny_llama, "selective", {"method": "refta", "rank": 8}),
         (tiny_mixtral, False, {"method": "refta", "rank": 8}),
         (tiny_llama, False, {"bits": 3}),
         (
@@ -160,7 +165,11 @@ def two_lists_of_blocks():
 @pytest.mark.parametrize(("batch", "seq"), [(2, 16), (1, 1)])
 @pytest.mark.parametrize(
     ("make", "checkpointing", "target"),
-    [(one_list_of_blocks, True, "intermediate.dense"), (two_lists_of_blocks, False, "fc1")],
+    [
+        (one_list_of_blocks, True, "intermediate.dense"),
+        (one_list_of_blocks, "selective", "intermediate.dense"),
+        (two_lists_of_blocks, False, "fc1"),
+    ],
 )
 def test_three_blocks_stand_for_all(make, checkpointing, target, batch, seq):
     """Cut or whole, a model has the same plan, to the byte; factors so large that the gradients in
@@ -344,6 +353,7 @@ def test_savings_equal_the_effect_of_each_change_largest_first():
     savings = {saving.change: saving.saved_bytes for saving in found.savings}
     assert set(savings) == {
         "gradient checkpointing",
+        "selective gradient checkpointing",
         "batch 1",
         "seq 32",
         "rank 16",

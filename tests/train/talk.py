@@ -50,3 +50,14 @@ def chat_rows(count):
         question = {"role": "user", "content": f"what is {thing} ?"}
         rows.append({"messages": [question, {"role": "assistant", "content": color}]})
     return rows
+
+
+def pair_rows(count):
+    """The same, with the right and the other answer."""
+    other = {"blue": "red", "red": "blue"}
+    rows = []
+    for row in chat_rows(count):
+        *prompt, chosen = row["messages"]
+        rejected = {"role": "assistant", "content": other[chosen["content"]]}
+        rows.append({"prompt": prompt, "chosen": [chosen], "rejected": [rejected]})
+    return rows

@@ -15,23 +15,13 @@ from qrefta.train.reference import reference_model, starts_as_reference
 from qrefta.train.tasks import TASKS, load_preferences, load_prompts
 from qrefta.train.tasks.preference import dpo_recipe, load_reward, token_ids
 from tests.models import logits, tiny_llama
-from tests.train.talk import ANSWER, QUESTION, chat_rows, write_rows
+from tests.train.talk import ANSWER, QUESTION, chat_rows, pair_rows, write_rows
 
 trl = pytest.importorskip("trl")
 # TRL 1.16 switches checkpointing on and off by its old names
 pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")
 WORSE = [{"role": "assistant", "content": "red"}]
 METHODS = [{"method": "windows"}, {"method": "refta", "refine": 0}]
-
-
-def pair_rows(count):
-    other = {"blue": "red", "red": "blue"}
-    rows = []
-    for row in chat_rows(count):
-        *prompt, chosen = row["messages"]
-        rejected = {"role": "assistant", "content": other[chosen["content"]]}
-        rows.append({"prompt": prompt, "chosen": [chosen], "rejected": [rejected]})
-    return rows
 
 
 @pytest.mark.parametrize(
