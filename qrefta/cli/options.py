@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from qrefta.choices import AUTO_RANK
-from qrefta.config import Settings, parse_rank
+from qrefta.config import Settings, parse_bits, parse_rank
 
 Folder = Annotated[Path, typer.Argument(help="Folder of a prepared model.")]
 NewFolder = Annotated[Path, typer.Argument(help="Folder to write: new or empty.")]
@@ -33,6 +33,7 @@ Tolerance = Annotated[
 
 # Fields whose option has another type or name than the field.
 _SPECIAL: dict[str, tuple[Any, Any, str]] = {
+    "bits": (str, str(Settings.bits), "--bits"),
     "rank": (str, AUTO_RANK, "--rank"),
     "target_modules": (list[str] | None, None, "--target"),
     "modules_to_save": (list[str] | None, None, "--modules-to-save"),
@@ -84,8 +85,9 @@ def _setting_options() -> list[inspect.Parameter]:
             setting.name, (types[setting.name], setting.default, flag)
         )
         text = setting.metadata["help"]
-        if setting.name in ("bits", "block_size"):  # numbers, whose choices typer does not list
+        if setting.name == "block_size":  # numbers, whose choices typer does not list
             kind = int
+        if setting.name in ("bits", "block_size"):
             text = f"{text.removesuffix('.')}: {', '.join(map(str, setting.metadata['allowed']))}."
         options.append(_option(setting.name, kind, default, flag, text))
     return options
@@ -124,6 +126,7 @@ def _settings(values: dict[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in old.items() if value is not None}
     if given:
         values["rank"] = _rank_of_old_options(values["rank"], given)
+    values["bits"] = parse_bits(values["bits"])
     values["rank"] = parse_rank(values["rank"])
     return values
 
