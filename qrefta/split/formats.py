@@ -2,9 +2,15 @@
 
 With bits="auto" every stack is split and rounded in NF2, NF3 and NF4 as it would be stored, and its
 error is measured: of the outputs if calibrated, else of the weights, both squared and summed over
-the layers. The formats with the least sum of these errors are taken whose mean of bits a weight is
-at most `target_bits`. The mean is that of the report of `prepare`: bytes of packed weights, scales
-and factors over all quantized weights.
+the layers, relative to the stack's error in NF4 rounded plainly. The formats with the least sum of
+these errors are taken whose mean of bits a weight is at most `target_bits`. The mean is that of the
+report of `prepare`: bytes of packed weights, scales and factors over all quantized weights.
+
+The errors are relative because stacks differ in the size of their outputs by much more than in
+their worth. On SmolLM2 a few huge inputs give down_proj two thirds of the whole error. With a mean
+of 3.3 bits the least sum of absolute errors puts gate_proj in two bits in its favour, and the sum
+of errors relative to E||x W_l^T||^2 puts down_proj in two bits: both have a larger KL divergence to
+the 16-bit model than three bits everywhere.
 
 One format a stack within a limit of bytes is the multiple-choice knapsack problem. Greedy choices
 by error per byte can miss its optimum, since stacks are few and large. `least_error` finds it.
@@ -88,7 +94,7 @@ def choose_formats(
             StackSplit(stack, weights, settings.of_stack(kind), rank, moments)
             for kind in MIXED_TYPES
         ]
-        errors.append([_error(split) for split in tried])
+        errors.append(_errors(tried))
         splits.append([split.split for split in tried])
     chosen = least_error(sizes, errors, limit)
     quant_types: list[QuantType | None] = [MIXED_TYPES[choice] for choice in chosen]
@@ -207,12 +213,22 @@ def _weights(stacks: Sequence[LayerStack]) -> int:
     return sum(stack.layers * stack.out_features * stack.in_features for stack in stacks)
 
 
-def _error(split: StackSplit) -> float:
-    """The error of a stack as stored: of its outputs if calibrated, else of its weights."""
+def _errors(tried: Sequence[StackSplit]) -> list[float]:
+    """The errors of a stack in every format as stored, relative to plain rounding in the last."""
+    reports = [_measured(split) for split in tried]
+    if reports[-1].output_baseline is None:
+        errors = [report.residual_error for report in reports]
+        unit = reports[-1].baseline_error
+    else:
+        errors = [report.output_error or 0.0 for report in reports]
+        unit = reports[-1].output_baseline
+    return [error / unit if unit else 0.0 for error in errors]
+
+
+def _measured(split: StackSplit) -> StackReport:
     for _ in split.residuals():
         pass
-    report: StackReport = split.report()
-    return report.residual_error if report.output_error is None else report.output_error
+    return split.report()
 
 
 def _listed(

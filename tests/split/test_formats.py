@@ -99,7 +99,11 @@ def test_prepare_takes_the_formats_of_least_measured_error(options, calibrated):
     weights = sum(rows[0].weights for rows in measured)
 
     def sums(rows):
-        errors = [row.output_error if calibrated else row.residual_error for row in rows]
+        plain = [of_stack[-1] for of_stack in measured]
+        if calibrated:
+            errors = [row.output_error / nf4.output_baseline for row, nf4 in zip(rows, plain)]
+        else:
+            errors = [row.residual_error / nf4.baseline_error for row, nf4 in zip(rows, plain)]
         return sum(errors), sum(row.bytes for row in rows)
 
     every = itertools.product(*measured)
