@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta._compat.transformers import checkpointing_options, dequantized_gguf
-from qrefta.choices import AUTO_RANK, Bits
+from qrefta.choices import AUTO_RANK, Bits, QuantType
 from qrefta.config import (
     LayerStack,
     Rank,
@@ -153,7 +153,7 @@ def _prepare(
     if calibration is None and loaded is not None:
         loaded.check(source.stacks)
     _own_config(model)
-    sink = _ModelSink(model, source.stacks, QuantFormat.of(chosen))
+    sink = _ModelSink(model)
     split_stacks(source, sink, chosen, loaded, progress)
     freeze(model, chosen.modules_to_save)
     config = QReftaConfig(
@@ -314,22 +314,21 @@ class _ModelSource:
 class _ModelSink:
     """A model in memory, whose linear layers are replaced a stack at a time."""
 
-    def __init__(
-        self, model: PreTrainedModel, stacks: list[LayerStack], fmt: QuantFormat | None
-    ) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.ranks: list[Rank] | None = None
+        self.quant_types: list[QuantType | None] | None = None
         self.reports: list[StackReport] = []
         self._model = model
-        self._stacks = stacks
-        self._format = fmt
 
-    def begin(self, ranks: list[Rank]) -> None:
+    def begin(self, ranks: list[Rank], quant_types: list[QuantType | None]) -> None:
         self.ranks = ranks
+        self.quant_types = quant_types
         attach_bank(self._model)
 
     def write(self, split: StackSplit) -> None:
         index = len(self.reports)
         stack = split.stack
+        fmt = QuantFormat.of(split.settings)
         factors = split.split.factors
         home = read_slice(self._model, stack, 0).device
         key = None if factors is None else bank_key(index)
@@ -337,7 +336,7 @@ class _ModelSink:
             getattr(self._model, BANK)[key] = factors
         for place, residual in enumerate(split.residuals()):
             dense = read_slice(self._model, stack, place)
-            layer = adapt(self._model, stack, place, self._format, key)
+            layer = adapt(self._model, stack, place, fmt, key)
             layer.store(residual.to(dense.device, dense.dtype), layer.bias)
         if factors is not None:
             factors.to(home)

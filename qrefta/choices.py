@@ -9,7 +9,7 @@ Transform = Literal["lsm3", "dct", "identity"]
 QuantType = Literal["nf4", "fp4", "int4", "nf3", "int3", "nf2", "int2"]
 Scales = Literal["searched", "absmax"]
 Codes = Literal["feedback", "nearest"]
-Bits = Literal[4, 3, 2, 16]
+Bits = Literal[4, 3, 2, 16, "auto"]
 FactorDtype = Literal["bfloat16", "float32"]
 Task = Literal["classify", "lm", "sft", "dpo", "grpo", "image"]
 Loss = Literal["all", "last"]
@@ -37,9 +37,12 @@ SELECTIVE: Selective = "selective"
 
 AUTO_RATE = "auto"  # as learning rate: the best measured one for the method
 AUTO_RANK: Literal["auto"] = "auto"  # as rank: see `qrefta.split.allocate.automatic_rank`
+AUTO_BITS: Literal["auto"] = "auto"  # as bits: see `qrefta.split.formats`
 GENERIC_TEXT = "text"  # as calibration: the docstrings of the standard library
 
 BITSANDBYTES_TYPES: tuple[QuantType, ...] = ("nf4", "fp4")  # the others are ours
+
+MIXED_TYPES: tuple[QuantType, ...] = ("nf2", "nf3", "nf4")  # of the stacks with bits="auto"
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 

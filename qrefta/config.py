@@ -12,11 +12,12 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any, Literal, Self, TypedDict, TypeVar
 
 from qrefta.choices import (
+    AUTO_BITS,
     AUTO_RANK,
     BITS,
     BLOCK_SIZES,
@@ -24,6 +25,7 @@ from qrefta.choices import (
     FACTOR_DTYPES,
     FITTED,
     METHOD_NAMES,
+    MIXED_TYPES,
     QUANT_TYPES,
     SCALES,
     TRANSFORMS,
@@ -129,6 +131,11 @@ def parse_rank(text: str) -> RankSetting:
         f"rank is {text!r}; it must be auto, a whole number (16), three for craft (24,100,100), "
         "or a budget: bytes=8MB, error=0.5 or parameters=300000"
     )
+
+
+def parse_bits(text: str) -> int | str:
+    """The bits from the command line: a number, or a word that `Settings` takes or refuses."""
+    return int(text) if text.isdecimal() else text
 
 
 def parse_bytes(name: str, size: int | str) -> int:
@@ -281,7 +288,10 @@ class Settings:
 
     Attributes:
         bits: 4, 3 or 2; or 16 to keep the residual in 16 bits (an ablation without quantization
-            error).
+            error). "auto" gives every stack 2, 3 or 4 bits, with the least error within
+            `target_bits` (`qrefta.split.formats`); the stacks' reports hold the choice.
+        target_bits: with bits="auto" the largest mean of bits a weight over all quantized weights,
+            with scales and factors, as the report of `prepare` states it.
         rank: R, the number of components that every target stack keeps over all its layers
             together; a stack has R (in + out) trainable parameters. "auto": twice the number of
             its layers, and in shallow models 48, but at most eight a layer. 0 quantizes only.
@@ -292,9 +302,9 @@ class Settings:
             trains three small square matrices a stack; or tera, lotr or lorta, also from zero.
         transform: mode-3 transform: lsm3 (from the data), dct, or identity (each layer by itself).
             craft takes lsm3; methods that start from zero use none.
-        quant_type: format of these bits. Default: nf4, nf3 or nf2.
+        quant_type: format of these bits. Default: nf4, nf3 or nf2, which bits="auto" always takes.
         block_size: weights that share a scale.
-        double_quant: store the scales in 8 bits, as QLoRA does. Default: with fewer than 4 bits.
+        double_quant: store the scales in 8 bits, as QLoRA does. Default: with bits other than 4.
         scales: searched: the scale of every block is the best of twelve, of both signs, weighted by
             the second moments of the inputs; without moments the best of six for NF4, which
             change the largest magnitude little. absmax: the largest magnitude.
@@ -322,7 +332,18 @@ class Settings:
 
     bits: Bits = field(
         default=4,
-        metadata=_one_of(BITS, "Bits of a weight; 16 leaves the residual unquantized (ablation)."),
+        metadata=_one_of(
+            BITS,
+            "Bits of a weight; 16 leaves the residual unquantized (ablation); auto chooses for "
+            "every stack, within --target-bits.",
+        ),
+    )
+    target_bits: float | None = field(
+        default=None,
+        metadata=_checked(
+            lambda name, value: None if value is None else _positive(name, value),
+            "With bits auto: the largest mean of bits a weight, with scales and factors.",
+        ),
     )
     rank: RankSetting = field(
         default=AUTO_RANK,
@@ -344,7 +365,7 @@ class Settings:
     double_quant: bool | None = field(
         default=None,
         metadata=_one_of(
-            (None, False, True), "Store the scales in 8 bits; default: with fewer than 4 bits."
+            (None, False, True), "Store the scales in 8 bits; default: with bits other than 4."
         ),
     )
     scales: Scales = field(
@@ -383,11 +404,13 @@ class Settings:
         for setting in fields(self):
             value = setting.metadata["check"](setting.name, getattr(self, setting.name))
             object.__setattr__(self, setting.name, value)
-        if self.bits != 16:
+        if self.bits == AUTO_BITS or self.target_bits is not None:
+            self._check_target_bits()
+        if self.bits != 16 and self.double_quant is None:
+            object.__setattr__(self, "double_quant", self.bits != 4)
+        if self.bits not in (16, AUTO_BITS):
             if self.quant_type is None:
                 object.__setattr__(self, "quant_type", f"nf{self.bits}")
-            if self.double_quant is None:
-                object.__setattr__(self, "double_quant", self.bits < 4)
             self._check_quant_type()
         transforms = FITTED.get(self.method, TRANSFORMS)
         if self.transform not in transforms:
@@ -416,9 +439,51 @@ class Settings:
                 f"{self.bits} it must be one of {', '.join(fitting)}"
             )
 
+    def _check_target_bits(self) -> None:
+        if self.bits != AUTO_BITS:
+            raise ValueError(
+                f"target_bits is {self.target_bits} and bits is {self.bits}; a target goes with "
+                'bits="auto": give that, or leave target_bits out'
+            )
+        if self.target_bits is None:
+            raise ValueError(
+                'bits is "auto" and target_bits is missing; give the largest mean of bits a '
+                "weight, such as target_bits=3.3"
+            )
+        if self.quant_type is not None:
+            raise ValueError(
+                f'quant_type is {self.quant_type!r} and bits is "auto", which chooses among '
+                f"{', '.join(MIXED_TYPES)}; leave quant_type out, or give its bits"
+            )
+        if self.weighs_error:
+            raise ValueError(
+                f'rank is {self.rank} and bits is "auto"; ranks that are chosen by the error need '
+                "the bits first: give a number as rank, or RankBudget(trainable_parameters=...)"
+            )
+
+    def of_stack(self, quant_type: QuantType | None) -> Self:
+        """The settings of one stack: these, or with bits="auto" the same with the stack's bits.
+
+        Args:
+            quant_type: the format of the stack, as its report holds it.
+
+        Raises:
+            ValueError: if bits is "auto" and it chooses no such format.
+        """
+        if self.bits != AUTO_BITS:
+            return self
+        if quant_type not in MIXED_TYPES:
+            raise ValueError(
+                f'A stack of the qrefta config has quant_type {quant_type!r}; with bits="auto" it '
+                f"must be one of {', '.join(MIXED_TYPES)}. {_RESTORE}"
+            )
+        return replace(self, bits=bits_of(quant_type), quant_type=quant_type, target_bits=None)
+
     @property
     def format_name(self) -> str:
-        """The format of the weights in words: "NF4", or "16 bits"."""
+        """The format of the weights in words: "NF4", "mixed bits" or "16 bits"."""
+        if self.bits == AUTO_BITS:
+            return "mixed bits"
         return "16 bits" if self.quant_type is None or self.bits == 16 else self.quant_type.upper()
 
     @property
@@ -459,6 +524,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 class SettingsKeywords(TypedDict, total=False):
     """The keywords of `Settings` besides `bits` and `rank`, for type checkers and editors."""
 
+    target_bits: float | None
     method: Method
     transform: Transform
     quant_type: QuantType | None
@@ -783,6 +849,7 @@ def _fitting(report: StackReport) -> dict[str, bool]:
         "out_features": _is_count(stack.out_features) and stack.out_features > 0,
         "in_features": _is_count(stack.in_features) and stack.in_features > 0,
         "rank": all(map(_is_count, ranks)),
+        "quant_type": report.quant_type in (None, *QUANT_TYPES),
         "slice_ranks": isinstance(report.slice_ranks, tuple)
         and all(map(_is_count, report.slice_ranks)),
         **{name: _is_real(getattr(report, name)) for name in measured},

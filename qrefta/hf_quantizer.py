@@ -295,8 +295,7 @@ class QReftaQuantizer(HfQuantizer):
         config.stacks = [
             replace(report, stack=located(model, report.stack)) for report in config.stacks
         ]
-        placements = [Placement.of(report.stack, report.rank) for report in config.stacks]
-        build(model, config.settings, placements)
+        build(model, config.settings, [Placement.of(report) for report in config.stacks])
         self._reshaped = check_headers(model, files) if files else set()
         self._expected = {
             path: (tensor.shape, tensor.dtype) for path, tensor in adapted_parameters(model).items()

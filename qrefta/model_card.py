@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.utils import validate_repo_id
 
-from qrefta.choices import FITTED
+from qrefta.choices import AUTO_BITS, FITTED, MIXED_TYPES, QuantType
 from qrefta.config import Settings
 from qrefta.files.safetensors import replace_text
 from qrefta.hf_config import QReftaConfig
@@ -79,7 +79,7 @@ def model_card(
         tags=[
             "qrefta",
             settings.method,
-            *([] if settings.bits == 16 else [settings.format_name.lower()]),
+            *_formats(config),
         ],
     )
     source = config.base_model or "a model that was not named"
@@ -133,14 +133,30 @@ def _format(config: QReftaConfig) -> str:
     settings = config.settings
     if settings.bits == 16:
         return "16 bits"
-    words = f"{settings.format_name} in blocks of {settings.block_size}"
+    formats = _formats(config)
+    words = ", ".join(map(str.upper, formats))
+    if settings.bits == AUTO_BITS:
+        words += f" by stack, for at most {settings.target_bits:g} bits a weight,"
+    words += f" in blocks of {settings.block_size}"
     if settings.double_quant:
         words += ", scales in 8 bits"
-    if settings.searches_scales(config.calibrated):
+    searched = [one for one in formats if settings.of_stack(one).searches_scales(config.calibrated)]
+    if searched:
         words += ", scales searched"
+    if 0 < len(searched) < len(formats):
+        words += f" for {', '.join(map(str.upper, searched))}"
     if config.calibrated and settings.rounding == "feedback":
         words += ", rounded with error feedback"
     return words
+
+
+def _formats(config: QReftaConfig) -> list[QuantType]:
+    """The formats of the weights, those of fewer bits first; none with 16 bits."""
+    settings = config.settings
+    if settings.bits == AUTO_BITS:
+        of_stacks = {row.quant_type for row in config.stacks}
+        return [kind for kind in MIXED_TYPES if kind in of_stacks]
+    return [] if settings.bits == 16 or settings.quant_type is None else [settings.quant_type]
 
 
 def error_table(config: QReftaConfig) -> str:

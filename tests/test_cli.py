@@ -414,6 +414,22 @@ def _printed(table):
     return [line.split() for line in capture.get().splitlines()]
 
 
+def test_bits_by_stack_are_chosen_printed_and_kept(dense, rows, tmp_path):
+    asked = ["--bits", "auto", "--target-bits", "4.6", "--rank", 4]
+    shown = invoke("prepare", dense, tmp_path / "mixed", "--calibration", "none", *asked).output
+    assert "Bits: " in shown
+    assert re.search(r"4\.[56]\d* bits a weight", shown)
+    inspected = " ".join(invoke("inspect", tmp_path / "mixed").output.split())
+    assert "bits auto target_bits 4.6" in inspected
+    out = tmp_path / "out"
+    assert (
+        invoke("finetune", tmp_path / "mixed", rows, out, *asked, "--max-steps", 1).exit_code == 0
+    )
+    assert "peak" in invoke("plan", dense, "--seq", 32, *asked).output
+    with pytest.raises(ValueError, match="bits is 'five'; it must be one of 4, 3, 2, 16, auto"):
+        invoke("prepare", dense, tmp_path / "five", "--bits", "five", "--calibration", "none")
+
+
 def test_a_plan_shows_units_and_tells_what_does_not_fit(dense):
     shown = invoke("plan", dense, "--seq", 32, "--batch", 4000, "--gpu", "1001MB").output
     assert "0.0 MB" not in shown.split("would save", 1)[1]
@@ -439,6 +455,7 @@ def prepared(dense, tmp_path_factory):
         (["--rank", 5], r"--rank 5 belongs to preparing.*is prepared already with rank 4; leave"),
         (["--quant-type", "int4"], "prepared already with quant_type nf4"),
         (["--target", "query"], "prepared already with target_modules None"),
+        (["--bits", "auto", "--target-bits", 3.3], "prepared already with bits 4"),
         (["--calibration", "text"], "--calibration text belongs to preparing"),
     ],
     ids=str,

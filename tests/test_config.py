@@ -58,6 +58,7 @@ ROW_OF_FORMAT_1 = {
     "output_ratio": None,
     "experts": 0,
 }
+MIXED = {"bits": "auto", "target_bits": 3.3}
 OLD_SETTINGS = {"ranks": None, "trained_params": None, "budget_mb": None, "error_ratio": None}
 
 
@@ -129,7 +130,26 @@ def test_a_report_states_ratios_and_bits_without_loading_details():
             {"transform": "dct", "method": "craft"},
             r"transform \(with method craft\) is 'dct'; it must be one of lsm3",
         ),
-        ({"bits": 8}, "bits is 8; it must be one of 4, 3, 2, 16"),
+        ({"bits": 8}, "bits is 8; it must be one of 4, 3, 2, 16, auto"),
+        ({"bits": "auto"}, 'bits is "auto" and target_bits is missing; give .* target_bits=3.3'),
+        ({"target_bits": 3.3}, 'target_bits is 3.3 and bits is 4; .* bits="auto": give that, or'),
+        ({"bits": 16, "target_bits": 3.3}, "target_bits is 3.3 and bits is 16"),
+        ({"bits": "auto", "target_bits": "3.3"}, "target_bits is '3.3'; it must be a positive num"),
+        ({"bits": "auto", "target_bits": 0}, "target_bits is 0; it must be a positive number"),
+        ({"bits": "auto", "target_bits": True}, "target_bits is True; it must be a positive"),
+        ({"bits": "auto", "target_bits": float("nan")}, "target_bits is nan; it must be a pos"),
+        (
+            {"bits": "auto", "target_bits": 3.3, "quant_type": "nf3"},
+            'quant_type is .nf3. and bits is "auto", which chooses among nf2, nf3, nf4; leave',
+        ),
+        (
+            MIXED | {"method": "refta", "rank": RankBudget(error_ratio=0.5)},
+            "need the bits first: give a number as rank",
+        ),
+        (
+            MIXED | {"stacks": [ROW_OF_FORMAT_1 | {"quant_type": "nf5"}]},
+            "quant_type 'nf5', which no stack has",
+        ),
         ({"quant_type": "int8"}, "quant_type is 'int8'; it must be one of nf4, fp4, int4"),
         ({"block_size": 100}, "block_size is 100; it must be one of 32, 64, 128"),
         ({"block_size": True}, "block_size is True"),
@@ -188,6 +208,20 @@ def test_a_budget_holds_exactly_one_value_in_range(given, message):
 def test_budgets_that_weigh_error_need_4_bits(budget):
     with pytest.raises(ValueError, match="16 bits have none"):
         Settings(method="refta", rank=budget, bits=16)
+
+
+@pytest.mark.parametrize("quant_type", ["int4", "nf5", None, 3, ["nf3"]], ids=str)
+def test_bits_by_stack_are_2_3_or_4_whatever_a_file_says(quant_type):
+    settings = Settings(**MIXED)
+    with pytest.raises(ValueError, match=r"must be one of nf2, nf3, nf4\. config\.json is dam"):
+        settings.of_stack(quant_type)
+    assert Settings().of_stack(quant_type) == Settings()
+
+
+def test_the_settings_of_a_stack_are_the_settings_with_its_bits():
+    settings = Settings(rank=7, block_size=32, **MIXED)
+    assert settings.of_stack("nf3") == Settings(bits=3, rank=7, block_size=32)
+    assert settings.of_stack("nf4") == Settings(rank=7, block_size=32, double_quant=True)
 
 
 def test_a_budget_of_error_needs_refta():

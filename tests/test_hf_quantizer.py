@@ -106,6 +106,7 @@ def test_round_trip(architecture, shards, tmp_path):
         {"quant_type": "fp4", "block_size": 128},
         {"bits": 3, "quant_type": "int3", "block_size": 32},
         {"bits": 2},
+        {"bits": "auto", "target_bits": 4.6},
         {"quant_type": "int4", "double_quant": True, "seed": 3},
         {"method": "refta", "transform": "dct"},
         {"method": "refta", "refine": 1, "factor_dtype": "float32"},
@@ -829,7 +830,15 @@ EVERY_2_STEPS = {
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"double_quant": True}, {"bits": 16}, {"factor_dtype": "float32"}], ids=str
+    "settings",
+    [
+        {},
+        {"double_quant": True},
+        {"bits": 16},
+        {"bits": "auto", "target_bits": 4.6},
+        {"factor_dtype": "float32"},
+    ],
+    ids=str,
 )
 def test_resumed_equals_uninterrupted_bit_for_bit(settings, tmp_path):
     """All parameters, and the losses of the rest of the run; with dropout."""

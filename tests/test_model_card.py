@@ -28,7 +28,7 @@ def prepared(folder, **settings):
     tiny_folder(folder)
     (folder / "README.md").write_text(LICENSED)
     return prepared_config(
-        qrefta.prepare(type(tiny_bert()).from_pretrained(folder), rank=5, **settings)
+        qrefta.prepare(type(tiny_bert()).from_pretrained(folder), **{"rank": 5} | settings)
     )
 
 
@@ -75,6 +75,16 @@ def test_a_calibrated_model_states_its_rounding_and_output_errors():
     assert "| ratio | ratio of outputs | bits per weight |" in card
     for row in config.stacks:
         assert f"| {row.ratio:.3f} | {row.output_ratio:.3f} | {row.bits_per_weight:.2f} |" in card
+
+
+def test_bits_by_stack_are_named(tmp_path):
+    config = prepared(tmp_path, bits="auto", target_bits=3.9, rank=1)
+    page = ModelCard(model_card(config))
+    formats = sorted({row.quant_type for row in config.stacks})
+    assert set(formats) <= set(page.data.tags)
+    named = ", ".join(map(str.upper, formats))
+    words = "by stack, for at most 3.9 bits a weight, in blocks of 64, scales in 8 bits"
+    assert f"{named} {words}, scales searched for NF4. The" in page.text
 
 
 def test_a_model_without_a_name_has_a_card_too():

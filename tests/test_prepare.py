@@ -422,7 +422,7 @@ REFUSALS = {
     ),
     "type with 16 bits": (tiny_bert, {"quant_type": "int8", "bits": 16}, "quant_type is 'int8'"),
     "method": (tiny_bert, {"method": "lora"}, "method is 'lora'; it must be one of refta"),
-    "bits": (tiny_bert, {"bits": 8}, "bits is 8; it must be one of 4, 3, 2, 16"),
+    "bits": (tiny_bert, {"bits": 8}, "bits is 8; it must be one of 4, 3, 2, 16, auto"),
     "bits as text": (tiny_bert, {"bits": "4"}, "bits is '4'; it must be one of 4, 3, 2, 16"),
     "block size": (
         tiny_bert,

@@ -8,11 +8,11 @@ rounding. `qrefta.merge` does this for our models.
 Peers' low-rank pairs stay in float32 and count as 16 bits: rounding them would change little.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 import qrefta
 from eval.peers.gptq import gptq
 from eval.peers.splits import loftq, pissa, qera
-from eval.rows import find
 from qrefta.choices import QuantType
 from qrefta.config import LayerStack
 from qrefta.hf_quantizer import prepared_config
@@ -37,6 +36,7 @@ LITTLE_TEXT = 4_096
 R = 64  # of our bases with factors where one R is measured
 RANKS = (16, 64, 128, 240)
 PEER_RANKS = (64, 240)
+TARGETS = (3.3, 3.5)  # mean bits a weight of bases of mixed bits
 LOFTQ_ROUNDS = 5
 CORRECTIONS = (("loftq", 0), ("qera", TEXT))  # peers that correct a quantization error, and tokens
 
@@ -48,26 +48,35 @@ class Base(NamedTuple):
         maker: bitsandbytes, gptq, pissa, loftq, qera or qrefta.
         rank: R of a stack. Peers get as many components over its layers together.
         calibration: tokens of text; 0 for none.
-        quant_type, block_size, double_quant: the format.
+        quant_type, block_size, double_quant: the format; a base of mixed bits has no quant_type.
         scales, rounding, refine: of qrefta; None for its defaults.
         generic: calibrated on `prepare`'s generic text instead of text like the first measured one.
+        target_bits: largest mean of bits a weight of a base of mixed bits.
     """
 
     maker: str = "qrefta"
     rank: int = 0
     calibration: int = 0
-    quant_type: QuantType = "nf4"
+    quant_type: QuantType | None = "nf4"
     block_size: int = 64
     double_quant: bool = False
     scales: str | None = None
     rounding: str | None = None
     refine: int | None = None
     generic: bool = False
+    target_bits: float | None = None
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Self:
+        """The base of a row; older rows have no fields for what was the default."""
+        return cls(**{name: row[name] for name in cls._fields if name in row})
 
     @property
     def label(self) -> str:
         """The fields that differ from plain NF4, for people."""
-        words = [self.maker, self.quant_type.upper()]
+        words = [self.maker]
+        words += [f"{self.target_bits:g} bits"] if self.quant_type is None else []
+        words += [self.quant_type.upper()] if self.quant_type is not None else []
         words += [f"block {self.block_size}"] if self.block_size != 64 else []
         words += ["double quantization"] if self.double_quant else []
         words += [f"R={self.rank}"] if self.rank else []
@@ -81,7 +90,8 @@ class Base(NamedTuple):
 
     @property
     def format(self) -> QuantFormat:
-        """Its format."""
+        """Its format, unless its bits are mixed."""
+        assert self.quant_type is not None, "a base of mixed bits has several"
         return QuantFormat(self.quant_type, self.block_size, self.double_quant)
 
 
@@ -111,6 +121,7 @@ def sets_of_bases() -> dict[str, list[Base]]:
         "ranks": _ranks(),
         "formats": _formats(),
         "bits": _fewer_bits(),
+        "mixed": _mixed_bits(),
         "calibration": [
             Base("gptq", calibration=LITTLE_TEXT),
             CALIBRATED(calibration=LITTLE_TEXT),
@@ -210,6 +221,16 @@ def _fewer_bits() -> list[Base]:
     return found
 
 
+def _mixed_bits() -> list[Base]:
+    """Bits by stack at two means, without and with factors."""
+    mixed = partial(CALIBRATED, quant_type=None, double_quant=True)
+    return [
+        *(mixed(target_bits=target) for target in TARGETS),
+        *(mixed(target_bits=target, rank=R, refine=1) for target in TARGETS),
+        mixed(target_bits=max(TARGETS), rank=max(RANKS), refine=1),
+    ]
+
+
 def encoder_bases() -> list[Base]:
     """The bases of a sentence encoder: fewer, since one set answers all questions."""
     ranks = (48, 192)
@@ -252,11 +273,19 @@ def _prepare(
     model: PreTrainedModel, base: Base, moments: Moments | None
 ) -> tuple[float, dict[str, Any]]:
     """Bits a weight and settings of our base; the model gets dense weights again."""
-    names = ("quant_type", "block_size", "double_quant", "scales", "rounding", "refine")
+    names = (
+        "quant_type",
+        "block_size",
+        "double_quant",
+        "scales",
+        "rounding",
+        "refine",
+        "target_bits",
+    )
     given = {name: getattr(base, name) for name in names if getattr(base, name) is not None}
     qrefta.prepare(
         model,
-        base.format.bits,
+        "auto" if base.quant_type is None else base.format.bits,
         base.rank,
         method="refta",
         moments=moments,
@@ -296,7 +325,7 @@ def _gptq(
     weight: Tensor, base: Base, rank: int, moments: Moments, stack: LayerStack, index: int
 ) -> Tensor:
     moment = moments.of(stack.place(index)[0])
-    return gptq(weight, moment, base.block_size, quant_type=base.quant_type)
+    return gptq(weight, moment, base.block_size, quant_type=base.format.quant_type)
 
 
 def _pissa(weight: Tensor, base: Base, rank: int, *_: Any) -> Tensor:
@@ -384,12 +413,12 @@ def chosen_bases(
         known: rows that exist.
         setting: the fields of a row that identify its model and texts.
     """
-    found = []
-    for base in dict.fromkeys(bases):
-        wanted = only in base.label and base.rank <= limit
-        if wanted and find(known, setting | base._asdict()) is None:
-            found.append(base)
-    return found
+    measured = {Base.of(row) for row in known if setting.items() <= row.items()}
+    return [
+        base
+        for base in dict.fromkeys(bases)
+        if only in base.label and base.rank <= limit and base not in measured
+    ]
 
 
 def base_row(

@@ -91,7 +91,7 @@ def groups(rows: Iterable[Row], kind: str) -> list[Group]:
     found: dict[tuple, dict[Base, Row]] = defaultdict(dict)
     for row in pick(rows, kind=kind):
         key = (row["model"], tuple(row["measured"]), row.get("tokens"), row.get("window"))
-        found[key][base_of(row)] = row
+        found[key][Base.of(row)] = row
     made = [
         Group(model, list(measured), tokens, window, list(bases.values()))
         for (model, measured, tokens, window), bases in found.items()
@@ -99,14 +99,9 @@ def groups(rows: Iterable[Row], kind: str) -> list[Group]:
     return sorted(made, key=lambda group: -len(group.rows))
 
 
-def base_of(row: Row) -> Base:
-    """The base of a row."""
-    return Base(**{name: row[name] for name in Base._fields if name in row})
-
-
 def label(row: Row) -> str:
     """The base's label, with the name of its maker as papers write it."""
-    base = base_of(row)
+    base = Base.of(row)
     return base._replace(maker=NAMES.get(base.maker, base.maker)).label
 
 
@@ -213,7 +208,7 @@ def language_table(group: Group) -> Table:
 def short_table(rows: list[Row]) -> tuple[Table, str]:
     """The selected bases of SmolLM2 that were measured, and the caption."""
     group = next(group for group in groups(rows, "language") if group.model == NAME)
-    by_base = {base_of(row): row for row in group.rows}
+    by_base = {Base.of(row): row for row in group.rows}
     names = [text.split("/")[0] for text in group.measured]
     header = ["base", "bits a weight"]
     header += [f"{name}: KL divergence" for name in names]

@@ -27,13 +27,14 @@ MAKES = {
     "cost": "python -m eval cost --rows eval/rows/cost.jsonl",
     "kld": "python -m eval kld --rows eval/rows/kld.jsonl",
 }
+_OF_BASE = tuple(name for name in Base._fields if name != "target_bits")  # which came later
 NEEDED = {
     "stack": ("model", "method", "start", "text"),
     "model": ("model", "method", "start", "text"),
     "score": ("task", "metric", "test_rows"),
     "step": ("setting", "of_floor"),
-    "language": ("model", "measured", "tokens", "window", "texts", *Base._fields),
-    "encoder": ("model", "measured", "cosine_mean", *Base._fields),
+    "language": ("model", "measured", "tokens", "window", "texts", *_OF_BASE),
+    "encoder": ("model", "measured", "cosine_mean", *_OF_BASE),
 }  # fields that older rows of a kind do not have
 SETTING = ("text", "samples", "max_length")  # must be equal in all rows of a model
 LAYERS = [1, 2, 4, 6, 12, 24, 48, 96]

@@ -1,5 +1,6 @@
 """The first words of the report: which base, which method and which rank, from the rows."""
 
+from eval.peers.bases import Base
 from eval.report import kept
 from eval.report.comparison import STUDIES, Compared, gained, study_of
 from eval.report.findings import Row
@@ -21,7 +22,7 @@ def summary(files: dict[str, list[Row]]) -> list[str]:
 
 def _bases(group: kept.Group) -> dict[str, Row]:
     """The bases of the short table by name."""
-    found = {kept.base_of(row): row for row in group.rows}
+    found = {Base.of(row): row for row in group.rows}
     return {name: found[base] for name, base in kept.SELECTED.items() if base in found}
 
 

@@ -22,7 +22,6 @@ from eval.report.kept import (
     TARGETS,
     Group,
     Target,
-    base_of,
     divergence,
     groups,
     rank_correlation,
@@ -112,7 +111,7 @@ def kept_target(languages: list[Group], target: Target) -> Verdict:
     bad = 0
     for group in languages:
         for row in group.rows:
-            if group.model != SMOLLM2 or base_of(row) != target.base:
+            if group.model != SMOLLM2 or Base.of(row) != target.base:
                 continue
             for text in set(target.limits) & set(group.measured):
                 found = divergence(row, text)
@@ -139,8 +138,8 @@ def default_against_bitsandbytes(languages: list[Group]) -> Verdict:
     good = 0
     bad = 0
     for group in languages:
-        plain = pick(group.rows, **Base("bitsandbytes")._asdict())
-        ours = pick(group.rows, **UNCALIBRATED()._asdict())
+        plain = [row for row in group.rows if Base.of(row) == Base("bitsandbytes")]
+        ours = [row for row in group.rows if Base.of(row) == UNCALIBRATED()]
         for text in group.measured if plain and ours else []:
             found = divergence(ours[0], text)
             theirs = divergence(plain[0], text)

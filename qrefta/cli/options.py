@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from qrefta.choices import AUTO_RANK, SELECTIVE, Selective
-from qrefta.config import Settings, parse_rank
+from qrefta.config import Settings, parse_bits, parse_rank
 
 Folder = Annotated[Path, typer.Argument(help="Folder of a prepared model.")]
 NewFolder = Annotated[Path, typer.Argument(help="Folder to write: new or empty.")]
@@ -45,6 +45,7 @@ CHECKPOINTING = "[off|on|selective]"
 
 # Fields whose option has another type or name than the field.
 _SPECIAL: dict[str, tuple[Any, Any, str]] = {
+    "bits": (str, str(Settings.bits), "--bits"),
     "rank": (str, AUTO_RANK, "--rank"),
     "target_modules": (list[str] | None, None, "--target"),
     "modules_to_save": (list[str] | None, None, "--modules-to-save"),
@@ -122,8 +123,9 @@ def _setting_options() -> list[inspect.Parameter]:
             setting.name, (types[setting.name], setting.default, flag)
         )
         text = setting.metadata["help"]
-        if setting.name in ("bits", "block_size"):  # numbers, whose choices typer does not list
+        if setting.name == "block_size":  # numbers, whose choices typer does not list
             kind = int
+        if setting.name in ("bits", "block_size"):
             text = f"{text.removesuffix('.')}: {', '.join(map(str, setting.metadata['allowed']))}."
         options.append(_option(setting.name, kind, default, flag, text))
     return options
@@ -162,6 +164,7 @@ def _settings(values: dict[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in old.items() if value is not None}
     if given:
         values["rank"] = _rank_of_old_options(values["rank"], given)
+    values["bits"] = parse_bits(values["bits"])
     values["rank"] = parse_rank(values["rank"])
     return values
 

@@ -486,9 +486,8 @@ def _notes(config: QReftaConfig, ranks: list[int], base: LoraBase) -> list[str]:
     notes = []
     if base == "original" and config.settings.bits != 16:
         notes.append(
-            f"the LoRA was trained on the {config.settings.bits}-bit weights and goes on the "
-            f"original ones, so the difference includes the rounding to {config.settings.bits} "
-            "bits; base residual has none of it"
+            f"the LoRA was trained on weights in {config.settings.format_name} and goes on the "
+            "original ones, so the difference includes the rounding; base residual has none of it"
         )
     if max(ranks) > _LARGEST_SERVED:
         notes.append(

@@ -120,8 +120,9 @@ def starting_factors(
         layers = [adapted_layer(model, path) for path in row.stack.modules]
         if start is None:
             weights = model_weights(bare, row.stack)
-            split = split_stack(weights, config.settings, row.rank)
-            residuals = (layer.residual for layer in split_layers(weights, split, config.settings))
+            settings = config.settings.of_stack(row.quant_type)
+            split = split_stack(weights, settings, row.rank)
+            residuals = (layer.residual for layer in split_layers(weights, split, settings))
             factors = split.factors
         else:
             begun = [adapted_layer(start, path) for path in row.stack.modules]
@@ -158,11 +159,11 @@ def check_start(start: PreTrainedModel, config: QReftaConfig) -> None:
                 f"The start was prepared with {name} {theirs!r} and the model with {ours!r}; give "
                 "the prepared model before training, or its folder, as `start`."
             )
-    stacks = [(row.stack, row.rank) for row in given.stacks]
-    if stacks != [(row.stack, row.rank) for row in config.stacks]:
+    stacks = [(row.stack, row.rank, row.quant_type) for row in given.stacks]
+    if stacks != [(row.stack, row.rank, row.quant_type) for row in config.stacks]:
         raise ValueError(
-            "The start has other linear layers or ranks than the model; give the prepared model "
-            "before training, or its folder, as `start`."
+            "The start has other linear layers, ranks or bits than the model; give the prepared "
+            "model before training, or its folder, as `start`."
         )
 
 

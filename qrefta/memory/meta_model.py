@@ -27,6 +27,7 @@ from qrefta.nn.experts import route_evenly
 from qrefta.nn.factors import BANK
 from qrefta.nn.quantized import QuantFormat
 from qrefta.split.allocate import given_ranks
+from qrefta.split.formats import formats_without_weights
 
 ModelSource = PreTrainedModel | PreTrainedConfig | str | Path
 
@@ -97,16 +98,20 @@ class Outline:
         ranks = given_ranks(targets, settings)
         settings = with_trained_modules(model, settings, self.stacks)
         paths = {path for path, _ in (*model.named_modules(), *model.named_parameters())}
+        of_all = [ranks.get(stack, 0) for stack in self.stacks]
+        quant_types = formats_without_weights(self.stacks, of_all, settings)
         placements = [
-            Placement(_cut(stack, paths), ranks.get(stack, 0), stack.layers)
-            for stack in self.stacks
+            Placement(_cut(stack, paths), rank, quant_type, stack.layers)
+            for stack, rank, quant_type in zip(self.stacks, of_all, quant_types, strict=True)
         ]
         with torch.device("meta"):
             build(model, settings, placements)
         route_evenly(model)
         freeze(model, settings.modules_to_save)
-        fmt = QuantFormat.of(settings)
-        linears = sum(stack.layers * _weight_bytes(stack, fmt, dtype) for stack in self.stacks)
+        linears = sum(
+            stack.layers * _weight_bytes(stack, QuantFormat.of(settings.of_stack(kind)), dtype)
+            for stack, kind in zip(self.stacks, quant_types, strict=True)
+        )
         factors = sum(parameter.nbytes for parameter in getattr(model, BANK).parameters())
         rest = self.rest_numbers * dtype.itemsize + self.rest_bytes
         return model, Sizes(linears, rest, factors)

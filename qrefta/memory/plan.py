@@ -18,6 +18,7 @@ from torch.optim import AdamW
 
 from qrefta._compat.transformers import enable_checkpointing
 from qrefta.choices import (
+    AUTO_BITS,
     AUTO_RANK,
     DTYPES,
     OPTIMIZER_NAMES,
@@ -79,7 +80,8 @@ class Plan:
         gradients_bytes: gradients of all trainable parameters after the backward pass.
         available_bytes: memory of the GPU minus the reserve; None without a GPU.
         largest_batch, largest_rank: the largest that fits with all other settings unchanged; 0 if
-            not even 1 fits. None without a GPU; the rank is also None if it is not one number.
+            not even 1 fits. None without a GPU; the rank is also None if it is not one number, and
+            with bits="auto", where a larger rank leaves fewer bits to the weights.
         savings: changes that take less memory, the largest saving first; empty if it fits.
     """
 
@@ -147,7 +149,7 @@ def plan(
             tokens count as labelled.
         optimizer: adamw or adamw_8bit.
         bits, rank, settings: see `qrefta.config.Settings`; a `RankBudget` must be of trainable
-            parameters.
+            parameters. With bits="auto" the weights count as many bytes as `target_bits` allows.
 
     Raises:
         ValueError: for a setting that is not allowed, or a model that takes neither text nor
@@ -272,7 +274,11 @@ def _largest_rank(outline: Outline, case: _Case, planned: Plan, available: int) 
 
 
 def _rank_of_all(outline: Outline, settings: Settings) -> int | None:
-    """The rank that all target stacks have; None if they differ or it is not one number."""
+    """The rank that all target stacks have; None if they differ or it is not one number, and if the
+    bits depend on it.
+    """
+    if settings.bits == AUTO_BITS:
+        return None
     targets = select_stacks(outline.stacks, settings.target_modules)
     ranks = set(given_ranks(targets, settings).values())
     (rank,) = ranks if len(ranks) == 1 else (None,)
@@ -345,7 +351,7 @@ def _changes(outline: Outline, case: _Case) -> dict[str, _Case]:
         changes["optimizer adamw_8bit"] = replace(case, optimizer="adamw_8bit")
     if settings.bits == 16:
         changes["bits 4"] = case.with_settings(bits=4)
-    elif not settings.double_quant:
+    elif settings.bits != AUTO_BITS and not settings.double_quant:
         changes["double_quant"] = case.with_settings(double_quant=True)
     if case.dtype == "float32":
         changes["dtype bfloat16"] = replace(case, dtype="bfloat16")

@@ -15,7 +15,8 @@ from qrefta._compat.transformers import (
     registered_class,
     set_always_float32,
 )
-from qrefta.config import LayerStack, Rank, Settings
+from qrefta.choices import QuantType
+from qrefta.config import LayerStack, Rank, Settings, StackReport
 from qrefta.files.code import check_trusted, class_with_model
 from qrefta.methods import METHODS
 from qrefta.model.stacks import ends_with, linear_layer, read_slice, replace_module
@@ -31,17 +32,19 @@ class Placement(NamedTuple):
     Attributes:
         stack: linear layers that the model has.
         rank: rank of the factors; 0 for a stack without factors.
+        quant_type: format of the weights; None with 16 bits.
         layers: K of the factors. A model that was cut to its first blocks has fewer linear layers.
     """
 
     stack: LayerStack
     rank: Rank
+    quant_type: QuantType | None
     layers: int
 
     @classmethod
-    def of(cls, stack: LayerStack, rank: Rank) -> "Placement":
-        """A stack with factors for its layers."""
-        return cls(stack, rank, stack.layers)
+    def of(cls, report: StackReport) -> "Placement":
+        """A stack as it was prepared."""
+        return cls(report.stack, report.rank, report.quant_type, report.stack.layers)
 
 
 def build(model: PreTrainedModel, settings: Settings, placements: Sequence[Placement]) -> None:
@@ -62,8 +65,8 @@ def build(model: PreTrainedModel, settings: Settings, placements: Sequence[Place
             _check_weight(model, path, placement.stack)
     attach_bank(model)
     method = METHODS[settings.method]
-    fmt = QuantFormat.of(settings)
-    for index, (stack, rank, layers) in enumerate(placements):
+    for index, (stack, rank, quant_type, layers) in enumerate(placements):
+        fmt = QuantFormat.of(settings.of_stack(quant_type))
         key = bank_key(index) if rank else None
         if key is not None:
             factors = method(

@@ -1,5 +1,6 @@
 """verify(): whether a prepared folder is whole and as it was saved, without loading the model."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,7 +127,8 @@ def _empty_model(
             "damaged, or of another version of transformers: copy it again."
         ) from error
     placements = [
-        Placement.of(located(model, report.stack), report.rank) for report in config.stacks
+        Placement.of(replace(report, stack=located(model, report.stack)))
+        for report in config.stacks
     ]
     with init_empty_weights(include_buffers=True):
         build(model, config.settings, placements)

@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from qrefta.choices import QuantType
 from qrefta.config import LayerStack, Rank, Settings, StackReport, parse_bytes
 from qrefta.files.checksums import Checksums, settings_checksum
 from qrefta.files.folders import JOURNAL
@@ -175,7 +176,7 @@ class FolderSink:
     complete.
 
     Attributes:
-        ranks, reports: see `qrefta.split.loop.Sink`.
+        ranks, quant_types, reports: see `qrefta.split.loop.Sink`.
 
     Raises:
         ValueError: if the folder holds an unfinished run with other settings.
@@ -185,6 +186,7 @@ class FolderSink:
         self.out = out
         self.source = source
         self.ranks: list[Rank] | None = None
+        self.quant_types: list[QuantType | None] | None = None
         self.reports: list[StackReport] = []
         self._files: list[str] = []
         self._path = out / JOURNAL
@@ -192,8 +194,9 @@ class FolderSink:
         if self._path.is_file():
             self._resume(read_json(self._path))
 
-    def begin(self, ranks: list[Rank]) -> None:
+    def begin(self, ranks: list[Rank], quant_types: list[QuantType | None]) -> None:
         self.ranks = ranks
+        self.quant_types = quant_types
         self._write_journal()
 
     def write(self, split: StackSplit) -> None:
@@ -253,13 +256,14 @@ class FolderSink:
         state = {
             "fingerprint": self._fingerprint,
             "ranks": self.ranks,
+            "quant_types": self.quant_types,
             "files": self._files,
             "reports": [report.to_dict() for report in self.reports],
         }
         replace_text(self._path, json.dumps(state))
 
     def _resume(self, state: Any) -> None:
-        lists = ("ranks", "files", "reports")
+        lists = ("ranks", "quant_types", "files", "reports")
         whole = isinstance(state, dict) and isinstance(state.get("fingerprint"), dict)
         if not whole or not all(isinstance(state.get(name), list) for name in lists):
             raise ValueError(
@@ -283,6 +287,7 @@ class FolderSink:
                 f"{self._path} names {strange[0]!r}, which is outside its folder; it is refused."
             )
         self.ranks = [tuple(rank) if isinstance(rank, list) else rank for rank in state["ranks"]]
+        self.quant_types = state["quant_types"]
         self._files = state["files"]
         self.reports = [StackReport.from_dict(report) for report in state["reports"]]
 

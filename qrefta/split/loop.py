@@ -8,10 +8,12 @@ from typing import Protocol
 
 from tqdm.auto import tqdm
 
+from qrefta.choices import QuantType
 from qrefta.config import LayerStack, Rank, Settings, StackReport
 from qrefta.model.stacks import Weights, select_stacks
 from qrefta.split.allocate import choose_ranks
 from qrefta.split.calibrate import Moments
+from qrefta.split.formats import choose_formats
 from qrefta.split.rounding import warn_of_few_tokens
 from qrefta.split.stack_split import StackSplit
 
@@ -37,14 +39,16 @@ class Sink(Protocol):
 
     Attributes:
         ranks: rank of every stack, from an interrupted run; None before the ranks are chosen.
+        quant_types: format of every stack, or None with 16 bits; None before they are chosen.
         reports: of the stacks that are complete, in order.
     """
 
     ranks: list[Rank] | None
+    quant_types: list[QuantType | None] | None
     reports: list[StackReport]
 
-    def begin(self, ranks: list[Rank]) -> None:
-        """Take the rank of every stack; nothing is refused after this."""
+    def begin(self, ranks: list[Rank], quant_types: list[QuantType | None]) -> None:
+        """Take the rank and the format of every stack; nothing is refused after this."""
         ...
 
     def write(self, split: StackSplit) -> None:
@@ -58,7 +62,8 @@ def split_stacks(
     """Split every stack of a source that the sink does not hold yet.
 
     Raises:
-        ValueError: if `target_modules` matches no stack, or a rank or budget cannot be met.
+        ValueError: if `target_modules` matches no stack, or a rank, a budget or `target_bits`
+            cannot be met.
     """
     targets = select_stacks(source.stacks, settings.target_modules)
     splits = {}
@@ -67,10 +72,12 @@ def split_stacks(
     if sink.ranks is None:
         weights = [source.weights(stack) for stack in targets]
         allocation = choose_ranks(targets, weights, settings, moments, progress)
-        splits = allocation.splits
-        sink.begin([allocation.ranks.get(stack, 0) for stack in source.stacks])
-    ranks = sink.ranks
-    assert ranks is not None, "a sink keeps the ranks that it was given"
+        ranks = [allocation.ranks.get(stack, 0) for stack in source.stacks]
+        formats = choose_formats(source.stacks, ranks, source.weights, settings, moments, progress)
+        splits = allocation.splits | formats.splits
+        sink.begin(ranks, formats.quant_types)
+    assert sink.ranks is not None, "a sink keeps the ranks that it was given"
+    assert sink.quant_types is not None, "and the formats"
     done = len(sink.reports)
     bar = tqdm(
         total=len(source.stacks),
@@ -81,11 +88,10 @@ def split_stacks(
         delay=PROGRESS_DELAY_S,
     )
     with bar:
-        for stack, rank in zip(source.stacks[done:], ranks[done:], strict=True):
+        chosen = zip(source.stacks, sink.ranks, sink.quant_types, strict=True)
+        for stack, rank, quant_type in list(chosen)[done:]:
             bar.set_postfix_str(stack.name, refresh=False)
-            sink.write(
-                StackSplit(
-                    stack, source.weights(stack), settings, rank, moments, splits.pop(stack, None)
-                )
-            )
+            own = settings.of_stack(quant_type)
+            weights = source.weights(stack)
+            sink.write(StackSplit(stack, weights, own, rank, moments, splits.pop(stack, None)))
             bar.update()

@@ -37,6 +37,7 @@ def run_marks(
         config = prepared_config(model)
         marks |= {name: getattr(config.settings, name) for name in _SETTINGS}
         marks["ranks"] = json.dumps([row.rank for row in config.stacks])
+        marks["formats"] = json.dumps([row.quant_type for row in config.stacks])
     return marks
 
 

@@ -41,6 +41,7 @@ from tests.models import (
     towers,
 )
 
+MIXED = {"bits": "auto", "target_bits": 4.6}
 ADAPTER = "adapter_model.safetensors"
 WRONG_WITH_AVX512 = pytest.mark.skipif(
     not lib.has_avx512f_cpu(), reason="the other kernel is right"
@@ -150,7 +151,7 @@ def test_on_the_original_the_lora_is_the_change_by_training(method, settings, tm
     assert all(torch.equal(again[name], tensor) for name, tensor in adapter.items())
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "original")
-    assert any("rounding to 4 bits" in note for note in written.notes) == (not settings)
+    assert any("weights in NF4" in note for note in written.notes) == (not settings)
     found = through_peft(model, tmp_path / "lora", tmp_path / "original")
     expected = outputs(model, example_inputs(model))
     assert ((found - expected).norm() / expected.norm()).item() == pytest.approx(
@@ -341,7 +342,7 @@ def test_a_refused_export_leaves_nothing(settings, message, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["original"]
 
 
-@pytest.mark.parametrize("settings", [{"bits": 16}, {"bits": 3}, {"quant_type": "int4"}])
+@pytest.mark.parametrize("settings", [{"bits": 16}, {"bits": 3}, {"quant_type": "int4"}, MIXED])
 def test_formats_unknown_to_bitsandbytes_are_refused_in_4_bits(settings, tmp_path):
     model = trained(tmp_path / "original", **settings)
     with pytest.raises(
@@ -462,7 +463,7 @@ def test_a_dense_start_or_one_with_other_settings_is_refused(tmp_path):
     others = {
         "bits 16 and the model with 4": {"rank": 5, "method": "refta", "bits": 16},
         "method 'craft' and the model with 'refta'": {"rank": 5, "method": "craft"},
-        "other linear layers or ranks": {"rank": 3, "method": "refta"},
+        "other linear layers, ranks or bits": {"rank": 3, "method": "refta"},
     }
     for message, settings in others.items():
         start = qrefta.prepare(

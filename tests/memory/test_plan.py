@@ -96,6 +96,7 @@ def prepared_step(model, checkpointing, plain=False, **settings):
         (tiny_llama, "selective", {"method": "refta", "rank": 8}),
         (tiny_mixtral, False, {"method": "refta", "rank": 8}),
         (tiny_llama, False, {"bits": 3}),
+        (tiny_llama, False, {"bits": "auto", "target_bits": 3.4, "rank": 2}),
         (
             tiny_vit,
             False,
@@ -432,6 +433,7 @@ def test_models_that_cannot_be_planned_say_why():
         ({"target_modules": ["nothing"]}, "the stacks are"),
         ({"modules_to_save": "nothing"}, "match no module"),
         ({"method": "lora"}, "it must be one of refta"),
+        ({"bits": "auto", "target_bits": 9.5}, "it must be between"),
     ],
 )
 def test_settings_that_are_not_allowed_are_named(settings, message):

@@ -76,6 +76,7 @@ def test_the_result_is_that_of_preparing_in_memory_bit_for_bit(
         (torch.bfloat16, {"bits": 16}),
         (torch.float16, {"bits": 16}),
         (torch.float16, {"bits": 2}),
+        (torch.bfloat16, {"bits": "auto", "target_bits": 4.6}),
         (torch.bfloat16, {"quant_type": "int4", "double_quant": True, "refine": 1}),
     ],
     ids=str,
@@ -96,6 +97,7 @@ def test_other_dtypes_and_formats_are_equal_too(saved, tmp_path, dtype, settings
         ("llama_gqa", {"quant_type": "int4"}),
         ("llama_gqa", {"quant_type": "fp4"}),
         ("llama_gqa", {"bits": 3}),
+        ("llama_gqa", {"bits": "auto", "target_bits": 4.6}),
         ("llama_gqa", {"rank": 0}),
         ("gpt2", {}),
         ("gpt2", {"double_quant": True}),
@@ -208,6 +210,21 @@ def test_an_interrupted_run_is_no_model_and_goes_on(saved, tmp_path, monkeypatch
     assert {f.name: f.read_bytes() for f in out.iterdir()} == {
         f.name: f.read_bytes() for f in whole.iterdir()
     }
+
+
+def test_a_run_that_goes_on_keeps_the_bits_that_it_chose(saved, tmp_path, monkeypatch):
+    """They are in the journal: nothing is measured again."""
+    settings = {"rank": 5, "bits": "auto", "target_bits": 3.9, "progress": False}
+    dense = saved("bert")
+    qrefta.prepare_checkpoint(dense, tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_module.FolderSink, "finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            qrefta.prepare_checkpoint(dense, tmp_path / "out", **settings)
+    monkeypatch.setattr("qrefta.split.formats.least_error", lambda *_: 1 / 0)
+    qrefta.prepare_checkpoint(dense, tmp_path / "out", **settings)
+    for file in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_a_run_that_was_killed_before_its_journal_had_its_name_is_begun_anew(saved, tmp_path):
