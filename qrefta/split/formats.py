@@ -138,15 +138,13 @@ def least_error(
         errors: of every stack by choice.
         limit: at least the sum of the smallest sizes.
     """
-    least_of_rest = sum(min(of_stack) for of_stack in sizes)
     kept: list[tuple[int, float, tuple[int, ...]]] = [(0, 0.0, ())]
     for stack_sizes, stack_errors in zip(sizes, errors, strict=True):
-        least_of_rest -= min(stack_sizes)
         grown = sorted(
             (size + more, error + worse, (*choices, choice))
             for size, error, choices in kept
             for choice, (more, worse) in enumerate(zip(stack_sizes, stack_errors, strict=True))
-            if size + more + least_of_rest <= limit
+            if size + more <= limit
         )
         kept = []
         for state in grown:  # by size

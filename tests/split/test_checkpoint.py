@@ -217,9 +217,16 @@ def test_a_run_that_goes_on_keeps_the_bits_that_it_chose(saved, tmp_path, monkey
     settings = {"rank": 5, "bits": "auto", "target_bits": 3.9, "progress": False}
     dense = saved("bert")
     qrefta.prepare_checkpoint(dense, tmp_path / "whole", **settings)
+    real = convert_module.FolderSink.write
+
+    def fail(sink, split):
+        if len(sink.reports) == 2:
+            raise OSError(28, "No space left on device")
+        real(sink, split)
+
     with monkeypatch.context() as patch:
-        patch.setattr(convert_module.FolderSink, "finish", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        patch.setattr(convert_module.FolderSink, "write", fail)
+        with pytest.raises(OSError, match="No space left"):
             qrefta.prepare_checkpoint(dense, tmp_path / "out", **settings)
     monkeypatch.setattr("qrefta.split.formats.least_error", lambda *_: 1 / 0)
     qrefta.prepare_checkpoint(dense, tmp_path / "out", **settings)
