@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qrefta.measure.compare import TextComparison, compare
     from qrefta.measure.harness import evaluate
     from qrefta.memory.plan import plan
-    from qrefta.model.verify import verify
+    from qrefta.model.whole_folder import verify
     from qrefta.train._finetune import FinetuneResult, finetune
     from qrefta.train.sharding import shard
 
@@ -67,7 +67,7 @@ _MODULES = {
     "quant_report": "qrefta.hf_quantizer",
     "shard": "qrefta.train.sharding",
     "TextComparison": "qrefta.measure.compare",
-    "verify": "qrefta.model.verify",
+    "verify": "qrefta.model.whole_folder",
 }
 
 _plugin.register()

@@ -28,8 +28,9 @@ from qrefta._compat.hub import cached_hub_file, commit_hash
 from qrefta._compat.saving import being_saved, set_upload, upload
 from qrefta.config import BANK
 from qrefta.files.json_file import read_json
-from qrefta.files.safetensors import clear_unfinished, weight_files
+from qrefta.files.layout import weight_files
 from qrefta.files.verify import LIST, check_layout, check_saved, check_settings, is_switched_off
+from qrefta.files.whole_file import clear_unfinished
 from qrefta.hf_config import QReftaConfig
 from qrefta.model.config_file import check_config, check_counts, read_config
 

@@ -10,7 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from qrefta.choices import AUTO_BITS, FITTED, MIXED_TYPES, QuantType
 from qrefta.config import Settings
-from qrefta.files.safetensors import replace_text
+from qrefta.files.whole_file import replace_text
 from qrefta.hf_config import QReftaConfig
 
 NAME = "README.md"

@@ -29,7 +29,9 @@ with atheris.instrument_imports(
     include=["qrefta.files", "qrefta.config", "qrefta.hf_config", "qrefta.model.config_file"]
 ):
     from qrefta.files.checksums import KEY, Checksums
-    from qrefta.files.safetensors import INDEX, SINGLE, Checkpoint, write_shard
+    from qrefta.files.layout import INDEX, SINGLE
+    from qrefta.files.safetensors import Checkpoint
+    from qrefta.files.shards import write_shard
     from qrefta.files.verify import check_saved, write_checksums
     from qrefta.hf_config import QReftaConfig
     from qrefta.model.config_file import read_config

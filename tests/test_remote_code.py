@@ -18,7 +18,7 @@ from transformers import (
 import qrefta
 from qrefta.chat import conversation
 from qrefta.cli import app
-from qrefta.model.verify import verify
+from qrefta.model.whole_folder import verify
 from tests.tiny import tiny_tokenizer
 
 CONFIG = """

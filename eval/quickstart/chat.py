@@ -31,7 +31,7 @@ from eval.rows import append
 from eval.tasks.questions import docstring_questions
 from eval.tasks.smollm2 import NAME, cache_folder, smollm2_folder
 from qrefta import FinetuneResult, TextComparison
-from qrefta.files.safetensors import weights_bytes
+from qrefta.files.layout import weights_bytes
 from qrefta.model.modes import eval_mode
 from qrefta.tables import new_table, results_table
 from qrefta.train.arguments import training_arguments

@@ -21,7 +21,7 @@ from eval.quickstart import Options
 from eval.rows import append
 from eval.tasks.demo import docstring_sentences, model_folder
 from qrefta import FinetuneResult, finetune
-from qrefta.files.safetensors import weights_bytes
+from qrefta.files.layout import weights_bytes
 from qrefta.tables import report_table, results_table
 from qrefta.train.arguments import training_arguments
 from qrefta.train.data import load_classification

@@ -56,7 +56,8 @@ from eval.memory import peak, resident, restart_peak
 from eval.rows import append, find, read
 from qrefta.cli import guarded, quiet_libraries
 from qrefta.files.checksums import KEY
-from qrefta.files.safetensors import INDEX, SINGLE, Checkpoint
+from qrefta.files.layout import INDEX, SINGLE
+from qrefta.files.safetensors import Checkpoint
 from qrefta.files.verify import write_checksums
 
 READERS = ("load", "from_pretrained", "prepare")

@@ -25,7 +25,7 @@ from qrefta.cli import guarded, quiet_libraries
 from qrefta.config import Settings
 from qrefta.export.compare import output_difference
 from qrefta.export.merge import Export
-from qrefta.files.safetensors import weights_bytes
+from qrefta.files.layout import weights_bytes
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.train.arguments import training_arguments
 from qrefta.train.models import load_classifier

@@ -18,8 +18,7 @@ def calibration_of(model: str, max_memory: str) -> str:
     """The text to calibrate on if none is named: the model is loaded for it, so it has to fit."""
     from qrefta.config import parse_bytes
     from qrefta.files.companions import has_vocabulary
-    from qrefta.files.safetensors import resolve_folder
-    from qrefta.files.sources import dense_bytes, is_gguf
+    from qrefta.files.sources import dense_bytes, is_gguf, resolve_folder
 
     if not is_gguf(model) and not has_vocabulary(resolve_folder(model)):
         return NONE
@@ -41,8 +40,7 @@ def gather(
     """Moments of a dense model's inputs on text; the model is in memory while they are gathered."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from qrefta.files.safetensors import resolve_folder
-    from qrefta.files.sources import is_gguf, pretrained_source
+    from qrefta.files.sources import is_gguf, pretrained_source, resolve_folder
     from qrefta.model.build import model_class
     from qrefta.split.sources import calibration_batches
 

@@ -30,7 +30,7 @@ def merge(
     from qrefta.export.merge import ROUNDING_TOLERANCE
     from qrefta.export.merge import merge as merge_model
     from qrefta.files.folders import check_new
-    from qrefta.files.safetensors import weights_bytes
+    from qrefta.files.layout import weights_bytes
     from qrefta.hf_quantizer import load
 
     check_new(out)
@@ -55,7 +55,7 @@ def consolidate(
     """Write a sharded checkpoint as one ordinary folder of a prepared model."""
     quiet_libraries(data=False)
     from qrefta.export.consolidate import consolidate as consolidate_checkpoint
-    from qrefta.files.safetensors import weights_bytes
+    from qrefta.files.layout import weights_bytes
 
     consolidate_checkpoint(checkpoint, base, out, trust_remote_code=trust_remote_code)
     console.print(f"{megabytes(weights_bytes(out))} in {out}")
@@ -101,7 +101,7 @@ def export_lora(
 
     from qrefta.export.lora import export_lora as export_lora_model
     from qrefta.files.folders import check_new
-    from qrefta.files.safetensors import weights_bytes
+    from qrefta.files.layout import weights_bytes
     from qrefta.hf_quantizer import load
 
     check_new(out)

@@ -77,7 +77,7 @@ def finetune(
 
     check_sharding()
     quiet_libraries()
-    from qrefta.files.safetensors import weights_bytes
+    from qrefta.files.layout import weights_bytes
     from qrefta.files.sources import pretrained_source
     from qrefta.hf_quantizer import is_prepared, quant_report
     from qrefta.tables import report_table, results_table

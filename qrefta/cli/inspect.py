@@ -23,7 +23,7 @@ def inspect(folder: Folder) -> None:
 def verify(folder: Folder, trust_remote_code: TrustRemoteCode = False) -> None:
     """Check every file of a prepared model against its checksums and its config.json."""
     quiet_libraries(data=False)
-    from qrefta.model.verify import verify as verify_folder
+    from qrefta.model.whole_folder import verify as verify_folder
     from qrefta.tables import files_table
 
     files = verify_folder(folder, trust_remote_code=trust_remote_code)

@@ -47,7 +47,7 @@ def prepare(
     """
     quiet_libraries(data=False)
     from qrefta._prepare import prepare_checkpoint
-    from qrefta.files.safetensors import weights_bytes
+    from qrefta.files.layout import weights_bytes
     from qrefta.files.sources import dense_bytes
     from qrefta.split.calibrate import load_moments
     from qrefta.tables import report_table

@@ -44,7 +44,7 @@ from qrefta.export.write import (
 )
 from qrefta.files.code import is_trusted
 from qrefta.files.folders import new_folder
-from qrefta.files.safetensors import write_shard
+from qrefta.files.shards import write_shard
 from qrefta.files.sources import is_gguf, pretrained_source
 from qrefta.hf_config import QReftaConfig
 from qrefta.hf_quantizer import prepared_config

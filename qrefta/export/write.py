@@ -21,15 +21,17 @@ from qrefta._compat.transformers import (
 )
 from qrefta.config import StackReport
 from qrefta.files.code import is_trusted
-from qrefta.files.safetensors import (
-    SINGLE,
-    ShardWriter,
-    copy_companions,
-    replace_text,
+from qrefta.files.companions import copy_companions
+from qrefta.files.layout import SINGLE
+from qrefta.files.shards import ShardWriter, write_index
+from qrefta.files.sources import (
+    is_gguf,
+    loaded_from,
+    pretrained_source,
     resolve_folder,
-    write_index,
+    save_tokenizer,
 )
-from qrefta.files.sources import is_gguf, loaded_from, pretrained_source, save_tokenizer
+from qrefta.files.whole_file import replace_text
 from qrefta.hf_quantizer import check_no_peft, is_prepared, prepared_config
 from qrefta.model.check import check_in_memory
 from qrefta.model.names import stored_together

@@ -5,6 +5,7 @@ They are known by their names. Training data, notes and credentials may lie in t
 are not copied to where the model is published.
 """
 
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -74,6 +75,14 @@ def companion_files(folder: Path) -> list[Path]:
     Code is among them only where an auto_map names it, with the files that it imports.
     """
     return sorted({*_matching(folder, COMPANIONS), *_code_files(folder)})
+
+
+def copy_companions(folder: Path, out: Path) -> None:
+    """Copy the files that accompany a model's weights, such as the tokenizer."""
+    for file in companion_files(folder):
+        copy = out / file.relative_to(folder)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 def _matching(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:

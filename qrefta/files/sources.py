@@ -9,9 +9,9 @@ from transformers.utils.import_utils import is_gguf_available
 from qrefta._compat.hub import commit_hash
 from qrefta._compat.transformers import dequantized_gguf
 from qrefta.files.code import check_trusted, is_trusted
-from qrefta.files.companions import has_vocabulary
+from qrefta.files.companions import COMPANIONS, has_vocabulary
 from qrefta.files.json_file import read_json
-from qrefta.files.safetensors import resolve_folder, weight_files
+from qrefta.files.layout import INDEX, SINGLE, read_index, weight_files
 
 
 def is_gguf(source: str | Path) -> bool:
@@ -54,6 +54,36 @@ def dense_bytes(source: str | Path) -> int:
     from gguf import GGUFReader
 
     return sum(4 * int(tensor.n_elements) for tensor in GGUFReader(source).tensors)
+
+
+def resolve_folder(source: str | Path, weights: bool = True, revision: str | None = None) -> Path:
+    """A local folder as it is; for a hub name its snapshot, downloaded with or without weights.
+
+    Args:
+        source: a folder or hub name.
+        weights: whether to download the weights too: the single file, or the files of the index.
+        revision: of a hub name: branch, tag or commit; default: the newest.
+
+    Raises:
+        ValueError: if `source` is neither.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download  # takes a fifth of a second
+
+    try:
+        small = [*COMPANIONS, "config.json", INDEX, "*.py"]
+        folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=small))
+        if weights:
+            # The snapshot's name is its commit, in case the branch moves in between.
+            indexed = read_index(folder).values() if (folder / INDEX).is_file() else []
+            files = sorted({SINGLE, *indexed})
+            snapshot_download(str(source), revision=folder.name, allow_patterns=files)
+    except Exception as error:
+        raise ValueError(
+            f"{source} is neither a local folder nor a model that the hub gave ({error})."
+        ) from error
+    return folder
 
 
 def loaded_from(model: PreTrainedModel) -> str:

@@ -15,17 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from qrefta.files.checksums import Checksums, form_checksum, settings_checksum
+from qrefta.files.header import read_checksums
 from qrefta.files.json_file import read_json
-from qrefta.files.safetensors import (
-    INDEX,
-    SINGLE,
-    Checkpoint,
-    clear_unfinished,
-    copy_shard,
-    read_checksums,
-    read_index,
-    weight_files,
-)
+from qrefta.files.layout import INDEX, SINGLE, read_index, weight_files
+from qrefta.files.safetensors import Checkpoint
+from qrefta.files.shards import copy_shard
+from qrefta.files.whole_file import clear_unfinished
 
 LIST = "qrefta_sha256.json"  # of format version 1
 SWITCH = "QREFTA_VERIFY"  # "0" loads without comparing checksums

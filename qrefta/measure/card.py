@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from yaml import YAMLError  # raised by ModelCard; huggingface-hub installs it
 
-from qrefta.files.safetensors import clear_unfinished, replace_text
+from qrefta.files.whole_file import clear_unfinished, replace_text
 from qrefta.measure.compare import TextComparison
 from qrefta.model_card import NAME
 

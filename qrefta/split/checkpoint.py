@@ -26,19 +26,14 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from qrefta.choices import QuantType
 from qrefta.config import LayerStack, Rank, Settings, StackReport, parse_bytes
 from qrefta.files.checksums import Checksums, settings_checksum
+from qrefta.files.companions import copy_companions
 from qrefta.files.folders import JOURNAL
+from qrefta.files.header import read_checksums
 from qrefta.files.json_file import read_json
-from qrefta.files.safetensors import (
-    Checkpoint,
-    ShardWriter,
-    clear_unfinished,
-    copy_companions,
-    copy_shard,
-    read_checksums,
-    replace_text,
-    resolve_folder,
-    write_index,
-)
+from qrefta.files.safetensors import Checkpoint
+from qrefta.files.shards import ShardWriter, copy_shard, write_index
+from qrefta.files.sources import resolve_folder
+from qrefta.files.whole_file import clear_unfinished, replace_text
 from qrefta.hf_config import QReftaConfig
 from qrefta.model.build import bank_key, model_class, with_trained_modules
 from qrefta.model.check import FRESH_BYTES, FRESH_SHARE

@@ -22,9 +22,11 @@ import qrefta
 from eval.robustness import hostile
 from qrefta.chat import conversation
 from qrefta.cli import app
-from qrefta.files.safetensors import INDEX, SINGLE, Checkpoint, replace_text
+from qrefta.files.layout import INDEX, SINGLE
+from qrefta.files.safetensors import Checkpoint
 from qrefta.files.verify import SWITCH
-from qrefta.model.verify import verify
+from qrefta.files.whole_file import replace_text
+from qrefta.model.whole_folder import verify
 from tests.models import ARCHITECTURES, tiny_bert
 
 ROOT = Path(__file__).parents[2]

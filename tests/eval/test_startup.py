@@ -1,5 +1,8 @@
 """The study of the start: the command runs up to its first step, on a tiny model."""
 
+import shutil
+import sys
+
 import pytest
 
 from eval.report.readme_table import startup_table
@@ -26,6 +29,7 @@ def test_the_command_is_measured(model, tmp_path):
     assert "| qrefta finetune R=24 |" in startup_table([row])
 
 
-def test_a_process_that_ends_early_is_an_error(model):
-    with pytest.raises(RuntimeError, match=r"R=0\.5 ended without a checkpoint"):
-        startup.run("qrefta finetune R=0.5", str(model), 1, 2, 1, None)
+def test_a_process_that_ends_early_is_an_error(model, monkeypatch):
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(RuntimeError, match="R=24 ended without a checkpoint"):
+        startup.run("qrefta finetune R=24", str(model), 1, 2, 1, None)

@@ -12,8 +12,7 @@ from transformers import ByT5Tokenizer
 import qrefta
 from qrefta.export.compare import example_inputs
 from qrefta.files.companions import companion_files
-from qrefta.files.safetensors import resolve_folder
-from qrefta.files.sources import dense_bytes, load_tokenizer, tokenizer_of
+from qrefta.files.sources import dense_bytes, load_tokenizer, resolve_folder, tokenizer_of
 from tests.models import tiny_bert, tiny_llama
 from tests.tiny import tiny_tokenizer
 

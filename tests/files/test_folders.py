@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qrefta.files.folders import new_folder
-from qrefta.files.safetensors import replace_text
+from qrefta.files.whole_file import replace_text
 
 NAMES = {"config.json", "model.safetensors", "code"}
 

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import qrefta
-from qrefta.files import safetensors as shards
+from qrefta.files import shards
 from qrefta.files.folders import JOURNAL
+from qrefta.files.safetensors import Checkpoint, Part
 from qrefta.model.build import model_class
 from qrefta.model.stacks import find_stacks
 from qrefta.split import checkpoint as convert_module
@@ -257,23 +258,30 @@ def test_files_that_a_killed_run_left_half_written_are_removed(saved, tmp_path, 
     qrefta.verify(out)
 
 
+TAKE = "import sys, filelock; filelock.FileLock(sys.argv[1], timeout=0).acquire()"
+
+
 def test_a_second_process_on_the_same_folder_is_refused(saved, tmp_path, monkeypatch):
+    """The lock holds for other processes and for other calls; a process of its own that prepares
+    would import for seconds.
+    """
     dense, out = saved("bert"), tmp_path / "out"
     settings = {"method": "refta", "rank": 5, "refine": 0, "progress": False}
-    code = "import sys, qrefta; qrefta.prepare_checkpoint(*sys.argv[1:], method='refta', rank=5)"
     write_card = convert_module.write_card
     said = []
 
     def meanwhile(*arguments):
-        other = subprocess.run(
-            [sys.executable, "-c", code, dense, out], capture_output=True, text=True
-        )
+        lock = out / convert_module.LOCK
+        other = subprocess.run([sys.executable, "-c", TAKE, lock], capture_output=True, text=True)
         said.append(other.stderr)
+        with pytest.raises(ValueError, match="Another process is writing to"):
+            qrefta.prepare_checkpoint(dense, out, **settings)
         write_card(*arguments)
 
     monkeypatch.setattr(convert_module, "write_card", meanwhile)
     qrefta.prepare_checkpoint(dense, out, **settings)
-    assert "Another process is writing to" in said[0]
+    assert len(said) == 1
+    assert "could not be acquired" in said[0]
     qrefta.verify(out)
 
 
@@ -454,7 +462,7 @@ def test_the_old_call_with_a_folder_works_and_names_the_new_one(saved, tmp_path)
 
 def test_rows_and_columns_read_as_the_library_reads_them(saved):
     dense = saved("gpt2", max_shard_size="20KB")
-    checkpoint = shards.Checkpoint(dense)
+    checkpoint = Checkpoint(dense)
     for file in dense.glob("*.safetensors"):
         for name, tensor in load_file(file).items():
             assert checkpoint.shape(name) == tuple(tensor.shape)
@@ -475,16 +483,16 @@ def test_layers_that_the_checkpoint_holds_as_one_are_read_by_their_rows(tmp_path
 def test_rows_are_read_across_matrices_and_within_fused_ones(tmp_path):
     tensors = {"gate": torch.randn(3, 4), "up": torch.randn(5, 4), "fused": torch.randn(2, 3, 4)}
     save_file(tensors, tmp_path / "model.safetensors")
-    checkpoint = shards.Checkpoint(tmp_path)
+    checkpoint = Checkpoint(tmp_path)
     below = torch.cat([tensors["gate"], tensors["up"]])
     for start, stop in ((0, 8), (0, 2), (1, 3), (2, 6), (3, 8), (4, 7)):
-        parts = [shards.Part("gate"), shards.Part("up")]
+        parts = [Part("gate"), Part("up")]
         assert torch.equal(checkpoint.read_parts(parts, start, stop), below[start:stop])
-    middle = [shards.Part("up", rows=(1, 4)), shards.Part("gate")]
+    middle = [Part("up", rows=(1, 4)), Part("gate")]
     below = torch.cat([tensors["up"][1:4], tensors["gate"]])
     for start, stop in ((0, 6), (1, 3), (2, 5)):
         assert torch.equal(checkpoint.read_parts(middle, start, stop), below[start:stop])
-    second = [shards.Part("fused", 1)]
+    second = [Part("fused", 1)]
     assert torch.equal(checkpoint.read_parts(second, 1, 3), tensors["fused"][1, 1:3])
     assert torch.equal(
         checkpoint.read_parts(second, 1, 4, columns=True), tensors["fused"][1].T[1:4]
@@ -500,7 +508,7 @@ def test_shards_are_written_as_the_library_reads_them(tmp_path):
     }
     shards.write_shard(tmp_path / "x.safetensors", tensors)
     (tmp_path / "x.safetensors").rename(tmp_path / "model.safetensors")
-    shards.copy_shard(tmp_path / "copy.safetensors", shards.Checkpoint(tmp_path), list(tensors))
+    shards.copy_shard(tmp_path / "copy.safetensors", Checkpoint(tmp_path), list(tensors))
     for file in ("model", "copy"):
         found = load_file(tmp_path / f"{file}.safetensors")
         assert found.keys() == tensors.keys()

@@ -3,14 +3,9 @@
 import pytest
 import torch
 
-from qrefta.files.safetensors import (
-    Checkpoint,
-    ShardWriter,
-    clear_unfinished,
-    copy_shard,
-    replace_text,
-    write_shard,
-)
+from qrefta.files.safetensors import Checkpoint
+from qrefta.files.shards import ShardWriter, copy_shard, write_shard
+from qrefta.files.whole_file import clear_unfinished, replace_text
 
 
 class Interrupted(Checkpoint):

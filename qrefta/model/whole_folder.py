@@ -1,4 +1,4 @@
-"""verify(): whether a prepared folder is whole and as it was saved, without loading the model."""
+"""A prepared folder: whether it is whole and as it was saved, without loading the model."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +9,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from qrefta.files.folders import JOURNAL
 from qrefta.files.json_file import read_json
-from qrefta.files.safetensors import Checkpoint, weight_files
+from qrefta.files.layout import weight_files
+from qrefta.files.safetensors import Checkpoint
 from qrefta.files.verify import LIST, check_layout, check_saved, is_switched_off
 from qrefta.hf_config import QReftaConfig
 from qrefta.model.build import Placement, build, located, model_class
