@@ -26,7 +26,6 @@ from datasets import Dataset, DatasetDict
 from peft import LoraConfig
 from rich.console import Console
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -37,7 +36,7 @@ from transformers import (
 import qrefta
 from eval.memory import TensorPeak
 from eval.rows import append
-from eval.studies.step_profile import KINDS, StepProfile
+from eval.studies.step_profile import DATA, KINDS, StepProfile
 from eval.tasks.questions import docstring_chats
 from eval.tasks.smollm2 import NAME, cache_folder, smollm2_folder
 from qrefta.cli import guarded, quiet_libraries
@@ -75,7 +74,7 @@ def run(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     memory: Annotated[bool, typer.Option(help="Measure peaks of memory too.")] = True,
     profiled: Annotated[
-        bool, typer.Option("--profile", help="Add a row a method: seconds by kind of operation.")
+        bool, typer.Option("--profile", help="Add a row a method: seconds by part of the model.")
     ] = False,
     rows: Annotated[Path | None, typer.Option(help="JSON lines file; rows are added.")] = None,
     child: Annotated[str, typer.Option(hidden=True)] = "",
@@ -128,7 +127,7 @@ def run(
 def _profile_rows(
     found: list[dict[str, Any]], profiles: dict[str, list[dict[str, Any]]]
 ) -> list[dict[str, Any]]:
-    """One row a method: seconds by kind of operation, over all steps but the first."""
+    """One row a method: seconds by part of the model, over all steps but the first."""
     shared = ("study", "model", "method", "rows", "batch_size", "dtype", "checkpointing", "steps")
     return [
         {name: row[name] for name in shared}
@@ -240,19 +239,24 @@ def _heard(process: "subprocess.Popen[str]") -> dict[str, Any] | None:
 class Turns(TrainerCallback):
     """Waits before each step until it is this process's turn, and reports the step."""
 
-    def __init__(self, watched: str, words: int) -> None:
+    def __init__(self, watched: str) -> None:
         self.peak = TensorPeak("cpu") if watched == "memory" else None
-        self.profile = StepProfile(words) if watched == "profile" else None
+        self.profile: StepProfile | None = None
+        self.profiled = watched == "profile"
         self.tokens = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Report that this process is set up."""
+        if self.profiled:
+            self.profile = StepProfile(others["model"])
         parameters = others["model"].parameters()
         self.trained = sum(one.numel() for one in parameters if one.requires_grad)
         _report({})
+        self.left = perf_counter()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Wait for the turn."""
+        self.data_s = perf_counter() - self.left  # of the batch, which Trainer fetches before
         sys.stdin.readline()
         if self.peak is not None:
             self.peak.start()
@@ -264,15 +268,17 @@ class Turns(TrainerCallback):
         """Report the step."""
         seconds = perf_counter() - self.at
         before, self.tokens = self.tokens, state.num_input_tokens_seen
+        profiled = None if self.profile is None else self.profile.stop() | {DATA: self.data_s}
         _report(
             {
                 "seconds": seconds,
                 "tokens": self.tokens - before,
                 "peak_bytes": None if self.peak is None else self.peak.stop(),
-                "profile": None if self.profile is None else self.profile.stop(),
+                "profile": profiled,
                 "trained_parameters": self.trained,
             }
         )
+        self.left = perf_counter()
 
 
 def _report(values: dict[str, Any]) -> None:
@@ -289,8 +295,7 @@ def _train(method: str, settings: Run, watched: str) -> None:
     data = data_of(settings, tokenizer)
     train = _ours if kind == "qrefta" else _theirs
     with TemporaryDirectory() as folder:
-        words = AutoConfig.from_pretrained(settings.model).vocab_size
-        turns = Turns(watched, words)
+        turns = Turns(watched)
         train(rank, settings, tokenizer, data, turns, folder)
 
 

@@ -1,17 +1,25 @@
 """The study of the whole step: two processes take turns on a tiny model."""
 
+from time import sleep
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional
+from transformers.modeling_outputs import CausalLMOutput
 
+import qrefta
 from eval.report.readme_table import whole_step_table
 from eval.rows import read
 from eval.studies import whole_step
-from eval.studies.step_profile import KINDS, StepProfile, kind_of
+from eval.studies.step_profile import KINDS, StepProfile
+from qrefta._compat.transformers import enable_checkpointing
+from qrefta.train.head_loss import without_peft
 from tests.models import tiny_llama
 from tests.train.talk import words
 
 pytest.importorskip("trl")
+SLEEP = 0.2  # seconds
 
 
 def test_processes_take_turns_and_their_tokens_are_counted(tmp_path):
@@ -29,12 +37,15 @@ def test_processes_take_turns_and_their_tokens_are_counted(tmp_path):
         checkpointing=True,
         threads=1,
         memory=False,
-        profiled=False,
+        profiled=True,
         rows=rows,
         child="",
         watched="",
     )
-    theirs, ours = read(rows)
+    theirs, ours, *profiles = read(rows)
+    for row in profiles:
+        assert {kind for kind in KINDS if row["seconds"][kind] > 0} == set(KINDS)
+    assert [row["method"] for row in profiles] == [theirs["method"], ours["method"]]
     settings = whole_step.Run(str(model), 4, 2, 0, False, True, 1)
     lengths = [
         len(tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"])
@@ -46,7 +57,7 @@ def test_processes_take_turns_and_their_tokens_are_counted(tmp_path):
     assert theirs["tokens_per_s_of_qlora"] == 1
     assert ours["trained_parameters"] < theirs["trained_parameters"]
     table = whole_step_table(
-        [row | {"peak_bytes": 2e6, "peak_bytes_of_qlora": 0.5} for row in read(rows)]
+        [row | {"peak_bytes": 2e6, "peak_bytes_of_qlora": 0.5} for row in (theirs, ours)]
     )
     assert "| 2 of 16 to 512 tokens | float32 | qrefta R=24 |" in table
 
@@ -59,22 +70,75 @@ def test_rows_of_one_length_are_longer_than_it():
         assert len(ids) > 48
 
 
-def test_a_profile_tells_the_kinds_of_operations_apart():
-    """Of a small layer with a factor of width 4 and a head of 300 words."""
-    up, weight = torch.randn(4, 96, requires_grad=True), torch.randn(96, 96)
-    head = torch.randn(96, 300)
-    optimizer = torch.optim.AdamW([up])
-    x = torch.randn(256, 96)
-    profile = StepProfile(words=300)
+class Slow(torch.autograd.Function):
+    """Sleeps in the forward and in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x):
+        sleep(SLEEP)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        sleep(SLEEP)
+        return grad.clone()
+
+
+def slowed(module):
+    module.register_forward_hook(lambda _, __, out: Slow.apply(out))
+
+
+def profiled_step(model, checkpointing):
+    """Seconds by kind of a step, and of the whole step."""
+    profile = StepProfile(model)
+    if checkpointing:
+        enable_checkpointing(without_peft(model), {"use_reentrant": False})
+    batch = torch.randint(96, (2, 12), generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     profile.start()
-    hidden = x @ weight + (x[:, :4] @ up)
-    hidden = functional.scaled_dot_product_attention(*3 * [hidden.view(1, 4, 64, 96)])
-    (hidden.reshape(256, 96) @ head).logsumexp(1).sum().backward()
+    model.train()(input_ids=batch, labels=batch, use_cache=False).loss.backward()
     optimizer.step()
     seconds = profile.stop()
-    assert tuple(seconds) == KINDS
-    assert {kind for kind in KINDS if seconds[kind] > 0} == set(KINDS) - {"dequantization"}
-    assert kind_of("bitsandbytes::dequantize_4bit", [[64, 64]], 300) == "dequantization"
+    events = [event for event in profile.profiler.events() if event.name == "step: other"]
+    return seconds, max(event.cpu_time_total for event in events) / 1e6
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("model.layers.0.self_attn.o_proj", "attention"),
+        ("model.layers.1.mlp.act_fn", "MLP"),
+        ("lm_head", "head and loss"),
+    ],
+)
+def test_a_profile_gives_the_time_of_both_passes_to_the_module(path, kind, checkpointing):
+    """Blocks run forward twice with checkpointing. The kinds add up to the step."""
+    model = qrefta.prepare(tiny_llama(), rank=5, refine=0, progress=False)
+    slowed(model.get_submodule(path))
+    seconds, whole = profiled_step(model, checkpointing)
+    passes = 3 if checkpointing and kind != "head and loss" else 2
+    assert seconds[kind] >= passes * SLEEP
+    assert sum(seconds.values()) == pytest.approx(whole, rel=0.01)
+    assert {name for name in KINDS if seconds[name] > 0} == set(KINDS) - {"data"}
+
+
+def test_the_factors_of_peft_and_a_loss_without_the_heads_module_are_told_apart():
+    """TRL computes the loss from the decoder and the weight of the head."""
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules="all-linear"))
+    causal = model.get_base_model()
+
+    def forward(input_ids, labels, **_):
+        hidden = causal.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+        logits = Slow.apply(hidden) @ causal.lm_head.weight.T
+        return CausalLMOutput(functional.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+
+    causal.forward = forward
+    slowed(causal.get_submodule("model.layers.0.mlp.up_proj.lora_B.default"))
+    seconds, whole = profiled_step(model, checkpointing=False)
+    for kind in ("factors", "head and loss"):
+        assert seconds[kind] >= 2 * SLEEP
+    assert sum(seconds.values()) == pytest.approx(whole, rel=0.01)
 
 
 @pytest.mark.parametrize("method", ["qlora r=16", "qrefta r=8", "trl qlora r=0", "qrefta R=", ""])
