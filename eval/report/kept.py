@@ -64,6 +64,9 @@ SELECTED = {
         "gptq", 0, TEXT, quant_type="nf3", double_quant=True
     ),
     "qrefta, `bits=3`": THREE_BITS,
+    'qrefta, `bits="auto"`, `target_bits=3.3`': THREE_BITS._replace(
+        quant_type=None, target_bits=3.3
+    ),
     f'qrefta, `bits=3`, `method="refta"`, R = {R}': THREE_BITS._replace(rank=R, refine=1),
     'qrefta, `bits=3`, `method="refta"`, R = 240': THREE_BITS._replace(rank=240, refine=1),
 }
