@@ -321,6 +321,10 @@ class QReftaQuantizer(HfQuantizer):
         return model
 
     def _check_saved(self, model: "PreTrainedModel", files: list[str]) -> None:
+        from qrefta.model.check import check_whole_model
+
+        if any(report.rank for report in self.quantization_config.stacks):
+            check_whole_model(files)
         folder = Path(files[0]).parent
         local = bool(model.name_or_path) and Path(str(model.name_or_path)).is_dir()
         if local:

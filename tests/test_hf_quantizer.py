@@ -961,3 +961,13 @@ def test_generation_of_a_loaded_language_model(tmp_path):
     settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded.generate(**batch, **settings), model.generate(**batch, **settings))
+
+
+@pytest.mark.parametrize("part", ["student", "body"])
+def test_a_model_that_took_a_prepared_models_config_is_refused_with_the_cause(part, tmp_path):
+    """A student made of its config is dense; the body alone has packed weights without factors."""
+    model = prepared(tiny_llama, rank=8)
+    saved = type(model)(model.config) if part == "student" else model.model
+    saved.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds no factors.*del model.config.quantization_config"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)

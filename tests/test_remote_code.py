@@ -244,6 +244,7 @@ def test_what_is_not_trusted_is_refused_by_name(folder, model, tmp_path):
     assert not (tmp_path / "made").exists()
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     assert qrefta.plan(config, seq=8, rank=4).total_bytes > 0
+    assert qrefta.plan(folder, seq=8, rank=4, trust_remote_code=True).total_bytes > 0
 
 
 def test_a_family_that_gguf_does_not_have_is_named(model, tmp_path):
@@ -295,6 +296,7 @@ def test_the_command_line_has_the_option(folder, tmp_path):
         ["prepare", str(folder), str(tmp_path / "4bit"), "--rank", "4", "--calibration", "text"],
         ["verify", str(tmp_path / "4bit")],
         ["merge", str(tmp_path / "4bit"), str(tmp_path / "merged")],
+        ["plan", str(folder), "--seq", "8"],
     ]
     for step in steps:
         with pytest.raises(ValueError, match=REFUSED):

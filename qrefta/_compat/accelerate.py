@@ -1,8 +1,9 @@
 """Private names of accelerate. The module `accelerate.state` is only partly documented."""
 
 from accelerate.state import AcceleratorState, is_initialized
+from torch import nn
 
-__all__ = ["accelerator_state"]
+__all__ = ["accelerator_state", "runs_own_forward"]
 
 
 def accelerator_state() -> AcceleratorState | None:
@@ -13,3 +14,14 @@ def accelerator_state() -> AcceleratorState | None:
     environment variables only.
     """
     return AcceleratorState() if is_initialized() else None
+
+
+def runs_own_forward(module: nn.Module) -> bool:
+    """Whether a module runs the forward of its class.
+
+    accelerate's hooks, by which `device_map` moves inputs, replace it and keep the one before as
+    `_old_forward`, which they call. If it goes: the layers of a model with such hooks stay dense.
+    """
+    placed = vars(module)
+    forward = placed.get("_old_forward" if "_hf_hook" in placed else "forward")
+    return forward is None or getattr(forward, "__func__", None) is type(module).forward

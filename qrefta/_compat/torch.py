@@ -30,6 +30,7 @@ __all__ = [
     "direct_parameters",
     "has_bf16_instructions",
     "is_replica",
+    "move_hooks",
     "operator_schema",
     "plain_functions",
     "storage_id",
@@ -97,6 +98,27 @@ def has_bf16_instructions() -> bool:
         found = torch.cpu.get_capabilities()
         return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def move_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Let a module have the hooks of the one that it replaces; their handles still remove them.
+
+    If it goes: refuse modules with hooks.
+    """
+    for name in _HOOKS:
+        setattr(new, name, getattr(old, name))
 
 
 def is_replica(module: nn.Module) -> bool:

@@ -6,7 +6,12 @@ import typer
 
 from qrefta.choices import Dtype, Optimizer
 from qrefta.cli.console import console, quiet_libraries
-from qrefta.cli.options import CHECKPOINTING, parse_checkpointing, with_settings
+from qrefta.cli.options import (
+    CHECKPOINTING,
+    TrustRemoteCode,
+    parse_checkpointing,
+    with_settings,
+)
 
 
 @with_settings
@@ -36,6 +41,7 @@ def plan(
         bool, typer.Option(help="Count the logits of all tokens: for dpo, grpo and other trainers.")
     ] = False,
     optimizer: Annotated[Optimizer, typer.Option(help="AdamW in 32 or 8 bits.")] = "adamw",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Count the memory of a training step from the config alone; suggest changes if needed."""
     quiet_libraries(data=False)
@@ -52,6 +58,7 @@ def plan(
         optimizer=optimizer,
         gradient_checkpointing=parse_checkpointing(gradient_checkpointing),
         whole_logits=whole_logits,
+        trust_remote_code=trust_remote_code,
         **settings,
     )
     console.print(plan_table(memory))

@@ -61,19 +61,26 @@ class Outline:
     rest_bytes: int
 
     @classmethod
-    def of(cls, source: ModelSource, modules_to_save: Sequence[str] = (), cut: bool = True) -> Self:
+    def of(
+        cls,
+        source: ModelSource,
+        modules_to_save: Sequence[str] = (),
+        cut: bool = True,
+        trust_remote_code: bool = False,
+    ) -> Self:
         """The outline of a hub name, a folder, a config or a model.
 
         Args:
             source: see `qrefta.plan`.
             modules_to_save: names of modules that train in full; lists that hold one are not cut.
             cut: whether to cut lists of blocks.
+            trust_remote_code: whether to run code that comes with a model given by name.
 
         Raises:
             ValueError: if the source is something else, is quantized, or names no model class of
                 transformers.
         """
-        model = _without_storage(source)
+        model = _without_storage(source, trust_remote_code)
         stacks = find_stacks(model)
         weights = {
             id(model.get_parameter(path if stack.experts else f"{path}.weight"))
@@ -167,10 +174,10 @@ def _check_whole(name: str, value: object) -> None:
         raise ValueError(f"{name} is {value!r}; it must be a whole number, 1 or more")
 
 
-def _without_storage(source: ModelSource) -> PreTrainedModel:
+def _without_storage(source: ModelSource, trust_remote_code: bool) -> PreTrainedModel:
     kind: type[PreTrainedModel] | None = None
     if isinstance(source, str | Path):
-        config = AutoConfig.from_pretrained(**pretrained_source(source))
+        config = AutoConfig.from_pretrained(**pretrained_source(source, trust_remote_code))
     elif isinstance(source, PreTrainedModel):
         config = copy.deepcopy(source.config)
         kind = type(source)

@@ -120,6 +120,7 @@ def plan(
     gradient_checkpointing: bool | Selective = False,
     whole_logits: bool = False,
     optimizer: Optimizer = "adamw",
+    trust_remote_code: bool = False,
     bits: Bits = 4,
     rank: RankSetting = AUTO_RANK,
     **settings: Unpack[SettingsKeywords],
@@ -148,6 +149,7 @@ def plan(
             the tasks dpo and grpo of `finetune` make. Its tasks lm and sft do not; for these all
             tokens count as labelled.
         optimizer: adamw or adamw_8bit.
+        trust_remote_code: whether to run code that comes with a model given by name.
         bits, rank, settings: see `qrefta.config.Settings`; a `RankBudget` must be of trainable
             parameters. With bits="auto" the weights count as many bytes as `target_bits` allows.
 
@@ -158,7 +160,7 @@ def plan(
     """
     chosen = settings_of_call("plan", {"bits": bits, "rank": rank, **settings})
     available = None if gpu is None else _available(gpu, reserve)
-    outline = Outline.of(model, chosen.modules_to_save)
+    outline = Outline.of(model, chosen.modules_to_save, trust_remote_code=trust_remote_code)
     case = _Case(
         batch,
         seq,

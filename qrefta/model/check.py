@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qrefta._compat.transformers import is_left_out, was_initialized
+from qrefta.files.header import read_checksums
 from qrefta.files.safetensors import Checkpoint
 from qrefta.model.names import sources
 from qrefta.nn.experts import is_adapted
-from qrefta.nn.factors import Factors, frozen
+from qrefta.nn.factors import BANK, Factors, frozen
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.nn.packed import pack
 
@@ -77,6 +78,28 @@ def check_files(files: list[str], source: str | Path | None) -> None:
             raise ValueError(
                 f"{file} is damaged or truncated ({error}); copy or save it again."
             ) from error
+
+
+def check_whole_model(files: list[str]) -> None:
+    """Refuse files of a dense model, or of a part of a prepared one, that took its config.
+
+    Args:
+        files: of a folder whose config.json describes factors.
+
+    Raises:
+        ValueError: if no file holds factors, or was saved as a prepared model.
+    """
+    names = Checkpoint.of_files(files).names
+    saved = any(read_checksums(Path(file)) for file in files)
+    if not saved and not any(name.startswith(f"{BANK}.") for name in names):
+        raise ValueError(
+            f"{Path(files[0]).parent} holds no factors, and its config.json describes a prepared "
+            "model. A model that is made from a prepared model's config is dense, and a part of a "
+            "prepared model, such as model.model, has no factors; both save its "
+            "quantization_config. Save the prepared model itself, or, for a dense model, remove "
+            "quantization_config from its config (del model.config.quantization_config) and from "
+            "config.json."
+        )
 
 
 def check_headers(model: PreTrainedModel, files: list[str]) -> set[str]:

@@ -77,9 +77,20 @@ def _pattern(start: str | None, parts: Iterable[str]) -> re.Pattern[str]:
 def _trees(kind: type) -> list[tuple[str, ast.AST]]:
     """Names and code of the functions of a class, and near it, that may read weights."""
     functions = _functions(kind)
-    if not any("weight" in source for _, source in functions):
+    if not any("weight" in source or "parameters(" in source for _, source in functions):
         return []
-    return [(name, _parsed(source)) for name, source in functions if "torch.int8" not in source]
+    trees = [(name, _parsed(source)) for name, source in functions if "torch.int8" not in source]
+    return trees + [inner for _, tree in trees for inner in _inner_functions(tree)]
+
+
+def _inner_functions(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
+    """Names and code of the functions and named lambdas inside a function."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node not in tree.body:
+            yield node.name, node
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda):
+            for target in node.targets:
+                yield getattr(target, "id", ""), node.value
 
 
 def _parsed(source: str) -> ast.Module:
@@ -125,7 +136,9 @@ def _passed(tree: ast.AST, arguments: dict[str, set[int | str]]) -> Iterator[_Pa
 
 
 def _owners(tree: ast.AST) -> Iterator[ast.expr]:
-    """The expressions X of `X.weight` and `getattr(X, "weight")`, except of `X.weight.device`."""
+    """The expressions X of `X.weight`, `getattr(X, "weight")`, `X.get_parameter("weight")` and
+    `X.parameters()`, except of `X.weight.device`.
+    """
     nodes = list(ast.walk(tree))
     attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
     of_device = {node.value for node in attributes if node.attr == "device"}
@@ -135,13 +148,33 @@ def _owners(tree: ast.AST) -> Iterator[ast.expr]:
     for node in nodes:
         if _is_getattr(node) and _constant(node.args[1]) == "weight":
             yield node.args[0]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            owner = node.func.value
+            if node.func.attr == "parameters" and not _is_device(node, of_device):
+                yield owner
+            elif node.func.attr == "get_parameter" and node.args:
+                yield from _owner_of_parameter(owner, _constant(node.args[0]))
+
+
+def _is_device(call: ast.Call, of_device: set[ast.expr]) -> bool:
+    """Whether a call of `parameters()` is the one in `next(X.parameters()).device`."""
+    return any(isinstance(node, ast.Call) and call in node.args for node in of_device)
+
+
+def _owner_of_parameter(owner: ast.expr, name: Any) -> Iterator[ast.expr]:
+    """The expression of the module that has a parameter, by the parameter's name below `owner`."""
+    path, _, last = str(name).rpartition(".")
+    if last != "weight":
+        return
+    function = ast.Attribute(owner, "get_submodule", ast.Load())
+    yield ast.Call(function, [ast.Constant(path)], []) if path else owner
 
 
 class _Names:
     """The names of a function, and the modules that they may stand for.
 
     Attributes:
-        parameters: of the function, in order; "self" among them.
+        parameters: of the function, in order; "self" among them, or "" for a static method.
     """
 
     def __init__(self, tree: ast.AST) -> None:
@@ -149,10 +182,8 @@ class _Names:
         self._values: dict[str, list[ast.expr]] = {}  # that are assigned
         self._looped: dict[str, list[ast.expr]] = {}  # whose items are assigned
         for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef) and not self.parameters:
-                taken = node.args
-                every = [*taken.posonlyargs, *taken.args, *taken.kwonlyargs]
-                self.parameters = [argument.arg for argument in every]
+            if isinstance(node, ast.FunctionDef | ast.Lambda) and not self.parameters:
+                self.parameters = _parameters(node)
             elif isinstance(node, ast.Assign):
                 for target in node.targets:
                     self._bind(target, node.value, self._values)
@@ -222,6 +253,16 @@ class _Names:
         """The paths of a module's child by its name; None: of any child."""
         parts = (_ANY,) if name is None else tuple(str(name).split("."))
         return {(*path, *parts) for path in self.paths(owner, depth)}
+
+
+def _parameters(function: ast.FunctionDef | ast.Lambda) -> list[str]:
+    """The names of a function's parameters, in the order of a call through an object."""
+    taken = function.args
+    every = [*taken.posonlyargs, *taken.args, *taken.kwonlyargs]
+    names = [argument.arg for argument in every]
+    decorators = getattr(function, "decorator_list", [])
+    is_static = any(getattr(one, "id", "") == "staticmethod" for one in decorators)
+    return ["", *names] if is_static else names
 
 
 def _is_getattr(node: ast.AST) -> TypeGuard[ast.Call]:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Conv1D, PreTrainedModel
 
-from qrefta._compat.torch import direct_children, direct_parameters
+from qrefta._compat.accelerate import runs_own_forward
+from qrefta._compat.torch import direct_children, direct_parameters, move_hooks
 from qrefta.config import LayerStack
 from qrefta.model.names import keeps_scales
 from qrefta.model.reads import read_weights
@@ -42,6 +43,7 @@ def find_stacks(model: nn.Module) -> list[LayerStack]:
     - linear layers whose weight is read by other code of the model (Mamba's dt_proj, RWKV's
       output), because a packed weight would break that code (see `qrefta.model.reads`);
     - linear layers that share their weight with another module, because they train as one;
+    - linear layers whose forward was replaced, or whose weight is no parameter (weight norm);
     - linear layers whose scales transformers would lose (see `qrefta.model.names.keeps_scales`);
     - experts that are computed by their model's code (Llama 4) and not by transformers' interface
       (see `is_experts`);
@@ -276,9 +278,10 @@ def model_weights(
 def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
     """Put `new` wherever `model` holds the module at `path`.
 
-    A shared module has several parents.
+    A shared module has several parents. Hooks on the old module move to the new one.
     """
     old = model.get_submodule(path)
+    move_hooks(old, new)
     for parent in list(model.modules()):
         for name, child in list(direct_children(parent)):
             if child is old:
@@ -301,7 +304,25 @@ def _is_plain(module: nn.Module) -> TypeGuard[PlainLinear]:
 def left_dense(model: nn.Module) -> dict[str, str]:
     """Paths of the linear layers whose weights must stay as they are, each with the reason."""
     read = dict.fromkeys(read_weights(model), "other code of the model reads the weight")
-    return read | dict.fromkeys(_tied(model), "it shares its weight with another module")
+    tied = dict.fromkeys(_tied(model), "it shares its weight with another module")
+    return read | tied | _altered(model)
+
+
+def _altered(model: nn.Module) -> dict[str, str]:
+    """Paths of the linear layers that were changed after they were made, each with the reason.
+
+    Weight norm, spectral norm and pruning in their older form compute the weight in a hook, from
+    parameters of other names.
+    """
+    altered = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, PlainLinear):
+            continue
+        if "weight" not in direct_parameters(module):
+            altered[path] = "its weight is computed in each pass, as by weight norm or pruning"
+        elif not runs_own_forward(module):
+            altered[path] = "its forward was replaced"
+    return altered
 
 
 def _tied(model: nn.Module) -> set[str]:

@@ -30,7 +30,7 @@ from qrefta.choices import TRANSFORMS
 from qrefta.config import BANK as BANK
 from qrefta.config import Rank, Settings
 from qrefta.linalg.slices import Slices
-from qrefta.nn.packed import pack, packed_parameter
+from qrefta.nn.packed import pack, packed_parameter, warn_of_other_bytes
 from qrefta.nn.product import adapted_product, rounded_factor
 from qrefta.nn.quantized import FrozenWeight
 
@@ -180,11 +180,12 @@ class Factors(nn.Module, ABC):
         """A trainable parameter rounded to `dtype`; the gradient passes through."""
         return rounded_factor(parameter, self.dtype, parameter)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         packed = [
             name for name, tensor in self.named_parameters() if not tensor.is_floating_point()
         ]
-        super()._load_from_state_dict(*args)
+        warn_of_other_bytes(self, packed, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
         pack(self, packed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from qrefta._compat.torch import direct_parameters, is_replica
 from qrefta.distributed import check_gathered
 from qrefta.nn.factors import FactorBank, Factors, frozen
-from qrefta.nn.packed import pack, plain_bytes
+from qrefta.nn.packed import pack, plain_bytes, warn_of_other_bytes
 from qrefta.nn.product import frozen_product
 from qrefta.nn.quantized import FrozenWeight, QuantFormat, frozen_weight
 
@@ -75,6 +75,11 @@ class AdaptedLinear(nn.Module):
         """The frozen weight as it is stored."""
         # A module's attribute look-up is slow enough to be seen in decoding.
         parameters = direct_parameters(self)
+        if "weight" not in parameters:
+            raise ValueError(
+                "The packed weight of a layer was replaced, as torch's parametrize, weight_norm "
+                "and prune do; they need a dense model: qrefta.merge(model)."
+            )
         weight = cast(Tensor, parameters["weight"])
         check_gathered(weight, "packed weights of a block")
         shape = (self.out_features, self.in_features)
@@ -116,8 +121,10 @@ class AdaptedLinear(nn.Module):
             bank.warn_if_frozen()
         return factors.product(x, layer, self.bias, self.frozen_weight())
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        if self.fmt is not None:
+            warn_of_other_bytes(self, self._packed, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
         if self.fmt is not None:
             pack(self, self._packed)  # load_state_dict(assign=True) replaced the parameters
 

@@ -16,6 +16,7 @@ plain tensors; so FSDP2 shards plain bytes, and does not protect them.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self, cast
 
@@ -78,7 +79,10 @@ class PackedBytes(Tensor):
             raise _not_numbers(name)
         args = [_zeros(value) for value in args]
         with plain_functions():
-            result = func(*args, **kwargs)
+            try:
+                result = func(*args, **kwargs)
+            except (RuntimeError, NotImplementedError) as error:  # sizes or dtypes, of numbers
+                raise _not_numbers(name) from error
             is_traced = "." in name  # an overload of an operator, as torch.compile calls it
             if (
                 not is_traced
@@ -149,6 +153,31 @@ def pack(module: nn.Module, names: Iterable[str]) -> None:
             raise _not_numbers(f"{name} was loaded as {parameter.dtype}")
         if type(parameter) is nn.Parameter:
             setattr(module, name, packed_parameter(parameter.data))
+
+
+def warn_of_other_bytes(
+    module: nn.Module, names: Iterable[str], state: Mapping[str, Any], prefix: str
+) -> None:
+    """Warn if a state dict brings other bytes than a module holds.
+
+    It may be of another prepared model. But torch.load gives plain bytes, which nothing protects:
+    sums and means of them, cast back to bytes, load like any others.
+    """
+    for name in names:
+        held = module.get_parameter(name)
+        given = state.get(f"{prefix}{name}")
+        if not isinstance(held, PackedBytes) or not isinstance(given, Tensor):
+            continue  # shards of FSDP2
+        if held.is_meta or given.dtype != held.dtype or given.shape != held.shape:
+            continue  # `load_state_dict` refuses another shape or dtype
+        if not torch.equal(held, given.to(held.device)):
+            warnings.warn(
+                "The state dict has other packed 4-bit weights than the model. That is right for "
+                "one of another prepared model as a whole. In an average of files, take the packed "
+                "weights from one of them: only floating-point tensors can be averaged.",
+                stacklevel=2,
+            )
+            return
 
 
 def unpack(model: nn.Module) -> None:
@@ -497,7 +526,7 @@ def _not_numbers(name: str) -> ValueError:
         f"{name}: the packed 4-bit weights of a prepared model are bytes, with which nothing can "
         "be computed. Use the trainable parameters only "
         "([p for p in model.parameters() if p.requires_grad]), or a dense model "
-        "(qrefta.merge(model))."
+        "(qrefta.merge(model)); call a layer in place of a product with its weight."
     )
 
 

@@ -36,7 +36,7 @@ from qrefta.train.checkpoints import publish, whole_checkpoints, writing
 from qrefta.train.forward import own_forward
 from qrefta.train.gradients import GradientWatch, check_trainable
 from qrefta.train.interrupt import interruptible
-from qrefta.train.lengths import row_length
+from qrefta.train.lengths import check_tokens, row_length
 from qrefta.train.nan_guard import finite_steps
 from qrefta.train.packing import check_apart, join_by_default, row_by_row
 from qrefta.train.progress import Lines, Progress
@@ -397,7 +397,11 @@ def _recipe(
     def make(one: DatasetDict) -> Recipe:
         return TASKS[task].recipe(model, processor, one, max_length, **options)
 
-    return mixed_recipe(make, data, seed) if isinstance(data, Mixture) else make(data)
+    recipe = mixed_recipe(make, data, seed) if isinstance(data, Mixture) else make(data)
+    if isinstance(processor, PreTrainedTokenizerBase):
+        check_tokens(model, processor, recipe.train, "train")
+        check_tokens(model, processor, recipe.test, "test")
+    return recipe
 
 
 def _train(

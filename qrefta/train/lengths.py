@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta.model.positions import position_limit, trained_positions
@@ -59,6 +60,30 @@ def check_rows(
             "a lower max_length (--max-length), or remove these rows."
         )
     _warn(f"The longest row ({rows}) has {longest} tokens", longest, model, tokenizer)
+
+
+def check_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, split: str
+) -> None:
+    """Raise ValueError if a row has a token that the model has no embedding for.
+
+    Args:
+        model: to be trained.
+        tokenizer: that made the rows.
+        rows: with input_ids; others, which the Trainer tokenizes, are passed over.
+        split: their name.
+    """
+    embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if embeddings is None or max(tokenizer.get_vocab().values()) < embeddings:
+        return
+    for row, ids in enumerate(rows["input_ids"] if "input_ids" in rows.column_names else (), 1):
+        if max(ids, default=0) >= embeddings:
+            raise ValueError(
+                f"The {split} split, row {row}, has the token {max(ids)} "
+                f"({tokenizer.decode([max(ids)])!r}), and {type(model).__name__} has {embeddings} "
+                "embeddings. Give the tokenizer of this model; or, after adding tokens to it, call "
+                "model.resize_token_embeddings(len(tokenizer)) before prepare."
+            )
 
 
 def warn_of_cut(count: int, rows: int, split: str, max_length: int) -> None:

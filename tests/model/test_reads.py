@@ -1,11 +1,14 @@
 """Weights that a model's own code reads or shares stay dense, whatever the code looks like."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 from torch.nn.functional import linear
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.testing import assert_close
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -112,6 +115,39 @@ class PassesToAMethod(Block):
         return x @ layer.weight.T
 
 
+class ReadsFirstParameter(Block):
+    def forward(self, x):
+        return linear(x, next(self.up.parameters()))
+
+
+class ReadsParameterByPath(Block):
+    def forward(self, x):
+        return linear(x, self.get_parameter("mlp.0.weight"))
+
+
+class PassesToAStaticMethod(Block):
+    @staticmethod
+    def multiplied(layer, x):
+        return linear(x, layer.weight)
+
+    def forward(self, x):
+        return self.multiplied(self.up, x)
+
+
+class PassesToAnInnerFunction(Block):
+    def forward(self, x):
+        def multiplied(x, layer):
+            return linear(x, layer.weight)
+
+        added = lambda layer, x: x + linear(x, layer.weight)  # noqa: E731
+        return multiplied(x, self.up) + added(self.mlp[2], x)
+
+
+class ReadsTheDeviceOfParameters(Block):
+    def forward(self, x):
+        return super().forward(x.to(next(self.up.parameters()).device))
+
+
 class Rescales(Body):
     """RWKV's way: the model changes its blocks' weights when it is switched to evaluation."""
 
@@ -159,6 +195,11 @@ BLOCKS = {
     ReadsBesideText: {"up"},
     PassesToAMethod: {"up"},
     ReadsTheDevice: set(),
+    ReadsFirstParameter: {"up"},
+    ReadsParameterByPath: {"mlp.0"},
+    PassesToAStaticMethod: {"up"},
+    PassesToAnInnerFunction: {"up", "mlp.2"},
+    ReadsTheDeviceOfParameters: set(),
 }
 
 
@@ -208,3 +249,68 @@ def test_linear_layers_that_share_a_weight_stay_dense():
     for stacks in (named, find_stacks(unnamed)):
         modules = [path for stack in stacks for path in stack.modules if path.endswith("up")]
         assert modules == ["blocks.0.up"]
+
+
+def body():
+    torch.manual_seed(0)
+    return Body(PreTrainedConfig()).eval()
+
+
+def difference_of_prepared(dense):
+    """Of the outputs before any training, with 16 bits, where preparing changes nothing else."""
+    x = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(0))
+    expected = dense(x)[0]
+    settings = {"bits": 16, "rank": 8, "method": "refta", "progress": False}
+    model = qrefta.prepare(dense, **settings)
+    prepared = (model(x)[0] - expected).norm() / expected.norm()
+    merged = qrefta.merge(model, torch.float32)
+    return max(prepared.item(), ((merged(x)[0] - expected).norm() / expected.norm()).item())
+
+
+def test_hooks_on_linear_layers_still_run_and_can_be_removed():
+    model = body()
+    model.blocks[1].up.register_forward_pre_hook(lambda layer, inputs: (inputs[0] * 2,))
+    seen = []
+    handle = model.blocks[2].up.register_forward_hook(lambda *_: seen.append(1))
+    assert roles(model) == ALL
+    assert difference_of_prepared(model) < 1e-5
+    assert len(seen) == 3
+    handle.remove()
+    model(torch.zeros(1, WIDTH))
+    assert len(seen) == 3
+
+
+def test_a_linear_layer_whose_forward_was_replaced_stays_dense():
+    model = body()
+    for block in model.blocks:
+        forward = block.up.forward
+        block.up.forward = lambda x, forward=forward: 3 * forward(x)
+    assert roles(model) == ALL - {"up"}
+    assert difference_of_prepared(model) < 1e-5
+
+
+def test_layers_with_hooks_of_accelerate_are_quantized():
+    model = body()
+    for module in [module for module in model.modules() if not list(module.children())]:
+        add_hook_to_module(module, AlignDevicesHook("cpu", io_same_device=True))
+    assert roles(model) == ALL
+    assert difference_of_prepared(model) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        weight_norm,
+        spectral_norm,
+        parametrizations.weight_norm,
+        partial(prune.identity, name="weight"),
+    ],
+    ids=["weight_norm", "spectral_norm", "parametrized", "pruned"],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_weights_that_are_computed_in_each_pass_stay_dense(change):
+    model = body()
+    for block in model.blocks:
+        change(block.up)
+    assert roles(model) == ALL - {"up"}
+    assert difference_of_prepared(model) < 1e-5

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 from itertools import cycle, product
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from accelerate.utils import set_module_tensor_to_device
 from safetensors.torch import save
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.optim.swa_utils import (
     AveragedModel,
     get_ema_avg_fn,
@@ -336,3 +338,43 @@ def test_a_dense_model_is_not_touched():
         for parameter in model.parameters():
             parameter.mul_(0.5)
     assert not torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda weight: weight.norm(),
+        torch.randn_like,
+        lambda weight: nn.functional.linear(torch.ones(2, 32), weight),
+    ],
+    ids=["norm", "randn_like", "linear"],
+)
+def test_what_torch_refuses_on_bytes_is_refused_in_words(compute):
+    """torch says "size mismatch", or names a kernel for 'Char'."""
+    layer = prepared(tiny_llama, rank=8).model.layers[0].mlp.up_proj
+    with pytest.raises(ValueError, match=r"are bytes.*requires_grad.*call a layer"):
+        compute(layer.weight)
+
+
+@pytest.mark.parametrize("settings", FORMATS, ids=str)
+def test_an_average_of_files_whose_bytes_are_averaged_warns(settings, tmp_path):
+    """fairseq's way: whole numbers are summed and divided, and wrap around."""
+    model = prepared(tiny_llama, **settings)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    state = torch.load(tmp_path / "model.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_state_dict(state)
+    averaged = {
+        name: (tensor + tensor) // 2 if not tensor.is_floating_point() else tensor
+        for name, tensor in state.items()
+    }
+    with pytest.warns(UserWarning, match="only floating-point tensors can be averaged"):
+        model.load_state_dict(averaged)
+
+
+def test_a_packed_weight_with_a_parametrization_is_refused():
+    model = prepared(tiny_llama, rank=8)
+    parametrize.register_parametrization(model.model.layers[0].mlp.up_proj, "weight", nn.Identity())
+    with pytest.raises(ValueError, match=r"was replaced, as torch's parametrize.*qrefta.merge"):
+        logits(model)

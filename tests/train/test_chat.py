@@ -25,7 +25,16 @@ from qrefta.train.tasks.answers import (
 )
 from qrefta.train.tasks.chat import chat_recipe
 from tests.models import tiny_llama
-from tests.train.talk import ANSWER, QUESTION, TEMPLATE, WORDS, chat_rows, letters, write_rows
+from tests.train.talk import (
+    ANSWER,
+    QUESTION,
+    TEMPLATE,
+    WORDS,
+    chat_rows,
+    letters,
+    words,
+    write_rows,
+)
 
 pytest.importorskip("trl")
 SYSTEM = [{"role": "system", "content": "red"}]
@@ -57,6 +66,15 @@ SHAREGPT = [
             [{"role": "user", "content": "what is\n\nsky ?"}, *ANSWER],
         ),
         ({"instruction": "what is sky ?", "input": "", "output": "blue"}, QUESTION + ANSWER),
+        (
+            {"instruction": "what is sky ?", "output": "blue", "history": [["is", "red"]]},
+            [
+                {"role": "user", "content": "is"},
+                {"role": "assistant", "content": "red"},
+                *QUESTION,
+                *ANSWER,
+            ],
+        ),
         ({"conversations": SHAREGPT}, QUESTION + ANSWER),
         ({"conversations": SHAREGPT, "system": "red"}, SYSTEM + QUESTION + ANSWER),
         ({"messages": SYSTEM + QUESTION + ANSWER, "system": "blue"}, SYSTEM + QUESTION + ANSWER),
@@ -181,6 +199,28 @@ def test_cells_of_text_stay_text_also_if_they_look_like_json_or_numbers(tmp_path
     assert found == {(row["prompt"], row["completion"]) for row in rows}
 
 
+GENERATION = (
+    "{% for m in messages %}{{ m['role'] }} : "
+    "{% generation %}{{ m['content'] }} {% endgeneration %}"
+    "{% endfor %}{% if add_generation_prompt %}assistant : {% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, GENERATION], ids=["plain", "marked"])
+@pytest.mark.parametrize("loss", ["all", "last"])
+def test_a_turn_with_the_weight_0_is_not_learned(template, loss, tmp_path):
+    """OpenAI's files mark the assistant's turns that are no example."""
+    turns = [*QUESTION, {**ANSWER[0], "weight": 0}, *QUESTION]
+    turns += [{"role": "assistant", "content": "red", "weight": 1}]
+    data = load_chat(write_rows(tmp_path / "chat.jsonl", [{"messages": turns}] * 20), 0)
+    tokenizer = words()
+    tokenizer.chat_template = template
+    labels = learned_ids(data["train"][0], tokenizer, loss)["labels"]
+    learned = tokenizer.decode([label for label in labels if label != IGNORED])
+    assert "red" in learned
+    assert "blue" not in learned
+
+
 def test_roles_in_capital_letters_are_known(tmp_path):
     turns = [{"role": "User", "content": "what is sky ?"}, {"role": "ASSISTANT", "content": "blue"}]
     data = load_chat(write_rows(tmp_path / "chat.jsonl", [{"messages": turns}] * 20), 0)
@@ -193,6 +233,14 @@ def test_roles_in_capital_letters_are_known(tmp_path):
         ({"instruction": "a", "output": None}, "column output is None"),
         ({"instruction": "a", "output": "  "}, "column output is '  '"),
         ({"messages": []}, r"column messages is \[\]"),
+        (
+            {"messages": [*QUESTION, {**ANSWER[0], "weight": 0.5}]},
+            "column messages, turn 2 has the weight 0.5; it must be 0 or 1",
+        ),
+        (
+            {"instruction": "a", "output": "b", "history": [["c"]]},
+            r"column history, has \['c'\]; it must be a question and its answer",
+        ),
         ({"messages": None}, "column messages is None"),
         ({"messages": "hello"}, "column messages is not JSON: 'hello'"),
         ({"prompt": QUESTION, "completion": None}, "column completion is None"),

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from typer.testing import CliRunner
 
 import qrefta
@@ -15,7 +16,7 @@ from qrefta.train.lengths import row_length
 from qrefta.train.tasks.chat import chat_recipe
 from qrefta.train.tasks.classify import text_classes
 from qrefta.train.tasks.preference import dpo_recipe, grpo_recipe
-from tests.models import tiny_bert, tiny_gpt2, tiny_llama
+from tests.models import build, decoder_sizes, tiny_bert, tiny_gpt2, tiny_llama
 from tests.tiny import color_data, tiny_folder, tiny_tokenizer
 from tests.train.talk import chat_rows, words, write_rows
 from tests.train.test_preference import pair_rows
@@ -156,3 +157,39 @@ def test_a_default_length_trains_a_model_with_fewer_positions(tmp_path):
     assert all(len(ids) <= 64 for ids in task_batches("classify", model, tiny_tokenizer(), data))
     result = qrefta.finetune(model, tiny_tokenizer(), data, tmp_path, max_steps=1, progress=False)
     assert result.steps == 1
+
+
+@pytest.mark.parametrize("task", ["classify", "lm", "sft"])
+def test_a_token_that_was_added_to_the_tokenizer_alone_is_refused_before_the_run(task, tmp_path):
+    """The model would fail with "index out of range in self"."""
+    tokenizer = words()
+    model = build_of(task, len(tokenizer))
+    tokenizer.add_tokens(["green"])
+    data, shown = rows_with("green", task, tmp_path)
+    tuned = [model, tokenizer, data, tmp_path / "run"]
+    with pytest.raises(ValueError, match=rf"has the token {shown}.*resize_token_embeddings"):
+        qrefta.finetune(*tuned, task=task, max_steps=1, max_length=16, progress=False)
+
+
+def build_of(task, vocabulary):
+    config = LlamaConfig(**decoder_sizes(32) | {"vocab_size": vocabulary, "pad_token_id": 1})
+    kind = LlamaForSequenceClassification if task == "classify" else LlamaForCausalLM
+    return qrefta.prepare(build(kind, config), rank=4, progress=False)
+
+
+def rows_with(word, task, folder):
+    """Data whose last word is new, and the number and text of its token."""
+    shown = rf"{len(words())} \('{word}'\)"
+    if task == "classify":
+        names = ClassLabel(names=["a", "b"])
+        text = ["sky is", "blood is"] * 10 + [f"sky is {word}"]
+        rows = Dataset.from_dict({"text": text, "label": [0, 1] * 10 + [0]})
+        rows = rows.cast_column("label", names)
+        return DatasetDict({"train": rows, "test": rows}), shown
+    if task == "lm":
+        file = folder / "text.txt"
+        file.write_text("sky is blue " * 200 + f"{word} " + "sky is blue " * 200)
+        return file, shown
+    rows = chat_rows(20)
+    rows[3]["messages"][1]["content"] = word
+    return write_rows(folder / "chat.jsonl", rows), shown

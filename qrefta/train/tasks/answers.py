@@ -35,7 +35,8 @@ def learned_ids(
     Args:
         row: with prompt and completion as strings, or with messages and, optionally, tools.
         tokenizer: of the model, with a chat template for messages.
-        loss: all: every turn of the assistant; last: its last turn.
+        loss: all: every turn of the assistant; last: its last turn. Turns with the weight 0 are
+            not learned.
         max_length: tokens behind which turns are not looked for; None: all are.
 
     Raises:
@@ -98,15 +99,17 @@ def _conversation(
 ) -> tuple[list[int], list[bool]]:
     messages, tools = row["messages"], row.get("tools")
     has_marks = marks_answers(tokenizer, tools)
-    if has_marks and loss == "all":
+    answers = [turn for turn in messages if turn["role"] == "assistant"]
+    learned = [turn.get("weight") != 0 for turn in answers]
+    if has_marks and loss == "all" and all(learned):
         return _marked(messages, tools, tokenizer)
     ids, offsets = _encoded(_shown(messages, tools, tokenizer), tokenizer)
     last = None
     if max_length is not None and len(ids) > max_length:
         last = offsets[max_length][0]
     _, spans = answer_spans(messages, tools, tokenizer, last)
-    answers = sum(turn["role"] == "assistant" for turn in messages)
-    mask = _inside(offsets, spans if loss == "all" else spans[answers - 1 :])
+    first = 0 if loss == "all" else len(answers) - 1
+    mask = _inside(offsets, [span for span, one in [*zip(spans, learned)][first:] if one])
     if has_marks:
         _, marked = _marked(messages, tools, tokenizer)
         mask = [one and other for one, other in zip(mask, marked)]

@@ -1,8 +1,10 @@
 """A row of a data set -> the turns of a conversation, as chat templates take them.
 
 Known are the columns messages and conversations (turns with role and content, or ShareGPT's from
-and value), instruction, input and output (Alpaca), and prompt with completion; besides them system
-and tools. In a cell of a csv file turns are written as JSON, or as Python writes a list.
+and value), instruction, input and output (Alpaca) with history (pairs of earlier questions and
+answers), and prompt with completion; besides them system and tools. A turn of the assistant with
+the weight 0 (OpenAI's) is read and not learned. In a cell of a csv file turns are written as JSON,
+or as Python writes a list.
 """
 
 import ast
@@ -37,6 +39,7 @@ COLUMNS = (
     "instruction",
     "input",
     "output",
+    "history",
     "system",
     "tools",
 )
@@ -113,7 +116,22 @@ def _given_turns(row: dict[str, Any], where: str) -> tuple[str, list[Any]]:
         return column, _turn_list(row[column], f"{where}, column {column}")
     opening = row["prompt"] if layout[0] == "prompt" else _instruction(row, where)
     answer = answer_turns(row[column], f"{where}, column {column}")
-    return column, [*_opening(opening, f"{where}, column {layout[0]}"), *answer]
+    asked = _opening(opening, f"{where}, column {layout[0]}")
+    return column, [*_earlier(row, where), *asked, *answer]
+
+
+def _earlier(row: dict[str, Any], where: str) -> list[Any]:
+    """The turns of the column history: pairs of a question and its answer."""
+    history = row.get("history")
+    if is_empty(history):
+        return []
+    where = f"{where}, column history"
+    turns = []
+    for pair in _loaded(history, where) if isinstance(history, str) else history:
+        if not isinstance(pair, list) or [*map(type, pair)] != [str, str]:
+            raise ValueError(f"{where}, has {pair!r}; it must be a question and its answer.")
+        turns += [*_opening(pair[0], where), *answer_turns(pair[1], where)]
+    return turns
 
 
 def _missing(row: dict[str, Any], where: str, columns: Sequence[str], needed: str) -> ValueError:
@@ -141,7 +159,10 @@ def question_of(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
     if column == "instruction":
         given = _instruction(row, where)
     place = f"{where}, column {column}"
-    turns = with_system(turns_of(_opening(given, place), place), row)
+    asked = _opening(given, place)
+    if column in ("prompt", "question", "instruction"):
+        asked = [*_earlier(row, where), *asked]
+    turns = with_system(turns_of(asked, place), row)
     while turns and turns[-1]["role"] == "assistant":
         turns.pop()
     if not turns:
@@ -231,6 +252,10 @@ def turn_of(given: Any, where: str) -> dict[str, Any]:
         )
     kept: dict[str, Any] = {"role": _ROLES[role], "content": content}
     kept |= {name: turn[name] for name in _KEPT if turn.get(name)}
+    if turn.get("weight") not in (None, 0, 1):
+        raise ValueError(f"{where} has the weight {turn['weight']!r}; it must be 0 or 1.")
+    if turn.get("weight") == 0:
+        kept["weight"] = 0
     if calls:
         kept["tool_calls"] = [_call(call, where) for call in calls]
     return kept
