@@ -344,14 +344,16 @@ class _ModelSink:
 
 
 def _own_config(model: PreTrainedModel) -> None:
-    """Give a model a config that no other model shares: preparing writes marks into it.
+    """Give a model a config that no other model shares: preparing, training and merging write marks
+    into it, and into its parts, such as text_config.
 
-    Modules that hold the same object follow. Parts of the config, such as text_config, stay shared.
+    Modules that hold the same objects follow.
     """
-    shared = model.config
-    own = copy.copy(shared)
+    copies: dict[int, Any] = {}  # id of an object in the config -> its copy
+    copy.deepcopy(model.config, copies)
     for module in model.modules():
-        if getattr(module, "config", None) is shared:
+        own = copies.get(id(getattr(module, "config", None)))
+        if own is not None:
             setattr(module, "config", own)  # noqa: B010 -- Module.__setattr__ is typed for modules
 
 

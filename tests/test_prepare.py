@@ -54,6 +54,7 @@ from tests.models import (
     encoder_sizes,
     logits,
     tiny_bert,
+    tiny_clip,
     tiny_gpt2,
     tiny_llama,
     tiny_mixtral,
@@ -815,6 +816,17 @@ def test_unusable_moments_leave_the_model_as_it_was():
         qrefta.prepare(model, rank=2, refine=0, moments=moments, progress=False)
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_parts_of_a_shared_config_get_no_marks():
+    """A twin of the config's parts would be made in the dtype of the merged model."""
+    model = tiny_clip()
+    config = model.config
+    before = copy.deepcopy(config.to_dict())
+    merged = qrefta.merge(qrefta.prepare(model, rank=2, progress=False), torch.bfloat16)
+    assert config.to_dict() == before
+    assert merged.text_model.config is merged.config.text_config
+    assert merged.config.text_config.dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("build_model", [tiny_llama, tiny_mixtral])

@@ -122,10 +122,8 @@ def _given_turns(row: dict[str, Any], where: str) -> tuple[str, list[Any]]:
 
 def _earlier(row: dict[str, Any], where: str) -> list[Any]:
     """The turns of the column history: pairs of a question and its answer."""
-    history = row.get("history")
-    if is_empty(history):
-        return []
     where = f"{where}, column history"
+    history = row.get("history") or []
     turns = []
     for pair in _loaded(history, where) if isinstance(history, str) else history:
         if not isinstance(pair, list) or [*map(type, pair)] != [str, str]:
