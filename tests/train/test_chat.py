@@ -238,6 +238,10 @@ def test_roles_in_capital_letters_are_known(tmp_path):
             "column messages, turn 2 has the weight 0.5; it must be 0 or 1",
         ),
         (
+            {"instruction": "a", "output": "b", "history": 7},
+            r"column history, is 7; it must be a list of questions with answers",
+        ),
+        (
             {"instruction": "a", "output": "b", "history": [["c"]]},
             r"column history, has \['c'\]; it must be a question and its answer",
         ),

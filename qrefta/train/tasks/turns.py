@@ -124,8 +124,11 @@ def _earlier(row: dict[str, Any], where: str) -> list[Any]:
     """The turns of the column history: pairs of a question and its answer."""
     where = f"{where}, column history"
     history = row.get("history") or []
+    pairs = _loaded(history, where) if isinstance(history, str) else history
+    if not isinstance(pairs, list):
+        raise ValueError(f"{where}, is {pairs!r}; it must be a list of questions with answers.")
     turns = []
-    for pair in _loaded(history, where) if isinstance(history, str) else history:
+    for pair in pairs:
         if not isinstance(pair, list) or [*map(type, pair)] != [str, str]:
             raise ValueError(f"{where}, has {pair!r}; it must be a question and its answer.")
         turns += [*_opening(pair[0], where), *answer_turns(pair[1], where)]
