@@ -96,7 +96,6 @@ def prepared_step(model, checkpointing, plain=False, **settings):
         (tiny_llama, "selective", {"method": "refta", "rank": 8}),
         (tiny_mixtral, False, {"method": "refta", "rank": 8}),
         (tiny_llama, False, {"bits": 3}),
-        (tiny_llama, False, {"bits": "auto", "target_bits": 3.4, "rank": 2}),
         (
             tiny_vit,
             False,
@@ -131,6 +130,21 @@ def test_a_plan_equals_the_memory_of_a_step(make, checkpointing, settings):
     )
     assert planned.linears_bytes + planned.factors_bytes + planned.rest_bytes == whole
     assert planned.total_bytes == pytest.approx(whole + states + inputs.nbytes + added, rel=0.01)
+
+
+@pytest.mark.parametrize("target", [2.9, 3.4, 3.9])
+def test_a_plan_of_mixed_bits_counts_the_most_bytes_within_the_target(target):
+    settings = {"bits": "auto", "target_bits": target, "rank": 2}
+    model = tiny_llama(hidden=64)
+    planned = plan(model, batch=BATCH, seq=SEQ, **settings)
+    stacks = find_stacks(model)
+    weights = sum(stack.layers * stack.out_features * stack.in_features for stack in stacks)
+    prepared_step(model, False, **settings)
+    linears = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+    packed = sum(p.nbytes for module in linears for p in module.parameters())
+    stored = sum(factors.stored_bytes for factors in getattr(model, BANK).values())
+    assert packed <= planned.linears_bytes <= target * weights / 8 - stored
+    assert planned.linears_bytes > (target - 0.2) * weights / 8 - stored
 
 
 @pytest.mark.parametrize("modules_to_save", [None, ["lm_head"]], ids=str)
