@@ -46,6 +46,10 @@ METHODS = ("trl qlora r=16", "trl qlora r=8", "qrefta R=60", "qrefta R=64")
 REFERENCE = METHODS[0]
 SIGN = "whole_step: "  # begins the lines of a process that the study reads
 GO = "go\n"
+# Fields that the row of a profile shares with the row of its method.
+PROFILE_FIELDS = (
+    "study", "model", "method", "rows", "batch_size", "dtype", "checkpointing", "steps",
+)  # fmt: skip
 console = Console()
 
 
@@ -121,16 +125,15 @@ def run(
         shown = {key: round(row[key], 3) for key in row if type(row[key]) is float}
         console.print(shown, row["method"])
     if rows is not None:
-        append(rows, [*found, *_profile_rows(found, profiles)], seed=0)
+        append(rows, [*found, *profile_rows(found, profiles)], seed=0)
 
 
-def _profile_rows(
+def profile_rows(
     found: list[dict[str, Any]], profiles: dict[str, list[dict[str, Any]]]
 ) -> list[dict[str, Any]]:
     """One row a method: seconds by part of the model, over all steps but the first."""
-    shared = ("study", "model", "method", "rows", "batch_size", "dtype", "checkpointing", "steps")
     return [
-        {name: row[name] for name in shared}
+        {name: row[name] for name in PROFILE_FIELDS}
         | {
             "kind": "profile",
             "seconds": {

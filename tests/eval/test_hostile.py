@@ -420,7 +420,7 @@ def test_trust_is_the_users_alone():
     commands = typer.main.get_command(app).commands.values()
     options = [option for command in commands for option in command.params]
     trusts = [option.default for option in options if option.name == "trust_remote_code"]
-    assert len(trusts) == 8
+    assert len(trusts) == 9
     assert not any(trusts)
 
 

@@ -1,5 +1,8 @@
 """The study of the whole step: two processes take turns on a tiny model."""
 
+import io
+import json
+import sys
 from time import sleep
 
 import pytest
@@ -22,11 +25,17 @@ pytest.importorskip("trl")
 SLEEP = 0.2  # seconds
 
 
-def test_processes_take_turns_and_their_tokens_are_counted(tmp_path):
-    model, rows = tmp_path / "model", tmp_path / "rows.jsonl"
-    tiny_llama(64).save_pretrained(model)
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "model"
+    tiny_llama(64).save_pretrained(folder)
+    words().save_pretrained(folder)
+    return folder
+
+
+def test_processes_take_turns_and_their_tokens_are_counted(model, tmp_path):
+    rows = tmp_path / "rows.jsonl"
     tokenizer = words()
-    tokenizer.save_pretrained(model)
     whole_step.run(
         "trl qlora r=16,qrefta R=24",
         str(model),
@@ -37,15 +46,12 @@ def test_processes_take_turns_and_their_tokens_are_counted(tmp_path):
         checkpointing=True,
         threads=1,
         memory=False,
-        profiled=True,
+        profiled=False,
         rows=rows,
         child="",
         watched="",
     )
-    theirs, ours, *profiles = read(rows)
-    for row in profiles:
-        assert {kind for kind in KINDS if row["seconds"][kind] > 0} == set(KINDS)
-    assert [row["method"] for row in profiles] == [theirs["method"], ours["method"]]
+    theirs, ours = read(rows)
     settings = whole_step.Run(str(model), 4, 2, 0, False, True, 1)
     lengths = [
         len(tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"])
@@ -60,6 +66,18 @@ def test_processes_take_turns_and_their_tokens_are_counted(tmp_path):
         [row | {"peak_bytes": 2e6, "peak_bytes_of_qlora": 0.5} for row in (theirs, ours)]
     )
     assert "| 2 of 16 to 512 tokens | float32 | qrefta R=24 |" in table
+
+
+def test_a_watched_process_profiles_its_steps(model, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(4 * whole_step.GO))
+    whole_step._train("qrefta R=24", whole_step.Run(str(model), 4, 2, 0, False, True, 1), "profile")
+    lines = capsys.readouterr().out.splitlines()
+    reports = [line.removeprefix(whole_step.SIGN) for line in lines if whole_step.SIGN in line]
+    steps = [json.loads(report) for report in reports[1:]]
+    row = dict.fromkeys(whole_step.PROFILE_FIELDS, "") | {"method": "qrefta R=24"}
+    [profile] = whole_step.profile_rows([row], {"qrefta R=24": steps})
+    assert profile["method"] == "qrefta R=24"
+    assert {kind for kind in KINDS if profile["seconds"][kind] > 0} == set(KINDS)
 
 
 def test_rows_of_one_length_are_longer_than_it():
