@@ -114,7 +114,7 @@ class _AdaptedProduct(torch.autograd.Function):
         y, narrow = _forward(tokens, up, core, down, bias, frozen, gradients)
         if narrow is None and gradients and not need_down:
             # Keeping x down^T, which is narrow, saves keeping x.
-            narrow = _narrow(tokens, rounded_factor(down, frozen.rounding, tokens))
+            narrow = tokens @ rounded_factor(down, frozen.rounding, tokens).T
         ctx.rounding = frozen.rounding
         ctx.bias_dtype = None if bias is None else bias.dtype
         kept_tokens = tokens if need_down else None
@@ -197,7 +197,7 @@ def _forward(
     if merging_is_cheaper(len(tokens), in_features, out_features, gradients):
         merged = weight.plus_product(_times(up, core), down)
         return linear(tokens, merged, offset), None
-    narrow = _narrow(tokens, down)
+    narrow = tokens @ down.T
     y = weight.matmul(tokens, offset)
     y.addmm_(_times_transposed(narrow, core), up.T)
     return y, narrow
@@ -221,12 +221,13 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = grad @ weight.dequantize(grad.dtype)
 
     if (need_up or need_core) and narrow is None:
-        narrow = _narrow(tokens, wide_down)
+        narrow = tokens @ wide_down.T
+    # Transposed: a matmul is faster when its short side is the rows.
     if need_up:
         grad_up = (_times_transposed(narrow, wide_core).T @ grad).T.to(up)
 
     if need_core or need_down or (need_x and not merges):
-        back = _narrow(grad, wide_up.T)
+        back = (wide_up.T @ grad.T).T
         if need_core:
             # In half precision the products of two scaled factors would overflow.
             grad_core = _core_gradient(back.to(core.dtype), narrow.to(core.dtype), core)
@@ -239,14 +240,6 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if need_bias:
         grad_bias = grad.sum(0, dtype=ctx.bias_dtype)
     return grad_x, grad_up, grad_core, grad_down, grad_bias, None
-
-
-def _narrow(rows: Tensor, factor: Tensor) -> Tensor:
-    """The product rows @ factor^T for a factor of few rows.
-
-    Transposed: a matmul is faster when its short side is the rows.
-    """
-    return (factor @ rows.T).T
 
 
 def _times(rows: Tensor, core: Tensor) -> Tensor:
