@@ -85,6 +85,7 @@ STUDIES = [
             "qrefta, R = 48, on 16 bits": "windows R=48 bits=16",
             "QLoRA with rsLoRA, r = 8": "rslora r=8",
             "QLoRA with DoRA, r = 8": "dora r=8",
+            "QLoRA with LoftQ, r = 8": "loftq r=8",
         },
     ),
     Compared(
