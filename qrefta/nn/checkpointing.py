@@ -25,8 +25,8 @@ from torch.utils.checkpoint import (
 from qrefta._compat.torch import operator_schema
 from qrefta.choices import SELECTIVE
 
-# Parts of the names of attention operators: torch's fused kernels, flex_attention, and those of
-# flash-attn and xformers, whose namespaces hold hashes. Attention made of plain matmuls has none.
+# Parts of the names of attention operators: torch's fused kernels, flex_attention, flash-attn and
+# xformers. The namespaces of the last two hold hashes. Attention made of plain matmuls has none.
 _NAMES = ("attention", "attn")
 
 

@@ -262,8 +262,8 @@ TAKE = "import sys, filelock; filelock.FileLock(sys.argv[1], timeout=0).acquire(
 
 
 def test_a_second_process_on_the_same_folder_is_refused(saved, tmp_path, monkeypatch):
-    """The lock holds for other processes and for other calls; a process of its own that prepares
-    would import for seconds.
+    """The lock holds for other processes and for other calls; starting another process would take
+    seconds of imports.
     """
     dense, out = saved("bert"), tmp_path / "out"
     settings = {"method": "refta", "rank": 5, "refine": 0, "progress": False}

@@ -289,7 +289,7 @@ def test_a_classifier_without_a_pad_token_pads_with_the_end_of_text_token(data, 
         together = loaded(**saved(texts, padding=True, return_tensors="pt")).logits
         alone = [loaded(**saved(text, return_tensors="pt")).logits[0] for text in texts]
     assert_close(together, torch.stack(alone))
-    del model.config.pad_token_id  # as a config with code of its own that never had one
+    del model.config.pad_token_id  # as a custom config that never had one
     finetune(model, tokenizer, data, tmp_path / "none", max_steps=1, progress=False)
     tokenizer.pad_token = tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no pad token and no end-of-text token"):

@@ -75,7 +75,7 @@ def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
             )
         tokenizer.pad_token = tokenizer.eos_token
         config.pad_token_id = tokenizer.pad_token_id
-    if getattr(config, "pad_token_id", None) is None:  # a config with code of its own may have none
+    if getattr(config, "pad_token_id", None) is None:  # a custom config may have none
         config.pad_token_id = tokenizer.pad_token_id
 
 
