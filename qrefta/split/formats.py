@@ -73,11 +73,10 @@ def choose_formats(
         ValueError: if `target_bits` is below the bits of the smallest formats, or above the bits of
             the largest.
     """
-    if settings.bits == AUTO_BITS:
-        sizes = _sizes(stacks, ranks, settings)
-        limit = _limit(stacks, sizes, settings)
-    else:
+    if settings.bits != AUTO_BITS:
         return Formats([_given(settings)] * len(stacks), {})
+    sizes = _sizes(stacks, ranks, settings)
+    limit = _limit(stacks, sizes, settings)
     errors: list[list[float]] = []
     splits: list[list[Split]] = []
     measured = tqdm(
