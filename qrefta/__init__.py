@@ -11,7 +11,8 @@ from qrefta import _plugin
 
 if TYPE_CHECKING:
     from qrefta._prepare import prepare, prepare_checkpoint
-    from qrefta.config import RankBudget, Settings
+    from qrefta.config.rank import RankBudget
+    from qrefta.config.settings import Settings
     from qrefta.export.consolidate import consolidate
     from qrefta.export.gguf import export_gguf
     from qrefta.export.lora import export_lora
@@ -60,8 +61,8 @@ _MODULES = {
     "load": "qrefta.hf_quantizer",
     "merge": "qrefta.export.merge",
     "plan": "qrefta.memory.plan",
-    "RankBudget": "qrefta.config",
-    "Settings": "qrefta.config",
+    "RankBudget": "qrefta.config.rank",
+    "Settings": "qrefta.config.settings",
     "prepare": "qrefta._prepare",
     "prepare_checkpoint": "qrefta._prepare",
     "quant_report": "qrefta.hf_quantizer",

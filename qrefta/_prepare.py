@@ -13,17 +13,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from qrefta._compat.transformers import checkpointing_options, dequantized_gguf
 from qrefta.choices import AUTO_RANK, Bits, QuantType
-from qrefta.config import (
-    LayerStack,
-    Rank,
-    RankSetting,
-    Settings,
-    SettingsKeywords,
-    StackReport,
-    parse_bytes,
-    settings_of_call,
-    shows_settings,
-)
+from qrefta.config.call import settings_of_call, shows_settings
+from qrefta.config.rank import Rank, RankSetting
+from qrefta.config.report import StackReport
+from qrefta.config.settings import Settings, SettingsKeywords
+from qrefta.config.sizes import parse_bytes
+from qrefta.config.stack import BANK, LayerStack
 from qrefta.files.folders import new_folder
 from qrefta.files.sources import (
     dense_bytes,
@@ -38,7 +33,7 @@ from qrefta.model.build import adapt, attach_bank, bank_key, freeze, with_traine
 from qrefta.model.check import check_in_memory
 from qrefta.model.stacks import Weights, check_values, find_stacks, model_weights, read_slice
 from qrefta.model.unquantized import warn_of_unquantized
-from qrefta.nn.factors import BANK, FactorBank
+from qrefta.nn.factors import FactorBank
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.nn.quantized import QuantFormat
 from qrefta.split.calibrate import Moments, gather_moments, load_moments
@@ -79,7 +74,7 @@ def prepare(
     Args:
         model: any transformers model with its weights in memory, float32, bf16 or fp16; also one
             that `from_pretrained(folder, gguf_file=name)` dequantized.
-        bits, rank, settings: see `qrefta.config.Settings`.
+        bits, rank, settings: see `qrefta.Settings`.
         calibration: text of the kind that the model will read: a file (txt, csv, tsv, jsonl,
             parquet; a causal language model reads a txt as one document, other models read it line
             by line), a list of strings, a `datasets.Dataset` with a column of text or tokenized
@@ -194,7 +189,7 @@ def prepare_checkpoint(
         source: folder or hub name of a transformers model in safetensors files, or a `.gguf` file
             of a causal language model.
         out: folder to write: new, empty, or left by an interrupted run.
-        bits, rank, settings: see `qrefta.config.Settings`.
+        bits, rank, settings: see `qrefta.Settings`.
         moments: see `prepare`; gathered on a model in memory.
         device: where each stack is worked on.
         max_memory: bytes, or text like "3GB", that preparing may take besides the imported

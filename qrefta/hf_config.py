@@ -10,22 +10,19 @@ from typing import Any, Self
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qrefta.config import (
-    FORMAT_VERSION,
-    OLD_RANK_SETTINGS,
-    SETTING_NAMES,
-    Settings,
-    StackReport,
-    warn_of_idle,
-    with_new_rank,
-)
+from qrefta.config.call import warn_of_idle
+from qrefta.config.old_rank import OLD_RANK_SETTINGS, with_new_rank
+from qrefta.config.report import StackReport
+from qrefta.config.settings import SETTING_NAMES, Settings
+
+FORMAT_VERSION = 3
 
 
 class QReftaConfig(QuantizationConfigMixin):
     """Settings and reports of a prepared model; the `quantization_config` of its config.json.
 
     Args:
-        settings: the settings, or give them as keywords (see `qrefta.config.Settings`).
+        settings: the settings, or give them as keywords (see `qrefta.Settings`).
         calibrated: whether second moments of the inputs weighted the split.
         base_model: folder or hub name of the dense model that was prepared, if it is known.
         stacks: a `StackReport` (or its dict) for every stack; empty before the model is prepared.

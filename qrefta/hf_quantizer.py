@@ -26,7 +26,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from qrefta._compat.hub import cached_hub_file, commit_hash
 from qrefta._compat.saving import being_saved, set_upload, upload
-from qrefta.config import BANK
+from qrefta.config.stack import BANK
 from qrefta.files.json_file import read_json
 from qrefta.files.layout import weight_files
 from qrefta.files.verify import LIST, check_layout, check_saved, check_settings, is_switched_off
@@ -91,8 +91,7 @@ def register(model: "PreTrainedModel", config: QReftaConfig) -> None:
 def quant_report(model: nn.Module) -> list[dict[str, Any]]:
     """One row a stack: how much of the quantization error preparing removed, and the cost in bytes.
 
-    Keys: see `qrefta.config.StackReport.report`. Errors are squared Frobenius norms over all layers
-    of the stack.
+    Keys: see `StackReport.report`. Errors are squared Frobenius norms over all layers of the stack.
 
     Raises:
         ValueError: if the model is not prepared.

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.utils import validate_repo_id
 
 from qrefta.choices import AUTO_BITS, FITTED, MIXED_TYPES, QuantType
-from qrefta.config import Settings
+from qrefta.config.settings import Settings
 from qrefta.files.whole_file import replace_text
 from qrefta.hf_config import QReftaConfig
 

@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from transformers import LlamaConfig
 
 import qrefta
-from qrefta.config import Settings, StackReport
+from qrefta.config.report import StackReport
+from qrefta.config.settings import Settings
 from qrefta.distributed import is_sharded
 from qrefta.hf_config import QReftaConfig
 from qrefta.hf_quantizer import register

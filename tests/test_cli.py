@@ -23,7 +23,7 @@ import qrefta
 from qrefta.cli import app, main
 from qrefta.cli.calibrating import calibration_of
 from qrefta.cli.plan import _largest
-from qrefta.config import parse_rank
+from qrefta.config.rank import parse_rank
 from qrefta.hf_config import QReftaConfig
 from qrefta.hf_quantizer import quant_report
 from qrefta.model.stacks import find_stacks

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 import qrefta
 from qrefta._compat.transformers import enable_checkpointing
 from qrefta.choices import METHOD_NAMES, QUANT_TYPES
-from qrefta.config import Settings
+from qrefta.config.settings import Settings
 from qrefta.linalg.metric import output_error
 from qrefta.linalg.tsvd import t_svd, t_svd_exact
 from qrefta.model.stacks import find_stacks

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 import qrefta
 from qrefta.cli import app
+from qrefta.config.stack import BANK
 from qrefta.distributed import check_sharding
-from qrefta.nn.factors import BANK
 from qrefta.nn.quantized import QuantFormat
 from qrefta.train._finetune import finetune
 from qrefta.train.checkpoints import last_checkpoint

@@ -27,9 +27,9 @@ from transformers import (
 )
 
 import qrefta
+from qrefta.config.stack import BANK
 from qrefta.files.verify import SWITCH
 from qrefta.hf_quantizer import QReftaQuantizer
-from qrefta.nn.factors import BANK
 from qrefta.nn.linear import AdaptedLinear
 from tests.models import (
     ARCHITECTURES,

@@ -12,11 +12,11 @@ from transformers.pytorch_utils import Conv1D
 
 import qrefta
 from qrefta.choices import TRANSFORMS, bits_of
-from qrefta.config import Settings
+from qrefta.config.settings import Settings
+from qrefta.config.stack import BANK
 from qrefta.files.checksums import KEY
 from qrefta.methods.refta import ReFTA
 from qrefta.model.stacks import find_stacks, model_weights
-from qrefta.nn.factors import BANK
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.split.stack_split import StackSplit
 from tests import models

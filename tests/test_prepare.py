@@ -40,8 +40,8 @@ from transformers.pytorch_utils import Conv1D
 
 import qrefta
 import qrefta.linalg.tsvd
+from qrefta.config.stack import BANK
 from qrefta.model.stacks import find_stacks
-from qrefta.nn.factors import BANK
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.split.calibrate import gather_moments
 from qrefta.split.sources import calibration_batches

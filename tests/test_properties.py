@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import qrefta
 from qrefta.choices import QUANT_TYPES, bits_of
-from qrefta.config import Settings
+from qrefta.config.settings import Settings
 from qrefta.linalg.tsvd import squared_norm
 from qrefta.methods import METHODS
 from qrefta.model.stacks import LARGEST_WEIGHT, check_values

@@ -22,7 +22,7 @@ import qrefta
 from eval.peers.gptq import gptq
 from eval.peers.splits import loftq, pissa, qera
 from qrefta.choices import QuantType
-from qrefta.config import LayerStack
+from qrefta.config.stack import LayerStack
 from qrefta.hf_quantizer import prepared_config
 from qrefta.linalg.metric import output_error
 from qrefta.model.stacks import find_stacks, read_slice

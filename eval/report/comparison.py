@@ -8,7 +8,7 @@ from eval.report.findings import Row, Table
 from eval.report.pages import markdown_table
 from eval.report.scores import Difference, Score, Study, difference, kind, scores, shown, signed
 from eval.tasks.task import METRICS
-from qrefta.config import Settings
+from qrefta.config.settings import Settings
 
 DEFAULT = Settings().method
 

@@ -59,7 +59,7 @@ from eval.tasks.task import (
     text_task,
 )
 from qrefta.cli import guarded, quiet_libraries
-from qrefta.config import RankBudget, RankSetting
+from qrefta.config.rank import RankBudget, RankSetting
 from qrefta.methods import METHODS
 
 CORE = [

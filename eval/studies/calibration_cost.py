@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import qrefta
 from eval.rows import append
 from qrefta.cli import guarded
-from qrefta.config import LayerStack
+from qrefta.config.stack import LayerStack
 from qrefta.model.stacks import find_stacks
 from qrefta.split.calibrate import Moments, gather_moments
 from qrefta.split.texts import generic_texts, read_texts, windows_of_text

@@ -32,11 +32,12 @@ from eval.peers.baselines import adapted_layers, lora, quantized_layer, vera
 from eval.rows import append
 from qrefta._compat.transformers import enable_checkpointing
 from qrefta.cli import guarded
-from qrefta.config import Settings
+from qrefta.config.settings import Settings
+from qrefta.config.stack import BANK
 from qrefta.methods import METHODS
 from qrefta.model.build import adapt, attach_bank, bank_key, freeze
 from qrefta.model.stacks import find_stacks, replace_module
-from qrefta.nn.factors import BANK, Factors, factor_dtype
+from qrefta.nn.factors import Factors, factor_dtype
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.nn.packed import plain_bytes
 from qrefta.nn.quantized import QuantFormat, quantize

@@ -22,7 +22,7 @@ from eval.studies.split_training import batches_of
 from eval.tasks.demo import model_folder
 from eval.tasks.task import DatasetOption, HeaderOption, load_task
 from qrefta.cli import guarded, quiet_libraries
-from qrefta.config import Settings
+from qrefta.config.settings import Settings
 from qrefta.export.compare import output_difference
 from qrefta.export.merge import Export
 from qrefta.files.layout import weights_bytes

@@ -18,7 +18,7 @@ from eval.rows import append
 from eval.tasks.demo import model_folder
 from eval.tasks.task import DatasetOption, HeaderOption, load_task
 from qrefta.cli import guarded, quiet_libraries
-from qrefta.nn.factors import BANK
+from qrefta.config.stack import BANK
 from qrefta.train.arguments import training_arguments
 from qrefta.train.models import load_classifier
 

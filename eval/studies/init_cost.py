@@ -30,7 +30,7 @@ from transformers import AutoModel
 from eval.memory import peak, resident, restart_peak
 from eval.rows import append
 from qrefta.cli import guarded
-from qrefta.config import Settings
+from qrefta.config.settings import Settings
 from qrefta.linalg.slices import Slices
 from qrefta.linalg.tsvd import mix, t_svd, transform_matrix
 from qrefta.model.stacks import Weights, find_stacks, model_weights

@@ -24,7 +24,7 @@ import qrefta
 from eval.memory import peak, resident, restart_peak
 from eval.rows import append
 from qrefta.cli import guarded
-from qrefta.config import Settings
+from qrefta.config.settings import Settings
 from qrefta.files.safetensors import Checkpoint
 from qrefta.files.shards import write_index, write_shard
 from qrefta.model.config_file import read_config

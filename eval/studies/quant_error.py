@@ -41,7 +41,8 @@ from eval.rows import append, find, read
 from eval.tasks.demo import docstring_sentences, model_folder
 from qrefta.choices import TRANSFORMS
 from qrefta.cli import guarded, quiet_libraries
-from qrefta.config import LayerStack, Settings
+from qrefta.config.settings import Settings
+from qrefta.config.stack import LayerStack
 from qrefta.linalg.metric import Metric, output_error
 from qrefta.methods import METHODS
 from qrefta.methods.craft import CRAFT

@@ -47,7 +47,8 @@ from eval.studies.kld import (
 )
 from eval.tasks.smollm2 import cache_folder, smollm2_folder
 from qrefta.cli import guarded, quiet_libraries
-from qrefta.config import LayerStack, Settings
+from qrefta.config.settings import Settings
+from qrefta.config.stack import LayerStack
 from qrefta.linalg.metric import output_error
 from qrefta.model.stacks import find_stacks, read_slice
 from qrefta.nn.grid import Grid, grid_of, inverse, nearest

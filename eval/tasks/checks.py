@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from eval.tasks.architectures import small_inputs
 from qrefta import export_lora, load, merge, prepare, prepare_checkpoint
-from qrefta.config import BANK, Settings
+from qrefta.config.settings import Settings
+from qrefta.config.stack import BANK
 from qrefta.export.compare import output_difference
 from qrefta.model.stacks import find_stacks
 from qrefta.model.unquantized import unquantized

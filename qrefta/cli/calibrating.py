@@ -16,7 +16,7 @@ KINDS = "a file (txt, csv, tsv, jsonl, parquet), text (generic text) or none"
 
 def calibration_of(model: str, max_memory: str) -> str:
     """The text to calibrate on if none is named: the model is loaded for it, so it has to fit."""
-    from qrefta.config import parse_bytes
+    from qrefta.config.sizes import parse_bytes
     from qrefta.files.companions import has_vocabulary
     from qrefta.files.sources import dense_bytes, is_gguf, resolve_folder
 
@@ -58,7 +58,7 @@ def gather(
 
 def _dtype(model: str, source: dict[str, Any], max_memory: str) -> Any:
     """The dtype to calibrate in; a line says so if the files' dtype is slow."""
-    from qrefta.config import parse_bytes
+    from qrefta.config.sizes import parse_bytes
     from qrefta.files.sources import dense_bytes
     from qrefta.model.dtype import loading_dtype
 

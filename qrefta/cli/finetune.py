@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from datasets import DatasetDict
     from transformers import PreTrainedModel
 
-    from qrefta.config import Settings
+    from qrefta.config.settings import Settings
     from qrefta.train.tasks.mixture import Mixture
 
 ROWS = "data"  # rows of the training data
@@ -285,7 +285,7 @@ def _options_of_run(
     Raises:
         ValueError: if an option was given that would prepare a prepared model in another way.
     """
-    from qrefta.config import Settings
+    from qrefta.config.settings import Settings
 
     kept = dict(ctx.params)
     model = kept["model"]

@@ -1,5 +1,5 @@
 """Arguments and options that several commands share; the settings of `prepare` among them, which
-are made from the fields of `qrefta.config.Settings`.
+are made from the fields of `qrefta.Settings`.
 """
 
 import inspect
@@ -14,7 +14,8 @@ import typer
 from typer.core import TyperCommand
 
 from qrefta.choices import AUTO_RANK, SELECTIVE, Selective
-from qrefta.config import Settings, parse_bits, parse_rank
+from qrefta.config.rank import parse_rank
+from qrefta.config.settings import Settings
 
 Folder = Annotated[Path, typer.Argument(help="Folder of a prepared model.")]
 NewFolder = Annotated[Path, typer.Argument(help="Folder to write: new or empty.")]
@@ -164,9 +165,14 @@ def _settings(values: dict[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in old.items() if value is not None}
     if given:
         values["rank"] = _rank_of_old_options(values["rank"], given)
-    values["bits"] = parse_bits(values["bits"])
+    values["bits"] = _bits(values["bits"])
     values["rank"] = parse_rank(values["rank"])
     return values
+
+
+def _bits(text: str) -> int | str:
+    """A number, or a word that `Settings` takes or refuses."""
+    return int(text) if text.isdecimal() else text
 
 
 def _rank_of_old_options(rank: str, given: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.utils.import_utils import is_gguf_available
 
 from qrefta.choices import GGUF_TYPES, GgufType
-from qrefta.config import StackReport
+from qrefta.config.report import StackReport
 from qrefta.export.compare import example_inputs, output_difference, outputs
 from qrefta.export.gguf_vocab import add_vocabulary
 from qrefta.export.merge import Export, agreed

@@ -19,7 +19,8 @@ from transformers import BitsAndBytesConfig, Conv1D, PreTrainedModel, PreTrained
 
 from qrefta._compat.transformers import float32_under_float16
 from qrefta.choices import BITSANDBYTES_TYPES, LORA_BASES, LoraBase
-from qrefta.config import StackReport
+from qrefta.config.checks import whole
+from qrefta.config.report import StackReport
 from qrefta.export.compare import example_inputs, output_difference, outputs
 from qrefta.export.merge import (
     ROUNDING_TOLERANCE,
@@ -521,8 +522,8 @@ def _check_settings(
             f"bitsandbytes has no format for residuals in {config.settings.format_name}; give "
             'base="residual"'
         )
-    if rank is not None and (type(rank) is not int or rank < 1):
-        raise ValueError(f"rank is {rank!r}; it must be a whole number, 1 or more")
+    if rank is not None:
+        whole("rank", rank, 1)
     check_floating(dtype)
     if any(row.rank and row.stack.experts for row in config.stacks):
         raise ValueError(

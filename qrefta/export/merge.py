@@ -15,7 +15,8 @@ from qrefta._compat.transformers import (
     set_always_float32,
     unmark_quantized,
 )
-from qrefta.config import StackReport
+from qrefta.config.report import StackReport
+from qrefta.config.stack import BANK
 from qrefta.export.compare import example_inputs, output_difference, outputs, run_from_disk
 from qrefta.export.write import (
     check_complete,
@@ -31,7 +32,6 @@ from qrefta.hf_quantizer import prepared_config
 from qrefta.model.stacks import replace_module
 from qrefta.model_card import write_card
 from qrefta.nn.experts import expert_path, restore_fused
-from qrefta.nn.factors import BANK
 from qrefta.nn.linear import adapted_layer, has_adapted_layer
 
 # Relative difference of logits that rounding to bf16 may make. Measured: 0.012 on small random

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qrefta.config import StackReport
+from qrefta.config.report import StackReport
 from qrefta.hf_config import QReftaConfig
 from qrefta.hf_quantizer import is_prepared, prepared_config
 from qrefta.linalg.slices import Slices

@@ -19,7 +19,8 @@ from qrefta._compat.transformers import (
     unmark_quantized,
     write_code,
 )
-from qrefta.config import StackReport
+from qrefta.config.report import StackReport
+from qrefta.config.stack import BANK
 from qrefta.files.code import is_trusted
 from qrefta.files.companions import copy_companions
 from qrefta.files.layout import SINGLE
@@ -36,7 +37,6 @@ from qrefta.hf_quantizer import check_no_peft, is_prepared, prepared_config
 from qrefta.model.check import check_in_memory
 from qrefta.model.names import stored_together
 from qrefta.nn.experts import expert_path
-from qrefta.nn.factors import BANK
 from qrefta.nn.linear import AdaptedLinear, adapted_layer, has_adapted_layer
 
 # The tensors of an adapted linear layer, without its bias, by their names in the module.

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from qrefta.config import LayerStack, Settings
+from qrefta.config.checks import whole
+from qrefta.config.settings import Settings
+from qrefta.config.stack import BANK, LayerStack
 from qrefta.files.code import is_trusted
 from qrefta.files.sources import pretrained_source
 from qrefta.memory.footprint import COUNTED_BLOCKS
@@ -24,7 +26,6 @@ from qrefta.model.build import Placement, build, freeze, model_class, with_train
 from qrefta.model.positions import position_limit
 from qrefta.model.stacks import ends_with, find_stacks, select_stacks
 from qrefta.nn.experts import route_evenly
-from qrefta.nn.factors import BANK
 from qrefta.nn.quantized import QuantFormat
 from qrefta.split.allocate import given_ranks
 from qrefta.split.formats import formats_without_weights
@@ -131,7 +132,7 @@ class Outline:
         """
         kind = self.model.main_input_name
         name = type(self.model).__name__
-        _check_whole("batch", batch)
+        whole("batch", batch, 1)
         if kind == "pixel_values":
             return {kind: self._images(batch, seq, dtype)}
         if kind != "input_ids":
@@ -140,7 +141,7 @@ class Outline:
             raise ValueError(
                 f"{name} takes text: give seq, the tokens of a sequence (seq=2048, --seq 2048)."
             )
-        _check_whole("seq", seq)
+        whole("seq", seq, 1)
         config = self.model.config
         positions = position_limit(self.model)
         if positions is not None and seq > positions:
@@ -167,11 +168,6 @@ class Outline:
             )
         height, width = (size, size) if isinstance(size, int) else size
         return torch.zeros(batch, config.num_channels, height, width, dtype=dtype)
-
-
-def _check_whole(name: str, value: object) -> None:
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number, 1 or more")
 
 
 def _without_storage(source: ModelSource, trust_remote_code: bool) -> PreTrainedModel:

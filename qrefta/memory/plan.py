@@ -28,14 +28,10 @@ from qrefta.choices import (
     Optimizer,
     Selective,
 )
-from qrefta.config import (
-    RankSetting,
-    Settings,
-    SettingsKeywords,
-    parse_bytes,
-    settings_of_call,
-    shows_settings,
-)
+from qrefta.config.call import settings_of_call, shows_settings
+from qrefta.config.rank import RankSetting
+from qrefta.config.settings import Settings, SettingsKeywords
+from qrefta.config.sizes import parse_bytes
 from qrefta.memory.footprint import count_step, counted_checkpointing, fake
 from qrefta.memory.meta_model import ModelSource, Outline
 from qrefta.methods import METHODS
@@ -150,7 +146,7 @@ def plan(
             tokens count as labelled.
         optimizer: adamw or adamw_8bit.
         trust_remote_code: whether to run code that comes with a model given by name.
-        bits, rank, settings: see `qrefta.config.Settings`; a `RankBudget` must be of trainable
+        bits, rank, settings: see `qrefta.Settings`; a `RankBudget` must be of trainable
             parameters. With bits="auto" the weights count as many bytes as `target_bits` allows.
 
     Raises:

@@ -11,7 +11,7 @@ it open: the squares are J = I + (the trainable parameters), so that bf16 rounds
 import torch
 from torch import Tensor, nn
 
-from qrefta.config import Rank
+from qrefta.config.rank import Rank
 from qrefta.linalg.slices import Slices
 from qrefta.linalg.tucker import Tucker, hosvd
 from qrefta.nn.factors import Fit, LowRankFactors, frozen

@@ -16,12 +16,15 @@ from qrefta._compat.transformers import (
     set_always_float32,
 )
 from qrefta.choices import QuantType
-from qrefta.config import LayerStack, Rank, Settings, StackReport
+from qrefta.config.rank import Rank
+from qrefta.config.report import StackReport
+from qrefta.config.settings import Settings
+from qrefta.config.stack import BANK, LayerStack
 from qrefta.files.code import check_trusted, class_with_model
 from qrefta.methods import METHODS
 from qrefta.model.stacks import ends_with, linear_layer, read_slice, replace_module
 from qrefta.nn.experts import add_expert
-from qrefta.nn.factors import BANK, FactorBank, factor_dtype, frozen
+from qrefta.nn.factors import FactorBank, factor_dtype, frozen
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.nn.quantized import QuantFormat
 

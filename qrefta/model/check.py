@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qrefta._compat.transformers import is_left_out, was_initialized
+from qrefta.config.stack import BANK
 from qrefta.files.header import read_checksums
 from qrefta.files.safetensors import Checkpoint
 from qrefta.model.names import sources
 from qrefta.nn.experts import is_adapted
-from qrefta.nn.factors import BANK, Factors, frozen
+from qrefta.nn.factors import Factors, frozen
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.nn.packed import pack
 

@@ -20,7 +20,7 @@ from qrefta._compat.transformers import (
     rename_source_key,
     revert_weight_conversion,
 )
-from qrefta.config import LayerStack
+from qrefta.config.stack import LayerStack
 from qrefta.files.safetensors import Checkpoint, Part
 
 

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from transformers.integrations.accelerate import load_offloaded_parameter
 
 from qrefta._compat.transformers import revert_weight_conversion
-from qrefta.config import FORMAT_VERSION
 from qrefta.files.checksums import Checksums, byte_view, settings_checksum, tensor_checksum
+from qrefta.hf_config import FORMAT_VERSION
 
 _THREADS = min(8, os.cpu_count() or 1)  # each holds a tensor of a GPU in CPU memory
 

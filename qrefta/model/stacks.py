@@ -20,7 +20,7 @@ from transformers import Conv1D, PreTrainedModel
 
 from qrefta._compat.accelerate import runs_own_forward
 from qrefta._compat.torch import direct_children, direct_parameters, move_hooks
-from qrefta.config import LayerStack
+from qrefta.config.stack import LayerStack
 from qrefta.model.names import keeps_scales
 from qrefta.model.reads import read_weights
 from qrefta.nn.experts import Experts, fused_names, is_experts

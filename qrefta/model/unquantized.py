@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 from transformers import Conv1D
 
-from qrefta.config import LayerStack
+from qrefta.config.stack import LayerStack
 from qrefta.model.stacks import body_modules, left_dense, role_of
 
 WARNED_SHARE = 0.05

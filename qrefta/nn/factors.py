@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from qrefta._compat.torch import direct_parameters, version_counter
 from qrefta.choices import TRANSFORMS
-from qrefta.config import BANK as BANK
-from qrefta.config import Rank, Settings
+from qrefta.config.rank import Rank
+from qrefta.config.settings import Settings
+from qrefta.config.stack import BANK
 from qrefta.linalg.slices import Slices
 from qrefta.nn.packed import pack, packed_parameter, warn_of_other_bytes
 from qrefta.nn.product import adapted_product, rounded_factor

@@ -37,7 +37,7 @@ from torch.nn.functional import linear, pad
 
 from qrefta._compat.bitsandbytes import levels_8bit, nest_scales
 from qrefta.choices import BITSANDBYTES_TYPES, BLOCK_SIZES, QUANT_TYPES, QuantType, bits_of
-from qrefta.config import Settings
+from qrefta.config.settings import Settings
 from qrefta.linalg.feedback import Feedback, round_columns
 from qrefta.nn.grid import (
     CHUNK,

@@ -23,7 +23,10 @@ import torch
 from tqdm.auto import tqdm
 
 from qrefta.choices import AUTO_RANK
-from qrefta.config import LayerStack, Rank, RankBudget, Settings, StackReport
+from qrefta.config.rank import Rank, RankBudget
+from qrefta.config.report import StackReport
+from qrefta.config.settings import Settings
+from qrefta.config.stack import LayerStack
 from qrefta.linalg.tsvd import squared_norm
 from qrefta.methods import METHODS
 from qrefta.methods.refta import ReFTA

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import BatchEncoding
 
 from qrefta._compat.torch import version_counter
-from qrefta.config import LayerStack
+from qrefta.config.stack import LayerStack
 from qrefta.linalg.metric import Metric, normalized, roots
 from qrefta.model.modes import eval_mode
 from qrefta.model.stacks import ends_with

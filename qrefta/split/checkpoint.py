@@ -24,7 +24,11 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from qrefta.choices import QuantType
-from qrefta.config import LayerStack, Rank, Settings, StackReport, parse_bytes
+from qrefta.config.rank import Rank
+from qrefta.config.report import StackReport
+from qrefta.config.settings import Settings
+from qrefta.config.sizes import parse_bytes
+from qrefta.config.stack import BANK, LayerStack
 from qrefta.files.checksums import Checksums, settings_checksum
 from qrefta.files.companions import copy_companions
 from qrefta.files.folders import JOURNAL
@@ -42,7 +46,7 @@ from qrefta.model.names import weight_parts
 from qrefta.model.stacks import BLOCK_BYTES, Weights, check_values, find_stacks, select_stacks
 from qrefta.model.unquantized import warn_of_unquantized
 from qrefta.model_card import write_card
-from qrefta.nn.factors import BANK, stored_factors
+from qrefta.nn.factors import stored_factors
 from qrefta.split.calibrate import FULL_WIDTH, Moments
 from qrefta.split.loop import split_stacks
 from qrefta.split.stack_split import StackSplit

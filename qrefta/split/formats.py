@@ -24,7 +24,10 @@ import torch
 from tqdm.auto import tqdm
 
 from qrefta.choices import AUTO_BITS, MIXED_TYPES, QuantType, bits_of
-from qrefta.config import LayerStack, Rank, Settings, StackReport
+from qrefta.config.rank import Rank
+from qrefta.config.report import StackReport
+from qrefta.config.settings import Settings
+from qrefta.config.stack import LayerStack
 from qrefta.methods import METHODS
 from qrefta.model.stacks import Weights
 from qrefta.nn.factors import factor_dtype

@@ -9,7 +9,10 @@ from typing import Protocol
 from tqdm.auto import tqdm
 
 from qrefta.choices import QuantType
-from qrefta.config import LayerStack, Rank, Settings, StackReport
+from qrefta.config.rank import Rank
+from qrefta.config.report import StackReport
+from qrefta.config.settings import Settings
+from qrefta.config.stack import LayerStack
 from qrefta.model.stacks import Weights, select_stacks
 from qrefta.split.allocate import choose_ranks
 from qrefta.split.calibrate import Moments

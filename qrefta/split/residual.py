@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qrefta.config import Rank, Settings
+from qrefta.config.rank import Rank
+from qrefta.config.settings import Settings
 from qrefta.linalg.metric import Metric
 from qrefta.linalg.slices import Blocks, Slices
 from qrefta.linalg.tsvd import mix, squared_norm, t_svd, transform_matrix

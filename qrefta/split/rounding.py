@@ -16,7 +16,8 @@ import warnings
 import torch
 from torch import Tensor
 
-from qrefta.config import LayerStack, Settings
+from qrefta.config.settings import Settings
+from qrefta.config.stack import LayerStack
 from qrefta.linalg.feedback import Feedback, feedback_of
 from qrefta.nn.quantized import PLAIN, Rounding
 from qrefta.split.calibrate import Moments

@@ -2,7 +2,10 @@
 
 from collections.abc import Iterator
 
-from qrefta.config import LayerStack, Rank, Settings, StackReport
+from qrefta.config.rank import Rank
+from qrefta.config.report import StackReport
+from qrefta.config.settings import Settings
+from qrefta.config.stack import LayerStack
 from qrefta.linalg.metric import output_error
 from qrefta.linalg.tsvd import squared_norm
 from qrefta.model.stacks import Weights

@@ -25,11 +25,11 @@ from transformers import (
 
 from qrefta._deprecations import deprecated_keywords
 from qrefta.choices import Loss, Selective
+from qrefta.config.stack import BANK
 from qrefta.distributed import check_sharding, processes, whole_state
 from qrefta.hf_quantizer import is_prepared, prepared_config
 from qrefta.model.dtype import warn_of_slow_dtype
 from qrefta.model_card import write_card
-from qrefta.nn.factors import BANK
 from qrefta.train.arguments import LENGTH_FIELDS, run_arguments, task_settings
 from qrefta.train.checkpointing import checkpointing_settings, follow_arguments
 from qrefta.train.checkpoints import publish, whole_checkpoints, writing

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
+from qrefta.config.checks import whole
 from qrefta.hf_quantizer import is_prepared
 from qrefta.train.lengths import MAX_LENGTH
 from qrefta.train.progress import EVERY
@@ -158,11 +159,9 @@ def _made(kind: type[TrainingArguments], values: dict[str, Any]) -> TrainingArgu
 def _check_size(values: dict[str, Any]) -> None:
     """Refuse a step without rows and a run without steps."""
     for field in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-        value = values.get(field, 1)
-        if not _is_whole(value) or value < 1:
-            raise ValueError(f"{_named(field)} is {value!r}; it must be a whole number, 1 or more")
+        whole(_named(field), values.get(field, 1), 1)
     steps = values.get("max_steps", -1)
-    if not _is_whole(steps):
+    if isinstance(steps, bool) or not isinstance(steps, Integral):
         raise ValueError(
             f"{_named('max_steps')} is {steps!r}; it must be a whole number of steps, or -1 for "
             "the length in epochs"
@@ -173,10 +172,6 @@ def _check_size(values: dict[str, Any]) -> None:
             f"{_named('num_train_epochs')} is {epochs!r}; it must be a number above 0, or give the "
             f"steps of the run by {_named('max_steps')}"
         )
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _named(field: str) -> str:

@@ -6,8 +6,9 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerState
 
+from qrefta.config.stack import BANK
 from qrefta.hf_quantizer import is_prepared
-from qrefta.nn.factors import BANK, FactorBank
+from qrefta.nn.factors import FactorBank
 
 
 def silent_stacks(model: nn.Module) -> list[str]:

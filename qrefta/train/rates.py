@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from qrefta.choices import AUTO_RATE, Method, Task
+from qrefta.config.checks import positive
 from qrefta.hf_quantizer import is_prepared, prepared_config
 
 RATES: dict[Method, float] = {
@@ -80,9 +81,7 @@ def chosen_rate(
         if show:
             tqdm.write(f"Learning rate {rate:g}, {of}the best measured for {trained}")
         return rate
-    if not _is_rate(rate):
-        raise ValueError(f"learning_rate is {rate!r}; it must be a positive number")
-    return rate
+    return positive("learning_rate", rate)
 
 
 def parse_rate(text: str) -> float | None:
@@ -97,7 +96,7 @@ def parse_rate(text: str) -> float | None:
         rate = float(text)
     except ValueError:
         rate = 0.0
-    if not _is_rate(rate):
+    if not 0 < rate < inf:
         raise ValueError(f"--learning-rate is {text!r}; give a positive number, or {AUTO_RATE}")
     return rate
 
@@ -105,7 +104,3 @@ def parse_rate(text: str) -> float | None:
 def _share(task: Task) -> float:
     """The share of the measured rate that a task takes."""
     return PREFERENCE_SHARE if task in ("dpo", "grpo") else 1.0
-
-
-def _is_rate(rate: float) -> bool:
-    return 0 < rate < inf

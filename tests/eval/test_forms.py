@@ -8,8 +8,8 @@ from torch.testing import assert_close
 
 import qrefta
 from eval.peers.forms import FORMS, SLOW
+from qrefta.config.stack import BANK
 from qrefta.methods import METHODS
-from qrefta.nn.factors import BANK
 from tests import models
 from tests.models import inputs, logits
 

@@ -13,11 +13,11 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import qrefta
+from qrefta.config.stack import BANK
 from qrefta.export import merge as export
 from qrefta.export import write
 from qrefta.hf_quantizer import is_prepared, prepared_config
 from qrefta.nn import experts
-from qrefta.nn.factors import BANK
 from qrefta.nn.linear import AdaptedLinear
 from tests import models
 from tests.models import (

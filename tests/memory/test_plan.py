@@ -25,13 +25,14 @@ from transformers import (
 
 import qrefta
 from qrefta._compat.transformers import enable_checkpointing
-from qrefta.config import RankBudget, Settings
+from qrefta.config.rank import RankBudget
+from qrefta.config.settings import Settings
+from qrefta.config.stack import BANK
 from qrefta.memory.footprint import _AsOnCuda, _Ledger
 from qrefta.memory.meta_model import Outline
 from qrefta.memory.plan import _Case, _largest, _plan, plan
 from qrefta.model.stacks import find_stacks
 from qrefta.nn.checkpointing import selective_contexts
-from qrefta.nn.factors import BANK
 from qrefta.nn.head_loss import plain_head
 from qrefta.nn.linear import AdaptedLinear
 from tests.models import build, decoder_sizes, tiny_bert, tiny_llama, tiny_mixtral, tiny_vit

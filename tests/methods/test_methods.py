@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import qrefta
 from qrefta._compat.transformers import enable_checkpointing
-from qrefta.config import RankBudget
+from qrefta.config.rank import RankBudget
+from qrefta.config.stack import BANK
 from qrefta.linalg.metric import Metric
 from qrefta.linalg.tucker import hosvd
 from qrefta.methods import METHODS
@@ -24,7 +25,7 @@ from qrefta.methods.craft import CRAFT
 from qrefta.methods.tera import kronecker_product, mode_sizes
 from qrefta.methods.windows import Windows
 from qrefta.model.stacks import find_stacks, model_weights
-from qrefta.nn.factors import BANK, FactorBank, stored_factors
+from qrefta.nn.factors import FactorBank, stored_factors
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.nn.quantized import DenseWeight
 from qrefta.split.calibrate import gather_moments

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, 
 
 import qrefta
 from qrefta._compat.transformers import enable_checkpointing
+from qrefta.config.stack import BANK
 from qrefta.hf_quantizer import place_bank
-from qrefta.nn.factors import BANK
 from qrefta.train._finetune import finetune
 from qrefta.train.arguments import training_arguments
 from qrefta.train.models import load_classifier

@@ -6,9 +6,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import qrefta
-from qrefta.config import RankBudget, Settings
+from qrefta.config.rank import RankBudget
+from qrefta.config.settings import Settings
+from qrefta.config.stack import BANK
 from qrefta.model.stacks import find_stacks, model_weights
-from qrefta.nn.factors import BANK
 from qrefta.split import stack_split
 from qrefta.split.allocate import _Spectra, automatic_rank
 from tests.minilm import minilm, needs_minilm

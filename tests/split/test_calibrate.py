@@ -7,7 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModel
 
-from qrefta.config import LayerStack
+from qrefta.config.stack import LayerStack
 from qrefta.linalg.metric import roots
 from qrefta.model.stacks import find_stacks
 from qrefta.split import calibrate as moments_module

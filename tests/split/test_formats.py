@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 import qrefta
 from qrefta.choices import MIXED_TYPES, bits_of
-from qrefta.config import Settings
+from qrefta.config.settings import Settings
 from qrefta.hf_quantizer import is_prepared, prepared_config
 from qrefta.model.stacks import find_stacks, model_weights
 from qrefta.split.calibrate import gather_moments

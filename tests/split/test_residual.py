@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from qrefta.choices import TRANSFORMS, bits_of
-from qrefta.config import Settings
+from qrefta.config.settings import Settings
 from qrefta.linalg.metric import Metric
 from qrefta.model.stacks import Weights
 from qrefta.nn.quantized import QuantFormat, Rounding, rounded

@@ -5,7 +5,8 @@ import torch
 from torch.testing import assert_close
 
 from qrefta.choices import bits_of
-from qrefta.config import LayerStack, Settings
+from qrefta.config.settings import Settings
+from qrefta.config.stack import LayerStack
 from qrefta.linalg.metric import output_error
 from qrefta.nn import packing
 from qrefta.nn.quantized import QUANT_TYPES, QuantFormat, Rounding, quantize

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from qrefta.config import LayerStack, Settings
+from qrefta.config.settings import Settings
+from qrefta.config.stack import LayerStack
 from qrefta.model.stacks import Weights
 from qrefta.split.calibrate import Moments
 from qrefta.split.stack_split import StackSplit

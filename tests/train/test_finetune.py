@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import qrefta
-from qrefta.nn.factors import BANK
+from qrefta.config.stack import BANK
 from qrefta.train._finetune import finetune
 from qrefta.train.arguments import training_arguments
 from qrefta.train.checkpoints import last_checkpoint

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 import qrefta
-from qrefta.nn.factors import BANK
+from qrefta.config.stack import BANK
 from qrefta.train._finetune import finetune
 from qrefta.train.gradients import GradientWatch, silent_stacks
 from tests.models import inputs, prepared, tiny_bert, tiny_clip, tiny_mixtral

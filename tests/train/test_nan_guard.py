@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 import qrefta
-from qrefta.nn.factors import BANK
+from qrefta.config.stack import BANK
 from qrefta.train._finetune import finetune
 from qrefta.train.arguments import training_arguments
 from qrefta.train.models import load_classifier

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from datasets import DatasetDict, concatenate_datasets, interleave_datasets
 
 from qrefta.choices import Task
+from qrefta.config.checks import positive
 from qrefta.train.tasks.recipe import Recipe
 
 MIXED: tuple[Task, ...] = ("lm", "sft", "dpo", "grpo")
@@ -33,8 +34,7 @@ def load_mixture(
             f"several data sets are for the tasks {', '.join(MIXED)}; the task is {task!r}"
         )
     for source, weight in sources.items():
-        if not 0 < weight < float("inf"):
-            raise ValueError(f"the weight of {source} is {weight!r}; it must be a positive number")
+        positive(f"the weight of {source}", weight)
     return Mixture([load(source, seed=seed) for source in sources], list(sources.values()))
 
 

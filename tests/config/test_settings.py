@@ -1,124 +1,21 @@
-"""Settings, reports and the saved config: allowed values, refused values, JSON and back,
-migration.
-"""
+"""Settings: allowed and refused values, and the keywords of the public functions."""
 
 import inspect
-import json
 import warnings
 from dataclasses import fields
 
-import numpy as np
 import pytest
 import torch
 
 import qrefta
-from qrefta.config import (
-    FORMAT_VERSION,
-    LayerStack,
-    RankBudget,
-    Settings,
-    SettingsKeywords,
-    StackReport,
-    parse_bytes,
-    parse_rank,
-    settings_of_call,
-)
-from qrefta.hf_config import QReftaConfig
+from qrefta.config.call import settings_of_call
+from qrefta.config.rank import RankBudget
+from qrefta.config.settings import Settings, SettingsKeywords
+from qrefta.hf_config import FORMAT_VERSION, QReftaConfig
 from qrefta.nn.factors import factor_dtype
 from qrefta.nn.quantized import QuantFormat
 
-REPORT = StackReport(
-    stack=LayerStack("layers.*.proj", ("layers.0.proj", "layers.1.proj"), 3, 4),
-    rank=2,
-    slice_ranks=(2, 0),
-    transform="lsm3",
-    quant_type="nf4",
-    baseline_error=2.0,
-    residual_error=1.0,
-    principal_energy=0.25,
-    bytes=100,
-)
-ROW_OF_FORMAT_1 = {
-    "stack": "layers.*.proj",
-    "modules": ["layers.0.proj", "layers.1.proj"],
-    "transposed": False,
-    "layers": 2,
-    "shape": [3, 4],
-    "rank": 2,
-    "slice_ranks": [2, 0],
-    "transform": "lsm3",
-    "quant_type": "nf4",
-    "baseline_error": 2.0,
-    "residual_error": 1.0,
-    "ratio": 0.5,
-    "principal_energy": 0.25,
-    "bytes": 100,
-    "bits_per_weight": 33.3,
-    "output_error": None,
-    "output_ratio": None,
-    "experts": 0,
-}
 MIXED = {"bits": "auto", "target_bits": 3.3}
-OLD_SETTINGS = {"ranks": None, "trained_params": None, "budget_mb": None, "error_ratio": None}
-
-
-@pytest.mark.parametrize(
-    "rank", [7, (2, 3, 4), RankBudget(bytes="1MB"), RankBudget(error_ratio=0.5)], ids=str
-)
-def test_json_and_back_keeps_everything(rank):
-    config = QReftaConfig(
-        method="refta",
-        rank=rank,
-        quant_type="int4",
-        target_modules=["proj"],
-        modules_to_save="head",
-        stacks=[REPORT],
-        base_model="a/b",
-        calibrated=True,
-    )
-    again = QReftaConfig.from_dict(json.loads(config.to_json_string()))
-    assert again.to_dict() == config.to_dict()
-    assert again.settings == config.settings
-    assert again.stacks == [REPORT]
-
-
-def test_a_row_of_format_1_is_migrated():
-    old = {"format_version": 1, "rank": 2, **OLD_SETTINGS, "stacks": [ROW_OF_FORMAT_1]}
-    config = QReftaConfig.from_dict(old)
-    assert config.stacks == [REPORT]
-    assert config.to_dict()["format_version"] == FORMAT_VERSION
-    calibrated = ROW_OF_FORMAT_1 | {"output_error": 3.0, "output_ratio": 0.75}
-    report = StackReport.from_dict(calibrated)
-    assert (report.output_error, report.output_baseline, report.output_ratio) == (3.0, 4.0, 0.75)
-
-
-@pytest.mark.parametrize(
-    ("old", "rank"),
-    [
-        ({"rank": 16, "ranks": [2, 3, 4]}, (2, 3, 4)),
-        ({"rank": 16, "trained_params": 5000}, RankBudget(trainable_parameters=5000)),
-        ({"rank": "auto", "budget_mb": 0.02}, RankBudget(bytes=20_000)),
-        ({"rank": "auto", "error_ratio": 0.5}, RankBudget(error_ratio=0.5)),
-        ({"rank": 5}, 5),
-    ],
-    ids=str,
-)
-def test_rank_settings_of_format_1_are_migrated(old, rank):
-    config = QReftaConfig.from_dict({"format_version": 1, **OLD_SETTINGS, **old})
-    assert config.settings.rank == rank
-
-
-def test_ranks_of_an_older_file_that_are_no_list_are_refused():
-    with pytest.raises(ValueError, match="ranks is 5; give the three ranks"):
-        QReftaConfig.from_dict({"format_version": 1, **OLD_SETTINGS, "ranks": 5})
-
-
-def test_a_report_states_ratios_and_bits_without_loading_details():
-    shown = REPORT.report()
-    assert set(ROW_OF_FORMAT_1) - set(shown) == {"modules", "transposed"}
-    assert shown.keys() <= ROW_OF_FORMAT_1.keys()
-    expected = ROW_OF_FORMAT_1 | {"bits_per_weight": 8 * 100 / 24}
-    assert all(shown[name] == expected[name] for name in shown)
 
 
 @pytest.mark.parametrize(
@@ -146,10 +43,6 @@ def test_a_report_states_ratios_and_bits_without_loading_details():
             MIXED | {"method": "refta", "rank": RankBudget(error_ratio=0.5)},
             "need the bits first: give a number as rank",
         ),
-        (
-            MIXED | {"stacks": [ROW_OF_FORMAT_1 | {"quant_type": "nf5"}]},
-            "quant_type 'nf5', which no stack has",
-        ),
         ({"quant_type": "int8"}, "quant_type is 'int8'; it must be one of nf4, fp4, int4"),
         ({"block_size": 100}, "block_size is 100; it must be one of 32, 64, 128"),
         ({"block_size": True}, "block_size is True"),
@@ -175,33 +68,11 @@ def test_a_report_states_ratios_and_bits_without_loading_details():
         ({"format_version": FORMAT_VERSION + 1}, "pip install -U qrefta"),
         ({"format_version": "1"}, "format version '1'"),
         ({"colour": "red"}, r"Unknown qrefta settings \['colour'\]"),
-        ({"stacks": [{"stack": "x"}]}, "config.json is damaged"),
-        ({"stacks": [3]}, "config.json is damaged"),
-        ({"stacks": [ROW_OF_FORMAT_1 | {"layers": 3}]}, "3 layers for its 2 weights"),
-        ({"stacks": [ROW_OF_FORMAT_1 | {"rank": -1}]}, "rank -1, which no stack has"),
-        ({"stacks": {"a": 1}}, "it must be a list"),
     ],
 )
 def test_errors_name_the_given_and_the_allowed_values(settings, message):
     with pytest.raises(ValueError, match=message):
         QReftaConfig(**settings)
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({}, "got nothing; give exactly one of bytes, error_ratio and trainable_parameters"),
-        ({"bytes": 1, "error_ratio": 0.5}, "give exactly one"),
-        ({"bytes": "8 apples"}, "RankBudget bytes is '8 apples'"),
-        ({"bytes": 0}, "RankBudget bytes is 0"),
-        ({"error_ratio": 1.5}, "error_ratio is 1.5; .* at most 1"),
-        ({"error_ratio": -1}, "must be a positive number"),
-        ({"trainable_parameters": 0}, "trainable_parameters is 0"),
-    ],
-)
-def test_a_budget_holds_exactly_one_value_in_range(given, message):
-    with pytest.raises(ValueError, match=message):
-        RankBudget(**given)
 
 
 @pytest.mark.parametrize("budget", [RankBudget(bytes=1), RankBudget(error_ratio=0.5)], ids=str)
@@ -246,44 +117,6 @@ def test_a_setting_without_effect_is_told(setting):
             warnings.simplefilter("error")
             call(method="refta", **setting)
             call(refine=0)
-
-
-@pytest.mark.parametrize(
-    ("text", "rank"),
-    [
-        ("auto", "auto"),
-        ("16", 16),
-        ("24,100,100", (24, 100, 100)),
-        ("bytes=8MB", RankBudget(bytes=8_000_000)),
-        ("bytes=1.5KiB", RankBudget(bytes=1536)),
-        ("error=0.5", RankBudget(error_ratio=0.5)),
-        ("parameters=300000", RankBudget(trainable_parameters=300_000)),
-    ],
-)
-def test_a_rank_is_read_from_text(text, rank):
-    assert parse_rank(text) == rank
-
-
-@pytest.mark.parametrize("text", ["", "many", "1.5", "2,x", "size=3", "parameters=few", "auto,2"])
-def test_other_text_for_a_rank_is_refused_with_the_forms(text):
-    with pytest.raises(ValueError, match=r"it must be auto, a whole number \(16\), three"):
-        parse_rank(text)
-
-
-def test_bytes_are_read_from_numbers_and_text():
-    assert [parse_bytes("x", size) for size in (5, "5", "2GB", "2 GiB", "1e3KB")] == [
-        5,
-        5,
-        2 * 10**9,
-        2 << 30,
-        10**6,
-    ]
-    with pytest.raises(ValueError, match="x is 'plenty'; give a positive number of bytes"):
-        parse_bytes("x", "plenty")
-
-
-def test_whole_numbers_of_numpy_are_taken_and_stored_as_plain_ones():
-    assert type(Settings(rank=np.int64(4)).rank) is int
 
 
 def test_format_and_dtype():
