@@ -72,13 +72,12 @@ def test_sixty_stacks_of_a_large_model_are_chosen_at_once():
     assert limit - 1 <= spent <= limit
 
 
-@pytest.mark.parametrize("calibrated", [False, True])
 @pytest.mark.parametrize(
-    "options",
+    ("options", "calibrated"),
     [
-        {"method": "refta", "rank": 2, "refine": 1},
-        {"method": "windows", "rank": 4, "double_quant": False},
-        {"rank": 0},
+        ({"method": "refta", "rank": 2, "refine": 1}, True),
+        ({"method": "windows", "rank": 4, "double_quant": False}, True),
+        ({"rank": 0}, False),
     ],
     ids=str,
 )
