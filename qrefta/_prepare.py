@@ -4,6 +4,7 @@ of core.
 
 import copy
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -36,9 +37,10 @@ from qrefta.model.unquantized import warn_of_unquantized
 from qrefta.nn.factors import FactorBank
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.nn.quantized import QuantFormat
-from qrefta.split.calibrate import Moments, gather_moments, load_moments
+from qrefta.split.calibrate import Batch, Moments, gather_moments, load_moments
 from qrefta.split.checkpoint import convert
 from qrefta.split.loop import split_stacks
+from qrefta.split.sequential import BlockSequence
 from qrefta.split.sources import Calibration, calibration_batches
 from qrefta.split.stack_split import StackSplit
 
@@ -141,15 +143,32 @@ def _prepare(
     chosen = with_trained_modules(model, chosen, source.stacks)
     _check_weights(model, source.stacks)
     warn_of_unquantized(model, source.stacks)
+    in_order = chosen.rounding == "sequential" and chosen.bits != 16
+    if in_order and calibration is None:
+        raise ValueError(
+            'rounding is "sequential" and calibration is missing: moments hold the inputs of the '
+            "16-bit model alone. Give calibration, a text or batches."
+        )
+    batches: Iterable[Batch] = ()
     if calibration is not None:
         batches = calibration_batches(model, calibration, tokenizer, seed=chosen.seed)
+        batches = list(batches) if in_order else batches  # they are read twice
         moments = gather_moments(model, source.stacks, batches, progress=progress)
     loaded = _moments(moments)
     if calibration is None and loaded is not None:
         loaded.check(source.stacks)
+    blocks = None
+    if in_order:
+        assert loaded is not None, "calibration gives moments"
+        blocks = BlockSequence(model, source.stacks, batches, loaded, progress)
     _own_config(model)
-    sink = _ModelSink(model)
-    split_stacks(source, sink, chosen, loaded, progress)
+    if blocks is None:
+        sink = _ModelSink(model)
+        split_stacks(source, sink, chosen, loaded, progress)
+    else:
+        sink = _BlockSink(model, blocks)
+        split_stacks(source, sink, chosen, loaded, progress)
+        sink.replace_blocks()
     freeze(model, chosen.modules_to_save)
     config = QReftaConfig(
         chosen,
@@ -199,10 +218,15 @@ def prepare_checkpoint(
 
     Raises:
         ValueError: as `prepare`; and if `out` holds something else, the checkpoint is damaged or a
-            weight is missing, or `max_memory` is too small.
+            weight is missing, `max_memory` is too small, or rounding is "sequential".
         TypeError: for an unknown keyword.
     """
     chosen = settings_of_call("prepare_checkpoint", {"bits": bits, "rank": rank, **settings})
+    if chosen.rounding == "sequential":
+        raise ValueError(
+            'rounding="sequential" runs the model on calibration text, so it needs the model in '
+            'memory: call qrefta.prepare(model, calibration=..., rounding="sequential").'
+        )
     loaded = _moments(moments)
     if is_gguf(source):
         with new_folder(out) as folder:
@@ -321,7 +345,12 @@ class _ModelSink:
         attach_bank(self._model)
 
     def write(self, split: StackSplit) -> None:
-        index = len(self.reports)
+        for _ in self._replaced(len(self.reports), split):
+            pass
+        self.reports.append(split.report())
+
+    def _replaced(self, index: int, split: StackSplit) -> Iterator[None]:
+        """Replace the linear layers of stack number `index`, one a step."""
         stack = split.stack
         fmt = QuantFormat.of(split.settings)
         factors = split.split.factors
@@ -333,9 +362,42 @@ class _ModelSink:
             dense = read_slice(self._model, stack, place)
             layer = adapt(self._model, stack, place, fmt, key)
             layer.store(residual.to(dense.device, dense.dtype), layer.bias)
+            yield
         if factors is not None:
             factors.to(home)
-        self.reports.append(split.report())
+
+
+class _BlockSink(_ModelSink):
+    """A model in memory, whose linear layers are replaced a block at a time, once the factors of
+    all stacks are chosen.
+    """
+
+    def __init__(self, model: PreTrainedModel, blocks: BlockSequence) -> None:
+        super().__init__(model)
+        self._blocks = blocks
+        self._splits: list[StackSplit] = []
+
+    def write(self, split: StackSplit) -> None:
+        targets = self._blocks.targets(split.stack, split.weights)
+        moments = self._blocks.moments
+        self._splits.append(
+            StackSplit(split.stack, targets, split.settings, 0, moments, split.split)
+        )
+
+    def replace_blocks(self) -> None:
+        """Replace all linear layers, in the order of the blocks, and add the reports."""
+        layers = [self._replaced(index, split) for index, split in enumerate(self._splits)]
+        of_path = {
+            path: replaced
+            for replaced, split in zip(layers, self._splits, strict=True)
+            for path in split.stack.modules
+        }
+        for paths in self._blocks.steps():
+            for path in paths:
+                next(of_path[path])
+        for replaced in layers:
+            assert not list(replaced), "every layer is in a block"
+        self.reports = [split.report() for split in self._splits]
 
 
 def _own_config(model: PreTrainedModel) -> None:

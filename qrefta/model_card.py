@@ -145,8 +145,10 @@ def _format(config: QReftaConfig) -> str:
         words += ", scales searched"
     if 0 < len(searched) < len(formats):
         words += f" for {', '.join(map(str.upper, searched))}"
-    if config.calibrated and settings.rounding == "feedback":
+    if config.calibrated and settings.rounding != "nearest":
         words += ", rounded with error feedback"
+    if settings.rounding == "sequential":
+        words += " block by block"
     return words
 
 

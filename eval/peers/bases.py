@@ -27,7 +27,7 @@ from qrefta.hf_quantizer import prepared_config
 from qrefta.linalg.metric import output_error
 from qrefta.model.stacks import find_stacks, read_slice
 from qrefta.nn.quantized import QuantFormat, quantize, rounded
-from qrefta.split.calibrate import Moments, shared_metric
+from qrefta.split.calibrate import Batch, Moments, shared_metric
 
 PLAIN = QuantFormat("nf4")  # errors are relative to this format's plain rounding
 TEXT = 32_768  # tokens to calibrate with
@@ -95,6 +95,18 @@ class Base(NamedTuple):
         return QuantFormat(self.quant_type, self.block_size, self.double_quant)
 
 
+class Calibration(NamedTuple):
+    """Text to calibrate with.
+
+    Attributes:
+        moments: of the inputs of the 16-bit model.
+        batches: inputs of the model.
+    """
+
+    moments: Moments
+    batches: list[Batch]
+
+
 class Made(NamedTuple):
     """The cost of a base.
 
@@ -122,6 +134,7 @@ def sets_of_bases() -> dict[str, list[Base]]:
         "formats": _formats(),
         "bits": _fewer_bits(),
         "mixed": _mixed_bits(),
+        "sequential": _sequential(),
         "calibration": [
             Base("gptq", calibration=LITTLE_TEXT),
             CALIBRATED(calibration=LITTLE_TEXT),
@@ -231,6 +244,21 @@ def _mixed_bits() -> list[Base]:
     ]
 
 
+def _sequential() -> list[Base]:
+    """Blocks rounded one after the other, by bits, without and with factors."""
+    one = partial(CALIBRATED, rounding="sequential")
+    few = partial(one, double_quant=True)
+    mixed = partial(few, quant_type=None, target_bits=min(TARGETS))
+    return [
+        few(quant_type="nf3"),
+        mixed(),
+        one(),
+        few(quant_type="nf3", rank=max(RANKS), refine=1),
+        mixed(rank=R, refine=1),
+        few(quant_type="nf2"),
+    ]
+
+
 def encoder_bases() -> list[Base]:
     """The bases of a sentence encoder: fewer, since one set answers all questions."""
     ranks = (48, 192)
@@ -252,25 +280,25 @@ def largest_rank(model: PreTrainedModel) -> int:
     )
 
 
-def make_base(model: PreTrainedModel, base: Base, moments: Moments | None) -> Made:
+def make_base(model: PreTrainedModel, base: Base, text: Calibration | None) -> Made:
     """Replace the weights of a dense model by the weights of a base.
 
     Args:
         model: dense, in float32; changed in place.
         base: how to make it.
-        moments: of the inputs, if the base is calibrated.
+        text: to calibrate with, if the base is calibrated.
     """
     start = perf_counter()
     if base.maker == "qrefta":
-        bits, settings = _prepare(model, base, moments)
+        bits, settings = _prepare(model, base, text)
     else:
-        bits = _quantize_with_peer(model, base, moments)
+        bits = _quantize_with_peer(model, base, None if text is None else text.moments)
         settings = None
     return Made(bits, perf_counter() - start, settings)
 
 
 def _prepare(
-    model: PreTrainedModel, base: Base, moments: Moments | None
+    model: PreTrainedModel, base: Base, text: Calibration | None
 ) -> tuple[float, dict[str, Any]]:
     """Bits a weight and settings of our base; the model gets dense weights again."""
     names = (
@@ -283,12 +311,15 @@ def _prepare(
         "target_bits",
     )
     given = {name: getattr(base, name) for name in names if getattr(base, name) is not None}
+    if text is not None and base.rounding == "sequential":
+        given["calibration"] = text.batches
+    elif text is not None:
+        given["moments"] = text.moments
     qrefta.prepare(
         model,
         "auto" if base.quant_type is None else base.format.bits,
         base.rank,
         method="refta",
-        moments=moments,
         progress=False,
         **given,
     )
@@ -425,7 +456,7 @@ def base_row(
     base: Base,
     model: PreTrainedModel,
     dense: PreTrainedModel,
-    moments: dict[tuple[int, bool], Moments],
+    texts: dict[tuple[int, bool], Calibration],
     held_out: Moments,
     plain: Errors,
 ) -> dict[str, Any]:
@@ -435,11 +466,11 @@ def base_row(
         base: how to make it.
         model: dense; it gets the weights of the base.
         dense: the same model, which stays as it is.
-        moments: to calibrate with, by tokens of text and whether it is generic.
+        texts: to calibrate with, by tokens and whether they are generic.
         held_out: moments to measure the output error with.
         plain: the errors of plain rounding to NF4.
     """
-    made = make_base(model, base, moments.get((base.calibration, base.generic)))
+    made = make_base(model, base, texts.get((base.calibration, base.generic)))
     found = errors_of(model, dense, held_out)
     return {
         **base._asdict(),

@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 
 from eval.peers.bases import (
     TEXT,
+    Calibration,
     base_row,
     chosen_bases,
     encoder_bases,
@@ -72,13 +73,14 @@ def run(
     measured = batches_of(sentences(dev), tokenizer)
     texts = enough(sentences(train), tokenizer, TEXT)
     cache = cache_folder(cache)
-    moments = {(TEXT, False): cached_moments(dense, batches_of(texts, tokenizer), cache)}
+    batches = batches_of(texts, tokenizer)
+    known_texts = {(TEXT, False): Calibration(cached_moments(dense, batches, cache), batches)}
     held_out = cached_moments(dense, measured, cache)
     plain = plain_errors(dense, held_out)
     expected = embeddings(dense, measured)
     for base in bases:
         quantized = load(folder)
-        row = setting | base_row(base, quantized, dense, moments, held_out, plain)
+        row = setting | base_row(base, quantized, dense, known_texts, held_out, plain)
         row |= cosines(embeddings(quantized, measured), expected)
         append(rows, [row], seed=0)
         console.print(

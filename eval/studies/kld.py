@@ -37,6 +37,7 @@ from eval.peers.bases import (
     LITTLE_TEXT,
     TEXT,
     Base,
+    Calibration,
     base_row,
     chosen_bases,
     largest_rank,
@@ -129,7 +130,7 @@ def run(
         console.print("Every base has a row.")
         return
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    moments, held_out = moments_of(
+    known_texts, held_out = calibrations(
         dense, tokenizer, texts, {(base.calibration, base.generic) for base in bases}, cache
     )
     plain = plain_errors(dense, held_out)
@@ -138,7 +139,7 @@ def run(
         for base in bases:
             start = perf_counter()
             quantized = load(folder)
-            row = setting | base_row(base, quantized, dense, moments, held_out, plain)
+            row = setting | base_row(base, quantized, dense, known_texts, held_out, plain)
             row["texts"] = compare(quantized, dense, tokenizer, texts)
             append(rows, [row], seed=0)
             console.print(f"{base.label}: {shown(row)} [{perf_counter() - start:.0f} s]")
@@ -203,14 +204,14 @@ def load(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def moments_of(
+def calibrations(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Texts,
     sizes: Iterable[tuple[int, bool]],
     cache: Path,
-) -> tuple[dict[tuple[int, bool], Moments], Moments]:
-    """Moments to calibrate with, and moments of the first measured text.
+) -> tuple[dict[tuple[int, bool], Calibration], Moments]:
+    """Text to calibrate with, and moments of the first measured text.
 
     Args:
         sizes: pairs of tokens of text (0: none), and whether it is generic text.
@@ -225,7 +226,8 @@ def moments_of(
             batches = windows_of_text(generic_texts(), tokenizer, tokens=size, max_length=length)
         else:
             batches = batches_of_windows(calibration_windows(texts, tokenizer, size, length))
-        found[size, generic] = cached_moments(model, batches, cache)
+        batches = list(batches)
+        found[size, generic] = Calibration(cached_moments(model, batches, cache), batches)
     length = min(texts.window, positions)
     windows = cut_windows(read_text(texts.measured[0]), tokenizer, length, HELD_OUT // length)
     whole = [window for window in windows if len(window) == length]

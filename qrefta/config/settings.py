@@ -84,7 +84,10 @@ class Settings:
             change the largest magnitude little. absmax: the largest magnitude.
         rounding: feedback: with moments, the columns of a residual are rounded one after the other
             and take in the errors of the columns before (GPTQ, arXiv 2210.17323); without moments
-            it is nearest. nearest: the nearest level.
+            it is nearest. sequential: the same, and the blocks are rounded one after the other,
+            each for the inputs that the quantized blocks before it give (QEP, arXiv 2504.09629);
+            it takes about three times as long and needs calibration text and the model in memory
+            (`qrefta.split.sequential`). nearest: the nearest level.
         target_modules: linear layers that get factors. None: all in the repeated blocks. A list:
             module paths that end in one of the names ("q_proj", "self_attn.q_proj"). A string: a
             regular expression that matches whole paths. All other linear layers of the blocks are
@@ -146,7 +149,10 @@ class Settings:
     )
     rounding: Codes = field(
         default="feedback",
-        metadata=one_of(CODES, "Rounding to levels: with error feedback if calibrated, or not."),
+        metadata=one_of(
+            CODES,
+            "Rounding: with error feedback if calibrated, also from block to block, or nearest.",
+        ),
     )
     target_modules: str | Sequence[str] | None = field(
         default=None,

@@ -345,6 +345,20 @@ def role_of(model: nn.Module, path: str) -> str:
     return ".".join("*" if repeated else part for part, repeated in _walk(model, path))
 
 
+def block_of(model: nn.Module, path: str) -> str:
+    """The path of the outermost repeated block that holds the module at `path`.
+
+    Raises:
+        ValueError: if no repeated block holds it.
+    """
+    parts = []
+    for part, repeated in _walk(model, path):
+        parts.append(part)
+        if repeated:
+            return ".".join(parts)
+    raise ValueError(f"{path} is in no repeated block of {type(model).__name__}.")
+
+
 def _walk(model: nn.Module, path: str) -> Iterator[tuple[str, bool]]:
     """The parts of a module path, each with whether it is an index of repeated blocks."""
     parent = model

@@ -190,11 +190,11 @@ def gather_moments(
     bar = tqdm(batches, desc="Calibrating", unit="batch", disable=not progress)
     with _hooked(model, stacks, sums) as masks, torch.no_grad(), bar:
         for batch in bar:
-            inputs = _inputs(model, batch)
+            inputs = batch_inputs(model, batch)
             masks.update(
                 {name: inputs.get(name) for name in ("attention_mask", "decoder_attention_mask")}
             )
-            accepted = _accepted(model, inputs)
+            accepted = accepted_inputs(model, inputs)
             model(**accepted)
             sums.flush()
             rows += _row_count(accepted)
@@ -229,7 +229,7 @@ class _Sums:
         version = None if x.is_inference() else version_counter(x)
         if x is not self._last or version != self._version or path in self._group:
             self.flush()
-            rows = _tokens(x, mask).float()
+            rows = kept_tokens(x, mask).float()
             self._product = _moment_sum(rows)  # the upper half, if it is a matrix
             self._last = x
             self._version = version
@@ -350,8 +350,8 @@ def _hooked(
         path: str, inside: bool, module: nn.Module, args: tuple[Tensor, ...]
     ) -> None:
         mask = mask_of(inside, args[0])
-        hidden_states = _tokens(args[0], mask)
-        top_k_index = _tokens(args[1], mask)
+        hidden_states = kept_tokens(args[0], mask)
+        top_k_index = kept_tokens(args[1], mask)
         for name, x in fused_inputs(module, hidden_states, top_k_index):
             sums.add(f"{path}.{name}", x, None)
 
@@ -380,7 +380,7 @@ def _hooked(
             handle.remove()
 
 
-def _inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+def batch_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """The tensors of a batch by name, on the model's device, with inputs for a decoder."""
     if isinstance(batch, Tensor):
         batch = {getattr(model, "main_input_name", "input_ids"): batch}
@@ -407,7 +407,7 @@ def _inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     return inputs
 
 
-def _accepted(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
+def accepted_inputs(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
     """The inputs that the model's forward pass takes; labels only if decoder inputs are made of
     them.
     """
@@ -434,7 +434,7 @@ def _is_seq2seq(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+def kept_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
     """The tokens that a mask keeps, (tokens, in), of x (batch, length, in) or (batch * length, in).
 
     All rows, if the mask has another shape.

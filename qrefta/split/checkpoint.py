@@ -155,7 +155,7 @@ class CheckpointSource:
         self.parts = weight_parts(model, self.checkpoint, self.stacks)
         warn_of_unquantized(model, self.stacks)
         limit = parse_bytes("max_memory", max_memory)
-        feedback = calibrated and settings.bits != 16 and settings.rounding == "feedback"
+        feedback = calibrated and settings.bits != 16 and settings.rounding != "nearest"
         self._block_bytes = _block_bytes(self.stacks, targets, limit, feedback)
 
     def weights(self, stack: LayerStack) -> Weights:

@@ -3,7 +3,8 @@
 - Scales are searched (`scales="searched"`), weighted by the second moments of the inputs, or the
   largest magnitude (`"absmax"`). Without moments only NF4's are searched.
 - Codes take the error of earlier columns in (`rounding="feedback"`), where the full second moment
-  of a layer's inputs is known, or are the nearest levels (`"nearest"`).
+  of a layer's inputs is known, or are the nearest levels (`"nearest"`). With `"sequential"` a layer
+  takes in the error of the quantized blocks before it too (`qrefta.split.sequential`).
 
 Error feedback needs the covariance of the inputs, so it has a rule for few tokens. With fewer
 tokens than inputs the moment has no full rank, and the damping rises by inputs / tokens. With fewer
@@ -52,7 +53,7 @@ class StackRounding:
         self.stack = stack
         self.moments = moments
         self.device = device
-        wanted = settings.bits != 16 and settings.rounding == "feedback"
+        wanted = settings.bits != 16 and settings.rounding != "nearest"
         self.feeds_back = (
             wanted and stack is not None and any(map(self._has_feedback, stack.modules))
         )

@@ -10,7 +10,15 @@ from transformers import AutoModelForCausalLM
 
 import qrefta
 from eval.peers import bases
-from eval.peers.bases import Base, Errors, errors_of, make_base, plain_errors, sets_of_bases
+from eval.peers.bases import (
+    Base,
+    Calibration,
+    Errors,
+    errors_of,
+    make_base,
+    plain_errors,
+    sets_of_bases,
+)
 from eval.rows import read
 from eval.studies import cosine, kld
 from qrefta.model.stacks import find_stacks, read_slice
@@ -214,7 +222,7 @@ def test_peers_do_what_they_promise():
     found = {}
     for base in PEERS:
         model = tiny_llama(hidden=64)
-        make_base(model, base, moments if base.calibration else None)
+        make_base(model, base, Calibration(moments, []) if base.calibration else None)
         found[base.maker] = errors_of(model, dense, moments)
     assert found["loftq"].weight < found["pissa"].weight < plain.weight
     assert found["qera"].output < plain.output
