@@ -266,14 +266,19 @@ def _prepare(
     from qrefta.train.calibration import task_batches
 
     seed = settings["seed"]
-    moments = None
+    if calibration == NONE:
+        prepare(model, **settings)
+        return
     if calibration == ROWS:
         batches = task_batches(task, model, processor, data, max_length=max_length, seed=seed)
-        moments = calibrated(model, batches, "the training data")
-    elif calibration != NONE:
-        batches = calibration_batches(model, calibration, processor, seed=seed)
-        moments = calibrated(model, list(batches), calibration)
-    prepare(model, moments=moments, **settings)
+        source = "the training data"
+    else:
+        batches = list(calibration_batches(model, calibration, processor, seed=seed))
+        source = calibration
+    if settings["rounding"] == "sequential":
+        prepare(model, calibration=batches, **settings)
+    else:
+        prepare(model, moments=calibrated(model, batches, source), **settings)
 
 
 def _options_of_run(

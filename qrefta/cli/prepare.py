@@ -45,6 +45,11 @@ def prepare(
     An interrupted run goes on when the same command is given again. A GGUF file is prepared in
     memory.
     """
+    if settings["rounding"] == "sequential":
+        raise ValueError(
+            "--rounding sequential reads text with the model in memory, and this command holds no "
+            "model: use it with qrefta finetune, or call qrefta.prepare in Python."
+        )
     quiet_libraries(data=False)
     from qrefta._prepare import prepare_checkpoint
     from qrefta.files.layout import weights_bytes
