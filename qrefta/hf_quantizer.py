@@ -58,18 +58,23 @@ def check_no_peft(model: nn.Module) -> None:
 
 
 def prepared_config(model: nn.Module) -> QReftaConfig:
-    """The config of a prepared model.
+    """The config of a prepared model, whose stacks have the layers that it has now.
 
     Raises:
-        ValueError: if the model is not prepared.
+        ValueError: if the model is not prepared, or its blocks were changed in a way that no folder
+            can hold (see `qrefta.model.depth`).
     """
+    from qrefta.model.depth import present_stacks
+
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, QReftaQuantizer):
         raise ValueError(
             f"This {type(model).__name__} is not prepared; call qrefta.prepare(model) or "
             "qrefta.load(folder)."
         )
-    return quantizer.quantization_config
+    config = quantizer.quantization_config
+    config.stacks = present_stacks(model, config.stacks)  # pyright: ignore[reportArgumentType]
+    return config
 
 
 def register(model: "PreTrainedModel", config: QReftaConfig) -> None:
@@ -210,13 +215,14 @@ class QReftaQuantizer(HfQuantizer):
         dict is empty in all processes but the first.
 
         Raises:
-            ValueError: if FSDP2 sharded the model and the other processes do not save it too, or
-                packed weights were multiplied.
+            ValueError: if FSDP2 sharded the model and the other processes do not save it too,
+                packed weights were multiplied, or a block was removed that the config still has.
         """
         from torch import distributed as dist
 
         from qrefta._compat.transformers import saves_adapters_alone
         from qrefta.distributed import is_sharded, wait_for_all, whole_state
+        from qrefta.model.depth import check_present
         from qrefta.model.saving import saved_checksums
         from qrefta.model_card import write_card
         from qrefta.nn.factors import stored
@@ -224,6 +230,7 @@ class QReftaQuantizer(HfQuantizer):
 
         if not saves_adapters_alone(model):
             check_no_peft(model)
+            check_present(model, prepared_config(model).stacks)
         folder, given = being_saved()
         if given is not None:  # under FSDP2 all processes have gathered it
             state = dict(given)

@@ -61,6 +61,15 @@ class AdaptedLinear(nn.Module):
         bank, key, _ = self._adapter
         return cast(Factors, bank[key])
 
+    @property
+    def row(self) -> int | None:
+        """The layer's number among the layers of its factors, if it has any."""
+        return None if self._adapter is None else self._adapter[2]
+
+    def uses(self, bank: FactorBank) -> bool:
+        """Whether the layer's factors are in a bank; a copied layer has a copy of its own."""
+        return self._adapter is not None and self._adapter[0] is bank
+
     def store(self, weight: FrozenWeight, bias: Tensor | None) -> None:
         """Fill the layer with a weight of its format, and a bias."""
         for name, tensor in weight.tensors().items():
