@@ -399,8 +399,9 @@ def _recipe(
 
     recipe = mixed_recipe(make, data, seed) if isinstance(data, Mixture) else make(data)
     if isinstance(processor, PreTrainedTokenizerBase):
-        check_tokens(model, processor, recipe.train, "train")
-        check_tokens(model, processor, recipe.test, "test")
+        for split, rows in (("train", recipe.train), ("test", recipe.test)):
+            if "input_ids" in rows.column_names:  # TRL's trainers for dpo and grpo make them later
+                check_tokens(model, processor, rows["input_ids"], split)
     return recipe
 
 
