@@ -12,8 +12,6 @@ functions import the rest.
 """
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from qrefta._compat.hub import cached_hub_file, commit_hash
 from qrefta._compat.saving import being_saved, set_upload, upload
+from qrefta._compat.torch import plain_tensors
 from qrefta.config import BANK
 from qrefta.files.json_file import read_json
 from qrefta.files.layout import weight_files
@@ -241,7 +240,7 @@ class QReftaQuantizer(HfQuantizer):
         if not _gathered_again(model):
             for key, factors in getattr(model, BANK).items():
                 for name in list(state):
-                    if name.startswith(f"{BANK}.{key}."):
+                    if name.startswith(f"{BANK}.{key}.") and not state[name].is_meta:
                         state[name] = stored(state[name], factors.dtype)
         state = {name: plain_bytes(tensor) for name, tensor in state.items()}
         if not state:
@@ -372,7 +371,7 @@ class QReftaQuantizer(HfQuantizer):
         else:
             device = _accelerator(device_map or {}) or "cpu"
         out = Path(self._made.name) / "prepared"
-        with _plain_tensors():
+        with plain_tensors():
             convert(
                 folder,
                 out,
@@ -393,20 +392,6 @@ class QReftaQuantizer(HfQuantizer):
 
 register_quantization_config("qrefta")(QReftaConfig)
 register_quantizer("qrefta")(QReftaQuantizer)
-
-
-@contextmanager
-def _plain_tensors() -> Iterator[None]:
-    """Make tensors on the CPU in float32 again, where transformers builds a model on meta in its
-    dtype.
-    """
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.device("cpu"):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
 
 
 def place_bank(device_map: dict[str, Any]) -> dict[str, Any]:

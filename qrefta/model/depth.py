@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 
 from qrefta.config import EXPERTS_SUFFIX, StackReport
@@ -44,11 +45,13 @@ def present_stacks(model: PreTrainedModel, reports: Sequence[StackReport]) -> li
 
 
 def check_present(model: PreTrainedModel, reports: Sequence[StackReport]) -> None:
-    """Refuse a model in which a layer of a stack was replaced, or the last one was removed.
+    """Refuse a model in which a layer of a stack was replaced or parametrized, or the last one was
+    removed: its folder would not load.
 
     Raises:
         ValueError: naming the layer.
     """
+    _check_parametrized(model)
     adapted = _adapted_layers(model)
     for report in reports:
         gone = next((path for path in report.stack.adapted if path not in adapted), None)
@@ -106,33 +109,35 @@ def _present(
         stack=found,
         rows=tuple(rows) if kept else (),
         prepared_layers=count if kept else None,
-        bytes=_stored_bytes(model, report, found.adapted, adapted),
+        bytes=_stored_bytes([adapted[path] for path in found.adapted]),
     )
 
 
-def _stored_bytes(
-    model: nn.Module,
-    report: StackReport,
-    paths: Sequence[str],
-    adapted: dict[str, AdaptedLinear],
-) -> int:
+def _stored_bytes(layers: Sequence[AdaptedLinear]) -> int:
     """Bytes of the packed weights of some layers, and of the factors that they share."""
-    layers = [adapted[path] for path in paths]
     factors = layers[0].factors
     weights = sum(layer.frozen_weight().nbytes for layer in layers)
     return weights + (0 if factors is None else factors.stored_bytes)
 
 
+def _check_parametrized(model: PreTrainedModel) -> None:
+    """Refuse torch's parametrizations that the model's class does not have itself."""
+    found = [path for path, module in model.named_modules() if is_parametrized(module)]
+    if not found:
+        return
+    described = dict(_described(model).named_modules())
+    for path in found:
+        if path not in described or not is_parametrized(described[path]):
+            raise ValueError(
+                f"{path} is parametrized (torch.nn.utils.parametrize), so its tensors have other "
+                "names, which no model would load. Call "
+                "torch.nn.utils.parametrize.remove_parametrizations(module, name) before saving."
+            )
+
+
 def _check_depth(model: PreTrainedModel) -> None:
     """Refuse a config that describes another number of blocks than the model has."""
-    try:
-        with torch.device("meta"):
-            described = type(model)(copy.deepcopy(model.config))
-    except Exception as error:  # of any custom class
-        raise ValueError(
-            f"Blocks of the model changed, and its config makes no {type(model).__name__} any "
-            f"more ({error}). Change model.config with the blocks."
-        ) from error
+    described = _described(model)
     modules = dict(model.named_modules())
     for path, blocks in described.named_modules():
         now = modules.get(path)
@@ -146,3 +151,19 @@ def _check_depth(model: PreTrainedModel) -> None:
                 "could not be loaded. Set model.config."
                 f"{' or '.join(names) or 'num_hidden_layers'} = {len(now)}."
             )
+
+
+def _described(model: PreTrainedModel) -> PreTrainedModel:
+    """The dense model that the config describes, without storage.
+
+    Raises:
+        ValueError: if the config makes none.
+    """
+    try:
+        with torch.device("meta"):
+            return type(model)(copy.deepcopy(model.config))
+    except Exception as error:  # of any custom class
+        raise ValueError(
+            f"The model changed, and its config makes no {type(model).__name__} any more: {error} "
+            "Change model.config with the model."
+        ) from error

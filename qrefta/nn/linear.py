@@ -126,6 +126,12 @@ class AdaptedLinear(nn.Module):
         factors = cast(Factors, bank[key])
         first_parameter = cast(Tensor, next(iter(direct_parameters(factors).values())))
         check_gathered(first_parameter, "shared factors")
+        if first_parameter.is_meta and not x.is_meta:
+            raise ValueError(
+                "The shared factors are on the meta device, where accelerate offloaded them "
+                "(cpu_offload, disk_offload, dispatch_model): all layers read them, so they stay "
+                "on one device. Load the folder with a device_map, which keeps them there."
+            )
         if self.training and torch.is_grad_enabled():
             bank.warn_if_frozen()
         return factors.product(x, layer, self.bias, self.frozen_weight())

@@ -4,13 +4,24 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Wav2Vec2Config, Wav2Vec2ForCTC
 
 import qrefta
 from qrefta.config import StackReport
-from tests.models import VOCAB, prepared, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_qwen3
+from tests.models import (
+    VOCAB,
+    build,
+    encoder_sizes,
+    prepared,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_mixtral,
+    tiny_qwen3,
+)
 
 IDS = torch.arange(1, 13).reshape(2, 6) % VOCAB
 
@@ -158,3 +169,35 @@ def test_damaged_rows_are_refused():
     for rows, prepared_layers in [((0, 3), 3), ((0,), 3), ((0, 2), None), ((), 3), ("02", 3)]:
         with pytest.raises(ValueError, match="rows"):
             StackReport.from_dict(row | {"rows": rows, "prepared_layers": prepared_layers})
+
+
+def test_a_parametrized_module_is_refused_when_the_model_is_saved(tmp_path):
+    """The file would have the tensors under other names, and no model would load it."""
+    model = prepared(tiny_llama, rank=4)
+    for module, name in ((model.lm_head, "weight"), (model.qrefta_factors["stack0"], "A")):
+        parametrize.register_parametrization(module, name, nn.Identity())
+        with pytest.raises(ValueError, match=r"is parametrized .*remove_parametrizations"):
+            model.save_pretrained(tmp_path / "out")
+        parametrize.remove_parametrizations(module, name)
+    assert not list((tmp_path / "out").iterdir())
+    model.save_pretrained(tmp_path / "out")
+    assert_close(logits(qrefta.load(tmp_path / "out")), logits(model), rtol=0, atol=0)
+
+
+def test_a_class_with_parametrizations_of_its_own_is_saved(tmp_path):
+    """wav2vec 2.0 has weight norm in its convolution for positions."""
+    sizes = encoder_sizes(32, layers=2) | {"conv_dim": (16, 16), "conv_stride": (4, 4)}
+    sizes |= {"conv_kernel": (4, 4), "num_conv_pos_embeddings": 16, "vocab_size": VOCAB}
+    config = Wav2Vec2Config(num_conv_pos_embedding_groups=2, num_feat_extract_layers=2, **sizes)
+    model = qrefta.prepare(build(Wav2Vec2ForCTC, config), rank=2, progress=False)
+    model.save_pretrained(tmp_path)
+    sound = torch.arange(400.0).sin()[None]
+    with torch.no_grad():
+        expected = model.eval()(sound).logits
+        assert_close(qrefta.load(tmp_path).eval()(sound).logits, expected, rtol=0, atol=0)
+
+
+def test_factors_that_accelerate_offloaded_are_refused_in_words():
+    model = cpu_offload(prepared(tiny_llama, rank=4), execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"shared factors are on the meta device.* device_map"):
+        logits(model)
