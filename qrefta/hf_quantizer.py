@@ -314,6 +314,11 @@ class QReftaQuantizer(HfQuantizer):
         from qrefta.model.build import freeze, task_head
         from qrefta.model.check import check_filled, check_form, check_scales
 
+        if all(parameter.is_meta for parameter in model.parameters()):
+            raise ValueError(
+                "The model was loaded to the meta device, which holds no values, as within "
+                'accelerate\'s init_empty_weights or device_map="meta". Load it outside of that.'
+            )
         check_filled(model, self._reshaped)
         check_form(model, self._expected)
         check_scales(model)

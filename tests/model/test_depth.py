@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import cpu_offload, init_empty_weights
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.testing import assert_close
@@ -201,3 +201,9 @@ def test_factors_that_accelerate_offloaded_are_refused_in_words():
     model = cpu_offload(prepared(tiny_llama, rank=4), execution_device=torch.device("cpu"))
     with pytest.raises(ValueError, match=r"shared factors are on the meta device.* device_map"):
         logits(model)
+
+
+def test_loading_within_init_empty_weights_is_refused_in_words(tmp_path):
+    prepared(tiny_llama, rank=4).save_pretrained(tmp_path)
+    with init_empty_weights(), pytest.raises(ValueError, match="loaded to the meta device"):
+        qrefta.load(tmp_path)
