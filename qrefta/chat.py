@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from threading import Thread
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jinja2 import TemplateError
@@ -141,7 +141,11 @@ class _Stopped:
 
 
 def conversation(
-    source: str, device: str | None = None, trust_remote_code: bool = False, **settings: Any
+    source: str,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    **settings: Any,
 ) -> Conversation:
     """A conversation with the model of a folder, hub name or GGUF file.
 
@@ -149,12 +153,13 @@ def conversation(
         source: prepared, trained, merged or dense.
         device: such as "cuda:1"; default: the GPU, on a machine without one the CPU.
         trust_remote_code: whether to run code that comes with the model.
+        dtype: of the model; "auto": as it is stored.
         settings: see `Conversation`.
 
     Raises:
         ValueError: if it is not a causal language model, or has no tokenizer.
     """
-    model = load_causal_model(source, device, trust_remote_code)
+    model = load_causal_model(source, device, trust_remote_code, dtype)
     tokenizer = load_tokenizer(source, trust_remote_code)
     if tokenizer is None:
         raise ValueError(

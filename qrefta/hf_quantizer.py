@@ -12,8 +12,6 @@ functions import the rest.
 """
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from qrefta._compat.hub import cached_hub_file, commit_hash
 from qrefta._compat.saving import being_saved, set_upload, upload
+from qrefta._compat.torch import plain_tensors
 from qrefta.config.stack import BANK
 from qrefta.files.json_file import read_json
 from qrefta.files.layout import weight_files
@@ -58,18 +57,23 @@ def check_no_peft(model: nn.Module) -> None:
 
 
 def prepared_config(model: nn.Module) -> QReftaConfig:
-    """The config of a prepared model.
+    """The config of a prepared model, whose stacks have the layers that it has now.
 
     Raises:
-        ValueError: if the model is not prepared.
+        ValueError: if the model is not prepared, or its blocks were changed in a way that no folder
+            can hold (see `qrefta.model.depth`).
     """
+    from qrefta.model.depth import present_stacks
+
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, QReftaQuantizer):
         raise ValueError(
             f"This {type(model).__name__} is not prepared; call qrefta.prepare(model) or "
             "qrefta.load(folder)."
         )
-    return quantizer.quantization_config
+    config = quantizer.quantization_config
+    config.stacks = present_stacks(model, config.stacks)  # pyright: ignore[reportArgumentType]
+    return config
 
 
 def register(model: "PreTrainedModel", config: QReftaConfig) -> None:
@@ -209,13 +213,14 @@ class QReftaQuantizer(HfQuantizer):
         dict is empty in all processes but the first.
 
         Raises:
-            ValueError: if FSDP2 sharded the model and the other processes do not save it too, or
-                packed weights were multiplied.
+            ValueError: if FSDP2 sharded the model and the other processes do not save it too,
+                packed weights were multiplied, or a block was removed that the config still has.
         """
         from torch import distributed as dist
 
         from qrefta._compat.transformers import saves_adapters_alone
         from qrefta.distributed import is_sharded, wait_for_all, whole_state
+        from qrefta.model.depth import check_present
         from qrefta.model.saving import saved_checksums
         from qrefta.model_card import write_card
         from qrefta.nn.factors import stored
@@ -223,6 +228,7 @@ class QReftaQuantizer(HfQuantizer):
 
         if not saves_adapters_alone(model):
             check_no_peft(model)
+            check_present(model, prepared_config(model).stacks)
         folder, given = being_saved()
         if given is not None:  # under FSDP2 all processes have gathered it
             state = dict(given)
@@ -233,7 +239,7 @@ class QReftaQuantizer(HfQuantizer):
         if not _gathered_again(model):
             for key, factors in getattr(model, BANK).items():
                 for name in list(state):
-                    if name.startswith(f"{BANK}.{key}."):
+                    if name.startswith(f"{BANK}.{key}.") and not state[name].is_meta:
                         state[name] = stored(state[name], factors.dtype)
         state = {name: plain_bytes(tensor) for name, tensor in state.items()}
         if not state:
@@ -307,6 +313,11 @@ class QReftaQuantizer(HfQuantizer):
         from qrefta.model.build import freeze, task_head
         from qrefta.model.check import check_filled, check_form, check_scales
 
+        if all(parameter.is_meta for parameter in model.parameters()):
+            raise ValueError(
+                "The model was loaded to the meta device, which holds no values, as within "
+                'accelerate\'s init_empty_weights or device_map="meta". Load it outside of that.'
+            )
         check_filled(model, self._reshaped)
         check_form(model, self._expected)
         check_scales(model)
@@ -364,7 +375,7 @@ class QReftaQuantizer(HfQuantizer):
         else:
             device = _accelerator(device_map or {}) or "cpu"
         out = Path(self._made.name) / "prepared"
-        with _plain_tensors():
+        with plain_tensors():
             convert(
                 folder,
                 out,
@@ -385,20 +396,6 @@ class QReftaQuantizer(HfQuantizer):
 
 register_quantization_config("qrefta")(QReftaConfig)
 register_quantizer("qrefta")(QReftaQuantizer)
-
-
-@contextmanager
-def _plain_tensors() -> Iterator[None]:
-    """Make tensors on the CPU in float32 again, where transformers builds a model on meta in its
-    dtype.
-    """
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.device("cpu"):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
 
 
 def place_bank(device_map: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from qrefta.cli.plan import _largest
 from qrefta.config.rank import parse_rank
 from qrefta.hf_config import QReftaConfig
 from qrefta.hf_quantizer import quant_report
+from qrefta.measure.sources import load_causal_model
 from qrefta.model.stacks import find_stacks
 from qrefta.split.calibrate import gather_moments
 from qrefta.split.sources import calibration_batches
@@ -632,6 +633,34 @@ def test_a_language_model_trains_in_float32_where_bfloat16_is_slow(
     assert len(warned) == (not fast and dtype == torch.bfloat16)
     assert ("In float32, in memory and in OUT" in output) == (not fast and not options)
     assert embeddings_of(tmp_path / "out") == dtype
+
+
+@pytest.mark.parametrize(
+    ("fast", "options", "dtype"),
+    [(False, "", "float32"), (False, "--dtype bfloat16", "bfloat16"), (True, "", "bfloat16")],
+)
+def test_chat_and_evaluate_compute_in_float32_where_bfloat16_is_slow(
+    fast, options, dtype, narrow, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("qrefta.model.dtype.has_bf16_instructions", lambda: fast)
+    folder, file = narrow
+    invoke("prepare", folder, tmp_path / "4bit", "--rank", "2", "--calibration", "none")
+    loaded = []
+
+    def noted(*given):
+        loaded.append(load_causal_model(*given))
+        return loaded[-1]
+
+    monkeypatch.setattr("qrefta.chat.load_causal_model", noted)
+    monkeypatch.setattr("qrefta.measure.compare.load_causal_model", noted)
+    words = ["--device", "cpu", *options.split()]
+    talked = CliRunner().invoke(app, ["chat", str(tmp_path / "4bit"), *words], input="w5")
+    assert talked.exit_code == 0
+    measured = invoke("evaluate", tmp_path / "4bit", "--text", file, "--window", "16", *words)
+    assert {str(model.dtype) for model in loaded} == {f"torch.{dtype}"}
+    assert len(loaded) == 2
+    for output in (talked.stderr, measured.stderr):
+        assert ("In float32" in output) == (not fast and not options)
 
 
 def test_a_dtype_for_a_classifier_is_refused(dense, rows, tmp_path):

@@ -2,6 +2,7 @@ import copy
 import json
 import random
 import re
+import subprocess
 import sys
 import weakref
 
@@ -850,3 +851,36 @@ def test_a_config_that_models_share_gets_no_marks(build_model, tmp_path):
     twin.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert torch.equal(logits(loaded.eval()), logits(twin.eval()))
+
+
+DEFAULT = """
+import sys
+import torch
+torch.set_default_dtype(getattr(torch, sys.argv[1]))
+import qrefta
+for method in ("windows", "refta", "craft"):
+    out = sys.argv[3] + method
+    qrefta.prepare_checkpoint(sys.argv[2], out, rank=4, method=method, progress=False)
+"""
+
+
+@pytest.mark.parametrize("default", ["bfloat16", "float64"])
+def test_the_default_dtype_of_torch_changes_nothing(default, tmp_path):
+    """It is for models; tables and work space are float32 in any case."""
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    for name in ("float32", default):
+        command = [sys.executable, "-c", DEFAULT, name, tmp_path / "dense", tmp_path / name]
+        subprocess.run(command, check=True)
+    for method in ("windows", "refta", "craft"):
+        found, expected = (
+            {
+                key: value
+                for file in folder.glob("*.safetensors")
+                for key, value in load_file(file).items()
+            }
+            for folder in (tmp_path / f"{default}{method}", tmp_path / f"float32{method}")
+        )
+        assert expected
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor), name

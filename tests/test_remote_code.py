@@ -217,6 +217,18 @@ def test_evaluation_and_chat_take_the_consent(model, tmp_path):
     assert same == row
 
 
+def test_a_class_from_before_generation_was_a_mixin_chats(folder):
+    """transformers 4.49 and earlier gave every model with this method `generate`."""
+    code = MODEL.replace("PreTrainedModel, GenerationMixin)", "PreTrainedModel)")
+    code += """
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
+        return {"input_ids": input_ids}
+"""
+    (folder / "modeling_toy.py").write_text(code)
+    told = conversation(str(folder), "cpu", trust_remote_code=True, max_new_tokens=3)
+    assert "".join(told.answer("the red"))
+
+
 def test_a_run_trains_resumes_and_saves_the_code(model, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the red fox sees a blue bird.\n" * 200)

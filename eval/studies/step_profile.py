@@ -25,7 +25,7 @@ OPTIMIZER = "optimizer"
 OTHER = "other"
 KINDS = (DATA, ATTENTION, MLP, FACTORS, HEAD, OPTIMIZER, OTHER)
 _BACKWARD = "autograd::engine::evaluate_function"
-_ADAPTED = "_AdaptedProduct"
+_ADAPTED = ("_AdaptedGradients", "_AdaptedProduct")
 
 
 class StepProfile:
@@ -91,7 +91,7 @@ class StepProfile:
         """The kind of an event, by the innermost event around it that has one."""
         sides = {side for shape in event.input_shapes if isinstance(shape, list) for side in shape}
         while event is not None:
-            if event.name == _ADAPTED and event.input_shapes[1][-1] in sides:
+            if event.name in _ADAPTED and event.input_shapes[1][-1] in sides:
                 return FACTORS  # the second input is the factor (out, R)
             if event.name.startswith(STEP):
                 return event.name.removeprefix(STEP)

@@ -3,6 +3,8 @@
 import bitsandbytes.functional as bnb
 from torch import Tensor
 
+from qrefta._compat.torch import plain_tensors
+
 __all__ = ["levels_4bit", "levels_8bit", "nest_scales"]
 
 
@@ -11,7 +13,8 @@ def levels_8bit() -> Tensor:
 
     If it goes: keep the table here; it is a constant of the file format.
     """
-    return bnb.create_dynamic_map()
+    with plain_tensors():
+        return bnb.create_dynamic_map()
 
 
 def levels_4bit(quant_type: str) -> Tensor:
@@ -19,7 +22,8 @@ def levels_4bit(quant_type: str) -> Tensor:
 
     If it goes: keep the two tables here; they are constants of the file format.
     """
-    return bnb.get_4bit_type(quant_type, device="cpu")
+    with plain_tensors():
+        return bnb.get_4bit_type(quant_type, device="cpu")
 
 
 def nest_scales(state: bnb.QuantState, offset: Tensor, second: bnb.QuantState) -> None:

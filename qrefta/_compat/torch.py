@@ -1,8 +1,8 @@
 """Private names of torch, all in release 2.8, the oldest that qrefta admits, or earlier."""
 
 import platform
-from collections.abc import ItemsView, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import ItemsView, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -33,11 +33,28 @@ __all__ = [
     "move_hooks",
     "operator_schema",
     "plain_functions",
+    "plain_tensors",
     "storage_id",
     "tree_leaves",
     "version_counter",
     "with_shape",
 ]
+
+
+@contextmanager
+def plain_tensors() -> Iterator[None]:
+    """Within this context tensors are made on the CPU and in float32, whatever the defaults are.
+
+    transformers builds a model on meta in its dtype, and `torch.set_default_dtype` is for models;
+    neither is for tables of numbers.
+    """
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def version_counter(tensor: Tensor) -> int:

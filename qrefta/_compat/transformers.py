@@ -39,6 +39,12 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention
 from transformers.masking_utils import sdpa_mask
 
+# Gives `generate` to a class with code of its own from before transformers 4.50, as AutoModel does.
+# If it goes: such classes cannot chat.
+from transformers.models.auto.auto_factory import (
+    add_generation_mixin_to_remote_model as with_generate,
+)
+
 # Removes checkpoints above `save_total_limit`. Since 5.2. If it goes: sort the folders by step and
 # remove the oldest.
 from transformers.trainer_utils import rotate_checkpoints
@@ -78,6 +84,7 @@ __all__ = [
     "supports_attention_functions",
     "unmark_quantized",
     "was_initialized",
+    "with_generate",
     "write_code",
 ]
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from qrefta.cli.console import console, quiet_libraries
+from qrefta.cli.dtype import Dtype, computing_dtype
 from qrefta.cli.options import Device, LanguageModel, TrustRemoteCode
 
 
@@ -18,6 +19,7 @@ def chat(
         float, typer.Option(help="Of sampling; 0: the most likely token.")
     ] = 0.0,
     device: Device = None,
+    dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a language model in the terminal, or answer the lines of standard input.
@@ -31,6 +33,7 @@ def chat(
         model,
         device,
         trust_remote_code,
+        computing_dtype([model], dtype, device, trust_remote_code),
         system=system,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from qrefta.cli.console import console, quiet_libraries
+from qrefta.cli.dtype import Dtype, computing_dtype
 from qrefta.cli.options import Device, LanguageModel, TrustRemoteCode
 
 
@@ -36,6 +37,7 @@ def evaluate(
     ] = None,
     batch_size: Annotated[str, typer.Option(help="Rows of a task at a time, or auto.")] = "8",
     device: Device = None,
+    dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure a language model: its distance to a reference on texts, or its scores on tasks.
@@ -53,9 +55,15 @@ def evaluate(
     if tasks and model.endswith(".gguf"):
         raise ValueError(f"tasks need a folder or hub name, and {model} is a file; use --text")
     quiet_libraries(data=bool(tasks))
+    if card:
+        from qrefta.measure.card import check_card
+
+        check_card(model)  # before minutes of measuring
+    sources = [model] if reference is None else [model, reference]
+    chosen = computing_dtype(sources, dtype, device, trust_remote_code)
+    loading = {"device": device, "dtype": chosen, "trust_remote_code": trust_remote_code}
     if text:
-        options = {"window": window, "limit": limit, "device": device}
-        _compare(model, reference, text, card, trust_remote_code=trust_remote_code, **options)
+        _compare(model, reference, text, card, window=window, limit=limit, **loading)
     if not tasks:
         return
     from qrefta.measure.harness import evaluate as evaluate_model
@@ -68,8 +76,7 @@ def evaluate(
         num_fewshot=num_fewshot,
         limit=limit,
         batch_size=batch_size,
-        device=device,
-        trust_remote_code=trust_remote_code,
+        **loading,
     )
     console.print(scores_table(scores["results"]))
 
@@ -78,12 +85,10 @@ def _compare(
     model: str, reference: str | None, texts: list[str], card: bool, **options: Any
 ) -> None:
     """Measure a model on texts, print the result and, if asked, write it to the model card."""
-    from qrefta.measure.card import check_card, write_comparison
+    from qrefta.measure.card import write_comparison
     from qrefta.measure.compare import compare
     from qrefta.tables import comparison_table
 
-    if card:
-        check_card(model)  # before minutes of measuring
     comparisons = compare(model, reference, texts, **options)
     console.print(comparison_table(comparisons))
     if card:

@@ -32,6 +32,10 @@ class StackReport:
         output_error: sum over layers of E||x (W_l - stored W_l)^T||^2 on the calibration inputs;
             None without calibration. Experts of a block share the inputs of the block.
         output_baseline: the same for quantized unsplit weights.
+        rows: of a model whose blocks were removed or reordered after `prepare`: the numbers that
+            its layers have among those prepared, which the factors and the errors belong to; empty
+            for 0 .. K - 1.
+        prepared_layers: K when the stack was prepared; None if it is K.
     """
 
     stack: LayerStack
@@ -45,6 +49,17 @@ class StackReport:
     bytes: int
     output_error: float | None = None
     output_baseline: float | None = None
+    rows: tuple[int, ...] = ()
+    prepared_layers: int | None = None
+
+    @property
+    def factor_layers(self) -> int:
+        """Number of layers of the factors."""
+        return self.stack.layers if self.prepared_layers is None else self.prepared_layers
+
+    def row(self, index: int) -> int:
+        """The number among the factors' layers that layer number `index` of the stack has."""
+        return self.rows[index] if self.rows else index
 
     @property
     def ratio(self) -> float:
@@ -93,8 +108,14 @@ class StackReport:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as config.json holds it."""
-        return asdict(self)
+        """The report as config.json holds it; without rows, which older versions do not know, if
+        there are none.
+        """
+        report = asdict(self)
+        if not self.rows:
+            del report["rows"]
+            del report["prepared_layers"]
+        return report
 
     @classmethod
     def from_dict(cls, saved: Any) -> Self:
@@ -114,6 +135,7 @@ class StackReport:
                 "stack": stack,
                 "rank": _tuple(saved["rank"]),
                 "slice_ranks": _tuple(saved["slice_ranks"]),
+                "rows": _tuple(saved.get("rows", ())),
             }
         )
         wrong = next((name for name, fits in _fitting(report).items() if not fits), None)
@@ -200,7 +222,20 @@ def _fitting(report: StackReport) -> dict[str, bool]:
         "slice_ranks": isinstance(report.slice_ranks, tuple)
         and all(map(_is_count, report.slice_ranks)),
         **{name: _is_real(getattr(report, name)) for name in measured},
+        "rows": _are_rows(report),
     }
+
+
+def _are_rows(report: StackReport) -> bool:
+    """Whether a report has no rows, or one row of the prepared layers for each of its layers."""
+    rows, prepared = report.rows, report.prepared_layers
+    if rows == () and prepared is None:
+        return True
+    if not isinstance(rows, tuple) or prepared is None or not _is_count(prepared):
+        return False
+    if not all(map(_is_count, rows)):
+        return False
+    return len(rows) == report.stack.layers and all(row < prepared for row in rows)
 
 
 def _are_names(value: Any) -> bool:

@@ -522,6 +522,11 @@ def _check_settings(
             f"bitsandbytes has no format for residuals in {config.settings.format_name}; give "
             'base="residual"'
         )
+    if base == "original" and any(row.rows for row in config.stacks):
+        raise ValueError(
+            "Blocks of the model were removed or reordered after prepare, so a LoRA on the "
+            'original does not fit it; give base="residual", or merge the model.'
+        )
     if rank is not None:
         whole("rank", rank, 1)
     check_floating(dtype)

@@ -73,7 +73,7 @@ def layer_updates(
         for index, path in enumerate(row.stack.modules):
             factors = adapted_layer(model, path).factors
             assert factors is not None, "a stack with a rank has factors"
-            yield path, _layer_update(factors, start, index, rank)
+            yield path, _layer_update(factors, start, row.row(index), rank)
 
 
 def _layer_update(factors: Factors, start: Factors | None, layer: int, rank: int | None) -> Update:

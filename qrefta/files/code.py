@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from qrefta._compat.transformers import registered_class
+from qrefta._compat.transformers import registered_class, with_generate
 
 _LOADED = "transformers_modules."  # the package that transformers loads such code into
 
@@ -57,7 +57,8 @@ def class_with_model(
         source: its folder or hub name.
 
     Returns:
-        The class, or None if the folder has none of that name.
+        The class, or None if the folder has none of that name. A class from before transformers
+        4.50 gets the method generate, as AutoModel gives it.
     """
     name = (settings.get("architectures") or [""])[0]
     for auto_class, reference in (settings.get("auto_map") or {}).items():
@@ -65,5 +66,5 @@ def class_with_model(
         if is_model and isinstance(reference, str) and reference.rpartition(".")[2] == name:
             kind = get_class_from_dynamic_module(reference, str(source))
             kind.register_for_auto_class(auto_class)  # `save_pretrained` then writes the code too
-            return kind
+            return with_generate(kind)
     return None

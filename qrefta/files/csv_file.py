@@ -5,6 +5,7 @@ Every cell is text, as it is written: "NA", "null" and "01" stay words. An empty
 
 import csv
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pyarrow as pa
 from pyarrow import csv as arrow
 
 from qrefta.files.encodings import check_text, text_encoding
+from qrefta.files.quotations import check_quotations
 
 _DELIMITERS = ",;\t|"
 _EXCEL = "sep="  # Excel's first line, which names the delimiter
@@ -32,8 +34,8 @@ def csv_rows(file: str | Path, header: list[str] | None = None) -> Iterator[dict
 
     Raises:
         ValueError: if the file is empty or no text, a column is there twice, a row has more or
-            fewer cells than there are columns, or a quotation does not end; it names file and row.
-            Row 1 is the first below the column names.
+            fewer cells than there are columns, or a quotation ends inside its cell or not at all;
+            it names file and row. Row 1 is the first below the column names.
     """
     path = Path(file)
     is_tsv = path.suffix.lower() == ".tsv"
@@ -47,6 +49,10 @@ def csv_rows(file: str | Path, header: list[str] | None = None) -> Iterator[dict
         before, cells, delimiter = _opening(path, is_tsv, header)
         names = _names(path, cells if header is None else header)
         encoding = text_encoding(path)
+        if not is_tsv:
+            with path.open(encoding=encoding, newline="") as lines:
+                rows = islice(lines, before + int(header is None), None)
+                check_quotations(path, rows, delimiter, names)
         reader = arrow.open_csv(
             path,
             arrow.ReadOptions(
@@ -69,10 +75,8 @@ def csv_rows(file: str | Path, header: list[str] | None = None) -> Iterator[dict
                 strings_can_be_null=True,
             ),
         )
-        row: dict[str, Any] = {}
         for batch in reader:
-            for row in batch.to_pylist():
-                yield row
+            yield from batch.to_pylist()
     except (pa.ArrowInvalid, UnicodeError, csv.Error) as error:
         check_text(path)
         if not uneven:
@@ -87,7 +91,6 @@ def csv_rows(file: str | Path, header: list[str] | None = None) -> Iterator[dict
             f"{path}, row {number}, has {uneven[0].actual_columns} cells and there are "
             f"{len(names)} columns, {names}: {uneven[0].text[:_SHOWN]!r}. {advice}"
         ) from error
-    _check_end(path, row, names[-1])
 
 
 def _opening(path: Path, is_tsv: bool, header: list[str] | None) -> tuple[int, list[str], str]:
@@ -118,18 +121,3 @@ def _names(path: Path, cells: list[str]) -> list[str]:
     if twice is not None:
         raise ValueError(f"{path} has two columns {twice!r}; rename or remove one of them.")
     return names
-
-
-def _check_end(path: Path, row: dict[str, Any], column: str) -> None:
-    """Refuse a quotation that swallows the rest of a file; pyarrow takes it for the last cell."""
-    cell = row.get(column) or ""
-    if "\n" not in cell:
-        return
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 64))
-        end = file.read().strip(b"\r\n\0 ")
-    if not end.endswith(b'"'):
-        raise ValueError(
-            f"{path}: the quotation that begins with {cell[:_SHOWN]!r} in the column {column} does "
-            "not end; close it, or remove the quotation mark."
-        )

@@ -59,7 +59,7 @@ def feedback_of(moment: Tensor, damping: float) -> Feedback:
     diagonal = moment.diagonal()
     mean = diagonal.mean().item()
     if mean <= 0:
-        identity = torch.eye(width, device=moment.device)
+        identity = torch.eye(width, dtype=torch.float32, device=moment.device)
         return Feedback(torch.arange(width, device=moment.device), identity)
     order = diagonal.argsort(descending=True, stable=True)
     dtype = torch.float64 if width <= _DOUBLE_WIDTH else torch.float32

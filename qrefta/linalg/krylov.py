@@ -121,7 +121,7 @@ class _Group:
         self.members = torch.arange(count)
         self.limit = min(out_features, in_features)
         self.generator = generator
-        self.basis = torch.empty(count, in_features, 0, device=slices.device)
+        self.basis = torch.empty(count, in_features, 0, dtype=torch.float32, device=slices.device)
         self.projected = torch.empty(count, 0, 0, dtype=torch.float64, device=slices.device)
         self.newest = torch.linalg.qr(self._random(width)).Q
 
@@ -195,7 +195,8 @@ class _Group:
 
     def _random(self, columns: int) -> Tensor:
         count, in_features, _ = self.basis.shape
-        drawn = torch.randn(count, in_features, columns, generator=self.generator)
+        size = (count, in_features, columns)
+        drawn = torch.randn(size, generator=self.generator, dtype=torch.float32)
         return drawn.to(self.basis.device)
 
 

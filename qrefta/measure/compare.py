@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -104,6 +104,7 @@ def compare(
     limit: int | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
+    dtype: torch.dtype | Literal["auto"] = "auto",
     progress: bool = True,
 ) -> list[TextComparison]:
     """How much of `reference` the model keeps: perplexity, KL divergence and top-1 agreement.
@@ -131,6 +132,7 @@ def compare(
         device: of models given by name, such as "cuda:1"; default: the GPU, on a machine without
             one the CPU. Objects stay where they are, also on two different devices.
         trust_remote_code: whether to run code that comes with models given by name.
+        dtype: of models given by name; "auto": as each is stored.
         progress: show a progress bar.
 
     Returns:
@@ -148,9 +150,9 @@ def compare(
     tokenizer = tokenizer or _shared_tokenizer(model, reference, trust_remote_code)
     model_name = source_name(model)
     reference_name = None if reference is None else source_name(reference)
-    models = [load_causal_model(model, device, trust_remote_code)]
+    models = [load_causal_model(model, device, trust_remote_code, dtype)]
     if reference is not None:
-        models.append(load_causal_model(reference, device, trust_remote_code))
+        models.append(load_causal_model(reference, device, trust_remote_code, dtype))
         _check_vocabularies(*models)
     length = min([window, *_positions(models)])
     comparisons = []

@@ -61,7 +61,7 @@ def token_losses(logits: Tensor, targets: Tensor, rows: int = _ROWS) -> Tensor:
         targets: (tokens,), the true next tokens.
         rows: computed at a time.
     """
-    losses = torch.empty(len(targets))
+    losses = torch.empty(len(targets), dtype=torch.float32)
     for part in _parts(len(targets), rows):
         losses[part] = _losses(logits[part].float().log_softmax(dim=-1), targets[part])
     return losses
@@ -95,9 +95,9 @@ def compare_logits(
     # Results that are made between large temporary tensors would fragment the heap: up to 0.6 GB
     # for 512 rows of 128,000 numbers. So their places are made first.
     measured = TokenStatistics(
-        loss=torch.empty(tokens),
-        reference_loss=torch.empty(tokens),
-        divergence=torch.empty(tokens),
+        loss=torch.empty(tokens, dtype=torch.float32),
+        reference_loss=torch.empty(tokens, dtype=torch.float32),
+        divergence=torch.empty(tokens, dtype=torch.float32),
         agreement=torch.empty(tokens, dtype=torch.bool),
         flip=torch.empty(tokens, dtype=torch.bool),
     )

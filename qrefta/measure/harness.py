@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,6 +19,7 @@ def evaluate(
     batch_size: int | str = 8,
     device: str | None = None,
     trust_remote_code: bool = False,
+    dtype: torch.dtype | Literal["auto"] = "auto",
 ) -> dict[str, Any]:
     """The results of `lm_eval.simple_evaluate` for a causal language model.
 
@@ -34,6 +35,7 @@ def evaluate(
         batch_size: rows at a time, or "auto".
         device: such as "cuda:1"; default: the GPU, on a machine without one the CPU.
         trust_remote_code: whether to run code that comes with the model.
+        dtype: of the model; "auto": as it is stored.
 
     Raises:
         ValueError: for a task that the harness does not know.
@@ -59,12 +61,12 @@ def evaluate(
         results = simple_evaluate(
             model=ModelOfFolder(
                 pretrained=str(model),
-                dtype="auto",
+                dtype=dtype,
                 batch_size=batch_size,
                 device=place,
                 trust_remote_code=trust_remote_code,
             ),
-            model_args={"pretrained": str(model), "dtype": "auto"},
+            model_args={"pretrained": str(model), "dtype": str(dtype).removeprefix("torch.")},
             tasks=list(tasks),
             num_fewshot=num_fewshot,
             limit=limit,

@@ -1,7 +1,7 @@
 """Causal language models and tokenizers from a folder, a hub name, a GGUF file or an object."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -27,8 +27,9 @@ def load_causal_model(
     source: PreTrainedModel | str | Path,
     device: str | None = None,
     trust_remote_code: bool = False,
+    dtype: torch.dtype | Literal["auto"] = "auto",
 ) -> PreTrainedModel:
-    """A causal language model: an object as it is, a name or file loaded in the dtype it has.
+    """A causal language model: an object as it is, a name or file loaded.
 
     A model is loaded as the class that its config names. Another class, such as one with a head
     missing in the checkpoint, would have random weights.
@@ -39,6 +40,7 @@ def load_causal_model(
         device: for a name or file, such as "cuda:1"; default: the GPU, on a machine without one the
             CPU.
         trust_remote_code: whether to run code that comes with the model.
+        dtype: of a name or file; "auto": as it is stored.
 
     Raises:
         ValueError: if the model does not predict the next token of a text, or needs code that is
@@ -49,7 +51,7 @@ def load_causal_model(
         _check_causal(source, source.config, type(source).__name__)
         return source
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options: dict[str, Any] = {"dtype": "auto", "device_map": place}
+    options: dict[str, Any] = {"dtype": dtype, "device_map": place}
     if is_gguf(source):
         return AutoModelForCausalLM.from_pretrained(**pretrained_source(source), **options)
     named = pretrained_source(source, trust_remote_code)
@@ -88,5 +90,6 @@ def _check_causal(model: Any, config: Any, name: str) -> None:
         return
     raise ValueError(
         f"{name} is not a causal language model, which predicts the next token of a text. "
-        "Encoder-decoder models, encoders, classifiers, and models of images or sound are refused."
+        "Encoder-decoder models, encoders, classifiers, models of images or sound, and classes "
+        "without the method generate (GenerationMixin) are refused."
     )

@@ -72,7 +72,8 @@ class CRAFT(LowRankFactors):
         self.left.copy_(tucker.left.to(self.dtype))
         self.right.copy_(tucker.right.to(self.dtype))
         self.cores.copy_(tucker.core.to(self.dtype))
-        rows = torch.empty(mix.shape, device=self.mix.device)  # `view` needs rows without gaps
+        # `view` needs rows without gaps.
+        rows = torch.empty(mix.shape, dtype=torch.float32, device=self.mix.device)
         rows.copy_(mix)
         self.mix.copy_(rows.view(torch.uint8))
 

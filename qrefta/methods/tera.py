@@ -82,10 +82,11 @@ class TeRA(Factors):
         return (outer * a) @ (core * b) @ inner.T
 
     def product(self, x: Tensor, layer: int, bias: Tensor | None, weight: FrozenWeight) -> Tensor:
-        product = frozen_product(x, bias, weight)
         with self._without_autocast():
             first, second = self.matrices(layer)
-        return product + kronecker_product(x, first.to(x), second.to(x), self.out_features)
+        update = kronecker_product(x, first.to(x), second.to(x), self.out_features)
+        # After the update, so that gradient checkpointing does not compute it again in vain.
+        return frozen_product(x, bias, weight) + update
 
     @torch.no_grad()
     def delta(self, layer: int, rows: slice = _ALL_ROWS) -> Tensor:

@@ -37,17 +37,19 @@ class Placement(NamedTuple):
         rank: rank of the factors; 0 for a stack without factors.
         quant_type: format of the weights; None with 16 bits.
         layers: K of the factors. A model that was cut to its first blocks has fewer linear layers.
+        rows: numbers of the layers among the K; empty for 0, 1, ...
     """
 
     stack: LayerStack
     rank: Rank
     quant_type: QuantType | None
     layers: int
+    rows: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, report: StackReport) -> "Placement":
         """A stack as it was prepared."""
-        return cls(report.stack, report.rank, report.quant_type, report.stack.layers)
+        return cls(report.stack, report.rank, report.quant_type, report.factor_layers, report.rows)
 
 
 def build(model: PreTrainedModel, settings: Settings, placements: Sequence[Placement]) -> None:
@@ -68,7 +70,7 @@ def build(model: PreTrainedModel, settings: Settings, placements: Sequence[Place
             _check_weight(model, path, placement.stack)
     attach_bank(model)
     method = METHODS[settings.method]
-    for index, (stack, rank, quant_type, layers) in enumerate(placements):
+    for index, (stack, rank, quant_type, layers, rows) in enumerate(placements):
         fmt = QuantFormat.of(settings.of_stack(quant_type))
         key = bank_key(index) if rank else None
         if key is not None:
@@ -76,8 +78,8 @@ def build(model: PreTrainedModel, settings: Settings, placements: Sequence[Place
                 layers, stack.out_features, stack.in_features, rank, factor_dtype(settings)
             )
             getattr(model, BANK)[key] = factors
-        for place in range(stack.layers):
-            adapt(model, stack, place, fmt, key)
+        for place, row in enumerate(rows or range(stack.layers)):
+            adapt(model, stack, place, fmt, key, row)
     for module in model.modules():
         if _only_holds_adapted(module):
             # Or transformers would run its code for new weights, which may read shapes (BLT).
@@ -137,9 +139,15 @@ def attach_bank(model: PreTrainedModel) -> None:
 
 
 def adapt(
-    model: PreTrainedModel, stack: LayerStack, index: int, fmt: QuantFormat | None, key: str | None
+    model: PreTrainedModel,
+    stack: LayerStack,
+    index: int,
+    fmt: QuantFormat | None,
+    key: str | None,
+    row: int | None = None,
 ) -> AdaptedLinear:
-    """Replace weight number `index` of a stack by an `AdaptedLinear` with the factors `key`.
+    """Replace weight number `index` of a stack by an `AdaptedLinear` with the factors `key`, as
+    their layer number `row`, by default `index`.
 
     The new weight is empty, and the bias is the old bias. Experts must come in order: the last
     expert removes the fused parameter.
@@ -158,7 +166,7 @@ def adapt(
     if key is not None:
         bank: FactorBank = getattr(model, BANK)
         bank.names[key] = stack.name
-        layer.attach(bank, key, index)
+        layer.attach(bank, key, index if row is None else row)
     layer.train(old.training)
     mark_initialized(layer)  # some classes (Funnel) take a weight of a "Linear" for a matrix
     if stack.experts:

@@ -75,7 +75,7 @@ def check_counts(config: dict[str, Any]) -> None:
     Raises:
         ValueError: naming the setting.
     """
-    for name, count in _counts(config):
+    for name, count in counts(config):
         limit = _LARGEST_COUNTS if name == "num_labels" else _MOST_BLOCKS
         if count > limit:
             raise ValueError(
@@ -84,7 +84,7 @@ def check_counts(config: dict[str, Any]) -> None:
             )
 
 
-def _counts(config: dict[str, Any]) -> Iterator[tuple[str, int | float]]:
+def counts(config: dict[str, Any]) -> Iterator[tuple[str, int | float]]:
     """Names and values of the settings that count modules or classes."""
     for name, value in _settings(config):
         if not _COUNTED.search(name) or _WINDOW.search(name):

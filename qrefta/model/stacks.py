@@ -217,7 +217,8 @@ class Weights:
     def rows(self, start: int, stop: int) -> Tensor:
         """Some rows of every layer, (layers, rows, in), float32, a copy."""
         layers, _, in_features = self.shape
-        block = torch.empty(layers, stop - start, in_features, device=self.device)
+        size = (layers, stop - start, in_features)
+        block = torch.empty(size, dtype=torch.float32, device=self.device)
         for layer in range(layers):
             block[layer] = self.read(layer, start, stop)
         return block
@@ -225,7 +226,7 @@ class Weights:
     def layer(self, index: int) -> Tensor:
         """One weight, (out, in), float32, a copy."""
         _, out_features, in_features = self.shape
-        copy = torch.empty(out_features, in_features, device=self.device)
+        copy = torch.empty(out_features, in_features, dtype=torch.float32, device=self.device)
         return copy.copy_(self.read(index, 0, out_features))
 
 

@@ -5,7 +5,8 @@ additions for each number of its result, a linear layer 2 x its input width. So 
 part to keep once T is above the width of the model, and its result is one more hidden state a
 block, next to the block's input, and one float32 a head and token.
 
-Products with frozen weights are computed again. So are dequantized weights, once in the
+Products with frozen weights are computed again, without the last one of a block, whose output the
+backward pass does not read (`qrefta.nn.product`). So are dequantized weights, once in the
 recomputation and once in the backward pass of a block. To keep them in between would hold a whole
 block in the dtype of the computation, and save one pass over its weights, next to six operations a
 weight and token in its products.

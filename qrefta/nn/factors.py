@@ -208,12 +208,12 @@ class _Kept(NamedTuple):
     """Rounded factors, kept between the forward passes of an evaluation.
 
     Attributes:
-        state: identity and version of the parameters that they were made from.
+        state: identity, place and version of the parameters that they were made from.
         up, down: rounded.
         cores: of the layers so far.
     """
 
-    state: tuple[tuple[int, int], ...]
+    state: tuple[tuple[int, int, int], ...]
     up: Tensor
     down: Tensor
     cores: dict[int, Tensor]
@@ -252,25 +252,33 @@ class LowRankFactors(Factors):
         return up, down
 
     def product(self, x: Tensor, layer: int, bias: Tensor | None, weight: FrozenWeight) -> Tensor:
-        up, core, down, rounding = self.operands(layer, x.device, x.dtype)
+        decodes = x.dim() > 1 and x.shape[-2] == 1
+        up, core, down, rounding = self.operands(layer, x.device, x.dtype, keep=decodes)
         return adapted_product(x, up, core, down, bias, weight, rounding)
 
     def operands(
-        self, layer: int, device: torch.device, dtype: torch.dtype
+        self, layer: int, device: torch.device, dtype: torch.dtype, keep: bool
     ) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
         """`up` and `down` as they serve a layer, its core between them, and the dtype that `up` and
         `down` are yet to be rounded to.
 
-        After `eval()` and without gradients they come rounded, in the given dtype and on the given
-        device, and are kept for the other layers and the next tokens: in decoding, rounding them in
-        every layer takes as long as their products. They are made again when a parameter has
-        changed. An optimizer that writes past autograd's version counter is not seen, so `train()`,
-        `eval()` and every pass that records gradients drop the kept factors.
+        With `keep`, after `eval()` and without gradients they come rounded, in the given dtype and
+        on the given device, and are kept for the other layers and the next tokens: in decoding,
+        rounding them in every layer takes as long as their products. They are made again when a
+        parameter has changed. A write past autograd's version counter (`parameter.data.add_`) is
+        not seen, so `train()`, `eval()`, every pass that records gradients, and every pass over
+        several tokens drop the kept factors: an update without gradients takes effect in the next
+        batch.
+
+        Args:
+            layer: l.
+            device, dtype: of the input.
+            keep: whether the pass is over one token a sequence.
         """
         compiling = torch.compiler.is_compiling()
-        if torch.is_grad_enabled() or compiling or not self._settled:
-            if self._settled and not compiling:
-                self._forget(settled=False)
+        if torch.is_grad_enabled() or compiling or not (self._settled and keep):
+            if not compiling:
+                self._forget(settled=self._settled and not torch.is_grad_enabled())
             up, down = self.served(layer, self.up(), self.down())
             return up, self._core_without_autocast(layer), down, self.dtype
         kept = self._kept_factors(device, dtype)
@@ -281,7 +289,10 @@ class LowRankFactors(Factors):
 
     def _kept_factors(self, device: torch.device, dtype: torch.dtype) -> _Kept:
         parameters = [p for p in direct_parameters(self).values() if p is not None]
-        state = tuple((id(parameter), version_counter(parameter)) for parameter in parameters)
+        state = tuple(
+            (id(parameter), parameter.data_ptr(), version_counter(parameter))
+            for parameter in parameters
+        )
         kept = self._kept.get((device, dtype))
         if kept is None or kept.state != state:
             up = self.up().detach().to(self.dtype).to(device, dtype)

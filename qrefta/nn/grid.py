@@ -74,9 +74,10 @@ def grid_of(quant_type: QuantType, device: torch.device) -> Grid:
     table = level_table(quant_type)
     levels, codes = table.sort(stable=True)
     middles = (levels[1:] + levels[:-1]) / 2
-    first = torch.bucketize(torch.linspace(-1, 1, _CELLS + 1), middles)
-    bounds = torch.cat([middles, torch.full((1,), torch.inf)])[first]
-    centres = (torch.arange(_FINE_CELLS + 1) + 0.5) * (2 / _FINE_CELLS) - 1
+    edges = torch.linspace(-1, 1, _CELLS + 1, dtype=torch.float32)
+    first = torch.bucketize(edges, middles)
+    bounds = torch.cat([middles, torch.full((1,), torch.inf, dtype=torch.float32)])[first]
+    centres = (torch.arange(_FINE_CELLS + 1, dtype=torch.float32) + 0.5) * (2 / _FINE_CELLS) - 1
     fine = levels[torch.bucketize(centres, middles)]
     tensors = (levels, codes.to(torch.uint8), bounds, first, fine)
     return Grid(*(tensor.to(device) for tensor in tensors))
@@ -87,7 +88,7 @@ def level_table(quant_type: QuantType) -> Tensor:
     if quant_type in BITSANDBYTES_TYPES:
         return levels_4bit(quant_type).float()
     if quant_type in _FITTED_LEVELS:
-        return torch.tensor(_FITTED_LEVELS[quant_type])
+        return torch.tensor(_FITTED_LEVELS[quant_type], dtype=torch.float32)
     half = 1 << bits_of(quant_type) - 1
     return torch.arange(-half, half, dtype=torch.float32) / half
 

@@ -61,6 +61,15 @@ class AdaptedLinear(nn.Module):
         bank, key, _ = self._adapter
         return cast(Factors, bank[key])
 
+    @property
+    def row(self) -> int | None:
+        """The layer's number among the layers of its factors, if it has any."""
+        return None if self._adapter is None else self._adapter[2]
+
+    def uses(self, bank: FactorBank) -> bool:
+        """Whether the layer's factors are in a bank; a copied layer has a copy of its own."""
+        return self._adapter is not None and self._adapter[0] is bank
+
     def store(self, weight: FrozenWeight, bias: Tensor | None) -> None:
         """Fill the layer with a weight of its format, and a bias."""
         for name, tensor in weight.tensors().items():
@@ -117,6 +126,12 @@ class AdaptedLinear(nn.Module):
         factors = cast(Factors, bank[key])
         first_parameter = cast(Tensor, next(iter(direct_parameters(factors).values())))
         check_gathered(first_parameter, "shared factors")
+        if first_parameter.is_meta and not x.is_meta:
+            raise ValueError(
+                "The shared factors are on the meta device, where accelerate offloaded them "
+                "(cpu_offload, disk_offload, dispatch_model): all layers read them, so they stay "
+                "on one device. Load the folder with a device_map, which keeps them there."
+            )
         if self.training and torch.is_grad_enabled():
             bank.warn_if_frozen()
         return factors.product(x, layer, self.bias, self.frozen_weight())

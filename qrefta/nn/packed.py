@@ -48,9 +48,17 @@ class PackedBytes(Tensor):
 
     shares: list[float]
 
-    def __new__(cls, data: Tensor, requires_grad: bool = False) -> Self:
-        """A parameter, as accelerate makes one of a parameter's class when it moves it."""
-        return cast(Self, nn.Parameter(cls.of(data), requires_grad=requires_grad))
+    def __new__(
+        cls,
+        data: Tensor,
+        requires_grad: bool = False,
+        shares: list[float] | None = None,
+        **_marks: Any,
+    ) -> Self:
+        """A parameter, as accelerate makes one of a parameter's class when it moves it: with the
+        parameter's attributes, among them marks of torch and transformers.
+        """
+        return cast(Self, nn.Parameter(cls.of(data, shares), requires_grad=requires_grad))
 
     @classmethod
     def of(cls, tensor: Tensor, shares: list[float] | None = None) -> Self:

@@ -9,6 +9,12 @@ happens outside autograd: there is no gradient of a dense weight, and nothing de
 
 Kept for the backward pass: x, and where it was made x down^T, each only if a gradient needs it.
 
+A product is two autograd functions. The first keeps what the gradients need, and computes them; its
+output is an outline of the product, without values. The second computes the product, and passes its
+gradient to the first. The reason is gradient checkpointing, which stops computing a block again
+once all that the block keeps is there. Autograd keeps tensors when a forward function returns. With
+one function it would compute the last product of every block again, and nobody would read it.
+
 The autograd functions take and give matrices, (tokens, in) and (tokens, out). The leading axes come
 back outside of them: some models change the output of a linear layer in place (Falcon, Longformer),
 which autograd refuses for a view that a custom function returned.
@@ -27,10 +33,17 @@ from qrefta.nn.quantized import FrozenWeight, frozen_weight
 
 
 class _Frozen(NamedTuple):
-    """The arguments of an adapted product that take no gradient."""
+    """The arguments of an adapted product that take no gradient.
+
+    Attributes:
+        weight: W, (out, in).
+        rounding: dtype that `up` and `down` are rounded to.
+        merges: whether the update is merged into W for the product.
+    """
 
     weight: FrozenWeight
     rounding: torch.dtype
+    merges: bool
 
 
 def adapted_product(
@@ -56,12 +69,19 @@ def adapted_product(
         weight: W, (out, in).
         rounding: dtype that `up` and `down` are rounded to.
     """
-    tokens = x.reshape(-1, weight.shape[1])
-    frozen = _Frozen(weight, rounding)
-    if torch.is_grad_enabled():
-        y = _AdaptedProduct.apply(tokens, up, core, down, bias, frozen)
+    out_features, in_features = weight.shape
+    tokens = x.reshape(-1, in_features)
+    recorded = torch.is_grad_enabled()
+    gradients = recorded and (up.requires_grad or core.requires_grad or down.requires_grad)
+    merges = merging_is_cheaper(len(tokens), in_features, out_features, gradients)
+    frozen = _Frozen(weight, rounding, merges)
+    if recorded:
+        outline, narrow = _AdaptedGradients.apply(tokens, up, core, down, bias, frozen)
+        constants = [None if one is None else one.detach() for one in (up, core, down, bias)]
+        y = _AdaptedProduct.apply(outline, *constants, tokens.detach(), narrow, frozen)
     else:
-        y, _ = _forward(tokens, up, core, down, bias, frozen, gradients=False)
+        narrow = None if merges else _narrow(tokens, down, rounding)
+        y = _forward(up, core, down, bias, tokens, narrow, frozen)
     return with_shape(y, (*x.shape[:-1], weight.shape[0]))
 
 
@@ -75,7 +95,9 @@ def frozen_product(x: Tensor, bias: Tensor | None, weight: FrozenWeight) -> Tens
     """
     tokens = x.reshape(-1, weight.shape[1])
     if torch.is_grad_enabled():
-        y = _FrozenProduct.apply(tokens, bias, weight)
+        outline = _FrozenGradients.apply(tokens, bias, weight)
+        offset = None if bias is None else bias.detach()
+        y = _FrozenProduct.apply(outline, tokens.detach(), offset, weight)
     else:
         y = _frozen_forward(tokens, bias, weight)
     return with_shape(y, (*x.shape[:-1], weight.shape[0]))
@@ -91,8 +113,8 @@ def rounded_factor(factor: Tensor, rounding: torch.dtype, like: Tensor) -> Tenso
     return factor.to(rounding).to(like)
 
 
-class _AdaptedProduct(torch.autograd.Function):
-    """`adapted_product` and its gradients.
+class _AdaptedGradients(torch.autograd.Function):
+    """The outline of `adapted_product`, x down^T if it was made, and the gradients of the product.
 
     With g the gradient of y and h = x down^T:
         dx = g W + (g up core) down        dup = g^T (h core^T)
@@ -108,35 +130,61 @@ class _AdaptedProduct(torch.autograd.Function):
         down: Tensor,
         bias: Tensor | None,
         frozen: _Frozen,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
+        weight, rounding, merges = frozen
         _, need_up, need_core, need_down, _ = ctx.needs_input_grad[:5]
-        gradients = need_up or need_core or need_down
-        y, narrow = _forward(tokens, up, core, down, bias, frozen, gradients)
-        if narrow is None and gradients and not need_down:
-            # Keeping x down^T, which is narrow, saves keeping x.
-            narrow = tokens @ rounded_factor(down, frozen.rounding, tokens).T
-        ctx.rounding = frozen.rounding
+        # Keeping x down^T, which is narrow, saves keeping x.
+        replaces_tokens = (need_up or need_core) and not need_down
+        narrow = _narrow(tokens, down, rounding) if replaces_tokens or not merges else None
+        ctx.rounding = rounding
         ctx.bias_dtype = None if bias is None else bias.dtype
         kept_tokens = tokens if need_down else None
         kept_narrow = narrow if need_up or need_core else None
-        _save(ctx, frozen.weight, kept_tokens, kept_narrow, up, core, down)
-        return y
+        _save(ctx, weight, kept_tokens, kept_narrow, up, core, down)
+        if narrow is not None:
+            ctx.mark_non_differentiable(narrow)
+        ctx.set_materialize_grads(False)  # no zeros for `narrow`
+        return _outline(tokens, weight), narrow
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         with torch.autocast(grad.device.type, enabled=False):  # compute in the gradient's dtype
             return _gradients(ctx, grad)
 
 
-class _FrozenProduct(torch.autograd.Function):
-    """`frozen_product` and its gradients: dx = g W, and dbias is the sum of g over tokens."""
+class _AdaptedProduct(torch.autograd.Function):
+    """`adapted_product`, whose gradient goes to its outline."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        outline: Tensor,
+        up: Tensor,
+        core: Tensor,
+        down: Tensor,
+        bias: Tensor | None,
+        tokens: Tensor,
+        narrow: Tensor | None,
+        frozen: _Frozen,
+    ) -> Tensor:
+        return _forward(up, core, down, bias, tokens, narrow, frozen)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, *[None] * 7
+
+
+class _FrozenGradients(torch.autograd.Function):
+    """The outline of `frozen_product`, and the gradients of the product: dx = g W, and dbias is the
+    sum of g over tokens.
+    """
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, bias: Tensor | None, weight: FrozenWeight) -> Tensor:
         ctx.bias_dtype = None if bias is None else bias.dtype
         _save(ctx, weight)
-        return _frozen_forward(tokens, bias, weight)
+        return _outline(tokens, weight)
 
     @staticmethod
     @once_differentiable
@@ -151,6 +199,20 @@ class _FrozenProduct(torch.autograd.Function):
             if need_bias:
                 grad_bias = grad.sum(0, dtype=ctx.bias_dtype)
         return grad_tokens, grad_bias, None
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """`frozen_product`, whose gradient goes to its outline."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, outline: Tensor, tokens: Tensor, bias: Tensor | None, weight: FrozenWeight
+    ) -> Tensor:
+        return _frozen_forward(tokens, bias, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return grad, None, None, None
 
 
 def _save(ctx: Any, weight: FrozenWeight, *tensors: Tensor | None) -> None:
@@ -173,34 +235,45 @@ def _saved(ctx: Any) -> tuple[tuple[Any, ...], FrozenWeight]:
     return saved[: ctx.count], weight
 
 
+def _outline(tokens: Tensor, weight: FrozenWeight) -> Tensor:
+    """A tensor like the product of tokens with a weight, (tokens, out), with memory for one value,
+    which is not set.
+    """
+    return tokens.new_empty_strided((len(tokens), weight.shape[0]), (0, 0))
+
+
 def _frozen_forward(tokens: Tensor, bias: Tensor | None, weight: FrozenWeight) -> Tensor:
     offset = None if bias is None else bias.to(tokens.dtype)
     return weight.matmul(tokens, offset)
 
 
+def _narrow(tokens: Tensor, down: Tensor, rounding: torch.dtype) -> Tensor:
+    """The product x down^T, (tokens, S)."""
+    return tokens @ rounded_factor(down, rounding, tokens).T
+
+
 def _forward(
-    tokens: Tensor,
     up: Tensor,
     core: Tensor,
     down: Tensor,
     bias: Tensor | None,
+    tokens: Tensor,
+    narrow: Tensor | None,
     frozen: _Frozen,
-    gradients: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The product, (tokens, out), and x down^T if it was made."""
-    weight, rounding = frozen
-    out_features, in_features = weight.shape
+) -> Tensor:
+    """The product, (tokens, out); `narrow`, which is x down^T, is needed if nothing is merged."""
+    weight, rounding, merges = frozen
     offset = None if bias is None else bias.to(tokens.dtype)
     up = rounded_factor(up, rounding, tokens)
-    down = rounded_factor(down, rounding, tokens)
     core = core.to(tokens)
-    if merging_is_cheaper(len(tokens), in_features, out_features, gradients):
+    if merges:
+        down = rounded_factor(down, rounding, tokens)
         merged = weight.plus_product(_times(up, core), down)
-        return linear(tokens, merged, offset), None
-    narrow = tokens @ down.T
+        return linear(tokens, merged, offset)
+    assert narrow is not None, "x down^T is made if nothing is merged"
     y = weight.matmul(tokens, offset)
     y.addmm_(_times_transposed(narrow, core), up.T)
-    return y, narrow
+    return y
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -189,7 +189,7 @@ def _dense_layer(weight: Tensor, factors: Factors | None, index: int) -> SplitLa
         delta = factors.delta(index)
         principal_norm = squared_norm(delta)
         weight = weight - delta
-    zero = torch.zeros(())
+    zero = torch.zeros((), dtype=torch.float32)
     return SplitLayer(DenseWeight(weight), zero, zero, norm, principal_norm)
 
 

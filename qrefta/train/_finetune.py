@@ -45,7 +45,7 @@ from qrefta.train.resume import OrderOfEpoch, OwnIntervals, checkpoint_of
 from qrefta.train.same_run import run_marks
 from qrefta.train.tasks import TASKS, Recipe, TaskName
 from qrefta.train.tasks.chat import check_loss
-from qrefta.train.tasks.mixture import Mixture, load_mixture, mixed_recipe
+from qrefta.train.tasks.mixture import Mixture, is_mix, load_mixture, mixed_recipe
 from qrefta.train.tasks.preference import Reward, load_rewards
 from qrefta.train.trl import TRL_TASKS
 
@@ -386,6 +386,12 @@ def _recipe(
     rewards: list[Reward],
 ) -> Recipe:
     data = dataset
+    if not isinstance(data, str | Path | DatasetDict | Mixture) and not is_mix(data):
+        raise ValueError(
+            f"dataset is a {type(data).__name__}; give a file, a folder, a hub name, or a "
+            "DatasetDict with the splits train and test: dataset.train_test_split(test_size=0.1) "
+            "makes one of a datasets.Dataset. Several data sets are a dict of names and weights."
+        )
     if isinstance(data, str | Path):
         data = TASKS[task].load(data, seed=seed)
     elif not isinstance(data, DatasetDict | Mixture):
@@ -399,8 +405,9 @@ def _recipe(
 
     recipe = mixed_recipe(make, data, seed) if isinstance(data, Mixture) else make(data)
     if isinstance(processor, PreTrainedTokenizerBase):
-        check_tokens(model, processor, recipe.train, "train")
-        check_tokens(model, processor, recipe.test, "test")
+        for split, rows in (("train", recipe.train), ("test", recipe.test)):
+            if "input_ids" in rows.column_names:  # TRL's trainers for dpo and grpo make them later
+                check_tokens(model, processor, rows["input_ids"], split)
     return recipe
 
 

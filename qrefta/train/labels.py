@@ -2,6 +2,7 @@
 
 import math
 import re
+import unicodedata
 import warnings
 from typing import Any
 
@@ -137,7 +138,9 @@ def _warn(names: list[str], classes: list[str], place: str) -> None:
         )
     by_letters: dict[str, list[str]] = {}
     for name in classes:
-        by_letters.setdefault(name.lower(), []).append(name)
+        # One letter may have several forms in Unicode, which look alike.
+        letters = unicodedata.normalize("NFKC", name).casefold()
+        by_letters.setdefault(letters, []).append(name)
     alike = next((group for group in by_letters.values() if len(group) > 1), None)
     if alike is not None:
         warnings.warn(

@@ -1,9 +1,8 @@
 """The length of a row in tokens, by the positions of the model and the limit of the tokenizer."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta.model.positions import position_limit, trained_positions
@@ -63,20 +62,23 @@ def check_rows(
 
 
 def check_tokens(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, split: str
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[Sequence[int]],
+    split: str,
 ) -> None:
     """Raise ValueError if a row has a token that the model has no embedding for.
 
     Args:
         model: to be trained.
         tokenizer: that made the rows.
-        rows: with input_ids; others, which the Trainer tokenizes, are passed over.
+        rows: token ids.
         split: their name.
     """
     embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None)
     if embeddings is None or max(tokenizer.get_vocab().values()) < embeddings:
         return
-    for row, ids in enumerate(rows["input_ids"] if "input_ids" in rows.column_names else (), 1):
+    for row, ids in enumerate(rows, 1):
         if max(ids, default=0) >= embeddings:
             raise ValueError(
                 f"The {split} split, row {row}, has the token {max(ids)} "

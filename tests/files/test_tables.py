@@ -72,6 +72,9 @@ def test_quotations_hold_delimiters_newlines_and_marks(tmp_path):
     pandas.DataFrame({"text": texts, "label": range(5)}).to_csv(tmp_path / "a.csv", index=False)
     data = read_files({"train": [tmp_path / "a.csv"]})["train"]
     assert data["text"] == texts
+    paths = 'text,label\n"C:\\dir\\",1\n"a ""b"" \\n" ,2\nhe said \\"x\\",3\n5" disk,4\n'
+    texts = ["C:\\dir\\", 'a "b" \\n ', 'he said \\"x\\"', '5" disk']
+    assert read(tmp_path / "b.csv", paths)["text"] == texts
     marks = ['"one', 'two"', 'thr"ee']  # as in GLUE
     assert read(tmp_path / "a.tsv", "text\tid\n" + "\t1\n".join([*marks, ""]))["text"] == marks
 
@@ -83,8 +86,13 @@ def test_quotations_hold_delimiters_newlines_and_marks(tmp_path):
         ("a,b\n1,2,3\n4,5,6\n", "row 1, has 3 cells"),  # pandas takes the first for an index
         ("a,b\n1,2\n\n1\n", "row 2, has 1 cells"),  # an empty line is no row
         ("a\nHello, you\n", "row 1, has 2 cells"),
-        ('a,b\n"1,2\n3,4\n', r"row 1, has 1 cells .* close every quotation"),
-        ('a,b\n1,"2\n3,4\n5,6\n', r"quotation that begins with '2\\n3,4.* column b does not end"),
+        ('a,b\n"1,2\n3,4\n', r"row 1, column a: the quotation that begins with .* does not end"),
+        ('a,b\n1,"2\n3,4\n5,6\n', r"row 1, column b: .* begins with '2\\n3,4.* does not end"),
+        ('a,b\n1,2\n"a \\"b\\"",1\n', r"row 2, column a: the quotation 'a .* ends before 'b"),
+        ('a,b\n1,"a \\"b, c\\""\n', "row 1, column b: .* not behind a backslash"),
+        ('a,b\n1,"a \\""\n', "row 1, column b: .* does not end"),
+        ('a;b\n\n1;"a\n"""";\n\\"c"\n', "row 1, column b: .* ends before 'c"),
+        ('a,b\n"1\nx" y,2\n', "row 1, column a: .* ends before 'y,2'"),
         ("a,a,b\n1,2,3\n", "two columns 'a'; rename or remove"),
         ("a,b\n", r"has one line, 'a,b\\n', and no rows"),
         ("", "is empty"),

@@ -1,4 +1,4 @@
-"""Selective checkpointing: attention runs once, and no bit of the gradients changes."""
+"""Gradient checkpointing: how often each part of a block runs; no bit of the gradients changes."""
 
 from collections import Counter
 
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from qrefta._compat.torch import TorchDispatchMode
 from qrefta._compat.transformers import enable_checkpointing
 from qrefta.nn.checkpointing import check_checkpointing, selective_contexts
-from tests.models import ARCHITECTURES, EXPERTS, VOCAB, prepared
+from tests.models import ARCHITECTURES, EXPERTS, VOCAB, prepared, tiny_llama
 
 OPTIONS = {"use_reentrant": False, "context_fn": selective_contexts}
 WIDTH = 8
@@ -35,6 +35,10 @@ class Counting(TorchDispatchMode):
             for name, number in self.names.items()
             if "attention" in name and "backward" not in name
         )
+
+    def dequantized(self):
+        """Dequantized weights: one for each product with a frozen weight."""
+        return sum(number for name, number in self.names.items() if "dequantize" in name)
 
 
 def batch_of(model):
@@ -77,6 +81,33 @@ def test_gradients_are_the_same_and_attention_runs_once(architecture, dropout):
     # Recomputed blocks add up the gradients of T5's encoder in another order.
     tolerance = {"rtol": 1e-4, "atol": 1e-6} if architecture == "t5" else {"rtol": 0, "atol": 0}
     assert_close(found, expected, **tolerance)
+
+
+@pytest.mark.parametrize("options", [{"use_reentrant": False}, OPTIONS], ids=["whole", "selective"])
+@pytest.mark.parametrize("length", [12, 80], ids=["few tokens", "more tokens than features"])
+@pytest.mark.parametrize("method", ["windows", "tera", None])
+def test_the_last_product_of_a_block_is_not_computed_again(method, length, options):
+    """A block is computed again until all that it keeps is there; `down_proj` is its last product.
+
+    Products with frozen weights: seven a block in the forward pass, and one for the gradient of
+    each input. In our formats each of them dequantizes its weight.
+    """
+    settings = {"rank": 0} if method is None else {"rank": 5, "method": method}
+    model = prepared(tiny_llama, quant_type="int4", **settings).train()
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, length, model.config.hidden_size, generator=generator).requires_grad_()
+    counts = []
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            enable_checkpointing(model, options)
+        with Counting() as counting:
+            result = model.model(inputs_embeds=hidden, use_cache=False).last_hidden_state
+            gradients += torch.autograd.grad(result.square().sum(), hidden)
+        counts.append(counting.dequantized())
+    blocks = model.config.num_hidden_layers
+    assert counts == [14 * blocks, 20 * blocks]
+    assert torch.equal(*gradients)
 
 
 @torch.library.custom_op("tests::attention", mutates_args=())

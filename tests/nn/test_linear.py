@@ -376,7 +376,7 @@ def evaluated(model, x):
 @all_formats
 def test_evaluation_equals_a_pass_with_gradients(fmt):
     model = Adapted(fmt).moved()
-    x = randn(3, IN)
+    x = randn(3, 1, IN)
     assert_close(evaluated(model, x), model.train()(x).detach(), rtol=1e-5, atol=1e-5)
     assert_close(evaluated(model, x.bfloat16()), model.train()(x.bfloat16()).detach())
 
@@ -387,11 +387,11 @@ def test_rounded_factors_are_made_once_for_all_layers(monkeypatch):
     up = type(model.bank["stack"]).up
     monkeypatch.setattr(type(model.bank["stack"]), "up", lambda self: made.append(1) or up(self))
     for _ in range(4):
-        evaluated_once = torch.no_grad()(model)(randn(3, IN))
+        evaluated_once = torch.no_grad()(model)(randn(3, 1, IN))
     assert len(made) == 1
-    model(randn(3, IN))
+    model(randn(3, 1, IN))
     assert len(made) == 1 + LAYERS
-    assert evaluated_once.shape == (3, OUT)
+    assert evaluated_once.shape == (3, 1, OUT)
 
 
 CHANGES = {
@@ -408,13 +408,16 @@ CHANGES = {
         model.bank["stack"].A.data.mul_(2),
         model.eval(),
     ),
+    "data replaced": lambda model: setattr(
+        model.bank["stack"].A, "data", 2 * model.bank["stack"].A.data
+    ),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
 def test_rounded_factors_follow_a_change(change):
     model = Adapted(QuantFormat())
-    x = randn(3, IN)
+    x = randn(3, 1, IN)
     before = evaluated(model, x)
     with torch.no_grad():
         change(model)
@@ -426,7 +429,7 @@ def test_rounded_factors_follow_a_change(change):
 def test_rounded_factors_follow_an_optimizer_that_writes_past_autograd():
     """The model stays in eval mode: a pass that records gradients drops the kept factors."""
     model = Adapted().eval()
-    x = randn(3, IN)
+    x = randn(3, 1, IN)
     evaluated(model, x)
     model(x).sum().backward()
     for parameter in model.bank["stack"].trained():
@@ -436,9 +439,25 @@ def test_rounded_factors_follow_an_optimizer_that_writes_past_autograd():
     assert_close(found, model.train()(x).detach(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_update_without_gradients_takes_effect_in_the_next_batch(mode):
+    """As in MeZO: the model stays in eval mode, and no pass records gradients."""
+    model = Adapted().eval()
+    x = randn(3, 2, IN)
+    with mode():
+        losses = []
+        for scale in (1, 3, 1 / 3):
+            for parameter in model.bank["stack"].trained():
+                parameter.data.mul_(scale)
+            losses.append(model(x).square().sum().item())
+            model(x[:, :1])  # decoding keeps the rounded factors
+    assert losses[1] != losses[0]
+    assert losses[2] == pytest.approx(losses[0], rel=1e-2)
+
+
 def test_kept_factors_move_and_copy_with_the_model():
     model = Adapted()
-    x = randn(3, IN)
+    x = randn(3, 1, IN)
     evaluated(model, x)
     clone = copy.deepcopy(model)
     with torch.no_grad():

@@ -258,7 +258,7 @@ def test_step_cost_by_hand():
 
 
 class Allocations(TorchDispatchMode):
-    """Elements of every floating-point tensor that an operation makes, without views."""
+    """Values in every floating-point storage that an operation makes."""
 
     def __init__(self):
         super().__init__()
@@ -272,8 +272,9 @@ class Allocations(TorchDispatchMode):
         }
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in given:
-                self.sizes.append(tensor.numel())
+            storage = tensor.untyped_storage()
+            if tensor.is_floating_point() and storage.data_ptr() not in given:
+                self.sizes.append(storage.nbytes() // tensor.itemsize)
         return result
 
 

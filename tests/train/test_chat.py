@@ -587,3 +587,19 @@ def test_sft_without_trl_names_the_extra_to_install(tokenizer, tmp_path, monkeyp
     data = load_chat(write_rows(tmp_path / "chat.jsonl", chat_rows(20)), 0)
     with pytest.raises(ImportError, match="pip install trl"):
         chat_recipe(tiny_llama(), tokenizer, data, 32)
+
+
+def test_text_with_a_history_or_a_system_message_is_a_conversation(tmp_path):
+    rows = [{"prompt": "what is sky ?", "completion": "blue", "history": [], "system": ""}] * 3
+    rows.append(rows[0] | {"history": [["is", "red"]], "system": "red"})
+    data = load_chat(write_rows(tmp_path / "chat.jsonl", rows), 0)
+    found = [row["messages"] for part in data.values() for row in part]
+    earlier = [{"role": "user", "content": "is"}, {"role": "assistant", "content": "red"}]
+    assert max(found, key=len) == SYSTEM + earlier + QUESTION + ANSWER
+    assert found.count(QUESTION + ANSWER) == 3
+
+
+def test_text_without_a_history_stays_text(tmp_path):
+    rows = [{"prompt": "a", "completion": "b", "history": [], "system": None}] * 4
+    data = load_chat(write_rows(tmp_path / "chat.jsonl", rows), 0)
+    assert data["train"].column_names == ["prompt", "completion"]

@@ -18,8 +18,7 @@ from qrefta.train.tasks.classify import text_classes
 from qrefta.train.tasks.preference import dpo_recipe, grpo_recipe
 from tests.models import build, decoder_sizes, tiny_bert, tiny_gpt2, tiny_llama
 from tests.tiny import color_data, tiny_folder, tiny_tokenizer
-from tests.train.talk import chat_rows, words, write_rows
-from tests.train.test_preference import pair_rows
+from tests.train.talk import chat_rows, pair_rows, words, write_rows
 
 
 def test_the_default_is_lowered_to_the_positions():
@@ -159,7 +158,7 @@ def test_a_default_length_trains_a_model_with_fewer_positions(tmp_path):
     assert result.steps == 1
 
 
-@pytest.mark.parametrize("task", ["classify", "lm", "sft"])
+@pytest.mark.parametrize("task", ["classify", "lm", "sft", "dpo", "grpo"])
 def test_a_token_that_was_added_to_the_tokenizer_alone_is_refused_before_the_run(task, tmp_path):
     """The model would fail with "index out of range in self"."""
     tokenizer = words()
@@ -167,8 +166,9 @@ def test_a_token_that_was_added_to_the_tokenizer_alone_is_refused_before_the_run
     tokenizer.add_tokens(["green"])
     data, shown = rows_with("green", task, tmp_path)
     tuned = [model, tokenizer, data, tmp_path / "run"]
+    options = {"reward": lambda prompts, **columns: [0.0] * len(prompts)} if task == "grpo" else {}
     with pytest.raises(ValueError, match=rf"has the token {shown}.*resize_token_embeddings"):
-        qrefta.finetune(*tuned, task=task, max_steps=1, max_length=16, progress=False)
+        qrefta.finetune(*tuned, task=task, max_steps=1, max_length=16, progress=False, **options)
 
 
 def build_of(task, vocabulary):
@@ -190,6 +190,11 @@ def rows_with(word, task, folder):
         file = folder / "text.txt"
         file.write_text("sky is blue " * 200 + f"{word} " + "sky is blue " * 200)
         return file, shown
+    if task in ("dpo", "grpo"):
+        pairs = pair_rows(20)
+        turns = pairs[3]["rejected" if task == "dpo" else "prompt"]
+        turns[0]["content"] = word
+        return write_rows(folder / "pairs.jsonl", pairs), shown
     rows = chat_rows(20)
     rows[3]["messages"][1]["content"] = word
     return write_rows(folder / "chat.jsonl", rows), shown

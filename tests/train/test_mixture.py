@@ -1,6 +1,7 @@
 """Several data sets in one run."""
 
 import pytest
+from datasets import Dataset
 from typer.testing import CliRunner
 
 import qrefta
@@ -10,7 +11,7 @@ from qrefta.train.tasks import TASKS
 from qrefta.train.tasks.chat import chat_recipe
 from qrefta.train.tasks.mixture import Mixture, load_mixture, mixed_recipe, parse_weight
 from tests.models import tiny_llama
-from tests.train.talk import QUESTION, write_rows
+from tests.train.talk import QUESTION, chat_rows, words, write_rows
 
 pytest.importorskip("trl")
 
@@ -115,3 +116,12 @@ def test_unusable_mixtures_are_refused(sources, tokenizer, tmp_path):
             Mixture(parts, [1, 1]),
             0,
         )
+
+
+@pytest.mark.parametrize("kind", [Dataset, dict, list])
+def test_data_without_splits_are_refused_in_words(kind, tmp_path):
+    rows = Dataset.from_list(chat_rows(4))
+    data = {Dataset: rows, dict: {"train": rows}, list: chat_rows(4)}[kind]
+    model = qrefta.prepare(tiny_llama(), rank=2, progress=False)
+    with pytest.raises(ValueError, match=rf"dataset is a {kind.__name__}; .*train_test_split"):
+        qrefta.finetune(model, words(), data, tmp_path / "run", task="sft", progress=False)

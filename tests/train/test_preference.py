@@ -56,6 +56,17 @@ def test_pairs_of_text_stay_text_and_system_turns_and_tools_are_kept(tmp_path):
     assert data["train"][0]["tools"] == [{"n": 1}]
 
 
+def test_text_with_a_history_or_a_system_message_becomes_turns(tmp_path):
+    history = [{"role": "user", "content": "is"}, {"role": "assistant", "content": "red"}]
+    expected = [{"role": "system", "content": "s"}, *history, *QUESTION]
+    row = {"prompt": "what is sky ?", "history": [["is", "red"]], "system": "s"}
+    data = load_prompts(write_rows(tmp_path / "prompts.jsonl", [row] * 4), 0)
+    assert data["train"][0]["prompt"] == expected
+    pairs = [row | {"chosen": "blue", "rejected": "red"}] * 4
+    data = load_preferences(write_rows(tmp_path / "pairs.jsonl", pairs), 0)
+    assert data["train"][0] == {"prompt": expected, "chosen": ANSWER, "rejected": WORSE}
+
+
 def test_a_question_stays_before_turns_that_both_answers_begin_with(tmp_path):
     """The answers are the last turns of two dialogues that go on from the prompt."""
     more = [{"role": "assistant", "content": "red"}, {"role": "user", "content": "no"}]

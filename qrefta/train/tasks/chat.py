@@ -16,7 +16,14 @@ from qrefta.train.head_loss import without_logits
 from qrefta.train.lengths import check_rows, warn_of_cut, warn_without_answer
 from qrefta.train.tasks.answers import IGNORED, learned_ids, left_out, template_errors
 from qrefta.train.tasks.recipe import TEST_SHARE, Recipe
-from qrefta.train.tasks.turns import COLUMNS, conversation, is_empty, is_plain, tools_of
+from qrefta.train.tasks.turns import (
+    COLUMNS,
+    are_plain,
+    conversation,
+    is_empty,
+    is_plain,
+    tools_of,
+)
 from qrefta.train.token_loss import loss_by_tokens
 from qrefta.train.trl import load_trl
 
@@ -33,7 +40,7 @@ def load_chat(source: str | Path, seed: int) -> DatasetDict:
     """Conversations with the splits train and test.
 
     The columns are messages and, if the source has it, tools; or, if the source has them as text,
-    prompt and completion.
+    without a system message, history or tools, prompt and completion.
 
     Args:
         source: a file, a folder (one file a split, or files of one kind, which are one split), or a
@@ -75,7 +82,7 @@ def conversations(part: Dataset, source: str) -> Dataset:
         ValueError: for other columns, or a row without an answer.
     """
     part = with_names(part, COLUMNS)
-    plain = is_plain(part[0])
+    plain = are_plain(part, [*_PLAIN])
     features = _PLAIN if plain else _TURNS
     if not plain and "tools" in part.column_names:
         features = Features(_TURNS | _TOOLS)
@@ -95,7 +102,7 @@ def _row(
     row = as_written(row, given)
     where = f"{source}, row {index + 1}"
     if "completion" in columns:
-        if not is_plain(row) or is_empty(row["completion"]):
+        if not is_plain(row, columns) or is_empty(row["completion"]):
             raise ValueError(
                 f"{where}, columns prompt and completion: text is missing. They are "
                 f"{row['prompt']!r} and {row['completion']!r}; fill the row, or remove it."
@@ -200,5 +207,6 @@ def check_template(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> N
     if any(isinstance(value, list) for value in row.values()) and tokenizer.chat_template is None:
         raise ValueError(
             "The data are conversations and the tokenizer has no chat template; set "
-            "tokenizer.chat_template, or give columns prompt and completion of plain text."
+            "tokenizer.chat_template, or give columns prompt and completion of plain text, without "
+            "system, history and tools."
         )

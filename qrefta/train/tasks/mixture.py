@@ -21,6 +21,13 @@ class Mixture(NamedTuple):
     weights: list[float]
 
 
+def is_mix(data: object) -> bool:
+    """Whether an object has the form of several data sets: names with weights."""
+    if not isinstance(data, Mapping):
+        return False
+    return all(isinstance(weight, float | int | str | None) for weight in data.values())
+
+
 def load_mixture(
     task: Task, load: Callable[..., DatasetDict], sources: Mapping[str | Path, float], seed: int
 ) -> Mixture:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qrefta.choices import Task
 from qrefta.files.tables import BUILDERS, as_written, is_number, is_text, kind_of, with_names
 from qrefta.train.data import read_splits, split_files, with_test
-from qrefta.train.lengths import check_rows, warn_of_cut, warn_without_answer
+from qrefta.train.lengths import check_rows, check_tokens, warn_of_cut, warn_without_answer
 from qrefta.train.reference import starts_as_reference
 from qrefta.train.tasks.answers import template_errors
 from qrefta.train.tasks.chat import check_template
@@ -22,7 +22,7 @@ from qrefta.train.tasks.turns import (
     COLUMNS,
     QUESTIONS,
     answer_turns,
-    as_turns,
+    are_plain,
     is_empty,
     question_of,
     tools_of,
@@ -43,7 +43,8 @@ def load_preferences(source: str | Path, seed: int) -> DatasetDict:
     """Preferences with the splits train and test: columns prompt, chosen, rejected and, maybe,
     tools.
 
-    They are text if the source has these three columns as text. Else they are turns, and the
+    They are text if the source has the first three as text, and no system message, history or
+    tools. Else they are turns, and the
     answers are turns of the assistant.
 
     Args:
@@ -58,7 +59,7 @@ def load_preferences(source: str | Path, seed: int) -> DatasetDict:
     parts = read_splits(source, shards=True)
     for name, part in parts.items():
         part = with_names(part, COLUMNS)
-        plain = all(isinstance(as_turns(part[0].get(column)), str) for column in _PAIR)
+        plain = are_plain(part, _PAIR)
         features = _PLAIN if plain else _TURNS
         if not plain and "tools" in part.column_names:
             features = Features(_TURNS | _TOOLS)
@@ -82,7 +83,8 @@ def load_preferences(source: str | Path, seed: int) -> DatasetDict:
 def load_prompts(source: str | Path, seed: int) -> DatasetDict:
     """Prompts with the splits train and test; other columns stay, for the reward.
 
-    A prompt is text if the source has it as text in the column prompt. Else it is turns.
+    A prompt is text if the source has it as text in the column prompt, and no system message,
+    history or tools. Else it is turns.
 
     Args:
         source: a file, a folder or a hub name with one of the columns prompt, question, instruction
@@ -98,7 +100,7 @@ def load_prompts(source: str | Path, seed: int) -> DatasetDict:
     for name, part in parts.items():
         part = with_names(part, COLUMNS)
         part = _with_numbers(part) if from_cells else part
-        plain = isinstance(as_turns(part[0].get("prompt")), str)
+        plain = are_plain(part, ["prompt"])
         prompt = Value("string") if plain else List(Json())
         parts[name] = part.map(
             _prompt,
@@ -123,8 +125,8 @@ def dpo_recipe(
 
     Raises:
         ValueError: for conversations and a tokenizer without a chat template, a split without an
-            answer in its first `max_length` tokens, or rows that are not cut and have more tokens
-            than the model has positions.
+            answer in its first `max_length` tokens, a token that the model has no embedding for, or
+            rows that are not cut and have more tokens than the model has positions.
         ImportError: if TRL is not installed.
     """
     trainer, _ = load_trl("dpo")
@@ -160,18 +162,20 @@ def grpo_recipe(
             number for each completion, and None where they do not apply.
 
     Raises:
-        ValueError: for conversations and a tokenizer without a chat template, or if a prompt and an
-            answer have more tokens than the model has positions.
+        ValueError: for conversations and a tokenizer without a chat template, if a prompt has a
+            token that the model has no embedding for, or if a prompt and an answer have more tokens
+            than the model has positions.
         ImportError: if TRL is not installed.
     """
     trainer, _ = load_trl("grpo")
     check_template({"prompt": data["train"][0]["prompt"]}, tokenizer)
     for name, part in data.items():
         prompts = [
-            len(token_ids(dict(row), tokenizer, False, f"The {name} split, row {number}"))
+            token_ids(dict(row), tokenizer, False, f"The {name} split, row {number}")
             for number, row in enumerate(part, 1)
         ]
-        lengths = [prompt + (max_length or 0) for prompt in prompts]
+        check_tokens(model, tokenizer, prompts, str(name))
+        lengths = [len(prompt) + (max_length or 0) for prompt in prompts]
         check_rows(model, tokenizer, lengths, f"prompts of the {name} split with an answer")
     return Recipe(
         data["train"],
@@ -257,14 +261,18 @@ def _check_pairs(
     split: str,
     max_length: int | None,
 ) -> None:
-    """Count the pairs that TRL cuts, and the pairs that it leaves out."""
+    """Check the tokens, and count the pairs that TRL cuts, and the pairs that it leaves out."""
     prompts = []
     lengths = []
+    tokens = []
     for number, row in enumerate(map(dict, part), 1):
         where = f"The {split} split, row {number}"
         prompts.append(len(token_ids(row, tokenizer, False, where)))
-        answers = (row, row | {"chosen": row["rejected"]})
-        lengths.append(max(len(token_ids(one, tokenizer, True, where)) for one in answers))
+        both = (row, row | {"chosen": row["rejected"]})
+        answers = [token_ids(one, tokenizer, True, where) for one in both]
+        lengths.append(max(map(len, answers)))
+        tokens.append([*{*answers[0], *answers[1]}])
+    check_tokens(model, tokenizer, tokens, split)
     if max_length is None:
         check_rows(model, tokenizer, lengths, f"of the {split} split")
         return

@@ -2,9 +2,10 @@
 
 Known are the columns messages and conversations (turns with role and content, or ShareGPT's from
 and value), instruction, input and output (Alpaca) with history (pairs of earlier questions and
-answers), and prompt with completion; besides them system and tools. A turn of the assistant with
-the weight 0 (OpenAI's) is read and not learned. In a cell of a csv file turns are written as JSON,
-or as Python writes a list.
+answers), and prompt with completion; besides them system and tools. Text in prompt and completion
+without history, system and tools is no conversation, but text to be continued. A turn of the
+assistant with the weight 0 (OpenAI's) is read and not learned. In a cell of a csv file turns are
+written as JSON, or as Python writes a list.
 """
 
 import ast
@@ -12,6 +13,8 @@ import json
 import reprlib
 from collections.abc import Sequence
 from typing import Any
+
+from datasets import Dataset
 
 _ROLES = {
     "system": "system",
@@ -43,6 +46,7 @@ COLUMNS = (
     "system",
     "tools",
 )
+_CONTEXT = ("system", "history", "tools")
 _LAYOUTS = (
     ("prompt", "completion"),
     ("messages",),
@@ -55,9 +59,17 @@ _NEEDED = (
 )
 
 
-def is_plain(row: dict[str, Any]) -> bool:
-    """Whether a row is text to be continued: prompt and completion are strings."""
-    return all(isinstance(as_turns(row.get(name)), str) for name in ("prompt", "completion"))
+def is_plain(row: dict[str, Any], columns: Sequence[str]) -> bool:
+    """Whether a row is text to be continued: these columns are strings, not turns."""
+    return all(isinstance(as_turns(row.get(name)), str) for name in columns)
+
+
+def are_plain(part: Dataset, columns: Sequence[str]) -> bool:
+    """Whether the rows of a split are text to be continued: these columns of the first row are
+    strings, and no row has a system message, history or tools, which only conversations hold.
+    """
+    context = [name for name in _CONTEXT if name in part.column_names]
+    return is_plain(part[0], columns) and all(is_empty(v) for name in context for v in part[name])
 
 
 def as_turns(value: Any) -> Any:
