@@ -92,6 +92,7 @@ KEPT = {
     "qrefta without text": (SKY, "o"),
     "qrefta, calibrated": (BLUE, "D"),
     "qrefta, error feedback": (GREEN, "*"),
+    "qrefta, layer after layer": (BROWN, "h"),
 }
 TENSOR_COLORS = {"refta": GREEN, "craft": BROWN, "tera": BLACK}  # others: grey
 TENSOR_MARKERS = "P*X<>hp8"

@@ -19,6 +19,11 @@ NAMES = {
     "loftq": "LoftQ",
     "qera": "QERA",
 }
+CALIBRATED_SERIES = {
+    "nearest": "qrefta, calibrated",
+    "feedback": "qrefta, error feedback",
+    "sequential": "qrefta, layer after layer",
+}
 SLACK = 0.005  # bits a weight that count as equal: offsets of double quantization, layers' mixing
 PLAIN_BITS = 4.5  # of NF4 in blocks of 64
 NOTES = {
@@ -38,6 +43,7 @@ WIKITEXT = "wikitext2/test.txt"
 SHAKESPEARE = "tinyshakespeare/input.txt"
 ROUNDED = Base(calibration=TEXT, scales="searched", rounding="feedback")
 THREE_BITS = ROUNDED._replace(quant_type="nf3", double_quant=True)
+MIXED_BITS = THREE_BITS._replace(quant_type=None, target_bits=3.3)
 TARGETS = (
     Target(ROUNDED, {WIKITEXT: 0.115, SHAKESPEARE: 0.175}),
     Target(ROUNDED._replace(rank=R, refine=1), {WIKITEXT: 0.090, SHAKESPEARE: 0.135}),
@@ -58,14 +64,17 @@ SELECTED = {
     "qrefta, calibrated on generic text": ROUNDED._replace(calibration=HALF_TEXT, generic=True),
     "qrefta, double quantization": ROUNDED._replace(double_quant=True),
     "qrefta": ROUNDED,
+    'qrefta, `rounding="sequential"`': ROUNDED._replace(rounding="sequential"),
     f'qrefta, `method="refta"`, R = {R}': ROUNDED._replace(rank=R, refine=1),
     'qrefta, `method="refta"`, R = 240': ROUNDED._replace(rank=240, refine=1),
     "GPTQ on NF3 (absmax scales, columns in order)": Base(
         "gptq", 0, TEXT, quant_type="nf3", double_quant=True
     ),
     "qrefta, `bits=3`": THREE_BITS,
-    'qrefta, `bits="auto"`, `target_bits=3.3`': THREE_BITS._replace(
-        quant_type=None, target_bits=3.3
+    'qrefta, `bits=3`, `rounding="sequential"`': THREE_BITS._replace(rounding="sequential"),
+    'qrefta, `bits="auto"`, `target_bits=3.3`': MIXED_BITS,
+    'qrefta, `bits="auto"`, `target_bits=3.3`, `rounding="sequential"`': MIXED_BITS._replace(
+        rounding="sequential"
     ),
     f'qrefta, `bits=3`, `method="refta"`, R = {R}': THREE_BITS._replace(rank=R, refine=1),
     'qrefta, `bits=3`, `method="refta"`, R = 240': THREE_BITS._replace(rank=240, refine=1),
@@ -127,8 +136,7 @@ def series_of(row: Row) -> str:
         return NAMES[row["maker"]]
     if not row["calibration"]:
         return "qrefta without text"
-    feedback = row["settings"]["rounding"] == "feedback"
-    return "qrefta, error feedback" if feedback else "qrefta, calibrated"
+    return CALIBRATED_SERIES[row["settings"]["rounding"]]
 
 
 def front(points: Iterable[tuple[float, float]]) -> Points:
