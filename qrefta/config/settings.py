@@ -86,7 +86,7 @@ class Settings:
             and take in the errors of the columns before (GPTQ, arXiv 2210.17323); without moments
             it is nearest. sequential: the same, and the blocks are rounded one after the other,
             each for the inputs that the quantized blocks before it give (QEP, arXiv 2504.09629);
-            it takes about three times as long and needs calibration text and the model in memory
+            it takes longer, and needs calibration text and the model in memory
             (`qrefta.split.sequential`). nearest: the nearest level.
         target_modules: linear layers that get factors. None: all in the repeated blocks. A list:
             module paths that end in one of the names ("q_proj", "self_attn.q_proj"). A string: a
