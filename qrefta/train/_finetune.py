@@ -13,7 +13,6 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import (
     BaseImageProcessor,
     EarlyStoppingCallback,
-    IntervalStrategy,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -33,6 +32,13 @@ from qrefta.model_card import write_card
 from qrefta.train.arguments import LENGTH_FIELDS, run_arguments, task_settings
 from qrefta.train.checkpointing import checkpointing_settings, follow_arguments
 from qrefta.train.checkpoints import publish, whole_checkpoints, writing
+from qrefta.train.evaluating import (
+    EvaluationTime,
+    check_early_stopping,
+    check_metric,
+    evaluation_settings,
+    patience,
+)
 from qrefta.train.forward import own_forward
 from qrefta.train.gradients import GradientWatch, check_trainable
 from qrefta.train.interrupt import interruptible
@@ -47,9 +53,7 @@ from qrefta.train.tasks import TASKS, Recipe, TaskName
 from qrefta.train.tasks.chat import check_loss
 from qrefta.train.tasks.mixture import Mixture, is_mix, load_mixture, mixed_recipe
 from qrefta.train.tasks.preference import Reward, load_rewards
-from qrefta.train.trl import TRL_TASKS
 
-_PART_OF_RUN = 0.1  # between two evaluations of early stopping
 _OLD_KEYWORDS = {
     "warmup_steps": "args=TrainingArguments(..., warmup_steps=...)",
     "weight_decay": "args=TrainingArguments(..., weight_decay=...)",
@@ -231,11 +235,11 @@ def finetune(
     callbacks = _callbacks(callbacks)
     given = any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks)
     if early_stopping is not None:
-        callbacks = [*callbacks, EarlyStoppingCallback(_patience(early_stopping))]
+        callbacks = [*callbacks, EarlyStoppingCallback(patience(early_stopping))]
     elif given and args is not None:
-        _check_early_stopping(args)
+        check_early_stopping(args)
     stops = early_stopping is not None or (given and args is None)
-    settings |= _evaluation_settings(eval_steps, stops)
+    settings |= evaluation_settings(eval_steps, stops)
     if deprecated:
         settings |= _old_settings(deprecated, args)
     together = processes()  # before TrainingArguments, whose processes wait less long for the first
@@ -262,15 +266,6 @@ def round_masters(model: nn.Module) -> None:
         factors.round_masters()
 
 
-class _Evaluations(TrainerCallback):
-    """Sums the seconds that evaluation takes."""
-
-    runtime_s = 0.0
-
-    def on_evaluate(self, *_: Any, metrics: dict[str, float], **__: Any) -> None:
-        self.runtime_s += metrics["eval_runtime"]
-
-
 def _callbacks(callbacks: Any) -> list[TrainerCallback]:
     """Callbacks as objects; Trainer takes classes too."""
     several = callbacks if isinstance(callbacks, Sequence) else [callbacks]
@@ -281,58 +276,6 @@ def _callbacks(callbacks: Any) -> list[TrainerCallback]:
             f"callbacks holds {strange[0]!r}; give transformers' TrainerCallbacks, in a list"
         )
     return found
-
-
-def _check_metric(arguments: TrainingArguments, recipe: Recipe, task: TaskName) -> None:
-    """Refuse a metric to find the best model by that the task does not have."""
-    metric = (arguments.metric_for_best_model or "loss").removeprefix("eval_")
-    metrics = ["loss", *recipe.scores.values()]
-    if task not in TRL_TASKS and metric not in metrics:
-        raise ValueError(
-            f"metric_for_best_model is {arguments.metric_for_best_model!r}; this task measures "
-            f"{' and '.join(metrics)}"
-        )
-
-
-def _patience(early_stopping: Any) -> int:
-    if type(early_stopping) is not int or early_stopping < 1:
-        raise ValueError(
-            f"early_stopping is {early_stopping!r}; it must be a number of evaluations, 1 or more"
-        )
-    return early_stopping
-
-
-def _check_early_stopping(args: TrainingArguments) -> None:
-    """Refuse arguments with which Trainer's EarlyStoppingCallback fails."""
-    if args.eval_strategy == "no" or not args.metric_for_best_model:
-        raise ValueError(
-            "EarlyStoppingCallback compares evaluations during the run, and args ask for none "
-            f"(eval_strategy={IntervalStrategy(args.eval_strategy).value!r}, metric_for_best_model="
-            f"{args.metric_for_best_model!r}). Give finetune(early_stopping=3) instead of the "
-            'callback, or set eval_strategy="steps", eval_steps, save_steps, '
-            'metric_for_best_model="eval_loss" and load_best_model_at_end=True.'
-        )
-
-
-def _evaluation_settings(eval_steps: float | None, stops: bool) -> dict[str, Any]:
-    """Settings for evaluations during the run; the model that is kept has to be saved as often."""
-    if eval_steps is None and not stops:
-        return {}
-    every = _PART_OF_RUN if eval_steps is None else eval_steps
-    if isinstance(every, bool) or not every > 0:
-        raise ValueError(
-            f"eval_steps is {eval_steps!r}; it must be a number of steps, or a share of the run "
-            "between 0 and 1"
-        )
-    settings: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": every}
-    if stops:
-        settings |= {
-            "save_steps": every,
-            "load_best_model_at_end": True,
-            "metric_for_best_model": "eval_loss",
-            "greater_is_better": False,
-        }
-    return settings
 
 
 def _old_settings(deprecated: dict[str, Any], args: TrainingArguments | None) -> dict[str, Any]:
@@ -423,13 +366,13 @@ def _train(
 ) -> FinetuneResult:
     """Train, evaluate and write the model."""
     run = Path(str(arguments.output_dir))
-    _check_metric(arguments, recipe, task)
+    check_metric(arguments, recipe, task)
     marks = run_marks(model, recipe.train, recipe.test, arguments)
     checkpoint = checkpoint_of(run, resume, model, marks)
     if checkpoint is not None:
         arguments.eval_on_start = False  # the log has it; early stopping would count it again
         arguments.restore_callback_states_from_checkpoint = True
-    evaluations = _Evaluations()
+    evaluations = EvaluationTime()
     with own_forward(model), interruptible() as interrupts:
         follow_arguments(model, arguments)
         trainer = _trainer(
