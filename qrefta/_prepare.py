@@ -4,7 +4,7 @@ of core.
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -37,10 +37,10 @@ from qrefta.model.unquantized import warn_of_unquantized
 from qrefta.nn.factors import FactorBank
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.nn.quantized import QuantFormat
-from qrefta.split.calibrate import Batch, Moments, gather_moments, load_moments
+from qrefta.split.calibrate import Moments, gather_moments, load_moments
 from qrefta.split.checkpoint import convert
 from qrefta.split.loop import split_stacks
-from qrefta.split.sequential import BlockSequence
+from qrefta.split.sequential import LayerSequence
 from qrefta.split.sources import Calibration, calibration_batches
 from qrefta.split.stack_split import StackSplit
 
@@ -143,32 +143,31 @@ def _prepare(
     chosen = with_trained_modules(model, chosen, source.stacks)
     _check_weights(model, source.stacks)
     warn_of_unquantized(model, source.stacks)
-    in_order = chosen.rounding == "sequential" and chosen.bits != 16
+    in_order = chosen.rounds_in_order
+    sequence = None
     if in_order and calibration is None:
         raise ValueError(
-            'rounding is "sequential" and calibration is missing: moments hold the inputs of the '
-            "16-bit model alone. Give calibration, a text or batches."
+            'rounding is "sequential" and calibration= is missing, a text or batches; moments hold '
+            "the inputs of the 16-bit model only."
         )
-    batches: Iterable[Batch] = ()
     if calibration is not None:
         batches = calibration_batches(model, calibration, tokenizer, seed=chosen.seed)
-        batches = list(batches) if in_order else batches  # they are read twice
+        if in_order:
+            batches = list(batches)  # they are read twice
+            sequence = LayerSequence(model, source.stacks, batches)
         moments = gather_moments(model, source.stacks, batches, progress=progress)
     loaded = _moments(moments)
     if calibration is None and loaded is not None:
         loaded.check(source.stacks)
-    blocks = None
-    if in_order:
-        assert loaded is not None, "calibration gives moments"
-        blocks = BlockSequence(model, source.stacks, batches, loaded, progress)
     _own_config(model)
-    if blocks is None:
+    if sequence is None:
         sink = _ModelSink(model)
         split_stacks(source, sink, chosen, loaded, progress)
     else:
-        sink = _BlockSink(model, blocks)
+        assert loaded is not None, "calibration gives moments"
+        sink = _SequentialSink(model, sequence, loaded)
         split_stacks(source, sink, chosen, loaded, progress)
-        sink.replace_blocks()
+        sink.replace_layers(progress)
     freeze(model, chosen.modules_to_save)
     config = QReftaConfig(
         chosen,
@@ -222,7 +221,7 @@ def prepare_checkpoint(
         TypeError: for an unknown keyword.
     """
     chosen = settings_of_call("prepare_checkpoint", {"bits": bits, "rank": rank, **settings})
-    if chosen.rounding == "sequential":
+    if chosen.rounds_in_order:
         raise ValueError(
             'rounding="sequential" runs the model on calibration text, so it needs the model in '
             'memory: call qrefta.prepare(model, calibration=..., rounding="sequential").'
@@ -367,36 +366,34 @@ class _ModelSink:
             factors.to(home)
 
 
-class _BlockSink(_ModelSink):
-    """A model in memory, whose linear layers are replaced a block at a time, once the factors of
-    all stacks are chosen.
+class _SequentialSink(_ModelSink):
+    """A model in memory, whose linear layers are replaced in the order in which they run, once the
+    factors of all stacks are chosen.
     """
 
-    def __init__(self, model: PreTrainedModel, blocks: BlockSequence) -> None:
+    def __init__(self, model: PreTrainedModel, sequence: LayerSequence, dense: Moments) -> None:
         super().__init__(model)
-        self._blocks = blocks
+        self._sequence = sequence
+        self._moments = sequence.moments(dense)
         self._splits: list[StackSplit] = []
 
     def write(self, split: StackSplit) -> None:
-        targets = self._blocks.targets(split.stack, split.weights)
-        moments = self._blocks.moments
-        self._splits.append(
-            StackSplit(split.stack, targets, split.settings, 0, moments, split.split)
-        )
+        targets = self._sequence.targets(split.stack, split.weights)
+        self._splits.append(split.with_weights(targets, self._moments))
 
-    def replace_blocks(self) -> None:
-        """Replace all linear layers, in the order of the blocks, and add the reports."""
+    def replace_layers(self, progress: bool) -> None:
+        """Replace all linear layers, and add the reports."""
         layers = [self._replaced(index, split) for index, split in enumerate(self._splits)]
         of_path = {
             path: replaced
             for replaced, split in zip(layers, self._splits, strict=True)
             for path in split.stack.modules
         }
-        for paths in self._blocks.steps():
+        for paths in self._sequence.steps(progress):
             for path in paths:
                 next(of_path[path])
-        for replaced in layers:
-            assert not list(replaced), "every layer is in a block"
+        for replaced in layers:  # what follows the last layer of a stack
+            assert not list(replaced), "every layer runs"
         self.reports = [split.report() for split in self._splits]
 
 

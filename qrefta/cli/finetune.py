@@ -262,11 +262,17 @@ def _prepare(
 ) -> None:
     """Prepare a dense model in place, calibrated as --calibration says."""
     from qrefta._prepare import prepare
+    from qrefta.config.settings import Settings
     from qrefta.split.sources import calibration_batches
     from qrefta.train.calibration import task_batches
 
     seed = settings["seed"]
+    in_order = Settings(**settings).rounds_in_order
     if calibration == NONE:
+        if in_order:
+            raise ValueError(
+                "--rounding sequential needs text to calibrate on: leave --calibration none out"
+            )
         prepare(model, **settings)
         return
     if calibration == ROWS:
@@ -275,7 +281,8 @@ def _prepare(
     else:
         batches = list(calibration_batches(model, calibration, processor, seed=seed))
         source = calibration
-    if settings["rounding"] == "sequential":
+    if in_order:
+        console.print(f"Calibrating on {source}, layer after layer.")
         prepare(model, calibration=batches, **settings)
     else:
         prepare(model, moments=calibrated(model, batches, source), **settings)

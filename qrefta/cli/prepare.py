@@ -9,6 +9,7 @@ from qrefta.cli.calibrating import KINDS, NONE, calibration_of, gather
 from qrefta.cli.console import console, megabytes, quiet_libraries
 from qrefta.cli.inspect import saved_config
 from qrefta.cli.options import TrustRemoteCode, with_settings
+from qrefta.config.settings import Settings
 
 
 @with_settings
@@ -45,7 +46,7 @@ def prepare(
     An interrupted run goes on when the same command is given again. A GGUF file is prepared in
     memory.
     """
-    if settings["rounding"] == "sequential":
+    if Settings(**settings).rounds_in_order:
         raise ValueError(
             "--rounding sequential reads text with the model in memory, and this command holds no "
             "model: use it with qrefta finetune, or call qrefta.prepare in Python."

@@ -273,6 +273,11 @@ class Settings:
             and self.rank.trainable_parameters is None
         )
 
+    @property
+    def rounds_in_order(self) -> bool:
+        """Whether the layers are rounded in the order in which they run."""
+        return self.rounding == "sequential" and self.bits != 16
+
     def searches_scales(self, calibrated: bool) -> bool:
         """Whether scales are searched; without moments only NF4's are.
 

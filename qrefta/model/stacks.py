@@ -347,7 +347,8 @@ def role_of(model: nn.Module, path: str) -> str:
 
 
 def block_of(model: nn.Module, path: str) -> str:
-    """The path of the outermost repeated block that holds the module at `path`.
+    """The path of the outermost repeated block that holds the module at `path`; a list of modules
+    is no block.
 
     Raises:
         ValueError: if no repeated block holds it.
@@ -355,8 +356,10 @@ def block_of(model: nn.Module, path: str) -> str:
     parts = []
     for part, repeated in _walk(model, path):
         parts.append(part)
-        if repeated:
-            return ".".join(parts)
+        path_so_far = ".".join(parts)
+        container = isinstance(model.get_submodule(path_so_far), nn.ModuleList | nn.Sequential)
+        if repeated and not container:
+            return path_so_far
     raise ValueError(f"{path} is in no repeated block of {type(model).__name__}.")
 
 

@@ -1,6 +1,6 @@
-"""Rounding block by block: every block takes in the error of the quantized blocks before it.
+"""Rounding layer after layer: every layer takes in the error of the quantized layers before it.
 
-A linear layer of the quantized model reads x^, which comes from quantized blocks, and not the x of
+A linear layer of the quantized model reads x^, which comes from quantized layers, and not the x of
 the 16-bit model. The layer V that still gives the outputs of the 16-bit layer W is at the minimum
 of
 
@@ -19,101 +19,60 @@ Errors pass from block to block in one list of blocks. The first block of a list
 the 16-bit model.
 """
 
-import inspect
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
-from itertools import zip_longest
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from qrefta._compat.torch import version_counter
 from qrefta.config.stack import LayerStack
-from qrefta.model.modes import eval_mode
 from qrefta.model.stacks import Weights, block_of
-from qrefta.split.calibrate import (
-    DOUBLE_WIDTH,
-    FULL_WIDTH,
-    Batch,
-    Moments,
-    accepted_inputs,
-    batch_inputs,
-    kept_tokens,
-)
+from qrefta.split.calibrate import DOUBLE_WIDTH, FULL_WIDTH, Batch, Moments, kept_tokens
+from qrefta.split.recording import ADVICE, Call, record, run_block
 
 # Share of the mean of the diagonal of H that holds a target near its weight.
 RIDGE = 0.1
-_HIDDEN = "hidden_states"  # the keyword of a block's input in transformers
-_ADVICE = 'Give rounding="feedback", which needs no order of blocks.'
 
 
-Inputs = dict[str, list[Tensor]]  # of linear layers, by path, one tensor a call
+# Inputs of linear layers in a pass, by path: each tensor with its version when it was read.
+_Seen = dict[str, list[tuple[Tensor, int]]]
 
 
-class _Reached(Exception):  # noqa: N818 -- no error
-    """Ends a pass through a block."""
-
-
-class _Call(NamedTuple):
-    """The arguments of a block for one batch, without its hidden states.
+class Step(NamedTuple):
+    """Linear layers that read the same inputs, and are rounded together.
 
     Attributes:
-        by_name: whether the hidden states are a keyword.
+        paths: of the layers.
+        moment: H, (in, in) or its diagonal (in,), float32.
+        correction: (C - H) (H + lambda I)^-1, (in, in), float32; None if it is zero or not known.
     """
 
-    args: tuple[Any, ...]
-    keywords: dict[str, Any]
-    by_name: bool
+    paths: list[str]
+    moment: Tensor
+    correction: Tensor | None
 
 
-@dataclass
-class _Run:
-    """What the blocks of one list got in a pass of the 16-bit model.
+class _Inputs(NamedTuple):
+    """The inputs of the linear layers of a block in the 16-bit model.
 
     Attributes:
-        first: hidden states that the first block got, one tensor a batch.
-        calls: path of a block -> its other arguments, one entry a batch.
-        last: path and output of the block that ran last.
+        groups: paths of layers that read the same inputs, in the order in which they run.
+        by_layer: path of the first layer of a group -> batch -> one tensor a call.
     """
 
-    first: list[Tensor] = field(default_factory=list)
-    calls: dict[str, list[_Call]] = field(default_factory=dict)
-    last: tuple[str, Tensor] | None = None
+    groups: list[list[str]]
+    by_layer: dict[str, list[list[Tensor]]]
 
 
-class _Pair:
-    """Sums over tokens of x^^T x^, and of (x - x^)^T x^ where both have the same tokens."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.moment: Tensor | None = None
-        self.shift: Tensor | None = None
-
-    def add(self, given: Tensor, dense: Tensor | None) -> None:
-        """Add rows of the quantized model, and of the 16-bit model, each (tokens, in)."""
-        given = given.float()
-        self.tokens += len(given)
-        if given.shape[1] > FULL_WIDTH:
-            self.moment = _added(self.moment, given.double().square().sum(0))
-            return
-        self.moment = _added(self.moment, given.T @ given)
-        if dense is not None and dense.shape == given.shape:
-            self.shift = _added(self.shift, (dense.float() - given).T @ given)
-
-
-def _added(total: Tensor | None, product: Tensor) -> Tensor:
-    if total is None:
-        return product.to(torch.float64 if len(product) <= DOUBLE_WIDTH else torch.float32)
-    return total.add_(product)
-
-
-class BlockSequence:
-    """The blocks of a dense model in the order in which they run, each with its inputs from the
-    quantized blocks before it.
+class LayerSequence:
+    """The linear layers of a dense model in the order in which they run.
 
     Memory: for all calibration tokens the hidden states twice, and the inputs of the linear layers
     of one block; and H and C of one layer.
@@ -122,210 +81,196 @@ class BlockSequence:
         model: dense; its linear layers are replaced between the steps.
         stacks: all stacks of the model.
         batches: as for `gather_moments`.
-        moments: of the 16-bit model, for the layers that no step has reached.
-        progress: show a progress bar over the blocks.
 
     Raises:
-        ValueError: if the model is an encoder-decoder or has fused experts, a block runs several
-            times, or the model changes the hidden states between two blocks.
+        ValueError: if the model is an encoder-decoder or has fused experts, or its blocks cannot
+            run by themselves (see `record`).
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        stacks: list[LayerStack],
-        batches: Iterable[Batch],
-        moments: Moments,
-        progress: bool,
+        self, model: nn.Module, stacks: list[LayerStack], batches: Iterable[Batch]
     ) -> None:
         self._model = model
-        self._dense_moments = moments
-        self._progress = progress
         self._layers = _layers_by_block(model, stacks)
-        # Of the layers of this step:
-        self._group: frozenset[str] = frozenset()
-        self._pair = _Pair()
-        self._correction: Tensor | None = None
-        self._masks: list[Tensor | None] = []
-        self._runs = self._record(batches)
+        self._chains, self._masks = record(model, list(self._layers), batches)
+        self._step: Step | None = None
 
-    @property
-    def moments(self) -> Moments:
-        """H of the layers of this step; of other layers the 16-bit model's."""
-        dense = self._dense_moments
+    def moments(self, dense: Moments) -> Moments:
+        """H of the layers of the present step; of other layers the moments of the 16-bit model."""
         paths = [path for layers in self._layers.values() for path in layers]
+
+        def read(path: str) -> Tensor:
+            step = self._step
+            return step.moment if step is not None and path in step.paths else dense.of(path)
+
         tokens = {path: dense.tokens[dense.owner(path)] for path in paths}
-        return Moments({path: path for path in paths}, tokens, self._moment)
+        return Moments({path: path for path in paths}, tokens, read)
 
     def targets(self, stack: LayerStack, weights: Weights) -> Weights:
-        """The weights V of a stack; each can be read in its step."""
+        """The weights V of a stack. Read a layer between the step that names it and the next."""
 
         def read(layer: int, start: int, stop: int) -> Tensor:
+            step = self._step
+            assert step is not None, "layers are read in their step"
+            assert stack.modules[layer] in step.paths, "layers are read in their step"
             rows = weights.read(layer, start, stop)
-            correction = self._correction
-            assert stack.modules[layer] in self._group, "layers are read in their step"
-            if correction is None:
+            if step.correction is None:
                 return rows
             rows = rows.to(weights.device, torch.float32)
-            return rows + rows @ correction.to(weights.device)
+            return rows + rows @ step.correction.to(weights.device)
 
         return replace(weights, read=read)
 
-    def steps(self) -> Iterator[list[str]]:
-        """The paths of linear layers that read the same inputs, in the order in which they run.
+    def steps(self, progress: bool) -> Iterator[list[str]]:
+        """The paths of the layers of every step.
 
         The caller replaces these layers of the model before it asks for the next step.
+
+        Args:
+            progress: show a progress bar over the blocks.
         """
-        bar = tqdm(
-            total=len(self._layers), desc="Rounding", unit="block", disable=not self._progress
-        )
+        bar = tqdm(total=len(self._layers), desc="Rounding", unit="block", disable=not progress)
         with bar:
-            for run in self._runs.values():
-                dense = run.first
-                given = run.first
-                for path, calls in run.calls.items():
-                    dense, inputs = self._dense(path, dense, calls)
-                    for group in self._groups(path, inputs[0]):
-                        self._gather(path, group, given, calls, inputs)
+            for blocks in self._chains:
+                dense = blocks.first
+                quantized = blocks.first
+                for path, calls in blocks.calls.items():
+                    dense, inputs = self._run_dense(path, dense, calls)
+                    for group in inputs.groups:
+                        self._step = self._gather(path, group, quantized, calls, inputs)
                         yield group
-                    given = [self._output(path, x, call) for x, call in zip(given, calls)]
+                    self._step = None
+                    quantized = [
+                        run_block(self._model, path, hidden, call)
+                        for hidden, call in zip(quantized, calls, strict=True)
+                    ]
                     bar.update()
 
-    def _record(self, batches: Iterable[Batch]) -> dict[str, _Run]:
-        """The arguments of every block, by the list that holds the blocks."""
-        runs: dict[str, _Run] = defaultdict(_Run)
-        handles = []
-        for path in self._layers:
-            run = runs[path.rpartition(".")[0]]
-            run.calls[path] = []
-            block = self._model.get_submodule(path)
-            handles += [
-                block.register_forward_pre_hook(partial(_before, run, path), with_kwargs=True),
-                block.register_forward_hook(partial(_after, run, path)),
-            ]
-        names = inspect.signature(self._model.forward).parameters
-        without_cache = {"use_cache": False} if "use_cache" in names else {}
-        try:
-            with eval_mode(self._model), torch.no_grad():
-                for batch in batches:
-                    inputs = batch_inputs(self._model, batch)
-                    self._masks.append(inputs.get("attention_mask"))
-                    for run in runs.values():
-                        run.last = None
-                    self._model(**accepted_inputs(self._model, inputs), **without_cache)
-        finally:
-            for handle in handles:
-                handle.remove()
-        for run in runs.values():
-            for path, calls in run.calls.items():
-                if len(calls) != len(self._masks):
-                    raise ValueError(
-                        f"{path} ran {len(calls)} times for {len(self._masks)} batches, and "
-                        f'rounding="sequential" needs one time a batch. {_ADVICE}'
-                    )
-        return dict(runs)
-
-    def _dense(
-        self, path: str, hidden: list[Tensor], calls: list[_Call]
-    ) -> tuple[list[Tensor], list[Inputs]]:
-        """The outputs of a block that is not replaced yet, and the inputs of its layers."""
+    def _run_dense(
+        self, path: str, hidden: list[Tensor], calls: list[Call]
+    ) -> tuple[list[Tensor], _Inputs]:
+        """The outputs of a block that is still dense, and the inputs of its layers."""
         outputs = []
-        inputs = []
+        seen: list[_Seen] = []
         for x, call in zip(hidden, calls, strict=True):
             with self._collected(self._layers[path]) as found:
-                outputs.append(self._output(path, x, call))
-            inputs.append(found)
-        return outputs, inputs
-
-    def _groups(self, path: str, inputs: Inputs) -> list[list[str]]:
-        """The layers of a block in the order in which they run; layers with the same inputs are one
-        group, and layers that do not run are the last.
-        """
-        groups: dict[tuple[int, ...], list[str]] = defaultdict(list)
-        for name, tensors in inputs.items():
-            groups[tuple(map(id, tensors))].append(name)
-        idle = [name for name in self._layers[path] if name not in inputs]
-        return [*groups.values(), *([idle] if idle else [])]
+                outputs.append(run_block(self._model, path, x, call))
+            for tensor, version in chain.from_iterable(found.values()):
+                if version_counter(tensor) != version:
+                    raise ValueError(
+                        f"{path} writes to the input of a linear layer after it was read. {ADVICE}"
+                    )
+            seen.append(found)
+        groups: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+        for layer in dict.fromkeys(chain.from_iterable(seen)):
+            marks = [[(id(tensor), version) for tensor, version in found[layer]] for found in seen]
+            groups[tuple(map(tuple, marks))].append(layer)
+        by_layer = {
+            first: [[tensor for tensor, _ in found[first]] for found in seen]
+            for first, *_ in groups.values()
+        }
+        return outputs, _Inputs(list(groups.values()), by_layer)
 
     def _gather(
         self,
         path: str,
         group: list[str],
-        given: list[Tensor],
-        calls: list[_Call],
-        dense: list[Inputs],
-    ) -> None:
-        """Gather H and C of a group of layers."""
-        first = group[0]
-        pair = _Pair()
-        for index, (x, call) in enumerate(zip(given, calls, strict=True)):
-            expected = dense[index].get(first, [])
-            with self._collected([first], stop_after=len(expected)) as found:
-                self._output(path, x, call)
+        hidden: list[Tensor],
+        calls: list[Call],
+        dense: _Inputs,
+    ) -> Step:
+        """H and C of the layers of a group, whose block is quantized up to them."""
+        sums = _Sums()
+        for index, (x, call) in enumerate(zip(hidden, calls, strict=True)):
+            expected = dense.by_layer[group[0]][index]
+            with self._collected(group[:1], stop_after=len(expected)) as found:
+                run_block(self._model, path, x, call)
             mask = self._masks[index]
-            pairs = zip_longest(found[first], expected)
-            for tensor, other in pairs:
-                if tensor is not None:
-                    rows = None if other is None else kept_tokens(other, mask)
-                    pair.add(kept_tokens(tensor, mask), rows)
-        self._group = frozenset(group)
-        self._pair = pair
-        self._correction = _correction(pair)
-
-    def _output(self, path: str, hidden: Tensor, call: _Call) -> Tensor:
-        block = self._model.get_submodule(path)
-        with eval_mode(block), torch.no_grad():
-            hidden = hidden.clone()  # the block may write to it
-            if call.by_name:
-                found = block(*call.args, **{_HIDDEN: hidden}, **call.keywords)
-            else:
-                found = block(hidden, *call.args, **call.keywords)
-        return _hidden_of(found)
+            sums.add(
+                [kept_tokens(tensor, mask) for tensor, _ in found[group[0]]],
+                [kept_tokens(tensor, mask) for tensor in expected],
+            )
+        return Step(group, sums.moment(), sums.correction())
 
     @contextmanager
-    def _collected(self, layers: list[str], stop_after: int | None = None) -> Iterator[Inputs]:
-        """Collect the inputs of linear layers, one tensor a call.
+    def _collected(self, layers: list[str], stop_after: int | None = None) -> Iterator[_Seen]:
+        """Collect the inputs of linear layers in a pass through their block.
 
-        With `stop_after` the pass ends once a layer was called so many times.
+        The pass ends once a layer was called `stop_after` times.
         """
-        found: Inputs = defaultdict(list)
+        found: _Seen = defaultdict(list)
 
-        def before(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-            found[name].append(args[0])
-            if len(found[name]) == stop_after:
+        def before(layer: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+            found[layer].append((args[0], version_counter(args[0])))
+            if len(found[layer]) == stop_after:
                 raise _Reached
 
         handles = [
-            self._model.get_submodule(name).register_forward_pre_hook(partial(before, name))
-            for name in layers
+            self._model.get_submodule(layer).register_forward_pre_hook(partial(before, layer))
+            for layer in layers
         ]
         try:
-            yield found
-        except _Reached:
-            pass
+            with suppress(_Reached):
+                yield found
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _moment(self, path: str) -> Tensor:
-        pair = self._pair
-        if path not in self._group or pair.moment is None:
-            return self._dense_moments.of(path)
-        return (pair.moment / pair.tokens).float()
+
+class _Reached(Exception):  # noqa: N818 -- no error
+    """Ends a pass through a block at the last input that is needed."""
 
 
-def _correction(pair: _Pair) -> Tensor | None:
-    """(C - H) (H + lambda I)^-1, (in, in), float32; None if it is zero or not known."""
-    if pair.shift is None or pair.moment is None or not pair.shift.any():
-        return None
-    moment = pair.moment / pair.tokens
-    shift = pair.shift / pair.tokens
-    width = len(moment)
-    # With fewer tokens than inputs H has no full rank, and the target stays nearer.
-    ridge = RIDGE * max(1.0, width / pair.tokens)
-    moment.diagonal().add_(ridge * moment.diagonal().mean())
-    factor = torch.linalg.cholesky(moment)
-    return torch.cholesky_solve(shift.T, factor).T.float()
+class _Sums:
+    """Sums over tokens of x^^T x^ and of (x - x^)^T x^, in float64 up to DOUBLE_WIDTH."""
+
+    def __init__(self) -> None:
+        self._tokens = 0
+        self._moment: Tensor | None = None
+        self._shift: Tensor | None = None
+        self._paired = True
+
+    def add(self, quantized: list[Tensor], dense: list[Tensor]) -> None:
+        """Add the inputs of one batch in both models, (tokens, in) for every call.
+
+        If a layer gets other tokens in the quantized model, as an expert may, C is not known.
+        """
+        shapes = [[tensor.shape for tensor in tensors] for tensors in (quantized, dense)]
+        self._paired &= shapes[0] == shapes[1]
+        for number, given in enumerate(quantized):
+            given = given.float()
+            self._tokens += len(given)
+            if given.shape[1] > FULL_WIDTH:
+                self._moment = _added(self._moment, given.double().square().sum(0))
+                self._paired = False
+                continue
+            self._moment = _added(self._moment, given.T @ given)
+            if self._paired:
+                self._shift = _added(self._shift, (dense[number].float() - given).T @ given)
+
+    def moment(self) -> Tensor:
+        """H; zeros if no token reached the layer."""
+        assert self._moment is not None, "layers of a step are called"
+        return (self._moment / max(self._tokens, 1)).float()
+
+    def correction(self) -> Tensor | None:
+        """(C - H) (H + lambda I)^-1.
+
+        With fewer tokens than inputs H has no full rank, and lambda is larger by inputs / tokens.
+        """
+        if not self._paired or self._shift is None or not self._shift.any():
+            return None
+        assert self._moment is not None, "it is summed with the shift"
+        ridge = RIDGE * max(1.0, len(self._moment) / self._tokens)
+        matrix = self._moment.clone()
+        matrix.diagonal().add_(ridge * matrix.diagonal().mean())
+        return torch.cholesky_solve(self._shift.T, torch.linalg.cholesky(matrix)).T.float()
+
+
+def _added(total: Tensor | None, product: Tensor) -> Tensor:
+    if total is None:
+        return product.to(torch.float64 if len(product) <= DOUBLE_WIDTH else torch.float32)
+    return total.add_(product)
 
 
 def _layers_by_block(model: nn.Module, stacks: list[LayerStack]) -> dict[str, list[str]]:
@@ -337,13 +282,12 @@ def _layers_by_block(model: nn.Module, stacks: list[LayerStack]) -> dict[str, li
     if bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)):
         raise ValueError(
             f'rounding="sequential" is for models with one list of blocks, and '
-            f"{type(model).__name__} has an encoder and a decoder. {_ADVICE}"
+            f"{type(model).__name__} has an encoder and a decoder. {ADVICE}"
         )
     fused = next((stack.name for stack in stacks if stack.experts), None)
     if fused is not None:
         raise ValueError(
-            f'rounding="sequential" is for linear layers, and {fused} holds fused experts. '
-            f"{_ADVICE}"
+            f'rounding="sequential" is for linear layers, and {fused} holds fused experts. {ADVICE}'
         )
     found: dict[str, list[str]] = {}
     for stack in stacks:
@@ -351,33 +295,3 @@ def _layers_by_block(model: nn.Module, stacks: list[LayerStack]) -> dict[str, li
             found.setdefault(block_of(model, path), []).append(path)
     places = {path: place for place, (path, _) in enumerate(model.named_modules())}
     return dict(sorted(found.items(), key=lambda entry: places[entry[0]]))
-
-
-def _before(
-    run: _Run, path: str, _: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]
-) -> None:
-    """Keep the arguments of a block, and check that its input is the output of the block before."""
-    by_name = _HIDDEN in keywords
-    hidden = keywords[_HIDDEN] if by_name else next(iter(args), None)
-    if not isinstance(hidden, Tensor):
-        raise ValueError(f"{path} is called without hidden states. {_ADVICE}")
-    if run.last is None:
-        if path != next(iter(run.calls)):
-            raise ValueError(f"{path} runs before the first block of its list. {_ADVICE}")
-        run.first.append(hidden.clone())  # the model may write to it later
-    elif hidden is not run.last[1]:
-        raise ValueError(
-            f"The input of {path} is not the output of {run.last[0]}: the model changes the hidden "
-            f"states between blocks. {_ADVICE}"
-        )
-    others = {name: value for name, value in keywords.items() if name != _HIDDEN}
-    run.calls[path].append(_Call(args if by_name else args[1:], others, by_name))
-
-
-def _after(run: _Run, path: str, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-    run.last = (path, _hidden_of(output))
-
-
-def _hidden_of(output: Any) -> Tensor:
-    """The hidden states that a block returned, alone or as the first of several."""
-    return output[0] if isinstance(output, tuple | list) else output

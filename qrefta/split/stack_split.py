@@ -1,6 +1,7 @@
 """One stack: split, handed out layer by layer as it is to be stored, and measured on the way."""
 
 from collections.abc import Iterator
+from typing import Self
 
 from qrefta.config.rank import Rank
 from qrefta.config.report import StackReport
@@ -43,6 +44,10 @@ class StackSplit:
         self.rounding = StackRounding(settings, stack, moments, weights.device)
         self.split = split or self._make(rank)
         self._clear()
+
+    def with_weights(self, weights: Weights, moments: Moments) -> Self:
+        """The same split, whose residuals are taken from other weights."""
+        return type(self)(self.stack, weights, self.settings, 0, moments, self.split)
 
     def residuals(self) -> Iterator[FrozenWeight]:
         """The frozen weight of each layer, in order; dense float32 with 16 bits."""
