@@ -83,8 +83,8 @@ class LayerSequence:
         batches: as for `gather_moments`.
 
     Raises:
-        ValueError: if the model is an encoder-decoder or has fused experts, or its blocks cannot
-            run by themselves (see `record`).
+        ValueError: if the model is an encoder-decoder or has fused experts, its blocks cannot run
+            by themselves (see `record`), or a block writes to the input of a linear layer.
     """
 
     def __init__(
@@ -94,6 +94,10 @@ class LayerSequence:
         self._layers = _layers_by_block(model, stacks)
         self._chains, self._masks = record(model, list(self._layers), batches)
         self._step: Step | None = None
+        for blocks in self._chains:  # refuse before anything is replaced
+            hidden = blocks.first[:1]
+            for path, calls in blocks.calls.items():
+                hidden, _ = self._run_dense(path, hidden, calls[:1])
 
     def moments(self, dense: Moments) -> Moments:
         """H of the layers of the present step; of other layers the moments of the 16-bit model."""

@@ -4,8 +4,17 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
-from transformers import AlbertConfig, AlbertModel, T5ForConditionalGeneration
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    BertConfig,
+    BertModel,
+    FalconConfig,
+    FalconForQuestionAnswering,
+    T5ForConditionalGeneration,
+)
 
 import qrefta
 from qrefta._prepare import calibrate
@@ -14,7 +23,7 @@ from qrefta.model.stacks import block_of, find_stacks, model_weights
 from qrefta.nn.quantized import QuantFormat, rounded
 from qrefta.split.calibrate import gather_moments
 from qrefta.split.sequential import RIDGE, LayerSequence
-from tests.models import ARCHITECTURES, EXPERTS, inputs, tiny_bert, tiny_llama
+from tests.models import ARCHITECTURES, EXPERTS, TOWERS, inputs, tiny_bert, tiny_llama
 
 ORDER = [  # of the groups of a Llama block
     ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -186,7 +195,7 @@ def test_blocks_that_run_twice_are_refused():
         num_hidden_groups=1,
     )
     model = AlbertModel(config)
-    with pytest.raises(ValueError, match="albert_layer_groups.0 runs again, or before"):
+    with pytest.raises(ValueError, match=r"albert_layer_groups\.0 runs again, or before"):
         qrefta.prepare(model, calibration=batches(2), rounding="sequential", progress=False)
 
 
@@ -224,3 +233,102 @@ def test_the_outermost_block_holds_a_layer():
     assert block_of(model, "model.layers.1.mlp.up_proj") == "model.layers.1"
     with pytest.raises(ValueError, match="lm_head is in no repeated block of LlamaForCausalLM"):
         block_of(model, "lm_head")
+
+
+def moments_by_hand(model, stacks, texts):
+    """H of every linear layer in passes of the whole model, float64."""
+    found = gather_moments(model, stacks, texts, progress=False)
+    return {path: found.of(path) for stack in stacks for path in stack.modules}
+
+
+@pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - {"t5"} | {"clip", "siglip"}))
+def test_layers_are_rounded_for_the_inputs_that_the_finished_model_gives_them(name):
+    """Moments that were rounded for, against passes of the finished model."""
+    model = (ARCHITECTURES | TOWERS)[name]()
+    texts = [inputs(model)] * 2
+    stacks = find_stacks(model)
+    sequence = LayerSequence(model, stacks, texts)
+    dense = moments_by_hand(model, stacks, texts)
+    of_step = sequence.moments(gather_moments(model, stacks, texts, progress=False))
+    used = {}
+    for paths in sequence.steps(progress=False):
+        used |= {path: of_step.of(path) for path in paths}
+        for path in paths:
+            weight = model.get_submodule(path).weight
+            weight.data = rounded(weight.data, QuantFormat("nf3"))
+    finished = moments_by_hand(model, stacks, texts)
+    assert used.keys() == finished.keys()
+    for path, moment in used.items():
+        assert_close(moment, finished[path], rtol=1e-3, atol=1e-4 * moment.abs().max().item())
+    assert any(not torch.allclose(dense[path], finished[path], rtol=1e-2) for path in used)
+
+
+def test_a_cache_that_only_a_part_of_the_model_knows_is_off():
+    """The head of Falcon takes no `use_cache`, and its body makes a cache by default."""
+    config = FalconConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    model = FalconForQuestionAnswering(config)
+    qrefta.prepare(model, calibration=batches(2), rounding="sequential", progress=False, rank=2)
+    assert model.config.use_cache
+
+
+def test_dropout_is_off_while_layers_are_rounded():
+    def dropping():
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=96,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            hidden_dropout_prob=0.5,
+        )
+        return BertModel(config)
+
+    given = {"calibration": batches(4), "rounding": "sequential", "progress": False, "rank": 0}
+    first = qrefta.prepare(dropping().eval(), **given).state_dict()
+    second = qrefta.prepare(dropping().train(), **given).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+class Experts(nn.Module):
+    """Two linear layers, of which a token takes one by the sign of its first number."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Sequential(nn.Linear(width, width)) for _ in range(2)])
+
+    def forward(self, x):
+        rows = x.flatten(0, -2)
+        out = torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            chosen = (rows[:, 0] > 0) == bool(number)
+            if chosen.any():
+                out[chosen] = expert(rows[chosen])
+        return out.view_as(x)
+
+
+def test_experts_that_are_linear_layers_get_the_tokens_that_are_sent_to_them():
+    """Also those that the first batch does not reach."""
+    model = tiny_llama(hidden=64)
+    for block in model.model.layers:
+        block.mlp = Experts(64)
+    texts = [torch.full((1, 2), 7), *batches(4)]
+    qrefta.prepare(model, calibration=texts, rounding="sequential", progress=False, rank=0)
+    assert model(batches(1)[0]).logits.isfinite().all()
+
+
+def test_a_block_that_writes_to_a_layer_s_input_is_refused():
+    model = tiny_llama(hidden=64)
+
+    class Writing(type(model.model.layers[0].mlp)):
+        def forward(self, x):
+            y = self.gate_proj(x)
+            x.mul_(2)
+            return self.down_proj(y * self.up_proj(x))
+
+    for block in model.model.layers:
+        block.mlp.__class__ = Writing
+    hooks = [len(module._forward_pre_hooks) for module in model.modules()]
+    with pytest.raises(ValueError, match=r"writes to the input of a linear layer after it was re"):
+        qrefta.prepare(model, calibration=batches(2), rounding="sequential", progress=False)
+    assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
