@@ -1,7 +1,6 @@
 """Checks of qrefta on one small model: each works, is refused with words, or fails."""
 
 import copy
-import inspect
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import qrefta
 from eval.tasks.architectures import small_inputs
 from qrefta import export_lora, load, merge, prepare, prepare_checkpoint
-from qrefta.config.settings import Settings
 from qrefta.config.stack import BANK
 from qrefta.export.compare import output_difference
 from qrefta.model.stacks import find_stacks
@@ -22,7 +21,7 @@ from qrefta.model.unquantized import unquantized
 RANK = 2
 REVERSIBLE = ("reformer",)  # types that train in no other mode, and if the embeddings do
 EQUAL = 1e-3  # relative difference of outputs that float32 may make in another order
-PACKAGE = Path(inspect.getfile(Settings)).parent
+PACKAGE = Path(qrefta.__file__).parent
 
 
 def check(model: PreTrainedModel, folder: Path) -> dict[str, Any]:

@@ -262,12 +262,11 @@ def _prepare(
 ) -> None:
     """Prepare a dense model in place, calibrated as --calibration says."""
     from qrefta._prepare import prepare
-    from qrefta.config.settings import Settings
     from qrefta.split.sources import calibration_batches
     from qrefta.train.calibration import task_batches
 
     seed = settings["seed"]
-    in_order = Settings(**settings).rounds_in_order
+    in_order = settings["rounding"] == "sequential" and settings["bits"] != 16
     if calibration == NONE:
         if in_order:
             raise ValueError(

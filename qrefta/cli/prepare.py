@@ -9,7 +9,6 @@ from qrefta.cli.calibrating import KINDS, NONE, calibration_of, gather
 from qrefta.cli.console import console, megabytes, quiet_libraries
 from qrefta.cli.inspect import saved_config
 from qrefta.cli.options import TrustRemoteCode, with_settings
-from qrefta.config.settings import Settings
 
 
 @with_settings
@@ -46,7 +45,7 @@ def prepare(
     An interrupted run goes on when the same command is given again. A GGUF file is prepared in
     memory.
     """
-    if Settings(**settings).rounds_in_order:
+    if settings["rounding"] == "sequential" and settings["bits"] != 16:
         raise ValueError(
             "--rounding sequential reads text with the model in memory, and this command holds no "
             "model: use it with qrefta finetune, or call qrefta.prepare in Python."

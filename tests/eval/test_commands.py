@@ -81,7 +81,7 @@ def test_mutation_names_the_module_and_its_tests_in_a_copy_of_the_settings(tmp_p
     ("module", "tests", "message"),
     [
         ("qrefta/nothing.py", ["tests"], "no module qrefta/nothing.py"),
-        ("qrefta/config.py", ["tests/nothing"], "no tests in tests/nothing"),
+        ("qrefta/choices.py", ["tests/nothing"], "no tests in tests/nothing"),
     ],
 )
 def test_mutation_refuses_paths_that_do_not_exist(module, tests, message):
