@@ -216,6 +216,20 @@ def test_calibration_can_be_turned_off(dense, rows, tmp_path):
     assert not qrefta.load(tmp_path / "out").config.quantization_config.calibrated
 
 
+def test_layers_are_rounded_in_order_by_finetune_alone(dense, rows, tmp_path):
+    options = ["--rounding", "sequential", "--max-steps", 1, "--rank", 2]
+    shown = invoke("finetune", dense, rows, tmp_path / "out", *options).output
+    assert "Calibrating on the training data, layer after layer." in " ".join(shown.split())
+    config = qrefta.load(tmp_path / "out").config.quantization_config
+    assert config.calibrated
+    assert config.settings.rounding == "sequential"
+    with pytest.raises(ValueError, match="leave --calibration none out"):
+        invoke("finetune", dense, rows, tmp_path / "b", *options, "--calibration", "none")
+    with pytest.raises(ValueError, match="use it with qrefta finetune, or call qrefta"):
+        invoke("prepare", dense, tmp_path / "c", "--rounding", "sequential")
+    assert not (tmp_path / "c").exists()
+
+
 def test_prepare_calibrates_on_generic_text_if_the_model_fits_in_memory(dense, tmp_path):
     result = invoke("prepare", dense, tmp_path / "a", "--rank", 2, "--calibration", "none")
     assert "Calibrated" not in result.output
