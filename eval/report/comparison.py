@@ -86,6 +86,7 @@ STUDIES = [
             "QLoRA with rsLoRA, r = 8": "rslora r=8",
             "QLoRA with DoRA, r = 8": "dora r=8",
             "QLoRA with LoftQ, r = 8": "loftq r=8",
+            "QLoRA with PiSSA, r = 8": "qpissa r=8",
         },
     ),
     Compared(
