@@ -859,26 +859,30 @@ import torch
 torch.set_default_dtype(getattr(torch, sys.argv[1]))
 import qrefta
 for method in ("windows", "refta", "craft"):
-    out = sys.argv[3] + method
-    qrefta.prepare_checkpoint(sys.argv[2], out, rank=4, method=method, progress=False)
+    qrefta.prepare_checkpoint(
+        sys.argv[2], sys.argv[3] + method, rank=4, method=method, progress=False
+    )
 """
 
 
 @pytest.mark.parametrize("default", ["bfloat16", "float64"])
 def test_the_default_dtype_of_torch_changes_nothing(default, tmp_path):
-    """It is for models; tables and work space are float32 in any case."""
-    tiny_llama().save_pretrained(tmp_path / "dense")
-    for name in ("float32", default):
-        command = [sys.executable, "-c", DEFAULT, name, tmp_path / "dense", tmp_path / name]
-        subprocess.run(command, check=True)
+    """It is for models; tables and work space are float32 in any case, from the import on."""
+    dense = tmp_path / "dense"
+    tiny_llama().save_pretrained(dense)
+    command = [sys.executable, "-c", DEFAULT, default, dense, tmp_path / default]
+    subprocess.run(command, check=True)
     for method in ("windows", "refta", "craft"):
+        plain = qrefta.prepare_checkpoint(
+            dense, tmp_path / method, rank=4, method=method, progress=False
+        )
         found, expected = (
             {
                 key: value
                 for file in folder.glob("*.safetensors")
                 for key, value in load_file(file).items()
             }
-            for folder in (tmp_path / f"{default}{method}", tmp_path / f"float32{method}")
+            for folder in (tmp_path / f"{default}{method}", plain)
         )
         assert expected
         assert found.keys() == expected.keys()
