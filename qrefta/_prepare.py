@@ -160,13 +160,12 @@ def _prepare(
     if calibration is None and loaded is not None:
         loaded.check(source.stacks)
     _own_config(model)
-    if sequence is None:
-        sink = _ModelSink(model)
-        split_stacks(source, sink, chosen, loaded, progress)
-    else:
+    sink = _ModelSink(model)
+    if sequence is not None:
         assert loaded is not None, "calibration gives moments"
         sink = _SequentialSink(model, sequence, loaded)
-        split_stacks(source, sink, chosen, loaded, progress)
+    split_stacks(source, sink, chosen, loaded, progress)
+    if isinstance(sink, _SequentialSink):
         sink.replace_layers(progress)
     freeze(model, chosen.modules_to_save)
     config = QReftaConfig(
@@ -392,8 +391,9 @@ class _SequentialSink(_ModelSink):
         for paths in self._sequence.steps(progress):
             for path in paths:
                 next(of_path[path])
-        for replaced in layers:  # what follows the last layer of a stack
-            assert not list(replaced), "every layer runs"
+        for replaced in layers:
+            left = list(replaced)  # runs the lines that follow the last layer, too
+            assert not left, "every layer runs"
         self.reports = [split.report() for split in self._splits]
 
 

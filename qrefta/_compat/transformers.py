@@ -39,7 +39,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention
 from transformers.masking_utils import sdpa_mask
 
-# Gives `generate` to a class with code of its own from before transformers 4.50, as AutoModel does.
+# Gives `generate` to a custom class from before transformers 4.50, as AutoModel does.
 # If it goes: such classes cannot chat.
 from transformers.models.auto.auto_factory import (
     add_generation_mixin_to_remote_model as with_generate,

@@ -1,5 +1,6 @@
 """The dtype that a command computes a language model in."""
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -16,17 +17,21 @@ Dtype = Annotated[
 ]
 
 
-def computing_dtype(
-    sources: list[str], dtype: LoadDtype, device: str | None, trust_remote_code: bool
+def chosen_dtype(
+    sources: list[str],
+    dtype: LoadDtype,
+    device: str,
+    trust_remote_code: bool,
+    note: Callable[[], None],
 ) -> Any:
-    """The dtype to load some language models in; a line on stderr says so if it is not that of
-    their files.
+    """The dtype to load some models in.
 
     Args:
         sources: folders, hub names or GGUF files.
         dtype: of the option.
-        device: of the option.
+        device: type of the device that computes.
         trust_remote_code: whether to run code that comes with a model.
+        note: called if "auto" is another dtype than that of the files.
     """
     import torch
 
@@ -35,15 +40,28 @@ def computing_dtype(
 
     if dtype != "auto":
         return getattr(torch, dtype)
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     for source in sources:
-        named = pretrained_source(source, trust_remote_code)
-        chosen = loading_dtype(named, torch.device(place).type)
+        chosen = loading_dtype(pretrained_source(source, trust_remote_code), device)
         if chosen != "auto":
-            Console(stderr=True).print(
-                "In float32: this processor computes bfloat16 many times slower. --dtype bfloat16 "
-                "keeps the files' dtype and takes half the memory.",
-                style="dim",
-            )
+            note()
             return chosen
     return "auto"
+
+
+def computing_dtype(
+    sources: list[str], dtype: LoadDtype, device: str | None, trust_remote_code: bool
+) -> Any:
+    """The dtype to load some language models in, which write nothing; a line on stderr says so if
+    it is not that of their files.
+    """
+    import torch
+
+    def note() -> None:
+        Console(stderr=True).print(
+            "In float32: this processor computes bfloat16 many times slower. --dtype bfloat16 "
+            "keeps the files' dtype and takes half the memory.",
+            style="dim",
+        )
+
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return chosen_dtype(sources, dtype, torch.device(place).type, trust_remote_code, note)

@@ -13,9 +13,11 @@ from qrefta.choices import AUTO_RATE, LoadDtype, Task
 from qrefta.cli import training_options as given
 from qrefta.cli.calibrating import NONE, calibrated
 from qrefta.cli.console import console, megabytes, quiet_libraries
+from qrefta.cli.dtype import chosen_dtype
 from qrefta.cli.options import (
     TrustRemoteCode,
     parse_checkpointing,
+    rounds_in_order,
     setting_of,
     with_settings,
 )
@@ -213,11 +215,6 @@ def _dtype(source: str, dtype: LoadDtype, task: Task, device: str, trust_remote_
     Raises:
         ValueError: if a dtype is given that the model of a task does not train in.
     """
-    import torch
-
-    from qrefta.files.sources import pretrained_source
-    from qrefta.model.dtype import loading_dtype
-
     if task in ("classify", "image"):
         if dtype not in ("auto", "float32"):
             raise ValueError(
@@ -225,15 +222,14 @@ def _dtype(source: str, dtype: LoadDtype, task: Task, device: str, trust_remote_
                 "or give --bf16, which computes in bfloat16"
             )
         return "auto"
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    chosen = loading_dtype(pretrained_source(source, trust_remote_code), device)
-    if chosen != "auto":
+
+    def note() -> None:
         console.print(
             "In float32, in memory and in OUT: this processor computes bfloat16 many times slower. "
             "--dtype bfloat16 keeps the files' dtype."
         )
-    return chosen
+
+    return chosen_dtype([source], dtype, device, trust_remote_code, note)
 
 
 def _load_data(
@@ -266,7 +262,7 @@ def _prepare(
     from qrefta.train.calibration import task_batches
 
     seed = settings["seed"]
-    in_order = settings["rounding"] == "sequential" and settings["bits"] != 16
+    in_order = rounds_in_order(settings)
     if calibration == NONE:
         if in_order:
             raise ValueError(

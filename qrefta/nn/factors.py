@@ -277,8 +277,8 @@ class LowRankFactors(Factors):
         """
         compiling = torch.compiler.is_compiling()
         if torch.is_grad_enabled() or compiling or not (self._settled and keep):
-            if not compiling:
-                self._forget(settled=self._settled and not torch.is_grad_enabled())
+            if self._settled and not compiling:  # otherwise nothing is kept
+                self._forget(settled=not torch.is_grad_enabled())
             up, down = self.served(layer, self.up(), self.down())
             return up, self._core_without_autocast(layer), down, self.dtype
         kept = self._kept_factors(device, dtype)

@@ -67,7 +67,7 @@ class AdaptedLinear(nn.Module):
         return None if self._adapter is None else self._adapter[2]
 
     def uses(self, bank: FactorBank) -> bool:
-        """Whether the layer's factors are in a bank; a copied layer has a copy of its own."""
+        """Whether the layer's factors are in a bank; a copied layer has a copy of them."""
         return self._adapter is not None and self._adapter[0] is bank
 
     def store(self, weight: FrozenWeight, bias: Tensor | None) -> None:

@@ -230,7 +230,7 @@ class _Sums:
         if x is not self._last or version != self._version or path in self._group:
             self.flush()
             rows = kept_tokens(x, mask).float()
-            self._product = _moment_sum(rows)  # the upper half, if it is a matrix
+            self._product = moment_sum(rows)  # the upper half, if it is a matrix
             self._last = x
             self._version = version
             self._rows = len(rows)
@@ -247,11 +247,7 @@ class _Sums:
         if self._product is not None:
             group = tuple(self._group)
             product = self._product.cpu()
-            if group in self.sums:
-                self.sums[group].add_(product)
-            else:
-                wide = DOUBLE_WIDTH < len(product) <= FULL_WIDTH
-                self.sums[group] = product.to(torch.float32 if wide else torch.float64)
+            self.sums[group] = added(self.sums.get(group), product)
             self.tokens[group] += self._rows
         self._group = []
         self._last = None
@@ -285,7 +281,7 @@ class _Sums:
             total = self.sums[key[0]]
             for group in key[1:]:
                 total = total + self.sums[group]
-            tensors[owner] = _mirrored((total / tokens[owner]).float())
+            tensors[owner] = mirrored((total / tokens[owner]).float())
             uses.subtract(key)
             for group in key:
                 if uses[group] == 0:
@@ -295,11 +291,11 @@ class _Sums:
         )
 
 
-def _moment_sum(rows: Tensor) -> Tensor:
+def moment_sum(rows: Tensor) -> Tensor:
     """The sum of x^T x over rows (tokens, in), by panels of PANEL columns.
 
     Returns:
-        (in, in), zero below the panels on the diagonal: `_mirrored` completes it. For inputs wider
+        (in, in), zero below the panels on the diagonal: `mirrored` completes it. For inputs wider
         than FULL_WIDTH the diagonal (in,).
     """
     width = rows.shape[1]
@@ -312,7 +308,15 @@ def _moment_sum(rows: Tensor) -> Tensor:
     return upper
 
 
-def _mirrored(upper: Tensor) -> Tensor:
+def added(total: Tensor | None, product: Tensor) -> Tensor:
+    """A sum of products over batches, in place: full ones wider than DOUBLE_WIDTH are float32."""
+    if total is not None:
+        return total.add_(product)
+    wide = DOUBLE_WIDTH < len(product) <= FULL_WIDTH
+    return product.to(torch.float32 if wide else torch.float64)
+
+
+def mirrored(upper: Tensor) -> Tensor:
     """The symmetric matrix with this upper half, in place; a diagonal (in,) as it is."""
     if upper.dim() == 1:
         return upper

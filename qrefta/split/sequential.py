@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from qrefta._compat.torch import version_counter
 from qrefta.config.stack import LayerStack
 from qrefta.model.stacks import Weights, block_of
-from qrefta.split.calibrate import DOUBLE_WIDTH, FULL_WIDTH, Batch, Moments, kept_tokens
+from qrefta.split.calibrate import Batch, Moments, added, kept_tokens, mirrored, moment_sum
 from qrefta.split.recording import ADVICE, Call, record, run_block
 
 # Share of the mean of the diagonal of H that holds a target near its weight.
@@ -226,7 +226,7 @@ class _Reached(Exception):  # noqa: N818 -- no error
 
 
 class _Sums:
-    """Sums over tokens of x^^T x^ and of (x - x^)^T x^, in float64 up to DOUBLE_WIDTH."""
+    """Sums over tokens of x^^T x^, its upper half, and of (x - x^)^T x^."""
 
     def __init__(self) -> None:
         self._tokens = 0
@@ -244,18 +244,15 @@ class _Sums:
         for number, given in enumerate(quantized):
             given = given.float()
             self._tokens += len(given)
-            if given.shape[1] > FULL_WIDTH:
-                self._moment = _added(self._moment, given.double().square().sum(0))
-                self._paired = False
-                continue
-            self._moment = _added(self._moment, given.T @ given)
+            self._moment = added(self._moment, moment_sum(given))
+            self._paired &= self._moment.dim() == 2
             if self._paired:
-                self._shift = _added(self._shift, (dense[number].float() - given).T @ given)
+                self._shift = added(self._shift, (dense[number].float() - given).T @ given)
 
     def moment(self) -> Tensor:
         """H; zeros if no token reached the layer."""
         assert self._moment is not None, "layers of a step are called"
-        return (self._moment / max(self._tokens, 1)).float()
+        return mirrored((self._moment / max(self._tokens, 1)).float())
 
     def correction(self) -> Tensor | None:
         """(C - H) (H + lambda I)^-1.
@@ -266,15 +263,9 @@ class _Sums:
             return None
         assert self._moment is not None, "it is summed with the shift"
         ridge = RIDGE * max(1.0, len(self._moment) / self._tokens)
-        matrix = self._moment.clone()
+        matrix = mirrored(self._moment.clone())
         matrix.diagonal().add_(ridge * matrix.diagonal().mean())
         return torch.cholesky_solve(self._shift.T, torch.linalg.cholesky(matrix)).T.float()
-
-
-def _added(total: Tensor | None, product: Tensor) -> Tensor:
-    if total is None:
-        return product.to(torch.float64 if len(product) <= DOUBLE_WIDTH else torch.float32)
-    return total.add_(product)
 
 
 def _layers_by_block(model: nn.Module, stacks: list[LayerStack]) -> dict[str, list[str]]:

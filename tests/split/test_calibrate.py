@@ -181,7 +181,7 @@ def test_the_upper_half_completes_a_matrix():
     """Also where a product's panels on the diagonal are not symmetric to the last bit."""
     matrix = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
     expected = matrix.triu() + matrix.triu(1).T
-    assert torch.equal(moments_module._mirrored(matrix.clone()), expected)
+    assert torch.equal(moments_module.mirrored(matrix.clone()), expected)
 
 
 def test_progress_counts_rows_and_tokens(capsys):
