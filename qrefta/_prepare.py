@@ -40,6 +40,7 @@ from qrefta.nn.quantized import QuantFormat
 from qrefta.split.calibrate import Moments, gather_moments, load_moments
 from qrefta.split.checkpoint import convert
 from qrefta.split.loop import split_stacks
+from qrefta.split.rounding import warn_of_few_tokens
 from qrefta.split.sequential import LayerSequence
 from qrefta.split.sources import Calibration, calibration_batches
 from qrefta.split.stack_split import StackSplit
@@ -154,23 +155,25 @@ def _prepare(
         batches = calibration_batches(model, calibration, tokenizer, seed=chosen.seed)
         if in_order:
             batches = list(batches)  # they are read twice
-            sequence = LayerSequence(model, source.stacks, batches)
-        moments = gather_moments(model, source.stacks, batches, progress=progress)
+            sequence = LayerSequence(model, source.stacks, batches, progress=progress)
+        if sequence is None or chosen.splits_by_moments:
+            moments = gather_moments(model, source.stacks, batches, progress=progress)
     loaded = _moments(moments)
     if calibration is None and loaded is not None:
         loaded.check(source.stacks)
     _own_config(model)
     sink = _ModelSink(model)
     if sequence is not None:
-        assert loaded is not None, "calibration gives moments"
-        sink = _SequentialSink(model, sequence, loaded)
+        sink = _SequentialSink(model, sequence)
+        if loaded is None:
+            warn_of_few_tokens(sink.moments, source.stacks)
     split_stacks(source, sink, chosen, loaded, progress)
     if isinstance(sink, _SequentialSink):
-        sink.replace_layers(progress)
+        sink.replace_layers()
     freeze(model, chosen.modules_to_save)
     config = QReftaConfig(
         chosen,
-        calibrated=loaded is not None,
+        calibrated=calibration is not None or loaded is not None,
         base_model=name or None,
         stacks=sink.reports,
     )
@@ -370,17 +373,17 @@ class _SequentialSink(_ModelSink):
     factors of all stacks are chosen.
     """
 
-    def __init__(self, model: PreTrainedModel, sequence: LayerSequence, dense: Moments) -> None:
+    def __init__(self, model: PreTrainedModel, sequence: LayerSequence) -> None:
         super().__init__(model)
         self._sequence = sequence
-        self._moments = sequence.moments(dense)
+        self.moments = sequence.moments()
         self._splits: list[StackSplit] = []
 
     def write(self, split: StackSplit) -> None:
         targets = self._sequence.targets(split.stack, split.weights)
-        self._splits.append(split.with_weights(targets, self._moments))
+        self._splits.append(split.with_weights(targets, self.moments))
 
-    def replace_layers(self, progress: bool) -> None:
+    def replace_layers(self) -> None:
         """Replace all linear layers, and add the reports."""
         layers = [self._replaced(index, split) for index, split in enumerate(self._splits)]
         of_path = {
@@ -388,7 +391,7 @@ class _SequentialSink(_ModelSink):
             for replaced, split in zip(layers, self._splits, strict=True)
             for path in split.stack.modules
         }
-        for paths in self._sequence.steps(progress):
+        for paths in self._sequence.steps():
             for path in paths:
                 next(of_path[path])
         for replaced in layers:

@@ -278,6 +278,11 @@ class Settings:
         """Whether the layers are rounded in the order in which they run."""
         return self.rounding == "sequential" and self.bits != 16
 
+    @property
+    def splits_by_moments(self) -> bool:
+        """Whether factors or formats are fitted to the second moments of the layers' inputs."""
+        return self.bits == AUTO_BITS or self.method in FITTED
+
     def searches_scales(self, calibrated: bool) -> bool:
         """Whether scales are searched; without moments only NF4's are.
 

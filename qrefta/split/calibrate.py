@@ -200,8 +200,34 @@ def gather_moments(
             rows += _row_count(accepted)
             bar.set_postfix_str(f"{rows:,} rows, {sums.most_tokens:,} tokens")
     if rows == 0:
-        raise ValueError("There are no batches to calibrate with; give at least one.")
+        raise no_batches()
     return sums.moments([path for stack in stacks for path in stack.modules])
+
+
+def no_batches() -> ValueError:
+    """The error for a calibration without batches."""
+    return ValueError("There are no batches to calibrate with; give at least one.")
+
+
+def not_finite(path: str) -> ValueError:
+    """The error for an input of a linear layer."""
+    return ValueError(
+        f"The input of {path} holds NaN or infinity; try the model in float32 or bfloat16."
+    )
+
+
+def check_reached(tokens: Mapping[str, int]) -> None:
+    """Refuse linear layers that no token reached.
+
+    Args:
+        tokens: by path of the linear layer.
+    """
+    idle = [path for path, count in tokens.items() if count == 0]
+    if idle:
+        raise ValueError(
+            f"No token reached {len(idle)} linear layers ({', '.join(idle[:3])}); leave their "
+            "stacks out, or calibrate with more text"
+        )
 
 
 def _row_count(inputs: dict[str, Any]) -> int:
@@ -236,10 +262,7 @@ class _Sums:
             self._rows = len(rows)
             diagonal = self._product.diagonal() if self._product.dim() == 2 else self._product
             if not diagonal.isfinite().all():
-                raise ValueError(
-                    f"The input of {path} holds NaN or infinity; try the model in float32 or "
-                    "bfloat16."
-                )
+                raise not_finite(path)
         self._group.append(path)
 
     def flush(self) -> None:
@@ -264,12 +287,7 @@ class _Sums:
         A linear layer may be in several groups; its sum adds up the sums of these groups.
         """
         groups = {path: tuple(group for group in self.sums if path in group) for path in paths}
-        idle = [path for path in paths if sum(self.tokens[group] for group in groups[path]) == 0]
-        if idle:
-            raise ValueError(
-                f"No token reached {len(idle)} linear layers ({', '.join(idle[:3])}); leave their "
-                "stacks out, or calibrate with more text"
-            )
+        check_reached({path: sum(self.tokens[group] for group in groups[path]) for path in paths})
         first: dict[tuple[tuple[str, ...], ...], str] = {}
         for path, key in groups.items():
             first.setdefault(key, path)

@@ -9,20 +9,22 @@ arguments hold nothing that a block changes. Both are checked, and every block i
 and compared.
 """
 
+import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import Cache
 
 from qrefta._compat.torch import version_counter
 from qrefta.model.modes import eval_mode
-from qrefta.split.calibrate import Batch, accepted_inputs, batch_inputs
+from qrefta.split.calibrate import Batch, accepted_inputs, batch_inputs, no_batches
 
 ADVICE = 'Give rounding="feedback", which works for any model.'
 _HIDDEN = "hidden_states"  # the keyword of a block's input in transformers
@@ -66,35 +68,58 @@ class Recording(NamedTuple):
     masks: list[Tensor | None]
 
 
-def record(model: nn.Module, blocks: Sequence[str], batches: Iterable[Batch]) -> Recording:
+def record(
+    model: nn.Module,
+    layers: Mapping[str, Sequence[str]],
+    batches: Iterable[Batch],
+    see: Callable[[str, Tensor, Tensor | None], None],
+    *,
+    progress: bool = True,
+) -> Recording:
     """Run a model on batches and record its blocks.
 
     Memory: the hidden states of one block for all tokens, and of all blocks for the first batch.
 
     Args:
         model: dense.
-        blocks: paths of the blocks, in the order of the model's modules.
+        layers: path of a block -> paths of its linear layers; blocks are in the order of the
+            model's modules.
         batches: as for `gather_moments`.
+        see: called with the path, the input and the attention mask of every such layer that runs.
+        progress: show a progress bar.
 
     Raises:
-        ValueError: if a block does not run once for every batch and after the block before it, gets
-            other hidden states than that block's output, shares changing state with other blocks,
-            or gives another output when it runs by itself.
+        ValueError: if there are no batches, or a block does not run once for every batch and after
+            the block before it, gets other hidden states than that block's output, shares changing
+            state with other blocks, or gives another output when it runs by itself.
     """
     chains: dict[str, Chain] = defaultdict(Chain)
-    for path in blocks:
+    for path in layers:
         chains[path.rpartition(".")[0]].calls[path] = []
     watches = [_Watch(chain) for chain in chains.values()]
-    masks = []
-    with _watched(model, watches), _without_cache(model), eval_mode(model), torch.no_grad():
-        for batch in batches:
+    masks: list[Tensor | None] = []
+
+    def before(path: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        see(path, args[0], masks[-1])
+
+    with ExitStack() as stack:
+        stack.enter_context(_watched(model, watches))
+        stack.enter_context(_without_cache(model))
+        stack.enter_context(eval_mode(model))
+        stack.enter_context(torch.no_grad())
+        for path in itertools.chain.from_iterable(layers.values()):
+            hook = model.get_submodule(path).register_forward_pre_hook(partial(before, path))
+            stack.callback(hook.remove)
+        for batch in tqdm(batches, desc="Calibrating", unit="batch", disable=not progress):
             inputs = batch_inputs(model, batch)
             masks.append(inputs.get("attention_mask"))
             for watch in watches:
                 watch.begin()
             model(**accepted_inputs(model, inputs))
-    for chain in chains.values():
-        for path, calls in chain.calls.items():
+    if not masks:
+        raise no_batches()
+    for blocks in chains.values():
+        for path, calls in blocks.calls.items():
             if len(calls) != len(masks):
                 raise ValueError(
                     f"{path} ran {len(calls)} times for {len(masks)} batches, and "

@@ -13,6 +13,7 @@ moments; the rule counts the tokens of the block.
 """
 
 import warnings
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -37,9 +38,6 @@ class StackRounding:
         settings: scales and rounding.
         stack, moments: the layers and the second moments of their inputs; None without calibration.
         device: where the stack is worked on; None: the CPU.
-
-    Attributes:
-        feeds_back: whether some layer is rounded with error feedback.
     """
 
     def __init__(
@@ -53,10 +51,14 @@ class StackRounding:
         self.stack = stack
         self.moments = moments
         self.device = device
-        wanted = settings.bits != 16 and settings.rounding != "nearest"
-        self.feeds_back = (
-            wanted and stack is not None and any(map(self._has_feedback, stack.modules))
-        )
+        self._wants_feedback = settings.bits != 16 and settings.rounding != "nearest"
+
+    @cached_property
+    def feeds_back(self) -> bool:
+        """Whether some layer is rounded with error feedback; reads the moments of all layers."""
+        if not self._wants_feedback or self.stack is None:
+            return False
+        return any(map(self._has_feedback, self.stack.modules))
 
     def nearest(self, layer: int) -> Rounding:
         """The rounding of a layer between the rounds of refinement.
@@ -75,7 +77,7 @@ class StackRounding:
         if moment is None:
             return Rounding(self.search)
         weights = _column_weights(moment) if self.search else None
-        if not self.feeds_back or not self._suffices(moment, self._path(layer)):
+        if not self._wants_feedback or not self._suffices(moment, self._path(layer)):
             return Rounding(self.search, weights)
         return Rounding(self.search, weights, self._feedback(layer, moment))
 

@@ -34,7 +34,16 @@ from tqdm.auto import tqdm
 from qrefta._compat.torch import version_counter
 from qrefta.config.stack import LayerStack
 from qrefta.model.stacks import Weights, block_of
-from qrefta.split.calibrate import Batch, Moments, added, kept_tokens, mirrored, moment_sum
+from qrefta.split.calibrate import (
+    Batch,
+    Moments,
+    added,
+    check_reached,
+    kept_tokens,
+    mirrored,
+    moment_sum,
+    not_finite,
+)
 from qrefta.split.recording import ADVICE, Call, record, run_block
 
 # Share of the mean of the diagonal of H that holds a target near its weight.
@@ -81,42 +90,57 @@ class LayerSequence:
         model: dense; its linear layers are replaced between the steps.
         stacks: all stacks of the model.
         batches: as for `gather_moments`.
+        progress: show progress bars.
 
     Raises:
-        ValueError: if the model is an encoder-decoder or has fused experts, its blocks cannot run
-            by themselves (see `record`), or a block writes to the input of a linear layer.
+        ValueError: as `gather_moments`; and if the model is an encoder-decoder or has fused
+            experts, its blocks cannot run by themselves (see `record`), or a block writes to the
+            input of a linear layer.
     """
 
     def __init__(
-        self, model: nn.Module, stacks: list[LayerStack], batches: Iterable[Batch]
+        self,
+        model: nn.Module,
+        stacks: list[LayerStack],
+        batches: Iterable[Batch],
+        *,
+        progress: bool = True,
     ) -> None:
         self._model = model
+        self._progress = progress
         self._layers = _layers_by_block(model, stacks)
-        self._chains, self._masks = record(model, list(self._layers), batches)
+        paths = [path for layers in self._layers.values() for path in layers]
+        self._tokens = dict.fromkeys(paths, 0)
+        self._chains, self._masks = record(
+            model, self._layers, batches, self._see, progress=progress
+        )
+        check_reached(self._tokens)
         self._step: Step | None = None
         for blocks in self._chains:  # refuse before anything is replaced
             hidden = blocks.first[:1]
             for path, calls in blocks.calls.items():
                 hidden, _ = self._run_dense(path, hidden, calls[:1])
 
-    def moments(self, dense: Moments) -> Moments:
-        """H of the layers of the present step; of other layers the moments of the 16-bit model."""
-        paths = [path for layers in self._layers.values() for path in layers]
+    def moments(self) -> Moments:
+        """H of the layers of the present step, and the tokens of all layers."""
 
         def read(path: str) -> Tensor:
-            step = self._step
-            return step.moment if step is not None and path in step.paths else dense.of(path)
+            return self._step_of(path).moment
 
-        tokens = {path: dense.tokens[dense.owner(path)] for path in paths}
-        return Moments({path: path for path in paths}, tokens, read)
+        return Moments({path: path for path in self._tokens}, self._tokens, read)
+
+    def _see(self, path: str, x: Tensor, mask: Tensor | None) -> None:
+        """Count the tokens of a linear layer in the 16-bit model."""
+        kept = kept_tokens(x, mask)
+        if not kept.isfinite().all():
+            raise not_finite(path)
+        self._tokens[path] += len(kept)
 
     def targets(self, stack: LayerStack, weights: Weights) -> Weights:
         """The weights V of a stack. Read a layer between the step that names it and the next."""
 
         def read(layer: int, start: int, stop: int) -> Tensor:
-            step = self._step
-            assert step is not None, "layers are read in their step"
-            assert stack.modules[layer] in step.paths, "layers are read in their step"
+            step = self._step_of(stack.modules[layer])
             rows = weights.read(layer, start, stop)
             if step.correction is None:
                 return rows
@@ -125,15 +149,14 @@ class LayerSequence:
 
         return replace(weights, read=read)
 
-    def steps(self, progress: bool) -> Iterator[list[str]]:
+    def steps(self) -> Iterator[list[str]]:
         """The paths of the layers of every step.
 
         The caller replaces these layers of the model before it asks for the next step.
-
-        Args:
-            progress: show a progress bar over the blocks.
         """
-        bar = tqdm(total=len(self._layers), desc="Rounding", unit="block", disable=not progress)
+        bar = tqdm(
+            total=len(self._layers), desc="Rounding", unit="block", disable=not self._progress
+        )
         with bar:
             for blocks in self._chains:
                 dense = blocks.first
@@ -149,6 +172,12 @@ class LayerSequence:
                         for hidden, call in zip(quantized, calls, strict=True)
                     ]
                     bar.update()
+
+    def _step_of(self, path: str) -> Step:
+        step = self._step
+        assert step is not None, "layers are read in their step"
+        assert path in step.paths, "layers are read in their step"
+        return step
 
     def _run_dense(
         self, path: str, hidden: list[Tensor], calls: list[Call]

@@ -40,9 +40,8 @@ def batches(count=6, rows=4, length=16, vocabulary=90):
 
 def sequence_of(model, texts):
     stacks = find_stacks(model)
-    moments = gather_moments(model, stacks, texts, progress=False)
-    sequence = LayerSequence(model, stacks, texts)
-    return stacks, sequence, sequence.moments(moments)
+    sequence = LayerSequence(model, stacks, texts, progress=False)
+    return stacks, sequence, sequence.moments()
 
 
 def layer_inputs(model, path, texts):
@@ -77,7 +76,7 @@ def test_targets_are_the_layers_nearest_to_the_16_bit_outputs():
     stack_of = {path: stack for stack in stacks for path in stack.modules}
     targets = {stack: sequence.targets(stack, model_weights(model, stack)) for stack in stacks}
     moved = 0
-    for paths in sequence.steps(progress=False):
+    for paths in sequence.steps():
         replaced = {}
         for path in paths:
             given = layer_inputs(model, path, texts)
@@ -108,7 +107,7 @@ def test_layers_are_replaced_in_the_order_in_which_they_run():
         for block in range(layers)
         for group in ORDER
     ]
-    assert list(sequence.steps(progress=False)) == expected
+    assert list(sequence.steps()) == expected
 
 
 @pytest.mark.parametrize(
@@ -265,11 +264,11 @@ def test_layers_are_rounded_for_the_inputs_that_the_finished_model_gives_them(na
     model = CHAINS[name]()
     texts = [inputs(model)] * 2
     stacks = find_stacks(model)
-    sequence = LayerSequence(model, stacks, texts)
+    sequence = LayerSequence(model, stacks, texts, progress=False)
     dense = moments_by_hand(model, stacks, texts)
-    of_step = sequence.moments(gather_moments(model, stacks, texts, progress=False))
+    of_step = sequence.moments()
     used = {}
-    for paths in sequence.steps(progress=False):
+    for paths in sequence.steps():
         used |= {path: of_step.of(path) for path in paths}
         for path in paths:
             weight = model.get_submodule(path).weight
@@ -333,6 +332,60 @@ def test_experts_that_are_linear_layers_get_the_tokens_that_are_sent_to_them():
     texts = [torch.full((1, 2), 7), *batches(4)]
     qrefta.prepare(model, calibration=texts, rounding="sequential", progress=False, rank=0)
     assert model(batches(1)[0]).logits.isfinite().all()
+
+
+def with_an_idle_layer(model):
+    """A linear layer that no token reaches."""
+    model.model.layers[1].mlp.spare = nn.Linear(64, 64)
+    return batches(2)
+
+
+def overflowing(model):
+    """A product above the largest float16."""
+    mlp = model.half().model.layers[1].mlp
+    with torch.no_grad():
+        for layer in (mlp.up_proj, mlp.gate_proj):
+            layer.weight.mul_(1e4)
+    return batches(2)
+
+
+def without_batches(_):
+    return []
+
+
+@pytest.mark.parametrize(
+    ("calibration_of", "message"),
+    [
+        (with_an_idle_layer, r"No token reached 1 linear layers \(model\.layers\.1\.mlp\.spare\)"),
+        (overflowing, r"input of model\.layers\.1\.mlp\.down_proj holds NaN or infinity"),
+        (without_batches, "no batches to calibrate with"),
+    ],
+)
+def test_text_that_gives_no_moments_is_refused_before_anything_is_replaced(calibration_of, message):
+    model = tiny_llama(hidden=64)
+    calibration = calibration_of(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        qrefta.prepare(
+            model,
+            calibration=calibration,
+            rounding="sequential",
+            progress=False,
+            target_modules=["q_proj"],
+        )
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_few_tokens_are_said(recwarn):
+    """Also where no moments of the 16-bit model are gathered."""
+    for rounding in ("feedback", "sequential"):
+        model = tiny_llama(hidden=64)
+        qrefta.prepare(model, calibration=batches(1, rows=1), rounding=rounding, progress=False)
+    said = [str(warning.message) for warning in recwarn if "fewer tokens" in str(warning.message)]
+    assert len(said) == 2
+    assert said[0] == said[1]
 
 
 def test_a_block_that_writes_to_a_layer_s_input_is_refused():
