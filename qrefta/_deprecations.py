@@ -1,7 +1,8 @@
-"""Keywords that public functions still take for one release, with a warning."""
+"""Keywords and modules of the release before, which still work for one release, with a warning."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 
 
@@ -30,3 +31,26 @@ def deprecated_keywords(
             stacklevel=3,
         )
     return dict(given)
+
+
+def moved(module: str, places: Mapping[str, str]) -> Callable[[str], Any]:
+    """A module's `__getattr__` (PEP 562) for names that moved, with a warning at the caller's line.
+
+    Args:
+        module: that had the names.
+        places: name -> "module:name" where it is now.
+    """
+
+    def find(name: str) -> Any:
+        if name not in places:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        place, _, new_name = places[name].partition(":")
+        warnings.warn(
+            f"{module}.{name} is deprecated and will be removed in the next release; "
+            f"use {place}.{new_name}",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(import_module(place), new_name)
+
+    return find

@@ -6,6 +6,7 @@ import json
 import resource
 import subprocess
 import sys
+from importlib import import_module
 from typing import get_args
 
 import pytest
@@ -16,7 +17,10 @@ from qrefta.export.merge import merge
 from qrefta.memory.plan import OPTIMIZERS
 from qrefta.methods import METHODS
 from qrefta.nn.factors import Factors
-from qrefta.train.tasks import TASKS
+from qrefta.train.data import load_classification
+from qrefta.train.tasks import TASKS, load_chat
+from qrefta.train.tasks.chat import chat_recipe
+from qrefta.train.tasks.lm import text_windows
 from tests.models import tiny_bert
 
 HEAVY = ("torch", "transformers", "datasets", "bitsandbytes", "accelerate", "lm_eval", "scipy")
@@ -156,3 +160,19 @@ def test_choices_are_those_that_the_code_has():
     fitted = {name: method.transforms for name, method in METHODS.items() if method.fits}
     assert fitted == choices.FITTED
     assert Factors.transforms == get_args(choices.Transform)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "found"),
+    [
+        ("qrefta.data", "load_classification", load_classification),
+        ("qrefta.tasks", "load_chat", load_chat),
+        ("qrefta.tasks", "chat", chat_recipe),
+        ("qrefta.tasks", "language_model", text_windows),
+    ],
+)
+def test_names_of_the_release_before_are_found_where_they_were(module, name, found):
+    with pytest.warns(DeprecationWarning, match=rf"{module}\.{name} is deprecated.*; use qrefta\."):
+        assert getattr(import_module(module), name) is found
+    with pytest.raises(AttributeError, match=f"module '{module}' has no attribute 'absent'"):
+        getattr(import_module(module), "absent")  # noqa: B009 -- as a statement it looks useless
