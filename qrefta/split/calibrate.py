@@ -448,7 +448,9 @@ def accepted_inputs(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, An
             f"{list(names)[:3]} ..."
         )
     if "logits_to_keep" in names:
-        accepted["logits_to_keep"] = 1  # logits over the whole vocabulary would take most memory
+        # Logits over the whole vocabulary would take most memory. A tensor keeps one token of them
+        # only; at a whole number Gemma 4 leaves tokens out of its last layers too.
+        accepted["logits_to_keep"] = torch.zeros(1, dtype=torch.long)
     return accepted
 
 

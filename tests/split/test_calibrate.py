@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
-from transformers import AutoModel
+from transformers import AutoModel, Gemma4ForCausalLM, Gemma4TextConfig
 
 from qrefta.config.stack import LayerStack
 from qrefta.linalg.metric import roots
@@ -460,3 +460,24 @@ def test_a_metric_needs_moments_of_the_stacks_width():
     wider = LayerStack(stack.name, stack.modules, 8, 32)
     with pytest.raises(ValueError, match="24 wide and its weight 32"):
         shared_metric(moments, wider)
+
+
+def test_layers_that_share_keys_see_every_token():
+    """Gemma 4 runs them on the last token only, if a whole number of logits is asked for."""
+    config = Gemma4TextConfig(
+        vocab_size=VOCAB,
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size=32,
+        hidden_size_per_layer_input=8,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_kv_shared_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        global_head_dim=16,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )
+    model = Gemma4ForCausalLM(config)
+    tokens = gather(model, [inputs(model)]).tokens
+    assert set(tokens.values()) == {inputs(model)["input_ids"].numel()}
