@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from qrefta._compat.torch import plain_tensors
 from qrefta._compat.transformers import checkpointing_options, dequantized_gguf
 from qrefta.choices import AUTO_RANK, Bits, QuantType
 from qrefta.config.call import settings_of_call, shows_settings
@@ -393,7 +394,8 @@ class _SequentialSink(_ModelSink):
         }
         for paths in self._sequence.steps():
             for path in paths:
-                next(of_path[path])
+                with plain_tensors():  # blocks run between the steps, and may want other defaults
+                    next(of_path[path])
         for replaced in layers:
             left = list(replaced)  # runs the lines that follow the last layer, too
             assert not left, "every layer runs"

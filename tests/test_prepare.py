@@ -53,6 +53,7 @@ from tests.models import (
     covered,
     decoder_sizes,
     encoder_sizes,
+    inputs,
     logits,
     tiny_bert,
     tiny_clip,
@@ -888,3 +889,30 @@ def test_the_default_dtype_of_torch_changes_nothing(default, tmp_path):
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
             assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"method": "refta", "calibrated": True},
+        {"method": "craft"},
+        {"bits": 3, "rounding": "sequential", "calibrated": True},
+        {"bits": "auto", "target_bits": 3.5, "calibrated": True},
+        {"method": "refta", "rank": qrefta.RankBudget(error_ratio=0.9)},
+    ],
+    ids=str,
+)
+def test_the_default_device_of_torch_changes_nothing(settings):
+    """On the meta device, where numbers are missing: whatever is made there is found out."""
+    settings = {"rank": 4, "progress": False} | settings
+    calibrated = settings.pop("calibrated", False)
+    states = []
+    for default in ("cpu", "meta"):
+        model = tiny_llama()
+        text = {"calibration": [inputs(model)] * 2} if calibrated else {}
+        with torch.device(default):
+            states.append(qrefta.prepare(model, **text, **settings).state_dict())
+    expected, found = states
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from tqdm.auto import tqdm
 
+from qrefta._compat.torch import plain_tensors
 from qrefta.choices import QuantType
 from qrefta.config.rank import Rank
 from qrefta.config.report import StackReport
@@ -64,6 +65,8 @@ def split_stacks(
 ) -> None:
     """Split every stack of a source that the sink does not hold yet.
 
+    A default device or dtype of torch, which is for the user's models, has no effect.
+
     Raises:
         ValueError: if `target_modules` matches no stack, or a rank, a budget or `target_bits`
             cannot be met.
@@ -74,9 +77,12 @@ def split_stacks(
         warn_of_few_tokens(moments, source.stacks)
     if sink.ranks is None:
         weights = [source.weights(stack) for stack in targets]
-        allocation = choose_ranks(targets, weights, settings, moments, progress)
-        ranks = [allocation.ranks.get(stack, 0) for stack in source.stacks]
-        formats = choose_formats(source.stacks, ranks, source.weights, settings, moments, progress)
+        with plain_tensors():
+            allocation = choose_ranks(targets, weights, settings, moments, progress)
+            ranks = [allocation.ranks.get(stack, 0) for stack in source.stacks]
+            formats = choose_formats(
+                source.stacks, ranks, source.weights, settings, moments, progress
+            )
         splits = allocation.splits | formats.splits
         sink.begin(ranks, formats.quant_types)
     assert sink.ranks is not None, "a sink keeps the ranks that it was given"
@@ -90,7 +96,7 @@ def split_stacks(
         disable=not progress,
         delay=PROGRESS_DELAY_S,
     )
-    with bar:
+    with bar, plain_tensors():
         chosen = zip(source.stacks, sink.ranks, sink.quant_types, strict=True)
         for stack, rank, quant_type in list(chosen)[done:]:
             bar.set_postfix_str(stack.name, refresh=False)
