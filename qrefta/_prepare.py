@@ -10,6 +10,7 @@ from typing import Any, Unpack
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta._compat.torch import plain_tensors
@@ -38,11 +39,12 @@ from qrefta.model.unquantized import warn_of_unquantized
 from qrefta.nn.factors import FactorBank
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.nn.quantized import QuantFormat
-from qrefta.split.calibrate import Moments, gather_moments, load_moments
+from qrefta.split.calibrate import Batch, Moments, gather_moments, load_moments
 from qrefta.split.checkpoint import convert
 from qrefta.split.loop import split_stacks
+from qrefta.split.recording import NoOrderError
 from qrefta.split.rounding import warn_of_few_tokens
-from qrefta.split.sequential import LayerSequence
+from qrefta.split.sequential import LayerSequence, check_steps
 from qrefta.split.sources import Calibration, calibration_batches
 from qrefta.split.stack_split import StackSplit
 
@@ -145,20 +147,20 @@ def _prepare(
     chosen = with_trained_modules(model, chosen, source.stacks)
     _check_weights(model, source.stacks)
     warn_of_unquantized(model, source.stacks)
-    in_order = chosen.rounds_in_order
     sequence = None
-    if in_order and calibration is None:
+    if calibration is not None:
+        batches = calibration_batches(model, calibration, tokenizer, seed=chosen.seed)
+        if chosen.may_round_in_order:
+            batches = list(batches)  # they are read twice
+            sequence = _sequence(model, source.stacks, batches, chosen, progress)
+        if sequence is None or chosen.splits_by_moments:
+            moments = gather_moments(model, source.stacks, batches, progress=progress)
+    elif chosen.must_round_in_order:
         raise ValueError(
             'rounding is "sequential" and calibration= is missing, a text or batches; moments hold '
             "the inputs of the 16-bit model only."
         )
-    if calibration is not None:
-        batches = calibration_batches(model, calibration, tokenizer, seed=chosen.seed)
-        if in_order:
-            batches = list(batches)  # they are read twice
-            sequence = LayerSequence(model, source.stacks, batches, progress=progress)
-        if sequence is None or chosen.splits_by_moments:
-            moments = gather_moments(model, source.stacks, batches, progress=progress)
+    chosen = chosen.with_rounding(in_order=sequence is not None)
     loaded = _moments(moments)
     if calibration is None and loaded is not None:
         loaded.check(source.stacks)
@@ -224,11 +226,6 @@ def prepare_checkpoint(
         TypeError: for an unknown keyword.
     """
     chosen = settings_of_call("prepare_checkpoint", {"bits": bits, "rank": rank, **settings})
-    if chosen.rounds_in_order:
-        raise ValueError(
-            'rounding="sequential" runs the model on calibration text, so it needs the model in '
-            'memory: call qrefta.prepare(model, calibration=..., rounding="sequential").'
-        )
     loaded = _moments(moments)
     if is_gguf(source):
         with new_folder(out) as folder:
@@ -318,6 +315,28 @@ def _old_call_with_folder(
 
 def _moments(moments: Moments | str | Path | None) -> Moments | None:
     return load_moments(moments) if isinstance(moments, str | Path) else moments
+
+
+def _sequence(
+    model: PreTrainedModel,
+    stacks: list[LayerStack],
+    batches: list[Batch],
+    chosen: Settings,
+    progress: bool,
+) -> LayerSequence | None:
+    """The layers in the order in which they run; None if the settings leave the choice, and their
+    order is not known or a block has too many of them.
+    """
+    try:
+        if not chosen.must_round_in_order:
+            check_steps(model, stacks)
+        return LayerSequence(model, stacks, batches, progress=progress)
+    except NoOrderError as error:
+        if chosen.must_round_in_order:
+            raise
+        if progress:
+            tqdm.write(f"The layers are not rounded in their order: {error.reason}.")
+        return None
 
 
 class _ModelSource:

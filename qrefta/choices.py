@@ -8,7 +8,7 @@ Method = Literal["refta", "craft", "tera", "lotr", "lorta", "windows"]
 Transform = Literal["lsm3", "dct", "identity"]
 QuantType = Literal["nf4", "fp4", "int4", "nf3", "int3", "nf2", "int2"]
 Scales = Literal["searched", "absmax"]
-Codes = Literal["feedback", "sequential", "nearest"]
+Codes = Literal["auto", "sequential", "feedback", "nearest"]
 Bits = Literal[4, 3, 2, 16, "auto"]
 FactorDtype = Literal["bfloat16", "float32"]
 Task = Literal["classify", "lm", "sft", "dpo", "grpo", "image"]
@@ -37,6 +37,7 @@ SELECTIVE: Selective = "selective"
 
 AUTO_RATE = "auto"  # as learning rate: the best measured one for the method
 AUTO_RANK: Literal["auto"] = "auto"  # as rank: see `qrefta.split.allocate.automatic_rank`
+AUTO_ROUNDING: Literal["auto"] = "auto"  # as rounding: see `qrefta.config.settings`
 AUTO_BITS: Literal["auto"] = "auto"  # as bits: see `qrefta.split.formats`
 GENERIC_TEXT = "text"  # as calibration: the docstrings of the standard library
 

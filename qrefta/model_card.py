@@ -148,7 +148,7 @@ def _format(config: QReftaConfig) -> str:
     if config.calibrated and settings.rounding != "nearest":
         words += ", rounded with error feedback"
     if settings.rounding == "sequential":
-        words += " block by block"
+        words += " layer after layer"
     return words
 
 

@@ -205,8 +205,10 @@ def test_finetune_calibrates_on_its_training_rows_by_default(option, source, den
     )
     shown = "".join(result.output.split())
     count = r"54rowsofthetrainingdata" if option is None else r"\d+rowsof\S*" + re.escape(source)
-    assert re.search(rf"Calibratedon{count}\([\d,]+tokens\)in\d+s;--calibrationnone", shown)
-    assert qrefta.load(tmp_path / "out").config.quantization_config.calibrated
+    assert re.search(rf"Calibratedon{count}andpreparedin\d+s;--calibrationnone", shown)
+    config = qrefta.load(tmp_path / "out").config.quantization_config
+    assert config.calibrated
+    assert config.settings.rounding == "sequential"
 
 
 def test_calibration_can_be_turned_off(dense, rows, tmp_path):
@@ -218,16 +220,24 @@ def test_calibration_can_be_turned_off(dense, rows, tmp_path):
 
 def test_layers_are_rounded_in_order_by_finetune_alone(dense, rows, tmp_path):
     options = ["--rounding", "sequential", "--max-steps", 1, "--rank", 2]
-    shown = invoke("finetune", dense, rows, tmp_path / "out", *options).output
-    assert "Calibrating on the training data, layer after layer." in " ".join(shown.split())
-    config = qrefta.load(tmp_path / "out").config.quantization_config
-    assert config.calibrated
-    assert config.settings.rounding == "sequential"
     with pytest.raises(ValueError, match="leave --calibration none out"):
         invoke("finetune", dense, rows, tmp_path / "b", *options, "--calibration", "none")
     with pytest.raises(ValueError, match="use it with qrefta finetune, or call qrefta"):
         invoke("prepare", dense, tmp_path / "c", "--rounding", "sequential")
     assert not (tmp_path / "c").exists()
+
+
+def test_the_choice_of_rounding_agrees_with_a_prepared_model(dense, rows, tmp_path):
+    qrefta.prepare_checkpoint(dense, tmp_path / "prepared", rank=2)
+    for rounding, agrees in [("auto", True), ("feedback", True), ("nearest", False)]:
+        out = tmp_path / rounding
+        options = ["--rounding", rounding, "--max-steps", 1]
+        if agrees:
+            invoke("finetune", tmp_path / "prepared", rows, out, *options)
+            assert (out / "config.json").exists()
+            continue
+        with pytest.raises(ValueError, match="is prepared already with rounding feedback"):
+            invoke("finetune", tmp_path / "prepared", rows, out, *options)
 
 
 def test_prepare_calibrates_on_generic_text_if_the_model_fits_in_memory(dense, tmp_path):

@@ -71,7 +71,10 @@ def test_a_calibrated_model_states_its_rounding_and_output_errors():
     model = tiny_bert()
     config = prepared_config(qrefta.prepare(model, rank=5, calibration=[inputs(model)] * 10))
     card = model_card(config)
-    assert "NF4 in blocks of 64, scales searched, rounded with error feedback. The" in card
+    assert (
+        "NF4 in blocks of 64, scales searched, rounded with error feedback layer after layer. The"
+        in card
+    )
     assert "| ratio | ratio of outputs | bits per weight |" in card
     for row in config.stacks:
         assert f"| {row.ratio:.3f} | {row.output_ratio:.3f} | {row.bits_per_weight:.2f} |" in card

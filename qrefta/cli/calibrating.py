@@ -79,6 +79,11 @@ def _dtype(model: str, source: dict[str, Any], max_memory: str) -> Any:
     return "auto"
 
 
+def row_count(batches: list[Any]) -> int:
+    """Rows of all batches."""
+    return sum(len(next(iter(batch.values()))) for batch in batches)
+
+
 def calibrated(model: "PreTrainedModel", batches: list[Any], source: str) -> "Moments":
     """Moments of a dense model's inputs on batches from `source`; prints the cost."""
     from time import perf_counter
@@ -88,8 +93,8 @@ def calibrated(model: "PreTrainedModel", batches: list[Any], source: str) -> "Mo
     start = perf_counter()
     gathered = calibrate(model, batches)
     seconds = perf_counter() - start
-    rows = sum(len(next(iter(batch.values()))) for batch in batches)
     tokens = next(iter(gathered.tokens.values()))
+    rows = row_count(batches)
     console.print(
         f"Calibrated on {rows:,} rows of {source} ({tokens:,} tokens) in {seconds:.0f} s; "
         "--calibration none turns it off."

@@ -5,19 +5,20 @@ import shutil
 import sys
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from qrefta.choices import AUTO_RATE, LoadDtype, Task
+from qrefta.choices import AUTO_RATE, AUTO_ROUNDING, LoadDtype, Task
 from qrefta.cli import training_options as given
-from qrefta.cli.calibrating import NONE, calibrated
+from qrefta.cli.calibrating import NONE, row_count
 from qrefta.cli.console import console, megabytes, quiet_libraries
 from qrefta.cli.dtype import chosen_dtype
 from qrefta.cli.options import (
     TrustRemoteCode,
+    must_round_in_order,
     parse_checkpointing,
-    rounds_in_order,
     setting_of,
     with_settings,
 )
@@ -262,9 +263,8 @@ def _prepare(
     from qrefta.train.calibration import task_batches
 
     seed = settings["seed"]
-    in_order = rounds_in_order(settings)
     if calibration == NONE:
-        if in_order:
+        if must_round_in_order(settings):
             raise ValueError(
                 "--rounding sequential needs text to calibrate on: leave --calibration none out"
             )
@@ -276,11 +276,12 @@ def _prepare(
     else:
         batches = list(calibration_batches(model, calibration, processor, seed=seed))
         source = calibration
-    if in_order:
-        console.print(f"Calibrating on {source}, layer after layer.")
-        prepare(model, calibration=batches, **settings)
-    else:
-        prepare(model, moments=calibrated(model, batches, source), **settings)
+    start = perf_counter()
+    prepare(model, calibration=batches, **settings)
+    console.print(
+        f"Calibrated on {row_count(batches):,} rows of {source} and prepared in "
+        f"{perf_counter() - start:.0f} s; --calibration none leaves calibration out."
+    )
 
 
 def _options_of_run(
@@ -336,6 +337,8 @@ def _prepared_settings(model: str, trust_remote_code: bool) -> "Settings | None"
 
 def _agrees(setting: str, asked: "Settings", prepared: "Settings") -> bool:
     """Whether a prepared model has what an option asks for."""
+    if setting == "rounding" and asked.rounding == AUTO_ROUNDING:
+        return True
     if setting == "modules_to_save":  # the list of the model has its task head too
         return set(asked.modules_to_save) <= set(prepared.modules_to_save)
     return getattr(asked, setting) == getattr(prepared, setting)

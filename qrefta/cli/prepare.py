@@ -8,7 +8,7 @@ import typer
 from qrefta.cli.calibrating import KINDS, NONE, calibration_of, gather
 from qrefta.cli.console import console, megabytes, quiet_libraries
 from qrefta.cli.inspect import saved_config
-from qrefta.cli.options import TrustRemoteCode, rounds_in_order, with_settings
+from qrefta.cli.options import TrustRemoteCode, must_round_in_order, with_settings
 
 
 @with_settings
@@ -45,7 +45,7 @@ def prepare(
     An interrupted run goes on when the same command is given again. A GGUF file is prepared in
     memory.
     """
-    if rounds_in_order(settings):
+    if must_round_in_order(settings):
         raise ValueError(
             "--rounding sequential reads text with the model in memory, and this command holds no "
             "model: use it with qrefta finetune, or call qrefta.prepare in Python."

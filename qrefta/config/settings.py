@@ -13,6 +13,7 @@ from typing import Any, Self, TypedDict
 from qrefta.choices import (
     AUTO_BITS,
     AUTO_RANK,
+    AUTO_ROUNDING,
     BITS,
     BLOCK_SIZES,
     CODES,
@@ -84,10 +85,12 @@ class Settings:
             change the largest magnitude little. absmax: the largest magnitude.
         rounding: feedback: with moments, the columns of a residual are rounded one after the other
             and take in the errors of the columns before (GPTQ, arXiv 2210.17323); without moments
-            it is nearest. sequential: the same, and the blocks are rounded one after the other,
-            each for the inputs that the quantized blocks before it give (QEP, arXiv 2504.09629);
-            it takes longer, and needs calibration text and the model in memory
-            (`qrefta.split.sequential`). nearest: the nearest level.
+            it is nearest. sequential: the same, and the layers are rounded in the order in which
+            they run, each for the inputs that the quantized layers before it give (QEP, arXiv
+            2504.09629); it takes twice as long, and needs calibration text, the model in memory,
+            and blocks that run one after the other (`qrefta.split.sequential`). nearest: the
+            nearest level. auto: sequential where it is possible, else feedback; a prepared model
+            holds the choice.
         target_modules: linear layers that get factors. None: all in the repeated blocks. A list:
             module paths that end in one of the names ("q_proj", "self_attn.q_proj"). A string: a
             regular expression that matches whole paths. All other linear layers of the blocks are
@@ -148,10 +151,11 @@ class Settings:
         metadata=one_of(SCALES, "Choice of every block's scale; absmax: the largest magnitude."),
     )
     rounding: Codes = field(
-        default="feedback",
+        default=AUTO_ROUNDING,
         metadata=one_of(
             CODES,
-            "Rounding: with error feedback if calibrated, also from block to block, or nearest.",
+            "Rounding: nearest, or with error feedback if calibrated, in a layer or from layer to "
+            "layer too (sequential); auto: sequential where possible.",
         ),
     )
     target_modules: str | Sequence[str] | None = field(
@@ -274,9 +278,20 @@ class Settings:
         )
 
     @property
-    def rounds_in_order(self) -> bool:
-        """Whether the layers are rounded in the order in which they run."""
+    def may_round_in_order(self) -> bool:
+        """Whether layers are rounded in the order in which they run, where that is possible."""
+        return self.rounding in (AUTO_ROUNDING, "sequential") and self.bits != 16
+
+    @property
+    def must_round_in_order(self) -> bool:
+        """Whether layers are rounded in the order in which they run, or the call is refused."""
         return self.rounding == "sequential" and self.bits != 16
+
+    def with_rounding(self, in_order: bool) -> Self:
+        """The settings with the choice that rounding="auto" leaves open."""
+        if self.rounding != AUTO_ROUNDING:
+            return self
+        return replace(self, rounding="sequential" if in_order else "feedback")
 
     @property
     def splits_by_moments(self) -> bool:

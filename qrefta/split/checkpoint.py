@@ -96,6 +96,12 @@ def convert(
     """
     calibrated = moments is not None
     dense = resolve_folder(source)
+    if settings.must_round_in_order:
+        raise ValueError(
+            'rounding="sequential" runs the model on calibration text, so it needs the model in '
+            'memory: call qrefta.prepare(model, calibration=..., rounding="sequential").'
+        )
+    settings = settings.with_rounding(in_order=False)
     checkpoint = CheckpointSource(
         dense, settings, device, max_memory, calibrated, trust_remote_code, kind
     )

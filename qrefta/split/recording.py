@@ -26,11 +26,22 @@ from qrefta._compat.torch import version_counter
 from qrefta.model.modes import eval_mode
 from qrefta.split.calibrate import Batch, accepted_inputs, batch_inputs, no_batches
 
-ADVICE = 'Give rounding="feedback", which works for any model.'
 _HIDDEN = "hidden_states"  # the keyword of a block's input in transformers
 # Largest difference of a block that runs by itself, relative to its output; GPU kernels may differ
 # from run to run.
 _TOLERANCE = 1e-2
+
+
+class NoOrderError(ValueError):
+    """A model whose layers cannot be rounded in the order in which they run.
+
+    Attributes:
+        reason: without the advice of the message.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f'{reason}. Give rounding="feedback", which works for any model.')
+        self.reason = reason
 
 
 class Call(NamedTuple):
@@ -89,9 +100,10 @@ def record(
         progress: show a progress bar.
 
     Raises:
-        ValueError: if there are no batches, or a block does not run once for every batch and after
-            the block before it, gets other hidden states than that block's output, shares changing
-            state with other blocks, or gives another output when it runs by itself.
+        ValueError: if there are no batches.
+        NoOrderError: if a block does not run once for every batch and after the block before it,
+            gets other hidden states than that block's output, shares changing state with other
+            blocks, or gives another output when it runs by itself.
     """
     chains: dict[str, Chain] = defaultdict(Chain)
     for path in layers:
@@ -121,9 +133,9 @@ def record(
     for blocks in chains.values():
         for path, calls in blocks.calls.items():
             if len(calls) != len(masks):
-                raise ValueError(
+                raise NoOrderError(
                     f"{path} ran {len(calls)} times for {len(masks)} batches, and "
-                    f'rounding="sequential" needs one time a batch. {ADVICE}'
+                    'rounding="sequential" needs one time a batch'
                 )
     for watch in watches:
         watch.check(model)
@@ -163,27 +175,26 @@ class _Watch:
     ) -> None:
         """Check and record the arguments of a block."""
         if self._ran == len(self._order) or path != self._order[self._ran]:
-            raise ValueError(
-                f"{path} runs again, or before a block that stands before it in its list. {ADVICE}"
+            raise NoOrderError(
+                f"{path} runs again, or before a block that stands before it in its list"
             )
         by_name = _HIDDEN in keywords
         hidden = keywords[_HIDDEN] if by_name else next(iter(args), None)
         if not isinstance(hidden, Tensor):
-            raise ValueError(f"{path} is called without hidden states. {ADVICE}")
+            raise NoOrderError(f"{path} is called without hidden states")
         if self._last is None:
             self.chain.first.append(hidden.clone())  # the model may write to it later
         elif hidden is not self._last or version_counter(hidden) != self._version:
-            raise ValueError(
-                f"The input of {path} is not the output of {self._order[self._ran - 1]} as it is. "
-                f"{ADVICE}"
+            raise NoOrderError(
+                f"The input of {path} is not the output of {self._order[self._ran - 1]} as it is"
             )
         others = {name: value for name, value in keywords.items() if name != _HIDDEN}
         rest = args if by_name else args[1:]
         shared = next((value for value in (*rest, *others.values()) if _may_change(value)), None)
         if shared is not None:
-            raise ValueError(
+            raise NoOrderError(
                 f"{path} gets a {type(shared).__name__}, in which blocks may share what they "
-                f"compute. {ADVICE}"
+                "compute"
             )
         self.chain.calls[path].append(Call(rest, others, by_name))
 
@@ -202,10 +213,10 @@ class _Watch:
             try:
                 found = run_block(model, path, hidden, calls[0])
             except Exception as error:  # of any model's code
-                raise ValueError(f"{path} does not run by itself ({error}). {ADVICE}") from error
+                raise NoOrderError(f"{path} does not run by itself ({error})") from error
             difference = (found.float() - expected.float()).norm()
             if not difference <= _TOLERANCE * expected.float().norm():
-                raise ValueError(f"{path} gives another output when it runs by itself. {ADVICE}")
+                raise NoOrderError(f"{path} gives another output when it runs by itself")
             hidden = expected
 
 

@@ -44,10 +44,12 @@ from qrefta.split.calibrate import (
     moment_sum,
     not_finite,
 )
-from qrefta.split.recording import ADVICE, Call, record, run_block
+from qrefta.split.recording import Call, NoOrderError, record, run_block
 
 # Share of the mean of the diagonal of H that holds a target near its weight.
 RIDGE = 0.1
+# Linear layers of a block that rounding="auto" takes in their order; dense blocks have up to ten.
+MOST_STEPS = 16
 
 
 # Inputs of linear layers in a pass, by path: each tensor with its version when it was read.
@@ -93,9 +95,9 @@ class LayerSequence:
         progress: show progress bars.
 
     Raises:
-        ValueError: as `gather_moments`; and if the model is an encoder-decoder or has fused
-            experts, its blocks cannot run by themselves (see `record`), or a block writes to the
-            input of a linear layer.
+        ValueError: as `gather_moments`.
+        NoOrderError: if the model is an encoder-decoder or has fused experts, its blocks cannot
+            run by themselves (see `record`), or a block writes to the input of a linear layer.
     """
 
     def __init__(
@@ -190,8 +192,8 @@ class LayerSequence:
                 outputs.append(run_block(self._model, path, x, call))
             for tensor, version in chain.from_iterable(found.values()):
                 if version_counter(tensor) != version:
-                    raise ValueError(
-                        f"{path} writes to the input of a linear layer after it was read. {ADVICE}"
+                    raise NoOrderError(
+                        f"{path} writes to the input of a linear layer after it was read"
                     )
             seen.append(found)
         groups: dict[tuple[Any, ...], list[str]] = defaultdict(list)
@@ -297,21 +299,33 @@ class _Sums:
         return torch.cholesky_solve(self._shift.T, torch.linalg.cholesky(matrix)).T.float()
 
 
+def check_steps(model: nn.Module, stacks: list[LayerStack]) -> None:
+    """Refuse blocks of so many linear layers, such as experts, that rounding them takes long: a
+    block runs once for every one that reads other inputs.
+
+    Raises:
+        NoOrderError: naming the block.
+    """
+    for path, layers in _layers_by_block(model, stacks).items():
+        if len(layers) > MOST_STEPS:
+            raise NoOrderError(f"{path} has {len(layers)} linear layers")
+
+
 def _layers_by_block(model: nn.Module, stacks: list[LayerStack]) -> dict[str, list[str]]:
     """Paths of the linear layers of every block, in the order of the model's modules.
 
     Raises:
-        ValueError: for a model whose blocks are not run one after the other.
+        NoOrderError: for a model whose blocks are not run one after the other.
     """
     if bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)):
-        raise ValueError(
+        raise NoOrderError(
             f'rounding="sequential" is for models with one list of blocks, and '
-            f"{type(model).__name__} has an encoder and a decoder. {ADVICE}"
+            f"{type(model).__name__} has an encoder and a decoder"
         )
     fused = next((stack.name for stack in stacks if stack.experts), None)
     if fused is not None:
-        raise ValueError(
-            f'rounding="sequential" is for linear layers, and {fused} holds fused experts. {ADVICE}'
+        raise NoOrderError(
+            f'rounding="sequential" is for linear layers, and {fused} holds fused experts'
         )
     found: dict[str, list[str]] = {}
     for stack in stacks:

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from transformers import (
     AlbertConfig,
     AlbertModel,
+    AutoModelForCausalLM,
     BertConfig,
     BertModel,
     FalconConfig,
@@ -18,11 +19,12 @@ from transformers import (
 
 import qrefta
 from qrefta._prepare import calibrate
+from qrefta.hf_config import QReftaConfig
 from qrefta.hf_quantizer import prepared_config
 from qrefta.model.stacks import block_of, find_stacks, model_weights
 from qrefta.nn.quantized import QuantFormat, rounded
 from qrefta.split.calibrate import gather_moments
-from qrefta.split.sequential import RIDGE, LayerSequence
+from qrefta.split.sequential import MOST_STEPS, RIDGE, LayerSequence
 from tests.models import ARCHITECTURES, EXPERTS, TOWERS, inputs, tiny_bert, tiny_llama
 
 ORDER = [  # of the groups of a Llama block
@@ -403,3 +405,78 @@ def test_a_block_that_writes_to_a_layer_s_input_is_refused():
     with pytest.raises(ValueError, match=r"writes to the input of a linear layer after it was re"):
         qrefta.prepare(model, calibration=batches(2), rounding="sequential", progress=False)
     assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
+
+
+def with_experts_in_a_list():
+    """A block with more linear layers than are rounded in their order by default."""
+    model = tiny_llama(hidden=64)
+    for block in model.model.layers:
+        block.mlp.spare = nn.ModuleList([nn.Linear(64, 64) for _ in range(MOST_STEPS)])
+        block.mlp.register_forward_hook(
+            lambda mlp, args, output: output + sum(layer(args[0]) for layer in mlp.spare)
+        )
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (ARCHITECTURES["t5"], "has an encoder and a decoder"),
+        (EXPERTS["mixtral"], "holds fused experts"),
+        (with_experts_in_a_list, "has 23 linear layers"),
+    ],
+)
+def test_a_model_without_an_order_gets_error_feedback_by_default(make, reason, capsys):
+    """The same bits as with error feedback by name, and a line that says why."""
+    states = []
+    for settings in ({}, {"rounding": "feedback"}):
+        torch.manual_seed(0)
+        model = make()
+        qrefta.prepare(model, calibration=[inputs(model)] * 2, rank=2, **settings)
+        assert prepared_config(model).settings.rounding == "feedback"
+        said = capsys.readouterr().out
+        assert ("The layers are not rounded in their order: " in said) == (not settings)
+        assert (reason in said) == (not settings)
+        states.append(model.state_dict())
+    first, second = states
+    assert all(torch.equal(first[name], second[name]) for name in second)
+    model = make()
+    qrefta.prepare(model, calibration=[inputs(model)] * 2, rank=2, progress=False)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_layers_are_rounded_in_their_order_by_default_where_text_is_given(tmp_path):
+    dense = tmp_path / "dense"
+    tiny_llama(hidden=64).save_pretrained(dense)
+    texts = batches(4)
+    moments = calibrate(tiny_llama(hidden=64), texts, progress=False)
+    states = {}
+    for name, settings in {
+        "text": {"calibration": texts},
+        "text, by name": {"calibration": texts, "rounding": "sequential"},
+        "moments": {"moments": moments},
+        "moments, by name": {"moments": moments, "rounding": "feedback"},
+        "none": {},
+        "16 bits": {"bits": 16, "calibration": texts},
+    }.items():
+        model = qrefta.prepare(tiny_llama(hidden=64), rank=2, progress=False, **settings)
+        expected = "sequential" if name.startswith("text") else "feedback"
+        assert prepared_config(model).settings.rounding == expected
+        states[name] = model.state_dict()
+    qrefta.prepare_checkpoint(dense, tmp_path / "out", rank=2, moments=moments, progress=False)
+    states["out of core"] = qrefta.load(tmp_path / "out").state_dict()
+    for one, other in [
+        ("text", "text, by name"),
+        ("moments", "moments, by name"),
+        ("moments", "out of core"),
+    ]:
+        assert states[one].keys() == states[other].keys()
+        assert all(torch.equal(states[one][key], states[other][key]) for key in states[one])
+
+
+def test_a_config_for_loading_cannot_round_in_order(tmp_path):
+    tiny_llama(hidden=64).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="so it needs the model in memory: call qrefta"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=QReftaConfig(rank=2, rounding="sequential")
+        )
