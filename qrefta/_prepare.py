@@ -4,24 +4,20 @@ of core.
 
 import copy
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Unpack
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from qrefta._compat.torch import plain_tensors
 from qrefta._compat.transformers import checkpointing_options, dequantized_gguf
-from qrefta.choices import AUTO_RANK, Bits, QuantType
+from qrefta.choices import AUTO_RANK, Bits
 from qrefta.config.call import settings_of_call, shows_settings
-from qrefta.config.rank import Rank, RankSetting
-from qrefta.config.report import StackReport
+from qrefta.config.rank import RankSetting
 from qrefta.config.settings import Settings, SettingsKeywords
 from qrefta.config.sizes import parse_bytes
-from qrefta.config.stack import BANK, LayerStack
+from qrefta.config.stack import LayerStack
 from qrefta.files.folders import new_folder
 from qrefta.files.sources import (
     dense_bytes,
@@ -32,21 +28,16 @@ from qrefta.files.sources import (
 )
 from qrefta.hf_config import QReftaConfig
 from qrefta.hf_quantizer import check_no_peft, is_prepared, register
-from qrefta.model.build import adapt, attach_bank, bank_key, freeze, with_trained_modules
+from qrefta.model.build import freeze, with_trained_modules
 from qrefta.model.check import check_in_memory
-from qrefta.model.stacks import Weights, check_values, find_stacks, model_weights, read_slice
+from qrefta.model.stacks import check_values, find_stacks
 from qrefta.model.unquantized import warn_of_unquantized
 from qrefta.nn.factors import FactorBank
 from qrefta.nn.linear import AdaptedLinear
-from qrefta.nn.quantized import QuantFormat
-from qrefta.split.calibrate import Batch, Moments, gather_moments, load_moments
+from qrefta.split.calibrate import Moments, gather_moments, load_moments
 from qrefta.split.checkpoint import convert
-from qrefta.split.loop import split_stacks
-from qrefta.split.recording import NoOrderError
-from qrefta.split.rounding import warn_of_few_tokens
-from qrefta.split.sequential import LayerSequence, check_steps
+from qrefta.split.in_memory import ModelSource, layers_in_order, split_model
 from qrefta.split.sources import Calibration, calibration_batches
-from qrefta.split.stack_split import StackSplit
 
 
 @shows_settings
@@ -86,7 +77,7 @@ def prepare(
             by line), a list of strings, a `datasets.Dataset` with a column of text or tokenized
             rows, or the word "text" for generic text. Or batches of model inputs; images and audio
             always. The split then keeps the outputs of the layers close to the original, instead
-            of the weights.
+            of the weights, and layers are rounded in the order in which they run.
         moments: second moments of the inputs, gathered before (`qrefta.split.calibrate`), or their
             file.
         tokenizer: of the model, for calibration on text; default: the tokenizer in the folder or
@@ -143,7 +134,7 @@ def _prepare(
     """`prepare` with settings that were checked."""
     _check_model(model)
     name = loaded_from(model)  # a GGUF file's name goes with the marks that are replaced below
-    source = _ModelSource(model, None if device is None else torch.device(device))
+    source = ModelSource(model, None if device is None else torch.device(device))
     chosen = with_trained_modules(model, chosen, source.stacks)
     _check_weights(model, source.stacks)
     warn_of_unquantized(model, source.stacks)
@@ -152,7 +143,7 @@ def _prepare(
         batches = calibration_batches(model, calibration, tokenizer, seed=chosen.seed)
         if chosen.may_round_in_order:
             batches = list(batches)  # they are read twice
-            sequence = _sequence(model, source.stacks, batches, chosen, progress)
+            sequence = layers_in_order(model, source.stacks, batches, chosen, progress)
         if sequence is None or chosen.splits_by_moments:
             moments = gather_moments(model, source.stacks, batches, progress=progress)
     elif chosen.must_round_in_order:
@@ -165,20 +156,13 @@ def _prepare(
     if calibration is None and loaded is not None:
         loaded.check(source.stacks)
     _own_config(model)
-    sink = _ModelSink(model)
-    if sequence is not None:
-        sink = _SequentialSink(model, sequence)
-        if loaded is None:
-            warn_of_few_tokens(sink.moments, source.stacks)
-    split_stacks(source, sink, chosen, loaded, progress)
-    if isinstance(sink, _SequentialSink):
-        sink.replace_layers()
+    reports = split_model(source, sequence, chosen, loaded, progress)
     freeze(model, chosen.modules_to_save)
     config = QReftaConfig(
         chosen,
         calibrated=calibration is not None or loaded is not None,
         base_model=name or None,
-        stacks=sink.reports,
+        stacks=reports,
     )
     model.name_or_path = name
     register(model, config)
@@ -315,110 +299,6 @@ def _old_call_with_folder(
 
 def _moments(moments: Moments | str | Path | None) -> Moments | None:
     return load_moments(moments) if isinstance(moments, str | Path) else moments
-
-
-def _sequence(
-    model: PreTrainedModel,
-    stacks: list[LayerStack],
-    batches: list[Batch],
-    chosen: Settings,
-    progress: bool,
-) -> LayerSequence | None:
-    """The layers in the order in which they run; None if the settings leave the choice, and their
-    order is not known or a block has too many of them.
-    """
-    try:
-        if not chosen.must_round_in_order:
-            check_steps(model, stacks)
-        return LayerSequence(model, stacks, batches, progress=progress)
-    except NoOrderError as error:
-        if chosen.must_round_in_order:
-            raise
-        if progress:
-            tqdm.write(f"The layers are not rounded in their order: {error.reason}.")
-        return None
-
-
-class _ModelSource:
-    """The stacks of a dense model in memory."""
-
-    def __init__(self, model: PreTrainedModel, device: torch.device | None) -> None:
-        self.stacks = find_stacks(model)
-        self._model = model
-        self._device = device
-
-    def weights(self, stack: LayerStack) -> Weights:
-        return model_weights(self._model, stack, self._device)
-
-
-class _ModelSink:
-    """A model in memory, whose linear layers are replaced a stack at a time."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.ranks: list[Rank] | None = None
-        self.quant_types: list[QuantType | None] | None = None
-        self.reports: list[StackReport] = []
-        self._model = model
-
-    def begin(self, ranks: list[Rank], quant_types: list[QuantType | None]) -> None:
-        self.ranks = ranks
-        self.quant_types = quant_types
-        attach_bank(self._model)
-
-    def write(self, split: StackSplit) -> None:
-        for _ in self._replaced(len(self.reports), split):
-            pass
-        self.reports.append(split.report())
-
-    def _replaced(self, index: int, split: StackSplit) -> Iterator[None]:
-        """Replace the linear layers of stack number `index`, one a step."""
-        stack = split.stack
-        fmt = QuantFormat.of(split.settings)
-        factors = split.split.factors
-        home = read_slice(self._model, stack, 0).device
-        key = None if factors is None else bank_key(index)
-        if factors is not None:
-            getattr(self._model, BANK)[key] = factors
-        for place, residual in enumerate(split.residuals()):
-            dense = read_slice(self._model, stack, place)
-            layer = adapt(self._model, stack, place, fmt, key)
-            layer.store(residual.to(dense.device, dense.dtype), layer.bias)
-            yield
-        if factors is not None:
-            factors.to(home)
-
-
-class _SequentialSink(_ModelSink):
-    """A model in memory, whose linear layers are replaced in the order in which they run, once the
-    factors of all stacks are chosen.
-    """
-
-    def __init__(self, model: PreTrainedModel, sequence: LayerSequence) -> None:
-        super().__init__(model)
-        self._sequence = sequence
-        self.moments = sequence.moments()
-        self._splits: list[StackSplit] = []
-
-    def write(self, split: StackSplit) -> None:
-        targets = self._sequence.targets(split.stack, split.weights)
-        self._splits.append(split.with_weights(targets, self.moments))
-
-    def replace_layers(self) -> None:
-        """Replace all linear layers, and add the reports."""
-        layers = [self._replaced(index, split) for index, split in enumerate(self._splits)]
-        of_path = {
-            path: replaced
-            for replaced, split in zip(layers, self._splits, strict=True)
-            for path in split.stack.modules
-        }
-        for paths in self._sequence.steps():
-            for path in paths:
-                with plain_tensors():  # blocks run between the steps, and may want other defaults
-                    next(of_path[path])
-        for replaced in layers:
-            left = list(replaced)  # runs the lines that follow the last layer, too
-            assert not left, "every layer runs"
-        self.reports = [split.report() for split in self._splits]
 
 
 def _own_config(model: PreTrainedModel) -> None:

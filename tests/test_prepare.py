@@ -44,6 +44,7 @@ import qrefta.linalg.tsvd
 from qrefta.config.stack import BANK
 from qrefta.model.stacks import find_stacks
 from qrefta.nn.linear import AdaptedLinear
+from qrefta.split import in_memory
 from qrefta.split.calibrate import gather_moments
 from qrefta.split.sources import calibration_batches
 from tests.models import (
@@ -653,8 +654,7 @@ def test_dense_weights_are_released_stack_by_stack(monkeypatch):
         s.name: [weakref.ref(model.get_submodule(path).weight) for path in s.modules]
         for s in find_stacks(model)
     }
-    module = sys.modules["qrefta._prepare"]  # `qrefta.prepare` is the function
-    one_stack = module._ModelSink.write
+    one_stack = in_memory._ModelSink.write
     done = []
 
     def watched(sink, split):
@@ -664,7 +664,7 @@ def test_dense_weights_are_released_stack_by_stack(monkeypatch):
             (ref() is None) == (name in done) for name, refs in dense.items() for ref in refs
         )
 
-    monkeypatch.setattr(module._ModelSink, "write", watched)
+    monkeypatch.setattr(in_memory._ModelSink, "write", watched)
     qrefta.prepare(model, rank=3)
     assert done == list(dense)
 

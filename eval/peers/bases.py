@@ -245,15 +245,18 @@ def _mixed_bits() -> list[Base]:
 
 
 def _sequential() -> list[Base]:
-    """Blocks rounded one after the other, by bits, without and with factors."""
+    """Layers rounded one after the other, by bits, without and with factors."""
     one = partial(CALIBRATED, rounding="sequential")
     few = partial(one, double_quant=True)
     mixed = partial(few, quant_type=None, target_bits=min(TARGETS))
     return [
-        few(quant_type="nf3"),
-        mixed(),
         one(),
+        few(quant_type="nf3"),
+        one(calibration=HALF_TEXT, generic=True),
+        mixed(),
         few(quant_type="nf3", rank=max(RANKS), refine=1),
+        few(),
+        one(rank=R, refine=1),
         mixed(rank=R, refine=1),
         few(quant_type="nf2"),
     ]

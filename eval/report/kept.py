@@ -42,13 +42,14 @@ class Target(NamedTuple):
 WIKITEXT = "wikitext2/test.txt"
 SHAKESPEARE = "tinyshakespeare/input.txt"
 ROUNDED = Base(calibration=TEXT, scales="searched", rounding="feedback")
+ORDERED = ROUNDED._replace(rounding="sequential")  # `prepare` with text
 THREE_BITS = ROUNDED._replace(quant_type="nf3", double_quant=True)
 MIXED_BITS = THREE_BITS._replace(quant_type=None, target_bits=3.3)
 TARGETS = (
-    Target(ROUNDED, {WIKITEXT: 0.115, SHAKESPEARE: 0.175}),
+    Target(ORDERED, {WIKITEXT: 0.115, SHAKESPEARE: 0.175}),
     Target(ROUNDED._replace(rank=R, refine=1), {WIKITEXT: 0.090, SHAKESPEARE: 0.135}),
     Target(ROUNDED._replace(double_quant=True), {WIKITEXT: 0.13}),
-    Target(THREE_BITS._replace(rank=R, refine=1), {WIKITEXT: 0.36, SHAKESPEARE: 0.55}),
+    Target(THREE_BITS._replace(rounding="sequential"), {WIKITEXT: 0.36, SHAKESPEARE: 0.55}),
 )
 
 
@@ -61,23 +62,29 @@ SELECTED = {
     f"QERA, R = {R}": Base("qera", R, TEXT),
     "GPTQ on NF4 (absmax scales, columns in order)": Base("gptq", calibration=TEXT),
     "qrefta, without calibration": UNCALIBRATED(),
-    "qrefta, calibrated on generic text": ROUNDED._replace(calibration=HALF_TEXT, generic=True),
-    "qrefta, double quantization": ROUNDED._replace(double_quant=True),
-    "qrefta": ROUNDED,
-    'qrefta, `rounding="sequential"`': ROUNDED._replace(rounding="sequential"),
-    f'qrefta, `method="refta"`, R = {R}': ROUNDED._replace(rank=R, refine=1),
-    'qrefta, `method="refta"`, R = 240': ROUNDED._replace(rank=240, refine=1),
+    "qrefta, calibrated on generic text": ORDERED._replace(calibration=HALF_TEXT, generic=True),
+    "qrefta, double quantization": ORDERED._replace(double_quant=True),
+    "qrefta": ORDERED,
+    'qrefta, `rounding="feedback"`': ROUNDED,
+    'qrefta, `rounding="feedback"`, generic text': ROUNDED._replace(
+        calibration=HALF_TEXT, generic=True
+    ),
+    'qrefta, `rounding="feedback"`, double quantization': ROUNDED._replace(double_quant=True),
+    f'qrefta, `method="refta"`, R = {R}': ORDERED._replace(rank=R, refine=1),
+    f'qrefta, `method="refta"`, R = {R}, `rounding="feedback"`': ROUNDED._replace(rank=R, refine=1),
     "GPTQ on NF3 (absmax scales, columns in order)": Base(
         "gptq", 0, TEXT, quant_type="nf3", double_quant=True
     ),
-    "qrefta, `bits=3`": THREE_BITS,
-    'qrefta, `bits=3`, `rounding="sequential"`': THREE_BITS._replace(rounding="sequential"),
-    'qrefta, `bits="auto"`, `target_bits=3.3`': MIXED_BITS,
-    'qrefta, `bits="auto"`, `target_bits=3.3`, `rounding="sequential"`': MIXED_BITS._replace(
-        rounding="sequential"
+    "qrefta, `bits=3`": THREE_BITS._replace(rounding="sequential"),
+    'qrefta, `bits=3`, `rounding="feedback"`': THREE_BITS,
+    'qrefta, `bits="auto"`, `target_bits=3.3`': MIXED_BITS._replace(rounding="sequential"),
+    'qrefta, `bits="auto"`, `target_bits=3.3`, `rounding="feedback"`': MIXED_BITS,
+    'qrefta, `bits=3`, `method="refta"`, R = 240': THREE_BITS._replace(
+        rank=240, refine=1, rounding="sequential"
     ),
-    f'qrefta, `bits=3`, `method="refta"`, R = {R}': THREE_BITS._replace(rank=R, refine=1),
-    'qrefta, `bits=3`, `method="refta"`, R = 240': THREE_BITS._replace(rank=240, refine=1),
+    'qrefta, `bits=3`, `method="refta"`, R = 240, `rounding="feedback"`': THREE_BITS._replace(
+        rank=240, refine=1
+    ),
 }
 
 

@@ -5,7 +5,7 @@ from scipy.stats import spearmanr
 
 from eval.peers.bases import TEXT, UNCALIBRATED, Base, sets_of_bases
 from eval.report import kept
-from eval.report.kept import ROUNDED, SHAKESPEARE, TARGETS, WIKITEXT, front, groups
+from eval.report.kept import ORDERED, ROUNDED, SHAKESPEARE, TARGETS, WIKITEXT, front, groups
 from eval.report.report import encoder_sections, language_sections, run, sections
 from eval.report.summary import summary
 from eval.report.verdicts import FAILS, HOLDS, IN_PART, UNDECIDED, verdicts
@@ -19,7 +19,7 @@ BASES = {
     Base("gptq", calibration=TEXT): 0.15,
     Base("qera", 64, TEXT): 0.2,
     DEFAULT: 0.23,
-    ROUNDED: 0.11,
+    ORDERED: 0.11,
     ROUNDED._replace(rank=64, refine=1): 0.085,
     ROUNDED._replace(double_quant=True): 0.12,
 }
@@ -40,7 +40,7 @@ def row_of(base, divergence, weight_error=None, model=NAME, tokens=2048):
         }
         for text, factor in ((WIKITEXT, 1), (SHAKESPEARE, 1.4))
     ]
-    settings = {"rounding": "feedback"} if base.maker == "qrefta" else None
+    settings = {"rounding": base.rounding} if base.maker == "qrefta" else None
     return (
         CONTEXT
         | {"study": "kld", "kind": "language", "model": model, "tokens": tokens, "window": 256}
@@ -77,7 +77,7 @@ def word(claim, rows):
 def test_the_title_names_the_best_base_and_the_best_of_the_other_side():
     (group,) = groups(rows_of(), "language")
     assert kept.title(group) == (
-        "With at most 4.5 bits a weight qrefta NF4 searched feedback calibrated keeps most of "
+        "With at most 4.5 bits a weight qrefta NF4 searched sequential calibrated keeps most of "
         f"{NAME}: KL divergence 0.110, the best of the other side, GPTQ NF4 calibrated, 0.150, "
         f"bitsandbytes NF4 0.267 ({WIKITEXT})"
     )
@@ -95,7 +95,8 @@ def test_series_tell_peers_calibration_and_feedback_apart():
     names = {base: kept.series_of(row_of(base, 0.1)) for base in BASES}
     assert names[PLAIN] == "bitsandbytes"
     assert names[DEFAULT] == "qrefta without text"
-    assert names[ROUNDED] == "qrefta, error feedback"
+    assert names[ORDERED] == "qrefta, layer after layer"
+    assert names[ROUNDED._replace(double_quant=True)] == "qrefta, error feedback"
     nearest = row_of(ROUNDED, 0.1) | {"settings": {"rounding": "nearest"}}
     assert kept.series_of(nearest) == "qrefta, calibrated"
 
@@ -125,7 +126,7 @@ def test_targets_hold_or_not():
     assert [word(f"{claim}: KL", met) for claim in claims] == [HOLDS] * 4
     missed = rows_of({target.base: 0.45 for target in TARGETS})
     assert [word(f"{claim}: KL", missed) for claim in claims] == [FAILS] * 4
-    half = rows_of({ROUNDED: 0.1155})  # 0.1155 and 0.1617
+    half = rows_of({ORDERED: 0.1155})  # 0.1155 and 0.1617
     assert word(f"{claims[0]}: KL", half) == IN_PART
     assert word(f"{claims[0]}: KL", rows_of(model="other")) == UNDECIDED
     assert word(f"{claims[0]}: KL", []) == UNDECIDED
@@ -157,7 +158,7 @@ def test_the_table_has_the_best_base_first_and_losses_too():
     table = kept.language_table(group)
     assert [line[0] for line in table.rows][:2] == [
         "qrefta NF4 R=64 searched feedback refine=1 calibrated",
-        "qrefta NF4 searched feedback calibrated",
+        "qrefta NF4 searched sequential calibrated",
     ]
     assert table.rows[-1][0] == "bitsandbytes NF4"
     assert table.rows[-1][2] == "0.2670 ± 0.0050"
@@ -198,7 +199,7 @@ def test_the_summary_names_base_and_ranks_from_the_rows():
     assert "lower is better" in base
     assert "GPTQ on NF4 (absmax scales, columns in order) 0.150" in base  # the nearest other
     assert "bitsandbytes NF4 0.267" in base
-    assert 'method="refta", R = 64 0.085 (4.60 bits a weight)' in rank
+    assert 'method="refta", R = 64, rounding="feedback" 0.085 (4.60 bits a weight)' in rank
     assert summary({}) == []
 
 

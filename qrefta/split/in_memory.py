@@ -1,0 +1,166 @@
+"""The dense model in memory as source and sink of `split_stacks`: its linear layers are replaced in
+place.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from qrefta._compat.torch import plain_tensors
+from qrefta.choices import QuantType
+from qrefta.config.rank import Rank
+from qrefta.config.report import StackReport
+from qrefta.config.settings import Settings
+from qrefta.config.stack import BANK, LayerStack
+from qrefta.model.build import adapt, attach_bank, bank_key
+from qrefta.model.stacks import Weights, find_stacks, model_weights, read_slice
+from qrefta.nn.quantized import QuantFormat
+from qrefta.split.calibrate import Batch, Moments
+from qrefta.split.loop import split_stacks
+from qrefta.split.recording import NoOrderError
+from qrefta.split.rounding import warn_of_few_tokens
+from qrefta.split.sequential import LayerSequence, check_steps
+from qrefta.split.stack_split import StackSplit
+
+
+class ModelSource:
+    """The stacks of a dense model in memory."""
+
+    def __init__(self, model: PreTrainedModel, device: torch.device | None) -> None:
+        self.stacks = find_stacks(model)
+        self.model = model
+        self._device = device
+
+    def weights(self, stack: LayerStack) -> Weights:
+        return model_weights(self.model, stack, self._device)
+
+
+def split_model(
+    source: ModelSource,
+    sequence: LayerSequence | None,
+    settings: Settings,
+    moments: Moments | None,
+    progress: bool,
+) -> list[StackReport]:
+    """Replace the linear layers of a model's stacks.
+
+    Args:
+        source: of the model.
+        sequence: the layers in the order in which they are rounded; None: stack by stack.
+        settings: of the split.
+        moments: second moments of the inputs, for the split, and without a sequence for rounding.
+        progress: show progress bars.
+
+    Returns:
+        a report for every stack.
+
+    Raises:
+        ValueError: as `split_stacks`.
+    """
+    if sequence is None:
+        sink = _ModelSink(source.model)
+        split_stacks(source, sink, settings, moments, progress)
+        return sink.reports
+    sink = _SequentialSink(source.model, sequence)
+    if moments is None:
+        warn_of_few_tokens(sink.moments, source.stacks)
+    split_stacks(source, sink, settings, moments, progress)
+    sink.replace_layers()
+    return sink.reports
+
+
+def layers_in_order(
+    model: PreTrainedModel,
+    stacks: list[LayerStack],
+    batches: list[Batch],
+    settings: Settings,
+    progress: bool,
+) -> LayerSequence | None:
+    """The layers in the order in which they run; None if the settings leave the choice, and their
+    order is not known or a block has too many of them.
+
+    Raises:
+        NoOrderError: if the settings leave no choice.
+    """
+    try:
+        if not settings.must_round_in_order:
+            check_steps(model, stacks)
+        return LayerSequence(model, stacks, batches, progress=progress)
+    except NoOrderError as error:
+        if settings.must_round_in_order:
+            raise
+        if progress:
+            tqdm.write(f"The layers are not rounded in their order: {error.reason}.")
+        return None
+
+
+class _ModelSink:
+    """A model in memory, whose linear layers are replaced a stack at a time."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.ranks: list[Rank] | None = None
+        self.quant_types: list[QuantType | None] | None = None
+        self.reports: list[StackReport] = []
+        self._model = model
+
+    def begin(self, ranks: list[Rank], quant_types: list[QuantType | None]) -> None:
+        self.ranks = ranks
+        self.quant_types = quant_types
+        attach_bank(self._model)
+
+    def write(self, split: StackSplit) -> None:
+        for _ in self._replaced(len(self.reports), split):
+            pass
+        self.reports.append(split.report())
+
+    def _replaced(self, index: int, split: StackSplit) -> Iterator[None]:
+        """Replace the linear layers of stack number `index`, one a step."""
+        stack = split.stack
+        fmt = QuantFormat.of(split.settings)
+        factors = split.split.factors
+        home = read_slice(self._model, stack, 0).device
+        key = None if factors is None else bank_key(index)
+        if factors is not None:
+            getattr(self._model, BANK)[key] = factors
+        for place, residual in enumerate(split.residuals()):
+            dense = read_slice(self._model, stack, place)
+            layer = adapt(self._model, stack, place, fmt, key)
+            layer.store(residual.to(dense.device, dense.dtype), layer.bias)
+            yield
+        if factors is not None:
+            factors.to(home)
+
+
+class _SequentialSink(_ModelSink):
+    """A model in memory, whose linear layers are replaced in the order in which they run, once the
+    factors of all stacks are chosen.
+    """
+
+    def __init__(self, model: PreTrainedModel, sequence: LayerSequence) -> None:
+        super().__init__(model)
+        self._sequence = sequence
+        self.moments = sequence.moments()
+        self._splits: list[StackSplit] = []
+
+    def write(self, split: StackSplit) -> None:
+        targets = self._sequence.targets(split.stack, split.weights)
+        self._splits.append(split.with_weights(targets, self.moments))
+
+    def replace_layers(self) -> None:
+        """Replace all linear layers, and add the reports."""
+        layers = [self._replaced(index, split) for index, split in enumerate(self._splits)]
+        of_path = {
+            path: replaced
+            for replaced, split in zip(layers, self._splits, strict=True)
+            for path in split.stack.modules
+        }
+        for paths in self._sequence.steps():
+            for path in paths:
+                with plain_tensors():  # blocks run between the steps, and may want other defaults
+                    next(of_path[path])
+        for replaced in layers:
+            left = list(replaced)  # runs the lines that follow the last layer, too
+            assert not left, "every layer runs"
+        self.reports = [split.report() for split in self._splits]
