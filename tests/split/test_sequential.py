@@ -24,7 +24,7 @@ from qrefta.hf_quantizer import prepared_config
 from qrefta.model.stacks import block_of, find_stacks, model_weights
 from qrefta.nn.quantized import QuantFormat, rounded
 from qrefta.split.calibrate import gather_moments
-from qrefta.split.sequential import MOST_STEPS, RIDGE, LayerSequence
+from qrefta.split.sequential import MOST_STEPS, LayerSequence
 from tests.models import ARCHITECTURES, EXPERTS, TOWERS, inputs, tiny_bert, tiny_llama
 
 ORDER = [  # of the groups of a Llama block
@@ -63,7 +63,8 @@ def nearest_layer(weight, dense, given):
     """V at the minimum of E||x W^T - x^ V^T||^2 + lambda ||V - W||^2, by least squares."""
     weight = weight.double()
     tokens = len(given)
-    pull = (RIDGE * given.square().mean() * tokens).sqrt() * torch.eye(len(given.T)).double()
+    ridge = max(0.1, 5 * given.shape[1] / tokens)
+    pull = (ridge * given.square().mean() * tokens).sqrt() * torch.eye(len(given.T)).double()
     left = torch.cat([given, pull])
     right = torch.cat([dense @ weight.T, pull @ weight.T])
     return torch.linalg.lstsq(left, right).solution.T
