@@ -63,7 +63,7 @@ def nearest_layer(weight, dense, given):
     """V at the minimum of E||x W^T - x^ V^T||^2 + lambda ||V - W||^2, by least squares."""
     weight = weight.double()
     tokens = len(given)
-    ridge = max(0.1, 5 * given.shape[1] / tokens)
+    ridge = max(0.1, 2 * given.shape[1] / tokens)
     pull = (ridge * given.square().mean() * tokens).sqrt() * torch.eye(len(given.T)).double()
     left = torch.cat([given, pull])
     right = torch.cat([dense @ weight.T, pull @ weight.T])
