@@ -11,6 +11,7 @@ from eval.tasks.task import METRICS
 from qrefta.config.settings import Settings
 
 DEFAULT = Settings().method
+ROUNDINGS = ("sequential", "feedback")  # of calibrated bases, the default first
 
 
 class Compared(NamedTuple):
@@ -41,8 +42,11 @@ STUDIES = [
         {
             "QLoRA, r = 2": "qlora r=2",
             "QLoRA, r = 8": "qlora r=8",
-            "qrefta, R = 60": "windows R=60 calibrated",
-            'qrefta, `method="refta"`, R = 60, at its default rate': "refta R=60 calibrated",
+            "qrefta, R = 60": "windows R=60 calibrated rounding=sequential",
+            'qrefta, R = 60, `rounding="feedback"`': "windows R=60 calibrated rounding=feedback",
+            'qrefta, `method="refta"`, R = 60, `rounding="feedback"`, at its default rate': (
+                "refta R=60 calibrated rounding=feedback"
+            ),
         },
     ),
     Compared(
@@ -54,7 +58,8 @@ STUDIES = [
         {
             "QLoRA, r = 2": "qlora r=2",
             "QLoRA, r = 8": "qlora r=8",
-            "qrefta, R = 60": "windows R=60 calibrated",
+            "qrefta, R = 60": "windows R=60 calibrated rounding=sequential",
+            'qrefta, R = 60, `rounding="feedback"`': "windows R=60 calibrated rounding=feedback",
         },
     ),
     Compared(
@@ -66,7 +71,8 @@ STUDIES = [
         {
             "QLoRA, r = 2": "qlora r=2",
             "QLoRA, r = 8": "qlora r=8",
-            "qrefta, R = 60": "windows R=60 calibrated",
+            "qrefta, R = 60": "windows R=60 calibrated rounding=sequential",
+            'qrefta, R = 60, `rounding="feedback"`': "windows R=60 calibrated rounding=feedback",
         },
     ),
     Compared(
@@ -77,10 +83,16 @@ STUDIES = [
         "qlora r=8",
         {
             "QLoRA, r = 8": "qlora r=8",
-            "qrefta, R = 48": "windows R=48 calibrated",
-            'qrefta, `method="refta"`, R = 48': "refta R=48 calibrated",
-            "qrefta, R = 12": "windows R=12 calibrated",
-            'qrefta, `method="lorta"`, R = 12': "lorta R=12 calibrated",
+            "qrefta, R = 48": "windows R=48 calibrated rounding=sequential",
+            'qrefta, R = 48, `rounding="feedback"`': "windows R=48 calibrated rounding=feedback",
+            'qrefta, `method="refta"`, R = 48, `rounding="feedback"`': (
+                "refta R=48 calibrated rounding=feedback"
+            ),
+            "qrefta, R = 12": "windows R=12 calibrated rounding=sequential",
+            'qrefta, R = 12, `rounding="feedback"`': "windows R=12 calibrated rounding=feedback",
+            'qrefta, `method="lorta"`, R = 12, `rounding="feedback"`': (
+                "lorta R=12 calibrated rounding=feedback"
+            ),
             "qrefta, R = 48, on plain NF4": "windows R=48 scales=absmax",
             "qrefta, R = 48, on 16 bits": "windows R=48 bits=16",
             "QLoRA with rsLoRA, r = 8": "rslora r=8",
@@ -98,8 +110,10 @@ STUDIES = [
         {
             "QLoRA, r = 8": "qlora r=8",
             "QLoRA, r = 2": "qlora r=2",
-            "qrefta, R = 48": "windows R=48 calibrated",
-            "qrefta, R = 12": "windows R=12 calibrated",
+            "qrefta, R = 48": "windows R=48 calibrated rounding=sequential",
+            'qrefta, R = 48, `rounding="feedback"`': "windows R=48 calibrated rounding=feedback",
+            "qrefta, R = 12": "windows R=12 calibrated rounding=sequential",
+            'qrefta, R = 12, `rounding="feedback"`': "windows R=12 calibrated rounding=feedback",
         },
     ),
 ]
@@ -126,13 +140,18 @@ def by_task(accuracy: list[Row]) -> str:
     for compared in STUDIES:
         _, methods = _measured(compared, accuracy)
         rival = methods[compared.rival]
-        ours = next(
-            score
+        rounding, ours = next(
+            (rounding, score)
+            for rounding in ROUNDINGS
             for method, score in methods.items()
-            if kind(method) == f"{DEFAULT} calibrated" and score.adapter == rival.adapter
+            if kind(method) == f"{DEFAULT} calibrated rounding={rounding}"
+            and score.adapter == rival.adapter
         )
+        value = shown(ours)
+        if rounding != ROUNDINGS[0]:
+            value += f' (`rounding="{rounding}"`)'
         line = [compared.caption, f"{ours.adapter:,}"]
-        line += [f"{rival.metric} {shown(rival)}", shown(ours), _line("", ours, rival)[3]]
+        line += [f"{rival.metric} {shown(rival)}", value, _line("", ours, rival)[3]]
         lines.append(line)
         seeds.add(len(ours.values))
     counts = " or ".join(map(str, sorted(seeds)))
