@@ -93,6 +93,8 @@ STUDIES = [
             'qrefta, `method="lorta"`, R = 12, `rounding="feedback"`': (
                 "lorta R=12 calibrated rounding=feedback"
             ),
+            "qrefta, R = 48, 3 bits": "windows R=48 bits=3 calibrated rounding=sequential",
+            "qrefta, R = 48, 2 bits": "windows R=48 bits=2 calibrated rounding=sequential",
             "qrefta, R = 48, on plain NF4": "windows R=48 scales=absmax",
             "qrefta, R = 48, on 16 bits": "windows R=48 bits=16",
             "QLoRA with rsLoRA, r = 8": "rslora r=8",

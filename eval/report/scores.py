@@ -9,7 +9,7 @@ from scipy.stats import t
 
 from eval.peers.forms import FORMS
 from eval.report.findings import Row, Table, number, pick
-from eval.tasks.task import METRICS, best_rate
+from eval.tasks.task import METRICS, RATES, best_rate
 from qrefta.methods import METHODS
 
 MINUS = "\N{MINUS SIGN}"
@@ -166,10 +166,12 @@ def scores(rows: list[Row]) -> dict[Study, dict[str, Score]]:
     """Scores by study and method, at the learning rate that the search chose.
 
     The last row of a seed counts. Rows at other learning rates, from a smaller search, do not
-    count.
+    count; nor do rates between `RATES`, on which one method was searched and others were not.
     """
     tried: dict[tuple[Study, str], list[Row]] = defaultdict(list)
     for row in pick(rows, kind="search"):
+        if row["learning_rate"] not in RATES:
+            continue
         tried[study(row), row["method"]].append(row)
     found: dict[Study, dict[str, dict[int, Row]]] = defaultdict(lambda: defaultdict(dict))
     for row in pick(rows, kind="score"):

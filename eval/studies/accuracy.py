@@ -49,6 +49,7 @@ from eval.tasks.smollm2 import cache_folder, smollm2_folder
 from eval.tasks.task import (
     METRICS,
     NAMED,
+    RATES,
     HeaderOption,
     Named,
     Sizes,
@@ -87,7 +88,6 @@ KINDS = {
 LANGUAGE_KINDS = ("language", "choice", "prompt")
 GRID = "0.0003,0.001,0.003"
 SEARCH_SEEDS = (0, 1001, 1002)
-RATES = tuple(float(f"{digit}e{power}") for power in range(-7, 1) for digit in (1, 3))
 CALIBRATION_ROWS = 256
 console = Console()
 

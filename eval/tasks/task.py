@@ -289,6 +289,10 @@ METRICS = {
 }
 
 
+# Learning rates that every method is searched on.
+RATES = tuple(float(f"{digit}e{power}") for power in range(-7, 1) for digit in (1, 3))
+
+
 def best_rate(rows: list[dict[str, Any]]) -> float:
     """The learning rate of the rows with the best mean metric, then the least mean loss.
 

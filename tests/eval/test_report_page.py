@@ -419,6 +419,17 @@ def test_scores_at_a_learning_rate_that_was_not_chosen_do_not_count():
     assert scores.scores([*rows, *other]) == scores.scores(rows) == scores.scores([*other, *rows])
 
 
+def test_rates_that_one_method_alone_was_searched_on_do_not_count():
+    """Otherwise a finer search would choose for that method, and not for its rivals."""
+    rows = score_rows()
+    finer = [
+        row | {"learning_rate": 0.0055, "value": 0.9}
+        for row in rows
+        if row["method"] == "lora r=8" and row["learning_rate"] == 0.003
+    ]
+    assert scores.scores([*rows, *finer]) == scores.scores(rows)
+
+
 def test_a_difference_names_learning_rates_that_differ():
     (methods,) = scores.scores(score_rows()).values()
     assert "learning rates" not in str(
