@@ -142,8 +142,7 @@ def _prepare(
     if calibration is not None:
         batches = calibration_batches(model, calibration, tokenizer, seed=chosen.seed)
         if chosen.may_round_in_order:
-            batches = list(batches)  # they are read twice
-            sequence = layers_in_order(model, source.stacks, batches, chosen, progress)
+            sequence, batches = layers_in_order(source, batches, chosen, progress)
         if sequence is None or chosen.splits_by_moments:
             moments = gather_moments(model, source.stacks, batches, progress=progress)
     elif chosen.must_round_in_order:

@@ -2,9 +2,10 @@
 place.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -21,7 +22,7 @@ from qrefta.split.calibrate import Batch, Moments
 from qrefta.split.loop import split_stacks
 from qrefta.split.recording import NoOrderError
 from qrefta.split.rounding import warn_of_few_tokens
-from qrefta.split.sequential import LayerSequence, check_steps
+from qrefta.split.sequential import MOST_BYTES, LayerSequence, check_steps
 from qrefta.split.stack_split import StackSplit
 
 
@@ -57,7 +58,7 @@ def split_model(
         a report for every stack.
 
     Raises:
-        ValueError: as `split_stacks`.
+        ValueError: as `split_stacks`; and if a block fails with quantized layers before it.
     """
     if sequence is None:
         sink = _ModelSink(source.model)
@@ -67,33 +68,57 @@ def split_model(
     if moments is None:
         warn_of_few_tokens(sink.moments, source.stacks)
     split_stacks(source, sink, settings, moments, progress)
-    sink.replace_layers()
+    try:
+        sink.replace_layers()
+    except Exception as error:  # of any model's code, or of inputs that overflow
+        raise ValueError(
+            "Some layers are quantized already, and rounding the others in their order failed "
+            f'({error}). Load the model again, and give rounding="feedback".'
+        ) from error
     return sink.reports
 
 
 def layers_in_order(
-    model: PreTrainedModel,
-    stacks: list[LayerStack],
-    batches: list[Batch],
-    settings: Settings,
-    progress: bool,
-) -> LayerSequence | None:
-    """The layers in the order in which they run; None if the settings leave the choice, and their
-    order is not known or a block has too many of them.
+    source: ModelSource, batches: Iterable[Batch], settings: Settings, progress: bool
+) -> tuple[LayerSequence | None, Iterable[Batch]]:
+    """The layers in the order in which they run, and the batches for a second reading.
+
+    The layers are None if the settings leave the choice, and their order is not known, or it would
+    take long or much memory.
 
     Raises:
         NoOrderError: if the settings leave no choice.
     """
+    model, stacks = source.model, source.stacks
+    must = settings.must_round_in_order
     try:
-        if not settings.must_round_in_order:
+        if not must:
             check_steps(model, stacks)
-        return LayerSequence(model, stacks, batches, progress=progress)
+        batches = [_copied(batch) for batch in batches]
+        sequence = LayerSequence(model, stacks, batches, progress=progress)
+        if not must and sequence.held_bytes > MOST_BYTES:
+            raise NoOrderError(
+                f"the inputs of a block's layers take {sequence.held_bytes / 1e9:.1f} GB for all "
+                "calibration tokens"
+            )
+        return sequence, batches
     except NoOrderError as error:
-        if settings.must_round_in_order:
+        if must:
             raise
         if progress:
             tqdm.write(f"The layers are not rounded in their order: {error.reason}.")
-        return None
+        return None, batches
+
+
+def _copied(batch: Batch) -> Batch:
+    """A batch that stays as it is when the caller fills its tensors again."""
+    if isinstance(batch, Tensor):
+        return batch.clone()
+    if not isinstance(batch, Mapping):
+        return batch
+    return {
+        name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()
+    }
 
 
 class _ModelSink:

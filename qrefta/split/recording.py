@@ -9,7 +9,6 @@ arguments hold nothing that a block changes. Both are checked, and every block i
 and compared.
 """
 
-import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -109,9 +108,12 @@ def record(
     for path in layers:
         chains[path.rpartition(".")[0]].calls[path] = []
     watches = [_Watch(chain) for chain in chains.values()]
+    block_of = {path: block for block, paths in layers.items() for path in paths}
     masks: list[Tensor | None] = []
 
     def before(path: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if all(watch.running != block_of[path] for watch in watches):
+            raise NoOrderError(f"{path} runs outside of its block")
         see(path, args[0], masks[-1])
 
     with ExitStack() as stack:
@@ -119,7 +121,7 @@ def record(
         stack.enter_context(_without_cache(model))
         stack.enter_context(eval_mode(model))
         stack.enter_context(torch.no_grad())
-        for path in itertools.chain.from_iterable(layers.values()):
+        for path in block_of:
             hook = model.get_submodule(path).register_forward_pre_hook(partial(before, path))
             stack.callback(hook.remove)
         for batch in tqdm(batches, desc="Calibrating", unit="batch", disable=not progress):
@@ -155,10 +157,15 @@ def run_block(model: nn.Module, path: str, hidden: Tensor, call: Call) -> Tensor
 
 
 class _Watch:
-    """What is known of a chain while the model runs."""
+    """The knowledge of a chain while the model runs.
+
+    Attributes:
+        running: the block that runs now.
+    """
 
     def __init__(self, chain: Chain) -> None:
         self.chain = chain
+        self.running: str | None = None
         self._order = list(chain.calls)
         self._outputs: dict[str, Tensor] = {}  # of the first batch
         self._ran = 0  # blocks in this batch
@@ -167,6 +174,7 @@ class _Watch:
 
     def begin(self) -> None:
         """Begin a batch."""
+        self.running = None
         self._ran = 0
         self._last = None
 
@@ -182,6 +190,7 @@ class _Watch:
         hidden = keywords[_HIDDEN] if by_name else next(iter(args), None)
         if not isinstance(hidden, Tensor):
             raise NoOrderError(f"{path} is called without hidden states")
+        self.running = path
         if self._last is None:
             self.chain.first.append(hidden.clone())  # the model may write to it later
         elif hidden is not self._last or version_counter(hidden) != self._version:
@@ -200,6 +209,7 @@ class _Watch:
 
     def after(self, path: str, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         """Remember the output of a block."""
+        self.running = None
         self._last = _hidden_of(output)
         self._version = version_counter(self._last)
         self._ran += 1
@@ -226,7 +236,12 @@ def _may_change(value: Any) -> bool:
 
 def _hidden_of(output: Any) -> Tensor:
     """The hidden states that a block returned, alone or as the first of several."""
-    return output[0] if isinstance(output, tuple | list) else output
+    hidden = next(iter(output), None) if isinstance(output, tuple | list) else output
+    if not isinstance(hidden, Tensor):
+        raise NoOrderError(f"A block returns {type(hidden).__name__} in place of hidden states")
+    if hidden.is_inference():
+        raise NoOrderError("The blocks run under torch.inference_mode()")
+    return hidden
 
 
 @contextmanager

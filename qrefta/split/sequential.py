@@ -53,6 +53,8 @@ RIDGE = 0.1
 RIDGE_OF_FEW = 2.0
 # Linear layers of a block that rounding="auto" takes in their order; dense blocks have up to ten.
 MOST_STEPS = 16
+# Bytes that rounding="auto" holds for it; 16,384 tokens of an 8B model in bfloat16 take 1.6 GB.
+MOST_BYTES = 4 << 30
 
 
 # Inputs of linear layers in a pass, by path: each tensor with its version when it was read.
@@ -116,6 +118,7 @@ class LayerSequence:
         self._layers = _layers_by_block(model, stacks)
         paths = [path for layers in self._layers.values() for path in layers]
         self._tokens = dict.fromkeys(paths, 0)
+        self._bytes = dict.fromkeys(paths, 0)  # of their inputs
         self._chains, self._masks = record(
             model, self._layers, batches, self._see, progress=progress
         )
@@ -124,7 +127,7 @@ class LayerSequence:
         for blocks in self._chains:  # refuse before anything is replaced
             hidden = blocks.first[:1]
             for path, calls in blocks.calls.items():
-                hidden, _ = self._run_dense(path, hidden, calls[:1])
+                self._run_dense(path, hidden, calls[:1])
 
     def moments(self) -> Moments:
         """H of the layers of the present step, and the tokens of all layers."""
@@ -134,12 +137,22 @@ class LayerSequence:
 
         return Moments({path: path for path in self._tokens}, self._tokens, read)
 
+    @property
+    def held_bytes(self) -> int:
+        """An upper bound on the bytes of the hidden states, and of the inputs of a block's layers,
+        that are held at once.
+        """
+        hidden = sum(x.nbytes for blocks in self._chains for x in blocks.first)
+        layers = self._layers.values()
+        return 2 * hidden + max(sum(self._bytes[path] for path in paths) for paths in layers)
+
     def _see(self, path: str, x: Tensor, mask: Tensor | None) -> None:
-        """Count the tokens of a linear layer in the 16-bit model."""
+        """Count the tokens and bytes of the inputs of a linear layer in the 16-bit model."""
         kept = kept_tokens(x, mask)
         if not kept.isfinite().all():
             raise not_finite(path)
         self._tokens[path] += len(kept)
+        self._bytes[path] += x.nbytes
 
     def targets(self, stack: LayerStack, weights: Weights) -> Weights:
         """The weights V of a stack. Read a layer between the step that names it and the next."""
@@ -164,18 +177,18 @@ class LayerSequence:
         )
         with bar:
             for blocks in self._chains:
-                dense = blocks.first
-                quantized = blocks.first
+                dense = list(blocks.first)
+                quantized = list(blocks.first)
+                blocks.first.clear()
                 for path, calls in blocks.calls.items():
-                    dense, inputs = self._run_dense(path, dense, calls)
+                    inputs = self._run_dense(path, dense, calls)
                     for group in inputs.groups:
                         self._step = self._gather(path, group, quantized, calls, inputs)
                         yield group
                     self._step = None
-                    quantized = [
-                        run_block(self._model, path, hidden, call)
-                        for hidden, call in zip(quantized, calls, strict=True)
-                    ]
+                    del inputs  # before the next ones are collected
+                    for index, call in enumerate(calls):
+                        quantized[index] = run_block(self._model, path, quantized[index], call)
                     bar.update()
 
     def _step_of(self, path: str) -> Step:
@@ -184,15 +197,14 @@ class LayerSequence:
         assert path in step.paths, "layers are read in their step"
         return step
 
-    def _run_dense(
-        self, path: str, hidden: list[Tensor], calls: list[Call]
-    ) -> tuple[list[Tensor], _Inputs]:
-        """The outputs of a block that is still dense, and the inputs of its layers."""
-        outputs = []
+    def _run_dense(self, path: str, hidden: list[Tensor], calls: list[Call]) -> _Inputs:
+        """The inputs of the layers of a block that is still dense; its outputs take the place of
+        the hidden states.
+        """
         seen: list[_Seen] = []
-        for x, call in zip(hidden, calls, strict=True):
+        for index, call in enumerate(calls):
             with self._collected(self._layers[path]) as found:
-                outputs.append(run_block(self._model, path, x, call))
+                hidden[index] = run_block(self._model, path, hidden[index], call)
             for tensor, version in chain.from_iterable(found.values()):
                 if version_counter(tensor) != version:
                     raise NoOrderError(
@@ -207,7 +219,7 @@ class LayerSequence:
             first: [[tensor for tensor, _ in found[first]] for found in seen]
             for first, *_ in groups.values()
         }
-        return outputs, _Inputs(list(groups.values()), by_layer)
+        return _Inputs(list(groups.values()), by_layer)
 
     def _gather(
         self,
@@ -218,7 +230,7 @@ class LayerSequence:
         dense: _Inputs,
     ) -> Step:
         """H and C of the layers of a group, whose block is quantized up to them."""
-        sums = _Sums()
+        sums = _Sums(next(chain.from_iterable(dense.by_layer[group[0]])))
         for index, (x, call) in enumerate(zip(hidden, calls, strict=True)):
             expected = dense.by_layer[group[0]][index]
             with self._collected(group[:1], stop_after=len(expected)) as found:
@@ -260,13 +272,18 @@ class _Reached(Exception):  # noqa: N818 -- no error
 
 
 class _Sums:
-    """Sums over tokens of x^^T x^, its upper half, and of (x - x^)^T x^."""
+    """Sums over tokens of x^^T x^, its upper half, and of (x - x^)^T x^.
 
-    def __init__(self) -> None:
+    Args:
+        example: some input of the layer.
+    """
+
+    def __init__(self, example: Tensor) -> None:
         self._tokens = 0
-        self._moment: Tensor | None = None
+        none = example.new_zeros(0, example.shape[-1], dtype=torch.float32)
+        self._moment = added(None, moment_sum(none))
         self._shift: Tensor | None = None
-        self._paired = True
+        self._paired = self._moment.dim() == 2
 
     def add(self, quantized: list[Tensor], dense: list[Tensor]) -> None:
         """Add the inputs of one batch in both models, (tokens, in) for every call.
@@ -279,20 +296,19 @@ class _Sums:
             given = given.float()
             self._tokens += len(given)
             self._moment = added(self._moment, moment_sum(given))
-            self._paired &= self._moment.dim() == 2
             if self._paired:
                 self._shift = added(self._shift, (dense[number].float() - given).T @ given)
 
     def moment(self) -> Tensor:
         """H; zeros if no token reached the layer."""
-        assert self._moment is not None, "layers of a step are called"
         return mirrored((self._moment / max(self._tokens, 1)).float())
 
     def correction(self) -> Tensor | None:
-        """(C - H) (H + lambda I)^-1."""
+        """(C - H) (H + lambda I)^-1; None if C is not known, zero or not finite."""
         if not self._paired or self._shift is None or not self._shift.any():
             return None
-        assert self._moment is not None, "it is summed with the shift"
+        if not (self._shift.isfinite().all() and self._moment.isfinite().all()):
+            return None  # `Moments.of` says so
         ridge = max(RIDGE, RIDGE_OF_FEW * len(self._moment) / self._tokens)
         matrix = mirrored(self._moment.clone())
         matrix.diagonal().add_(ridge * matrix.diagonal().mean())

@@ -23,9 +23,12 @@ from qrefta.hf_config import QReftaConfig
 from qrefta.hf_quantizer import prepared_config
 from qrefta.model.stacks import block_of, find_stacks, model_weights
 from qrefta.nn.quantized import QuantFormat, rounded
+from qrefta.split import in_memory
 from qrefta.split.calibrate import gather_moments
+from qrefta.split.recording import NoOrderError
 from qrefta.split.sequential import MOST_STEPS, LayerSequence
 from tests.models import ARCHITECTURES, EXPERTS, TOWERS, inputs, tiny_bert, tiny_llama
+from tests.peak import allocations
 
 ORDER = [  # of the groups of a Llama block
     ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -165,12 +168,25 @@ def test_padding_does_not_count():
         }
         for text in texts
     ]
-    short, long = (
-        qrefta.prepare(tiny_llama(hidden=64), calibration=one, rounding="sequential", rank=0)
-        for one in (texts, padded)
-    )
-    token = batches(1)[0]
-    assert_close(short.eval()(token).logits, long.eval()(token).logits, rtol=1e-3, atol=1e-3)
+    found = []
+    for calibration in (texts, padded):
+        model = tiny_llama(hidden=64)
+        stacks, sequence, moments = sequence_of(model, calibration)
+        stack_of = {path: stack for stack in stacks for path in stack.modules}
+        targets = {stack: sequence.targets(stack, model_weights(model, stack)) for stack in stacks}
+        seen = {}
+        for paths in sequence.steps():
+            for path in paths:
+                target = targets[stack_of[path]].layer(stack_of[path].modules.index(path))
+                seen[path] = (moments.of(path), target)
+            for path in paths:
+                weight = model.get_submodule(path).weight
+                weight.data = rounded(weight.data, QuantFormat("nf3"))
+        found.append(seen)
+    short, long = found
+    assert short.keys() == long.keys()
+    for path, expected in short.items():
+        assert_close(long[path], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_experts_and_two_lists_of_blocks_are_refused_and_left_as_they_were():
@@ -481,3 +497,123 @@ def test_a_config_for_loading_cannot_round_in_order(tmp_path):
         AutoModelForCausalLM.from_pretrained(
             tmp_path, quantization_config=QReftaConfig(rank=2, rounding="sequential")
         )
+
+
+def test_the_inputs_of_one_block_are_held_at_a_time():
+    """Twice the hidden states, and the inputs of a block's layers."""
+    model = tiny_llama(hidden=64)
+    texts = batches(8, rows=8, length=64)
+    sequence = LayerSequence(model, find_stacks(model), texts, progress=False)
+    held = max(allocations(lambda: list(sequence.steps())))
+    assert held < 1.3 * sequence.held_bytes
+
+
+def test_a_text_that_takes_much_memory_gets_error_feedback_by_default(monkeypatch, capsys):
+    monkeypatch.setattr(in_memory, "MOST_BYTES", 1000)
+    model = qrefta.prepare(tiny_llama(hidden=64), calibration=batches(2), rank=0)
+    assert prepared_config(model).settings.rounding == "feedback"
+    assert "take 0.0 GB for all calibration tokens" in capsys.readouterr().out
+
+
+def test_a_generator_may_fill_one_tensor_again_and_again():
+    texts = batches(3)
+
+    def filled():
+        one = torch.empty_like(texts[0])
+        for text in texts:
+            yield {"input_ids": one.copy_(text)}
+
+    found, expected = (
+        qrefta.prepare(
+            tiny_llama(hidden=64), calibration=calibration, rank=0, progress=False
+        ).state_dict()
+        for calibration in (filled(), texts)
+    )
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_an_expert_that_the_quantized_model_sends_no_token_to_is_rounded():
+    model = tiny_llama(hidden=64)
+    mlp = model.model.layers[1].mlp
+    mlp.rare = nn.Linear(64, 64)
+    largest = set()
+    watch = mlp.register_forward_pre_hook(lambda _, args: largest.add(args[0].max().item()))
+    texts = batches(2)
+    for text in texts:
+        model(text)
+    watch.remove()
+    mlp.register_forward_hook(
+        lambda _, args, output: (
+            output + mlp.rare(output) if args[0].max().item() in largest else output
+        )
+    )
+    given = {"rank": 0, "progress": False, "rounding": "sequential"}
+    qrefta.prepare(model, calibration=texts, **given)
+    assert model(texts[0]).logits.isfinite().all()
+    assert mlp.rare.dense_weight().isfinite().all()
+
+
+def called_from_outside(model):
+    """A linear layer of a block that the model calls after its blocks."""
+    for block in model.model.layers:
+        block.extra = nn.Linear(64, 64)
+    model.model.norm.register_forward_hook(
+        lambda _, __, output: output + sum(block.extra(output) for block in model.model.layers)
+    )
+
+
+def returning_a_dict(model):
+    layer = type(model.model.layers[0])
+
+    class Dict(layer):
+        def forward(self, *args, **keywords):
+            return {"hidden": super().forward(*args, **keywords)}
+
+    class Taken(Dict):
+        def __call__(self, *args, **keywords):
+            return super().__call__(*args, **keywords)["hidden"]
+
+    for block in model.model.layers:
+        block.__class__ = Taken
+
+
+def under_inference_mode(model):
+    model.model.forward = torch.inference_mode()(model.model.forward)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (called_from_outside, "extra runs outside of its block"),
+        (returning_a_dict, "returns dict in place of hidden states"),
+        (under_inference_mode, r"run under torch\.inference_mode"),
+    ],
+)
+def test_custom_code_that_does_not_fit_is_refused_by_name_and_prepared_by_default(change, reason):
+    model = tiny_llama(hidden=64)
+    change(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    given = {"calibration": batches(2), "rank": 0, "progress": False}
+    with pytest.raises(NoOrderError, match=reason):
+        qrefta.prepare(model, rounding="sequential", **given)
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    qrefta.prepare(model, **given)
+    assert prepared_config(model).settings.rounding == "feedback"
+
+
+def test_a_block_that_fails_between_quantized_layers_says_what_to_do():
+    """Its state is of the last batch, and does not fit the batches before it."""
+    model = tiny_llama(hidden=64)
+    texts = [text[:, :length] for text, length in zip(batches(3), (9, 5, 9), strict=True)]
+
+    def state(_, args, keywords):
+        length = keywords["input_ids"].shape[1]
+        for block in model.model.layers:
+            block.shift = torch.zeros(length, 1)
+
+    model.model.register_forward_pre_hook(state, with_kwargs=True)
+    for block in model.model.layers:
+        block.mlp.register_forward_hook(lambda _, __, output, block=block: output + block.shift)
+    with pytest.raises(ValueError, match=r"Load the model again, and give rounding=.feedback"):
+        qrefta.prepare(model, calibration=texts, rank=0, progress=False)
