@@ -87,7 +87,7 @@ class Settings:
             and take in the errors of the columns before (GPTQ, arXiv 2210.17323); without moments
             it is nearest. sequential: the same, and the layers are rounded in the order in which
             they run, each for the inputs that the quantized layers before it give (QEP, arXiv
-            2504.09629); it takes twice as long, and needs calibration text, the model in memory,
+            2504.09629); it takes longer, and needs calibration text, the model in memory,
             and blocks that run one after the other (`qrefta.split.sequential`). nearest: the
             nearest level. auto: sequential where it is possible, else feedback; a prepared model
             holds the choice.
