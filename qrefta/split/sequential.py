@@ -47,8 +47,7 @@ from qrefta.split.calibrate import (
 from qrefta.split.recording import Call, NoOrderError, record, run_block
 
 # Shares of the mean of the diagonal of H that hold a target near its weight: of many tokens, and of
-# few, times inputs / tokens. C of few tokens fits them and no others: with 0.1 at 8,400 tokens,
-# SmolLM2 is no nearer on other text than without targets.
+# few, times inputs / tokens. C of few tokens fits them and no others.
 RIDGE = 0.1
 RIDGE_OF_FEW = 2.0
 # Linear layers of a block that rounding="auto" takes in their order; dense blocks have up to ten.
