@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta._compat.transformers import checkpointing_options, dequantized_gguf
-from qrefta.choices import AUTO_RANK, Bits
+from qrefta.choices import AUTO_BITS, AUTO_RANK, Bits
 from qrefta.config.call import settings_of_call, shows_settings
 from qrefta.config.rank import RankSetting
 from qrefta.config.settings import Settings, SettingsKeywords
@@ -28,6 +28,7 @@ from qrefta.files.sources import (
 )
 from qrefta.hf_config import QReftaConfig
 from qrefta.hf_quantizer import check_no_peft, is_prepared, register
+from qrefta.methods import METHODS
 from qrefta.model.build import freeze, with_trained_modules
 from qrefta.model.check import check_in_memory
 from qrefta.model.stacks import check_values, find_stacks
@@ -143,7 +144,8 @@ def _prepare(
         batches = calibration_batches(model, calibration, tokenizer, seed=chosen.seed)
         if chosen.may_round_in_order:
             sequence, batches = layers_in_order(source, batches, chosen, progress)
-        if sequence is None or chosen.splits_by_moments:
+        fitted = chosen.bits == AUTO_BITS or METHODS[chosen.method].fits
+        if sequence is None or fitted:
             moments = gather_moments(model, source.stacks, batches, progress=progress)
     elif chosen.must_round_in_order:
         raise ValueError(

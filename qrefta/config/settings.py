@@ -293,11 +293,6 @@ class Settings:
             return self
         return replace(self, rounding="sequential" if in_order else "feedback")
 
-    @property
-    def splits_by_moments(self) -> bool:
-        """Whether factors or formats are fitted to the second moments of the layers' inputs."""
-        return self.bits == AUTO_BITS or self.method in FITTED
-
     def searches_scales(self, calibrated: bool) -> bool:
         """Whether scales are searched; without moments only NF4's are.
 

@@ -10,7 +10,7 @@ from qrefta.config.stack import LayerStack
 from qrefta.linalg.metric import output_error
 from qrefta.linalg.tsvd import squared_norm
 from qrefta.model.stacks import Weights
-from qrefta.nn.quantized import FrozenWeight, QuantFormat
+from qrefta.nn.quantized import FrozenWeight, QuantFormat, rounded
 from qrefta.split.calibrate import Moments, shared_metric
 from qrefta.split.residual import Split, SplitLayer, split_layers, split_stack
 from qrefta.split.rounding import StackRounding
@@ -26,6 +26,7 @@ class StackSplit:
         moments: second moments of the layers' inputs; they weight the split and measure the output
             error.
         split: the result of `split_stack` for the same arguments, if it was made before.
+        original: the weights that errors of weights are measured against; default: `weights`.
     """
 
     def __init__(
@@ -36,8 +37,10 @@ class StackSplit:
         rank: Rank,
         moments: Moments | None,
         split: Split | None = None,
+        original: Weights | None = None,
     ) -> None:
         self.stack = stack
+        self.original = original
         self.weights = weights
         self.settings = settings
         self.moments = moments
@@ -46,8 +49,11 @@ class StackSplit:
         self._clear()
 
     def with_weights(self, weights: Weights, moments: Moments) -> Self:
-        """The same split, whose residuals are taken from other weights."""
-        return type(self)(self.stack, weights, self.settings, 0, moments, self.split)
+        """The same split, whose residuals are taken from other weights: they are rounded, and the
+        outputs are compared with theirs.
+        """
+        own = self.original or self.weights
+        return type(self)(self.stack, weights, self.settings, 0, moments, self.split, own)
 
     def residuals(self) -> Iterator[FrozenWeight]:
         """The frozen weight of each layer, in order; dense float32 with 16 bits."""
@@ -94,9 +100,7 @@ class StackSplit:
         self.bytes = 0 if self.split.factors is None else self.split.factors.stored_bytes
 
     def _add(self, index: int, layer: SplitLayer) -> None:
-        self.residual_error += squared_norm(layer.error)
-        self.baseline_error += squared_norm(layer.whole_error)
-        self.norm += layer.norm
+        self._add_weight_errors(index, layer)
         self.principal_norm += layer.principal_norm
         self.bytes += layer.residual.nbytes
         if self.moments is not None and QuantFormat.of(self.settings) is not None:
@@ -104,3 +108,16 @@ class StackSplit:
             moment = self.moments.of(path)
             self.output_error += output_error(layer.error, moment)
             self.output_baseline += output_error(layer.whole_error, moment)
+
+    def _add_weight_errors(self, index: int, layer: SplitLayer) -> None:
+        error, whole_error, norm = layer.error, layer.whole_error, layer.norm
+        if self.original is not None:
+            fmt = QuantFormat.of(self.settings)
+            assert fmt is not None, "other weights are for rounding"
+            weight = self.original.layer(index)
+            error = error + weight - self.weights.layer(index)
+            whole_error = weight - rounded(weight, fmt)
+            norm = squared_norm(weight)
+        self.residual_error += squared_norm(error)
+        self.baseline_error += squared_norm(whole_error)
+        self.norm += norm

@@ -617,3 +617,25 @@ def test_a_block_that_fails_between_quantized_layers_says_what_to_do():
         block.mlp.register_forward_hook(lambda _, __, output, block=block: output + block.shift)
     with pytest.raises(ValueError, match=r"Load the model again, and give rounding=.feedback"):
         qrefta.prepare(model, calibration=texts, rank=0, progress=False)
+
+
+def test_weight_errors_in_the_report_are_of_the_dense_weights():
+    """They tell whether a model is the original; the rounded targets are stored nowhere."""
+    dense = tiny_llama(hidden=64)
+    model = qrefta.prepare(
+        copy.deepcopy(dense), calibration=batches(2), rank=0, progress=False, bits=3
+    )
+    for report in prepared_config(model).stacks:
+        assert report.stack.layers == 3
+        errors = [
+            dense.get_submodule(path).weight - model.get_submodule(path).dense_weight()
+            for path in report.stack.modules
+        ]
+        plain = [
+            dense.get_submodule(path).weight
+            - rounded(dense.get_submodule(path).weight, QuantFormat("nf3", double_quant=True))
+            for path in report.stack.modules
+        ]
+        for found, expected in [(report.residual_error, errors), (report.baseline_error, plain)]:
+            total = sum(error.square().sum().item() for error in expected)
+            assert found == pytest.approx(total, rel=1e-4)
