@@ -36,7 +36,7 @@ from qrefta.model.unquantized import warn_of_unquantized
 from qrefta.nn.factors import FactorBank
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.split.calibrate import Moments, gather_moments, load_moments
-from qrefta.split.checkpoint import convert
+from qrefta.split.checkpoint import convert, without_order
 from qrefta.split.in_memory import ModelSource, layers_in_order, split_model
 from qrefta.split.sources import Calibration, calibration_batches
 
@@ -213,6 +213,7 @@ def prepare_checkpoint(
     chosen = settings_of_call("prepare_checkpoint", {"bits": bits, "rank": rank, **settings})
     loaded = _moments(moments)
     if is_gguf(source):
+        chosen = without_order(chosen)
         with new_folder(out) as folder:
             model = _dense_of_gguf(source, max_memory)
             _prepare(model, chosen, None, loaded, None, device, progress)

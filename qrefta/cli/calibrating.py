@@ -81,7 +81,9 @@ def _dtype(model: str, source: dict[str, Any], max_memory: str) -> Any:
 
 def row_count(batches: list[Any]) -> int:
     """Rows of all batches."""
-    return sum(len(next(iter(batch.values()))) for batch in batches)
+    from qrefta.split.calibrate import row_count as rows_of_batch
+
+    return sum(map(rows_of_batch, batches))
 
 
 def calibrated(model: "PreTrainedModel", batches: list[Any], source: str) -> "Moments":

@@ -197,7 +197,7 @@ def gather_moments(
             accepted = accepted_inputs(model, inputs)
             model(**accepted)
             sums.flush()
-            rows += _row_count(accepted)
+            rows += row_count(accepted)
             bar.set_postfix_str(f"{rows:,} rows, {sums.most_tokens:,} tokens")
     if rows == 0:
         raise no_batches()
@@ -230,7 +230,7 @@ def check_reached(tokens: Mapping[str, int]) -> None:
         )
 
 
-def _row_count(inputs: dict[str, Any]) -> int:
+def row_count(inputs: Mapping[str, Any]) -> int:
     """Rows of a batch."""
     tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
     return max(len(value) for value in tensors if value.dim())

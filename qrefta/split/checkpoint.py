@@ -64,6 +64,20 @@ _OVERHEAD_BYTES = 256 << 20
 _MOMENTS = 2  # second moments of the inputs of a layer that exist at once, with error feedback
 
 
+def without_order(settings: Settings) -> Settings:
+    """The settings with rounding="auto" resolved, for preparing without a model that runs.
+
+    Raises:
+        ValueError: if rounding is "sequential".
+    """
+    if settings.must_round_in_order:
+        raise ValueError(
+            'rounding="sequential" runs the model on calibration text, so it needs the model in '
+            'memory: call qrefta.prepare(model, calibration=..., rounding="sequential").'
+        )
+    return settings.with_rounding(in_order=False)
+
+
 def convert(
     source: str | Path,
     out: Path,
@@ -96,12 +110,7 @@ def convert(
     """
     calibrated = moments is not None
     dense = resolve_folder(source)
-    if settings.must_round_in_order:
-        raise ValueError(
-            'rounding="sequential" runs the model on calibration text, so it needs the model in '
-            'memory: call qrefta.prepare(model, calibration=..., rounding="sequential").'
-        )
-    settings = settings.with_rounding(in_order=False)
+    settings = without_order(settings)
     checkpoint = CheckpointSource(
         dense, settings, device, max_memory, calibrated, trust_remote_code, kind
     )

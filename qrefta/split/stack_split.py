@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Self
 
+import torch
+
 from qrefta.config.rank import Rank
 from qrefta.config.report import StackReport
 from qrefta.config.settings import Settings
@@ -115,9 +117,11 @@ class StackSplit:
             fmt = QuantFormat.of(self.settings)
             assert fmt is not None, "other weights are for rounding"
             weight = self.original.layer(index)
-            error = error + weight - self.weights.layer(index)
             whole_error = weight - rounded(weight, fmt)
             norm = squared_norm(weight)
+            error = weight.sub_(layer.residual.dequantize(torch.float32))
+            if self.split.factors is not None:
+                error.sub_(self.split.factors.delta(index))
         self.residual_error += squared_norm(error)
         self.baseline_error += squared_norm(whole_error)
         self.norm += norm

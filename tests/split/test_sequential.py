@@ -247,6 +247,13 @@ def test_it_needs_text_and_the_model_in_memory(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_gguf_file_is_refused_in_the_same_words_before_it_is_read(gguf_file, tmp_path):
+    with pytest.raises(ValueError, match="so it needs the model in memory: call qrefta"):
+        qrefta.prepare_checkpoint(
+            gguf_file.path, tmp_path / "out", max_memory="1KB", rounding="sequential"
+        )
+
+
 def test_the_outermost_block_holds_a_layer():
     model = tiny_llama(hidden=64)
     assert block_of(model, "model.layers.1.mlp.up_proj") == "model.layers.1"
