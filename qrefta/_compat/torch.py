@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import ItemsView, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -48,10 +48,12 @@ def plain_tensors() -> Iterator[None]:
     transformers builds a model on meta in its dtype, and `torch.set_default_dtype` is for models;
     neither is for tables of numbers.
     """
+    cpu = torch.device("cpu")
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.device("cpu"):
+        # With a default device, every small operation passes through Python first.
+        with nullcontext() if torch.get_default_device() == cpu else cpu:
             yield
     finally:
         torch.set_default_dtype(dtype)
