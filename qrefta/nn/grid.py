@@ -38,6 +38,7 @@ _CLIPS_OF_2_BITS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 _CAREFUL_CLIPS = (1.0, 0.97, 0.94)
 _WEIGHT_OF_PEAK = 4.0
 _CELLS = 1024  # of the look-up table in `nearest`; narrower than the least distance between levels
+_FEW = 4096  # values that are searched for; look-ups take more operations, and less time for many
 _FINE_CELLS = 8192  # of the look-up table in `searched_scales`, which may miss a level near a bound
 _LEAST_SCALE = 1e-38  # the reciprocal of a smaller number is infinite in float32
 
@@ -56,6 +57,7 @@ class Grid(NamedTuple):
     Attributes:
         levels: (2^bits,), float32, ascending.
         codes: (2^bits,), uint8; the stored code of each level.
+        middles: (2^bits - 1,); the midpoints between levels.
         bounds: (cells + 1,); the first midpoint between two levels after the start of a cell.
         first: (cells + 1,), int64; the index of the level at the start of a cell.
         fine: (fine cells + 1,); the level at the middle of a fine cell.
@@ -63,6 +65,7 @@ class Grid(NamedTuple):
 
     levels: Tensor
     codes: Tensor
+    middles: Tensor
     bounds: Tensor
     first: Tensor
     fine: Tensor
@@ -79,7 +82,7 @@ def grid_of(quant_type: QuantType, device: torch.device) -> Grid:
     bounds = torch.cat([middles, torch.full((1,), torch.inf, dtype=torch.float32)])[first]
     centres = (torch.arange(_FINE_CELLS + 1, dtype=torch.float32) + 0.5) * (2 / _FINE_CELLS) - 1
     fine = levels[torch.bucketize(centres, middles)]
-    tensors = (levels, codes.to(torch.uint8), bounds, first, fine)
+    tensors = (levels, codes.to(torch.uint8), middles, bounds, first, fine)
     return Grid(*(tensor.to(device) for tensor in tensors))
 
 
@@ -98,14 +101,18 @@ def nearest(values: Tensor, inverse_scales: Tensor, grid: Grid) -> Tensor:
 
     [-1, 1] is cut into cells that hold at most one midpoint between two levels. The level of a
     value is the level at the start of its cell, or the next one if the value lies beyond the
-    midpoint. That takes two look-ups instead of a search over all levels.
+    midpoint. That takes two look-ups instead of a search over all levels. Few values are searched
+    for: it is one operation.
 
     Args:
         values: any shape, float32.
         inverse_scales: their `inverse`, in a shape that broadcasts.
         grid: the levels.
     """
-    scaled = (values * inverse_scales).clamp_(-1, 1)
+    scaled = values * inverse_scales
+    if scaled.numel() <= _FEW:
+        return torch.bucketize(scaled, grid.middles)
+    scaled.clamp_(-1, 1)
     cells = torch.add(scaled.new_tensor(_CELLS / 2), scaled, alpha=_CELLS / 2).long()
     return torch.take(grid.first, cells).add_(scaled > torch.take(grid.bounds, cells))
 

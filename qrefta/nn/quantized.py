@@ -403,22 +403,50 @@ def _feed_back(
     width = matrix.shape[1]
     on_cpu = matrix.device.type == "cpu"
     rows = max((_FEEDBACK_VALUES if on_cpu else _FEEDBACK_VALUES_OF_ACCELERATOR) // width, 1)
-    inverse_scales = inverse(scales)
     for start in range(0, len(matrix), rows):
         part = matrix[start : start + rows]
         chosen = torch.empty(width, len(part), dtype=torch.uint8, device=matrix.device)
-        starts = torch.arange(start, start + len(part), device=matrix.device) * width
+        known, shared = _scales_by_column(scales, block_size, start, part)
+        inverse_scales = inverse(known)
 
         def round_column(
-            k: int, target: Tensor, starts: Tensor = starts, out: Tensor = chosen
+            k: int,
+            target: Tensor,
+            known: Tensor = known,
+            inverse_scales: Tensor = inverse_scales,
+            shared: int = shared,
+            out: Tensor = chosen,
         ) -> Tensor:
-            block = (starts + k) // block_size
-            index = nearest(target, inverse_scales[block], grid)
-            out[k] = grid.codes[index]
-            return grid.levels[index] * scales[block]
+            index = nearest(target, inverse_scales[k // shared], grid)
+            out[k] = index
+            return torch.take(grid.levels, index).mul_(known[k // shared])
 
         round_columns(part, feedback, round_column)
-        codes[start : start + rows] = chosen.T
+        codes[start : start + rows] = grid.codes[chosen.int()].T
+
+
+def _scales_by_column(
+    scales: Tensor, block_size: int, start: int, part: Tensor
+) -> tuple[Tensor, int]:
+    """Scales of some rows of a matrix, and the number of columns that share them.
+
+    Args:
+        scales: of every block of the flat matrix.
+        block_size: weights that share a scale.
+        start: first row of `part` in the matrix.
+        part: the rows, (rows, in).
+
+    Returns:
+        (in / columns, rows), a row for every so many columns; and columns.
+    """
+    rows, width = part.shape
+    if width % block_size == 0:
+        blocks = width // block_size
+        own = scales[start * blocks : (start + rows) * blocks]
+        return own.view(rows, blocks).T.contiguous(), block_size
+    starts = torch.arange(start, start + rows, device=part.device) * width
+    places = torch.arange(width, device=part.device).unsqueeze(1) + starts
+    return scales[places // block_size], 1
 
 
 def _chunks(blocks: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

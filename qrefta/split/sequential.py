@@ -118,9 +118,12 @@ class LayerSequence:
         paths = [path for layers in self._layers.values() for path in layers]
         self._tokens = dict.fromkeys(paths, 0)
         self._bytes = dict.fromkeys(paths, 0)  # of their inputs
+        self._last: Tensor | None = None  # input that was counted, and its tokens
+        self._rows = 0
         self._chains, self._masks = record(
             model, self._layers, batches, self._see, progress=progress
         )
+        self._last = None
         check_reached(self._tokens)
         self._step: Step | None = None
         for blocks in self._chains:  # refuse before anything is replaced
@@ -147,10 +150,12 @@ class LayerSequence:
 
     def _see(self, path: str, x: Tensor, mask: Tensor | None) -> None:
         """Count the tokens and bytes of the inputs of a linear layer in the 16-bit model."""
-        kept = kept_tokens(x, mask)
-        if not kept.isfinite().all():
-            raise not_finite(path)
-        self._tokens[path] += len(kept)
+        if x is not self._last:  # several layers read the same input
+            kept = kept_tokens(x, mask)
+            if not kept.isfinite().all():
+                raise not_finite(path)
+            self._last, self._rows = x, len(kept)
+        self._tokens[path] += self._rows
         self._bytes[path] += x.nbytes
 
     def targets(self, stack: LayerStack, weights: Weights) -> Weights:
