@@ -65,8 +65,10 @@ def prepare(
     Example:
         model = qrefta.prepare(AutoModelForCausalLM.from_pretrained(name), bits=4, rank=64)
 
-    It works in place; the peak is the model plus about its largest stack in float32. A model that
-    is refused is left exactly as it was. A warning names the linear layers that stay in 16 bits, if
+    It works in place; the peak is the model plus about its largest stack in float32. Calibration
+    adds the hidden states of all tokens twice, and the inputs of one block's linear layers; where
+    moments are gathered, a square matrix for each input. A model that is refused is left exactly as
+    it was. A warning names the linear layers that stay in 16 bits, if
     they hold more than 5 % of the weights in the blocks.
 
     Args:
@@ -187,7 +189,8 @@ def prepare_checkpoint(
     """The folder of a prepared checkpoint, made from a dense one a few rows at a time; no model is
     held in memory.
 
-    The result equals `prepare` on the loaded model bit for bit. An interrupted run resumes if it is
+    The result equals `prepare` on the loaded model with the same moments, or without any, bit for
+    bit. An interrupted run resumes if it is
     called again with the same settings. The source is only read.
 
     A GGUF file is an exception: transformers dequantizes it whole, so the model is held in memory,

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from qrefta.config.settings import Settings
+
 Row = dict[str, Any]
 
 TIE = 0.01  # relative; errors that differ by less are level
@@ -458,8 +460,14 @@ def depth_table(stacks: list[tuple[int, int, int]], layers: list[int]) -> Table:
 
 
 def cost_title(rows: list[Row]) -> str:
-    """Time and memory of qrefta against QLoRA with as many parameters, else QLoRA r=16."""
-    ours = [row for row in rows if row["method"].startswith("qrefta ")]
+    """Time and memory of the default method, or else ReFTA, against QLoRA with as many parameters,
+    or else QLoRA r=16.
+    """
+    by_method = {
+        method: [row for row in rows if row["method"].startswith(f"{method} ")]
+        for method in (Settings().method, "refta")
+    }
+    ours = next(filter(None, by_method.values()))
     peers = [
         row for row in rows if row["method"].startswith("qlora ") and "dropout" not in row["method"]
     ]
@@ -480,7 +488,8 @@ def cost_title(rows: list[Row]) -> str:
             )
     spans = [[row[key] for row in ours] for key in ("of_qlora", "peak_of_qlora")]
     time, peak = (f"{min(span):.2f} to {max(span):.2f}" for span in spans)
-    return f"qrefta takes {time} times QLoRA r=16's time and {peak} times its memory"
+    name, _ = ours[0]["method"].split()
+    return f"{name} takes {time} times QLoRA r=16's time and {peak} times its memory"
 
 
 def cost_table(rows: list[Row]) -> Table:

@@ -298,8 +298,8 @@ def one_knob(models: list[Row]) -> Verdict:
 
 
 def no_rebuilding(cost: list[Row]) -> Verdict:
-    """Time and peak memory of building a dense weight in every step, relative to qrefta."""
-    ours = pick(cost, method="qrefta R=64")
+    """Time and peak memory of building a dense weight in every step, relative to ReFTA."""
+    ours = pick(cost, method="refta R=64")
     dense = pick(cost, method="rebuilding R=64")
     match = ("setting", "device", "threads", "dtype", "checkpointing")
     lines = []

@@ -275,7 +275,7 @@ def method_names(setting: str, ranks: str) -> list[str]:
     matched = max(1, round(64 / layers))
     lora = [f"qlora r={r}" for r in dict.fromkeys([16, 8, matched, SMALL])]
     windows = [f"windows R={rank}" for rank in dict.fromkeys([SMALL * layers, 64])]
-    ours = [*windows, *(f"qrefta R={rank}" for rank in ranks.split(","))]
+    ours = [*windows, *(f"refta R={rank}" for rank in ranks.split(","))]
     peers = ["qlora r=16 dropout=0.05", "lora r=16", "vera r=256", "rebuilding R=64"]
     return ["floor", "floor bitsandbytes", *lora, *peers, *ours, "craft R=64", "tera R=64"]
 
@@ -348,7 +348,7 @@ def _adapt(
 
     Args:
         model: on the meta device.
-        kind: a method; "floor" has no factors, and other words mean ReFTA.
+        kind: a method; "floor" has no factors, and "rebuilding" is ReFTA with dense weights.
         rank: R.
         settings: of the run.
         generator: of random numbers.
@@ -357,7 +357,7 @@ def _adapt(
     for number, stack in enumerate(find_stacks(model)):
         key = None if kind == "floor" else bank_key(number)
         if key is not None:
-            method = METHODS[kind if kind in METHODS else "refta"]
+            method = METHODS["refta" if kind == "rebuilding" else kind]
             with torch.device(settings.device):
                 factors = method(*stack.shape, rank, factor_dtype(Settings()))
             getattr(model, BANK)[key] = _filled(factors, generator)

@@ -28,7 +28,7 @@ def run(
     setting: Annotated[str, typer.Option(help=f"One of {', '.join(SETTINGS)}.")] = "cpu",
     methods: Annotated[
         str, typer.Option(help="Methods of `eval.studies.cost`, separated by commas.")
-    ] = "qlora r=16,qlora r=8,windows R=64,qrefta R=64",
+    ] = "qlora r=16,qlora r=8,windows R=64,refta R=64",
     batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8",
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 32,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate for each sequence.")] = 33,

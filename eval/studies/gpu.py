@@ -49,7 +49,7 @@ from qrefta.split.calibrate import Moments
 ROOT = Path(__file__).parents[2]
 ROWS = ROOT / "eval" / "rows" / "gpu.jsonl"
 TESTS = ("tests/test_cuda.py", "tests/eval/test_splits.py")
-METHODS = ("floor bitsandbytes", "floor", "qlora r=16", "windows R=64", "qrefta R=64")
+METHODS = ("floor bitsandbytes", "floor", "qlora r=16", "windows R=64", "refta R=64")
 PROBED = ("qlora r=16", "windows R=64")
 RANK = 64
 PROMPT = 32
@@ -393,7 +393,7 @@ def generations(place: Place) -> list[Measurement]:
 def time_decoding(place: Place, until: float) -> list[Row]:
     """A row for each model and batch size."""
     settings = Run(place.whole, place.device, place.dtype, checkpointing=False)
-    names = [name for name in METHODS if not name.startswith("qrefta")]
+    names = [name for name in METHODS if not name.startswith("refta")]
 
     def measure(
         names: list[str], batches: tuple[int, ...], repetitions: int, layers: int

@@ -188,7 +188,7 @@ def _decoders(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         )
         if kind in ("floor", "qlora") and options != ["bitsandbytes"]:
             planned = _counted(settings, int(options[0][2:]) if options else 0)
-        elif kind in ("qrefta", *METHODS):
+        elif kind in METHODS:
             batch, seq = settings.batch
             planned = plan(
                 LlamaConfig(**settings.config, architectures=["LlamaForCausalLM"]),
@@ -198,7 +198,7 @@ def _decoders(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 gradient_checkpointing=row["checkpointing"],
                 whole_logits=True,
                 rank=int(options[0][2:]),
-                method="refta" if kind == "qrefta" else kind,
+                method=kind,
                 double_quant=True,
             ).total_bytes
         else:

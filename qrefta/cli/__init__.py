@@ -1,4 +1,4 @@
-"""4-bit fine-tuning of transformers models with shared tensor factors (ReFTA)."""
+"""4-bit fine-tuning of transformers models with shared low-rank factors."""
 
 # Only light imports here and in the modules of the commands: `qrefta --help` and a mistyped command
 # must not wait for torch. Every command imports what it needs; the choices of options come from

@@ -86,7 +86,8 @@ def export_lora(
     rank: Annotated[
         int | None,
         typer.Option(
-            help="Rank of the LoRA; default: the factors' rank, on the original twice that."
+            help="Rank of the LoRA; default: the factors' rank, on the original twice that for "
+            "refta and craft."
         ),
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of LoRA and base.")] = "bfloat16",

@@ -24,11 +24,11 @@ Model = Annotated[
     typer.Argument(help="Hub name, folder or .gguf file: dense (is prepared first), or prepared."),
 ]
 Dataset = Annotated[
-    str, typer.Argument(help="Hub name, folder or file (csv, tsv, json, jsonl, parquet).")
+    str, typer.Argument(help="Hub name, folder or file (csv, tsv, json, jsonl, parquet; lm: txt).")
 ]
 Out = Annotated[Path, typer.Argument(help="Folder for checkpoints and the trained model.")]
 Calibration = Annotated[
-    str, typer.Option(help=f"Keep the outputs on rows of the training data (data), {KINDS}.")
+    str, typer.Option(help=f"Text to calibrate on: data (rows of the training data), {KINDS}.")
 ]
 Task = Annotated[
     TaskName,

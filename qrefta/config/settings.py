@@ -154,8 +154,9 @@ class Settings:
         default=AUTO_ROUNDING,
         metadata=one_of(
             CODES,
-            "Rounding: nearest, or with error feedback if calibrated, in a layer or from layer to "
-            "layer too (sequential); auto: sequential where possible.",
+            "How weights are rounded. nearest: to the nearest level. feedback, if calibrated: "
+            "columns correct errors of earlier columns. sequential: layers correct earlier layers, "
+            "too. auto: sequential where possible.",
         ),
     )
     target_modules: str | Sequence[str] | None = field(
@@ -172,7 +173,8 @@ class Settings:
         default=None,
         metadata=checked(
             lambda name, value: None if value is None else whole(name, value, 0),
-            "Rounds that refit factors and residual to each other; default: 5, calibrated 1.",
+            "Rounds that refit factors of refta and craft to the residual; default: 5, "
+            "calibrated 1.",
         ),
     )
     seed: int = field(default=0, metadata=at_least(0, "Seed of everything random."))

@@ -128,8 +128,8 @@ def export_lora(
         original: folder or hub name of that model; default: the place it was loaded from.
         start: with "original", the prepared model before training, or its folder; default: the
             original is split again, which takes as long as preparing it.
-        rank: of the LoRA; default: the width of the factors, for "original" twice that. The part
-            that is left out is measured.
+        rank: of the LoRA; default: the width of the factors; for "original", with a method that
+            starts from the weights, twice that. The part that is left out is measured.
         dtype: of the LoRA, and of the base's dense parameters.
         tokenizer: written with both; default: the one that the model was loaded with. Give it if
             tokens were added.

@@ -62,22 +62,22 @@ def test_trainable_parameters_of_each_method(rows):
     sums = 2 * 256 + 2 * 192 + 3 * 384
     counts = {name: row["trained_parameters"] for name, row in rows.items()}
     assert counts["floor"] == counts["floor bitsandbytes"] == 0
-    assert counts["qrefta R=16"] == 16 * sums
-    assert counts["qrefta R=64"] == counts["rebuilding R=64"] == 64 * sums
+    assert counts["refta R=16"] == 16 * sums
+    assert counts["refta R=64"] == counts["rebuilding R=64"] == 64 * sums
     assert (
         counts["qlora r=16"]
         == counts["qlora r=16 dropout=0.05"]
         == counts["lora r=16"]
         == 2 * 16 * sums
     )
-    assert counts["qlora r=32"] == counts["qrefta R=64"] == counts["windows R=64"]
+    assert counts["qlora r=32"] == counts["refta R=64"] == counts["windows R=64"]
     assert counts["qlora r=2"] == counts["windows R=4"] == 4 * sums
 
 
 def test_rebuilding_needs_more_memory_than_the_same_factors_without(rows):
     assert (
         rows["rebuilding R=64"]["peak_bytes"]
-        > rows["qrefta R=64"]["peak_bytes"]
+        > rows["refta R=64"]["peak_bytes"]
         > rows["floor"]["peak_bytes"]
     )
 
@@ -87,7 +87,7 @@ def test_the_rebuilding_form_computes_the_same():
     settings = cost.Run("tiny", "cpu", torch.float32, checkpointing=False)
     ids = torch.arange(32).view(2, 16)
     found = []
-    for name in ("rebuilding R=64", "qrefta R=64"):
+    for name in ("rebuilding R=64", "refta R=64"):
         model = cost.build(name, settings)
         loss = model(input_ids=ids, labels=ids).loss
         found.append(

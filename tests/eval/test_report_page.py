@@ -218,7 +218,7 @@ def cost_rows(rebuilding=1.5):
         "qlora r=16": (2_523_136, 1.1),
         "qlora r=8": (1_261_568, 1.08),
         "rebuilding R=64": (1_261_568, rebuilding),
-        "qrefta R=64": (1_261_568, 1.05),
+        "refta R=64": (1_261_568, 1.05),
     }
     rows = [
         {
