@@ -17,7 +17,7 @@ from qrefta.config.call import settings_of_call, shows_settings
 from qrefta.config.rank import RankSetting
 from qrefta.config.settings import Settings, SettingsKeywords
 from qrefta.config.sizes import parse_bytes
-from qrefta.config.stack import LayerStack
+from qrefta.config.stack import BANK, LayerStack
 from qrefta.files.folders import new_folder
 from qrefta.files.sources import (
     dense_bytes,
@@ -31,6 +31,7 @@ from qrefta.hf_quantizer import check_no_peft, is_prepared, register
 from qrefta.methods import METHODS
 from qrefta.model.build import freeze, with_trained_modules
 from qrefta.model.check import check_in_memory
+from qrefta.model.modes import as_written
 from qrefta.model.stacks import check_values, find_stacks
 from qrefta.model.unquantized import warn_of_unquantized
 from qrefta.nn.factors import FactorBank
@@ -38,6 +39,7 @@ from qrefta.nn.linear import AdaptedLinear
 from qrefta.split.calibrate import Moments, gather_moments, load_moments
 from qrefta.split.checkpoint import convert, without_order
 from qrefta.split.in_memory import ModelSource, layers_in_order, split_model
+from qrefta.split.loop import check_choices
 from qrefta.split.sources import Calibration, calibration_batches
 
 
@@ -68,7 +70,8 @@ def prepare(
     It works in place; the peak is the model plus about its largest stack in float32. Calibration
     adds the hidden states of all tokens twice, and the inputs of one block's linear layers; where
     moments are gathered, a square matrix for each input. A model that is refused is left exactly as
-    it was. A warning names the linear layers that stay in 16 bits, if
+    it was, unless its own code fails while layers are rounded in their order: then the error says
+    to load it again. A warning names the linear layers that stay in 16 bits, if
     they hold more than 5 % of the weights in the blocks.
 
     Args:
@@ -87,7 +90,7 @@ def prepare(
             hub name that the model was loaded from.
         device: where each stack is worked on, for example "cuda" for a model in CPU memory;
             default: the device of its weights.
-        progress: show a progress bar over the stacks, if it takes more than two seconds.
+        progress: show progress bars, and lines that name a choice.
 
     Returns:
         The model, the same object; `save_pretrained`, `from_pretrained` and `Trainer` work on it as
@@ -125,6 +128,7 @@ def prepare(
     return _prepare(model, chosen, calibration, moments, tokenizer, device, progress)
 
 
+@as_written()
 def _prepare(
     model: PreTrainedModel,
     chosen: Settings,
@@ -141,6 +145,7 @@ def _prepare(
     chosen = with_trained_modules(model, chosen, source.stacks)
     _check_weights(model, source.stacks)
     warn_of_unquantized(model, source.stacks)
+    check_choices(source.stacks, chosen)
     sequence = None
     if calibration is not None:
         batches = calibration_batches(model, calibration, tokenizer, seed=chosen.seed)
@@ -161,6 +166,7 @@ def _prepare(
     _own_config(model)
     reports = split_model(source, sequence, chosen, loaded, progress)
     freeze(model, chosen.modules_to_save)
+    getattr(model, BANK).train(model.training)
     config = QReftaConfig(
         chosen,
         calibrated=calibration is not None or loaded is not None,
@@ -190,8 +196,8 @@ def prepare_checkpoint(
     held in memory.
 
     The result equals `prepare` on the loaded model with the same moments, or without any, bit for
-    bit. An interrupted run resumes if it is
-    called again with the same settings. The source is only read.
+    bit. An interrupted run resumes if it is called again with the same settings and moments. The
+    source is only read.
 
     A GGUF file is an exception: transformers dequantizes it whole, so the model is held in memory,
     and an interrupted run starts again. Its tokenizer is written too.
@@ -206,7 +212,7 @@ def prepare_checkpoint(
         max_memory: bytes, or text like "3GB", that preparing may take besides the imported
             libraries.
         trust_remote_code: whether to run code that comes with the model.
-        progress: show a progress bar over the stacks, if it takes more than two seconds.
+        progress: show progress bars, and lines that name a choice.
 
     Raises:
         ValueError: as `prepare`; and if `out` holds something else, the checkpoint is damaged or a
@@ -223,16 +229,17 @@ def prepare_checkpoint(
             model.save_pretrained(folder)
             save_tokenizer(source, folder)
         return Path(out)
-    return convert(
-        source,
-        Path(out),
-        chosen,
-        loaded,
-        torch.device(device),
-        max_memory,
-        progress,
-        trust_remote_code=trust_remote_code,
-    )
+    with as_written():
+        return convert(
+            source,
+            Path(out),
+            chosen,
+            loaded,
+            torch.device(device),
+            max_memory,
+            progress,
+            trust_remote_code=trust_remote_code,
+        )
 
 
 def _dense_of_gguf(source: str | Path, max_memory: int | str) -> PreTrainedModel:
@@ -251,6 +258,7 @@ def _dense_of_gguf(source: str | Path, max_memory: int | str) -> PreTrainedModel
     return AutoModelForCausalLM.from_pretrained(**pretrained_source(source), dtype="auto")
 
 
+@as_written()
 def calibrate(
     model: PreTrainedModel,
     calibration: Calibration,

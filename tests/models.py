@@ -17,6 +17,8 @@ from transformers import (
     BertForSequenceClassification,
     CLIPConfig,
     CLIPModel,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
     GptOssConfig,
@@ -225,6 +227,19 @@ def tiny_siglip(hidden=32):
     sizes = towers(hidden)
     sizes["text_config"]["projection_size"] = 2 * hidden
     return build(SiglipModel, SiglipConfig(**sizes))
+
+
+def tiny_gemma3(hidden=32):
+    """A model of images and text, which `AutoModelForCausalLM` loads too."""
+    config = Gemma3Config(
+        text_config=decoder_sizes(hidden),
+        vision_config=encoder_sizes(hidden, LAYERS) | {"image_size": 16, "patch_size": 4},
+        image_token_id=95,
+        boi_token_index=94,
+        eoi_token_index=93,
+        mm_tokens_per_image=4,
+    )
+    return build(Gemma3ForConditionalGeneration, config)
 
 
 def tiny_swin():

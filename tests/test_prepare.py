@@ -610,9 +610,10 @@ def test_training_mode_is_kept(mode):
         model.bert.encoder.layer[1].eval()
     before = {path: module.training for path, module in model.named_modules()}
     qrefta.prepare(model, rank=3)
-    assert {
-        path: module.training for path, module in model.named_modules() if not path.startswith(BANK)
-    } == before
+    after = {path: module.training for path, module in model.named_modules()}
+    bank = {path: after.pop(path) for path in list(after) if path.startswith(BANK)}
+    assert after == before
+    assert set(bank.values()) == {mode != "eval"}
 
 
 @pytest.mark.parametrize(("architecture", "dtype"), covered([torch.bfloat16, torch.float16]))
@@ -720,7 +721,16 @@ def test_copies_of_a_prepared_model_are_independent_and_whole(tmp_path):
 def test_random_state_is_left_alone():
     model = tiny_bert()
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    qrefta.prepare(model, method="refta", rank=3, refine=1, seed=7)
+    texts = [f"word{index} red" for index in range(300)]
+    qrefta.prepare(
+        model,
+        method="refta",
+        rank=3,
+        refine=1,
+        seed=7,
+        calibration=texts,
+        tokenizer=tiny_tokenizer(),
+    )
     qrefta.merge(model)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.array_equal(np.random.get_state()[1], before[1])
@@ -734,11 +744,17 @@ def test_random_state_is_left_alone():
         {"method": "refta", "refine": 2, "quant_type": "int4"},
         {"bits": 3},
         {"method": "refta", "transform": "dct", "bits": 16},
+        {"calibrated": True},
+        {"calibrated": True, "method": "refta"},
     ],
     ids=str,
 )
 def test_preparing_twice_gives_the_same_bits(settings):
-    first, second = (qrefta.prepare(tiny_bert(), rank=5, **settings).state_dict() for _ in range(2))
+    calibrated = settings.pop("calibrated", False)
+    text = {"calibration": [inputs(tiny_bert())] * 2} if calibrated else {}
+    first, second = (
+        qrefta.prepare(tiny_bert(), rank=5, **text, **settings).state_dict() for _ in range(2)
+    )
     assert list(first) == list(second)
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name])

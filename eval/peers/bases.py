@@ -27,7 +27,8 @@ from qrefta.hf_quantizer import prepared_config
 from qrefta.linalg.metric import output_error
 from qrefta.model.stacks import find_stacks, read_slice
 from qrefta.nn.quantized import QuantFormat, quantize, rounded
-from qrefta.split.calibrate import Batch, Moments, shared_metric
+from qrefta.split.batches import Batch
+from qrefta.split.calibrate import Moments, shared_metric
 
 PLAIN = QuantFormat("nf4")  # errors are relative to this format's plain rounding
 TEXT = 32_768  # tokens to calibrate with

@@ -81,7 +81,7 @@ def _dtype(model: str, source: dict[str, Any], max_memory: str) -> Any:
 
 def row_count(batches: list[Any]) -> int:
     """Rows of all batches."""
-    from qrefta.split.calibrate import row_count as rows_of_batch
+    from qrefta.split.batches import row_count as rows_of_batch
 
     return sum(map(rows_of_batch, batches))
 

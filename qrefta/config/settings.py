@@ -289,6 +289,11 @@ class Settings:
         """Whether layers are rounded in the order in which they run, or the call is refused."""
         return self.rounding == "sequential" and self.bits != 16
 
+    @property
+    def feeds_back(self) -> bool:
+        """Whether rounding takes errors in, if the inputs of the layers are known."""
+        return self.rounding != "nearest" and self.bits != 16
+
     def with_rounding(self, in_order: bool) -> Self:
         """The settings with the choice that rounding="auto" leaves open."""
         if self.rounding != AUTO_ROUNDING:

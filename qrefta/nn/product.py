@@ -277,7 +277,7 @@ def _forward(
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of the arguments of `_AdaptedProduct.forward`."""
+    """Gradients of the arguments of `_AdaptedGradients.forward`."""
     (tokens, narrow, up, core, down), weight = _saved(ctx)
     need_x, need_up, need_core, need_down, need_bias = ctx.needs_input_grad[:5]
     out_features, in_features = weight.shape

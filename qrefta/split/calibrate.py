@@ -7,7 +7,6 @@ every linear layer. The layers of a stack share one metric (`shared_metric`), so
 their factors.
 """
 
-import inspect
 import json
 import os
 from collections import Counter
@@ -15,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +23,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import BatchEncoding
 
 from qrefta._compat.torch import version_counter
 from qrefta.config.stack import LayerStack
@@ -31,6 +30,16 @@ from qrefta.linalg.metric import Metric, normalized, roots
 from qrefta.model.modes import eval_mode
 from qrefta.model.stacks import ends_with
 from qrefta.nn.experts import fused_inputs
+from qrefta.split.batches import (
+    Batch,
+    accepted_inputs,
+    batch_inputs,
+    is_seq2seq,
+    kept_tokens,
+    no_batches,
+    not_finite,
+    row_count,
+)
 
 # Wider inputs keep only the diagonal: a full matrix of this width has 1.1 GB.
 FULL_WIDTH = 16384
@@ -39,8 +48,6 @@ METRIC_WIDTH = 4096
 DOUBLE_WIDTH = 1024  # sums up to this width are float64; wider sums are float32, in half the memory
 PANEL = 128  # columns of x^T x that are computed at once; narrower products are slower
 FORMAT = "qrefta-moments-1"
-
-Batch = Mapping[str, Any] | BatchEncoding | Tensor
 
 
 @dataclass(frozen=True)
@@ -51,9 +58,9 @@ class Moments:
 
     Attributes:
         owners: module path -> the path that its moment is stored under.
-        tokens: stored path -> tokens that the mean was taken over.
+        tokens: stored path -> tokens that the mean was taken over; 0 if no token reached it.
         read: stored path -> (in, in), or its diagonal (in,); float32, on the CPU. From a file, one
-            at a time.
+            at a time. Zeros (in,) if no token reached it.
     """
 
     owners: dict[str, str]
@@ -77,6 +84,10 @@ class Moments:
                 "again, with the model in float32 or bfloat16."
             )
         return moment
+
+    def reached(self, path: str) -> bool:
+        """Whether a token reached a linear layer."""
+        return self.tokens[self.owner(path)] > 0
 
     def check(self, stacks: list[LayerStack]) -> None:
         """Read the moment of every linear layer of `stacks` once.
@@ -109,6 +120,15 @@ class Moments:
                 "prepare"
             )
         return self.owners[matches[0]]
+
+    def fingerprint(self) -> str:
+        """A checksum of the second moments of all inputs, without their covariances."""
+        found = sha256(json.dumps([self.owners, self.tokens], sort_keys=True).encode())
+        for key in sorted(self.tokens):
+            moment = self.read(key)
+            diagonal = moment.diagonal() if moment.dim() == 2 else moment
+            found.update(diagonal.contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file: the whole file appears or none."""
@@ -183,7 +203,7 @@ def gather_moments(
 
     Raises:
         ValueError: if there are no batches, a batch has no tensors for the model, an input holds
-            NaN or infinity, or no token reached a linear layer.
+            NaN or infinity, or no token reached any linear layer.
     """
     sums = _Sums()
     rows = 0
@@ -201,39 +221,20 @@ def gather_moments(
             bar.set_postfix_str(f"{rows:,} rows, {sums.most_tokens:,} tokens")
     if rows == 0:
         raise no_batches()
-    return sums.moments([path for stack in stacks for path in stack.modules])
-
-
-def no_batches() -> ValueError:
-    """The error for a calibration without batches."""
-    return ValueError("There are no batches to calibrate with; give at least one.")
-
-
-def not_finite(path: str) -> ValueError:
-    """The error for an input of a linear layer."""
-    return ValueError(
-        f"The input of {path} holds NaN or infinity; try the model in float32 or bfloat16."
-    )
+    return sums.moments({path: stack.in_features for stack in stacks for path in stack.modules})
 
 
 def check_reached(tokens: Mapping[str, int]) -> None:
-    """Refuse linear layers that no token reached.
+    """Refuse a calibration that reaches no linear layer.
 
     Args:
         tokens: by path of the linear layer.
     """
-    idle = [path for path, count in tokens.items() if count == 0]
-    if idle:
+    if not any(tokens.values()):
         raise ValueError(
-            f"No token reached {len(idle)} linear layers ({', '.join(idle[:3])}); leave their "
-            "stacks out, or calibrate with more text"
+            f"No token of the calibration reached any linear layer ({', '.join(list(tokens)[:3])} "
+            "...); give batches of the model's own inputs, whose mask keeps some tokens."
         )
-
-
-def row_count(inputs: Mapping[str, Any]) -> int:
-    """Rows of a batch."""
-    tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
-    return max(len(value) for value in tensors if value.dim())
 
 
 class _Sums:
@@ -281,19 +282,25 @@ class _Sums:
         """Tokens of the linear layer that saw most."""
         return max(self.tokens.values(), default=0)
 
-    def moments(self, paths: list[str]) -> Moments:
+    def moments(self, widths: Mapping[str, int]) -> Moments:
         """Means on the CPU; empties the sums.
 
         A linear layer may be in several groups; its sum adds up the sums of these groups.
+
+        Args:
+            widths: path -> inputs of the linear layer.
         """
-        groups = {path: tuple(group for group in self.sums if path in group) for path in paths}
-        check_reached({path: sum(self.tokens[group] for group in groups[path]) for path in paths})
+        groups = {path: tuple(group for group in self.sums if path in group) for path in widths}
+        counts = {path: sum(self.tokens[group] for group in groups[path]) for path in widths}
+        check_reached(counts)
+        idle = [path for path, count in counts.items() if count == 0]
+        tokens: dict[str, int] = dict.fromkeys(idle, 0)
+        tensors = {path: no_moment(widths[path]) for path in idle}
         first: dict[tuple[tuple[str, ...], ...], str] = {}
         for path, key in groups.items():
-            first.setdefault(key, path)
+            if counts[path]:
+                first.setdefault(key, path)
         uses = Counter(group for key in first for group in key)
-        tokens: dict[str, int] = {}
-        tensors: dict[str, Tensor] = {}
         for key, owner in first.items():
             tokens[owner] = sum(self.tokens[group] for group in key)
             total = self.sums[key[0]]
@@ -304,9 +311,8 @@ class _Sums:
             for group in key:
                 if uses[group] == 0:
                     del self.sums[group]
-        return Moments(
-            {path: first[key] for path, key in groups.items()}, tokens, tensors.__getitem__
-        )
+        owners = {path: first[key] if counts[path] else path for path, key in groups.items()}
+        return Moments(owners, tokens, tensors.__getitem__)
 
 
 def moment_sum(rows: Tensor) -> Tensor:
@@ -324,6 +330,11 @@ def moment_sum(rows: Tensor) -> Tensor:
         stop = min(start + PANEL, width)
         torch.mm(rows[:, :stop].T, rows[:, start:stop], out=upper[:stop, start:stop])
     return upper
+
+
+def no_moment(width: int) -> Tensor:
+    """The moment of a linear layer that no token reached, zeros (in,)."""
+    return torch.zeros(width, dtype=torch.float32, device="cpu")
 
 
 def added(total: Tensor | None, product: Tensor) -> Tensor:
@@ -356,7 +367,7 @@ def _hooked(
     encoder-decoder, and for its output (keys and values of cross-attention), attention_mask
     applies; elsewhere in an encoder-decoder, decoder_attention_mask.
     """
-    seq2seq = _is_seq2seq(model)
+    seq2seq = is_seq2seq(model)
     encoder = cast(Any, model).get_encoder() if seq2seq else model
     masks: dict[str, Tensor | None] = {}
     encoded: list[Tensor] = []
@@ -402,75 +413,6 @@ def _hooked(
             handle.remove()
 
 
-def batch_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """The tensors of a batch by name, on the model's device, with inputs for a decoder."""
-    if isinstance(batch, Tensor):
-        batch = {getattr(model, "main_input_name", "input_ids"): batch}
-    if not isinstance(batch, Mapping):
-        raise ValueError(
-            f"A batch is a {type(batch).__name__}; give a dict of tensors or a tensor."
-        )
-    device = next(model.parameters()).device
-    inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
-    for name, value in batch.items():  # a row of a tokenized data set
-        if isinstance(value, list) and value and isinstance(value[0], int):
-            inputs[name] = torch.tensor([value], device=device)
-    if (
-        _is_seq2seq(model)
-        and "input_ids" in inputs
-        and not any("decoder_input" in name for name in inputs)
-    ):
-        if "labels" in inputs:
-            inputs.setdefault("decoder_attention_mask", (inputs["labels"] != -100).long())
-        else:
-            inputs["decoder_input_ids"] = inputs["input_ids"]
-            if "attention_mask" in inputs:
-                inputs["decoder_attention_mask"] = inputs["attention_mask"]
-    return inputs
-
-
-def accepted_inputs(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
-    """The inputs that the model's forward pass takes; labels only if decoder inputs are made of
-    them.
-    """
-    names = inspect.signature(model.forward).parameters
-    # Some models define forward(**kwargs).
-    wrapped = getattr(model, "main_input_name", "input_ids") not in names and "kwargs" in names
-    wants_labels = _is_seq2seq(model) and "decoder_input_ids" not in inputs
-    accepted: dict[str, Any] = {
-        name: value
-        for name, value in inputs.items()
-        if (wrapped or name in names) and (name != "labels" or wants_labels)
-    }
-    if not accepted:
-        raise ValueError(
-            f"A batch holds no tensors for the model: it has {list(inputs)}; it must have some of "
-            f"{list(names)[:3]} ..."
-        )
-    if "logits_to_keep" in names:
-        # Logits over the whole vocabulary would take most memory. A tensor keeps one token of them
-        # only; at a whole number Gemma 4 leaves tokens out of its last layers too.
-        accepted["logits_to_keep"] = torch.zeros(1, dtype=torch.long)
-    return accepted
-
-
-def _is_seq2seq(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
-def kept_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The tokens that a mask keeps, (tokens, in), of x (batch, length, in) or (batch * length, in).
-
-    All rows, if the mask has another shape.
-    """
-    rows = x.detach().reshape(-1, x.shape[-1])
-    if mask is None or mask.dim() != 2:
-        return rows
-    fits = x.shape[:-1] == mask.shape or (x.dim() == 2 and len(rows) == mask.numel())
-    kept = mask.reshape(-1).bool().to(x.device)
-    return rows[kept] if fits and not kept.all() else rows
-
-
 def _same_module(known: str, path: str) -> bool:
     return ends_with(known, path) or ends_with(path, known)
 
@@ -492,7 +434,8 @@ def _check_width(path: str, moment: Tensor, stack: LayerStack) -> None:
 def shared_metric(
     moments: Moments, stack: LayerStack, device: torch.device | None = None
 ) -> Metric:
-    """The metric of a stack's inputs: S = mean over its layers of S_l / mean(diag S_l).
+    """The metric of a stack's inputs: S = mean over its layers of S_l / mean(diag S_l), over the
+    layers that some token reached.
 
     S_l = E[x^T x] + RIDGE mean(diag) I, in float64. A layer whose inputs are all zero counts as the
     identity. Every eigenvalue is RIDGE / (1 + RIDGE) or more, so that S^(-1/2), about 100 at most,
@@ -500,7 +443,7 @@ def shared_metric(
     is kept with the moments, because neighbouring stacks (query, key, value) have the same inputs.
 
     Args:
-        moments: of every layer of `stack`.
+        moments: of every layer of `stack`; a token reached one of them.
         stack: the layers that share the metric.
         device: where the eigenvectors are computed and the metric is kept; None: the CPU.
 
@@ -512,12 +455,13 @@ def shared_metric(
     if key in latest:
         return latest[key]
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for path in stack.modules:
+    paths = [path for path in stack.modules if moments.reached(path)]
+    for path in paths:
         moment = moments.of(path)
         _check_width(path, moment, stack)
         if moment.dim() == 2 and stack.in_features > METRIC_WIDTH:
             moment = moment.diagonal()
-        total = total + normalized(moment.to(total)) / len(stack.modules)
+        total = total + normalized(moment.to(total)) / len(paths)
     latest.clear()
     latest[key] = Metric(*(root.float() for root in roots(total)))
     return latest[key]

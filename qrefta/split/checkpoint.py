@@ -114,9 +114,11 @@ def convert(
     checkpoint = CheckpointSource(
         dense, settings, device, max_memory, calibrated, trust_remote_code, kind
     )
+    if moments is not None:
+        moments.check(checkpoint.stacks)
     settings = checkpoint.settings
     with _locked(out):
-        folder = FolderSink(out, checkpoint, calibrated)
+        folder = FolderSink(out, checkpoint, moments)
         split_stacks(checkpoint, folder, settings, moments, progress)
         config = QReftaConfig(
             settings,
@@ -170,7 +172,7 @@ class CheckpointSource:
         self.parts = weight_parts(model, self.checkpoint, self.stacks)
         warn_of_unquantized(model, self.stacks)
         limit = parse_bytes("max_memory", max_memory)
-        feedback = calibrated and settings.bits != 16 and settings.rounding != "nearest"
+        feedback = calibrated and settings.feeds_back
         self._block_bytes = _block_bytes(self.stacks, targets, limit, feedback)
 
     def weights(self, stack: LayerStack) -> Weights:
@@ -196,7 +198,7 @@ class FolderSink:
         ValueError: if the folder holds an unfinished run with other settings.
     """
 
-    def __init__(self, out: Path, source: CheckpointSource, calibrated: bool) -> None:
+    def __init__(self, out: Path, source: CheckpointSource, moments: Moments | None) -> None:
         self.out = out
         self.source = source
         self.ranks: list[Rank] | None = None
@@ -204,7 +206,7 @@ class FolderSink:
         self.reports: list[StackReport] = []
         self._files: list[str] = []
         self._path = out / JOURNAL
-        self._fingerprint = _fingerprint(source.checkpoint, source.settings, calibrated)
+        self._fingerprint = _fingerprint(source.checkpoint, source.settings, moments)
         if self._path.is_file():
             self._resume(read_json(self._path))
 
@@ -433,12 +435,15 @@ def _check_bytes(folder: Path, checkpoint: Checkpoint, model: PreTrainedModel) -
         )
 
 
-def _fingerprint(checkpoint: Checkpoint, settings: Settings, calibrated: bool) -> dict[str, Any]:
-    """Facts that an unfinished run must agree with: the settings, and the tensors and file times of
-    the source.
+def _fingerprint(
+    checkpoint: Checkpoint, settings: Settings, moments: Moments | None
+) -> dict[str, Any]:
+    """Facts that an unfinished run must agree with: the settings, the moments, and the tensors and
+    file times of the source.
     """
     facts = {
-        "settings": settings.to_dict() | {"calibrated": calibrated},
+        "settings": settings.to_dict(),
+        "moments": None if moments is None else moments.fingerprint(),
         "source": checkpoint.fingerprint(),
     }
     return json.loads(json.dumps(facts))

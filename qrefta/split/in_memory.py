@@ -2,10 +2,9 @@
 place.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -18,10 +17,11 @@ from qrefta.config.stack import BANK, LayerStack
 from qrefta.model.build import adapt, attach_bank, bank_key
 from qrefta.model.stacks import Weights, find_stacks, model_weights, read_slice
 from qrefta.nn.quantized import QuantFormat
-from qrefta.split.calibrate import Batch, Moments
+from qrefta.split.batches import Batch, copied
+from qrefta.split.calibrate import Moments
 from qrefta.split.loop import split_stacks
 from qrefta.split.recording import NoOrderError
-from qrefta.split.rounding import warn_of_few_tokens
+from qrefta.split.rounding import warn_of_tokens
 from qrefta.split.sequential import MOST_BYTES, LayerSequence, check_steps
 from qrefta.split.stack_split import StackSplit
 
@@ -66,7 +66,7 @@ def split_model(
         return sink.reports
     sink = _SequentialSink(source.model, sequence)
     if moments is None:
-        warn_of_few_tokens(sink.moments, source.stacks)
+        warn_of_tokens(sink.moments, source.stacks, settings)
     split_stacks(source, sink, settings, moments, progress)
     try:
         sink.replace_layers()
@@ -94,13 +94,9 @@ def layers_in_order(
     try:
         if not must:
             check_steps(model, stacks)
-        batches = [_copied(batch) for batch in batches]
-        sequence = LayerSequence(model, stacks, batches, progress=progress)
-        if not must and sequence.held_bytes > MOST_BYTES:
-            raise NoOrderError(
-                f"the inputs of a block's layers take {sequence.held_bytes / 1e9:.1f} GB for all "
-                "calibration tokens"
-            )
+        batches = [copied(batch) for batch in batches]
+        most_bytes = None if must else MOST_BYTES
+        sequence = LayerSequence(model, stacks, batches, most_bytes=most_bytes, progress=progress)
         return sequence, batches
     except NoOrderError as error:
         if must:
@@ -108,17 +104,6 @@ def layers_in_order(
         if progress:
             tqdm.write(f"The layers are not rounded in their order: {error.reason}.")
         return None, batches
-
-
-def _copied(batch: Batch) -> Batch:
-    """A batch that stays as it is when the caller fills its tensors again."""
-    if isinstance(batch, Tensor):
-        return batch.clone()
-    if not isinstance(batch, Mapping):
-        return batch
-    return {
-        name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()
-    }
 
 
 class _ModelSink:
@@ -136,26 +121,31 @@ class _ModelSink:
         attach_bank(self._model)
 
     def write(self, split: StackSplit) -> None:
-        for _ in self._replaced(len(self.reports), split):
-            pass
+        number = len(self.reports)
+        home = self._share(number, split)
+        for layer in range(split.stack.layers):
+            self._replace(number, split, layer)
+        self._finish(split, home)
         self.reports.append(split.report())
 
-    def _replaced(self, index: int, split: StackSplit) -> Iterator[None]:
-        """Replace the linear layers of stack number `index`, one a step."""
-        stack = split.stack
-        fmt = QuantFormat.of(split.settings)
-        factors = split.split.factors
-        home = read_slice(self._model, stack, 0).device
-        key = None if factors is None else bank_key(index)
-        if factors is not None:
-            getattr(self._model, BANK)[key] = factors
-        for place, residual in enumerate(split.residuals()):
-            dense = read_slice(self._model, stack, place)
-            layer = adapt(self._model, stack, place, fmt, key)
-            layer.store(residual.to(dense.device, dense.dtype), layer.bias)
-            yield
-        if factors is not None:
-            factors.to(home)
+    def _share(self, number: int, split: StackSplit) -> torch.device:
+        """Put the factors of stack `number` into the bank; returns the device of its weights."""
+        if split.split.factors is not None:
+            getattr(self._model, BANK)[bank_key(number)] = split.split.factors
+        return read_slice(self._model, split.stack, 0).device
+
+    def _replace(self, number: int, split: StackSplit, layer: int) -> None:
+        """Replace one linear layer of stack `number`."""
+        residual = split.residual(layer)
+        dense = read_slice(self._model, split.stack, layer)
+        key = None if split.split.factors is None else bank_key(number)
+        adapted = adapt(self._model, split.stack, layer, QuantFormat.of(split.settings), key)
+        adapted.store(residual.to(dense.device, dense.dtype), adapted.bias)
+
+    def _finish(self, split: StackSplit, home: torch.device) -> None:
+        """Move the factors of a stack, all of whose layers are replaced, to their device."""
+        if split.split.factors is not None:
+            split.split.factors.to(home)
 
 
 class _SequentialSink(_ModelSink):
@@ -175,17 +165,19 @@ class _SequentialSink(_ModelSink):
 
     def replace_layers(self) -> None:
         """Replace all linear layers, and add the reports."""
-        layers = [self._replaced(index, split) for index, split in enumerate(self._splits)]
-        of_path = {
-            path: replaced
-            for replaced, split in zip(layers, self._splits, strict=True)
-            for path in split.stack.modules
+        homes = [self._share(number, split) for number, split in enumerate(self._splits)]
+        places = {
+            path: (number, split, layer)
+            for number, split in enumerate(self._splits)
+            for layer, path in enumerate(split.stack.modules)
         }
         for paths in self._sequence.steps():
-            for path in paths:
-                with plain_tensors():  # blocks run between the steps, and may want other defaults
-                    next(of_path[path])
-        for replaced in layers:
-            left = list(replaced)  # runs the lines that follow the last layer, too
-            assert not left, "every layer runs"
+            with plain_tensors():  # blocks run between the steps, and may want other defaults
+                for path in paths:
+                    self._replace(*places.pop(path))
+        with plain_tensors():
+            for place in places.values():  # of layers that no token reached
+                self._replace(*place)
+        for split, home in zip(self._splits, homes, strict=True):
+            self._finish(split, home)
         self.reports = [split.report() for split in self._splits]

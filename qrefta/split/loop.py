@@ -10,15 +10,15 @@ from tqdm.auto import tqdm
 
 from qrefta._compat.torch import plain_tensors
 from qrefta.choices import QuantType
-from qrefta.config.rank import Rank
+from qrefta.config.rank import Rank, RankBudget
 from qrefta.config.report import StackReport
 from qrefta.config.settings import Settings
 from qrefta.config.stack import LayerStack
 from qrefta.model.stacks import Weights, select_stacks
-from qrefta.split.allocate import choose_ranks
+from qrefta.split.allocate import choose_ranks, given_ranks
 from qrefta.split.calibrate import Moments
-from qrefta.split.formats import choose_formats
-from qrefta.split.rounding import warn_of_few_tokens
+from qrefta.split.formats import choose_formats, formats_without_weights
+from qrefta.split.rounding import warn_of_tokens
 from qrefta.split.stack_split import StackSplit
 
 PROGRESS_DELAY_S = 2.0
@@ -60,6 +60,19 @@ class Sink(Protocol):
         ...
 
 
+def check_choices(stacks: list[LayerStack], settings: Settings) -> None:
+    """Refuse target modules, a rank or target bits that no weights are needed to refuse.
+
+    Raises:
+        ValueError: as `split_stacks`.
+    """
+    targets = select_stacks(stacks, settings.target_modules)
+    if isinstance(settings.rank, RankBudget) and settings.weighs_error:
+        return
+    ranks = given_ranks(targets, settings)
+    formats_without_weights(stacks, [ranks.get(stack, 0) for stack in stacks], settings)
+
+
 def split_stacks(
     source: Source, sink: Sink, settings: Settings, moments: Moments | None, progress: bool
 ) -> None:
@@ -74,7 +87,7 @@ def split_stacks(
     targets = select_stacks(source.stacks, settings.target_modules)
     splits = {}
     if moments is not None:
-        warn_of_few_tokens(moments, source.stacks)
+        warn_of_tokens(moments, source.stacks, settings)
     if sink.ranks is None:
         weights = [source.weights(stack) for stack in targets]
         with plain_tensors():

@@ -23,7 +23,7 @@ from transformers import Cache
 
 from qrefta._compat.torch import version_counter
 from qrefta.model.modes import eval_mode
-from qrefta.split.calibrate import Batch, accepted_inputs, batch_inputs, no_batches
+from qrefta.split.batches import Batch, accepted_inputs, batch_inputs, no_batches
 
 _HIDDEN = "hidden_states"  # the keyword of a block's input in transformers
 # Largest difference of a block that runs by itself, relative to its output; GPU kernels may differ
@@ -70,7 +70,7 @@ class Chain:
 
 class Recording(NamedTuple):
     """Attributes:
-    chains: the lists of blocks.
+    chains: the lists of blocks that the batches use.
     masks: attention mask of every batch, (rows, length), or None.
     """
 
@@ -132,6 +132,8 @@ def record(
             model(**accepted_inputs(model, inputs))
     if not masks:
         raise no_batches()
+    for chain in [chain for chain, blocks in chains.items() if not any(blocks.calls.values())]:
+        del chains[chain]  # the batches do not use it: no image for an image encoder
     for blocks in chains.values():
         for path, calls in blocks.calls.items():
             if len(calls) != len(masks):
@@ -140,7 +142,8 @@ def record(
                     'rounding="sequential" needs one time a batch'
                 )
     for watch in watches:
-        watch.check(model)
+        if watch.chain.first:
+            watch.check(model)
     return Recording(list(chains.values()), masks)
 
 

@@ -165,21 +165,27 @@ def tensor_values(weights: Weights, settings: Settings, rank: int) -> Tensor:
 def split_layers(
     weights: Weights, split: Split, settings: Settings, rounding: StackRounding | None = None
 ) -> Iterator[SplitLayer]:
-    """The layers of a stack as stored, in order.
+    """The layers of a stack as stored, in order."""
+    rounding = rounding or StackRounding(settings)
+    for index in range(weights.shape[0]):
+        yield split_layer(weights, split, settings, rounding, index)
+
+
+def split_layer(
+    weights: Weights, split: Split, settings: Settings, rounding: StackRounding, index: int
+) -> SplitLayer:
+    """A layer of a stack as stored.
 
     Memory: about five layers in float32; with error feedback, two second moments more.
     """
-    rounding = rounding or StackRounding(settings)
     fmt = QuantFormat.of(settings)
-    for index in range(weights.shape[0]):
-        weight = weights.layer(index)
-        if fmt is None:
-            yield _dense_layer(weight, split.factors, index)
-        elif split.factors is None or split.base is None:
-            yield _quantized_layer(weight, fmt, rounding.stored(index))
-        else:
-            way = rounding.stored(index)
-            yield _residual_layer(weight, split.factors, split.base, index, fmt, way)
+    weight = weights.layer(index)
+    if fmt is None:
+        return _dense_layer(weight, split.factors, index)
+    way = rounding.stored(index)
+    if split.factors is None or split.base is None:
+        return _quantized_layer(weight, fmt, way)
+    return _residual_layer(weight, split.factors, split.base, index, fmt, way)
 
 
 def _dense_layer(weight: Tensor, factors: Factors | None, index: int) -> SplitLayer:

@@ -47,16 +47,15 @@ class StackRounding:
         moments: Moments | None = None,
         device: torch.device | None = None,
     ) -> None:
-        self.search = settings.searches_scales(calibrated=moments is not None)
+        self.settings = settings
         self.stack = stack
         self.moments = moments
         self.device = device
-        self._wants_feedback = settings.bits != 16 and settings.rounding != "nearest"
 
     @cached_property
     def feeds_back(self) -> bool:
         """Whether some layer is rounded with error feedback; reads the moments of all layers."""
-        if not self._wants_feedback or self.stack is None:
+        if not self.settings.feeds_back or self.stack is None:
             return False
         return any(map(self._has_feedback, self.stack.modules))
 
@@ -66,24 +65,30 @@ class StackRounding:
         If feedback follows, scales are not searched: on SmolLM2 the search changes the KL
         divergence of the result by less than its standard error, and takes most of the time.
         """
-        if self.feeds_back or not self.search:
+        moment = None if self.feeds_back else self._moment(layer)
+        if self.feeds_back or not self._searches(moment):
             return PLAIN
-        moment = self._moment(layer)
         return Rounding(True, None if moment is None else _column_weights(moment))
 
     def stored(self, layer: int) -> Rounding:
         """The rounding of a layer as it is stored."""
         moment = self._moment(layer)
+        search = self._searches(moment)
         if moment is None:
-            return Rounding(self.search)
-        weights = _column_weights(moment) if self.search else None
-        if not self._wants_feedback or not self._suffices(moment, self._path(layer)):
-            return Rounding(self.search, weights)
-        return Rounding(self.search, weights, self._feedback(layer, moment))
+            return Rounding(search)
+        weights = _column_weights(moment) if search else None
+        if not self.settings.feeds_back or not self._suffices(moment, self._path(layer)):
+            return Rounding(search, weights)
+        return Rounding(search, weights, self._feedback(layer, moment))
+
+    def _searches(self, moment: Tensor | None) -> bool:
+        return self.settings.searches_scales(calibrated=moment is not None)
 
     def _has_feedback(self, path: str) -> bool:
         """Whether a linear layer can be rounded with feedback."""
-        return self.moments is not None and self._suffices(self.moments.of(path), path)
+        if self.moments is None or not self.moments.reached(path):
+            return False
+        return self._suffices(self.moments.of(path), path)
 
     def _suffices(self, moment: Tensor, path: str) -> bool:
         """Whether a moment is full and has tokens enough for feedback."""
@@ -97,7 +102,10 @@ class StackRounding:
         return path
 
     def _moment(self, layer: int) -> Tensor | None:
-        return None if self.moments is None else self.moments.of(self._path(layer)).to(self.device)
+        """The moment of a layer; None if no token of a calibration reached it."""
+        if self.moments is None or not self.moments.reached(self._path(layer)):
+            return None
+        return self.moments.of(self._path(layer)).to(self.device)
 
     def _feedback(self, layer: int, moment: Tensor) -> Feedback:
         """The feedback of a layer's damped moment; the damping rises until it is found."""
@@ -110,15 +118,26 @@ class StackRounding:
                 damping *= _MORE_DAMPING
 
 
-def warn_of_few_tokens(moments: Moments, stacks: list[LayerStack]) -> None:
-    """Warn once if linear layers have wider inputs than tokens."""
+def warn_of_tokens(moments: Moments, stacks: list[LayerStack], settings: Settings) -> None:
+    """Warn once of linear layers that no token reached, and once of layers with wider inputs than
+    tokens, if they would be rounded with error feedback.
+    """
+    paths = [path for stack in stacks for path in stack.modules]
+    idle = [path for path in paths if not moments.reached(path)]
+    if idle:
+        warnings.warn(
+            f"No token of the calibration reached {len(idle)} linear layers "
+            f"({', '.join(idle[:3])}): they are treated as without calibration. Give batches that "
+            "reach them, such as images with their text, or more text.",
+            stacklevel=2,
+        )
     short = [
         (_tokens(moments, path), stack.in_features, path)
         for stack in stacks
         for path in stack.modules
-        if _tokens(moments, path) < stack.in_features
+        if 0 < _tokens(moments, path) < stack.in_features
     ]
-    if short:
+    if short and settings.feeds_back:
         tokens, width, path = min(short)
         warnings.warn(
             f"Calibration saw {tokens:,} tokens at {path}, whose inputs are {width:,} wide, and "

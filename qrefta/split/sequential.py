@@ -34,15 +34,14 @@ from tqdm.auto import tqdm
 from qrefta._compat.torch import version_counter
 from qrefta.config.stack import LayerStack
 from qrefta.model.stacks import Weights, block_of
+from qrefta.split.batches import Batch, is_seq2seq, kept_tokens, not_finite
 from qrefta.split.calibrate import (
-    Batch,
     Moments,
     added,
     check_reached,
-    kept_tokens,
     mirrored,
     moment_sum,
-    not_finite,
+    no_moment,
 )
 from qrefta.split.recording import Call, NoOrderError, record, run_block
 
@@ -52,7 +51,8 @@ RIDGE = 0.1
 RIDGE_OF_FEW = 2.0
 # Linear layers of a block that rounding="auto" takes in their order; dense blocks have up to ten.
 MOST_STEPS = 16
-# Bytes that rounding="auto" holds for it; 16,384 tokens of an 8B model in bfloat16 take 1.6 GB.
+# Bytes of the inputs of a block's layers that rounding="auto" holds. 16,384 tokens of a Llama of 8B
+# parameters take 0.9 GB in bfloat16.
 MOST_BYTES = 4 << 30
 
 
@@ -96,12 +96,14 @@ class LayerSequence:
         model: dense; its linear layers are replaced between the steps.
         stacks: all stacks of the model.
         batches: as for `gather_moments`.
+        most_bytes: of the inputs of a block's linear layers, for all tokens; None: any number.
         progress: show progress bars.
 
     Raises:
         ValueError: as `gather_moments`.
-        NoOrderError: if the model is an encoder-decoder or has fused experts, its blocks cannot
-            run by themselves (see `record`), or a block writes to the input of a linear layer.
+        NoOrderError: if the inputs take more than `most_bytes`, the model is an encoder-decoder or
+            has fused experts, its blocks cannot run by themselves (see `record`), or a block writes
+            to the input of a linear layer.
     """
 
     def __init__(
@@ -110,14 +112,18 @@ class LayerSequence:
         stacks: list[LayerStack],
         batches: Iterable[Batch],
         *,
+        most_bytes: int | None = None,
         progress: bool = True,
     ) -> None:
         self._model = model
+        self._most_bytes = most_bytes
         self._progress = progress
         self._layers = _layers_by_block(model, stacks)
         paths = [path for layers in self._layers.values() for path in layers]
+        self._widths = {path: stack.in_features for stack in stacks for path in stack.modules}
         self._tokens = dict.fromkeys(paths, 0)
-        self._bytes = dict.fromkeys(paths, 0)  # of their inputs
+        self._bytes = dict.fromkeys(self._layers, 0)  # of the inputs of a block's layers
+        self._block = {path: block for block, layers in self._layers.items() for path in layers}
         self._last: Tensor | None = None  # input that was counted, and its tokens
         self._rows = 0
         self._chains, self._masks = record(
@@ -135,18 +141,11 @@ class LayerSequence:
         """H of the layers of the present step, and the tokens of all layers."""
 
         def read(path: str) -> Tensor:
+            if not self._tokens[path]:
+                return no_moment(self._widths[path])
             return self._step_of(path).moment
 
         return Moments({path: path for path in self._tokens}, self._tokens, read)
-
-    @property
-    def held_bytes(self) -> int:
-        """An upper bound on the bytes of the hidden states, and of the inputs of a block's layers,
-        that are held at once.
-        """
-        hidden = sum(x.nbytes for blocks in self._chains for x in blocks.first)
-        layers = self._layers.values()
-        return 2 * hidden + max(sum(self._bytes[path] for path in paths) for paths in layers)
 
     def _see(self, path: str, x: Tensor, mask: Tensor | None) -> None:
         """Count the tokens and bytes of the inputs of a linear layer in the 16-bit model."""
@@ -155,19 +154,26 @@ class LayerSequence:
             if not kept.isfinite().all():
                 raise not_finite(path)
             self._last, self._rows = x, len(kept)
+            block = self._block[path]
+            self._bytes[block] += x.numel() * x.itemsize
+            if self._most_bytes is not None and self._bytes[block] > self._most_bytes:
+                raise NoOrderError(
+                    f"the inputs of the linear layers of {block} take more than "
+                    f"{self._most_bytes / 1e9:.1f} GB for all calibration tokens"
+                )
         self._tokens[path] += self._rows
-        self._bytes[path] += x.nbytes
 
     def targets(self, stack: LayerStack, weights: Weights) -> Weights:
         """The weights V of a stack. Read a layer between the step that names it and the next."""
 
         def read(layer: int, start: int, stop: int) -> Tensor:
-            step = self._step_of(stack.modules[layer])
             rows = weights.read(layer, start, stop)
-            if step.correction is None:
+            path = stack.modules[layer]
+            correction = self._step_of(path).correction if self._tokens[path] else None
+            if correction is None:
                 return rows
             rows = rows.to(weights.device, torch.float32)
-            return rows + rows @ step.correction.to(weights.device)
+            return rows + rows @ correction.to(weights.device)
 
         return replace(weights, read=read)
 
@@ -176,9 +182,8 @@ class LayerSequence:
 
         The caller replaces these layers of the model before it asks for the next step.
         """
-        bar = tqdm(
-            total=len(self._layers), desc="Rounding", unit="block", disable=not self._progress
-        )
+        count = sum(len(blocks.calls) for blocks in self._chains)
+        bar = tqdm(total=count, desc="Rounding", unit="block", disable=not self._progress)
         with bar:
             for blocks in self._chains:
                 dense = list(blocks.first)
@@ -197,8 +202,8 @@ class LayerSequence:
 
     def _step_of(self, path: str) -> Step:
         step = self._step
-        assert step is not None, "layers are read in their step"
-        assert path in step.paths, "layers are read in their step"
+        if step is None or path not in step.paths:
+            raise RuntimeError(f"{path} is read outside of its step")
         return step
 
     def _run_dense(self, path: str, hidden: list[Tensor], calls: list[Call]) -> _Inputs:
@@ -234,7 +239,7 @@ class LayerSequence:
         dense: _Inputs,
     ) -> Step:
         """H and C of the layers of a group, whose block is quantized up to them."""
-        sums = _Sums(next(chain.from_iterable(dense.by_layer[group[0]])))
+        sums = _PairedSums(next(chain.from_iterable(dense.by_layer[group[0]])))
         for index, (x, call) in enumerate(zip(hidden, calls, strict=True)):
             expected = dense.by_layer[group[0]][index]
             with self._collected(group[:1], stop_after=len(expected)) as found:
@@ -275,7 +280,7 @@ class _Reached(Exception):  # noqa: N818 -- no error
     """Ends a pass through a block at the last input that is needed."""
 
 
-class _Sums:
+class _PairedSums:
     """Sums over tokens of x^^T x^, its upper half, and of (x - x^)^T x^.
 
     Args:
@@ -337,7 +342,7 @@ def _layers_by_block(model: nn.Module, stacks: list[LayerStack]) -> dict[str, li
     Raises:
         NoOrderError: for a model whose blocks are not run one after the other.
     """
-    if bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)):
+    if is_seq2seq(model):
         raise NoOrderError(
             f'rounding="sequential" is for models with one list of blocks, and '
             f"{type(model).__name__} has an encoder and a decoder"
@@ -350,6 +355,10 @@ def _layers_by_block(model: nn.Module, stacks: list[LayerStack]) -> dict[str, li
     found: dict[str, list[str]] = {}
     for stack in stacks:
         for path in stack.modules:
-            found.setdefault(block_of(model, path), []).append(path)
+            try:
+                block = block_of(model, path)
+            except ValueError as error:
+                raise NoOrderError(str(error).removesuffix(".")) from error
+            found.setdefault(block, []).append(path)
     places = {path: place for place, (path, _) in enumerate(model.named_modules())}
     return dict(sorted(found.items(), key=lambda entry: places[entry[0]]))

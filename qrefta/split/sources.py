@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qrefta.choices import GENERIC_TEXT
 from qrefta.files.sources import loaded_from, tokenizer_of
 from qrefta.model.positions import trained_positions
-from qrefta.split.calibrate import Batch
+from qrefta.split.batches import Batch, is_seq2seq
 from qrefta.split.texts import (
     MAX_LENGTH,
     filled,
@@ -55,7 +55,7 @@ def calibration_batches(
         calibration = calibration.get("train") or next(iter(calibration.values()))
     if isinstance(calibration, Mapping):
         return [calibration]
-    runs = model.can_generate() and not model.config.is_encoder_decoder
+    runs = model.can_generate() and not is_seq2seq(model)
     texts = _texts(calibration, lines=not runs)
     if texts is None:
         return calibration  # type: ignore[return-value]

@@ -14,7 +14,7 @@ from qrefta.linalg.tsvd import squared_norm
 from qrefta.model.stacks import Weights
 from qrefta.nn.quantized import FrozenWeight, QuantFormat, rounded
 from qrefta.split.calibrate import Moments, shared_metric
-from qrefta.split.residual import Split, SplitLayer, split_layers, split_stack
+from qrefta.split.residual import Split, SplitLayer, split_layer, split_stack
 from qrefta.split.rounding import StackRounding
 
 
@@ -45,8 +45,9 @@ class StackSplit:
         self.original = original
         self.weights = weights
         self.settings = settings
-        self.moments = moments
-        self.rounding = StackRounding(settings, stack, moments, weights.device)
+        reached = moments is not None and any(map(moments.reached, stack.modules))
+        self.moments = moments if reached else None
+        self.rounding = StackRounding(settings, stack, self.moments, weights.device)
         self.split = split or self._make(rank)
         self._clear()
 
@@ -60,10 +61,14 @@ class StackSplit:
     def residuals(self) -> Iterator[FrozenWeight]:
         """The frozen weight of each layer, in order; dense float32 with 16 bits."""
         self._clear()
-        layers = split_layers(self.weights, self.split, self.settings, self.rounding)
-        for index, layer in enumerate(layers):
-            self._add(index, layer)
-            yield layer.residual
+        for index in range(self.stack.layers):
+            yield self.residual(index)
+
+    def residual(self, index: int) -> FrozenWeight:
+        """The frozen weight of one layer, which the report then counts: ask for each layer once."""
+        layer = split_layer(self.weights, self.split, self.settings, self.rounding, index)
+        self._add(index, layer)
+        return layer.residual
 
     def report(self) -> StackReport:
         """The report of the stack, once all residuals were handed out."""

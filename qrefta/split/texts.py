@@ -149,6 +149,8 @@ def windows_of_text(
     _check_counts(tokens=tokens, max_length=max_length)
     length = min(max_length, tokenizer.model_max_length)
     ids = torch.tensor(token_stream(_spread(texts, _CHARACTERS * tokens), tokenizer))
+    if not len(ids):
+        raise ValueError("The tokenizer makes no token of the calibration text; give other text.")
     length = min(length, len(ids))
     whole = len(ids) // length
     count = min(whole, max(1, tokens // length))

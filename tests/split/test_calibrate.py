@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from transformers import AutoModel, Gemma4ForCausalLM, Gemma4TextConfig
 
 from qrefta.config.stack import LayerStack
-from qrefta.linalg.metric import roots
+from qrefta.linalg.metric import normalized, roots
 from qrefta.model.stacks import find_stacks
 from qrefta.split import calibrate as moments_module
 from qrefta.split.calibrate import (
@@ -331,11 +331,28 @@ def test_eval_mode_is_used_and_the_mode_restored():
     assert all(module.training for module in model.modules())
 
 
-def test_a_linear_that_no_token_reached_is_named():
+def test_a_linear_layer_that_no_token_reached_has_a_moment_of_zeros(tmp_path):
     stacks = [LayerStack("*", ("left", "right"), 4, 4)]
     model = Fickle()
     model.forward = lambda input_ids: model.left(input_ids)
-    with pytest.raises(ValueError, match=r"No token reached 1 linear layers \(right\)"):
+    moments = gather_moments(model, stacks, [torch.randn(3, 4)], progress=False)
+    moments.save(tmp_path / "moments.safetensors")
+    for one in (moments, load_moments(tmp_path / "moments.safetensors")):
+        assert [one.reached(path) for path in ("left", "right")] == [True, False]
+        assert torch.equal(one.of("right"), torch.zeros(4))
+        one.check(stacks)
+        assert one.of("left").diagonal().min() > 0
+        # It does not count in the metric of its stack.
+        metric = shared_metric(one, stacks[0])
+        expected = normalized(one.of("left"))
+        assert_close(metric.root @ metric.root, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_batches_that_reach_no_linear_layer_are_refused():
+    model = Fickle()
+    model.forward = lambda input_ids: input_ids
+    stacks = [LayerStack("*", ("left", "right"), 4, 4)]
+    with pytest.raises(ValueError, match="No token of the calibration reached any linear layer"):
         gather_moments(model, stacks, [torch.randn(3, 4)], progress=False)
 
 

@@ -210,6 +210,44 @@ def test_an_interrupted_run_is_no_model_and_goes_on(saved, tmp_path, monkeypatch
     }
 
 
+def test_moments_of_another_model_are_refused_before_a_folder_is_made(saved, tmp_path):
+    other = ARCHITECTURES["bert"](hidden=64)
+    moments = gather_moments(other, find_stacks(other), [inputs(other)], progress=False)
+    with pytest.raises(ValueError, match="64 wide and its weight 32"):
+        qrefta.prepare_checkpoint(saved("bert"), tmp_path / "out", moments=moments, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_run_does_not_go_on_with_other_moments(saved, tmp_path, monkeypatch):
+    dense = saved("bert")
+    model = ARCHITECTURES["bert"]()
+    batch = inputs(model)
+    first, second = (
+        gather_moments(model, find_stacks(model), [one], progress=False)
+        for one in (batch, batch | {"input_ids": batch["input_ids"].flip(0) + 1})
+    )
+    assert first.tokens == second.tokens
+
+    def prepare(moments):
+        qrefta.prepare_checkpoint(dense, tmp_path / "out", moments=moments, progress=False)
+
+    real = convert_module.FolderSink.write
+
+    def fail(sink, split):
+        if len(sink.reports) == 2:
+            raise OSError(28, "No space left on device")
+        real(sink, split)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_module.FolderSink, "write", fail)
+        with pytest.raises(OSError, match="No space left"):
+            prepare(first)
+    with pytest.raises(ValueError, match="unfinished run with another moments"):
+        prepare(second)
+    prepare(first)
+    assert qrefta.load(tmp_path / "out")
+
+
 def test_a_run_that_goes_on_keeps_the_bits_that_it_chose(saved, tmp_path, monkeypatch):
     """They are in the journal: nothing is measured again."""
     settings = {"rank": 5, "bits": "auto", "target_bits": 3.9, "progress": False}

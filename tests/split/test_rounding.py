@@ -12,7 +12,7 @@ from qrefta.nn import packing
 from qrefta.nn.quantized import QUANT_TYPES, QuantFormat, Rounding, quantize
 from qrefta.split import rounding as rounding_module
 from qrefta.split.calibrate import Moments
-from qrefta.split.rounding import StackRounding, warn_of_few_tokens
+from qrefta.split.rounding import StackRounding, warn_of_tokens
 
 formats = pytest.mark.parametrize(
     "fmt",
@@ -208,11 +208,13 @@ def test_few_tokens_are_one_warning():
     stacks = [stack_of(24, 64), stack_of(24, 100)]
     moments = moments_of(stacks[1], tokens=80)
     with pytest.warns(UserWarning, match="saw 80 tokens .* 100 wide.* at 2 linear") as warned:
-        warn_of_few_tokens(moments, stacks)
+        warn_of_tokens(moments, stacks, Settings())
     assert len(warned) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_few_tokens(moments, stacks[:1])
+        warn_of_tokens(moments, stacks[:1], Settings())
+        warn_of_tokens(moments, stacks, Settings(rounding="nearest"))  # without error feedback
+        warn_of_tokens(moments, stacks, Settings(bits=16))
 
 
 @pytest.mark.parametrize("kind", QUANT_TYPES)

@@ -19,15 +19,18 @@ from transformers import (
 
 import qrefta
 from qrefta._prepare import calibrate
+from qrefta.config.settings import Settings
 from qrefta.hf_config import QReftaConfig
 from qrefta.hf_quantizer import prepared_config
 from qrefta.model.stacks import block_of, find_stacks, model_weights
-from qrefta.nn.quantized import QuantFormat, rounded
+from qrefta.nn.linear import AdaptedLinear
+from qrefta.nn.quantized import QuantFormat, quantize, rounded
 from qrefta.split import in_memory
 from qrefta.split.calibrate import gather_moments
 from qrefta.split.recording import NoOrderError
+from qrefta.split.rounding import StackRounding
 from qrefta.split.sequential import MOST_STEPS, LayerSequence
-from tests.models import ARCHITECTURES, EXPERTS, TOWERS, inputs, tiny_bert, tiny_llama
+from tests.models import ARCHITECTURES, EXPERTS, TOWERS, inputs, tiny_bert, tiny_gemma3, tiny_llama
 from tests.peak import allocations
 
 ORDER = [  # of the groups of a Llama block
@@ -336,34 +339,83 @@ def test_dropout_is_off_while_layers_are_rounded():
 class Experts(nn.Module):
     """Two linear layers, of which a token takes one by the sign of its first number."""
 
-    def __init__(self, width):
+    def __init__(self, width, second):
         super().__init__()
+        self.second = second
         self.experts = nn.ModuleList([nn.Sequential(nn.Linear(width, width)) for _ in range(2)])
 
     def forward(self, x):
         rows = x.flatten(0, -2)
         out = torch.zeros_like(rows)
         for number, expert in enumerate(self.experts):
-            chosen = (rows[:, 0] > 0) == bool(number)
+            chosen = (rows[:, 0] > 0) == (number == self.second)
             if chosen.any():
                 out[chosen] = expert(rows[chosen])
         return out.view_as(x)
 
 
-def test_experts_that_are_linear_layers_get_the_tokens_that_are_sent_to_them():
-    """Also those that the first batch does not reach."""
+@pytest.mark.parametrize("second", [0, 1])
+def test_experts_that_are_linear_layers_get_the_tokens_that_are_sent_to_them(second):
+    """Also those that the first batch does not reach, so that layers run in another order than in
+    their stack.
+    """
     model = tiny_llama(hidden=64)
     for block in model.model.layers:
-        block.mlp = Experts(64)
+        block.mlp = Experts(64, second)
+    dense = copy.deepcopy(model)
     texts = [torch.full((1, 2), 7), *batches(4)]
     qrefta.prepare(model, calibration=texts, rounding="sequential", progress=False, rank=0)
-    assert model(batches(1)[0]).logits.isfinite().all()
+    for path, layer in model.named_modules():
+        if isinstance(layer, AdaptedLinear):
+            weight = dense.get_submodule(path).weight
+            assert (layer.dense_weight() - weight).norm() < 0.3 * weight.norm(), path
+
+
+@pytest.mark.parametrize("rounding", ["auto", "sequential", "feedback"])
+def test_layers_that_no_token_reaches_are_rounded_without_calibration(rounding):
+    model = tiny_llama(hidden=64)
+    calibration = with_an_idle_layer(model)
+    path = "model.layers.1.mlp.spare"
+    weight = model.get_submodule(path).weight.detach().clone()
+    with pytest.warns(UserWarning, match=rf"reached 1 linear layers \({path}\)") as warned:
+        qrefta.prepare(model, calibration=calibration, rounding=rounding, progress=False, rank=0)
+    assert sum("No token" in str(one.message) for one in warned) == 1
+    plain = quantize(weight, QuantFormat(), StackRounding(Settings()).stored(0))
+    assert torch.equal(model.get_submodule(path).dense_weight(), plain.dequantize(torch.float32))
+    reports = {row["stack"]: row for row in qrefta.quant_report(model)}
+    assert reports["model.layers.*.mlp.spare"]["output_error"] is None
+    assert reports["model.layers.*.mlp.up_proj"]["output_error"] > 0
+
+
+@pytest.mark.parametrize("method", ["windows", "refta"])
+@pytest.mark.parametrize("rounding", ["auto", "sequential", "feedback"])
+def test_a_model_of_images_and_text_is_calibrated_on_text(rounding, method):
+    model, dense = tiny_gemma3(), tiny_gemma3()
+    with pytest.warns(UserWarning, match=r"No token .* linear layers \(model\.vision_tower"):
+        qrefta.prepare(
+            model,
+            rank=2,
+            method=method,
+            calibration=batches(2),
+            rounding=rounding,
+            progress=False,
+        )
+    settings = model.config.quantization_config.settings
+    assert settings.rounding == ("feedback" if rounding == "feedback" else "sequential")
+    by_stack = {row["stack"]: row["output_error"] for row in qrefta.quant_report(model)}
+    assert all((error is None) == ("vision" in stack) for stack, error in by_stack.items())
+    ids = batches(1)[0]
+    assert (model(ids).logits - dense(ids).logits).norm() < 0.5 * dense(ids).logits.norm()
 
 
 def with_an_idle_layer(model):
     """A linear layer that no token reaches."""
     model.model.layers[1].mlp.spare = nn.Linear(64, 64)
     return batches(2)
+
+
+def masked(_):
+    return [{"input_ids": ids, "attention_mask": torch.zeros_like(ids)} for ids in batches(2)]
 
 
 def overflowing(model):
@@ -382,7 +434,7 @@ def without_batches(_):
 @pytest.mark.parametrize(
     ("calibration_of", "message"),
     [
-        (with_an_idle_layer, r"No token reached 1 linear layers \(model\.layers\.1\.mlp\.spare\)"),
+        (masked, "No token of the calibration reached any linear layer"),
         (overflowing, r"input of model\.layers\.1\.mlp\.down_proj holds NaN or infinity"),
         (without_batches, "no batches to calibrate with"),
     ],
@@ -512,14 +564,85 @@ def test_the_inputs_of_one_block_are_held_at_a_time():
     texts = batches(8, rows=8, length=64)
     sequence = LayerSequence(model, find_stacks(model), texts, progress=False)
     held = max(allocations(lambda: list(sequence.steps())))
-    assert held < 1.3 * sequence.held_bytes
+    tokens = 8 * 8 * 64
+    block = 3 * 64 + model.config.intermediate_size  # distinct inputs of the linear layers
+    assert held < 1.3 * 4 * tokens * (2 * 64 + block)
 
 
 def test_a_text_that_takes_much_memory_gets_error_feedback_by_default(monkeypatch, capsys):
-    monkeypatch.setattr(in_memory, "MOST_BYTES", 1000)
-    model = qrefta.prepare(tiny_llama(hidden=64), calibration=batches(2), rank=0)
+    """The order is given up in the pass that shows it, before the memory is taken."""
+    monkeypatch.setattr(in_memory, "MOST_BYTES", 4 * 64 * 4 * 16)  # the input of q, k and v once
+    model = tiny_llama(hidden=64)
+    ran = []
+    hook = model.model.layers[0].register_forward_pre_hook(lambda *_: ran.append(1))
+    qrefta.prepare(model, calibration=batches(5), rank=0)
+    hook.remove()
     assert prepared_config(model).settings.rounding == "feedback"
-    assert "take 0.0 GB for all calibration tokens" in capsys.readouterr().out
+    assert "take more than 0.0 GB for all calibration tokens" in capsys.readouterr().out
+    assert len(ran) == 1 + 5
+
+
+def test_blocks_that_are_sequential_containers_get_error_feedback_by_default(capsys):
+    """No module of the model is the block that holds their linear layers."""
+    model = tiny_llama(hidden=64)
+    for block in model.model.layers:
+        block.mlp = nn.Sequential(nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 64))
+    model.model.extra = nn.ModuleList(nn.Sequential(nn.Linear(64, 64)) for _ in range(2))
+    model.model.norm = nn.Sequential(*model.model.extra, model.model.norm)
+    qrefta.prepare(model, calibration=batches(2), rank=0)
+    assert prepared_config(model).settings.rounding == "feedback"
+    assert "is in no repeated block of LlamaForCausalLM" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rounding", ["auto", "feedback"])
+def test_compiled_blocks_are_prepared_as_if_they_were_not(rounding):
+    models = [tiny_llama(hidden=64) for _ in range(2)]
+    for block in models[1].model.layers:
+        block.compile(backend="eager")
+    models[1](batches(1)[0])  # compiles
+    states = [
+        qrefta.prepare(
+            model, rank=2, rounding=rounding, calibration=batches(2), progress=False
+        ).state_dict()
+        for model in models
+    ]
+    for name, tensor in states[0].items():
+        assert torch.equal(states[1][name], tensor), name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"rounding": "feedback"}, {"method": "refta", "calibration": None}],
+    ids=["in order", "feedback", "refta"],
+)
+def test_autocast_around_prepare_changes_nothing(settings):
+    states = []
+    for enabled in (False, True):
+        model = tiny_llama(hidden=64)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            qrefta.prepare(
+                model, **{"rank": 4, "calibration": batches(2), "progress": False} | settings
+            )
+        states.append(model.state_dict())
+    for name, tensor in states[0].items():
+        assert torch.equal(states[1][name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_modules": ["qproj"]}, "target_modules"),
+        ({"rank": 5000}, "rank is 5000"),
+        ({"bits": "auto", "target_bits": 9.0}, "target_bits is 9"),
+    ],
+)
+def test_settings_are_refused_before_the_text_is_read(settings, message):
+    def texts():
+        pytest.fail("the text was read")
+        yield
+
+    with pytest.raises(ValueError, match=message):
+        qrefta.prepare(tiny_llama(hidden=64), calibration=texts(), progress=False, **settings)
 
 
 def test_a_generator_may_fill_one_tensor_again_and_again():
@@ -588,9 +711,85 @@ def under_inference_mode(model):
     model.model.forward = torch.inference_mode()(model.model.forward)
 
 
+def changed(model, forward):
+    """Blocks with another forward pass: forward(block's own, arguments, keywords)."""
+    for block in model.model.layers:
+        own = block.forward
+        block.forward = lambda *args, own=own, **keywords: forward(own, args, keywords)
+
+
+def with_a_cache(model):
+    """Blocks get an object in which they could share what they compute."""
+    layer = type(model.model.layers[0])
+
+    class Sharing(layer):
+        def __call__(self, *args, **keywords):
+            return super().__call__(*args, shared={}, **keywords)
+
+    for block in model.model.layers:
+        block.__class__ = Sharing
+
+    def forward(own, args, keywords):
+        del keywords["shared"]
+        return own(*args, **keywords)
+
+    changed(model, forward)
+
+
+def counting(model):
+    """Blocks give another output every time they run."""
+    runs = []
+
+    def forward(own, args, keywords):
+        runs.append(1)
+        return own(*args, **keywords) * len(runs)
+
+    changed(model, forward)
+
+
+def needing_the_model(model):
+    """Blocks read what the model sets in its own pass."""
+    model.running = False
+
+    def forward(own, args, keywords):
+        if not model.running:
+            raise RuntimeError("only within the model")
+        return own(*args, **keywords)
+
+    changed(model, forward)
+    own = model.forward
+
+    def whole(input_ids, logits_to_keep=0):
+        model.running = True
+        try:
+            return own(input_ids, logits_to_keep=logits_to_keep)
+        finally:
+            model.running = False
+
+    model.forward = whole
+
+
+def without_hidden_states(model):
+    layer = type(model.model.layers[0])
+
+    class Renamed(layer):
+        def __call__(self, x, *args, **keywords):
+            return super().__call__(states=x, **keywords)
+
+        def forward(self, states, **keywords):
+            return super().forward(states, **keywords)
+
+    for block in model.model.layers:
+        block.__class__ = Renamed
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
+        (with_a_cache, "gets a dict, in which blocks may share what they compute"),
+        (counting, "gives another output when it runs by itself"),
+        (needing_the_model, r"does not run by itself \(only within the model\)"),
+        (without_hidden_states, "is called without hidden states"),
         (called_from_outside, "extra runs outside of its block"),
         (returning_a_dict, "returns dict in place of hidden states"),
         (under_inference_mode, r"run under torch\.inference_mode"),

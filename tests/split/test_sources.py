@@ -3,6 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from tokenizers import normalizers
 
 from qrefta.model.stacks import find_stacks
 from qrefta.split.calibrate import gather_moments
@@ -102,3 +103,25 @@ def test_a_txt_file_is_one_document_for_causal_models_as_for_the_task_lm(tmp_pat
     assert calibrated.count(tokenizer.eos_token_id) == 1
     rows = calibration_batches(tiny_bert(), tmp_path / "a.txt", tokenizer)
     assert sum(len(part["input_ids"]) for part in rows) == 30
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy", None, "tensor"])
+def test_rows_of_a_tokenized_data_set_are_batches_of_one_row_in_every_form(form):
+    rows = torch.randint(90, (4, 16), generator=torch.Generator().manual_seed(0))
+    model = tiny_llama()
+    stacks = find_stacks(model)
+    expected = gather_moments(model, stacks, [rows], progress=False)
+    data = rows
+    if form != "tensor":
+        data = Dataset.from_dict({"input_ids": rows.tolist(), "label": [1] * 4}).with_format(form)
+    found = gather_moments(model, stacks, calibration_batches(model, data), progress=False)
+    assert found.tokens == expected.tokens
+    for path in stacks[0].modules:
+        torch.testing.assert_close(found.of(path), expected.of(path))
+
+
+def test_a_text_without_a_token_is_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    with pytest.raises(ValueError, match="makes no token of the calibration text"):
+        calibration_batches(tiny_llama(), ["\u200b"], tokenizer)
