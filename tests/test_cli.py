@@ -29,6 +29,7 @@ from qrefta.hf_quantizer import quant_report
 from qrefta.measure.sources import load_causal_model
 from qrefta.model.stacks import find_stacks
 from qrefta.split.calibrate import gather_moments
+from qrefta.split.checkpoint import FolderSink
 from qrefta.split.sources import calibration_batches
 from qrefta.tables import report_table, results_table
 from qrefta.train._finetune import FinetuneResult
@@ -153,8 +154,9 @@ def test_calibration_moments_and_rank_by_need(dense, rows, tmp_path):
     a file.
     """
     common = ["--method", "refta", "--rank", "error=0.8", "--refine", 1]
+    words = [*common, "--rounding", "feedback"]
     result = invoke(
-        "prepare", dense, tmp_path / "a", *common, "--calibration", rows, "--max-memory", "2GB"
+        "prepare", dense, tmp_path / "a", *words, "--calibration", rows, "--max-memory", "2GB"
     )
     assert result.exit_code == 0
     assert "Ranks: " in result.output
@@ -218,13 +220,54 @@ def test_calibration_can_be_turned_off(dense, rows, tmp_path):
     assert not qrefta.load(tmp_path / "out").config.quantization_config.calibrated
 
 
-def test_layers_are_rounded_in_order_by_finetune_alone(dense, rows, tmp_path):
+def test_rounding_in_order_needs_text(dense, rows, tmp_path):
     options = ["--rounding", "sequential", "--max-steps", 1, "--rank", 2]
     with pytest.raises(ValueError, match="leave --calibration none out"):
         invoke("finetune", dense, rows, tmp_path / "b", *options, "--calibration", "none")
-    with pytest.raises(ValueError, match="use it with qrefta finetune, or call qrefta"):
-        invoke("prepare", dense, tmp_path / "c", "--rounding", "sequential")
+    for words in (["--calibration", "none"], ["--moments", tmp_path / "m.safetensors"]):
+        with pytest.raises(ValueError, match="give --calibration FILE or text, without --moments"):
+            invoke("prepare", dense, tmp_path / "c", "--rounding", "sequential", *words)
     assert not (tmp_path / "c").exists()
+
+
+def test_prepare_rounds_in_order_as_in_python(dense, rows, tmp_path):
+    """In the dtype of the files, also where text is read in float32."""
+    narrow = tmp_path / "narrow"
+    AutoModelForSequenceClassification.from_pretrained(dense, dtype=torch.bfloat16).save_pretrained(
+        narrow
+    )
+    AutoTokenizer.from_pretrained(dense).save_pretrained(narrow)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qrefta.model.dtype.has_bf16_instructions", lambda: False)
+        invoke("prepare", narrow, tmp_path / "a", "--rank", 2, "--calibration", rows)
+    model = AutoModelForSequenceClassification.from_pretrained(narrow, dtype=torch.float32)
+    expected = qrefta.prepare(model, rank=2, calibration=rows, progress=False).to(torch.bfloat16)
+    found = qrefta.load(tmp_path / "a", dtype="auto")
+    assert found.config.quantization_config.settings.rounding == "sequential"
+    assert found.dtype == torch.bfloat16
+    state = found.state_dict()
+    assert state.keys() == expected.state_dict().keys()
+    assert all(torch.equal(state[name], one) for name, one in expected.state_dict().items())
+    assert (tmp_path / "a" / "tokenizer.json").is_file()
+    assert (tmp_path / "a" / "README.md").is_file()
+
+
+def test_prepare_goes_on_with_a_run_that_was_interrupted_out_of_core(dense, rows, tmp_path):
+    words = ["prepare", dense, tmp_path / "a", "--rank", 2, "--calibration", rows]
+    real = FolderSink.write
+
+    def fail(sink, split):
+        if len(sink.reports) == 2:
+            raise OSError(28, "No space left on device")
+        real(sink, split)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FolderSink, "write", fail)
+        with pytest.raises(OSError, match="No space left"):
+            invoke(*words, "--rounding", "feedback")
+    assert invoke(*words).exit_code == 0
+    settings = qrefta.load(tmp_path / "a").config.quantization_config.settings
+    assert settings.rounding == "feedback"
 
 
 def test_the_choice_of_rounding_agrees_with_a_prepared_model(dense, rows, tmp_path):
@@ -703,7 +746,7 @@ def test_prepare_calibrates_in_float32_where_bfloat16_is_slow(
     max_memory, line, narrow, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("qrefta.model.dtype.has_bf16_instructions", lambda: False)
-    monkeypatch.setattr("qrefta._prepare.prepare_checkpoint", lambda *_, **__: stop())
+    monkeypatch.setattr("qrefta._prepare.prepare", lambda *_, **__: stop())
 
     def stop():
         raise ValueError("prepared")

@@ -1,5 +1,6 @@
 """Text to calibrate a dense model with, as --calibration names it."""
 
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from qrefta.choices import GENERIC_TEXT
@@ -34,10 +35,12 @@ def calibration_of(model: str, max_memory: str) -> str:
     return NONE
 
 
-def gather(
+def load_dense(
     model: str, calibration: str, seed: int, max_memory: str, trust_remote_code: bool
-) -> "Moments":
-    """Moments of a dense model's inputs on text; the model is in memory while they are gathered."""
+) -> tuple["PreTrainedModel", list[Any]]:
+    """A dense model in memory, in a dtype that the processor computes fast if that fits, and
+    batches of text to calibrate it with.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from qrefta.files.sources import is_gguf, pretrained_source, resolve_folder
@@ -52,8 +55,7 @@ def gather(
         kind = model_class(vars(config), resolve_folder(model), trust_remote_code)
     dtype = _dtype(model, source, max_memory)
     dense = kind.from_pretrained(**source, dtype=dtype, use_safetensors=True)
-    batches = calibration_batches(dense, calibration, seed=seed)
-    return calibrated(dense, list(batches), calibration)
+    return dense, list(calibration_batches(dense, calibration, seed=seed))
 
 
 def _dtype(model: str, source: dict[str, Any], max_memory: str) -> Any:
@@ -79,26 +81,31 @@ def _dtype(model: str, source: dict[str, Any], max_memory: str) -> Any:
     return "auto"
 
 
-def row_count(batches: list[Any]) -> int:
-    """Rows of all batches."""
-    from qrefta.split.batches import row_count as rows_of_batch
+def prepare_calibrated(
+    model: "PreTrainedModel", batches: list[Any], source: str, settings: dict[str, Any]
+) -> None:
+    """Prepare a dense model in place, calibrated on batches from `source`; prints the cost."""
+    from qrefta._prepare import prepare
 
-    return sum(map(rows_of_batch, batches))
+    start = perf_counter()
+    prepare(model, calibration=batches, **settings)
+    _tell_cost(batches, f"{source} and prepared", start)
 
 
-def calibrated(model: "PreTrainedModel", batches: list[Any], source: str) -> "Moments":
+def gather(model: "PreTrainedModel", batches: list[Any], source: str) -> "Moments":
     """Moments of a dense model's inputs on batches from `source`; prints the cost."""
-    from time import perf_counter
-
     from qrefta._prepare import calibrate
 
     start = perf_counter()
     gathered = calibrate(model, batches)
-    seconds = perf_counter() - start
-    tokens = next(iter(gathered.tokens.values()))
-    rows = row_count(batches)
-    console.print(
-        f"Calibrated on {rows:,} rows of {source} ({tokens:,} tokens) in {seconds:.0f} s; "
-        "--calibration none turns it off."
-    )
+    _tell_cost(batches, source, start)
     return gathered
+
+
+def _tell_cost(batches: list[Any], done: str, start: float) -> None:
+    from qrefta.split.batches import row_count
+
+    console.print(
+        f"Calibrated on {sum(map(row_count, batches)):,} rows of {done} in "
+        f"{perf_counter() - start:.0f} s; --calibration none leaves calibration out."
+    )

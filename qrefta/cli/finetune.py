@@ -5,20 +5,19 @@ import shutil
 import sys
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from qrefta.choices import AUTO_RATE, AUTO_ROUNDING, LoadDtype, Task
 from qrefta.cli import training_options as given
-from qrefta.cli.calibrating import NONE, row_count
+from qrefta.cli.calibrating import NONE, prepare_calibrated
 from qrefta.cli.console import console, megabytes, quiet_libraries
 from qrefta.cli.dtype import chosen_dtype
 from qrefta.cli.options import (
     TrustRemoteCode,
-    must_round_in_order,
     parse_checkpointing,
+    rounding_of,
     setting_of,
     with_settings,
 )
@@ -264,7 +263,7 @@ def _prepare(
 
     seed = settings["seed"]
     if calibration == NONE:
-        if must_round_in_order(settings):
+        if rounding_of(settings).must_round_in_order:
             raise ValueError(
                 "--rounding sequential needs text to calibrate on: leave --calibration none out"
             )
@@ -276,12 +275,7 @@ def _prepare(
     else:
         batches = list(calibration_batches(model, calibration, processor, seed=seed))
         source = calibration
-    start = perf_counter()
-    prepare(model, calibration=batches, **settings)
-    console.print(
-        f"Calibrated on {row_count(batches):,} rows of {source} and prepared in "
-        f"{perf_counter() - start:.0f} s; --calibration none leaves calibration out."
-    )
+    prepare_calibrated(model, batches, source, settings)
 
 
 def _options_of_run(

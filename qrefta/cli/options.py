@@ -175,12 +175,10 @@ def _bits(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 
 
-def must_round_in_order(settings: dict[str, Any]) -> bool:
-    """`Settings.must_round_in_order` of options, whatever the others are: these are checked
-    later.
-    """
+def rounding_of(settings: dict[str, Any]) -> Settings:
+    """Settings with the rounding of options, whatever the others are: these are checked later."""
     names = ("bits", "target_bits", "rounding")
-    return Settings(**{name: settings[name] for name in names}).must_round_in_order
+    return Settings(**{name: settings[name] for name in names})
 
 
 def _rank_of_old_options(rank: str, given: dict[str, Any]) -> str:

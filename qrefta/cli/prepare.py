@@ -1,14 +1,25 @@
 """qrefta prepare."""
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qrefta.cli.calibrating import KINDS, NONE, calibration_of, gather
+from qrefta.cli.calibrating import (
+    KINDS,
+    NONE,
+    calibration_of,
+    gather,
+    load_dense,
+    prepare_calibrated,
+)
 from qrefta.cli.console import console, megabytes, quiet_libraries
 from qrefta.cli.inspect import saved_config
-from qrefta.cli.options import TrustRemoteCode, must_round_in_order, with_settings
+from qrefta.cli.options import TrustRemoteCode, rounding_of, with_settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @with_settings
@@ -40,40 +51,65 @@ def prepare(
     ] = "2GB",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Split a checkpoint into a 4-bit residual and trainable factors, a few rows at a time.
+    """Store a checkpoint in 4 bits, with trainable factors.
 
-    An interrupted run goes on when the same command is given again. A GGUF file is prepared in
-    memory.
+    With text to calibrate on, the model is in memory and its layers are rounded in their order.
+    Without, with --moments and with --rounding feedback, weights are read a few rows at a time;
+    this goes on after an interruption when the same command is given again.
     """
-    if must_round_in_order(settings):
-        raise ValueError(
-            "--rounding sequential reads text with the model in memory, and this command holds no "
-            "model: use it with qrefta finetune, or call qrefta.prepare in Python."
-        )
     quiet_libraries(data=False)
     from qrefta._prepare import prepare_checkpoint
+    from qrefta.files.folders import JOURNAL, new_folder
     from qrefta.files.layout import weights_bytes
     from qrefta.files.sources import dense_bytes
     from qrefta.split.calibrate import load_moments
     from qrefta.tables import report_table
 
-    gathered = None
+    rounding = rounding_of(settings)
     if calibration is None:
         calibration = NONE if moments is not None else calibration_of(model, max_memory)
-    if calibration != NONE:
-        gathered = gather(model, calibration, settings["seed"], max_memory, trust_remote_code)
-        if moments is not None:
-            gathered.save(moments)
-    elif moments is not None:
-        gathered = load_moments(moments)
-    prepare_checkpoint(
-        model,
-        out,
-        moments=gathered,
-        device=device or "cpu",
-        max_memory=max_memory,
-        trust_remote_code=trust_remote_code,
-        **settings,
-    )
+    in_order = rounding.may_round_in_order and calibration != NONE and moments is None
+    if rounding.must_round_in_order and not in_order:
+        raise ValueError(
+            "--rounding sequential reads text with the model in memory: give --calibration FILE or "
+            "text, without --moments."
+        )
+    load = partial(load_dense, model, calibration, settings["seed"], max_memory, trust_remote_code)
+    if in_order and not (out / JOURNAL).exists():
+        with new_folder(out) as folder:
+            dense, batches = load()
+            prepare_calibrated(dense, batches, calibration, settings | {"device": device})
+            _save(dense, model, folder, trust_remote_code)
+    else:
+        gathered = None
+        if calibration != NONE:
+            gathered = gather(*load(), calibration)
+            if moments is not None:
+                gathered.save(moments)
+        elif moments is not None:
+            gathered = load_moments(moments)
+        prepare_checkpoint(
+            model,
+            out,
+            moments=gathered,
+            device=device or "cpu",
+            max_memory=max_memory,
+            trust_remote_code=trust_remote_code,
+            **settings,
+        )
     console.print(report_table([row.report() for row in saved_config(out).stacks]))
     console.print(f"{megabytes(dense_bytes(model))} -> {megabytes(weights_bytes(out))} in {out}")
+
+
+def _save(prepared: "PreTrainedModel", source: str, folder: Path, trust_remote_code: bool) -> None:
+    """Write a prepared model in the dtype of the files that it came from, with its tokenizer."""
+    from transformers import AutoConfig
+
+    from qrefta.export.write import copy_tokenizer
+    from qrefta.files.sources import pretrained_source
+
+    stored = AutoConfig.from_pretrained(**pretrained_source(source, trust_remote_code)).dtype
+    if stored is not None:
+        prepared.to(stored)
+    prepared.save_pretrained(folder)
+    copy_tokenizer(prepared, folder)
