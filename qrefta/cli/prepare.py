@@ -108,7 +108,7 @@ def _save(prepared: "PreTrainedModel", source: str, folder: Path, trust_remote_c
     from qrefta.export.write import copy_tokenizer
     from qrefta.files.sources import pretrained_source
 
-    stored = AutoConfig.from_pretrained(**pretrained_source(source, trust_remote_code)).dtype
+    stored: Any = AutoConfig.from_pretrained(**pretrained_source(source, trust_remote_code)).dtype
     if stored is not None:
         prepared.to(stored)
     prepared.save_pretrained(folder)
