@@ -18,24 +18,28 @@ class Compared(NamedTuple):
     """A study in the tables.
 
     Attributes:
-        task, model, test_rows: of its rows.
+        task, model, steps, test_rows: of its rows.
         caption: the sentence before the numbers of steps and rows.
         rival: the method that all are compared with.
         methods: names in the table, and methods.
+        main: whether it is the task's line in the README.
     """
 
     task: str
     model: str
+    steps: int
     test_rows: int
     caption: str
     rival: str
     methods: dict[str, str]
+    main: bool = True
 
 
 STUDIES = [
     Compared(
         "tinyshakespeare",
         "SmolLM2-135M-Instruct",
+        60,
         128,
         "SmolLM2-135M-Instruct (30 layers) on Shakespeare's plays",
         "qlora r=2",
@@ -52,6 +56,7 @@ STUDIES = [
     Compared(
         "commonsense",
         "SmolLM2-135M-Instruct",
+        60,
         900,
         "SmolLM2-135M-Instruct on questions of ARC-Easy, ARC-Challenge, OpenBookQA and BoolQ",
         "qlora r=2",
@@ -65,6 +70,20 @@ STUDIES = [
     Compared(
         "sst2-prompt",
         "SmolLM2-135M-Instruct",
+        120,
+        1800,
+        "SmolLM2-135M-Instruct on SST-2 as a prompt",
+        "qlora r=2",
+        {
+            "QLoRA, r = 2": "qlora r=2",
+            "QLoRA, r = 8": "qlora r=8",
+            "qrefta, R = 60": "windows R=60 calibrated rounding=sequential",
+        },
+    ),
+    Compared(
+        "sst2-prompt",
+        "SmolLM2-135M-Instruct",
+        60,
         1800,
         "SmolLM2-135M-Instruct on SST-2 as a prompt",
         "qlora r=2",
@@ -74,10 +93,12 @@ STUDIES = [
             "qrefta, R = 60": "windows R=60 calibrated rounding=sequential",
             'qrefta, R = 60, `rounding="feedback"`': "windows R=60 calibrated rounding=feedback",
         },
+        main=False,
     ),
     Compared(
         "sst2",
         "all-MiniLM-L6-v2",
+        64,
         2700,
         "all-MiniLM-L6-v2 (6 layers) on SST-2",
         "qlora r=8",
@@ -106,6 +127,7 @@ STUDIES = [
     Compared(
         "cifar10",
         "runs/vit",
+        64,
         3000,
         "A ViT of 6 layers on four classes of CIFAR-10",
         "qlora r=8",
@@ -139,8 +161,11 @@ def by_task(accuracy: list[Row]) -> str:
     header = ["task", "trainable parameters", "QLoRA", "qrefta", "better by (95 % interval)"]
     lines = []
     seeds = set()
+    steps = set()
     for compared in STUDIES:
-        _, methods = _measured(compared, accuracy)
+        if not compared.main:
+            continue
+        study, methods = _measured(compared, accuracy)
         rival = methods[compared.rival]
         rounding, ours = next(
             (rounding, score)
@@ -156,19 +181,25 @@ def by_task(accuracy: list[Row]) -> str:
         line += [f"{rival.metric} {shown(rival)}", value, _line("", ours, rival)[3]]
         lines.append(line)
         seeds.add(len(ours.values))
-    counts = " or ".join(map(str, sorted(seeds)))
+        steps.add(study.steps)
     caption = (
-        f"In 4 bits, 60 or 64 steps, {counts} seeds, mean ± standard error; differences are paired "
-        "over seeds."
+        f"In 4 bits, {_listed(steps)} steps, {_listed(seeds)} seeds, mean ± standard error; "
+        "differences are paired over seeds."
     )
     return f"{markdown_table(Table(header, lines))}\n\n{caption}"
 
 
+def _listed(counts: set[int]) -> str:
+    *first, last = map(str, sorted(counts))
+    return f"{', '.join(first)} or {last}" if first else last
+
+
 def study_of(compared: Compared, accuracy: list[Row]) -> tuple[Study, dict[str, Score]] | None:
     """The study in the rows, and its scores by method; None if it was not measured."""
-    place = (compared.task, compared.model, compared.test_rows)
+    place = (compared.task, compared.model, compared.steps, compared.test_rows)
     for study, methods in scores(accuracy).items():
-        if (study.task, study.model, study.test_rows) == place and compared.rival in methods:
+        found = (study.task, study.model, study.steps, study.test_rows)
+        if found == place and compared.rival in methods:
             return study, methods
     return None
 

@@ -15,7 +15,7 @@ def summary(files: dict[str, list[Row]]) -> list[str]:
     groups = kept.groups(files.get("kld", []), "language")
     accuracy = files.get("accuracy", [])
     told = [_base(groups[0])] if groups else []
-    told += [_method(compared, accuracy) for compared in STUDIES]
+    told += [_method(compared, accuracy) for compared in STUDIES if compared.main]
     told += [_rank_of_base(groups[0])] if groups else []
     return [sentence for sentence in told if sentence]
 
