@@ -1,6 +1,9 @@
 """Stacks in memory, as the functions that read them by blocks of rows take them."""
 
+from contextlib import contextmanager
 from typing import NamedTuple
+
+import pytest
 
 from qrefta.linalg.slices import Slices
 from qrefta.linalg.tsvd import mix, t_svd, transform_matrix
@@ -8,6 +11,7 @@ from qrefta.methods.refta import ReFTA
 from qrefta.model.stacks import Weights
 from qrefta.nn.factors import Factors
 from qrefta.nn.quantized import DenseWeight, quantize
+from qrefta.split.checkpoint import FolderSink
 from qrefta.split.residual import Split, split_layers, split_stack
 
 
@@ -65,3 +69,19 @@ class Splitted(NamedTuple):
     factors: Factors | None
     residuals: list
     error: float
+
+
+@contextmanager
+def full_disk():
+    """Out of core, the disk is full after two stacks: what runs within ends in that error."""
+    real = FolderSink.write
+
+    def fail(sink, split):
+        if len(sink.reports) == 2:
+            raise OSError(28, "No space left on device")
+        real(sink, split)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FolderSink, "write", fail)
+        with pytest.raises(OSError, match="No space left"):
+            yield

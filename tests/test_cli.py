@@ -29,13 +29,13 @@ from qrefta.hf_quantizer import quant_report
 from qrefta.measure.sources import load_causal_model
 from qrefta.model.stacks import find_stacks
 from qrefta.split.calibrate import gather_moments
-from qrefta.split.checkpoint import FolderSink
 from qrefta.split.sources import calibration_batches
 from qrefta.tables import report_table, results_table
 from qrefta.train._finetune import FinetuneResult
 from qrefta.train.models import load_classifier
 from tests.models import logits, tiny_llama
 from tests.pages import language_tokenizer
+from tests.stacks import full_disk
 from tests.tiny import color_rows, tiny_folder, tiny_tokenizer
 
 
@@ -254,17 +254,8 @@ def test_prepare_rounds_in_order_as_in_python(dense, rows, tmp_path):
 
 def test_prepare_goes_on_with_a_run_that_was_interrupted_out_of_core(dense, rows, tmp_path):
     words = ["prepare", dense, tmp_path / "a", "--rank", 2, "--calibration", rows]
-    real = FolderSink.write
-
-    def fail(sink, split):
-        if len(sink.reports) == 2:
-            raise OSError(28, "No space left on device")
-        real(sink, split)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FolderSink, "write", fail)
-        with pytest.raises(OSError, match="No space left"):
-            invoke(*words, "--rounding", "feedback")
+    with full_disk():
+        invoke(*words, "--rounding", "feedback")
     assert invoke(*words).exit_code == 0
     settings = qrefta.load(tmp_path / "a").config.quantization_config.settings
     assert settings.rounding == "feedback"

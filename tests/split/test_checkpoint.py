@@ -19,6 +19,7 @@ from qrefta.model.stacks import find_stacks
 from qrefta.split import checkpoint as convert_module
 from qrefta.split.calibrate import gather_moments
 from tests.models import ARCHITECTURES, EXPERTS, inputs, tiny_gte
+from tests.stacks import full_disk
 
 CHOSEN = ["bert", "llama_gqa", "gpt2", "vit", "t5"]
 
@@ -218,7 +219,7 @@ def test_moments_of_another_model_are_refused_before_a_folder_is_made(saved, tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_an_interrupted_run_does_not_go_on_with_other_moments(saved, tmp_path, monkeypatch):
+def test_an_interrupted_run_does_not_go_on_with_other_moments(saved, tmp_path):
     dense = saved("bert")
     model = ARCHITECTURES["bert"]()
     batch = inputs(model)
@@ -231,17 +232,8 @@ def test_an_interrupted_run_does_not_go_on_with_other_moments(saved, tmp_path, m
     def prepare(moments):
         qrefta.prepare_checkpoint(dense, tmp_path / "out", moments=moments, progress=False)
 
-    real = convert_module.FolderSink.write
-
-    def fail(sink, split):
-        if len(sink.reports) == 2:
-            raise OSError(28, "No space left on device")
-        real(sink, split)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(convert_module.FolderSink, "write", fail)
-        with pytest.raises(OSError, match="No space left"):
-            prepare(first)
+    with full_disk():
+        prepare(first)
     with pytest.raises(ValueError, match="unfinished run with another moments"):
         prepare(second)
     prepare(first)
@@ -253,17 +245,8 @@ def test_a_run_that_goes_on_keeps_the_bits_that_it_chose(saved, tmp_path, monkey
     settings = {"rank": 5, "bits": "auto", "target_bits": 3.9, "progress": False}
     dense = saved("bert")
     qrefta.prepare_checkpoint(dense, tmp_path / "whole", **settings)
-    real = convert_module.FolderSink.write
-
-    def fail(sink, split):
-        if len(sink.reports) == 2:
-            raise OSError(28, "No space left on device")
-        real(sink, split)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(convert_module.FolderSink, "write", fail)
-        with pytest.raises(OSError, match="No space left"):
-            qrefta.prepare_checkpoint(dense, tmp_path / "out", **settings)
+    with full_disk():
+        qrefta.prepare_checkpoint(dense, tmp_path / "out", **settings)
     monkeypatch.setattr("qrefta.split.formats.least_error", lambda *_: 1 / 0)
     qrefta.prepare_checkpoint(dense, tmp_path / "out", **settings)
     for file in (tmp_path / "whole").iterdir():
