@@ -264,7 +264,12 @@ def to_rows(
 ) -> list[dict[str, Any]]:
     """All printed figures as rows for `eval.rows`."""
     study = {"study": "quickstart_chat"}
-    bases = [{"kind": "base", "base": name} | found.to_dict() for name, found in kept.items()]
+    bases = [
+        {"kind": "base", "base": name}
+        | found.to_dict()
+        | {"model": Path(found.model).name, "reference": Path(str(found.reference)).name}
+        for name, found in kept.items()
+    ]
     runs = [
         {"kind": "training", "method": name} | result._asdict() for name, result in results.items()
     ]
