@@ -71,8 +71,8 @@ def prepare(
     adds the hidden states of all tokens twice, and the inputs of one block's linear layers; where
     moments are gathered, a square matrix for each input. A model that is refused is left exactly as
     it was, unless its own code fails while layers are rounded in their order: then the error says
-    to load it again. A warning names the linear layers that stay in 16 bits, if
-    they hold more than 5 % of the weights in the blocks.
+    to load it again. A warning names the linear layers that stay in 16 bits, if they hold more than
+    5 % of the weights in the blocks.
 
     Args:
         model: any transformers model with its weights in memory, float32, bf16 or fp16; also one
@@ -229,17 +229,16 @@ def prepare_checkpoint(
             model.save_pretrained(folder)
             save_tokenizer(source, folder)
         return Path(out)
-    with as_written():
-        return convert(
-            source,
-            Path(out),
-            chosen,
-            loaded,
-            torch.device(device),
-            max_memory,
-            progress,
-            trust_remote_code=trust_remote_code,
-        )
+    return convert(
+        source,
+        Path(out),
+        chosen,
+        loaded,
+        torch.device(device),
+        max_memory,
+        progress,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def _dense_of_gguf(source: str | Path, max_memory: int | str) -> PreTrainedModel:

@@ -35,6 +35,20 @@ class Compared(NamedTuple):
     main: bool = True
 
 
+PROMPT = Compared(
+    "sst2-prompt",
+    "SmolLM2-135M-Instruct",
+    120,
+    1800,
+    "SmolLM2-135M-Instruct on SST-2 as a prompt",
+    "qlora r=2",
+    {
+        "QLoRA, r = 2": "qlora r=2",
+        "QLoRA, r = 8": "qlora r=8",
+        "qrefta, R = 60": "windows R=60 calibrated rounding=sequential",
+    },
+)
+
 STUDIES = [
     Compared(
         "tinyshakespeare",
@@ -67,32 +81,11 @@ STUDIES = [
             'qrefta, R = 60, `rounding="feedback"`': "windows R=60 calibrated rounding=feedback",
         },
     ),
-    Compared(
-        "sst2-prompt",
-        "SmolLM2-135M-Instruct",
-        120,
-        1800,
-        "SmolLM2-135M-Instruct on SST-2 as a prompt",
-        "qlora r=2",
-        {
-            "QLoRA, r = 2": "qlora r=2",
-            "QLoRA, r = 8": "qlora r=8",
-            "qrefta, R = 60": "windows R=60 calibrated rounding=sequential",
-        },
-    ),
-    Compared(
-        "sst2-prompt",
-        "SmolLM2-135M-Instruct",
-        60,
-        1800,
-        "SmolLM2-135M-Instruct on SST-2 as a prompt",
-        "qlora r=2",
-        {
-            "QLoRA, r = 2": "qlora r=2",
-            "QLoRA, r = 8": "qlora r=8",
-            "qrefta, R = 60": "windows R=60 calibrated rounding=sequential",
-            'qrefta, R = 60, `rounding="feedback"`': "windows R=60 calibrated rounding=feedback",
-        },
+    PROMPT,
+    PROMPT._replace(
+        steps=60,
+        methods=PROMPT.methods
+        | {'qrefta, R = 60, `rounding="feedback"`': "windows R=60 calibrated rounding=feedback"},
         main=False,
     ),
     Compared(

@@ -463,11 +463,11 @@ def cost_title(rows: list[Row]) -> str:
     """Time and memory of the default method, or else ReFTA, against QLoRA with as many parameters,
     or else QLoRA r=16.
     """
-    by_method = {
-        method: [row for row in rows if row["method"].startswith(f"{method} ")]
+    groups = (
+        [row for row in rows if row["method"].startswith(f"{method} ")]
         for method in (Settings().method, "refta")
-    }
-    ours = next(filter(None, by_method.values()))
+    )
+    ours = next(filter(None, groups))
     peers = [
         row for row in rows if row["method"].startswith("qlora ") and "dropout" not in row["method"]
     ]

@@ -24,11 +24,10 @@ from qrefta.files.sources import pretrained_source
 from qrefta.memory.footprint import COUNTED_BLOCKS
 from qrefta.model.build import Placement, build, freeze, model_class, with_trained_modules
 from qrefta.model.positions import position_limit
-from qrefta.model.stacks import ends_with, find_stacks, select_stacks
+from qrefta.model.stacks import ends_with, find_stacks
 from qrefta.nn.experts import route_evenly
 from qrefta.nn.quantized import QuantFormat
-from qrefta.split.allocate import given_ranks
-from qrefta.split.formats import formats_without_weights
+from qrefta.split.loop import choices_without_weights
 
 ModelSource = PreTrainedModel | PreTrainedConfig | str | Path
 
@@ -102,15 +101,12 @@ class Outline:
         model.
         """
         model = _in_dtype(copy.deepcopy(self.model), dtype)
-        targets = select_stacks(self.stacks, settings.target_modules)
-        ranks = given_ranks(targets, settings)
+        ranks, quant_types = choices_without_weights(self.stacks, settings)
         settings = with_trained_modules(model, settings, self.stacks)
         paths = {path for path, _ in (*model.named_modules(), *model.named_parameters())}
-        of_all = [ranks.get(stack, 0) for stack in self.stacks]
-        quant_types = formats_without_weights(self.stacks, of_all, settings)
         placements = [
             Placement(_cut(stack, paths), rank, quant_type, stack.layers)
-            for stack, rank, quant_type in zip(self.stacks, of_all, quant_types, strict=True)
+            for stack, rank, quant_type in zip(self.stacks, ranks, quant_types, strict=True)
         ]
         with torch.device("meta"):
             build(model, settings, placements)

@@ -302,7 +302,7 @@ class _Sums:
                 first.setdefault(key, path)
         uses = Counter(group for key in first for group in key)
         for key, owner in first.items():
-            tokens[owner] = sum(self.tokens[group] for group in key)
+            tokens[owner] = counts[owner]
             total = self.sums[key[0]]
             for group in key[1:]:
                 total = total + self.sums[group]

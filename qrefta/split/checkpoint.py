@@ -42,6 +42,7 @@ from qrefta.hf_config import QReftaConfig
 from qrefta.model.build import bank_key, model_class, with_trained_modules
 from qrefta.model.check import FRESH_BYTES, FRESH_SHARE
 from qrefta.model.config_file import check_config
+from qrefta.model.modes import as_written
 from qrefta.model.names import weight_parts
 from qrefta.model.stacks import BLOCK_BYTES, Weights, check_values, find_stacks, select_stacks
 from qrefta.model.unquantized import warn_of_unquantized
@@ -78,6 +79,7 @@ def without_order(settings: Settings) -> Settings:
     return settings.with_rounding(in_order=False)
 
 
+@as_written()
 def convert(
     source: str | Path,
     out: Path,

@@ -60,17 +60,29 @@ class Sink(Protocol):
         ...
 
 
+def choices_without_weights(
+    stacks: list[LayerStack], settings: Settings
+) -> tuple[list[Rank], list[QuantType | None]]:
+    """The rank and the format of every stack, as large as `split_stacks` makes them at most.
+
+    Raises:
+        ValueError: as `split_stacks`; and if a rank depends on the weights.
+    """
+    given = given_ranks(select_stacks(stacks, settings.target_modules), settings)
+    ranks = [given.get(stack, 0) for stack in stacks]
+    return ranks, formats_without_weights(stacks, ranks, settings)
+
+
 def check_choices(stacks: list[LayerStack], settings: Settings) -> None:
     """Refuse target modules, a rank or target bits that no weights are needed to refuse.
 
     Raises:
         ValueError: as `split_stacks`.
     """
-    targets = select_stacks(stacks, settings.target_modules)
     if isinstance(settings.rank, RankBudget) and settings.weighs_error:
-        return
-    ranks = given_ranks(targets, settings)
-    formats_without_weights(stacks, [ranks.get(stack, 0) for stack in stacks], settings)
+        select_stacks(stacks, settings.target_modules)
+    else:
+        choices_without_weights(stacks, settings)
 
 
 def split_stacks(

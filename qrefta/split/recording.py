@@ -132,19 +132,17 @@ def record(
             model(**accepted_inputs(model, inputs))
     if not masks:
         raise no_batches()
-    for chain in [chain for chain, blocks in chains.items() if not any(blocks.calls.values())]:
-        del chains[chain]  # the batches do not use it: no image for an image encoder
-    for blocks in chains.values():
-        for path, calls in blocks.calls.items():
+    used = [watch for watch in watches if watch.chain.first]  # without images, no image encoder
+    for watch in used:
+        for path, calls in watch.chain.calls.items():
             if len(calls) != len(masks):
                 raise NoOrderError(
                     f"{path} ran {len(calls)} times for {len(masks)} batches, and "
                     'rounding="sequential" needs one time a batch'
                 )
-    for watch in watches:
-        if watch.chain.first:
-            watch.check(model)
-    return Recording(list(chains.values()), masks)
+    for watch in used:
+        watch.check(model)
+    return Recording([watch.chain for watch in used], masks)
 
 
 def run_block(model: nn.Module, path: str, hidden: Tensor, call: Call) -> Tensor:

@@ -65,15 +65,15 @@ class StackRounding:
         If feedback follows, scales are not searched: on SmolLM2 the search changes the KL
         divergence of the result by less than its standard error, and takes most of the time.
         """
-        moment = None if self.feeds_back else self._moment(layer)
-        if self.feeds_back or not self._searches(moment):
+        if self.feeds_back or not self._searches(layer):
             return PLAIN
+        moment = self._moment(layer)
         return Rounding(True, None if moment is None else _column_weights(moment))
 
     def stored(self, layer: int) -> Rounding:
         """The rounding of a layer as it is stored."""
         moment = self._moment(layer)
-        search = self._searches(moment)
+        search = self._searches(layer)
         if moment is None:
             return Rounding(search)
         weights = _column_weights(moment) if search else None
@@ -81,14 +81,16 @@ class StackRounding:
             return Rounding(search, weights)
         return Rounding(search, weights, self._feedback(layer, moment))
 
-    def _searches(self, moment: Tensor | None) -> bool:
-        return self.settings.searches_scales(calibrated=moment is not None)
+    def _searches(self, layer: int) -> bool:
+        return self.settings.searches_scales(calibrated=self._reached(layer))
+
+    def _reached(self, layer: int) -> bool:
+        """Whether a token of a calibration reached a layer."""
+        return self.moments is not None and self.moments.reached(self._path(layer))
 
     def _has_feedback(self, path: str) -> bool:
         """Whether a linear layer can be rounded with feedback."""
-        if self.moments is None or not self.moments.reached(path):
-            return False
-        return self._suffices(self.moments.of(path), path)
+        return self.moments is not None and self._suffices(self.moments.of(path), path)
 
     def _suffices(self, moment: Tensor, path: str) -> bool:
         """Whether a moment is full and has tokens enough for feedback."""
@@ -103,7 +105,7 @@ class StackRounding:
 
     def _moment(self, layer: int) -> Tensor | None:
         """The moment of a layer; None if no token of a calibration reached it."""
-        if self.moments is None or not self.moments.reached(self._path(layer)):
+        if self.moments is None or not self._reached(layer):
             return None
         return self.moments.of(self._path(layer)).to(self.device)
 

@@ -155,7 +155,7 @@ class LayerSequence:
                 raise not_finite(path)
             self._last, self._rows = x, len(kept)
             block = self._block[path]
-            self._bytes[block] += x.numel() * x.itemsize
+            self._bytes[block] += x.nbytes
             if self._most_bytes is not None and self._bytes[block] > self._most_bytes:
                 raise NoOrderError(
                     f"the inputs of the linear layers of {block} take more than "
