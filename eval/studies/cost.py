@@ -80,6 +80,17 @@ SETTINGS = {
         },
         (4, 256),
     ),
+    "cpu wide": Setting(
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "vocab_size": 4096,
+        },
+        (1, 256),
+    ),
     "8b": Setting(
         {
             "hidden_size": 4096,

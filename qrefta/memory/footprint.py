@@ -16,7 +16,8 @@ The count is for a GPU: attention is a fused kernel, which keeps its operands, i
 number a row, and sums the gradient of the queries in float32; dropout keeps one byte an element.
 Memory inside other kernels is not counted: bitsandbytes' product dequantizes its weight there, but
 this is below the peak, since the backward pass dequantizes it outside the kernel, together with
-more tensors.
+more tensors. For the same reason it does not matter that the product on a CPU, which is counted,
+dequantizes a part of a large weight at a time.
 """
 
 import weakref

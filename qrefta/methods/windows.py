@@ -61,9 +61,6 @@ class Windows(LowRankFactors):
     def down(self) -> Tensor:
         return self.B
 
-    def core(self, layer: int) -> Tensor:
-        return self.A.new_ones(self.width)
-
     def up(self) -> Tensor:
         return self.A
 

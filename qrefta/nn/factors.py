@@ -32,7 +32,7 @@ from qrefta.config.settings import Settings
 from qrefta.config.stack import BANK
 from qrefta.linalg.slices import Slices
 from qrefta.nn.packed import pack, packed_parameter, warn_of_other_bytes
-from qrefta.nn.product import adapted_product, rounded_factor
+from qrefta.nn.product import adapted_product, rounded_factor, times
 from qrefta.nn.quantized import FrozenWeight
 
 _ALL_ROWS = slice(None)
@@ -210,13 +210,13 @@ class _Kept(NamedTuple):
     Attributes:
         state: identity, place and version of the parameters that they were made from.
         up, down: rounded.
-        cores: of the layers so far.
+        layers: `up`, core and `down` of the layers so far; `up` and `down` are views.
     """
 
     state: tuple[tuple[int, int, int], ...]
     up: Tensor
     down: Tensor
-    cores: dict[int, Tensor]
+    layers: dict[int, tuple[Tensor, Tensor | None, Tensor]]
 
 
 class LowRankFactors(Factors):
@@ -236,12 +236,12 @@ class LowRankFactors(Factors):
     def down(self) -> Tensor:
         """(s, in), differentiable in the trainable parameters, not yet rounded."""
 
-    @abstractmethod
-    def core(self, layer: int) -> Tensor:
-        """core_l, (r, s), or its diagonal (r,).
+    def core(self, layer: int) -> Tensor | None:
+        """core_l, (r, s), or its diagonal (r,); None stands for the identity.
 
         It is differentiable in the trainable parameters, which are rounded in it.
         """
+        return None
 
     @abstractmethod
     def up(self) -> Tensor:
@@ -258,7 +258,7 @@ class LowRankFactors(Factors):
 
     def operands(
         self, layer: int, device: torch.device, dtype: torch.dtype, keep: bool
-    ) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
+    ) -> tuple[Tensor, Tensor | None, Tensor, torch.dtype]:
         """`up` and `down` as they serve a layer, its core between them, and the dtype that `up` and
         `down` are yet to be rounded to.
 
@@ -282,10 +282,12 @@ class LowRankFactors(Factors):
             up, down = self.served(layer, self.up(), self.down())
             return up, self._core_without_autocast(layer), down, self.dtype
         kept = self._kept_factors(device, dtype)
-        if layer not in kept.cores:
-            kept.cores[layer] = self._core_without_autocast(layer).detach().to(device, dtype)
-        up, down = self.served(layer, kept.up, kept.down)
-        return up, kept.cores[layer], down, dtype
+        if layer not in kept.layers:
+            core = self._core_without_autocast(layer)
+            core = None if core is None else core.detach().to(device, dtype)
+            up, down = self.served(layer, kept.up, kept.down)
+            kept.layers[layer] = (up, core, down)
+        return *kept.layers[layer], dtype
 
     def _kept_factors(self, device: torch.device, dtype: torch.dtype) -> _Kept:
         parameters = [p for p in direct_parameters(self).values() if p is not None]
@@ -303,7 +305,7 @@ class LowRankFactors(Factors):
             self._kept[device, dtype] = kept
         return kept
 
-    def _core_without_autocast(self, layer: int) -> Tensor:
+    def _core_without_autocast(self, layer: int) -> Tensor | None:
         with self._without_autocast():
             return self.core(layer)
 
@@ -329,9 +331,8 @@ class LowRankFactors(Factors):
         up, down = self.served(layer, self.up()[rows], self.down())
         up = up.to(self.dtype).to(torch.float32)
         down = down.to(self.dtype).to(torch.float32)
-        core = self.core(layer).to(torch.float32)
-        left = up * core if core.dim() == 1 else up @ core
-        return left, down
+        core = self.core(layer)
+        return times(up, None if core is None else core.to(torch.float32)), down
 
     def delta(self, layer: int, rows: slice = _ALL_ROWS) -> Tensor:
         left, right = self.pair(layer, rows)

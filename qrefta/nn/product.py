@@ -2,10 +2,10 @@
 
     y = x W^T + ((x down^T) core^T) up^T + bias
 
-W is frozen, in 4 bits or dense; `core` is a matrix, or a vector that stands for a diagonal one. The
-update is added to the product, or merged into the dequantized W before the product, whichever is
-cheaper (`qrefta.nn.cost`). Merging
-happens outside autograd: there is no gradient of a dense weight, and nothing dense is kept.
+W is frozen, in 4 bits or dense; `core` is a matrix, a vector that stands for a diagonal one, or
+None, which stands for the identity. The update is added to the product, or merged into the
+dequantized W before the product, whichever is cheaper (`qrefta.nn.cost`). Merging happens outside
+autograd: there is no gradient of a dense weight, and nothing dense is kept.
 
 Kept for the backward pass: x, and where it was made x down^T, each only if a gradient needs it.
 
@@ -49,7 +49,7 @@ class _Frozen(NamedTuple):
 def adapted_product(
     x: Tensor,
     up: Tensor,
-    core: Tensor,
+    core: Tensor | None,
     down: Tensor,
     bias: Tensor | None,
     weight: FrozenWeight,
@@ -63,7 +63,7 @@ def adapted_product(
     Args:
         x: (..., in).
         up: (out, R).
-        core: (R, S), or the diagonal (R,).
+        core: (R, S), the diagonal (R,), or None for the identity.
         down: (S, in).
         bias: (out,) or None.
         weight: W, (out, in).
@@ -72,7 +72,8 @@ def adapted_product(
     out_features, in_features = weight.shape
     tokens = x.reshape(-1, in_features)
     recorded = torch.is_grad_enabled()
-    gradients = recorded and (up.requires_grad or core.requires_grad or down.requires_grad)
+    factors = [factor for factor in (up, core, down) if factor is not None]
+    gradients = recorded and any(factor.requires_grad for factor in factors)
     merges = merging_is_cheaper(len(tokens), in_features, out_features, gradients)
     frozen = _Frozen(weight, rounding, merges)
     if recorded:
@@ -113,6 +114,13 @@ def rounded_factor(factor: Tensor, rounding: torch.dtype, like: Tensor) -> Tenso
     return factor.to(rounding).to(like)
 
 
+def times(rows: Tensor, core: Tensor | None) -> Tensor:
+    """The product rows @ core, for a core as in `adapted_product`."""
+    if core is None:
+        return rows
+    return rows * core if core.dim() == 1 else rows @ core
+
+
 class _AdaptedGradients(torch.autograd.Function):
     """The outline of `adapted_product`, x down^T if it was made, and the gradients of the product.
 
@@ -126,7 +134,7 @@ class _AdaptedGradients(torch.autograd.Function):
         ctx: Any,
         tokens: Tensor,
         up: Tensor,
-        core: Tensor,
+        core: Tensor | None,
         down: Tensor,
         bias: Tensor | None,
         frozen: _Frozen,
@@ -161,7 +169,7 @@ class _AdaptedProduct(torch.autograd.Function):
         ctx: Any,
         outline: Tensor,
         up: Tensor,
-        core: Tensor,
+        core: Tensor | None,
         down: Tensor,
         bias: Tensor | None,
         tokens: Tensor,
@@ -254,7 +262,7 @@ def _narrow(tokens: Tensor, down: Tensor, rounding: torch.dtype) -> Tensor:
 
 def _forward(
     up: Tensor,
-    core: Tensor,
+    core: Tensor | None,
     down: Tensor,
     bias: Tensor | None,
     tokens: Tensor,
@@ -265,10 +273,10 @@ def _forward(
     weight, rounding, merges = frozen
     offset = None if bias is None else bias.to(tokens.dtype)
     up = rounded_factor(up, rounding, tokens)
-    core = core.to(tokens)
+    core = None if core is None else core.to(tokens)
     if merges:
         down = rounded_factor(down, rounding, tokens)
-        merged = weight.plus_product(_times(up, core), down)
+        merged = weight.plus_product(times(up, core), down)
         return linear(tokens, merged, offset)
     assert narrow is not None, "x down^T is made if nothing is merged"
     y = weight.matmul(tokens, offset)
@@ -283,13 +291,13 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     out_features, in_features = weight.shape
     wide_up = rounded_factor(up, ctx.rounding, grad)
     wide_down = rounded_factor(down, ctx.rounding, grad)
-    wide_core = core.to(grad)
+    wide_core = None if core is None else core.to(grad)
     grad_x = grad_up = grad_core = grad_down = grad_bias = None
 
     gradients = need_core or need_down
     merges = merging_is_cheaper(len(grad), out_features, in_features, gradients)
     if need_x and merges:
-        grad_x = grad @ weight.plus_product(_times(wide_up, wide_core), wide_down)
+        grad_x = grad @ weight.plus_product(times(wide_up, wide_core), wide_down)
     elif need_x:
         grad_x = grad @ weight.dequantize(grad.dtype)
 
@@ -301,10 +309,10 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
     if need_core or need_down or (need_x and not merges):
         back = (wide_up.T @ grad.T).T
-        if need_core:
+        if need_core and core is not None:
             # In half precision the products of two scaled factors would overflow.
             grad_core = _core_gradient(back.to(core.dtype), narrow.to(core.dtype), core)
-        back = _times(back, wide_core)
+        back = times(back, wide_core)
         if need_down:
             grad_down = (back.T @ tokens).to(down)
         if grad_x is not None and not merges:
@@ -315,14 +323,9 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad_up, grad_core, grad_down, grad_bias, None
 
 
-def _times(rows: Tensor, core: Tensor) -> Tensor:
-    """The product rows @ core, for a matrix, or a diagonal one as a vector."""
-    return rows * core if core.dim() == 1 else rows @ core
-
-
-def _times_transposed(rows: Tensor, core: Tensor) -> Tensor:
-    """The product rows @ core^T, for a matrix, or a diagonal one as a vector."""
-    return rows * core if core.dim() == 1 else rows @ core.T
+def _times_transposed(rows: Tensor, core: Tensor | None) -> Tensor:
+    """The product rows @ core^T."""
+    return times(rows, core.T if core is not None and core.dim() == 2 else core)
 
 
 def _core_gradient(left: Tensor, right: Tensor, core: Tensor) -> Tensor:

@@ -9,10 +9,11 @@ neighbouring values in a byte; the other formats are ours, and their codes are p
 `qrefta.nn.packing`. The levels and the choice of scales are in `qrefta.nn.grid`.
 
 Products. `matmul` computes x W^T in the dtype of x, in one of two ways:
-- bitsandbytes' `matmul_4bit`: NF4 and FP4 whose rows are whole blocks. On CUDA its kernels for few
-  tokens read the 4 bits themselves, so decoding moves a quarter of the bytes; for more tokens it
-  dequantizes W and multiplies.
-- dequantize, then multiply: our formats, float64, and rows that are not whole blocks.
+- bitsandbytes' `matmul_4bit`: on accelerators, NF4 and FP4 whose rows are whole blocks. On CUDA its
+  kernels for few tokens read the 4 bits themselves, so decoding moves a quarter of the bytes; for
+  more tokens it dequantizes W and multiplies.
+- dequantize, then multiply: on CPUs, where `matmul_4bit` does the same; our formats, float64, and
+  rows that are not whole blocks. On a CPU a large W goes through the cache, some rows at a time.
 `plus_product` adds a low-rank update to the dequantized W in place; with many tokens that is the
 cheaper way to add the update (see `qrefta.nn.product`).
 
@@ -51,6 +52,10 @@ from qrefta.nn.grid import (
 )
 from qrefta.nn.packing import packed, unpacked
 
+# The C library gives a larger tensor fresh pages of memory each time, and the system clears them:
+# that takes longer than to dequantize a matrix into them.
+_FRESH_BYTES = 1 << 25
+_TILE_BYTES = 1 << 23  # of the rows of such a matrix that are dequantized at once
 _FEEDBACK_VALUES = 1 << 25  # of a matrix, worked on at once with error feedback on a CPU
 _FEEDBACK_VALUES_OF_ACCELERATOR = 1 << 26  # many rows, since every column takes several launches
 _SCALE_BLOCK = 256  # scales that share one second-level scale, as in QLoRA
@@ -144,8 +149,10 @@ class QuantizedWeight:
             rows = (len(scales), self.format.block_size)
             state = _state(scales, self.format, rows, kernel_dtype)
             flat = bnb.dequantize_4bit(self._bytes().view(-1, 1), state)
-        values = torch.Size(self.shape).numel()
-        return flat.view(-1)[:values].view(self.shape).to(dtype)
+        values = math.prod(self.shape)
+        if flat.numel() > values:  # whole blocks
+            flat = flat.view(-1)[:values]
+        return flat.view(self.shape).to(dtype)
 
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The product x W^T + bias, (tokens, out), in the dtype of x.
@@ -154,13 +161,38 @@ class QuantizedWeight:
             x: (tokens, in), contiguous or not.
             bias: (out,), in the dtype of x.
         """
-        whole_blocks = self.shape[1] % self.format.block_size == 0
+        rows, width = self.shape
+        on_cpu = x.device.type == "cpu"
+        if on_cpu and self.format.bits == 4 and rows * width * x.itemsize > _FRESH_BYTES:
+            return self._tiled_product(x, bias)
         ours = self.format.quant_type not in BITSANDBYTES_TYPES
-        if ours or x.dtype == torch.float64 or not whole_blocks:
+        if on_cpu or ours or x.dtype == torch.float64 or width % self.format.block_size:
             return linear(x, self.dequantize(x.dtype), bias)
         codes = self._bytes().view(1, -1)
         state = self.bnb_state(x.dtype)
         return matmul_4bit(x, codes, state, bias=bias)
+
+    def _tiled_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`matmul` with some rows of W at a time, for 4 bits."""
+        rows, width = self.shape
+        size = self.format.block_size
+        period = size // math.gcd(width, size)  # rows that are whole blocks
+        count = max(_TILE_BYTES // (width * x.itemsize * period), 1) * period
+        scales = self.block_scales()
+        y = x.new_empty(len(x), rows)
+        for start in range(0, rows, count):
+            tile = slice(start, min(start + count, rows))
+            blocks = slice(start * width // size, -(-tile.stop * width // size))
+            part = QuantizedWeight(
+                self.codes[blocks.start * size // 2 : blocks.stop * size // 2],
+                scales[blocks].view(torch.uint8),
+                None,
+                self.format,
+                (tile.stop - start, width),
+            )
+            offset = None if bias is None else bias[tile]
+            y[:, tile] = linear(x, part.dequantize(x.dtype), offset)
+        return y
 
     def plus_product(self, left: Tensor, right: Tensor) -> Tensor:
         """W + left @ right, (out, in), in the dtype of the factors; it takes one dense buffer."""

@@ -213,9 +213,9 @@ def test_a_layer_under_autocast_trains_in_half_precision(method, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16
-    assert {
-        one.dtype for found in made for one in (found if isinstance(found, tuple) else (found,))
-    } == {torch.float32}
+    assert made
+    cores = [one for found in made for one in (found if isinstance(found, tuple) else (found,))]
+    assert all(core is None or core.dtype == torch.float32 for core in cores)
     found = torch.autograd.grad(y.float().square().sum(), [x, *factors.trained()])
     assert (y - expected).norm() <= 0.02 * expected.norm()
     for ours, theirs in zip(found, wanted, strict=True):

@@ -49,6 +49,18 @@ def product(operands, packed, rounding=torch.float32):
     return adapted_product(*operands, packed, rounding)
 
 
+@token_counts
+def test_no_core_is_a_core_of_ones(tokens):
+    packed = packed_weight(QuantFormat())
+    x, up, core, down, bias = (tensor.requires_grad_() for tensor in operands(tokens))
+    found = []
+    for middle in (None, torch.ones_like(core)):
+        y = adapted_product(x, up, middle, down, bias, packed, torch.bfloat16)
+        found.append([y, *torch.autograd.grad(y.square().sum(), (x, up, down, bias))])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 def definition(operands, packed):
     """Through a dense differentiable weight."""
     x, up, core, down, bias = operands
@@ -239,11 +251,9 @@ def test_without_gradients_the_update_is_merged_from_fewer_tokens_on(tokens):
     )
     with counter, torch.no_grad():
         found = product(made, packed)
-    merged = 2 * tokens * OUT * IN + 2 * RANK * OUT * IN
-    thin = (
-        2 * tokens * RANK * (OUT + IN)
-    )  # the product with the weight is inside bitsandbytes, which is not counted
-    assert counter.get_total_flops() == (merged if tokens > 27 else thin)
+    with_weight = 2 * tokens * OUT * IN
+    update = RANK * OUT * IN if tokens > 27 else tokens * RANK * (OUT + IN)
+    assert counter.get_total_flops() == with_weight + 2 * update
     assert_close(found, product(made, packed), rtol=1e-5, atol=1e-4)
 
 
@@ -290,11 +300,7 @@ def test_a_step_makes_one_dense_buffer_and_one_result_a_pass(fmt, tokens):
     with Allocations() as backward:
         torch.autograd.grad(y, made, grad)
     wide = (max(tokens, OUT, IN) + 1) * RANK
-    merged = (
-        tokens > IN or fmt.quant_type == "int4"
-    )  # else bitsandbytes makes the dense buffer inside its product
-    expected = sorted([tokens * OUT, *([OUT * IN] if merged else [])])
-    assert sorted(size for size in forward.sizes if size > wide) == expected
+    assert sorted(size for size in forward.sizes if size > wide) == sorted([tokens * OUT, OUT * IN])
     assert sorted(size for size in backward.sizes if size > wide) == sorted([tokens * IN, OUT * IN])
 
 

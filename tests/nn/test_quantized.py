@@ -1,12 +1,14 @@
+import math
 from itertools import product
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from torch.nn.functional import linear
 from torch.testing import assert_close
 
 from qrefta.choices import bits_of
-from qrefta.nn import packing
+from qrefta.nn import packing, quantized
 from qrefta.nn.quantized import (
     BLOCK_SIZES,
     QUANT_TYPES,
@@ -423,3 +425,25 @@ def test_matmul_multiplies_by_the_dequantized_matrix(fmt, tokens):
         packed = quantize(gaussian(8, width, seed=8), fmt)
         x = gaussian(tokens, width, seed=tokens)
         assert_close(packed.matmul(x), x @ packed.dequantize(torch.float32).T)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("width", [40, 64, 96])
+@pytest.mark.parametrize(
+    "fmt", [QuantFormat(), QuantFormat("int4", 32), QuantFormat(double_quant=True)], ids=repr
+)
+def test_matmul_of_a_large_matrix_goes_a_few_rows_at_a_time(fmt, width, biased, monkeypatch):
+    packed = quantize(gaussian(45, width, seed=8), fmt)
+    x = gaussian(3, width, seed=3)
+    bias = gaussian(45, seed=4) if biased else None
+    expected = packed.matmul(x, bias)
+    monkeypatch.setattr(quantized, "_FRESH_BYTES", 4000)
+    monkeypatch.setattr(quantized, "_TILE_BYTES", 2000)
+    sizes = []
+    monkeypatch.setattr(
+        quantized, "linear", lambda x, w, b: sizes.append(w.shape) or linear(x, w, b)
+    )
+    assert_close(packed.matmul(x, bias), expected)
+    whole_blocks = fmt.block_size // math.gcd(fmt.block_size, width)
+    assert sizes[0][0] == max(500 // (width * whole_blocks), 1) * whole_blocks
+    assert sum(rows for rows, _ in sizes) == 45
