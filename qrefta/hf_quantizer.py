@@ -371,7 +371,9 @@ class QReftaQuantizer(HfQuantizer):
             )
         self._made = tempfile.TemporaryDirectory(prefix="qrefta-")
         if isinstance(device_map, str):  # "auto": the map is inferred from the prepared model
-            device = torch.accelerator.current_accelerator() or "cpu"
+            # a CUDA build of torch names its accelerator on a machine without one, too
+            here = torch.accelerator.is_available()
+            device = (torch.accelerator.current_accelerator() if here else None) or "cpu"
         else:
             device = _accelerator(device_map or {}) or "cpu"
         out = Path(self._made.name) / "prepared"

@@ -22,6 +22,7 @@ import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from datasets import Dataset, DatasetDict
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, Trainer, TrainingArguments
@@ -41,6 +42,7 @@ from qrefta.train.rates import CALIBRATED_RATE
 from qrefta.train.tasks import TASKS
 from qrefta.train.tasks.classify import text_classes
 from tests.models import VOCAB, tiny_llama
+from tests.train.talk import chat_rows, words
 
 DOCS = Path(__file__).parents[1] / "docs" / "distributed.md"
 TEXT = [{"input_ids": row, "labels": row} for row in torch.arange(64 * 8).view(64, 8) % VOCAB]
@@ -141,6 +143,7 @@ def replicated(folder):
     model = start(folder)
     yield "ddp", (tune(folder, "ddp", model, 8), trained(model))
     yield "ddp stops", stops(folder, "ddp-stops", torch.inf)
+    yield "test losses", chat_losses(folder / "chats")
     model = _prepared_as_by_the_command(folder)
     settings = {
         "max_steps": COMMAND_STEPS,
@@ -360,6 +363,24 @@ def tune(folder, name, model, batch_size, resume=False, recipe=balanced_classes,
     categories = (DeprecationWarning, FutureWarning)
     WARNINGS.extend(str(row.message) for row in caught if issubclass(row.category, categories))
     return result
+
+
+def chat_losses(folder):
+    """Test losses of conversations of unequal lengths, three for two processes; padded, one and two
+    rows a batch, and joined without padding.
+    """
+    long = [{"role": "user", "content": "what is sky ?"}]
+    long.append({"role": "assistant", "content": "blue " * 20})
+    rows = Dataset.from_list([{"messages": long}, *chat_rows(2)])
+    found = []
+    for size, padding_free in ((1, False), (2, False), (2, True)):
+        options = {"batch_size": size, "padding_free": padding_free, "max_steps": 1, "task": "sft"}
+        data = DatasetDict(train=rows, test=rows)
+        result = qrefta.finetune(
+            tiny_llama(32), words(), data, folder / str(len(found)), progress=False, **options
+        )
+        found.append(result.test_loss_before)
+    return found
 
 
 def trained(model):

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 import qrefta
 from qrefta.cli import app, main
 from qrefta.cli.calibrating import calibration_of
+from qrefta.cli.console import guarded
 from qrefta.cli.plan import _largest
 from qrefta.config.rank import parse_rank
 from qrefta.hf_config import QReftaConfig
@@ -526,6 +527,41 @@ def test_settings_of_preparing_are_refused_for_a_prepared_model(
     with pytest.raises(ValueError, match=message):
         invoke("finetune", prepared, "none.csv", tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_can_begin_again(prepared, rows, tmp_path):
+    out = tmp_path / "out"
+    for left in ("unfinished", "start", "start.partial"):
+        (out / left).mkdir(parents=True)
+    (out / "recipe.yaml").touch()
+    assert invoke("finetune", prepared, rows, out, "--max-steps", 1).exit_code == 0
+    assert not {"unfinished", "start", "start.partial"} & {file.name for file in out.iterdir()}
+    (tmp_path / "notes" / "start").mkdir(parents=True)
+    (tmp_path / "notes" / "my.txt").touch()
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        invoke("finetune", prepared, rows, tmp_path / "notes")
+    assert (tmp_path / "notes" / "start").is_dir()
+
+
+def test_brackets_in_the_name_of_a_folder_are_shown(prepared, tmp_path):
+    folder = tmp_path / "runs[v2]" / "[" / "old]"
+    shutil.copytree(prepared, folder)
+    shown = invoke("verify", folder).output.replace("\n", "")
+    assert "runs[v2]/[/old] is whole" in shown
+
+
+def test_too_little_memory_is_one_line(monkeypatch, capsys):
+    def run_out():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(SystemExit) as error:
+        guarded(run_out)
+    assert error.value.code == 2
+    told = capsys.readouterr().err.replace("\n", " ")
+    assert told.startswith("Error: CUDA out of memory.")
+    assert "--gradient-checkpointing" in told
+    with pytest.raises(RuntimeError, match="another"):
+        guarded(lambda: (_ for _ in ()).throw(RuntimeError("another")))
 
 
 def test_the_settings_with_which_a_model_was_prepared_may_be_given_again(prepared, rows, tmp_path):

@@ -29,6 +29,7 @@ from tests.processes import (
     ROWS,
     STEPS,
     TEXT,
+    chat_losses,
     everything,
     killed,
     language_model,
@@ -70,6 +71,13 @@ def folder(tmp_path_factory):
 def results(folder):
     """The results of both processes."""
     return [torch.load(folder / f"results{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def test_the_test_loss_of_unequal_processes_is_that_of_one(results, tmp_path):
+    """One process of four has all rows; two have a long and a short one, and repeat a row."""
+    alone = chat_losses(tmp_path)
+    for found in results:
+        assert found["test losses"] == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from qrefta.cli.console import console, quiet_libraries
 from qrefta.cli.dtype import Dtype, computing_dtype
@@ -50,7 +51,7 @@ def _typed() -> Iterator[str]:
         return
     while True:
         try:
-            yield console.input("[bold]> [/]")
+            yield console.input(Text("> ", "bold"))
         except (EOFError, KeyboardInterrupt):
             print()
             return

@@ -3,11 +3,12 @@
 import logging
 import warnings
 from collections.abc import Callable
+from typing import NoReturn
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
-console = Console()
+console = Console(markup=False)  # names of files may hold brackets
 
 
 def quiet_libraries(data: bool = True) -> None:
@@ -34,8 +35,22 @@ def guarded(command: Callable[[], object]) -> None:
     try:
         command()
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", highlight=False)
-        raise SystemExit(2) from error
+        _fail(str(error), error)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which takes long to import
+            raise
+        _fail(
+            f"{error}\nThe device has too little memory. `qrefta plan` counts the memory of a run "
+            "before it starts; smaller batches (--batch-size, --gradient-accumulation) and "
+            "--gradient-checkpointing need less.",
+            error,
+        )
+
+
+def _fail(message: str, error: Exception) -> NoReturn:
+    told = Text.assemble(("Error:", "bold red"), " ", message)
+    Console(stderr=True).print(told, highlight=False)
+    raise SystemExit(2) from error
 
 
 def megabytes(size: int) -> str:

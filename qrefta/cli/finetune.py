@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from qrefta.config.settings import Settings
     from qrefta.train.tasks.mixture import Mixture
 
+_START = "start"  # folder in OUT: the prepared model, for the other processes
+_LEFT = ("unfinished", _START, f"{_START}.partial")  # by a run before its first checkpoint
 ROWS = "data"  # rows of the training data
 
 
@@ -124,7 +126,7 @@ def finetune(
         ),
     )
     options = _options_of_run(ctx, settings, trust_remote_code)
-    start = out / "start"  # the prepared model, for the other processes
+    start = out / _START
     with state.main_process_first():
         if state.is_main_process and not resume:
             _check_run(out)
@@ -167,7 +169,7 @@ def finetune(
     except TrainingInterrupted as stop:
         again = [word for word in sys.argv[1:] if word != "--resume"]
         told = f"{stop.told}\nResume with:\n{shlex.join(['qrefta', *again, '--resume'])}"
-        console.print(told, highlight=False, markup=False, soft_wrap=True)
+        console.print(told, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from stop
     if state.is_main_process:
         shutil.rmtree(start, ignore_errors=True)
@@ -349,6 +351,8 @@ def _check_run(out: Path) -> None:
             f"{out} holds {checkpoint.name} of an earlier run. Add --resume to go on with it, or "
             "choose another folder."
         )
-    if out.is_dir() and [file.name for file in out.iterdir()] == [RECIPE]:
-        return  # of a run that failed before its first checkpoint
+    if out.is_dir() and {file.name for file in out.iterdir()} <= {RECIPE, *_LEFT}:
+        for name in _LEFT:  # of a run that ended before its first checkpoint
+            shutil.rmtree(out / name, ignore_errors=True)
+        return
     check_new(out)

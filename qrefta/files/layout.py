@@ -18,6 +18,11 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / file for file in shards_of(folder)]
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has a model's weights."""
+    return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+
+
 def weights_bytes(folder: Path) -> int:
     """Bytes of the safetensors files directly in a folder."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -20,6 +20,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 IGNORED = -100  # as a label: no loss
+# a cap of logits, by its names in the configs of models
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 CHUNK = 128  # tokens whose logits exist at a time
 
 
@@ -127,8 +129,8 @@ def linear_head(model: PreTrainedModel) -> nn.Linear | None:
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or "forward" in vars(head):
         return None  # a wrapped head, or one that accelerate moves between devices
-    capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return None if capped else head
+    config = model.config.get_text_config()
+    return None if any(getattr(config, name, None) for name in _CAPS) else head
 
 
 @contextmanager

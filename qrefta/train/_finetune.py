@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from accelerate.utils import gather_object
@@ -47,6 +48,7 @@ from qrefta.train.nan_guard import finite_steps
 from qrefta.train.packing import check_apart, join_by_default, row_by_row
 from qrefta.train.progress import Lines, Progress
 from qrefta.train.rates import chosen_rate, warn_of_rate
+from qrefta.train.restoring import restores_all
 from qrefta.train.resume import OrderOfEpoch, OwnIntervals, checkpoint_of
 from qrefta.train.same_run import run_marks
 from qrefta.train.tasks import TASKS, Recipe, TaskName
@@ -200,9 +202,9 @@ def finetune(
     Raises:
         ValueError: for an unknown task, a model without trainable parameters, unusable data, labels
             of the model that do not fit the data, a `max_length` above the model's positions, a
-            keyword that contradicts `args`, a missing or damaged checkpoint to resume from,
-            checkpoints of an earlier run without `resume`, or processes that cannot share the model
-            as asked (see `qrefta.distributed`).
+            keyword that contradicts `args`, settings of generation that cannot be saved, a missing,
+            incomplete or damaged checkpoint to resume from, checkpoints of an earlier run without
+            `resume`, or processes that cannot share the model as asked (see `qrefta.distributed`).
         FloatingPointError: if a loss or a gradient is not finite; earlier checkpoints are whole.
         OSError: if a checkpoint or the model cannot be written; earlier files are whole.
     """
@@ -367,6 +369,7 @@ def _train(
     """Train, evaluate and write the model."""
     run = Path(str(arguments.output_dir))
     check_metric(arguments, recipe, task)
+    _check_generation(model)
     marks = run_marks(model, recipe.train, recipe.test, arguments)
     checkpoint = checkpoint_of(run, resume, model, marks)
     if checkpoint is not None:
@@ -419,6 +422,14 @@ def _train(
     )
 
 
+def _check_generation(model: PreTrainedModel) -> None:
+    """Refuse settings of generation that transformers does not save, before the first step."""
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        with TemporaryDirectory() as folder:
+            generation.save_pretrained(folder)
+
+
 def _trainer(
     model: PreTrainedModel,
     processor: PreTrainedTokenizerBase | BaseImageProcessor,
@@ -432,7 +443,7 @@ def _trainer(
     if getattr(arguments, "padding_free", False):
         _join_rows(arguments)
     options = {"data_collator": recipe.collate, "compute_metrics": recipe.metrics} | recipe.options
-    trainer = finite_steps(whole_checkpoints(recipe.trainer, marks))(
+    trainer = finite_steps(restores_all(whole_checkpoints(recipe.trainer, marks)))(
         model=model,
         args=arguments,
         train_dataset=recipe.train,

@@ -61,6 +61,10 @@ UNSUPPORTED = {
     "push_to_hub": "push the folder after the run, with model.push_to_hub or `hf upload`",
     "resume_from_checkpoint": "use finetune(..., resume=True), which takes the last checkpoint",
 }
+_OF_TOKENIZER = "set it on the tokenizer before finetune, which makes the rows with it"
+TASK_UNSUPPORTED: dict[TaskName, dict[str, str]] = {
+    "sft": dict.fromkeys(("chat_template_path", "eos_token", "pad_token"), _OF_TOKENIZER),
+}
 KEYWORDS = {
     "num_train_epochs": "epochs",
     "per_device_train_batch_size": "batch_size",
@@ -138,7 +142,7 @@ def run_arguments(
         values = _default_values(task, settings)
     else:
         kind = type(args)
-        _check_supported(args, arguments_class(task))
+        _check_supported(args, task)
         values = _given_values(args, task, settings)
     values["output_dir"] = str(_output_dir(args, output_dir))
     values |= TASK_VALUES.get(task, {})
@@ -198,11 +202,12 @@ def _default_values(task: TaskName, settings: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _check_supported(args: TrainingArguments, kind: type[TrainingArguments]) -> None:
-    """Refuse arguments of another class than `kind`, and fields that a run does not follow."""
+def _check_supported(args: TrainingArguments, task: TaskName) -> None:
+    """Refuse arguments of another class than the task's, and fields that a run does not follow."""
+    kind = arguments_class(task)
     if not isinstance(args, kind):
         raise ValueError(f"args is a {type(args).__name__}; this task needs a {kind.__name__}")
-    for name, instead in UNSUPPORTED.items():
+    for name, instead in (UNSUPPORTED | TASK_UNSUPPORTED.get(task, {})).items():
         if getattr(args, name, None):
             raise ValueError(f"args.{name} is not supported; {instead}.")
 

@@ -101,9 +101,10 @@ def writing(run: Path, files: str) -> Iterator[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except Exception as error:
         clear_unfinished(run)
-        if isinstance(error, RuntimeError) and not any(text in str(error) for text in _TORCH_SAVE):
+        full_disk = isinstance(error, RuntimeError) and any(t in str(error) for t in _TORCH_SAVE)
+        if not full_disk and not isinstance(error, OSError | SafetensorError):
             raise
         raise OSError(
             f"Cannot write {files} to {run}: {error}. All earlier files are whole; make room or "

@@ -4,6 +4,8 @@ A model that caps its logits, or computes its loss in code of its class, keeps i
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,14 +15,15 @@ from transformers import PreTrainedModel, Trainer
 from qrefta.model.modes import eval_mode
 from qrefta.nn.head_loss import linear_head, plain_head
 
-_TOLERANCE = 1e-2  # of the loss that a model's own loss function gives; far above rounding
+_TOLERANCE = 1e-2  # of the values that a model's own code gives; far above rounding
+_SCALE = 1000.0  # of logits, so that those of a few tokens are above any cap
 
 
 def has_plain_head(model: Any) -> bool:
     """Whether the model's loss is the cross-entropy of its head's output, tried on a few tokens.
 
     Models differ that cap their logits, and models whose code does not call the loss function of
-    transformers.
+    transformers. A cap shows in large logits only, so the head is tried with its output scaled up.
     """
     base = causal_model_of(model)
     if base is None or linear_head(base) is None:
@@ -29,12 +32,29 @@ def has_plain_head(model: Any) -> bool:
     inputs = {"input_ids": tokens, "labels": tokens} | _without_cache(base)
     try:
         with eval_mode(model), torch.no_grad():
-            own = model(**inputs).loss
+            own = model(**inputs)
             with plain_head(base):
-                ours = model(**inputs).loss
+                ours = model(**inputs)
+            with _scaled_head(base):
+                scaled = model(**inputs)
     except (IndexError, RuntimeError, TypeError, ValueError):
         return False  # a loss in the model's own code, which takes logits
-    return own is not None and bool((own - ours).abs() <= _TOLERANCE * own.abs())
+    return own.loss is not None and all(
+        bool((one - other).abs().max() <= _TOLERANCE * one.abs().max())
+        for one, other in ((own.loss, ours.loss), (_SCALE * own.logits, scaled.logits))
+    )
+
+
+@contextmanager
+def _scaled_head(model: PreTrainedModel) -> Iterator[None]:
+    """The head's output is `_SCALE` times as large."""
+    head: Any = model.get_output_embeddings()
+    compute = head.forward
+    head.forward = lambda hidden: _SCALE * compute(hidden).float()
+    try:
+        yield
+    finally:
+        del head.forward
 
 
 def _without_cache(model: PreTrainedModel) -> dict[str, bool]:
@@ -90,6 +110,8 @@ def without_logits(kind: type[Trainer]) -> type[Trainer]:
                 return None
             if getattr(self, "aux_loss_enabled", False):
                 return None  # SFTTrainer weighs the loss of a mixture's router itself
+            if self.args.n_gpu > 1:
+                return None  # DataParallel's copies have heads on other devices
             model = self.model
             assert isinstance(model, nn.Module)
             if self._has_plain_head is None:

@@ -40,6 +40,8 @@ class Interrupts(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if self.asked and state.global_step < state.max_steps:
+            if args.save_total_limit == 1:
+                args.save_total_limit = 2  # with 1 Trainer ends with the best checkpoint alone
             control.should_save = True
             control.should_training_stop = True
 

@@ -24,7 +24,8 @@ _SCORES = {
 class Lines(TrainerCallback):
     """Lines instead of the dictionaries that Trainer prints without a progress bar.
 
-    A run that logs every EVERY steps, as by default, logs every hundredth part if that is longer.
+    A run that logs every EVERY steps, as by default, has a line every hundredth part if that is
+    longer.
     Seconds are of training alone: evaluating and saving do not count.
     """
 
@@ -39,8 +40,6 @@ class Lines(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
     ) -> None:
         super().on_train_begin(args, state, control, **others)
-        if args.logging_steps == EVERY:
-            state.logging_steps = max(EVERY, state.max_steps // _PARTS)
         self._logged = (0.0, int(state.num_input_tokens_seen))
 
     def on_step_begin(
@@ -65,21 +64,21 @@ class Lines(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or logs is None:
             return
-        line = self._line(state, logs)
+        line = self._line(args, state, logs)
         if line:
             self._write(line)
 
     def _write(self, line: str) -> None:
         print(line, flush=True)
 
-    def _line(self, state: TrainerState, logs: dict[str, Any]) -> str:
+    def _line(self, args: TrainingArguments, state: TrainerState, logs: dict[str, Any]) -> str:
         """Words for a row of Trainer's log; none for its summary at the end."""
         where = f"step {state.global_step:,} of {state.max_steps:,}"
         if "eval_loss" in logs:
             return ", ".join(
                 [f"{where}: test loss {logs['eval_loss']:.4g}", *_scores(logs, "eval_")]
             )
-        if "loss" not in logs:
+        if "loss" not in logs or not self._is_due(args, state):
             return ""
         parts = [f"{where}: loss {logs['loss']:.4g}", *_scores(logs)]
         if "learning_rate" in logs:
@@ -94,6 +93,13 @@ class Lines(TrainerCallback):
             left = (state.max_steps - state.global_step) * self._train_s / self._steps
             parts.append(f"{duration(left)} left")
         return ", ".join(parts)
+
+    @staticmethod
+    def _is_due(args: TrainingArguments, state: TrainerState) -> bool:
+        """Whether there is a line at this step."""
+        every = max(EVERY, state.max_steps // _PARTS)
+        before = state.global_step - EVERY
+        return args.logging_steps != EVERY or state.global_step // every > before // every
 
 
 def _scores(logs: dict[str, Any], prefix: str = "") -> list[str]:

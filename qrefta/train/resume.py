@@ -27,8 +27,8 @@ def checkpoint_of(
     """The checkpoint to resume from; None for a new run.
 
     Raises:
-        ValueError: if there is none to resume from, one of another run, or a damaged one; for a new
-            run if there is one.
+        ValueError: if there is none to resume from, one of another run, one of the model alone, or
+            a damaged one; for a new run if there is one.
     """
     if processes().is_main_process:
         clear_unfinished(run)
@@ -43,9 +43,23 @@ def checkpoint_of(
             "this run. Continue that run with resume=True, give another output_dir, or remove it."
         )
     check_same_run(checkpoint, marks)
+    _check_optimizer(checkpoint)
     if is_prepared(model):  # Trainer does not load weights through the plug-in
         check_weights(checkpoint)
     return checkpoint
+
+
+def _check_optimizer(checkpoint: Path) -> None:
+    """Refuse a checkpoint of the model alone: Trainer would go on with a new optimizer."""
+    files = {path.name for path in checkpoint.iterdir()}
+    has_optimizer = any(name.startswith("optimizer") for name in files)  # FSDP2: a folder
+    if not has_optimizer or "scheduler.pt" not in files:
+        raise ValueError(
+            f"{checkpoint} holds the model without the state of its optimizer and schedule "
+            "(optimizer.pt, scheduler.pt), so the run cannot go on as if it had not stopped. "
+            "Checkpoints have them unless save_only_model=True. Load the model of this folder and "
+            "train it as a new run."
+        )
 
 
 class OwnIntervals(TrainerCallback):

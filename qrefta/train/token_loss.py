@@ -31,12 +31,29 @@ def loss_by_tokens(kind: type[Trainer]) -> type[Trainer]:
             prediction_loss_only: bool,
             ignore_keys: list[str] | None = None,
         ) -> Any:
+            inputs = self._without_repeated_rows(inputs)
             tokens = int((inputs["labels"][..., 1:] != IGNORED).sum())
             found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
             if found[0] is not None and tokens:
                 total, count = self._sums
                 self._sums = (total + float(found[0]) * tokens, count + tokens)
             return found
+
+        def _without_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
+            """The batch, without the labels of the rows that accelerate repeats, so that the last
+            batches of all processes are equally large.
+            """
+            place = self.accelerator.gradient_state
+            if not place.end_of_dataloader or place.remainder <= 0:
+                return inputs
+            labels = inputs["labels"]
+            if len(labels) == 1 and "position_ids" in inputs:  # joined rows
+                rows = (inputs["position_ids"] == 0).cumsum(-1) - 1
+            else:
+                rows = torch.arange(len(labels), device=labels.device).unsqueeze(1)
+            before = self.accelerator.process_index * (int(rows.max()) + 1)
+            repeated = rows + before >= place.remainder
+            return inputs | {"labels": labels.masked_fill(repeated, IGNORED)}
 
         def evaluation_loop(
             self,
@@ -47,9 +64,14 @@ def loss_by_tokens(kind: type[Trainer]) -> type[Trainer]:
             metric_key_prefix: str = "eval",
         ) -> EvalLoopOutput:
             self._sums = (0.0, 0)
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
+            averages = self.args.average_tokens_across_devices
+            self.args.average_tokens_across_devices = False  # a loss is a mean of this process
+            try:
+                output = super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                )
+            finally:
+                self.args.average_tokens_across_devices = averages
             sums = torch.tensor(gather_object([self._sums]), dtype=torch.float64).sum(0)
             if sums[1] and output.metrics is not None:
                 output.metrics[f"{metric_key_prefix}_loss"] = (sums[0] / sums[1]).item()

@@ -7,11 +7,19 @@ import pytest
 import torch
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 import qrefta
 from qrefta._compat.transformers import enable_checkpointing
 from qrefta.config.stack import BANK
+from qrefta.hf_config import QReftaConfig
 from qrefta.hf_quantizer import place_bank
 from qrefta.train._finetune import finetune
 from qrefta.train.arguments import training_arguments
@@ -327,6 +335,17 @@ def test_recipe_accumulates_and_checkpoints_to_the_same_model(tiny, tmp_path):
 )
 def test_the_factors_get_a_device_that_is_not_offloaded(device_map, added):
     assert place_bank(device_map) == added
+
+
+def test_a_cuda_build_of_torch_prepares_at_loading_without_a_gpu(tmp_path, monkeypatch):
+    """It names its accelerator although there is none."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("cuda"))
+    models.tiny_llama().save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=QReftaConfig(rank=2), device_map="auto"
+    )
+    assert loaded.device.type == "cpu"
 
 
 def test_a_device_map_needs_no_entry_for_the_factors(tmp_path):

@@ -119,6 +119,15 @@ def test_numbers_and_choices_that_make_no_run_are_refused(keywords, message, mod
         finetune(model, None, "no-such-file.csv", args=TrainingArguments("out"), **keywords)
 
 
+@pytest.mark.filterwarnings("ignore:`pad_token`:FutureWarning")
+@pytest.mark.parametrize("field", ["chat_template_path", "eos_token", "pad_token"])
+def test_what_trl_would_set_on_the_tokenizer_too_late_is_refused(field, model):
+    pytest.importorskip("trl")
+    args = training_arguments("sft", "out", **{field: "<x>"})
+    with pytest.raises(ValueError, match=rf"args\.{field} is not supported; set it on the tok"):
+        finetune(model, None, "no-such-file.csv", task="sft", args=args)
+
+
 def test_sizes_and_lengths_in_args_are_checked_too(model):
     with pytest.raises(ValueError, match=r"batch_size \(--batch-size\) is 0"):
         training_arguments("classify", "out", per_device_train_batch_size=0)

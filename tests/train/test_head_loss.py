@@ -13,6 +13,8 @@ from transformers import (
     Gemma2ForCausalLM,
     PhiConfig,
     PhiForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
     Trainer,
     TrainingArguments,
 )
@@ -115,12 +117,46 @@ def capped():
     return build(Gemma2ForCausalLM, config)
 
 
-def test_a_model_that_caps_its_logits_keeps_its_own_loss(tmp_path):
-    model = capped()
+def capped_by_another_name():
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "lru_width": 64}
+    config = RecurrentGemmaConfig(
+        vocab_size=VOCAB, num_attention_heads=4, num_key_value_heads=1, bos_token_id=2, **sizes
+    )
+    return build(RecurrentGemmaForCausalLM, config)
+
+
+def capped_by_its_code():
+    model = tiny_llama()
+    forward = model.forward
+
+    def cap(**inputs):
+        labels = inputs.pop("labels", None)
+        output = forward(**inputs)
+        output.logits = 30 * torch.tanh(output.logits / 30)
+        if labels is not None:
+            output.loss = model.loss_function(output.logits, labels, model.config.vocab_size)
+        return output
+
+    model.forward = cap
+    return model
+
+
+@pytest.mark.parametrize("capped", [capped, capped_by_another_name, capped_by_its_code])
+def test_a_model_that_caps_its_logits_keeps_its_own_loss(capped, tmp_path):
+    """Also if the logits of a model that has learnt nothing are far below the cap."""
+    model = capped().eval()
     assert not has_plain_head(model)
     batch = batch_of()
     trainer = trainer_of(model, tmp_path)
     torch.testing.assert_close(trainer.compute_loss(model, batch), model(**batch).loss)
+
+
+def test_copies_on_several_devices_keep_their_own_loss(tmp_path):
+    model = tiny_llama()
+    trainer = trainer_of(model, tmp_path)
+    assert trainer._plain_model() is model
+    trainer.args._n_gpu = 2  # DataParallel
+    assert trainer._plain_model() is None
 
 
 def test_a_model_whose_code_takes_the_logits_for_its_loss_keeps_it():

@@ -6,9 +6,10 @@ import tracemalloc
 import pytest
 from datasets import Dataset, DatasetDict
 
+import qrefta
 from qrefta.train.tasks import lm, load_text
 from qrefta.train.tasks.lm import text_windows
-from tests.models import tiny_llama
+from tests.models import prepared, tiny_llama
 from tests.pages import language_tokenizer
 from tests.train.talk import letters
 
@@ -173,3 +174,15 @@ def test_text_in_utf_16_and_files_in_capital_letters_are_read(tokenizer, tmp_pat
     (tmp_path / "A.TXT").write_bytes(("é" * 40).encode("utf-16"))
     recipe = windows(tmp_path / "A.TXT", tokenizer)
     assert text_of(recipe.train, tokenizer) + text_of(recipe.test, tokenizer) == "é" * 40
+
+
+def test_settings_of_generation_that_are_not_saved_are_refused_before_a_step(tmp_path):
+    model = prepared(tiny_llama, rank=2)
+    model.generation_config.temperature = 0.7  # without sampling
+    rows = Dataset.from_dict({"text": ["w3 w4 w5 " * 10] * 4})
+    data = DatasetDict(train=rows, test=rows)
+    with pytest.raises(ValueError, match="temperature"):
+        qrefta.finetune(
+            model, language_tokenizer(), data, tmp_path / "out", task="lm", max_length=8
+        )
+    assert not (tmp_path / "out").exists()

@@ -104,8 +104,9 @@ def test_on_a_gpu_rows_are_joined_with_flash_attention_only(monkeypatch):
     assert joins_rows(model, 100)
     model.config.layer_types = ["full_attention", "sliding_attention"]
     assert joins_rows(model, 100)
-    model.config.layer_types = ["full_attention", "conv"]
-    assert not joins_rows(model, 100)
+    for other in ("conv", "linear_attention"):
+        model.config.layer_types = ["full_attention", other]
+        assert not joins_rows(model, 100)
 
 
 def test_pefts_models_join_rows_too():

@@ -88,7 +88,7 @@ def test_tokens_are_counted_without_padding(train, tmp_path):
 
 
 @pytest.mark.parametrize(("steps", "logged"), [(40, [10, 20, 30, 40]), (3000, [30])])
-def test_long_runs_log_every_hundredth_part(train, steps, logged, capsys):
+def test_long_runs_show_every_hundredth_part(train, steps, logged, tmp_path, capsys):
     stop = Interrupt(31)
     if steps > 100:
         with pytest.raises(TrainingInterrupted):
@@ -97,6 +97,9 @@ def test_long_runs_log_every_hundredth_part(train, steps, logged, capsys):
         train(max_steps=steps)
     found = re.findall(r"step ([\d,]+) of [\d,]+: loss", capsys.readouterr().out)
     assert [int(step.replace(",", "")) for step in found] == logged
+    state = json.loads((last_checkpoint(tmp_path / "run") / "trainer_state.json").read_text())
+    rows = [row["step"] for row in state["log_history"] if "loss" in row]
+    assert rows[:3] == [10, 20, 30]  # the log of the Trainer has them all
 
 
 def test_the_callers_logging_steps_hold(train, capsys):
@@ -117,6 +120,28 @@ def test_ctrl_c_writes_a_checkpoint_and_the_run_resumes_bit_for_bit(train, tmp_p
     assert result.steps == 12
     for name, parameter in resumed.named_parameters():
         assert_close(parameter, whole.get_parameter(name), rtol=0, atol=0)
+
+
+def test_ctrl_c_keeps_its_checkpoint_beside_the_best(train, tmp_path):
+    """Of one checkpoint alone, Trainer keeps the best."""
+    with pytest.raises(TrainingInterrupted) as stopped:
+        train(
+            max_steps=12,
+            callbacks=[Interrupt(7)],
+            save_total_limit=1,
+            eval_steps=2,
+            early_stopping=5,
+        )
+    assert stopped.value.checkpoint.is_dir()
+    assert last_checkpoint(tmp_path / "run") == stopped.value.checkpoint
+
+
+@pytest.mark.parametrize("lost", ["optimizer.pt", "scheduler.pt"])
+def test_a_checkpoint_of_the_model_alone_is_not_resumed(train, tmp_path, lost):
+    train(max_steps=4)
+    (tmp_path / "run" / "checkpoint-4" / lost).unlink()
+    with pytest.raises(ValueError, match="without the state of its optimizer and schedule"):
+        train(max_steps=8, resume=True)
 
 
 def test_a_resumed_run_saves_at_its_own_intervals(train, tmp_path):

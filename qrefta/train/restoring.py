@@ -1,0 +1,88 @@
+"""The weights of a checkpoint, back in the model that a run trains.
+
+transformers' Trainer fills a model by the names in its files and passes over names that differ, but
+for many classes `save_pretrained` writes other names than the model has (ViT, Swin, Mixtral), or
+several tensors in place of one.
+"""
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+
+from qrefta._compat.transformers import is_left_out
+from qrefta.files.layout import has_weights
+from qrefta.files.safetensors import Checkpoint
+from qrefta.model.names import sources
+
+
+def restores_all(kind: type[Trainer]) -> type[Trainer]:
+    """A subclass of the Trainer that restores every tensor of a checkpoint: to resume, and to keep
+    the best model.
+    """
+
+    class RestoresAll(kind):
+        """Fills the tensors that the Trainer passes over."""
+
+        def _load_from_checkpoint(
+            self, resume_from_checkpoint: str, model: nn.Module | None = None
+        ) -> None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            self._restore(resume_from_checkpoint)
+
+        def _load_best_model(self) -> None:
+            super()._load_best_model()
+            assert self.state.best_model_checkpoint is not None
+            self._restore(self.state.best_model_checkpoint)
+
+        def _issue_warnings_after_load(self, load_result: Any) -> None:
+            if not self._restores:  # else it would name tensors that are about to be filled
+                super()._issue_warnings_after_load(load_result)
+
+        def _restore(self, checkpoint: str) -> None:
+            if self._restores:
+                restore(cast(PreTrainedModel, self.model), Path(checkpoint))
+
+        @property
+        def _restores(self) -> bool:
+            return isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled
+
+    return RestoresAll
+
+
+@torch.no_grad()
+def restore(model: PreTrainedModel, folder: Path) -> None:
+    """Fill the tensors of a model that a folder, which was saved from it, has under other names.
+
+    Raises:
+        ValueError: if the folder has no values for a tensor.
+    """
+    if not has_weights(folder):  # adapters alone, or the shards of FSDP2
+        return
+    checkpoint = Checkpoint(folder)
+    stored = set(checkpoint.names)
+    state = model.state_dict(keep_vars=True)
+    filled = {id(tensor) for name, tensor in state.items() if name in stored}
+    passed_over = {name for name, tensor in state.items() if id(tensor) not in filled}
+    if not passed_over:
+        return
+    found = sources(model, checkpoint)
+    filled |= {id(state[name]) for name in found}
+    for name in passed_over:
+        tensor = state[name]
+        if name in found:
+            tensor.copy_(_read(checkpoint, found[name], tensor.shape))
+        elif id(tensor) not in filled and not is_left_out(model, name):
+            raise ValueError(
+                f"{folder} has no values for {name} under a name that is known, so the model "
+                "cannot be restored from it. Load the folder and train it as a new run."
+            )
+
+
+def _read(checkpoint: Checkpoint, names: list[list[str]], shape: torch.Size) -> Tensor:
+    """A tensor of one stored tensor, or of the matrices of all experts, some below one another."""
+    if len(names) == 1 and len(names[0]) == 1:
+        return checkpoint.read(names[0][0]).view(shape)
+    return torch.stack([torch.cat([checkpoint.read(name) for name in rows]) for rows in names])
