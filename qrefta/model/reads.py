@@ -1,8 +1,10 @@
-"""The weights of linear layers that a model's code reads itself, past the layer's forward pass.
+"""The linear layers that a model's code uses in another way than to call them.
 
-A packed weight would break that code, and a plain residual would make it compute something else. So
-the source of all classes in a model is searched for reads of `.weight`, and of the functions next
-to them. Names are followed through assignments, loops and arguments:
+A packed weight would break code that reads the weight, and a plain residual would make it compute
+something else; code that asks whether a module is an `nn.Linear` would take another branch. So the
+source of all classes in a model is searched for reads of `.weight`, for `next(self.parameters())`,
+which tells a dtype, and for such questions, and so is the source of the functions next to them.
+Names are followed through assignments, loops and arguments:
 
     for block in self.blocks:                    # RWKV, before its first pass in eval mode
         block.attention.output.weight.div_(2)    # reads blocks.*.attention.output
@@ -31,6 +33,7 @@ from qrefta.model.branches import setting_of, tested_settings, without_dead_bran
 _Path = tuple[str, ...]
 
 _ANY = "*"
+_OWN_FIRST: _Path = ("self", "next()")  # the module that has the first parameter of all
 _BEFORE = re.compile(r"__init__$|_?init|reset_param|post_init$|_?tie_|.*resize|set_.*embed|extra_")
 _LIBRARY = {*PreTrainedModel.__mro__, *GenerationMixin.__mro__}
 _LOOPS = ("enumerate", "zip", "reversed", "list", "tuple", "iter", "next")
@@ -45,10 +48,20 @@ def read_weights(model: nn.Module) -> set[str]:
     for path, module in model.named_modules():
         kind = type(module)
         settings = tuple((name, setting_of(module, name)) for name in _tested(kind))
-        for first, *parts in _read_by(kind, settings):
+        found = _read_by(kind, settings)
+        if _OWN_FIRST in found:
+            read.update(_owner_of_first(path, module))
+        for first, *parts in found - {_OWN_FIRST}:
             pattern = _pattern(path if first == "self" else None, parts)
             read.update(filter(pattern.fullmatch, paths))
     return read
+
+
+def _owner_of_first(path: str, module: nn.Module) -> Iterator[str]:
+    """The path of the module that has the first parameter of a module; none without parameters."""
+    name = next((name for name, _ in module.named_parameters()), None)
+    if name is not None:
+        yield ".".join(part for part in (path, *name.split(".")[:-1]) if part)
 
 
 # Kept, because finding and parsing the code of a class takes longer than all else here.
@@ -77,7 +90,8 @@ def _pattern(start: str | None, parts: Iterable[str]) -> re.Pattern[str]:
 def _trees(kind: type) -> list[tuple[str, ast.AST]]:
     """Names and code of the functions of a class, and near it, that may read weights."""
     functions = _functions(kind)
-    if not any("weight" in source or "parameters(" in source for _, source in functions):
+    marks = ("weight", "parameters(", "Linear")
+    if not any(mark in source for _, source in functions for mark in marks):
         return []
     trees = [(name, _parsed(source)) for name, source in functions if "torch.int8" not in source]
     return trees + [inner for _, tree in trees for inner in _inner_functions(tree)]
@@ -110,6 +124,8 @@ def _reads(trees: list[tuple[str, ast.AST]]) -> set[_Path]:
     arguments: dict[str, set[int | str]] = {}  # of functions that read an argument's weight
     for name, tree in trees:
         names = _Names(tree)
+        if names.parameters and _takes_first_of(names.parameters[0], tree):
+            read.add(_OWN_FIRST)
         for first, *parts in (path for node in _owners(tree) for path in names.paths(node)):
             if parts:
                 read.add((first, *parts))
@@ -136,8 +152,9 @@ def _passed(tree: ast.AST, arguments: dict[str, set[int | str]]) -> Iterator[_Pa
 
 
 def _owners(tree: ast.AST) -> Iterator[ast.expr]:
-    """The expressions X of `X.weight`, `getattr(X, "weight")`, `X.get_parameter("weight")` and
-    `X.parameters()`, except of `X.weight.device`.
+    """The expressions X of `X.weight`, `getattr(X, "weight")`, `X.get_parameter("weight")`,
+    `X.parameters()`, `isinstance(X, nn.Linear)` and `type(X) is nn.Linear`, except of
+    `X.weight.device`.
     """
     nodes = list(ast.walk(tree))
     attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
@@ -146,6 +163,7 @@ def _owners(tree: ast.AST) -> Iterator[ast.expr]:
         if node.attr == "weight" and node not in of_device:
             yield node.value
     for node in nodes:
+        yield from _asked_for_linear(node)
         if _is_getattr(node) and _constant(node.args[1]) == "weight":
             yield node.args[0]
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
@@ -154,6 +172,33 @@ def _owners(tree: ast.AST) -> Iterator[ast.expr]:
                 yield owner
             elif node.func.attr == "get_parameter" and node.args:
                 yield from _owner_of_parameter(owner, _constant(node.args[0]))
+
+
+def _asked_for_linear(node: ast.AST) -> Iterator[ast.expr]:
+    """The expression X of `isinstance(X, nn.Linear)` or `type(X) is nn.Linear`."""
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance":
+        if len(node.args) == 2 and "Linear" in ast.unparse(node.args[1]):
+            yield node.args[0]
+    elif isinstance(node, ast.Compare) and isinstance(node.left, ast.Call):
+        of_type = getattr(node.left.func, "id", "") == "type" and bool(node.left.args)
+        if of_type and any("Linear" in ast.unparse(other) for other in node.comparators):
+            yield node.left.args[0]
+
+
+def _takes_first_of(name: str, tree: ast.AST) -> bool:
+    """Whether a function takes `next(NAME.parameters())`, and not only its device."""
+    nodes = list(ast.walk(tree))
+    of_device = {
+        node.value for node in nodes if isinstance(node, ast.Attribute) and node.attr == "device"
+    }
+    return any(
+        isinstance(node, ast.Call)
+        and getattr(node.func, "id", "") == "next"
+        and node not in of_device
+        and bool(node.args)
+        and ast.unparse(node.args[0]) == f"{name}.parameters()"
+        for node in nodes
+    )
 
 
 def _is_device(call: ast.Call, of_device: set[ast.expr]) -> bool:

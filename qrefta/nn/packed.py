@@ -11,8 +11,9 @@ and counts their share: 0.9 * p + 0.1 * q has the bytes of p and the share 1. Be
 or saved, their share must be 1. A difference of equal bytes has the share 0 and is zero. Sums of
 different bytes, and all other arithmetic, are refused.
 
-Copying, moving, comparing and saving work as on any tensor. Parts, and views in another dtype, are
-plain tensors; so FSDP2 shards plain bytes, and does not protect them.
+Copying, moving, comparing and saving work as on any tensor. Parts (of chunk, split, narrow and
+unbind) and views in another dtype are plain tensors; so FSDP2 shards plain bytes, and code that
+writes into a part is not stopped.
 """
 
 import math
@@ -282,29 +283,44 @@ def _copy(func: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _to(func: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
-    """Move to a device. A floating dtype is not followed: sums in float32 are sums of bytes too."""
+    """Move to a device.
+
+    A floating dtype is not followed: sums in float32 are sums of bytes too. But the result is a
+    copy, as that of a conversion.
+    """
     if not isinstance(tensor, PackedBytes):  # tensor.to(other)
         with plain_functions():
             return func(tensor, *args, **kwargs)
     places = [place.device if isinstance(place, Tensor) else place for place in args]
     places = [place for place in places if not _is_floating(place)]
+    converts = len(places) < len(args) or _is_floating(kwargs.get("dtype"))
     if _is_floating(kwargs.get("dtype")):
         del kwargs["dtype"]
+    if converts and not (places or kwargs):
+        return _copied(tensor)
     if not places and not kwargs:
         return tensor
     with plain_functions():
         moved = func(tensor, *places, **kwargs)
     if moved.dtype != tensor.dtype:
         raise _not_numbers(f"conversion to {moved.dtype}")
-    return moved if moved is tensor else PackedBytes.of(moved, [*tensor.shares])
+    if moved is tensor:
+        return _copied(tensor) if converts else tensor
+    return PackedBytes.of(moved, [*tensor.shares])
 
 
 def _is_floating(place: object) -> bool:
     return isinstance(place, torch.dtype) and place.is_floating_point
 
 
-def _unchanged(func: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
-    return tensor
+def _converted(func: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+    """`float` and its like, see `_to`."""
+    return _copied(tensor)
+
+
+def _copied(tensor: PackedBytes) -> PackedBytes:
+    with plain_functions():
+        return PackedBytes.of(tensor.clone(), [*tensor.shares])
 
 
 def _raw(func: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -501,13 +517,17 @@ def _stack(func: Any, tensors: Sequence[Any], dim: int = 0) -> PackedBytes:
 
 def _reduce(func: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
     """The sum or mean over the rows of a stack; other sums are plain integers."""
-    dim = args[0] if args else kwargs.get("dim")
+    dim = args[0] if args else kwargs.get("dim", kwargs.get("axis"))
+    keeps = args[1] if len(args) > 1 else kwargs.get("keepdim", kwargs.get("keepdims", False))
     tensor = _zeros(tensor)
     with plain_functions():
         if not isinstance(tensor, PackedBytes) or tensor.dim() < 2 or dim not in (0, [0], (0,)):
+            if func.__name__ == "mean" and not tensor.is_floating_point():
+                raise _not_numbers("mean")
             return func(tensor, *args, **kwargs)
         weight = len(tensor) if func.__name__ == "sum" else 1
-        return PackedBytes.of(tensor[0].clone(), [weight * tensor.shares[0]])
+        row = tensor[:1] if keeps else tensor[0]
+        return PackedBytes.of(row.clone(), [weight * tensor.shares[0]])
 
 
 def _for_each(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any] | None:
@@ -553,7 +573,7 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "sum": _reduce,
     **dict.fromkeys(_ALIASES, _alias),
     **dict.fromkeys(_COPIES, _copy),
-    **dict.fromkeys(_FLOATS, _unchanged),
+    **dict.fromkeys(_FLOATS, _converted),
     **dict.fromkeys(_RAW, _raw),
 }
 for _operator in _TERMS:

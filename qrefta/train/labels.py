@@ -1,15 +1,18 @@
 """A column of labels -> classes: their names, and the index of each row's class."""
 
+import ast
 import math
 import re
 import unicodedata
 import warnings
+from contextlib import suppress
 from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict
 
 _GAPS = ("na", "n/a", "#n/a", "<na>", "nan", "null", "none")  # in a column of numbers
 _WHOLE = re.compile(r"^(-?\d+)\.0*$")
+_LISTED = re.compile(r"\s*\[.*\]\s*$", re.DOTALL)
 _MOST = 1000
 _SHOWN = 5
 _NEEDED = f"Labels must be 2 to {_MOST} classes without gaps"
@@ -86,7 +89,11 @@ def _is_gap(value: Any) -> bool:
 
 
 def _name(value: Any, place: str) -> str:
-    if isinstance(value, list | dict):
+    several = isinstance(value, list | dict)
+    if isinstance(value, str) and _LISTED.match(value):  # a list in a csv cell
+        with suppress(SyntaxError, ValueError):
+            several = isinstance(ast.literal_eval(value.strip()), list)
+    if several:
         raise ValueError(
             f"{_NEEDED}; {place}, has {value!r}. A row has one label, a word or a whole number: "
             "several labels a row cannot be trained; give one column a question."

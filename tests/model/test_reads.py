@@ -120,6 +120,27 @@ class ReadsFirstParameter(Block):
         return linear(x, next(self.up.parameters()))
 
 
+class TakesItsOwnDtype(Block):
+    """The first parameter of the block is the weight of `plain`."""
+
+    def forward(self, x):
+        return super().forward(x.to(next(self.parameters()).dtype))
+
+
+class TakesItsOwnDevice(Block):
+    def forward(self, x):
+        return super().forward(x.to(next(self.parameters()).device))
+
+
+class AsksForTheType(Block):
+    def forward(self, x):
+        if isinstance(self.up, nn.Linear):
+            x = self.up(x)
+        for layer in self.mlp:
+            x = layer(x) if type(layer) is nn.Linear else x.relu()
+        return self.plain(x)
+
+
 class ReadsParameterByPath(Block):
     def forward(self, x):
         return linear(x, self.get_parameter("mlp.0.weight"))
@@ -200,6 +221,9 @@ BLOCKS = {
     PassesToAStaticMethod: {"up"},
     PassesToAnInnerFunction: {"up", "mlp.2"},
     ReadsTheDeviceOfParameters: set(),
+    TakesItsOwnDtype: {"plain"},
+    TakesItsOwnDevice: set(),
+    AsksForTheType: {"up", "mlp.0", "mlp.2"},
 }
 
 

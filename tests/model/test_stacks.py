@@ -261,6 +261,22 @@ def test_replace_module_reaches_every_owner_of_a_shared_module():
     assert type(model["c"]) is nn.Linear
 
 
+def test_replace_module_reaches_plain_containers():
+    """Code may run layers out of a list that is no `nn.ModuleList`."""
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    model.run = [model["a"], nn.ReLU(), model["a"]]
+    model.pair = (model["a"], model["b"])
+    model.named = {"first": model["a"]}
+    model.__dict__["alias"] = model["a"]
+    run = model.run
+    new = nn.Identity()
+    replace_module(model, "a", new)
+    assert model.run is run
+    assert run[0] is run[2] is model.pair[0] is model.named["first"] is model.alias is new
+    assert model.pair[1] is model["b"]
+    assert {name for name, _ in model.named_modules()} == {"", "a", "b"}
+
+
 def test_replace_module_reaches_both_names_in_one_parent():
     shared = nn.Linear(2, 2)
     model = nn.ModuleDict({"key": shared, "value": shared})

@@ -122,6 +122,10 @@ AVERAGES = {
     "mean": on_states(lambda one, other: (one + other) / 2),
     "float": on_states(lambda one, other: (one.float() * 0.5 + other.float() * 0.5).to(one.dtype)),
     "stack": on_states(lambda one, other: torch.stack([one, other]).mean(0)),
+    "stack, in rows": on_states(lambda one, other: torch.stack([one, other]).mean(0, True)[0]),
+    "stack, numpy's words": on_states(
+        lambda one, other: torch.stack([one, other]).mean(axis=0, keepdim=True)[0]
+    ),
     "sum": on_states(lambda one, other: sum([one, other]) / 2),
     "lerp": on_states(lambda one, other: torch.lerp(one, other, 0.5)),
     "task vectors": on_states(lambda one, other: one + 0.5 * (other - one)),
@@ -158,6 +162,21 @@ def test_models_of_two_starts_are_not_averaged(average):
     one = prepared(tiny_llama, **FORMATS[0])
     with pytest.raises(ValueError, match=r"of the two models differ.*qrefta\.merge"):
         average(one, prepared(other_llama, **FORMATS[0]))
+
+
+@pytest.mark.parametrize("convert", [lambda p: p.float(), lambda p: p.to(torch.float32)])
+def test_an_average_in_float32_has_its_own_weights(convert):
+    """As that of any parameter with another dtype, whose conversion is a copy."""
+    model = prepared(tiny_llama, **FORMATS[0])
+    expected = logits(model)
+    packed = [p for p in model.parameters() if not p.is_floating_point()]
+    average = [convert(parameter.detach()) for parameter in packed]
+    for tensor in average:
+        tensor.mul_(0.9)
+    assert torch.equal(logits(model), expected)
+    for tensor, parameter in zip(average, packed, strict=True):
+        parameter.data.copy_(tensor.add_(convert(parameter.detach()), alpha=0.1))
+    assert torch.equal(logits(model), expected)
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.99, 0.9995, 0.9999])

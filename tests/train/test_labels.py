@@ -61,6 +61,8 @@ def test_words_and_numbers_are_classes_by_their_text(tmp_path):
         ([0.5, 1.0], "has the number 0.5. Numbers that are not whole"),
         (["0.37", "1"], "has the number 0.37"),
         ([["x", "y"], ["y"]], r"row 1, has \['x', 'y'\]. A row has one label"),
+        (["['x', 'y']", "['y']"], r'row 1, has "\[\'x\', \'y\'\]". A row has one label'),
+        (['["x", "y"]', '["y"]'], r"row 1, has '\[\"x\", \"y\"\]'. A row has one label"),
         (["a", "a"], r"has 1 in 2 rows, such as \['a'\]"),
     ],
 )
