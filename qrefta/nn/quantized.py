@@ -490,7 +490,10 @@ def _chunks(blocks: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def _blocks(matrix: Tensor, block_size: int) -> Tensor:
     """The values of a matrix row by row, padded with zeros: (blocks, block_size), float32."""
     flat = matrix.detach().to(torch.float32).reshape(-1)
-    return pad(flat, (0, -flat.numel() % block_size)).view(-1, block_size)
+    padding = -flat.numel() % block_size
+    if padding:  # `pad` copies without padding, too
+        flat = pad(flat, (0, padding))
+    return flat.view(-1, block_size)
 
 
 def _store_scales(scales: Tensor, fmt: QuantFormat) -> tuple[Tensor, Tensor | None]:

@@ -183,7 +183,7 @@ def split_layer(
     if fmt is None:
         return _dense_layer(weight, split.factors, index)
     way = rounding.stored(index)
-    if split.factors is None or split.base is None:
+    if split.factors is None or split.base is None or not split.factors.fits:
         return _quantized_layer(weight, fmt, way)
     return _residual_layer(weight, split.factors, split.base, index, fmt, way)
 
@@ -200,6 +200,7 @@ def _dense_layer(weight: Tensor, factors: Factors | None, index: int) -> SplitLa
 
 
 def _quantized_layer(weight: Tensor, fmt: QuantFormat, rounding: Rounding) -> SplitLayer:
+    """A layer without factors, or whose Delta is zero at the start."""
     norm = squared_norm(weight)
     residual = quantize(weight, fmt, rounding)
     whole_error = weight - rounded(weight, fmt)
