@@ -156,15 +156,12 @@ def _owners(tree: ast.AST) -> Iterator[ast.expr]:
     `X.parameters()`, `isinstance(X, nn.Linear)` and `type(X) is nn.Linear`, except of
     `X.weight.device`.
     """
-    nodes = list(ast.walk(tree))
-    attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
-    of_device = {node.value for node in attributes if node.attr == "device"}
-    for node in attributes:
-        if node.attr == "weight" and node not in of_device:
-            yield node.value
-    for node in nodes:
+    of_device = _of_device(tree)
+    for node in ast.walk(tree):
         yield from _asked_for_linear(node)
-        if _is_getattr(node) and _constant(node.args[1]) == "weight":
+        if isinstance(node, ast.Attribute) and node.attr == "weight" and node not in of_device:
+            yield node.value
+        elif _is_getattr(node) and _constant(node.args[1]) == "weight":
             yield node.args[0]
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             owner = node.func.value
@@ -187,18 +184,21 @@ def _asked_for_linear(node: ast.AST) -> Iterator[ast.expr]:
 
 def _takes_first_of(name: str, tree: ast.AST) -> bool:
     """Whether a function takes `next(NAME.parameters())`, and not only its device."""
-    nodes = list(ast.walk(tree))
-    of_device = {
-        node.value for node in nodes if isinstance(node, ast.Attribute) and node.attr == "device"
-    }
+    of_device = _of_device(tree)
     return any(
         isinstance(node, ast.Call)
         and getattr(node.func, "id", "") == "next"
         and node not in of_device
         and bool(node.args)
         and ast.unparse(node.args[0]) == f"{name}.parameters()"
-        for node in nodes
+        for node in ast.walk(tree)
     )
+
+
+def _of_device(tree: ast.AST) -> set[ast.expr]:
+    """The expressions X of `X.device`."""
+    attributes = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+    return {node.value for node in attributes if node.attr == "device"}
 
 
 def _is_device(call: ast.Call, of_device: set[ast.expr]) -> bool:

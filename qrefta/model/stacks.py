@@ -289,7 +289,7 @@ def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
             if child is old:
                 setattr(parent, name, new)
         for name, value in vars(parent).items():
-            if name != "_modules" and _holds(value, old):
+            if _holds(value, old):
                 vars(parent)[name] = _exchanged(value, old, new)  # setattr would register it
 
 

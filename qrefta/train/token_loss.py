@@ -44,7 +44,8 @@ def loss_by_tokens(kind: type[Trainer]) -> type[Trainer]:
             batches of all processes are equally large.
             """
             place = self.accelerator.gradient_state
-            if not place.end_of_dataloader or place.remainder <= 0:
+            alone = self.accelerator.num_processes == 1
+            if alone or not place.end_of_dataloader or place.remainder <= 0:
                 return inputs
             labels = inputs["labels"]
             if len(labels) == 1 and "position_ids" in inputs:  # joined rows

@@ -121,7 +121,7 @@ def test_numbers_and_choices_that_make_no_run_are_refused(keywords, message, mod
 
 @pytest.mark.filterwarnings("ignore:`pad_token`:FutureWarning")
 @pytest.mark.parametrize("field", ["chat_template_path", "eos_token", "pad_token"])
-def test_what_trl_would_set_on_the_tokenizer_too_late_is_refused(field, model):
+def test_tokens_that_trl_would_set_too_late_are_refused(field, model):
     pytest.importorskip("trl")
     args = training_arguments("sft", "out", **{field: "<x>"})
     with pytest.raises(ValueError, match=rf"args\.{field} is not supported; set it on the tok"):
