@@ -65,6 +65,8 @@ STUDIES = [
             'qrefta, `method="refta"`, R = 60, `rounding="feedback"`, at its default rate': (
                 "refta R=60 calibrated rounding=feedback"
             ),
+            "qrefta, R = 60, on plain NF4": "windows R=60 scales=absmax",
+            "qrefta, R = 60, on 16 bits": "windows R=60 bits=16",
         },
     ),
     Compared(
