@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from qrefta.train.tasks.mixture import Mixture
 
 _START = "start"  # folder in OUT: the prepared model, for the other processes
-_LEFT = ("unfinished", _START, f"{_START}.partial")  # by a run before its first checkpoint
 ROWS = "data"  # rows of the training data
 
 
@@ -343,7 +342,7 @@ def _agrees(setting: str, asked: "Settings", prepared: "Settings") -> bool:
 def _check_run(out: Path) -> None:
     """Refuse a folder that holds files, and say how a run in it resumes."""
     from qrefta.files.folders import check_new
-    from qrefta.train.checkpoints import last_checkpoint
+    from qrefta.train.checkpoints import UNFINISHED, last_checkpoint
 
     checkpoint = last_checkpoint(out)
     if checkpoint is not None:
@@ -351,8 +350,9 @@ def _check_run(out: Path) -> None:
             f"{out} holds {checkpoint.name} of an earlier run. Add --resume to go on with it, or "
             "choose another folder."
         )
-    if out.is_dir() and {file.name for file in out.iterdir()} <= {RECIPE, *_LEFT}:
-        for name in _LEFT:  # of a run that ended before its first checkpoint
+    left = (UNFINISHED, _START, f"{_START}.partial")  # by a run before its first checkpoint
+    if out.is_dir() and {file.name for file in out.iterdir()} <= {RECIPE, *left}:
+        for name in left:
             shutil.rmtree(out / name, ignore_errors=True)
         return
     check_new(out)

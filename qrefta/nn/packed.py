@@ -296,16 +296,14 @@ def _to(func: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
     converts = len(places) < len(args) or _is_floating(kwargs.get("dtype"))
     if _is_floating(kwargs.get("dtype")):
         del kwargs["dtype"]
-    if converts and not (places or kwargs):
-        return _copied(tensor)
-    if not places and not kwargs:
-        return tensor
-    with plain_functions():
-        moved = func(tensor, *places, **kwargs)
+    moved = tensor
+    if places or kwargs:
+        with plain_functions():
+            moved = func(tensor, *places, **kwargs)
     if moved.dtype != tensor.dtype:
         raise _not_numbers(f"conversion to {moved.dtype}")
     if moved is tensor:
-        return _copied(tensor) if converts else tensor
+        return tensor.clone() if converts else tensor
     return PackedBytes.of(moved, [*tensor.shares])
 
 
@@ -315,12 +313,7 @@ def _is_floating(place: object) -> bool:
 
 def _converted(func: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
     """`float` and its like, see `_to`."""
-    return _copied(tensor)
-
-
-def _copied(tensor: PackedBytes) -> PackedBytes:
-    with plain_functions():
-        return PackedBytes.of(tensor.clone(), [*tensor.shares])
+    return tensor.clone()
 
 
 def _raw(func: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:

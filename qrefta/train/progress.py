@@ -25,8 +25,7 @@ class Lines(TrainerCallback):
     """Lines instead of the dictionaries that Trainer prints without a progress bar.
 
     A run that logs every EVERY steps, as by default, has a line every hundredth part if that is
-    longer.
-    Seconds are of training alone: evaluating and saving do not count.
+    longer. Seconds are of training alone: evaluating and saving do not count.
     """
 
     def __init__(self) -> None:

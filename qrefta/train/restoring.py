@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from qrefta._compat.transformers import is_left_out
-from qrefta.files.layout import has_weights
+from qrefta.files.layout import has_weights, weight_files
 from qrefta.files.safetensors import Checkpoint
+from qrefta.model.check import missing_tensors
 from qrefta.model.names import sources
 
 
@@ -63,22 +63,18 @@ def restore(model: PreTrainedModel, folder: Path) -> None:
         return
     checkpoint = Checkpoint(folder)
     stored = set(checkpoint.names)
-    state = model.state_dict(keep_vars=True)
-    filled = {id(tensor) for name, tensor in state.items() if name in stored}
-    passed_over = {name for name, tensor in state.items() if id(tensor) not in filled}
-    if not passed_over:
+    state = model.state_dict()
+    if state.keys() <= stored:
         return
-    found = sources(model, checkpoint)
-    filled |= {id(state[name]) for name in found}
-    for name in passed_over:
-        tensor = state[name]
-        if name in found:
-            tensor.copy_(_read(checkpoint, found[name], tensor.shape))
-        elif id(tensor) not in filled and not is_left_out(model, name):
-            raise ValueError(
-                f"{folder} has no values for {name} under a name that is known, so the model "
-                "cannot be restored from it. Load the folder and train it as a new run."
-            )
+    missing = missing_tensors(model, [str(file) for file in weight_files(folder)])
+    if missing:
+        raise ValueError(
+            f"{folder} has no values for {missing[0]} under a name that is known, so the model "
+            "cannot be restored from it. Load the folder and train it as a new run."
+        )
+    for name, names in sources(model, checkpoint).items():
+        if name not in stored:
+            state[name].copy_(_read(checkpoint, names, state[name].shape))
 
 
 def _read(checkpoint: Checkpoint, names: list[list[str]], shape: torch.Size) -> Tensor:
