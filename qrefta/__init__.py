@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from qrefta.measure.harness import evaluate
     from qrefta.memory.plan import plan
     from qrefta.model.whole_folder import verify
-    from qrefta.train._finetune import FinetuneResult, finetune
+    from qrefta.train.finetune import finetune
+    from qrefta.train.run import FinetuneResult
     from qrefta.train.sharding import shard
 
 __version__ = "0.1.0"
@@ -56,8 +57,8 @@ _MODULES = {
     "evaluate": "qrefta.measure.harness",
     "export_gguf": "qrefta.export.gguf",
     "export_lora": "qrefta.export.lora",
-    "FinetuneResult": "qrefta.train._finetune",
-    "finetune": "qrefta.train._finetune",
+    "FinetuneResult": "qrefta.train.run",
+    "finetune": "qrefta.train.finetune",
     "load": "qrefta.hf_quantizer",
     "merge": "qrefta.export.merge",
     "plan": "qrefta.memory.plan",

@@ -10,7 +10,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from qrefta.measure.compare import TextComparison
     from qrefta.memory.plan import Plan
-    from qrefta.train._finetune import FinetuneResult
+    from qrefta.train.run import FinetuneResult
 
 
 def report_table(rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -31,14 +31,15 @@ import qrefta
 from qrefta._compat.transformers import sampled_by
 from qrefta.cli import quiet_libraries
 from qrefta.nn.linear import AdaptedLinear
-from qrefta.train._finetune import finetune, round_masters
 from qrefta.train.arguments import training_arguments
 from qrefta.train.balance import BalancedSampler
 from qrefta.train.calibration import task_batches
 from qrefta.train.checkpoints import whole_checkpoints
 from qrefta.train.data import load_classification
+from qrefta.train.finetune import finetune
 from qrefta.train.models import load_classifier
 from qrefta.train.rates import CALIBRATED_RATE
+from qrefta.train.run import round_masters
 from qrefta.train.tasks import TASKS
 from qrefta.train.tasks.classify import text_classes
 from tests.models import VOCAB, tiny_llama

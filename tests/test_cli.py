@@ -32,8 +32,8 @@ from qrefta.model.stacks import find_stacks
 from qrefta.split.calibrate import gather_moments
 from qrefta.split.sources import calibration_batches
 from qrefta.tables import report_table, results_table
-from qrefta.train._finetune import FinetuneResult
 from qrefta.train.models import load_classifier
+from qrefta.train.run import FinetuneResult
 from tests.models import logits, tiny_llama
 from tests.pages import language_tokenizer
 from tests.stacks import full_disk

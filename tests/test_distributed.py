@@ -20,8 +20,8 @@ from qrefta.cli import app
 from qrefta.config.stack import BANK
 from qrefta.distributed import check_sharding
 from qrefta.nn.quantized import QuantFormat
-from qrefta.train._finetune import finetune
 from qrefta.train.checkpoints import last_checkpoint
+from qrefta.train.finetune import finetune
 from tests.processes import (
     BREAKS,
     COMMAND_STEPS,

@@ -20,8 +20,8 @@ from qrefta.linalg.tsvd import squared_norm
 from qrefta.methods import METHODS
 from qrefta.model.stacks import LARGEST_WEIGHT, check_values
 from qrefta.nn.quantized import QuantFormat, quantize
-from qrefta.train._finetune import finetune
 from qrefta.train.arguments import training_arguments
+from qrefta.train.finetune import finetune
 from qrefta.train.models import load_classifier
 from tests.models import build, inputs, logits
 from tests.stacks import split_and_error

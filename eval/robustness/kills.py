@@ -30,9 +30,9 @@ from eval.robustness.small_model import numbers, tokenizer, write_decoder
 from eval.rows import append
 from qrefta.cli import guarded, quiet_libraries
 from qrefta.files.folders import JOURNAL
-from qrefta.train._finetune import finetune
 from qrefta.train.arguments import training_arguments
 from qrefta.train.checkpoints import UNFINISHED, last_checkpoint
+from qrefta.train.finetune import finetune
 
 STEPS = 12
 PATIENCE_S = 600  # limit of a process

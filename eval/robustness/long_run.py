@@ -25,8 +25,8 @@ from eval.memory import resident
 from eval.robustness.small_model import numbers, tokenizer, write_decoder
 from eval.rows import append
 from qrefta.cli import guarded
-from qrefta.train._finetune import finetune
 from qrefta.train.arguments import training_arguments
+from qrefta.train.finetune import finetune
 
 BLOCKS = 30
 console = Console()

@@ -19,9 +19,10 @@ from eval.rows import append
 from eval.tasks.demo import model_folder
 from eval.tasks.task import DatasetOption, HeaderOption, load_task
 from qrefta.cli import guarded, quiet_libraries
-from qrefta.train._finetune import FinetuneResult, finetune
 from qrefta.train.arguments import training_arguments
+from qrefta.train.finetune import finetune
 from qrefta.train.models import load_classifier
+from qrefta.train.run import FinetuneResult
 
 HEAD = ["pooler"]  # trained together with the classifier
 SPLITS: dict[str, dict[str, Any]] = {

@@ -84,16 +84,16 @@ def finetune(
     from qrefta.files.sources import pretrained_source
     from qrefta.hf_quantizer import is_prepared, quant_report
     from qrefta.tables import report_table, results_table
-    from qrefta.train._finetune import finetune as finetune_model
     from qrefta.train.arguments import task_settings, training_arguments
     from qrefta.train.checkpointing import checkpointing_settings
+    from qrefta.train.finetune import finetune as finetune_model
     from qrefta.train.interrupt import TrainingInterrupted
     from qrefta.train.lengths import row_length
     from qrefta.train.models import load_model
     from qrefta.train.rates import parse_rate
+    from qrefta.train.rewards import load_rewards
     from qrefta.train.tasks import TASKS
     from qrefta.train.tasks.chat import check_loss
-    from qrefta.train.tasks.preference import load_rewards
 
     further = _weights(dataset, mix or [])
     columns = _columns(task, text_column, label_column, header)

@@ -17,7 +17,7 @@ from qrefta.train.tasks.classify import text_classes
 from qrefta.train.tasks.image import image_classes
 from qrefta.train.tasks.lm import text_windows
 from qrefta.train.tasks.mixture import Mixture
-from qrefta.train.tasks.preference import token_ids
+from qrefta.train.tasks.prompts import token_ids
 
 IMAGES = 128  # an image has some 200 tokens
 IMAGE_BATCH = 16

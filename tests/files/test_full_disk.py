@@ -12,9 +12,9 @@ import pytest
 from transformers import AutoTokenizer
 
 import qrefta
-from qrefta.train._finetune import finetune
 from qrefta.train.arguments import training_arguments
 from qrefta.train.checkpoints import last_checkpoint
+from qrefta.train.finetune import finetune
 from qrefta.train.models import load_classifier
 from tests.models import tiny_bert
 from tests.tiny import color_data, tiny_folder

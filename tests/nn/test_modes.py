@@ -21,8 +21,8 @@ from qrefta._compat.transformers import enable_checkpointing
 from qrefta.config.stack import BANK
 from qrefta.hf_config import QReftaConfig
 from qrefta.hf_quantizer import place_bank
-from qrefta.train._finetune import finetune
 from qrefta.train.arguments import training_arguments
+from qrefta.train.finetune import finetune
 from qrefta.train.models import load_classifier
 from tests import models
 from tests.models import ARCHITECTURES, VOCAB, build, decoder_sizes

@@ -235,7 +235,7 @@ def test_older_keywords_still_work_with_a_warning(name, model, monkeypatch):
         taken.append(arguments[-1])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qrefta.train._finetune.run_arguments", take)
+    monkeypatch.setattr("qrefta.train.finetune.run_arguments", take)
     with (
         pytest.warns(DeprecationWarning, match=rf"finetune\({name}=\.\.\.\) .*use args="),
         pytest.raises(KeyboardInterrupt),

@@ -11,8 +11,8 @@ from transformers import TrainerCallback, TrainingArguments
 
 import qrefta
 from qrefta.nn.checkpointing import selective_contexts
-from qrefta.train._finetune import finetune
 from qrefta.train.arguments import training_arguments
+from qrefta.train.finetune import finetune
 from qrefta.train.models import load_classifier
 from tests.models import tiny_llama
 from tests.tiny import color_data, tiny_folder, tiny_tokenizer

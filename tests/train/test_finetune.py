@@ -21,9 +21,9 @@ from transformers import (
 
 import qrefta
 from qrefta.config.stack import BANK
-from qrefta.train._finetune import finetune
 from qrefta.train.arguments import training_arguments
 from qrefta.train.checkpoints import last_checkpoint
+from qrefta.train.finetune import finetune
 from qrefta.train.models import load_classifier
 from tests.models import build, decoder_sizes
 from tests.tiny import color_data, color_rows, tiny_folder, tiny_tokenizer

@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 
 import qrefta
 from qrefta.config.stack import BANK
-from qrefta.train._finetune import finetune
+from qrefta.train.finetune import finetune
 from qrefta.train.gradients import GradientWatch, silent_stacks
 from tests.models import inputs, prepared, tiny_bert, tiny_clip, tiny_mixtral
 from tests.tiny import color_data, tiny_folder, tiny_tokenizer

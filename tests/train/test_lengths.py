@@ -15,7 +15,8 @@ from qrefta.train.calibration import task_batches
 from qrefta.train.lengths import row_length
 from qrefta.train.tasks.chat import chat_recipe
 from qrefta.train.tasks.classify import text_classes
-from qrefta.train.tasks.preference import dpo_recipe, grpo_recipe
+from qrefta.train.tasks.dpo import dpo_recipe
+from qrefta.train.tasks.grpo import grpo_recipe
 from tests.models import build, decoder_sizes, tiny_bert, tiny_gpt2, tiny_llama
 from tests.tiny import color_data, tiny_folder, tiny_tokenizer
 from tests.train.talk import chat_rows, pair_rows, words, write_rows

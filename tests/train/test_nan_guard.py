@@ -9,8 +9,8 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 import qrefta
 from qrefta.config.stack import BANK
-from qrefta.train._finetune import finetune
 from qrefta.train.arguments import training_arguments
+from qrefta.train.finetune import finetune
 from qrefta.train.models import load_classifier
 from qrefta.train.nan_guard import (
     SCALED_STEPS,

@@ -12,8 +12,10 @@ import qrefta
 from qrefta.train.arguments import training_arguments
 from qrefta.train.calibration import task_batches
 from qrefta.train.reference import reference_model, starts_as_reference
+from qrefta.train.rewards import load_reward
 from qrefta.train.tasks import TASKS, load_preferences, load_prompts
-from qrefta.train.tasks.preference import dpo_recipe, load_reward, token_ids
+from qrefta.train.tasks.dpo import dpo_recipe
+from qrefta.train.tasks.prompts import token_ids
 from tests.models import logits, tiny_llama
 from tests.train.talk import ANSWER, QUESTION, chat_rows, pair_rows, write_rows
 

@@ -14,9 +14,9 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 import qrefta
 from qrefta.cli import main
-from qrefta.train._finetune import finetune
 from qrefta.train.arguments import training_arguments
 from qrefta.train.checkpoints import last_checkpoint
+from qrefta.train.finetune import finetune
 from qrefta.train.interrupt import TrainingInterrupted
 from qrefta.train.models import load_classifier
 from qrefta.train.progress import duration

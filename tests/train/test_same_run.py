@@ -10,9 +10,9 @@ from datasets import DatasetDict
 from torch.testing import assert_close
 
 import qrefta
-from qrefta.train._finetune import finetune
 from qrefta.train.arguments import training_arguments
 from qrefta.train.checkpoints import last_checkpoint
+from qrefta.train.finetune import finetune
 from qrefta.train.models import load_classifier
 from qrefta.train.same_run import MARKS
 from tests.tiny import color_data, tiny_folder, tiny_tokenizer

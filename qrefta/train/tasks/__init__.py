@@ -1,8 +1,8 @@
 """Tasks of a fine-tuning run: rows to train and test on, batches of them, and the Trainer class.
 
 A task is one file: `classify` (text with labels), `lm` (running text), `chat` (the task sft:
-conversations, or prompts with completions), `preference` (the tasks dpo: pairs of answers, and
-grpo: prompts and a reward) and `image` (images with labels).
+conversations, or prompts with completions), `dpo` (pairs of answers), `grpo` (prompts and a reward)
+and `image` (images with labels).
 """
 
 from collections.abc import Callable
@@ -21,14 +21,10 @@ from qrefta.choices import Task as TaskName
 from qrefta.train.data import load_classification
 from qrefta.train.tasks.chat import chat_recipe, load_chat
 from qrefta.train.tasks.classify import text_classes
+from qrefta.train.tasks.dpo import dpo_recipe, load_preferences
+from qrefta.train.tasks.grpo import grpo_recipe, load_prompts
 from qrefta.train.tasks.image import image_classes, load_images
 from qrefta.train.tasks.lm import load_text, text_windows
-from qrefta.train.tasks.preference import (
-    dpo_recipe,
-    grpo_recipe,
-    load_preferences,
-    load_prompts,
-)
 from qrefta.train.tasks.recipe import Recipe
 
 __all__ = [
