@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from qrefta.export.lora import export_lora
     from qrefta.export.merge import merge
     from qrefta.hf_config import QReftaConfig
-    from qrefta.hf_quantizer import load, quant_report
     from qrefta.measure.compare import TextComparison, compare
     from qrefta.measure.harness import evaluate
     from qrefta.memory.plan import plan
+    from qrefta.model.load import load
+    from qrefta.model.prepared import quant_report
     from qrefta.model.whole_folder import verify
     from qrefta.train.finetune import finetune
     from qrefta.train.run import FinetuneResult
@@ -59,14 +60,14 @@ _MODULES = {
     "export_lora": "qrefta.export.lora",
     "FinetuneResult": "qrefta.train.run",
     "finetune": "qrefta.train.finetune",
-    "load": "qrefta.hf_quantizer",
+    "load": "qrefta.model.load",
     "merge": "qrefta.export.merge",
     "plan": "qrefta.memory.plan",
     "RankBudget": "qrefta.config.rank",
     "Settings": "qrefta.config.settings",
     "prepare": "qrefta._prepare",
     "prepare_checkpoint": "qrefta._prepare",
-    "quant_report": "qrefta.hf_quantizer",
+    "quant_report": "qrefta.model.prepared",
     "shard": "qrefta.train.sharding",
     "TextComparison": "qrefta.measure.compare",
     "verify": "qrefta.model.whole_folder",

@@ -27,11 +27,13 @@ from qrefta.files.sources import (
     save_tokenizer,
 )
 from qrefta.hf_config import QReftaConfig
-from qrefta.hf_quantizer import check_no_peft, is_prepared, register
+from qrefta.hf_quantizer import register
 from qrefta.methods import METHODS
+from qrefta.model.adapters import check_no_peft
 from qrefta.model.build import freeze, with_trained_modules
 from qrefta.model.check import check_in_memory
 from qrefta.model.modes import as_written
+from qrefta.model.prepared import is_prepared
 from qrefta.model.stacks import check_values, find_stacks
 from qrefta.model.unquantized import warn_of_unquantized
 from qrefta.nn.factors import FactorBank

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
@@ -31,49 +31,12 @@ from qrefta.files.layout import weight_files
 from qrefta.files.verify import LIST, check_layout, check_saved, check_settings, is_switched_off
 from qrefta.files.whole_file import clear_unfinished
 from qrefta.hf_config import QReftaConfig
+from qrefta.model.adapters import check_no_peft
 from qrefta.model.config_file import check_config, check_counts, read_config
+from qrefta.model.device_map import first_accelerator, place_bank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-_OFFLOADED = ("cpu", "disk", torch.device("cpu"))  # places in a device map
-
-
-def is_prepared(model: nn.Module) -> bool:
-    return isinstance(getattr(model, "hf_quantizer", None), QReftaQuantizer)
-
-
-def check_no_peft(model: nn.Module) -> None:
-    """Refuse a model with PEFT adapters, which are no part of a prepared model.
-
-    Raises:
-        ValueError: if it has any, or is PEFT's.
-    """
-    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
-        raise ValueError(
-            "The model carries PEFT adapters; call merge_and_unload() on the PEFT model first. Its "
-            "own save_pretrained writes the adapters alone."
-        )
-
-
-def prepared_config(model: nn.Module) -> QReftaConfig:
-    """The config of a prepared model, whose stacks have the layers that it has now.
-
-    Raises:
-        ValueError: if the model is not prepared, or its blocks were changed in a way that no folder
-            can hold (see `qrefta.model.depth`).
-    """
-    from qrefta.model.depth import present_stacks
-
-    quantizer = getattr(model, "hf_quantizer", None)
-    if not isinstance(quantizer, QReftaQuantizer):
-        raise ValueError(
-            f"This {type(model).__name__} is not prepared; call qrefta.prepare(model) or "
-            "qrefta.load(folder)."
-        )
-    config = quantizer.quantization_config
-    config.stacks = present_stacks(model, config.stacks)  # pyright: ignore[reportArgumentType]
-    return config
 
 
 def register(model: "PreTrainedModel", config: QReftaConfig) -> None:
@@ -90,52 +53,6 @@ def register(model: "PreTrainedModel", config: QReftaConfig) -> None:
         setattr(model, name, value)
     set_upload(model, quantizer.upload)
     model.config.quantization_config = config
-
-
-def quant_report(model: nn.Module) -> list[dict[str, Any]]:
-    """One row a stack: how much of the quantization error preparing removed, and the cost in bytes.
-
-    Keys: see `StackReport.report`. Errors are squared Frobenius norms over all layers of the stack.
-
-    Raises:
-        ValueError: if the model is not prepared.
-    """
-    return [row.report() for row in prepared_config(model).stacks]
-
-
-def load(
-    folder: str | Path, *, trust_remote_code: bool = False, **kwargs: Any
-) -> "PreTrainedModel":
-    """A prepared model from a local folder, of the class that saved it.
-
-    Short for `AutoModelFor...from_pretrained(folder, **kwargs)` with the class looked up in
-    config.json, which is checked before transformers reads it.
-
-    Args:
-        folder: that a prepared model was saved to.
-        trust_remote_code: whether to run code that comes with the model.
-        kwargs: of `from_pretrained`.
-
-    Raises:
-        ValueError: if the folder has no config.json, holds no prepared model, is damaged, or needs
-            code that is not trusted.
-    """
-    from qrefta.model.build import model_class
-
-    config = read_config(folder)
-    if not is_switched_off():
-        check_settings(Path(folder), config)
-    kind = model_class(config, folder, trust_remote_code)
-    try:
-        return kind.from_pretrained(folder, trust_remote_code=trust_remote_code, **kwargs)
-    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # raised by transformers over a config that makes no model
-        raise ValueError(
-            f"{folder} cannot be loaded as {kind.__name__}: {type(error).__name__}: {error}. "
-            "Unless an argument of load is the cause, config.json is damaged or of another "
-            "version: copy or save the folder again."
-        ) from error
 
 
 class QReftaQuantizer(HfQuantizer):
@@ -221,6 +138,7 @@ class QReftaQuantizer(HfQuantizer):
         from qrefta._compat.transformers import saves_adapters_alone
         from qrefta.distributed import is_sharded, wait_for_all, whole_state
         from qrefta.model.depth import check_present
+        from qrefta.model.prepared import prepared_config
         from qrefta.model.saving import saved_checksums
         from qrefta.model_card import write_card
         from qrefta.nn.factors import stored
@@ -375,7 +293,7 @@ class QReftaQuantizer(HfQuantizer):
             here = torch.accelerator.is_available()
             device = (torch.accelerator.current_accelerator() if here else None) or "cpu"
         else:
-            device = _accelerator(device_map or {}) or "cpu"
+            device = first_accelerator(device_map or {}) or "cpu"
         out = Path(self._made.name) / "prepared"
         with plain_tensors():
             convert(
@@ -398,31 +316,6 @@ class QReftaQuantizer(HfQuantizer):
 
 register_quantization_config("qrefta")(QReftaConfig)
 register_quantizer("qrefta")(QReftaQuantizer)
-
-
-def place_bank(device_map: dict[str, Any]) -> dict[str, Any]:
-    """The entry that a device map needs for the factors; empty if the map has one that serves.
-
-    Layers on every device read the factors, so these go to one device: the first
-    accelerator in the map. Offloaded, they would be on meta when a layer reads them, since only a
-    module's forward pass brings its tensors back.
-    """
-    accelerator = _accelerator(device_map)
-    entries = {
-        name: place
-        for name, place in device_map.items()
-        if name == BANK or name.startswith(f"{BANK}.")
-    }
-    places = list(entries.values()) or [device_map.get("")]
-    offloaded = accelerator is not None and any(place in _OFFLOADED for place in places)
-    if None in places or offloaded:
-        return dict.fromkeys([BANK, *entries], "cpu" if accelerator is None else accelerator)
-    return {}
-
-
-def _accelerator(device_map: dict[str, Any]) -> Any:
-    """The first accelerator in a device map."""
-    return next((place for place in device_map.values() if place not in _OFFLOADED), None)
 
 
 def _gathered_again(model: "PreTrainedModel") -> bool:

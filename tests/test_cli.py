@@ -26,8 +26,8 @@ from qrefta.cli.console import guarded
 from qrefta.cli.plan import _largest
 from qrefta.config.rank import parse_rank
 from qrefta.hf_config import QReftaConfig
-from qrefta.hf_quantizer import quant_report
 from qrefta.measure.sources import load_causal_model
+from qrefta.model.prepared import quant_report
 from qrefta.model.stacks import find_stacks
 from qrefta.split.calibrate import gather_moments
 from qrefta.split.sources import calibration_batches

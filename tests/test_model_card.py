@@ -14,7 +14,7 @@ from transformers.utils import hub
 
 import qrefta
 from qrefta import model_card as card
-from qrefta.hf_quantizer import prepared_config
+from qrefta.model.prepared import prepared_config
 from qrefta.model_card import base_license, model_card, write_card
 from tests.kill import killed_while_writing
 from tests.models import inputs, tiny_bert

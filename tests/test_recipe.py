@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 import qrefta
 from qrefta.cli import app
-from qrefta.hf_quantizer import prepared_config
+from qrefta.model.prepared import prepared_config
 from tests.tiny import color_rows, tiny_folder
 
 

@@ -23,8 +23,8 @@ from eval.peers.gptq import gptq
 from eval.peers.splits import loftq, pissa, qera
 from qrefta.choices import QuantType
 from qrefta.config.stack import LayerStack
-from qrefta.hf_quantizer import prepared_config
 from qrefta.linalg.metric import output_error
+from qrefta.model.prepared import prepared_config
 from qrefta.model.stacks import find_stacks, read_slice
 from qrefta.nn.quantized import QuantFormat, quantize, rounded
 from qrefta.split.batches import Batch

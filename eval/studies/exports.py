@@ -24,7 +24,7 @@ from eval.tasks.task import DatasetOption, HeaderOption, load_task
 from qrefta.cli import guarded, quiet_libraries
 from qrefta.config.settings import Settings
 from qrefta.export.compare import output_difference
-from qrefta.export.merge import Export
+from qrefta.export.result import Export
 from qrefta.files.layout import weights_bytes
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.train.arguments import training_arguments

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from qrefta.train.head_loss import without_peft
+from qrefta.model.adapters import without_peft
 
 STEP = "step: "  # begins the names of ranges
 DATA = "data"

@@ -13,7 +13,7 @@ from qrefta.cli.console import console, megabytes, quiet_libraries
 from qrefta.cli.options import Folder, NewFolder, Tolerance, TrustRemoteCode
 
 if TYPE_CHECKING:
-    from qrefta.export.merge import Export
+    from qrefta.export.result import Export
 
 
 def merge(
@@ -27,11 +27,11 @@ def merge(
     quiet_libraries(data=False)
     import torch
 
-    from qrefta.export.merge import ROUNDING_TOLERANCE
     from qrefta.export.merge import merge as merge_model
+    from qrefta.export.result import ROUNDING_TOLERANCE
     from qrefta.files.folders import check_new
     from qrefta.files.layout import weights_bytes
-    from qrefta.hf_quantizer import load
+    from qrefta.model.load import load
 
     check_new(out)
     allowed = ROUNDING_TOLERANCE if tolerance is None else tolerance
@@ -103,7 +103,7 @@ def export_lora(
     from qrefta.export.lora import export_lora as export_lora_model
     from qrefta.files.folders import check_new
     from qrefta.files.layout import weights_bytes
-    from qrefta.hf_quantizer import load
+    from qrefta.model.load import load
 
     check_new(out)
     written = export_lora_model(

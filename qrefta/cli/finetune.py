@@ -82,7 +82,7 @@ def finetune(
     quiet_libraries()
     from qrefta.files.layout import weights_bytes
     from qrefta.files.sources import pretrained_source
-    from qrefta.hf_quantizer import is_prepared, quant_report
+    from qrefta.model.prepared import is_prepared, quant_report
     from qrefta.tables import report_table, results_table
     from qrefta.train.arguments import task_settings, training_arguments
     from qrefta.train.checkpointing import checkpointing_settings

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from qrefta.export.write import copy_tokenizer
 from qrefta.files.folders import check_new, new_folder
 from qrefta.files.on_disk import empty_on_disk
-from qrefta.hf_quantizer import load
+from qrefta.model.load import load
 
 _METADATA = ".metadata"
 _OF_ACCELERATE = "pytorch_model_fsdp_0"  # in a checkpoint of Trainer and of accelerate

@@ -32,8 +32,8 @@ from qrefta.choices import GGUF_TYPES, GgufType
 from qrefta.config.report import StackReport
 from qrefta.export.compare import example_inputs, output_difference, outputs
 from qrefta.export.gguf_vocab import add_vocabulary
-from qrefta.export.merge import Export, agreed
 from qrefta.export.modelfile import MODELFILE, modelfile
+from qrefta.export.result import Export, agreed
 from qrefta.export.write import (
     Stored,
     check_exportable,

@@ -22,12 +22,7 @@ from qrefta.choices import BITSANDBYTES_TYPES, LORA_BASES, LoraBase
 from qrefta.config.checks import whole
 from qrefta.config.report import StackReport
 from qrefta.export.compare import example_inputs, output_difference, outputs
-from qrefta.export.merge import (
-    ROUNDING_TOLERANCE,
-    Export,
-    agreed,
-    check_floating,
-)
+from qrefta.export.result import ROUNDING_TOLERANCE, Export, agreed, check_floating
 from qrefta.export.updates import (
     Update,
     check_original,
@@ -48,9 +43,9 @@ from qrefta.files.folders import new_folder
 from qrefta.files.shards import write_shard
 from qrefta.files.sources import is_gguf, pretrained_source
 from qrefta.hf_config import QReftaConfig
-from qrefta.hf_quantizer import prepared_config
 from qrefta.methods import METHODS
 from qrefta.model.config_file import read_config
+from qrefta.model.prepared import prepared_config
 from qrefta.model_card import write_card
 from qrefta.nn.factors import Factors
 from qrefta.nn.grid import level_table

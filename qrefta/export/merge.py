@@ -1,7 +1,6 @@
 """A prepared model back to a plain transformers model: in place, or written to a folder."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
@@ -18,6 +17,7 @@ from qrefta._compat.transformers import (
 from qrefta.config.report import StackReport
 from qrefta.config.stack import BANK
 from qrefta.export.compare import example_inputs, output_difference, outputs, run_from_disk
+from qrefta.export.result import ROUNDING_TOLERANCE, Export, agreed, check_floating
 from qrefta.export.write import (
     check_complete,
     check_exportable,
@@ -28,37 +28,13 @@ from qrefta.export.write import (
     write_model,
 )
 from qrefta.files.folders import new_folder
-from qrefta.hf_quantizer import prepared_config
+from qrefta.model.prepared import prepared_config
 from qrefta.model.stacks import replace_module
 from qrefta.model_card import write_card
 from qrefta.nn.experts import expert_path, restore_fused
 from qrefta.nn.linear import adapted_layer, has_adapted_layer
 
-# Relative difference of logits that rounding to bf16 may make. Measured: 0.012 on small random
-# models; on MiniLM trained on SST-2 0.005 on its text and 0.053 on random tokens. A wrong merge is
-# off by 1 and more.
-ROUNDING_TOLERANCE = 0.15
-
 _USE = "Load it as any transformers model; it needs no qrefta."
-
-
-@dataclass(frozen=True)
-class Export:
-    """The result of writing a folder.
-
-    Attributes:
-        folder: to load.
-        difference: ||logits - the prepared model's|| / ||the prepared model's||, for the folder as
-            it loads.
-        weight_error: squared norm of the missing part of the updates, relative to the updates; 0 if
-            nothing is missing.
-        notes: settings that a server needs, and things that it will refuse.
-    """
-
-    folder: Path
-    difference: float
-    weight_error: float = 0.0
-    notes: list[str] = field(default_factory=list)
 
 
 @overload
@@ -138,37 +114,6 @@ def merge(
         name = str(dtype).removeprefix("torch.")
         write_card(folder, config, f"It was merged to dense {name} weights.", _USE)
     return Export(Path(out), difference, notes=tokenizer_notes(model, tokenizer))
-
-
-def check_floating(dtype: torch.dtype) -> None:
-    """Refuse a dtype that dense weights cannot have.
-
-    Raises:
-        ValueError: if it is not a floating type.
-    """
-    if not dtype.is_floating_point:
-        raise ValueError(
-            f"dtype is {dtype}; it must be a floating type such as torch.bfloat16 or torch.float32"
-        )
-
-
-def agreed(difference: float, tolerance: float, fix: str) -> float:
-    """`difference`, if it is within `tolerance`.
-
-    Args:
-        difference: relative difference of the logits.
-        tolerance: the largest one allowed.
-        fix: a sentence for the error message.
-
-    Raises:
-        ValueError: if it is not.
-    """
-    if difference <= tolerance:
-        return difference
-    raise ValueError(
-        f"The logits of the written model differ from the model's by {difference:.3g} of their "
-        f"size, and {tolerance:g} are allowed; nothing was kept. {fix}"
-    )
 
 
 def _check_folder(

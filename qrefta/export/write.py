@@ -33,9 +33,10 @@ from qrefta.files.sources import (
     save_tokenizer,
 )
 from qrefta.files.whole_file import replace_text
-from qrefta.hf_quantizer import check_no_peft, is_prepared, prepared_config
+from qrefta.model.adapters import check_no_peft
 from qrefta.model.check import check_in_memory
 from qrefta.model.names import stored_together
+from qrefta.model.prepared import is_prepared, prepared_config
 from qrefta.nn.experts import expert_path
 from qrefta.nn.linear import AdaptedLinear, adapted_layer, has_adapted_layer
 

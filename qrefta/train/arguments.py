@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from qrefta.config.checks import whole
-from qrefta.hf_quantizer import is_prepared
+from qrefta.model.prepared import is_prepared
 from qrefta.train.lengths import MAX_LENGTH
 from qrefta.train.progress import EVERY
 from qrefta.train.sharding import fsdp2_config

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import TrainingArguments
 
 from qrefta.choices import SELECTIVE, Selective
+from qrefta.model.adapters import without_peft
 from qrefta.nn.checkpointing import check_checkpointing, selective_contexts
-from qrefta.train.head_loss import without_peft
 
 
 def checkpointing_settings(gradient_checkpointing: bool | Selective | None) -> dict[str, Any]:

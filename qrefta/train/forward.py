@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from qrefta.train.head_loss import without_peft
+from qrefta.model.adapters import without_peft
 
 _NAMES = ("forward", "_original_forward", "gradient_checkpointing_enable")
 

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState
 
 from qrefta.config.stack import BANK
-from qrefta.hf_quantizer import is_prepared
+from qrefta.model.prepared import is_prepared
 from qrefta.nn.factors import FactorBank
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
+from qrefta.model.adapters import without_peft
 from qrefta.model.modes import eval_mode
 from qrefta.nn.head_loss import linear_head, plain_head
 
@@ -68,11 +69,6 @@ def causal_model_of(model: Any) -> PreTrainedModel | None:
     if not isinstance(base, PreTrainedModel) or not base.can_generate():
         return None
     return base
-
-
-def without_peft(model: Any) -> Any:
-    """The model inside PEFT's, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def without_logits(kind: type[Trainer]) -> type[Trainer]:

@@ -23,8 +23,8 @@ from qrefta._compat.transformers import (
     sdpa_mask,
     supports_attention_functions,
 )
+from qrefta.model.adapters import without_peft
 from qrefta.model.modes import eval_mode
-from qrefta.train.head_loss import without_peft
 
 ROW_ATTENTION = "qrefta_rows"
 MOST_TOKENS = 1 << 14  # of a joined batch by default; its mask has their square of bytes

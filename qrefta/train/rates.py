@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from qrefta.choices import AUTO_RATE, Method, Task
 from qrefta.config.checks import positive
-from qrefta.hf_quantizer import is_prepared, prepared_config
+from qrefta.model.prepared import is_prepared, prepared_config
 
 RATES: dict[Method, float] = {
     "refta": 1e-3,

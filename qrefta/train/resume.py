@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from qrefta.distributed import processes
-from qrefta.hf_quantizer import is_prepared
+from qrefta.model.prepared import is_prepared
 from qrefta.model.whole_folder import check_weights
 from qrefta.train.checkpoints import clear_unfinished, last_checkpoint
 from qrefta.train.same_run import check_same_run

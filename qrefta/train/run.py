@@ -23,7 +23,7 @@ from transformers import (
 
 from qrefta.config.stack import BANK
 from qrefta.distributed import whole_state
-from qrefta.hf_quantizer import is_prepared, prepared_config
+from qrefta.model.prepared import is_prepared, prepared_config
 from qrefta.model_card import write_card
 from qrefta.train.checkpointing import follow_arguments
 from qrefta.train.checkpoints import publish, whole_checkpoints, writing

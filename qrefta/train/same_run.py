@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from qrefta.files.json_file import read_json
-from qrefta.hf_quantizer import is_prepared, prepared_config
+from qrefta.model.prepared import is_prepared, prepared_config
 
 MARKS = "qrefta_run.json"  # in a checkpoint
 _ROWS = 8  # of each split, from its start

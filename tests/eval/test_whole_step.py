@@ -17,7 +17,7 @@ from eval.rows import read
 from eval.studies import whole_step
 from eval.studies.step_profile import KINDS, StepProfile
 from qrefta._compat.transformers import enable_checkpointing
-from qrefta.train.head_loss import without_peft
+from qrefta.model.adapters import without_peft
 from tests.models import tiny_llama
 from tests.train.talk import words
 

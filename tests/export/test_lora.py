@@ -24,7 +24,7 @@ import qrefta
 from qrefta.config.stack import BANK
 from qrefta.export.compare import example_inputs, output_difference, outputs
 from qrefta.export.lora import _notes
-from qrefta.hf_quantizer import prepared_config
+from qrefta.model.prepared import prepared_config
 from qrefta.nn.linear import AdaptedLinear
 from tests.export.test_merge import take_steps
 from tests.language import write_gguf

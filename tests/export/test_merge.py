@@ -16,7 +16,7 @@ import qrefta
 from qrefta.config.stack import BANK
 from qrefta.export import merge as export
 from qrefta.export import write
-from qrefta.hf_quantizer import is_prepared, prepared_config
+from qrefta.model.prepared import is_prepared, prepared_config
 from qrefta.nn import experts
 from qrefta.nn.linear import AdaptedLinear
 from tests import models

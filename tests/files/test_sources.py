@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qrefta
 from qrefta.files.sources import dense_bytes, loaded_from, pretrained_source
-from qrefta.hf_quantizer import prepared_config
+from qrefta.model.prepared import prepared_config
 from tests.language import SENTENCES, language_model
 from tests.models import logits
 from tests.test_cli import invoke

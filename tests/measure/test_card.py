@@ -8,9 +8,9 @@ from huggingface_hub import ModelCard
 from transformers import LlamaForCausalLM
 
 import qrefta
-from qrefta.hf_quantizer import prepared_config
 from qrefta.measure.card import check_card, write_comparison
 from qrefta.measure.compare import TextComparison
+from qrefta.model.prepared import prepared_config
 from qrefta.model_card import write_card
 from tests.kill import killed_while_writing
 

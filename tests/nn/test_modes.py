@@ -20,7 +20,7 @@ import qrefta
 from qrefta._compat.transformers import enable_checkpointing
 from qrefta.config.stack import BANK
 from qrefta.hf_config import QReftaConfig
-from qrefta.hf_quantizer import place_bank
+from qrefta.model.device_map import place_bank
 from qrefta.train.arguments import training_arguments
 from qrefta.train.finetune import finetune
 from qrefta.train.models import load_classifier

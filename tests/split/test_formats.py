@@ -10,7 +10,7 @@ from torch.testing import assert_close
 import qrefta
 from qrefta.choices import MIXED_TYPES, bits_of
 from qrefta.config.settings import Settings
-from qrefta.hf_quantizer import is_prepared, prepared_config
+from qrefta.model.prepared import is_prepared, prepared_config
 from qrefta.model.stacks import find_stacks, model_weights
 from qrefta.split.calibrate import gather_moments
 from qrefta.split.formats import formats_without_weights, least_error

@@ -21,7 +21,7 @@ import qrefta
 from qrefta._prepare import calibrate
 from qrefta.config.settings import Settings
 from qrefta.hf_config import QReftaConfig
-from qrefta.hf_quantizer import prepared_config
+from qrefta.model.prepared import prepared_config
 from qrefta.model.stacks import block_of, find_stacks, model_weights
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.nn.quantized import QuantFormat, quantize, rounded
