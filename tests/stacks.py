@@ -10,7 +10,8 @@ from qrefta.linalg.tsvd import mix, t_svd, transform_matrix
 from qrefta.methods.refta import ReFTA
 from qrefta.model.stacks import Weights
 from qrefta.nn.factors import Factors
-from qrefta.nn.quantized import DenseWeight, quantize
+from qrefta.nn.quantize import quantize
+from qrefta.nn.quantized import DenseWeight
 from qrefta.split.checkpoint import FolderSink
 from qrefta.split.residual import Split, split_layers, split_stack
 

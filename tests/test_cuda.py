@@ -14,7 +14,8 @@ from qrefta.config.settings import Settings
 from qrefta.linalg.metric import output_error
 from qrefta.linalg.tsvd import t_svd, t_svd_exact
 from qrefta.model.stacks import find_stacks
-from qrefta.nn.quantized import QuantFormat, Rounding, quantize
+from qrefta.nn.quantize import Rounding, quantize
+from qrefta.nn.quantized import QuantFormat
 from qrefta.split.calibrate import gather_moments
 from qrefta.split.rounding import StackRounding
 from qrefta.train.nan_guard import _all_finite, finite_steps

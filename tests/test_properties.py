@@ -19,7 +19,8 @@ from qrefta.config.settings import Settings
 from qrefta.linalg.tsvd import squared_norm
 from qrefta.methods import METHODS
 from qrefta.model.stacks import LARGEST_WEIGHT, check_values
-from qrefta.nn.quantized import QuantFormat, quantize
+from qrefta.nn.quantize import quantize
+from qrefta.nn.quantized import QuantFormat
 from qrefta.train.arguments import training_arguments
 from qrefta.train.finetune import finetune
 from qrefta.train.models import load_classifier

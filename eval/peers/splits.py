@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from qrefta.linalg.metric import Metric
-from qrefta.nn.quantized import QuantFormat, rounded
+from qrefta.nn.quantize import rounded
+from qrefta.nn.quantized import QuantFormat
 
 NF4 = QuantFormat("nf4")
 SCALE_BLOCK = 256  # scales that share a second-level scale, as in QLoRA

@@ -40,7 +40,8 @@ from qrefta.model.stacks import find_stacks, replace_module
 from qrefta.nn.factors import Factors, factor_dtype
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.nn.packed import plain_bytes
-from qrefta.nn.quantized import QuantFormat, quantize
+from qrefta.nn.quantize import quantize
+from qrefta.nn.quantized import QuantFormat
 
 # The references of all ratios.
 REFERENCES = {"floor": "floor", "bitsandbytes": "floor bitsandbytes", "qlora": "qlora r=16"}

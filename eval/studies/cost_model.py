@@ -26,7 +26,8 @@ from eval.rows import append
 from eval.studies.cost import timed
 from qrefta.cli import guarded
 from qrefta.nn import cost, product
-from qrefta.nn.quantized import QuantFormat, quantize
+from qrefta.nn.quantize import quantize
+from qrefta.nn.quantized import QuantFormat
 
 FORMS: dict[str, Callable[..., bool]] = {
     "counted": product.merging_is_cheaper,

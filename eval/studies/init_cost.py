@@ -34,7 +34,8 @@ from qrefta.config.settings import Settings
 from qrefta.linalg.slices import Slices
 from qrefta.linalg.tsvd import mix, t_svd, transform_matrix
 from qrefta.model.stacks import Weights, find_stacks, model_weights
-from qrefta.nn.quantized import QuantFormat, rounded
+from qrefta.nn.quantize import rounded
+from qrefta.nn.quantized import QuantFormat
 from qrefta.split.residual import split_layers, split_stack
 
 console = Console()

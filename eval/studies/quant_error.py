@@ -39,7 +39,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from eval.peers.splits import loftq, pissa, qera, small_block, small_block_bits
 from eval.rows import append, find, read
 from eval.tasks.demo import docstring_sentences, model_folder
-from qrefta.choices import TRANSFORMS
+from qrefta.choices import QUANT_TYPES, TRANSFORMS
 from qrefta.cli import guarded, quiet_libraries
 from qrefta.config.settings import Settings
 from qrefta.config.stack import LayerStack
@@ -49,7 +49,8 @@ from qrefta.methods.craft import CRAFT
 from qrefta.methods.refta import ReFTA
 from qrefta.model.stacks import Weights, find_stacks, model_weights
 from qrefta.nn.factors import Factors, Fit
-from qrefta.nn.quantized import QUANT_TYPES, QuantFormat, rounded
+from qrefta.nn.quantize import rounded
+from qrefta.nn.quantized import QuantFormat
 from qrefta.split.calibrate import (
     Moments,
     gather_moments,

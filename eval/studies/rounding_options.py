@@ -52,7 +52,8 @@ from qrefta.config.stack import LayerStack
 from qrefta.linalg.metric import output_error
 from qrefta.model.stacks import find_stacks, read_slice
 from qrefta.nn.grid import Grid, grid_of, inverse, nearest
-from qrefta.nn.quantized import QuantFormat, QuantizedWeight, quantize
+from qrefta.nn.quantize import quantize
+from qrefta.nn.quantized import QuantFormat, QuantizedWeight
 from qrefta.split.calibrate import Moments
 from qrefta.split.rounding import DAMPING, StackRounding
 

@@ -32,7 +32,8 @@ from qrefta.methods import METHODS
 from qrefta.methods.refta import ReFTA
 from qrefta.model.stacks import Weights
 from qrefta.nn.factors import Factors, factor_dtype
-from qrefta.nn.quantized import QuantFormat, rounded
+from qrefta.nn.quantize import rounded
+from qrefta.nn.quantized import QuantFormat
 from qrefta.split.calibrate import Moments
 from qrefta.split.residual import Split, tensor_values
 from qrefta.split.stack_split import StackSplit

@@ -21,14 +21,8 @@ from qrefta.linalg.tsvd import mix, squared_norm, t_svd, transform_matrix
 from qrefta.methods import METHODS
 from qrefta.model.stacks import Weights
 from qrefta.nn.factors import Factors, Fit, factor_dtype
-from qrefta.nn.quantized import (
-    DenseWeight,
-    FrozenWeight,
-    QuantFormat,
-    Rounding,
-    quantize,
-    rounded,
-)
+from qrefta.nn.quantize import Rounding, quantize, rounded
+from qrefta.nn.quantized import DenseWeight, FrozenWeight, QuantFormat
 from qrefta.split.rounding import StackRounding
 
 # On MiniLM five rounds bring two thirds of the gain of twenty.

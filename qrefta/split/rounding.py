@@ -21,7 +21,7 @@ from torch import Tensor
 from qrefta.config.settings import Settings
 from qrefta.config.stack import LayerStack
 from qrefta.linalg.feedback import Feedback, feedback_of
-from qrefta.nn.quantized import PLAIN, Rounding
+from qrefta.nn.quantize import PLAIN, Rounding
 from qrefta.split.calibrate import Moments
 
 # Share of the mean second moment that is added to all of them, as in GPTQ.

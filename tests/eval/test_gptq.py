@@ -8,7 +8,7 @@ from eval.peers.gptq import DAMPING, gptq
 from eval.peers.splits import NF4
 from qrefta.linalg.metric import output_error
 from qrefta.nn.grid import grid_of, inverse, nearest
-from qrefta.nn.quantized import rounded
+from qrefta.nn.quantize import rounded
 
 
 def weight(*shape, seed=0):

@@ -6,7 +6,8 @@ from torch.testing import assert_close
 
 from eval.peers.splits import SCALE_BLOCK, loftq, pissa, qera, small_block, small_block_bits, top
 from qrefta.linalg.metric import Metric
-from qrefta.nn.quantized import QuantFormat, rounded
+from qrefta.nn.quantize import rounded
+from qrefta.nn.quantized import QuantFormat
 
 NF4 = QuantFormat("nf4")
 

@@ -5,10 +5,11 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from qrefta.choices import bits_of
+from qrefta.choices import QUANT_TYPES, bits_of
 from qrefta.nn.factors import FactorBank
 from qrefta.nn.linear import AdaptedLinear
-from qrefta.nn.quantized import QUANT_TYPES, QuantFormat, quantize
+from qrefta.nn.quantize import quantize
+from qrefta.nn.quantized import QuantFormat
 from tests.stacks import fit_refta, stored_in
 
 LAYERS = 3

@@ -8,9 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from qrefta.choices import QUANT_TYPES
 from qrefta.nn.cost import Cost, step_cost
 from qrefta.nn.product import adapted_product, frozen_product
-from qrefta.nn.quantized import QUANT_TYPES, QuantFormat
+from qrefta.nn.quantized import QuantFormat
 from tests.stacks import stored_in
 
 OUT = 48

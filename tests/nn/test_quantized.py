@@ -7,17 +7,10 @@ import torch
 from torch.nn.functional import linear
 from torch.testing import assert_close
 
-from qrefta.choices import bits_of
+from qrefta.choices import QUANT_TYPES, bits_of
 from qrefta.nn import packing, quantized
-from qrefta.nn.quantized import (
-    BLOCK_SIZES,
-    QUANT_TYPES,
-    QuantFormat,
-    Rounding,
-    frozen_weight,
-    quantize,
-    rounded,
-)
+from qrefta.nn.quantize import Rounding, quantize, rounded
+from qrefta.nn.quantized import BLOCK_SIZES, QuantFormat, frozen_weight
 
 FORMATS = [
     QuantFormat(kind, 64, double)

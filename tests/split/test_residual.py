@@ -12,7 +12,8 @@ from qrefta.choices import TRANSFORMS, bits_of
 from qrefta.config.settings import Settings
 from qrefta.linalg.metric import Metric
 from qrefta.model.stacks import Weights
-from qrefta.nn.quantized import QuantFormat, Rounding, rounded
+from qrefta.nn.quantize import Rounding, rounded
+from qrefta.nn.quantized import QuantFormat
 from qrefta.split.residual import _rows_per_block, _Target, split_layers, split_stack
 from qrefta.split.rounding import StackRounding
 from tests.stacks import Splitted, split_and_error, svd_of, transform_of

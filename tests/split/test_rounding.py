@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from qrefta.choices import bits_of
+from qrefta.choices import QUANT_TYPES, bits_of
 from qrefta.config.settings import Settings
 from qrefta.config.stack import LayerStack
 from qrefta.linalg.metric import output_error
 from qrefta.nn import packing
-from qrefta.nn.quantized import QUANT_TYPES, QuantFormat, Rounding, quantize
+from qrefta.nn.quantize import Rounding, quantize
+from qrefta.nn.quantized import QuantFormat
 from qrefta.split import rounding as rounding_module
 from qrefta.split.calibrate import Moments
 from qrefta.split.rounding import StackRounding, warn_of_tokens

@@ -24,7 +24,8 @@ from qrefta.hf_config import QReftaConfig
 from qrefta.model.prepared import prepared_config
 from qrefta.model.stacks import block_of, find_stacks, model_weights
 from qrefta.nn.linear import AdaptedLinear
-from qrefta.nn.quantized import QuantFormat, quantize, rounded
+from qrefta.nn.quantize import quantize, rounded
+from qrefta.nn.quantized import QuantFormat
 from qrefta.split import in_memory
 from qrefta.split.calibrate import gather_moments
 from qrefta.split.recording import NoOrderError
