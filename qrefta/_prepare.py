@@ -38,10 +38,11 @@ from qrefta.model.stacks import check_values, find_stacks
 from qrefta.model.unquantized import warn_of_unquantized
 from qrefta.nn.factors import FactorBank
 from qrefta.nn.linear import AdaptedLinear
-from qrefta.split.calibrate import Moments, gather_moments, load_moments
+from qrefta.split.calibrate import gather_moments
 from qrefta.split.checkpoint import convert, without_order
 from qrefta.split.in_memory import ModelSource, layers_in_order, split_model
 from qrefta.split.loop import check_choices
+from qrefta.split.moments import Moments, load_moments
 from qrefta.split.sources import Calibration, calibration_batches
 
 

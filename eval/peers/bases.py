@@ -29,7 +29,7 @@ from qrefta.model.stacks import find_stacks, read_slice
 from qrefta.nn.quantize import quantize, rounded
 from qrefta.nn.quantized import QuantFormat
 from qrefta.split.batches import Batch
-from qrefta.split.calibrate import Moments, shared_metric
+from qrefta.split.moments import Moments, shared_metric
 
 PLAIN = QuantFormat("nf4")  # errors are relative to this format's plain rounding
 TEXT = 32_768  # tokens to calibrate with

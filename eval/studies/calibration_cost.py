@@ -24,7 +24,8 @@ from eval.rows import append
 from qrefta.cli import guarded
 from qrefta.config.stack import LayerStack
 from qrefta.model.stacks import find_stacks
-from qrefta.split.calibrate import Moments, gather_moments
+from qrefta.split.calibrate import gather_moments
+from qrefta.split.moments import Moments
 from qrefta.split.texts import generic_texts, read_texts, windows_of_text
 
 console = Console()

@@ -44,7 +44,7 @@ from eval.studies import cost, decoding
 from eval.studies.cost import SETTINGS, Run
 from qrefta.cli import guarded
 from qrefta.model.stacks import find_stacks
-from qrefta.split.calibrate import Moments
+from qrefta.split.moments import Moments
 
 ROOT = Path(__file__).parents[2]
 ROWS = ROOT / "eval" / "rows" / "gpu.jsonl"

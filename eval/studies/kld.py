@@ -50,7 +50,8 @@ from eval.tasks.task import DATA
 from qrefta.cli import guarded, quiet_libraries
 from qrefta.measure.texts import cut_windows, read_text
 from qrefta.model.stacks import find_stacks
-from qrefta.split.calibrate import Moments, gather_moments, load_moments
+from qrefta.split.calibrate import gather_moments
+from qrefta.split.moments import Moments, load_moments
 from qrefta.split.texts import generic_texts, windows_of_text
 
 SETS = tuple(sets_of_bases())

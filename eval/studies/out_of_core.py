@@ -28,7 +28,7 @@ from qrefta.config.settings import Settings
 from qrefta.files.safetensors import Checkpoint
 from qrefta.files.shards import write_index, write_shard
 from qrefta.model.config_file import read_config
-from qrefta.split.calibrate import Moments
+from qrefta.split.moments import Moments
 
 SHAPES = {
     "tiny": {

@@ -51,12 +51,8 @@ from qrefta.model.stacks import Weights, find_stacks, model_weights
 from qrefta.nn.factors import Factors, Fit
 from qrefta.nn.quantize import rounded
 from qrefta.nn.quantized import QuantFormat
-from qrefta.split.calibrate import (
-    Moments,
-    gather_moments,
-    load_moments,
-    shared_metric,
-)
+from qrefta.split.calibrate import gather_moments
+from qrefta.split.moments import Moments, load_moments, shared_metric
 from qrefta.split.residual import ROUNDS, one_shot, split_stack, tensor_values
 from qrefta.split.texts import read_texts, rows_of_text
 

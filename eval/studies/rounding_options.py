@@ -54,7 +54,7 @@ from qrefta.model.stacks import find_stacks, read_slice
 from qrefta.nn.grid import Grid, grid_of, inverse, nearest
 from qrefta.nn.quantize import quantize
 from qrefta.nn.quantized import QuantFormat, QuantizedWeight
-from qrefta.split.calibrate import Moments
+from qrefta.split.moments import Moments
 from qrefta.split.rounding import DAMPING, StackRounding
 
 SETTINGS = Settings(rank=0)

@@ -9,7 +9,7 @@ from qrefta.cli.console import console, megabytes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qrefta.split.calibrate import Moments
+    from qrefta.split.moments import Moments
 
 NONE = "none"
 KINDS = "a file (txt, csv, tsv, jsonl, parquet), text (generic text) or none"

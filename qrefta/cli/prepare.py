@@ -62,7 +62,7 @@ def prepare(
     from qrefta.files.folders import JOURNAL, new_folder
     from qrefta.files.layout import weights_bytes
     from qrefta.files.sources import dense_bytes
-    from qrefta.split.calibrate import load_moments
+    from qrefta.split.moments import load_moments
     from qrefta.tables import report_table
 
     rounding = rounding_of(settings)

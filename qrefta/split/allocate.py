@@ -34,7 +34,7 @@ from qrefta.model.stacks import Weights
 from qrefta.nn.factors import Factors, factor_dtype
 from qrefta.nn.quantize import rounded
 from qrefta.nn.quantized import QuantFormat
-from qrefta.split.calibrate import Moments
+from qrefta.split.moments import Moments
 from qrefta.split.residual import Split, tensor_values
 from qrefta.split.stack_split import StackSplit
 

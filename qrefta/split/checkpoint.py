@@ -48,8 +48,9 @@ from qrefta.model.stacks import BLOCK_BYTES, Weights, check_values, find_stacks,
 from qrefta.model.unquantized import warn_of_unquantized
 from qrefta.model_card import write_card
 from qrefta.nn.factors import stored_factors
-from qrefta.split.calibrate import FULL_WIDTH, Moments
 from qrefta.split.loop import split_stacks
+from qrefta.split.moment_sums import FULL_WIDTH
+from qrefta.split.moments import Moments
 from qrefta.split.stack_split import StackSplit
 
 LOCK = "qrefta_unfinished.lock"  # held by the process that writes to the folder

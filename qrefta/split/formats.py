@@ -32,7 +32,7 @@ from qrefta.methods import METHODS
 from qrefta.model.stacks import Weights
 from qrefta.nn.factors import factor_dtype
 from qrefta.nn.quantized import QuantFormat
-from qrefta.split.calibrate import Moments
+from qrefta.split.moments import Moments
 from qrefta.split.residual import Split
 from qrefta.split.stack_split import StackSplit
 

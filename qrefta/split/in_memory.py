@@ -18,8 +18,8 @@ from qrefta.model.build import adapt, attach_bank, bank_key
 from qrefta.model.stacks import Weights, find_stacks, model_weights, read_slice
 from qrefta.nn.quantized import QuantFormat
 from qrefta.split.batches import Batch, copied
-from qrefta.split.calibrate import Moments
 from qrefta.split.loop import split_stacks
+from qrefta.split.moments import Moments
 from qrefta.split.recording import NoOrderError
 from qrefta.split.rounding import warn_of_tokens
 from qrefta.split.sequential import MOST_BYTES, LayerSequence, check_steps

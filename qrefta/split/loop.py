@@ -16,8 +16,8 @@ from qrefta.config.settings import Settings
 from qrefta.config.stack import LayerStack
 from qrefta.model.stacks import Weights, select_stacks
 from qrefta.split.allocate import choose_ranks, given_ranks
-from qrefta.split.calibrate import Moments
 from qrefta.split.formats import choose_formats, formats_without_weights
+from qrefta.split.moments import Moments
 from qrefta.split.rounding import warn_of_tokens
 from qrefta.split.stack_split import StackSplit
 

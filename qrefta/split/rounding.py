@@ -22,7 +22,7 @@ from qrefta.config.settings import Settings
 from qrefta.config.stack import LayerStack
 from qrefta.linalg.feedback import Feedback, feedback_of
 from qrefta.nn.quantize import PLAIN, Rounding
-from qrefta.split.calibrate import Moments
+from qrefta.split.moments import Moments
 
 # Share of the mean second moment that is added to all of them, as in GPTQ.
 DAMPING = 0.01

@@ -35,14 +35,9 @@ from qrefta._compat.torch import version_counter
 from qrefta.config.stack import LayerStack
 from qrefta.model.stacks import Weights, block_of
 from qrefta.split.batches import Batch, is_seq2seq, kept_tokens, not_finite
-from qrefta.split.calibrate import (
-    Moments,
-    added,
-    check_reached,
-    mirrored,
-    moment_sum,
-    no_moment,
-)
+from qrefta.split.calibrate import check_reached
+from qrefta.split.moment_sums import added, mirrored, moment_sum, no_moment
+from qrefta.split.moments import Moments
 from qrefta.split.recording import Call, NoOrderError, record, run_block
 
 # Shares of the mean of the diagonal of H that hold a target near its weight: of many tokens, and of

@@ -14,7 +14,7 @@ from qrefta.linalg.tsvd import squared_norm
 from qrefta.model.stacks import Weights
 from qrefta.nn.quantize import rounded
 from qrefta.nn.quantized import FrozenWeight, QuantFormat
-from qrefta.split.calibrate import Moments, shared_metric
+from qrefta.split.moments import Moments, shared_metric
 from qrefta.split.residual import Split, SplitLayer, split_layer, split_stack
 from qrefta.split.rounding import StackRounding
 

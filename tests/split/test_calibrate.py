@@ -10,13 +10,10 @@ from transformers import AutoModel, Gemma4ForCausalLM, Gemma4TextConfig
 from qrefta.config.stack import LayerStack
 from qrefta.linalg.metric import normalized, roots
 from qrefta.model.stacks import find_stacks
-from qrefta.split import calibrate as moments_module
-from qrefta.split.calibrate import (
-    Moments,
-    gather_moments,
-    load_moments,
-    shared_metric,
-)
+from qrefta.split import moment_sums
+from qrefta.split import moments as moments_module
+from qrefta.split.calibrate import gather_moments
+from qrefta.split.moments import Moments, load_moments, shared_metric
 from tests.models import (
     ARCHITECTURES,
     TOWERS,
@@ -181,7 +178,7 @@ def test_the_upper_half_completes_a_matrix():
     """Also where a product's panels on the diagonal are not symmetric to the last bit."""
     matrix = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
     expected = matrix.triu() + matrix.triu(1).T
-    assert torch.equal(moments_module.mirrored(matrix.clone()), expected)
+    assert torch.equal(moment_sums.mirrored(matrix.clone()), expected)
 
 
 def test_progress_counts_rows_and_tokens(capsys):
@@ -208,7 +205,7 @@ def test_sharing_that_ends_changes_no_moment():
 def test_inputs_beyond_full_width_keep_their_diagonal(monkeypatch):
     model = tiny_bert()
     full = gather(model, [inputs(model)])
-    monkeypatch.setattr(moments_module, "FULL_WIDTH", 32)
+    monkeypatch.setattr(moment_sums, "FULL_WIDTH", 32)
     moments = gather(model, [inputs(model)])
     for path in paths_of(model):
         if "output.dense" in path and "attention" not in path:
@@ -221,7 +218,7 @@ def test_sums_are_the_same_in_single_precision(monkeypatch):
     model = tiny_bert()
     batches = [inputs(model), second(inputs(model))]
     full = gather(model, batches)
-    monkeypatch.setattr(moments_module, "DOUBLE_WIDTH", 0)
+    monkeypatch.setattr(moment_sums, "DOUBLE_WIDTH", 0)
     for path in paths_of(model):
         assert_close(gather(model, batches).of(path), full.of(path))
 
@@ -425,7 +422,7 @@ def test_a_wide_stack_shares_the_diagonal_of_full_moments(monkeypatch, second_is
 
 def test_full_moments_are_kept_up_to_16384_and_used_up_to_4096():
     """The error feedback of wide layers needs them; the shared factors do not."""
-    assert moments_module.FULL_WIDTH == 16384
+    assert moment_sums.FULL_WIDTH == 16384
     assert moments_module.METRIC_WIDTH == 4096
 
 

@@ -12,7 +12,7 @@ from qrefta.nn import packing
 from qrefta.nn.quantize import Rounding, quantize
 from qrefta.nn.quantized import QuantFormat
 from qrefta.split import rounding as rounding_module
-from qrefta.split.calibrate import Moments
+from qrefta.split.moments import Moments
 from qrefta.split.rounding import StackRounding, warn_of_tokens
 
 formats = pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from torch.testing import assert_close
 from qrefta.config.settings import Settings
 from qrefta.config.stack import LayerStack
 from qrefta.model.stacks import Weights
-from qrefta.split.calibrate import Moments
+from qrefta.split.moments import Moments
 from qrefta.split.stack_split import StackSplit
 
 STACK = LayerStack("layers.*.linear", tuple(f"layers.{i}.linear" for i in range(3)), 24, 64)
