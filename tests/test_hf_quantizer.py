@@ -22,6 +22,8 @@ from transformers import (
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
     RobertaForSequenceClassification,
+    Swinv2Config,
+    Swinv2ForImageClassification,
     Trainer,
     TrainingArguments,
 )
@@ -407,6 +409,16 @@ def dinov2():
 def test_renamed_architectures_round_trip(build_model, tmp_path):
     """transformers renames their keys on saving and loading, by patterns that are not anchored."""
     model = qrefta.prepare(build_model(), rank=3)
+    model.save_pretrained(tmp_path)
+    assert_close(logits(qrefta.load(tmp_path).eval()), logits(model), rtol=0, atol=0)
+
+
+def test_a_table_that_loading_makes_in_the_dtype_of_a_weight_stays_as_it_was(tmp_path):
+    """Swin V2's coordinates of -1 .. 1 would be cut to whole numbers by packed bytes' dtype."""
+    config = Swinv2Config(
+        image_size=32, patch_size=4, embed_dim=32, depths=[2, 2], num_heads=[2, 4], window_size=4
+    )
+    model = qrefta.prepare(build(Swinv2ForImageClassification, config), rank=3, progress=False)
     model.save_pretrained(tmp_path)
     assert_close(logits(qrefta.load(tmp_path).eval()), logits(model), rtol=0, atol=0)
 

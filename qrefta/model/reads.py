@@ -2,7 +2,7 @@
 
 A packed weight would break code that reads the weight, and a plain residual would make it compute
 something else; code that asks whether a module is an `nn.Linear` would take another branch. So the
-source of all classes in a model is searched for reads of `.weight`, for `next(self.parameters())`,
+source of all classes in a model is searched for reads of `.weight`, for `next(X.parameters())`,
 which tells a dtype, and for such questions, and so is the source of the functions next to them.
 Names are followed through assignments, loops and arguments:
 
@@ -33,7 +33,7 @@ from qrefta.model.branches import setting_of, tested_settings, without_dead_bran
 _Path = tuple[str, ...]
 
 _ANY = "*"
-_OWN_FIRST: _Path = ("self", "next()")  # the module that has the first parameter of all
+_FIRST = "next()"  # the last part of a path, for the module that has the first parameter below it
 _BEFORE = re.compile(r"__init__$|_?init|reset_param|post_init$|_?tie_|.*resize|set_.*embed|extra_")
 _LIBRARY = {*PreTrainedModel.__mro__, *GenerationMixin.__mro__}
 _LOOPS = ("enumerate", "zip", "reversed", "list", "tuple", "iter", "next")
@@ -49,11 +49,16 @@ def read_weights(model: nn.Module) -> set[str]:
         kind = type(module)
         settings = tuple((name, setting_of(module, name)) for name in _tested(kind))
         found = _read_by(kind, settings)
-        if _OWN_FIRST in found:
-            read.update(_owner_of_first(path, module))
-        for first, *parts in found - {_OWN_FIRST}:
-            pattern = _pattern(path if first == "self" else None, parts)
-            read.update(filter(pattern.fullmatch, paths))
+        for first, *parts in found:
+            takes_first = parts[-1] == _FIRST
+            pattern = _pattern(
+                path if first == "self" else None, parts[: -1 if takes_first else None]
+            )
+            for owner in filter(pattern.fullmatch, paths):
+                if takes_first:
+                    read.update(_owner_of_first(owner, model.get_submodule(owner)))
+                else:
+                    read.add(owner)
     return read
 
 
@@ -80,10 +85,10 @@ def _tested(kind: type) -> list[str]:
 
 def _pattern(start: str | None, parts: Iterable[str]) -> re.Pattern[str]:
     """An expression for the paths that end in `parts`, directly below `start` if it is given."""
-    tail = r"\.".join(r"[^.]+" if part == _ANY else re.escape(part) for part in parts)
+    tail = [r"[^.]+" if part == _ANY else re.escape(part) for part in parts]
     if start is None:
-        return re.compile(rf"(.*\.)?{tail}")
-    return re.compile(rf"{re.escape(start)}\.{tail}" if start else tail)
+        return re.compile(r"(.*\.)?" + r"\.".join(tail))
+    return re.compile(r"\.".join([re.escape(start), *tail] if start else tail))
 
 
 @functools.cache
@@ -124,10 +129,10 @@ def _reads(trees: list[tuple[str, ast.AST]]) -> set[_Path]:
     arguments: dict[str, set[int | str]] = {}  # of functions that read an argument's weight
     for name, tree in trees:
         names = _Names(tree)
-        if names.parameters and _takes_first_of(names.parameters[0], tree):
-            read.add(_OWN_FIRST)
         for first, *parts in (path for node in _owners(tree) for path in names.paths(node)):
-            if parts:
+            if parts == [_FIRST] and first in names.parameters[:1]:
+                read.add(("self", _FIRST))  # also of functions that a method calls with itself
+            elif parts and parts != [_FIRST]:
                 read.add((first, *parts))
             elif first in names.parameters:
                 arguments.setdefault(name, set()).update((first, names.parameters.index(first)))
@@ -154,7 +159,7 @@ def _passed(tree: ast.AST, arguments: dict[str, set[int | str]]) -> Iterator[_Pa
 def _owners(tree: ast.AST) -> Iterator[ast.expr]:
     """The expressions X of `X.weight`, `getattr(X, "weight")`, `X.get_parameter("weight")`,
     `X.parameters()`, `isinstance(X, nn.Linear)` and `type(X) is nn.Linear`, except of
-    `X.weight.device`.
+    `X.weight.device`; and `next(X.parameters())`, except of its device.
     """
     of_device = _of_device(tree)
     for node in ast.walk(tree):
@@ -163,9 +168,11 @@ def _owners(tree: ast.AST) -> Iterator[ast.expr]:
             yield node.value
         elif _is_getattr(node) and _constant(node.args[1]) == "weight":
             yield node.args[0]
+        elif _takes_first(node) and node not in of_device:
+            yield node
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             owner = node.func.value
-            if node.func.attr == "parameters" and not _is_device(node, of_device):
+            if node.func.attr == "parameters" and not _is_taken_first(node, tree):
                 yield owner
             elif node.func.attr == "get_parameter" and node.args:
                 yield from _owner_of_parameter(owner, _constant(node.args[0]))
@@ -182,16 +189,14 @@ def _asked_for_linear(node: ast.AST) -> Iterator[ast.expr]:
             yield node.left.args[0]
 
 
-def _takes_first_of(name: str, tree: ast.AST) -> bool:
-    """Whether a function takes `next(NAME.parameters())`, and not only its device."""
-    of_device = _of_device(tree)
-    return any(
+def _takes_first(node: ast.AST) -> TypeGuard[ast.Call]:
+    """Whether an expression is `next(X.parameters())`."""
+    return (
         isinstance(node, ast.Call)
         and getattr(node.func, "id", "") == "next"
-        and node not in of_device
-        and bool(node.args)
-        and ast.unparse(node.args[0]) == f"{name}.parameters()"
-        for node in ast.walk(tree)
+        and len(node.args) > 0
+        and isinstance(node.args[0], ast.Call)
+        and getattr(node.args[0].func, "attr", "") == "parameters"
     )
 
 
@@ -201,9 +206,9 @@ def _of_device(tree: ast.AST) -> set[ast.expr]:
     return {node.value for node in attributes if node.attr == "device"}
 
 
-def _is_device(call: ast.Call, of_device: set[ast.expr]) -> bool:
-    """Whether a call of `parameters()` is the one in `next(X.parameters()).device`."""
-    return any(isinstance(node, ast.Call) and call in node.args for node in of_device)
+def _is_taken_first(call: ast.Call, tree: ast.AST) -> bool:
+    """Whether a call of `parameters()` is the one in `next(X.parameters())`."""
+    return any(_takes_first(node) and call is node.args[0] for node in ast.walk(tree))
 
 
 def _owner_of_parameter(owner: ast.expr, name: Any) -> Iterator[ast.expr]:
@@ -268,6 +273,10 @@ class _Names:
             return {path for part in node.elts for path in self.paths(part, depth)}
         if _is_getattr(node):
             return self._inside(node.args[0], _constant(node.args[1]), depth)
+        if _takes_first(node):
+            assert isinstance(node.args[0], ast.Call)
+            assert isinstance(node.args[0].func, ast.Attribute)
+            return self._inside(node.args[0].func.value, _FIRST, depth)
         if isinstance(node, ast.Call):
             return self._of_call(node, depth)
         return set()

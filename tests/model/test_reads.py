@@ -127,6 +127,13 @@ class TakesItsOwnDtype(Block):
         return super().forward(x.to(next(self.parameters()).dtype))
 
 
+class TakesTheDtypeOfAnMlp(Block):
+    """As Swin V2's attention does, to make a table of coordinates."""
+
+    def forward(self, x):
+        return super().forward(x.to(next(self.mlp.parameters()).dtype))
+
+
 class TakesItsOwnDevice(Block):
     def forward(self, x):
         return super().forward(x.to(next(self.parameters()).device))
@@ -222,6 +229,7 @@ BLOCKS = {
     PassesToAnInnerFunction: {"up", "mlp.2"},
     ReadsTheDeviceOfParameters: set(),
     TakesItsOwnDtype: {"plain"},
+    TakesTheDtypeOfAnMlp: {"mlp.0"},
     TakesItsOwnDevice: set(),
     AsksForTheType: {"up", "mlp.0", "mlp.2"},
 }
