@@ -179,10 +179,15 @@ def adapt(
 def freeze(model: PreTrainedModel, modules_to_save: Sequence[str]) -> None:
     """Freeze everything but the trainable parameters of the factors and `modules_to_save`.
 
-    Names of modules that the model does not have are ignored.
+    Names of modules that the model does not have are ignored. From here on, freezing all layers of
+    a stack freezes its factors.
     """
     model.requires_grad_(False)
+    for layer in model.modules():
+        if isinstance(layer, AdaptedLinear):
+            layer.follow_freezing()
     for factors in getattr(model, BANK).values():
+        factors.frozen_layers.clear()
         for parameter in factors.trained():
             parameter.requires_grad_(True)
     modules = dict(model.named_modules())

@@ -51,9 +51,9 @@ def read_weights(model: nn.Module) -> set[str]:
         found = _read_by(kind, settings)
         for first, *parts in found:
             takes_first = parts[-1] == _FIRST
-            pattern = _pattern(
-                path if first == "self" else None, parts[: -1 if takes_first else None]
-            )
+            if takes_first:
+                parts.pop()
+            pattern = _pattern(path if first == "self" else None, parts)
             for owner in filter(pattern.fullmatch, paths):
                 if takes_first:
                     read.update(_owner_of_first(owner, model.get_submodule(owner)))

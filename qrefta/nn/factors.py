@@ -18,7 +18,7 @@ bf16 values are saved as bf16.
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple, Self, cast
 
@@ -55,6 +55,7 @@ class Factors(nn.Module, ABC):
         transforms: mode-3 transforms that `fit` takes, the default first.
         slice_ranks: components of each transformed slice, summing to the rank; set by `fit`, not
             saved.
+        frozen_layers: numbers of the layers that the user's code froze.
     """
 
     fits: ClassVar[bool] = False
@@ -70,6 +71,13 @@ class Factors(nn.Module, ABC):
         self.rank = rank
         self.dtype = dtype
         self.slice_ranks: list[int] = []
+        self.frozen_layers: set[int] = set()
+
+    def freeze_layer(self, layer: int) -> None:
+        """Take note of a frozen layer; once all are frozen, so are the factors."""
+        self.frozen_layers.add(layer)
+        if len(self.frozen_layers) == self.layers:
+            self.requires_grad_(False)
 
     @classmethod
     def fit(
@@ -417,6 +425,18 @@ class FactorBank(nn.ModuleDict):
             return
         self._is_checked = True
         names = self.frozen()
+        partly = [
+            f"{self.names[key]} ({len(factors.frozen_layers)} of {factors.layers})"
+            for key, factors in cast(Iterable[tuple[str, Factors]], self.items())
+            if 0 < len(factors.frozen_layers) < factors.layers
+        ]
+        if partly:
+            warnings.warn(
+                f"Some layers of {', '.join(partly)} are frozen, and their factors train: the "
+                "layers of a stack share them, so the frozen layers change too. Only whole stacks "
+                f"can be frozen: requires_grad_(False) of a factors in model.{BANK}.values().",
+                stacklevel=3,
+            )
         if names:
             warnings.warn(
                 f"The factors of {len(names)} of {len(self)} stacks are frozen and do not train: "

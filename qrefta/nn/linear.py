@@ -1,5 +1,6 @@
 """The adapted linear layer: a frozen weight in 4 (or 16) bits, with the factors of its stack."""
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from qrefta._compat.torch import direct_parameters, is_replica
 from qrefta.distributed import check_gathered
 from qrefta.nn.factors import FactorBank, Factors, frozen
-from qrefta.nn.packed import pack, plain_bytes, warn_of_other_bytes
+from qrefta.nn.packed import PackedBytes, pack, plain_bytes, warn_of_other_bytes
 from qrefta.nn.product import frozen_product
 from qrefta.nn.quantized import FrozenWeight, QuantFormat, frozen_weight
 
@@ -52,6 +53,17 @@ class AdaptedLinear(nn.Module):
     def attach(self, bank: FactorBank, key: str, layer: int) -> None:
         """Use the factors `bank[key]` as layer number `layer` of their stack."""
         self._adapter = (bank, key, layer)
+
+    def follow_freezing(self) -> None:
+        """Let code that freezes the packed weight freeze the layer's part of the factors.
+
+        The factors are at the root of a model. So `model.freeze_encoder()`, and
+        `requires_grad_(False)` of a tower, reach the weights in it, and not their factors.
+        """
+        weight = self._parameters.get("weight")
+        if self._adapter is not None and isinstance(weight, PackedBytes):
+            bank, key, layer = self._adapter
+            weight.when_frozen = partial(cast(Factors, bank[key]).freeze_layer, layer)
 
     @property
     def factors(self) -> Factors | None:
@@ -142,6 +154,11 @@ class AdaptedLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.fmt is not None:
             pack(self, self._packed)  # load_state_dict(assign=True) replaced the parameters
+            self.follow_freezing()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.follow_freezing()  # copied and pickled bytes have no link to the factors
 
     def extra_repr(self) -> str:
         stored = "16 bits"

@@ -45,21 +45,26 @@ class PackedBytes(Tensor):
     Attributes:
         shares: the sum of the weights, 1 for the bytes themselves; a list with one number, which
             all aliases of a tensor have in common, such as `parameter.data`.
+        when_frozen: called by `requires_grad_(False)` and `requires_grad = False`.
     """
 
     shares: list[float]
+    when_frozen: Callable[[], None] | None = None
 
     def __new__(
         cls,
         data: Tensor,
         requires_grad: bool = False,
         shares: list[float] | None = None,
+        when_frozen: Callable[[], None] | None = None,
         **_marks: Any,
     ) -> Self:
         """A parameter, as accelerate makes one of a parameter's class when it moves it: with the
         parameter's attributes, among them marks of torch and transformers.
         """
-        return cast(Self, nn.Parameter(cls.of(data, shares), requires_grad=requires_grad))
+        moved = cast(Self, nn.Parameter(cls.of(data, shares), requires_grad=requires_grad))
+        moved.when_frozen = when_frozen
+        return moved
 
     @classmethod
     def of(cls, tensor: Tensor, shares: list[float] | None = None) -> Self:
@@ -143,9 +148,9 @@ def _has_numbers(result: Any, given: Any) -> bool:
     )
 
 
-def packed_parameter(tensor: Tensor) -> nn.Parameter:
-    """A frozen parameter of packed bytes."""
-    return nn.Parameter(PackedBytes.of(tensor), requires_grad=False)
+def packed_parameter(tensor: Tensor, shares: list[float] | None = None) -> nn.Parameter:
+    """A frozen parameter of packed bytes, in the tensor's memory."""
+    return nn.Parameter(PackedBytes.of(tensor, shares), requires_grad=False)
 
 
 def pack(module: nn.Module, names: Iterable[str]) -> None:
@@ -234,7 +239,7 @@ def _set_attribute(func: Any, tensor: Any, value: Any) -> None:
     if name == "data":
         _check_source(tensor, value, "parameter.data = ...")
     if name == "requires_grad":
-        _check_requires_grad(value)
+        _set_requires_grad(tensor, value)
     with plain_functions():
         func(tensor, value)
     if name == "data":
@@ -242,13 +247,15 @@ def _set_attribute(func: Any, tensor: Any, value: Any) -> None:
 
 
 def _require_grad(func: Any, tensor: Any, requires_grad: bool = True) -> Any:
-    _check_requires_grad(requires_grad)
+    _set_requires_grad(tensor, requires_grad)
     with plain_functions():
         return func(tensor, requires_grad)
 
 
-def _check_requires_grad(value: bool) -> None:
-    """Refuse to train packed bytes, and PEFT's function that would freeze the factors too."""
+def _set_requires_grad(tensor: Any, value: bool) -> None:
+    """Refuse to train packed bytes, and PEFT's function that would freeze the factors too; tell
+    the factors that their layer is frozen.
+    """
     if value:
         raise ValueError(
             "requires_grad=True: packed 4-bit weights are bytes and cannot train; only floating "
@@ -261,6 +268,8 @@ def _check_requires_grad(value: bool) -> None:
             "trains. Leave the call out: a prepared model is ready to train. For gradient "
             "checkpointing call model.gradient_checkpointing_enable()."
         )
+    if tensor.when_frozen is not None:
+        tensor.when_frozen()
 
 
 def _alias(func: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:

@@ -10,9 +10,11 @@ import copy
 from contextlib import nullcontext
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 from qrefta._compat.trl import loads_instead
+from qrefta.nn.packed import PackedBytes, packed_parameter
 
 
 def reference_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -22,9 +24,18 @@ def reference_model(model: PreTrainedModel) -> PreTrainedModel:
     `DPOTrainer(model, ref_model=...)`.
     """
     shared: dict[int, Any] = {
-        id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad
+        id(parameter): _without_link(parameter)
+        for parameter in model.parameters()
+        if not parameter.requires_grad
     }
     return copy.deepcopy(model, shared).requires_grad_(False).eval()
+
+
+def _without_link(parameter: nn.Parameter) -> nn.Parameter:
+    """The parameter in the same memory, which does not freeze the model's factors with itself."""
+    if not isinstance(parameter, PackedBytes):
+        return parameter
+    return packed_parameter(parameter.data, parameter.shares)
 
 
 def starts_as_reference(kind: type[Trainer]) -> type[Trainer]:
