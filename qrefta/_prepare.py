@@ -331,6 +331,7 @@ def _own_config(model: PreTrainedModel) -> None:
 
 
 def _check_model(model: nn.Module) -> None:
+    check_no_peft(model)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"prepare takes a transformers PreTrainedModel, not {type(model).__name__}."
@@ -344,7 +345,6 @@ def _check_model(model: nn.Module) -> None:
             "A part of the model is already prepared, or an earlier prepare was interrupted; load "
             "the model again."
         )
-    check_no_peft(model)
     marked = getattr(model, "hf_quantizer", None) or getattr(model, "is_quantized", False)
     if marked and dequantized_gguf(model) is None:
         method = getattr(model, "quantization_method", "unknown")

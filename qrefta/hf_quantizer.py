@@ -12,18 +12,21 @@ functions import the rest.
 """
 
 import tempfile
+import warnings
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from qrefta._compat.hub import cached_hub_file, commit_hash
-from qrefta._compat.saving import being_saved, set_upload, upload
+from qrefta._compat.saving import being_saved, owner_being_saved, set_upload, upload
 from qrefta._compat.torch import plain_tensors
 from qrefta.config.stack import BANK
 from qrefta.files.json_file import read_json
@@ -51,7 +54,7 @@ def register(model: "PreTrainedModel", config: QReftaConfig) -> None:
     }
     for name, value in marks.items():
         setattr(model, name, value)
-    set_upload(model, quantizer.upload)
+    _watch(model, quantizer)
     model.config.quantization_config = config
 
 
@@ -245,7 +248,7 @@ class QReftaQuantizer(HfQuantizer):
         trained = dict.fromkeys([*config.settings.modules_to_save, *task_head(model)])
         config.settings = replace(config.settings, modules_to_save=tuple(trained))
         freeze(model, config.settings.modules_to_save)
-        set_upload(model, self.upload)
+        _watch(model, self)
         return model
 
     def _check_saved(self, model: "PreTrainedModel", files: list[str]) -> None:
@@ -318,6 +321,25 @@ register_quantization_config("qrefta")(QReftaConfig)
 register_quantizer("qrefta")(QReftaQuantizer)
 
 
+def _watch(model: "PreTrainedModel", quantizer: QReftaQuantizer) -> None:
+    """Let a prepared model be uploaded with its card, and warn if it is saved as a part."""
+    set_upload(model, quantizer.upload)
+    model.register_state_dict_post_hook(_warn_of_part)
+
+
+def _warn_of_part(model: torch.nn.Module, _: Any, prefix: str, __: Any) -> None:
+    """Warn if a transformers model is saved of which only this part was prepared."""
+    owner = owner_being_saved() if prefix else None
+    if hasattr(owner, "base_model_prefix") and getattr(owner, "hf_quantizer", None) is None:
+        warnings.warn(
+            f"A {type(owner).__name__} is saved of which only a part, {prefix.removesuffix('.')}, "
+            "was prepared. from_pretrained cannot load this folder: make the model again, prepare "
+            "the part, and call load_state_dict. To be able to load it, prepare the whole model; "
+            "target_modules names the linear layers to quantize.",
+            stacklevel=2,
+        )
+
+
 def _gathered_again(model: "PreTrainedModel") -> bool:
     """Whether transformers gathers the model again after it asked for the state."""
     shared = getattr(model.config, "distributed_config", None)
@@ -332,7 +354,9 @@ def _config_file(config: "PreTrainedConfig") -> Path | None:
     if Path(name).is_dir():
         file: Any = Path(name, "config.json")
     else:
-        file = try_to_load_from_cache(name, "config.json", revision=commit_hash(config))
+        file = None
+        with suppress(HFValidationError):  # the name of a folder that was moved
+            file = try_to_load_from_cache(name, "config.json", revision=commit_hash(config))
     return Path(file) if isinstance(file, str | Path) and Path(file).is_file() else None
 
 

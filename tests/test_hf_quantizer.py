@@ -1,6 +1,7 @@
 import copy
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.testing import assert_close
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -362,6 +364,30 @@ def test_a_head_on_a_prepared_base_model_is_fresh_and_trains(tmp_path):
     assert model.classifier.weight.requires_grad
     model.save_pretrained(tmp_path / "again")
     assert qrefta.load(tmp_path / "again").classifier.weight.requires_grad
+
+
+def test_a_model_of_which_only_a_part_was_prepared_warns_when_it_is_saved(tmp_path):
+    model = tiny_bert()
+    model.bert = qrefta.prepare(model.bert, rank=4, progress=False)
+    with pytest.warns(UserWarning, match="only a part, bert, was prepared"):
+        model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.bert.save_pretrained(tmp_path / "part")
+        model.state_dict()
+
+
+def test_a_config_whose_folder_was_moved_loads_with_the_new_folder(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "old")
+    config = AutoConfig.from_pretrained(tmp_path / "old")
+    (tmp_path / "old").rename(tmp_path / "new")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "new", config=config)
+    assert_close(logits(model.eval()), logits(qrefta.load(checkpoint).eval()), rtol=0, atol=0)
+
+
+def test_fewer_layers_by_an_argument_are_named_as_the_cause(checkpoint):
+    with pytest.raises(ValueError, match="arguments that change the model, such as num_hidden"):
+        AutoModelForSequenceClassification.from_pretrained(checkpoint, num_hidden_layers=2)
 
 
 @pytest.mark.parametrize("model_class", [RobertaForSequenceClassification, GPT2LMHeadModel])

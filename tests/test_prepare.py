@@ -453,7 +453,7 @@ REFUSALS = {
         "without quantization",
     ),
     "adapters": (with_adapters, {}, "carries PEFT adapters; call merge_and_unload"),
-    "PEFT model": (peft_model, {}, "takes a transformers PreTrainedModel, not PeftModel"),
+    "PEFT model": (peft_model, {}, "carries PEFT adapters; call merge_and_unload"),
     "inside of a PEFT model": (
         lambda: peft_model().base_model.model,
         {},

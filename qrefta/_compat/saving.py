@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from transformers.utils.hub import PushToHubMixin
 
-__all__ = ["being_saved", "set_upload", "upload"]
+__all__ = ["being_saved", "owner_being_saved", "set_upload", "upload"]
 
 
 class Saving(NamedTuple):
@@ -37,6 +37,20 @@ def being_saved() -> Saving:
         return Saving()
     folder = names.get("save_directory") if names.get("save_on_this_rank") else None
     return Saving(None if folder is None else Path(folder), names.get("state_dict"))
+
+
+def owner_being_saved() -> object | None:
+    """The object whose `save_pretrained` gathers a state dict now; None if there is none.
+
+    It is called by a hook on the state dict of a module. If it goes: saving a model of which only a
+    part was prepared does not warn.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "save_pretrained":
+            return frame.f_locals.get("self")
+        frame = frame.f_back
+    return None
 
 
 def set_upload(model: nn.Module, function: Callable[..., Any] | None) -> None:

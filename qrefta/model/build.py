@@ -295,7 +295,8 @@ def _check_weight(model: PreTrainedModel, path: str, stack: LayerStack) -> None:
     except AttributeError:
         raise ValueError(
             f"The checkpoint was prepared on a model that has {path}; {type(model).__name__} has "
-            "no such linear layer. Load it with the class that saved it (qrefta.load does)."
+            "no such linear layer. Load it with the class that saved it (qrefta.load does), and "
+            "without arguments that change the model, such as num_hidden_layers."
         ) from None
     matrix = [stack.out_features, stack.in_features]
     if stack.transposed:

@@ -290,7 +290,9 @@ def check_filled(model: PreTrainedModel, reshaped: set[str]) -> None:
 def missing_error(missing: list[str]) -> ValueError:
     return ValueError(
         f"{len(missing)} tensors that config.json describes are missing in the checkpoint: "
-        f"{', '.join(missing[:5])}. It is damaged or incomplete: copy or save it again."
+        f"{', '.join(missing[:5])}. It is damaged or incomplete: copy or save it again. If a "
+        "module was replaced before saving, such as a head by several layers, the class cannot "
+        "build it: make the model as it was made then, and call load_state_dict."
     )
 
 

@@ -44,6 +44,7 @@ def find_stacks(model: nn.Module) -> list[LayerStack]:
       output), because a packed weight would break that code (see `qrefta.model.reads`);
     - linear layers that share their weight with another module, because they train as one;
     - linear layers whose forward was replaced, or whose weight is no parameter (weight norm);
+    - gates with one output (Qwen2-MoE's shared_expert_gate), whose one row has rank 1;
     - linear layers whose scales transformers would lose (see `qrefta.model.names.keeps_scales`);
     - experts that are computed by their model's code (Llama 4) and not by transformers' interface
       (see `is_experts`);
@@ -143,8 +144,13 @@ def _matching(
 
 def _no_match(stacks: list[LayerStack], target: str | Sequence[str]) -> ValueError:
     available = ", ".join(stack.name for stack in stacks)
+    hint = ""
+    if target == "all-linear":
+        hint = " For all of them, leave target_modules out."
+    elif isinstance(target, str) and any(ends_with(stack.name, target) for stack in stacks):
+        hint = f" A text is a regular expression for the whole path; give a list: [{target!r}]."
     return ValueError(
-        f"target_modules {target!r} matches no linear layer; the stacks are: {available}"
+        f"target_modules {target!r} matches no linear layer; the stacks are: {available}.{hint}"
     )
 
 
@@ -332,7 +338,12 @@ def left_dense(model: nn.Module) -> dict[str, str]:
     """Paths of the linear layers whose weights must stay as they are, each with the reason."""
     read = dict.fromkeys(read_weights(model), "other code of the model reads the weight")
     tied = dict.fromkeys(_tied(model), "it shares its weight with another module")
-    return read | tied | _altered(model)
+    gates = {
+        path: "it has one output"
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features == 1
+    }
+    return gates | read | tied | _altered(model)
 
 
 def _altered(model: nn.Module) -> dict[str, str]:

@@ -187,8 +187,9 @@ def warn_of_other_bytes(
         if not torch.equal(held, given.to(held.device)):
             warnings.warn(
                 "The state dict has other packed 4-bit weights than the model. That is right for "
-                "one of another prepared model as a whole. In an average of files, take the packed "
-                "weights from one of them: only floating-point tensors can be averaged.",
+                "one of another prepared model as a whole, if both have the same quant_type: "
+                "the bytes do not tell. In an average of files, take the packed weights from one "
+                "of them: only floating-point tensors can be averaged.",
                 stacklevel=2,
             )
             return

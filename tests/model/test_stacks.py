@@ -2,7 +2,14 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
-from transformers import FalconConfig, FalconForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 from transformers.pytorch_utils import Conv1D
 
 from qrefta.model.stacks import (
@@ -19,6 +26,7 @@ from tests.models import (
     TOWERS,
     VOCAB,
     build,
+    decoder_sizes,
     tiny_bert,
     tiny_clip,
     tiny_gpt2,
@@ -320,6 +328,29 @@ def test_targets_that_match_nothing_are_refused_with_the_available_names(targets
         match=r"match.* no linear layer; the stacks are: bert\.encoder\.layer\.\*\.attention",
     ):
         select_stacks(find_stacks(tiny_bert()), targets)
+
+
+@pytest.mark.parametrize(
+    ("target", "hint"), [("all-linear", "leave target_modules out"), ("query", r"\['query'\]")]
+)
+def test_a_text_that_matches_nothing_is_told_what_to_write(target, hint):
+    with pytest.raises(ValueError, match=hint):
+        select_stacks(find_stacks(tiny_bert()), target)
+
+
+def test_a_gate_with_one_output_stays_dense():
+    """Qwen2-MoE's gate of its shared expert would limit the rank of all stacks to its layers."""
+    sizes = decoder_sizes(32) | {
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+    }
+    model = build(Qwen2MoeForCausalLM, Qwen2MoeConfig(**sizes))
+    assert model.model.layers[0].mlp.shared_expert_gate.out_features == 1
+    roles = {stack.name for stack in find_stacks(model)}
+    assert "model.layers.*.mlp.shared_expert.up_proj" in roles
+    assert not any("shared_expert_gate" in role for role in roles)
 
 
 def test_the_name_that_matches_nothing_is_named():
