@@ -48,8 +48,9 @@ def encode_labels(parts: DatasetDict, source: str, column: str) -> DatasetDict:
     for split, part in zip(names, parts.values()):
         _check_known(names[split], values[split], classes, f"{source} ({split})", split)
         encoded = list(map({name: index for index, name in enumerate(classes)}.get, names[split]))
-        part = part.remove_columns("label").add_column("label", encoded)
-        parts[split] = part.cast_column("label", ClassLabel(names=classes))
+        # with its feature, since a cast would copy the other columns, such as images
+        kind = ClassLabel(names=classes)
+        parts[split] = part.remove_columns("label").add_column("label", encoded, feature=kind)
     return parts
 
 

@@ -1,45 +1,73 @@
 """Classes of images."""
 
-import glob
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import ClassLabel, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, Image
 from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from qrefta.train.data import pick_splits, with_test
+from qrefta.files.tables import BUILDERS, find_column, kind_of
+from qrefta.train.data import read_splits, visible_files, with_test
+from qrefta.train.labels import encode_labels
 from qrefta.train.tasks.classify import accuracy, check_labels, name_labels
+from qrefta.train.tasks.image_folders import LAYOUT, image_files, read_image_folder
 from qrefta.train.tasks.recipe import TEST_SHARE, Recipe
 
-_IMAGE_COLUMNS = {"img": "image", "labels": "label", "fine_label": "label"}
+_COLUMNS = {"image": ("image", "img"), "label": ("label", "labels", "fine_label")}
 
 
 def load_images(source: str | Path, seed: int) -> DatasetDict:
     """Images with the splits train and test, columns image and label.
 
-    The source is a folder with one folder a class, or a hub name.
+    The source is a folder with one folder a class, tables of images (parquet), or a hub name.
 
     Raises:
-        ValueError: if the columns image and label are missing.
+        ValueError: if the columns image and label are missing, or as `read_image_folder` and
+            `qrefta.train.data.load_classification`.
     """
-    if Path(source).is_dir():
-        # datasets reads [, * and ? in a name as a pattern
-        splits = load_dataset("imagefolder", data_dir=glob.escape(str(source)))
-    else:
-        name, _, config = str(source).partition(":")
-        splits = load_dataset(name, config or None)
-    parts = pick_splits(splits, source)
-    columns = parts["train"].column_names
-    renamed = {old: new for old, new in _IMAGE_COLUMNS.items() if old in columns}
-    parts = parts.rename_columns(renamed)
-    features = parts["train"].features
-    if "image" not in features or not isinstance(features.get("label"), ClassLabel):
+    path = Path(source)
+    images = image_files(path) if path.is_dir() else []
+    parts = read_image_folder(path, images) if images else _tables(source)
+    return with_test(encode_labels(parts, str(source), "label"), TEST_SHARE, seed)
+
+
+def _tables(source: str | Path) -> DatasetDict:
+    """The columns image and label of tables or of a data set on the hub."""
+    path = Path(source)
+    if path.is_dir() and not any(kind_of(file) in BUILDERS for file in visible_files(path)):
         raise ValueError(
-            f"{source} has the columns {list(features)}; needed are image, and label with classes."
+            f"{source} holds no images and no table of them; needed are images as {LAYOUT}."
         )
-    return with_test(parts.select_columns(["image", "label"]), TEST_SHARE, seed)
+    parts = read_splits(source, shards=True)
+    for name, part in parts.items():
+        part = _with_usual_names(part)
+        _check_columns(part, source)
+        parts[name] = part.select_columns([*_COLUMNS])
+    return parts
+
+
+def _with_usual_names(part: Dataset) -> Dataset:
+    for name, usual in _COLUMNS.items():
+        found = next(filter(None, (find_column(part, one) for one in usual)), name)
+        if found != name:
+            part = part.rename_column(found, name)
+    return part
+
+
+def _check_columns(part: Dataset, source: str | Path) -> None:
+    """Refuse rows without images or labels."""
+    features = part.features
+    needed = f"{source} has the columns {list(features)}; needed are image, and label with classes"
+    if not {*_COLUMNS} <= {*features}:
+        raise ValueError(f"{needed}; or a folder of images, as {LAYOUT}.")
+    if not isinstance(features["image"], Image):
+        raise ValueError(
+            f"{needed}, and the column image holds {features['image']}, not images. Give a folder "
+            f"of images, as {LAYOUT}; or read them in Python, and give finetune the splits train "
+            'and test: data.cast_column("image", datasets.Image()).class_encode_column("label")'
+        )
 
 
 def image_classes(
