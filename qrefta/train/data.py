@@ -164,11 +164,11 @@ def split_files(source: str | Path, shards: bool = False) -> dict[str, list[Path
         if kind_of(path) in BUILDERS or path.is_absolute() or str(source).startswith("."):
             raise ValueError(f"There is no file or folder {source}.")
         return {}
-    readable = [file for file in sorted(path.iterdir()) if kind_of(file) in BUILDERS]
+    readable = [file for file in visible_files(path, "*") if kind_of(file) in BUILDERS]
     train = _files_of(readable, TRAIN_NAMES)
     test = _files_of(readable, TEST_NAMES)
     if not train and shards:
-        readable = [file for file in sorted(path.rglob("*")) if kind_of(file) in BUILDERS]
+        readable = [file for file in visible_files(path) if kind_of(file) in BUILDERS]
         words = {file: (*file.relative_to(path).parts[:-1], file.stem) for file in readable}
         train, test = splits_by_name(words)
     if train:
@@ -180,11 +180,15 @@ def split_files(source: str | Path, shards: bool = False) -> dict[str, list[Path
     )
 
 
-def visible_files(folder: Path) -> list[Path]:
-    """All files below a folder, in order, without hidden ones: names of files or folders that begin
-    with a dot, such as the copies that macOS and notebooks leave.
+def visible_files(folder: Path, pattern: str = "**") -> list[Path]:
+    """The files in a folder and below it, in order, without hidden ones: names of files or folders
+    that begin with a dot, such as the copies that macOS and notebooks leave.
+
+    Args:
+        folder: may be hidden.
+        pattern: "*" leaves out the files in folders below.
     """
-    names = glob.glob("**", root_dir=folder, recursive=True)  # it leaves hidden ones out
+    names = glob.glob(pattern, root_dir=folder, recursive=True)  # it leaves hidden ones out
     return [file for file in sorted(folder / name for name in names) if file.is_file()]
 
 
