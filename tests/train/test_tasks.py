@@ -5,7 +5,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from datasets import Value
+from datasets import DatasetDict, Value, concatenate_datasets
 from PIL import Image
 from transformers import ViTForImageClassification, ViTImageProcessor
 from typer.testing import CliRunner
@@ -103,6 +103,43 @@ def test_hidden_files_are_no_images(tmp_path):
     paint(tmp_path, ".cache/d.png", "train/.thumbs/e.png", "train/cat/._f.png")
     data = load_images(tmp_path, 0)
     assert names_of(data["train"]) == {"a.png": "cat", "b.png": "dog"}
+
+
+def grey(mode, *levels):
+    """An image of one row, in a mode of one channel."""
+    image = Image.new(mode, (len(levels), 1))
+    for column, level in enumerate(levels):
+        image.putpixel((column, 0), level)
+    return image
+
+
+def two_classes(folder, image, ending):
+    """Images in two classes, of which one is given."""
+    paint(folder, "cat/a.png", "cat/b.png", "dog/c.png")
+    image.save(folder / "dog" / f"d{ending}")
+    model = tiny_vit()
+    model.config.num_labels = 2
+    data = load_images(folder, 0)
+    part = concatenate_datasets([data["train"], data["test"]])
+    processor = ViTImageProcessor(do_resize=False, do_normalize=False)
+    return image_classes(model, processor, DatasetDict({"train": part, "test": part}))
+
+
+@pytest.mark.parametrize(
+    ("mode", "ending"), [("I;16", ".png"), ("I;16", ".tif"), ("I;16B", ".tif")]
+)
+def test_images_of_16_bits_are_not_white(mode, ending, tmp_path):
+    recipe = two_classes(tmp_path, grey(mode, 0, 257, 32896, 65535), ending)
+    wide = next(row["pixel_values"] for row in recipe.train if row["pixel_values"].shape[1] == 1)
+    assert (wide * 255).round()[:, 0].tolist() == [[0, 1, 128, 255]] * 3
+
+
+@pytest.mark.parametrize(("mode", "level"), [("F", 0.5), ("I", 70000)])
+def test_images_of_an_unknown_range_are_refused(mode, level, tmp_path):
+    recipe = two_classes(tmp_path, grey(mode, level), ".tif")
+    message = rf"The train split, row \d, is an image in the mode {mode} \(.*d.tif\).* 8 or 16 bits"
+    with pytest.raises(ValueError, match=message):
+        list(recipe.train)
 
 
 def test_a_class_is_the_first_folder_below_the_split(tmp_path):

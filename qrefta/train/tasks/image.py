@@ -1,8 +1,9 @@
 """Classes of images."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, Image
 from torch import Tensor
@@ -14,6 +15,9 @@ from qrefta.train.labels import encode_labels
 from qrefta.train.tasks.classify import accuracy, check_labels, name_labels
 from qrefta.train.tasks.image_folders import LAYOUT, image_files, read_image_folder
 from qrefta.train.tasks.recipe import TEST_SHARE, Recipe
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 _COLUMNS = {"image": ("image", "img"), "label": ("label", "labels", "fine_label")}
 
@@ -75,7 +79,8 @@ def image_classes(
 ) -> Recipe:
     """Image classification; the metric is accuracy.
 
-    Images are read when they are needed; `max_length` is not used.
+    Images are read when they are needed; `max_length` is not used. Greyscale of 16 bits is scaled
+    to 8; reading a row with another wide mode raises ValueError.
 
     Raises:
         ValueError: if the classes of the data are not the labels of the model, or a row has none.
@@ -83,18 +88,49 @@ def image_classes(
     check_labels(model, data)
     data = name_labels(model, data)
 
-    def pixels(rows: dict[str, list[Any]]) -> dict[str, Any]:
-        colored = [image.convert("RGB") for image in rows["image"]]
-        values = processor(colored, return_tensors="pt")["pixel_values"]
-        return {"pixel_values": values, "label": rows["label"]}
-
     return Recipe(
-        data["train"].with_transform(pixels),
-        data["test"].with_transform(pixels),
+        _with_pixels(data["train"], processor, "train"),
+        _with_pixels(data["test"], processor, "test"),
         collate=_stack,
         metrics=accuracy,
         scores={"accuracy": "accuracy"},
         mean_loss=True,
+    )
+
+
+def _with_pixels(part: Dataset, processor: BaseImageProcessor, split: str) -> Dataset:
+    """The rows of a split as inputs of the model, computed when a row is read."""
+
+    def pixels(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        colored = [_colored(image) for image in rows["image"]]
+        if None in colored:
+            raise _unknown_range(part, split)
+        values = processor(colored, return_tensors="pt")["pixel_values"]
+        return {"pixel_values": values, "label": rows["label"]}
+
+    return part.with_transform(pixels)
+
+
+def _colored(image: "PIL.Image.Image") -> "PIL.Image.Image | None":
+    """An image as RGB in 8 bits a channel; None if the range of its values is not known."""
+    from PIL.Image import fromarray  # the other tasks need no Pillow
+
+    # Pillow may open a PNG of 16 bits in the mode I, which holds 32 bits.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        # by hand, since `convert` makes every level above 255 white
+        levels = np.asarray(image).astype(np.float32) * (255 / 65535)
+        image = fromarray(levels.round().astype(np.uint8))
+    return None if image.mode in ("I", "F", "LAB") else image.convert("RGB")
+
+
+def _unknown_range(part: Dataset, split: str) -> ValueError:
+    """The error for the first image of a split that has no known range."""
+    row, image = next(pair for pair in enumerate(part["image"], 1) if _colored(pair[1]) is None)
+    file = getattr(image, "filename", "")
+    return ValueError(
+        f"The {split} split, row {row}, is an image in the mode {image.mode}"
+        f"{f' ({file})' if file else ''}, whose darkest and brightest values are not known. Save "
+        "it in 8 or 16 bits a channel, as RGB or greyscale."
     )
 
 

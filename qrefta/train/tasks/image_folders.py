@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import PIL.Image
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
 from qrefta.train.data import TEST_NAMES, TRAIN_NAMES, has_name, splits_by_name, visible_files
@@ -14,10 +13,10 @@ _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of dataset
 
 def image_files(folder: Path) -> list[Path]:
     """The images below a folder, by the endings of their names."""
-    endings = PIL.Image.registered_extensions()
-    return [
-        file for file in visible_files(folder) if endings.get(file.suffix.lower()) in PIL.Image.OPEN
-    ]
+    from PIL.Image import OPEN, registered_extensions  # the other tasks need no Pillow
+
+    endings = registered_extensions()
+    return [file for file in visible_files(folder) if endings.get(file.suffix.lower()) in OPEN]
 
 
 def read_image_folder(folder: Path, images: Sequence[Path]) -> DatasetDict:
