@@ -102,7 +102,7 @@ def _with_pixels(part: Dataset, processor: BaseImageProcessor, split: str) -> Da
     """The rows of a split as inputs of the model, computed when a row is read."""
 
     def pixels(rows: dict[str, list[Any]]) -> dict[str, Any]:
-        colored = [_colored(image) for image in rows["image"]]
+        colored: Any = [_colored(image) for image in rows["image"]]
         if None in colored:
             raise _unknown_range(part, split)
         values = processor(colored, return_tensors="pt")["pixel_values"]
