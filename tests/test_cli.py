@@ -624,13 +624,27 @@ def test_the_settings_with_which_a_model_was_prepared_may_be_given_again(prepare
         ("--gradient-accumulation 0", "(--gradient-accumulation) is 0; it must be a whole number"),
         ("--epochs -1", "epochs (--epochs) is -1.0; it must be a number above 0, or give the st"),
         ("--epochs nan", "epochs (--epochs) is nan; it must be a number above 0"),
+        ("--task lm --mix a.txt:50%", "--mix a.txt:50% has the weight '50%'; it must be a number"),
+        (
+            "--task grpo --reward REWARD --batch-size 2",
+            "has 2 rows (--batch-size 2 x --gradient-accumulation 1, in 1 processes), and they "
+            "must be a multiple of --num-generations 8",
+        ),
         ("--task lm --mix a.txt:2 --mix a.txt:3", "a.txt is given twice; give it once"),
     ],
 )
 def test_options_without_effect_and_numbers_that_are_none_are_refused(options, message, tmp_path):
     """Before data and model are read: there are none."""
+    (tmp_path / "reward.py").write_text("def score(completions, **columns): ...")
+    options = options.replace("REWARD", f"{tmp_path}/reward.py:score")
     with pytest.raises(ValueError, match=re.escape(message)):
         invoke("finetune", "none", "none.csv", tmp_path / "out", *options.split())
+
+
+@pytest.mark.parametrize("model", ["/nope/m", "./nope", "nope/runs/m"])
+def test_a_folder_of_a_model_that_is_missing_is_said_to_be(model, rows, tmp_path):
+    with pytest.raises(ValueError, match=rf"There is no file or folder {model}"):
+        invoke("finetune", model, rows, tmp_path / "out")
 
 
 def test_other_processes_wait_for_the_first_as_long_as_it_prepares(tmp_path, monkeypatch):
