@@ -178,8 +178,20 @@ def test_rows_that_are_not_cut_must_fit():
     pairs = pair_rows(4)
     prompts = DatasetDict({name: Dataset.from_list(pairs) for name in ("train", "test")})
     with pytest.raises(ValueError, match=r"4 of 4 rows .* have more than the 64 positions"):
-        grpo_recipe(tiny_gpt2(), words(), prompts, 60, rewards=[len])
-    grpo_recipe(tiny_gpt2(), words(), prompts, 16, rewards=[len])
+        grpo_recipe(
+            tiny_gpt2(),
+            words(),
+            prompts,
+            60,
+            rewards=[lambda completions, **_: [*map(len, completions)]],
+        )
+    grpo_recipe(
+        tiny_gpt2(),
+        words(),
+        prompts,
+        16,
+        rewards=[lambda completions, **_: [*map(len, completions)]],
+    )
     pairs[2]["rejected"][0]["content"] = "blue " * 80
     long = DatasetDict({name: Dataset.from_list(pairs) for name in ("train", "test")})
     with pytest.raises(ValueError, match=message):
