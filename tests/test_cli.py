@@ -12,9 +12,11 @@ import torch
 import yaml
 from rich.console import Console
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertForSequenceClassification,
     BertModel,
 )
 from typer.testing import CliRunner
@@ -34,7 +36,7 @@ from qrefta.split.sources import calibration_batches
 from qrefta.tables import report_table, results_table
 from qrefta.train.models import load_classifier
 from qrefta.train.run import FinetuneResult
-from tests.models import logits, tiny_llama
+from tests.models import build, logits, tiny_llama
 from tests.pages import language_tokenizer
 from tests.stacks import full_disk
 from tests.tiny import color_rows, tiny_folder, tiny_tokenizer
@@ -348,6 +350,41 @@ def test_head_is_drawn_from_the_seed_and_leaves_the_global_one_alone(dense):
     assert not torch.equal(first.classifier.weight, other.classifier.weight)
 
 
+def named_classifier(folder, *names):
+    """A tiny classifier with these labels, and its tokenizer."""
+    tiny_folder(folder)
+    config = AutoConfig.from_pretrained(folder)
+    config.id2label = dict(enumerate(names))
+    build(BertForSequenceClassification, config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_trained_head_that_does_not_fit_is_named(tmp_path):
+    model = named_classifier(tmp_path / "model", "a", "b", "c")
+    message = (
+        r"the labels \['a', 'b', 'c'\].* the classes \['neg', 'pos'\]: its trained head is left out"
+    )
+    with pytest.warns(UserWarning, match=message):
+        loaded = load_classifier(model, ["neg", "pos"], 0)
+    assert loaded.config.id2label == {0: "neg", 1: "pos"}
+
+
+def test_labels_of_a_trained_head_that_get_other_names_are_named(tmp_path):
+    model = named_classifier(tmp_path / "model", "ham", "spam")
+    message = r"were named \['ham', 'spam'\]; they get the names.* \['neg', 'pos'\]"
+    with pytest.warns(UserWarning, match=message):
+        load_classifier(model, ["neg", "pos"], 0)
+
+
+def test_labels_that_fit_and_models_without_a_head_are_not_warned_of(tmp_path):
+    model = named_classifier(tmp_path / "model", "ham", "spam")
+    BertModel.from_pretrained(model).save_pretrained(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_classifier(model, ["ham", "spam"], 0)
+        load_classifier(str(tmp_path / "base"), ["a", "b", "c"], 0)
+
+
 def test_verify_prints_a_line_a_file_and_refuses_with_the_fix(dense, tmp_path, monkeypatch, capsys):
     options = ["--rank", 2, "--refine", 0, "--calibration", "none"]
     invoke("prepare", dense, tmp_path / "4bit", *options)
@@ -587,13 +624,27 @@ def test_the_settings_with_which_a_model_was_prepared_may_be_given_again(prepare
         ("--gradient-accumulation 0", "(--gradient-accumulation) is 0; it must be a whole number"),
         ("--epochs -1", "epochs (--epochs) is -1.0; it must be a number above 0, or give the st"),
         ("--epochs nan", "epochs (--epochs) is nan; it must be a number above 0"),
+        ("--task lm --mix a.txt:50%", "--mix a.txt:50% has the weight '50%'; it must be a number"),
+        (
+            "--task grpo --reward REWARD --batch-size 2",
+            "has 2 rows (--batch-size 2 x --gradient-accumulation 1, in 1 processes), and they "
+            "must be a multiple of --num-generations 8",
+        ),
         ("--task lm --mix a.txt:2 --mix a.txt:3", "a.txt is given twice; give it once"),
     ],
 )
 def test_options_without_effect_and_numbers_that_are_none_are_refused(options, message, tmp_path):
     """Before data and model are read: there are none."""
+    (tmp_path / "reward.py").write_text("def score(completions, **columns): ...")
+    options = options.replace("REWARD", f"{tmp_path}/reward.py:score")
     with pytest.raises(ValueError, match=re.escape(message)):
         invoke("finetune", "none", "none.csv", tmp_path / "out", *options.split())
+
+
+@pytest.mark.parametrize("model", ["/nope/m", "./nope", "nope/runs/m"])
+def test_a_folder_of_a_model_that_is_missing_is_said_to_be(model, rows, tmp_path):
+    with pytest.raises(ValueError, match=rf"There is no file or folder {model}"):
+        invoke("finetune", model, rows, tmp_path / "out")
 
 
 def test_other_processes_wait_for_the_first_as_long_as_it_prepares(tmp_path, monkeypatch):

@@ -94,7 +94,9 @@ def finetune(
     from qrefta.train.rewards import load_rewards
     from qrefta.train.tasks import TASKS
     from qrefta.train.tasks.chat import check_loss
+    from qrefta.train.tasks.grpo import check_group
 
+    _check_source(model)
     further = _weights(dataset, mix or [])
     columns = _columns(task, text_column, label_column, header)
     rate = parse_rate(learning_rate)
@@ -102,6 +104,8 @@ def finetune(
     rewards = load_rewards(task, reward or ())
     check_loss(task, loss)
     state = processes()  # before TrainingArguments, whose processes wait less long for the first
+    if task == "grpo":
+        check_group(batch_size, gradient_accumulation, state.num_processes, num_generations)
     console.quiet = not state.is_main_process
     args = training_arguments(
         task,
@@ -174,6 +178,14 @@ def finetune(
         shutil.rmtree(start, ignore_errors=True)
     console.print(results_table({"qrefta": result}))
     console.print(f"Saved in {out} ({megabytes(weights_bytes(out))})")
+
+
+def _check_source(model: str) -> None:
+    """Refuse the path of a model that is missing, which the hub would take for a name."""
+    path = Path(model)
+    is_path = path.is_absolute() or model.startswith((".", "~")) or len(path.parts) > 2
+    if is_path and not path.exists():
+        raise ValueError(f"There is no file or folder {model}.")
 
 
 def _weights(dataset: str, mix: list[str]) -> dict[str | Path, float]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qrefta.config.checks import whole
 from qrefta.measure.divergence import (
     TokenStatistics,
     compare_logits,
@@ -125,7 +126,7 @@ def compare(
         model: a causal language model: an object, which may be prepared, trained or in
             bitsandbytes' 4 bits; a folder or hub name; or a `.gguf` file.
         reference: the model to compare with, in the same forms; None: perplexity only.
-        texts: one or several UTF-8 text files.
+        texts: one or several text files, in UTF-8, UTF-16 or UTF-32.
         tokenizer: of both models; default: the reference's, else the model's.
         window: tokens of a window; models with fewer positions lower it.
         limit: windows of each text; default: all.
@@ -139,10 +140,14 @@ def compare(
         One entry a text, in order.
 
     Raises:
-        ValueError: if a model is not a causal language model, the vocabularies differ, no tokenizer
-            is found, a text is missing or has fewer than 2 tokens, or logits are not finite.
+        ValueError: if `window` or `limit` is no whole number, a model is not a causal language
+            model, the vocabularies differ, no tokenizer is found, a text is missing or has fewer
+            than 2 tokens, or logits are not finite.
         ImportError: for a GGUF file, if the package gguf is not installed.
     """
+    window = whole("window", window, 2)
+    if limit is not None:
+        limit = whole("limit", limit, 1)
     files = [texts] if isinstance(texts, str | Path) else list(texts)
     if not files:
         raise ValueError("no text is given; give at least one text file")

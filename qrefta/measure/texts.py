@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from qrefta.files.encodings import check_text, text_encoding
+
 
 class Text(NamedTuple):
     """A file's text.
@@ -21,20 +23,17 @@ class Text(NamedTuple):
 
 
 def read_text(file: str | Path) -> Text:
-    """The text of a file, as it is.
+    """The text of a file, as it is, without a byte-order mark.
 
     Raises:
-        ValueError: if the file is missing or is not UTF-8 text.
+        ValueError: if the file is missing, or is not text in UTF-8, UTF-16 or UTF-32.
     """
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"There is no text file {file}.")
-    try:
-        return Text(Path(*path.parts[-2:]).as_posix(), path.read_bytes().decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{file} is not UTF-8 text ({error.reason} at byte {error.start})."
-        ) from error
+    check_text(path)
+    content = path.read_bytes().decode(text_encoding(path))
+    return Text(Path(*path.parts[-2:]).as_posix(), content)
 
 
 def cut_windows(

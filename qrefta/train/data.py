@@ -1,9 +1,10 @@
 """Data from a hub name, folder or file: the splits train and test, of labelled text or any rows."""
 
+import glob
 import re
 import reprlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,12 @@ from qrefta.files.tables import (
 )
 from qrefta.train.labels import encode_labels
 
-_TRAIN_NAMES = ("train", "training")
+TRAIN_NAMES = ("train", "training")
 # validation first, since test splits on the hub may be unlabelled
-_TEST_NAMES = ("validation", "valid", "val", "dev", "eval", "test", "test-labeled")
+TEST_NAMES = (
+    *("validation", "valid", "val", "dev", "eval", "evaluation"),
+    *("test", "testing", "test-labeled"),
+)
 # what follows a split's name where it has several files: train-00000-of-00001, then maybe a hash
 _PART = re.compile(r"[-_.]?\d+(-of-\d+)?(-[0-9a-f]{16})?")
 _LABEL_NAMES = ("label", "labels", "target", "class")
@@ -107,11 +111,11 @@ def pick_splits(splits: DatasetDict, source: str | Path) -> DatasetDict:
     Raises:
         ValueError: if one of them is empty.
     """
-    train = _pick(splits, _TRAIN_NAMES)
+    train = _pick(splits, TRAIN_NAMES)
     if train is None:
-        train = next((name for name in splits if name not in _TEST_NAMES), next(iter(splits)))
-    test = _pick({name: part for name, part in splits.items() if name != train}, _TEST_NAMES)
-    if train not in _TRAIN_NAMES:
+        train = next((name for name in splits if name not in TEST_NAMES), next(iter(splits)))
+    test = _pick({name: part for name, part in splits.items() if name != train}, TEST_NAMES)
+    if train not in TRAIN_NAMES:
         tested = "rows of it are held out" if test is None else f"{test!r} is used"
         warnings.warn(
             f"{source} has no split train, but {', '.join(map(str, splits))}. {train!r} is trained "
@@ -160,42 +164,54 @@ def split_files(source: str | Path, shards: bool = False) -> dict[str, list[Path
         if kind_of(path) in BUILDERS or path.is_absolute() or str(source).startswith("."):
             raise ValueError(f"There is no file or folder {source}.")
         return {}
-    readable = [file for file in sorted(path.iterdir()) if kind_of(file) in BUILDERS]
-    train = _files_of(readable, _TRAIN_NAMES)
-    test = _files_of(readable, _TEST_NAMES)
+    readable = [file for file in visible_files(path, "*") if kind_of(file) in BUILDERS]
+    train = _files_of(readable, TRAIN_NAMES)
+    test = _files_of(readable, TEST_NAMES)
     if not train and shards:
-        readable = [file for file in sorted(path.rglob("*")) if kind_of(file) in BUILDERS]
-        train, test = _splits_below(path, readable)
+        readable = [file for file in visible_files(path) if kind_of(file) in BUILDERS]
+        words = {file: (*file.relative_to(path).parts[:-1], file.stem) for file in readable}
+        train, test = splits_by_name(words)
     if train:
         return {"train": train} | ({"test": test} if test else {})
     found = sorted(str(file.relative_to(path)) for file in readable or path.iterdir())
     raise ValueError(
         f"{path} has no train file; it holds {found}, "
-        f"needed is train{{{','.join(BUILDERS)}}} and, better, one of {', '.join(_TEST_NAMES)}"
+        f"needed is train{{{','.join(BUILDERS)}}} and, better, one of {', '.join(TEST_NAMES)}"
     )
 
 
-def _splits_below(path: Path, files: list[Path]) -> tuple[list[Path], list[Path]]:
-    """The files to train and to test on, by the names of files and of their folders.
+def visible_files(folder: Path, pattern: str = "**") -> list[Path]:
+    """The files in a folder and below it, in order, without hidden ones: names of files or folders
+    that begin with a dot, such as the copies that macOS and notebooks leave.
+
+    Args:
+        folder: may be hidden.
+        pattern: "*" leaves out the files in folders below.
+    """
+    names = glob.glob(pattern, root_dir=folder, recursive=True)  # it leaves hidden ones out
+    return [file for file in sorted(folder / name for name in names) if file.is_file()]
+
+
+def splits_by_name(words: Mapping[Path, Sequence[str]]) -> tuple[list[Path], list[Path]]:
+    """The files to train and to test on, by the words in their names and in their folders' names.
 
     None to train on, if there are files for testing and no file has the name of a train split.
     """
-    words = {file: (*file.relative_to(path).parts[:-1], file.stem) for file in files}
 
     def named(names: tuple[str, ...]) -> list[Path]:
-        return [file for file in files if any(_has_name(word, names) for word in words[file])]
+        return [file for file in words if any(has_name(word, names) for word in words[file])]
 
-    held_out = named(_TEST_NAMES)
-    if held_out and not named(_TRAIN_NAMES):
+    held_out = set(named(TEST_NAMES))
+    if held_out and not named(TRAIN_NAMES):
         return [], []
-    train = [file for file in files if file not in held_out]
-    return train, next(filter(None, (named((name,)) for name in _TEST_NAMES)), [])
+    train = [file for file in words if file not in held_out]
+    return train, next(filter(None, (named((name,)) for name in TEST_NAMES)), [])
 
 
 def _files_of(files: list[Path], names: tuple[str, ...]) -> list[Path]:
     """The files with the first of these names that is there; capital letters do not count."""
     for name in names:
-        found = [file for file in files if _has_name(file.stem, (name,))]
+        found = [file for file in files if has_name(file.stem, (name,))]
         whole = [file for file in found if file.stem.lower() == name]
         if len(whole) > 1 or len({kind_of(file) for file in found}) > 1:
             raise ValueError(
@@ -206,7 +222,7 @@ def _files_of(files: list[Path], names: tuple[str, ...]) -> list[Path]:
     return []
 
 
-def _has_name(word: str, names: tuple[str, ...]) -> bool:
+def has_name(word: str, names: tuple[str, ...]) -> bool:
     """Whether a word is one of these names, or one with the number of a part behind it."""
     for name in names:
         if word.lower().startswith(name):

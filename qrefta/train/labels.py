@@ -13,6 +13,7 @@ from datasets import ClassLabel, Dataset, DatasetDict
 _GAPS = ("na", "n/a", "#n/a", "<na>", "nan", "null", "none")  # in a column of numbers
 _WHOLE = re.compile(r"^(-?\d+)\.0*$")
 _LISTED = re.compile(r"\s*\[.*\]\s*$", re.DOTALL)
+_SEVERAL = re.compile("[;,|]")
 _MOST = 1000
 _SHOWN = 5
 _NEEDED = f"Labels must be 2 to {_MOST} classes without gaps"
@@ -48,8 +49,9 @@ def encode_labels(parts: DatasetDict, source: str, column: str) -> DatasetDict:
     for split, part in zip(names, parts.values()):
         _check_known(names[split], values[split], classes, f"{source} ({split})", split)
         encoded = list(map({name: index for index, name in enumerate(classes)}.get, names[split]))
-        part = part.remove_columns("label").add_column("label", encoded)
-        parts[split] = part.cast_column("label", ClassLabel(names=classes))
+        # with its feature, since a cast would copy the other columns, such as images
+        kind = ClassLabel(names=classes)
+        parts[split] = part.remove_columns("label").add_column("label", encoded, feature=kind)
     return parts
 
 
@@ -147,6 +149,8 @@ def _warn(names: list[str], classes: list[str], place: str) -> None:
     for name in classes:
         # One letter may have several forms in Unicode, which look alike.
         letters = unicodedata.normalize("NFKC", name).casefold()
+        # Several labels in a cell, such as a;b, mean the same in any order.
+        letters = ";".join(sorted(part.strip() for part in _SEVERAL.split(letters)))
         by_letters.setdefault(letters, []).append(name)
     alike = next((group for group in by_letters.values() if len(group) > 1), None)
     if alike is not None:

@@ -1,5 +1,6 @@
 """The length of a row in tokens, by the positions of the model and the limit of the tokenizer."""
 
+import reprlib
 import warnings
 from collections.abc import Iterable, Sequence
 
@@ -8,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qrefta.model.positions import position_limit, trained_positions
 
 MAX_LENGTH = 128  # tokens, where none are given
+_SPACE = "▁"  # in SentencePiece; an empty vocabulary of T5 holds it
 
 
 def row_length(
@@ -20,8 +22,9 @@ def row_length(
 
     Raises:
         ValueError: if `max_length` is not a positive number, or is above the positions of the
-            model.
+            model; or if the tokenizer has no words.
     """
+    _check_words(tokenizer)
     if max_length is None:
         return min(MAX_LENGTH, trained_positions(model) or MAX_LENGTH)
     if type(max_length) is not int or max_length < 1:
@@ -67,7 +70,8 @@ def check_tokens(
     rows: Iterable[Sequence[int]],
     split: str,
 ) -> None:
-    """Raise ValueError if a row has a token that the model has no embedding for.
+    """Raise ValueError if a row has a token that the model has no embedding for, or the tokenizer
+    has no words.
 
     Args:
         model: to be trained.
@@ -75,6 +79,7 @@ def check_tokens(
         rows: token ids.
         split: their name.
     """
+    _check_words(tokenizer)
     embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None)
     if embeddings is None or max(tokenizer.get_vocab().values()) < embeddings:
         return
@@ -114,6 +119,18 @@ def warn_without_answer(count: int, rows: int, split: str, max_length: int | Non
             f"{count} of {rows} rows of the {split} split have "
             f"no answer in their first {max_length} tokens and are left out.",
             stacklevel=3,
+        )
+
+
+def _check_words(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that transformers made for a folder without tokenizer files."""
+    special = tokenizer.all_special_tokens
+    if not {*tokenizer.get_vocab()} - {*special, _SPACE}:
+        raise ValueError(
+            f"The tokenizer ({type(tokenizer).__name__} of {tokenizer.name_or_path!r}) has no "
+            f"words: its vocabulary holds special tokens only, {reprlib.repr(special)}, as "
+            "transformers makes it for a folder without tokenizer files. Save the tokenizer of "
+            "this model into the folder: tokenizer.save_pretrained(...)"
         )
 
 

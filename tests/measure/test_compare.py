@@ -69,6 +69,19 @@ def in_four_bits(model):
     return model
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 512.0}, "window is 512.0; it must be a whole number, 2 or more"),
+        ({"window": "512"}, "window is '512'; it must be a whole number, 2 or more"),
+        ({"limit": 1.5}, "limit is 1.5; it must be a whole number, 1 or more"),
+    ],
+)
+def test_counts_that_are_no_whole_numbers_are_refused(options, message, dense, text):
+    with pytest.raises(ValueError, match=message):
+        measured(dense, None, text, **options)
+
+
 def test_a_model_keeps_all_of_itself(dense, folder, text):
     """Object and folder are the same model."""
     found = measured(dense, folder, text, window=16)

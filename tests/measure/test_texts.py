@@ -77,9 +77,15 @@ def test_a_file_is_read_as_it_is(tmp_path):
     assert read_text(file) == ("folder/text.txt", "Gr\u00fc\u00dfe\r\n\n")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_no_text(encoding, tmp_path):
+    (tmp_path / "a.txt").write_bytes("line\r\nline".encode(encoding))
+    assert read_text(tmp_path / "a.txt").content == "line\r\nline"
+
+
 def test_missing_and_binary_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"There is no text file .*none\.txt"):
         read_text(tmp_path / "none.txt")
     (tmp_path / "binary.txt").write_bytes(b"text \xff\xfe")
-    with pytest.raises(ValueError, match=r"binary\.txt is not UTF-8 text \(.* at byte 5\)"):
+    with pytest.raises(ValueError, match=r"binary\.txt is not text in UTF-8: line 1, byte 0xff"):
         read_text(tmp_path / "binary.txt")

@@ -221,6 +221,18 @@ def test_a_turn_with_the_weight_0_is_not_learned(template, loss, tmp_path):
     assert "blue" not in learned
 
 
+def test_a_turn_that_is_marked_not_to_train_is_not_learned(tmp_path):
+    """As Axolotl's files mark it."""
+    turns = [*QUESTION, {**ANSWER[0], "train": False}, *QUESTION]
+    turns += [{"role": "assistant", "content": "red", "train": True}]
+    data = load_chat(write_rows(tmp_path / "chat.jsonl", [{"messages": turns}] * 20), 0)
+    tokenizer = words()
+    labels = learned_ids(data["train"][0], tokenizer, "all")["labels"]
+    learned = tokenizer.decode([label for label in labels if label != IGNORED])
+    assert "red" in learned
+    assert "blue" not in learned
+
+
 def test_roles_in_capital_letters_are_known(tmp_path):
     turns = [{"role": "User", "content": "what is sky ?"}, {"role": "ASSISTANT", "content": "blue"}]
     data = load_chat(write_rows(tmp_path / "chat.jsonl", [{"messages": turns}] * 20), 0)
@@ -236,6 +248,10 @@ def test_roles_in_capital_letters_are_known(tmp_path):
         (
             {"messages": [*QUESTION, {**ANSWER[0], "weight": 0.5}]},
             "column messages, turn 2 has the weight 0.5; it must be 0 or 1",
+        ),
+        (
+            {"messages": [*QUESTION, {**ANSWER[0], "train": "no"}]},
+            "column messages, turn 2 has train 'no'; it must be true or false",
         ),
         (
             {"instruction": "a", "output": "b", "history": 7},

@@ -5,7 +5,13 @@ import json
 import pytest
 from datasets import Dataset, DatasetDict
 
-from qrefta.train.data import load_classification, pick_splits, read_splits, with_test
+from qrefta.train.data import (
+    load_classification,
+    pick_splits,
+    read_splits,
+    split_files,
+    with_test,
+)
 
 ROWS = [{"sentence": f'"quoted sentence number {i}', "label": i % 3} for i in range(30)]
 
@@ -246,3 +252,17 @@ def test_two_files_of_a_split_and_a_mistyped_name_are_refused(tmp_path):
         load_classification(tmp_path)
     with pytest.raises(ValueError, match="There is no file or folder no/such, and as a data set"):
         load_classification("no/such")
+
+
+@pytest.mark.parametrize(
+    "copy", [".ipynb_checkpoints/a-checkpoint.jsonl", "._a.jsonl", "b/._c.jsonl"]
+)
+def test_hidden_files_and_folders_are_no_data(copy, tmp_path):
+    """As notebooks and macOS leave them."""
+    folder = tmp_path / ".data"  # the folder that is given may be hidden
+    (folder / copy).parent.mkdir(parents=True, exist_ok=True)
+    write(folder / copy, ROWS)
+    write(folder / "a.jsonl", ROWS[:10])
+    assert split_files(folder, shards=True) == {"train": [folder / "a.jsonl"]}
+    with pytest.raises(ValueError, match=r"it holds \['a\.jsonl'\]"):
+        split_files(folder)

@@ -91,6 +91,7 @@ def test_labels_of_the_test_split_are_classes_of_training():
     [
         ([0, 1, -1, -1], r"-1 is a class like 0 \(2 of 4 rows\)"),
         (["Yes", "yes", "no"], r"\['Yes', 'yes'\] are different classes"),
+        (["a;b", "b; a", "c"], r"\['a;b', 'b; a'\] are different classes"),
         (["caf\u00e9", "cafe\u0301", "no"], "are different classes"),
     ],
 )

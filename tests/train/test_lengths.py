@@ -5,7 +5,17 @@ import warnings
 
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    AutoTokenizer,
+    ByT5Tokenizer,
+    CanineTokenizer,
+    GPT2Tokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PerceiverTokenizer,
+    T5Tokenizer,
+)
 from typer.testing import CliRunner
 
 import qrefta
@@ -42,6 +52,33 @@ def test_lengths_that_the_model_was_not_made_for_are_warned_of():
     tokenizer.model_max_length = 32
     with pytest.warns(UserWarning, match="the tokenizer is made for 32"):
         assert row_length(tiny_llama(), tokenizer, 64) == 64
+
+
+def test_a_tokenizer_without_words_is_refused(tmp_path):
+    """transformers makes one for a folder without tokenizer files; all words were [UNK]."""
+    folder = tiny_folder(tmp_path / "model")
+    for file in folder.glob("*token*"):
+        file.unlink()
+    rows = source_of("classify", tmp_path)
+    message = rf"BertTokenizer of '{folder}'.* has no words.*save_pretrained"
+    command = ["finetune", str(folder), str(rows), str(tmp_path / "out")]
+    with pytest.raises(ValueError, match=message):
+        CliRunner().invoke(app, command, catch_exceptions=False)
+    model = qrefta.prepare(tiny_bert(), rank=4)
+    with pytest.raises(ValueError, match=message):
+        qrefta.finetune(model, AutoTokenizer.from_pretrained(folder), rows, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", [GPT2Tokenizer, T5Tokenizer])
+def test_other_tokenizers_without_words_are_refused(kind):
+    """An empty one of T5 holds the mark of a space, too."""
+    with pytest.raises(ValueError, match="has no words"):
+        row_length(tiny_bert(), kind(), None)
+
+
+@pytest.mark.parametrize("kind", [ByT5Tokenizer, CanineTokenizer, PerceiverTokenizer])
+def test_tokenizers_of_bytes_and_letters_are_taken(kind):
+    assert row_length(tiny_bert(), kind(), None) == 64
 
 
 TASKS = ["classify", "lm", "sft", "dpo", "grpo"]
@@ -141,8 +178,20 @@ def test_rows_that_are_not_cut_must_fit():
     pairs = pair_rows(4)
     prompts = DatasetDict({name: Dataset.from_list(pairs) for name in ("train", "test")})
     with pytest.raises(ValueError, match=r"4 of 4 rows .* have more than the 64 positions"):
-        grpo_recipe(tiny_gpt2(), words(), prompts, 60, rewards=[len])
-    grpo_recipe(tiny_gpt2(), words(), prompts, 16, rewards=[len])
+        grpo_recipe(
+            tiny_gpt2(),
+            words(),
+            prompts,
+            60,
+            rewards=[lambda completions, **_: [*map(len, completions)]],
+        )
+    grpo_recipe(
+        tiny_gpt2(),
+        words(),
+        prompts,
+        16,
+        rewards=[lambda completions, **_: [*map(len, completions)]],
+    )
     pairs[2]["rejected"][0]["content"] = "blue " * 80
     long = DatasetDict({name: Dataset.from_list(pairs) for name in ("train", "test")})
     with pytest.raises(ValueError, match=message):

@@ -98,6 +98,13 @@ def test_a_weight_stands_behind_the_source(text, parsed):
     assert parse_weight(text) == parsed
 
 
+@pytest.mark.parametrize("text", ["b.jsonl:50%", "data/b.csv:half", "name:config:50%"])
+def test_a_weight_that_is_no_number_is_named(text):
+    weight = text.rpartition(":")[2]
+    with pytest.raises(ValueError, match=f"has the weight '{weight}'; it must be a number"):
+        parse_weight(text)
+
+
 def test_unusable_mixtures_are_refused(sources, tokenizer, tmp_path):
     first = next(iter(sources))
     with pytest.raises(ValueError, match="must be a positive number"):

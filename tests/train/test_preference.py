@@ -353,6 +353,41 @@ def test_prompts_are_not_cut_to_the_length_of_answers_in_calibration(tokenizer):
     assert batch["input_ids"].shape[1] == len(token_ids(rows[0], tokenizer, answer=False)) > 18
 
 
+def rewarded(tokenizer, reward):
+    """The reward of a run on two prompts with a column of answers."""
+    rows = Dataset.from_list([{"prompt": QUESTION, "answer": "blue"}] * 2)
+    data = DatasetDict(train=rows, test=rows)
+    recipe = TASKS["grpo"].recipe(tiny_llama(), tokenizer, data, 4, rewards=[reward])
+    return recipe.options["reward_funcs"][0]
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda completions: [1.0], r"does not take .*'prompts'.*\(completions, \*\*columns\)"),
+        (lambda completions, wanted, **_: [1.0], "does not take .*'wanted'"),
+    ],
+)
+def test_a_reward_that_does_not_take_the_columns_is_refused(reward, message, tokenizer):
+    with pytest.raises(ValueError, match=message):
+        rewarded(tokenizer, reward)
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"), [(0.5, "0.5"), ([1.0], r"\[1.0\]"), ("ab", "'ab'"), (None, "None")]
+)
+def test_a_reward_that_returns_no_list_of_numbers_is_refused(values, shown, tokenizer):
+    function = rewarded(tokenizer, lambda completions, **_: values)
+    message = f"returned {shown}; it must return a list of 2 numbers"
+    with pytest.raises(ValueError, match=message):
+        function(prompts=["a", "a"], completions=["b", "c"])
+
+
+def test_a_reward_may_leave_a_completion_out(tokenizer):
+    function = rewarded(tokenizer, lambda completions, **_: [torch.tensor(0.5), None])
+    assert function(prompts=["a", "a"], completions=["b", "c"]) == [0.5, None]
+
+
 @pytest.mark.parametrize("task", ["dpo", "grpo"])
 def test_a_prompt_that_the_template_does_not_take_is_named(task, tokenizer):
     tokenizer.chat_template = (

@@ -1,7 +1,11 @@
 """The data and batches of every task, and a training run of each."""
 
+from pathlib import Path
+
+import datasets
 import pytest
 import torch
+from datasets import DatasetDict, Value, concatenate_datasets
 from PIL import Image
 from transformers import ViTForImageClassification, ViTImageProcessor
 from typer.testing import CliRunner
@@ -55,10 +59,172 @@ def test_a_folder_is_read_and_not_one_that_fits_its_name_as_a_pattern(tmp_path):
     assert data["train"][0]["image"].getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_a_folder_without_classes_is_refused(tmp_path):
-    for index in range(3):
-        Image.new("RGB", (4, 4)).save(tmp_path / f"{index}.png")
-    with pytest.raises(ValueError, match="needed are image, and label with classes"):
+def paint(folder, *names):
+    """One small image of each name, in folders that are made for them."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), "red").save(folder / name)
+
+
+def names_of(part):
+    """The file of each image and the name of its class."""
+    classes = part.features["label"].names
+    rows = part.cast_column("image", datasets.Image(decode=False))
+    return {Path(row["image"]["path"]).name: classes[row["label"]] for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("Train", "Test"),
+        ("TRAIN", "TEST"),
+        ("Training", "Testing"),
+        ("train", "Val"),
+        ("train", "Validation"),
+    ],
+)
+def test_images_of_a_test_folder_are_tested_on_in_any_letters(train, test, tmp_path):
+    paint(tmp_path, f"{train}/cat/a.png", f"{train}/dog/b.png", f"{test}/cat/c.png")
+    data = load_images(tmp_path, 0)
+    assert names_of(data["train"]) == {"a.png": "cat", "b.png": "dog"}
+    assert names_of(data["test"]) == {"c.png": "cat"}
+
+
+def test_images_of_a_test_folder_inside_a_class_are_tested_on(tmp_path):
+    paint(tmp_path, "cat/train/a.png", "cat/test/b.png", "dog/train/c.png", "dog/test/d.png")
+    data = load_images(tmp_path, 0)
+    assert names_of(data["train"]) == {"a.png": "cat", "c.png": "dog"}
+    assert names_of(data["test"]) == {"b.png": "cat", "d.png": "dog"}
+
+
+def test_hidden_files_are_no_images(tmp_path):
+    """Such as the copies that macOS and notebooks leave."""
+    paint(tmp_path, "train/cat/a.png", "train/dog/b.png", "test/dog/c.png")
+    paint(tmp_path, ".cache/d.png", "train/.thumbs/e.png", "train/cat/._f.png")
+    data = load_images(tmp_path, 0)
+    assert names_of(data["train"]) == {"a.png": "cat", "b.png": "dog"}
+
+
+def grey(mode, *levels):
+    """An image of one row, in a mode of one channel."""
+    image = Image.new(mode, (len(levels), 1))
+    for column, level in enumerate(levels):
+        image.putpixel((column, 0), level)
+    return image
+
+
+def two_classes(folder, image, ending):
+    """Images in two classes, of which one is given."""
+    paint(folder, "cat/a.png", "cat/b.png", "dog/c.png")
+    image.save(folder / "dog" / f"d{ending}")
+    model = tiny_vit()
+    model.config.num_labels = 2
+    data = load_images(folder, 0)
+    part = concatenate_datasets([data["train"], data["test"]])
+    processor = ViTImageProcessor(do_resize=False, do_normalize=False)
+    return image_classes(model, processor, DatasetDict({"train": part, "test": part}))
+
+
+@pytest.mark.parametrize(
+    ("mode", "ending"), [("I;16", ".png"), ("I;16", ".tif"), ("I;16B", ".tif")]
+)
+def test_images_of_16_bits_are_not_white(mode, ending, tmp_path):
+    recipe = two_classes(tmp_path, grey(mode, 0, 257, 32896, 65535), ending)
+    wide = next(row["pixel_values"] for row in recipe.train if row["pixel_values"].shape[1] == 1)
+    assert (wide * 255).round()[:, 0].tolist() == [[0, 1, 128, 255]] * 3
+
+
+@pytest.mark.parametrize(("mode", "level"), [("F", 0.5), ("I", 70000)])
+def test_images_of_an_unknown_range_are_refused(mode, level, tmp_path):
+    recipe = two_classes(tmp_path, grey(mode, level), ".tif")
+    message = rf"The train split, row \d, is an image in the mode {mode} \(.*d.tif\).* 8 or 16 bits"
+    with pytest.raises(ValueError, match=message):
+        list(recipe.train)
+
+
+def test_a_class_is_the_first_folder_below_the_split(tmp_path):
+    paint(tmp_path, "train/cat/2021/a.png", "train/cat/2022/b.png", "train/dog/2021/c.png")
+    paint(tmp_path, "test/dog/2022/d.png")
+    data = load_images(tmp_path, 0)
+    assert names_of(data["train"]) == {"a.png": "cat", "b.png": "cat", "c.png": "dog"}
+    assert names_of(data["test"]) == {"d.png": "dog"}
+
+
+def test_a_class_of_test_images_alone_is_refused(tmp_path):
+    paint(tmp_path, "train/cat/a.png", "train/dog/b.png", "test/cat/c.png", "test/cow/d.png")
+    message = r"The test split has labels \['cow'\] that are no class of training"
+    with pytest.raises(ValueError, match=message):
+        load_images(tmp_path, 0)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["0.png", "1.png"], "0.png is in no folder of a class"),
+        (["train/cat/a.png", "train/dog/b.png", "test/c.png"], "c.png is in no folder of a class"),
+        (["cat/a.png", "cat/b.png"], r"has images of one class, \['cat'\].* CLASS/IMAGE"),
+        (["data/train/cat/a.png", "data/train/dog/b.png"], r"of one class, \['data'\]"),
+        (
+            ["car/a.png", "plane/b.png", "train/c.png"],
+            r"the folder 'train' has the name of a split, and 'car' beside it has not",
+        ),
+        (["cat/a.png", "dog/b.png", "test/cat/c.png"], "'test' has the name of a split, and 'cat'"),
+        (["test/cat/a.png", "test/dog/b.png"], "has images to test on and none to train on"),
+    ],
+)
+def test_folders_that_are_no_classes_are_refused_with_the_fix(files, message, tmp_path):
+    paint(tmp_path, *files)
+    with pytest.raises(ValueError, match=message):
+        load_images(tmp_path, 0)
+
+
+def test_a_table_of_images_is_read(pictures, tmp_path):
+    """With classes, or with their names as text."""
+    data = load_images(pictures, 0)
+    for name, part in data.items():
+        part.to_parquet(tmp_path / f"{name}.parquet")
+    names = data["train"].features["label"].names
+    named = (
+        data["train"]
+        .cast_column("label", Value("string"))
+        .map(lambda row: {"label": names[int(row["label"])]})
+    )
+    named.to_parquet(tmp_path / "named.parquet")
+    part = load_images(tmp_path / "train.parquet", 0)["train"]
+    assert part.features["label"].names == ["blue", "red"]
+    assert part[0]["image"].size == (20, 24)
+    part = load_images(tmp_path / "named.parquet", 0)["train"]
+    assert {(row["label"], row["image"].getpixel((0, 0))[2]) for row in part} == {(0, 255), (1, 0)}
+
+
+def test_a_folder_of_tables_of_images_is_read(pictures, tmp_path):
+    (tmp_path / "tables").mkdir()
+    for name, part in load_images(pictures, 0).items():
+        part.to_parquet(tmp_path / "tables" / f"{name}.parquet")
+    data = load_images(tmp_path / "tables", 0)
+    assert {name: len(part) for name, part in data.items()} == {"train": 24, "test": 8}
+
+
+@pytest.mark.parametrize("source", ["train.csv", "."])
+def test_a_table_of_file_names_is_refused_with_the_fix(source, tmp_path):
+    (tmp_path / "train.csv").write_text("image,label\na.png,cat\nb.png,dog\n")
+    message = "needed are image, and label.* column image holds .*, not images.* CLASS/IMAGE"
+    with pytest.raises(ValueError, match=message):
+        load_images(tmp_path / source, 0)
+
+
+def test_images_with_a_metadata_file_are_refused_with_the_fix(tmp_path):
+    paint(tmp_path, "train/a.png", "train/b.png")
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,label\na.png,cat\nb.png,dog\n")
+    message = r"metadata.csv .*not read.* CLASS/IMAGE.*class_encode_column\(\"label\"\)"
+    with pytest.raises(ValueError, match=message):
+        load_images(tmp_path, 0)
+
+
+def test_a_folder_without_images_is_refused(tmp_path):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "a.doc").write_text("no image")
+    with pytest.raises(ValueError, match=r"holds no images and no table of them.* CLASS/IMAGE"):
         load_images(tmp_path, 0)
 
 

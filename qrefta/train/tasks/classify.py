@@ -133,7 +133,7 @@ def label_names(config: PreTrainedConfig, classes: list[str]) -> list[str]:
     """Names for the labels of a model: the classes of the data, unless these are numbers or the
     model's names, in any order and letters.
     """
-    names = _names(config)
+    names = names_of_labels(config)
     are_numbers = all(name.lstrip("-").isdecimal() for name in classes)
     if names and (are_numbers or sorted(_small(names)) == sorted(_small(classes))):
         return names
@@ -147,14 +147,9 @@ def name_labels(model: PreTrainedModel, data: DatasetDict) -> DatasetDict:
     """
     config = model.config
     classes = data["train"].features["label"].names
-    before = _names(config)
+    before = names_of_labels(config)
     names = label_names(config, classes)
-    if before and names != before:
-        warnings.warn(
-            f"The model's labels were named {before}; they get the names of the data's classes, "
-            f"{classes}.",
-            stacklevel=3,
-        )
+    warn_of_new_names(before, names)
     config.id2label = dict(enumerate(names))
     config.label2id = {name: label for label, name in enumerate(names)}
     same = sorted(_small(names)) == sorted(_small(classes))
@@ -163,7 +158,17 @@ def name_labels(model: PreTrainedModel, data: DatasetDict) -> DatasetDict:
     return data
 
 
-def _names(config: PreTrainedConfig) -> list[str]:
+def warn_of_new_names(before: list[str], names: list[str]) -> None:
+    """Warn that a model's labels get other names than before, if they had names."""
+    if before and names != before:
+        warnings.warn(
+            f"The model's labels were named {before}; they get the names of the data's classes, "
+            f"{names}. If they mean something else, its head was trained for another question.",
+            stacklevel=4,
+        )
+
+
+def names_of_labels(config: PreTrainedConfig) -> list[str]:
     """The names of the labels, in order; none, if they have transformers' names LABEL_0, ...."""
     named: dict[Any, str] = config.id2label or {}
     if all(name == f"LABEL_{label}" for label, name in named.items()):

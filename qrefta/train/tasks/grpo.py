@@ -1,11 +1,15 @@
 """Prompts and a reward, by TRL's GRPO."""
 
+import inspect
+import reprlib
 from collections.abc import Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, Json, List, Value
 from pyarrow import ArrowInvalid
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta.files.tables import BUILDERS, as_written, is_number, is_text, kind_of, with_names
@@ -18,6 +22,10 @@ from qrefta.train.tasks.prompts import token_ids
 from qrefta.train.tasks.recipe import TEST_SHARE, Recipe
 from qrefta.train.tasks.turns import COLUMNS, are_plain, is_empty, question_of
 from qrefta.train.trl import load_trl
+
+GENERATIONS = 8  # answers to a prompt, by default of TRL
+_OF_TRL = ("prompt", "completion", "completion_ids")  # columns that a reward does not get
+_GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
 def load_prompts(source: str | Path, seed: int) -> DatasetDict:
@@ -74,8 +82,9 @@ def grpo_recipe(
 
     Raises:
         ValueError: for conversations and a tokenizer without a chat template, if a prompt has a
-            token that the model has no embedding for, or if a prompt and an answer have more tokens
-            than the model has positions.
+            token that the model has no embedding for, if a prompt and an answer have more tokens
+            than the model has positions, or if a reward does not take the columns by name. A reward
+            that returns no number for each completion raises ValueError in the run.
         ImportError: if TRL is not installed.
     """
     trainer, _ = load_trl("grpo")
@@ -88,13 +97,69 @@ def grpo_recipe(
         check_tokens(model, tokenizer, prompts, str(name))
         lengths = [len(prompt) + (max_length or 0) for prompt in prompts]
         check_rows(model, tokenizer, lengths, f"prompts of the {name} split with an answer")
+    columns = [name for name in data["train"].column_names if name not in _OF_TRL]
     return Recipe(
         data["train"],
         data["test"],
         starts_as_reference(trainer),
-        options={"reward_funcs": list(rewards)},
+        options={"reward_funcs": [_checked(reward, columns) for reward in rewards]},
         scores={"reward": "reward"},
     )
+
+
+def check_group(
+    batch_size: int, accumulation: int, processes: int, generations: int | None
+) -> None:
+    """Raise ValueError unless the rows of a step are whole groups of answers to a prompt."""
+    size = GENERATIONS if generations is None else generations
+    rows = batch_size * accumulation * processes
+    if size > 1 and rows > 0 and rows % size:
+        raise ValueError(
+            f"A step has {rows} rows (--batch-size {batch_size} x --gradient-accumulation "
+            f"{accumulation}, in {processes} processes), and they must be a multiple of "
+            f"--num-generations {size}, the answers to a prompt. Give other values of these "
+            "options."
+        )
+
+
+def _checked(reward: Reward, columns: list[str]) -> Reward:
+    """A reward that refuses to return anything but one number, or None, for each completion.
+
+    Args:
+        reward: a function; a model and an asynchronous function are returned as they are.
+        columns: further ones of the data, which TRL gives to it by name.
+
+    Raises:
+        ValueError: if the reward does not take them.
+    """
+    if isinstance(reward, nn.Module) or inspect.iscoroutinefunction(reward):
+        return reward  # type: ignore[return-value]
+    name = getattr(reward, "__name__", type(reward).__name__)
+    try:
+        inspect.signature(reward).bind(**dict.fromkeys((*_GIVEN, *columns)))
+    except TypeError as error:
+        raise ValueError(
+            f"The reward {name} does not take the columns that it is called with: {error}. It gets "
+            f"{', '.join((*_GIVEN, *columns))} by name; let it take those that it does not use: "
+            f"def {name}(completions, **columns)"
+        ) from error
+
+    @wraps(reward)
+    def checked(**given: Any) -> list[float | None]:
+        values = reward(**given)
+        try:
+            found = [None if value is None else float(value) for value in values]
+        except (TypeError, ValueError):
+            found = []
+        if len(found) != len(given["completions"]):
+            raise ValueError(
+                f"The reward {name} returned {reprlib.repr(values)}; it must return a list of "
+                f"{len(given['completions'])} numbers, one for each completion, or None where it "
+                "does not apply."
+            )
+        return found
+
+    return checked
 
 
 def _prompt(

@@ -1,45 +1,77 @@
 """Classes of images."""
 
-import glob
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from datasets import ClassLabel, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, Image
 from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from qrefta.train.data import pick_splits, with_test
+from qrefta.files.tables import BUILDERS, find_column, kind_of
+from qrefta.train.data import read_splits, visible_files, with_test
+from qrefta.train.labels import encode_labels
 from qrefta.train.tasks.classify import accuracy, check_labels, name_labels
+from qrefta.train.tasks.image_folders import LAYOUT, image_files, read_image_folder
 from qrefta.train.tasks.recipe import TEST_SHARE, Recipe
 
-_IMAGE_COLUMNS = {"img": "image", "labels": "label", "fine_label": "label"}
+if TYPE_CHECKING:
+    import PIL.Image
+
+_COLUMNS = {"image": ("image", "img"), "label": ("label", "labels", "fine_label")}
 
 
 def load_images(source: str | Path, seed: int) -> DatasetDict:
     """Images with the splits train and test, columns image and label.
 
-    The source is a folder with one folder a class, or a hub name.
+    The source is a folder with one folder a class, tables of images (parquet), or a hub name.
 
     Raises:
-        ValueError: if the columns image and label are missing.
+        ValueError: if the columns image and label are missing, or as `read_image_folder` and
+            `qrefta.train.data.load_classification`.
     """
-    if Path(source).is_dir():
-        # datasets reads [, * and ? in a name as a pattern
-        splits = load_dataset("imagefolder", data_dir=glob.escape(str(source)))
-    else:
-        name, _, config = str(source).partition(":")
-        splits = load_dataset(name, config or None)
-    parts = pick_splits(splits, source)
-    columns = parts["train"].column_names
-    renamed = {old: new for old, new in _IMAGE_COLUMNS.items() if old in columns}
-    parts = parts.rename_columns(renamed)
-    features = parts["train"].features
-    if "image" not in features or not isinstance(features.get("label"), ClassLabel):
+    path = Path(source)
+    images = image_files(path) if path.is_dir() else []
+    parts = read_image_folder(path, images) if images else _tables(source)
+    return with_test(encode_labels(parts, str(source), "label"), TEST_SHARE, seed)
+
+
+def _tables(source: str | Path) -> DatasetDict:
+    """The columns image and label of tables or of a data set on the hub."""
+    path = Path(source)
+    if path.is_dir() and not any(kind_of(file) in BUILDERS for file in visible_files(path)):
         raise ValueError(
-            f"{source} has the columns {list(features)}; needed are image, and label with classes."
+            f"{source} holds no images and no table of them; needed are images as {LAYOUT}."
         )
-    return with_test(parts.select_columns(["image", "label"]), TEST_SHARE, seed)
+    parts = read_splits(source, shards=True)
+    for name, part in parts.items():
+        part = _with_usual_names(part)
+        _check_columns(part, source)
+        parts[name] = part.select_columns([*_COLUMNS])
+    return parts
+
+
+def _with_usual_names(part: Dataset) -> Dataset:
+    for name, usual in _COLUMNS.items():
+        found = next(filter(None, (find_column(part, one) for one in usual)), name)
+        if found != name:
+            part = part.rename_column(found, name)
+    return part
+
+
+def _check_columns(part: Dataset, source: str | Path) -> None:
+    """Refuse rows without images or labels."""
+    features = part.features
+    needed = f"{source} has the columns {list(features)}; needed are image, and label with classes"
+    if not {*_COLUMNS} <= {*features}:
+        raise ValueError(f"{needed}; or a folder of images, as {LAYOUT}.")
+    if not isinstance(features["image"], Image):
+        raise ValueError(
+            f"{needed}, and the column image holds {features['image']}, not images. Give a folder "
+            f"of images, as {LAYOUT}; or read them in Python, and give finetune the splits train "
+            'and test: data.cast_column("image", datasets.Image()).class_encode_column("label")'
+        )
 
 
 def image_classes(
@@ -47,7 +79,8 @@ def image_classes(
 ) -> Recipe:
     """Image classification; the metric is accuracy.
 
-    Images are read when they are needed; `max_length` is not used.
+    Images are read when they are needed; `max_length` is not used. Greyscale of 16 bits is scaled
+    to 8; reading a row with another wide mode raises ValueError.
 
     Raises:
         ValueError: if the classes of the data are not the labels of the model, or a row has none.
@@ -55,18 +88,49 @@ def image_classes(
     check_labels(model, data)
     data = name_labels(model, data)
 
-    def pixels(rows: dict[str, list[Any]]) -> dict[str, Any]:
-        colored = [image.convert("RGB") for image in rows["image"]]
-        values = processor(colored, return_tensors="pt")["pixel_values"]
-        return {"pixel_values": values, "label": rows["label"]}
-
     return Recipe(
-        data["train"].with_transform(pixels),
-        data["test"].with_transform(pixels),
+        _with_pixels(data["train"], processor, "train"),
+        _with_pixels(data["test"], processor, "test"),
         collate=_stack,
         metrics=accuracy,
         scores={"accuracy": "accuracy"},
         mean_loss=True,
+    )
+
+
+def _with_pixels(part: Dataset, processor: BaseImageProcessor, split: str) -> Dataset:
+    """The rows of a split as inputs of the model, computed when a row is read."""
+
+    def pixels(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        colored: Any = [_colored(image) for image in rows["image"]]
+        if None in colored:
+            raise _unknown_range(part, split)
+        values = processor(colored, return_tensors="pt")["pixel_values"]
+        return {"pixel_values": values, "label": rows["label"]}
+
+    return part.with_transform(pixels)
+
+
+def _colored(image: "PIL.Image.Image") -> "PIL.Image.Image | None":
+    """An image as RGB in 8 bits a channel; None if the range of its values is not known."""
+    from PIL.Image import fromarray  # the other tasks need no Pillow
+
+    # Pillow may open a PNG of 16 bits in the mode I, which holds 32 bits.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        # by hand, since `convert` makes every level above 255 white
+        levels = np.asarray(image).astype(np.float32) * (255 / 65535)
+        image = fromarray(levels.round().astype(np.uint8))
+    return None if image.mode in ("I", "F", "LAB") else image.convert("RGB")
+
+
+def _unknown_range(part: Dataset, split: str) -> ValueError:
+    """The error for the first image of a split that has no known range."""
+    row, image = next(pair for pair in enumerate(part["image"], 1) if _colored(pair[1]) is None)
+    file = getattr(image, "filename", "")
+    return ValueError(
+        f"The {split} split, row {row}, is an image in the mode {image.mode}"
+        f"{f' ({file})' if file else ''}, whose darkest and brightest values are not known. Save "
+        "it in 8 or 16 bits a channel, as RGB or greyscale."
     )
 
 

@@ -1,6 +1,7 @@
 """Several data sets in one run, drawn in proportion to their weights."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from datasets import DatasetDict, concatenate_datasets, interleave_datasets
 
 from qrefta.choices import Task
 from qrefta.config.checks import positive
+from qrefta.files.tables import BUILDERS, kind_of
 from qrefta.train.tasks.recipe import Recipe
 
 MIXED: tuple[Task, ...] = ("lm", "sft", "dpo", "grpo")
@@ -82,10 +84,18 @@ def mixed_recipe(make: Callable[[DatasetDict], Recipe], mixture: Mixture, seed: 
 def parse_weight(text: str) -> tuple[str, float]:
     """Source and weight of "source:weight"; the weight is 1 if there is none.
 
-    A hub name may have a configuration before the weight: "name:config:0.5".
+    A hub name may have a configuration, also before the weight: "name:config:0.5".
+
+    Raises:
+        ValueError: if a weight stands behind a file, a folder or a configuration and is no number.
     """
     source, _, weight = text.rpartition(":")
-    try:
-        return (source, float(weight)) if source else (text, 1.0)
-    except ValueError:
+    if not source:
         return text, 1.0
+    with suppress(ValueError):
+        return source, float(weight)
+    if ":" in source or kind_of(Path(source)) in BUILDERS or Path(source).exists():
+        raise ValueError(
+            f"--mix {text} has the weight {weight!r}; it must be a number, such as 0.5"
+        )
+    return text, 1.0

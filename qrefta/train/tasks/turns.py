@@ -4,8 +4,8 @@ Known are the columns messages and conversations (turns with role and content, o
 and value), instruction, input and output (Alpaca) with history (pairs of earlier questions and
 answers), and prompt with completion; besides them system and tools. Text in prompt and completion
 without history, system and tools is no conversation, but text to be continued. A turn of the
-assistant with the weight 0 (OpenAI's) is read and not learned. In a cell of a csv file turns are
-written as JSON, or as Python writes a list.
+assistant with the weight 0 (OpenAI's) or with train false (Axolotl's) is read and not learned. In a
+cell of a csv file turns are written as JSON, or as Python writes a list.
 """
 
 import ast
@@ -267,7 +267,9 @@ def turn_of(given: Any, where: str) -> dict[str, Any]:
     kept |= {name: turn[name] for name in _KEPT if turn.get(name)}
     if turn.get("weight") not in (None, 0, 1):
         raise ValueError(f"{where} has the weight {turn['weight']!r}; it must be 0 or 1.")
-    if turn.get("weight") == 0:
+    if turn.get("train") not in (None, True, False):
+        raise ValueError(f"{where} has train {turn['train']!r}; it must be true or false.")
+    if 0 in (turn.get("weight"), turn.get("train")):  # False is 0
         kept["weight"] = 0
     if calls:
         kept["tool_calls"] = [_call(call, where) for call in calls]

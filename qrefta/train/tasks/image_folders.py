@@ -1,0 +1,104 @@
+"""A folder of images -> the splits train and test, with the names of folders as classes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+
+from qrefta.train.data import TEST_NAMES, TRAIN_NAMES, has_name, splits_by_name, visible_files
+
+LAYOUT = "CLASS/IMAGE, or train/CLASS/IMAGE and validation/CLASS/IMAGE"
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of datasets' imagefolder
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images below a folder, by the endings of their names."""
+    from PIL.Image import OPEN, registered_extensions  # the other tasks need no Pillow
+
+    endings = registered_extensions()
+    return [file for file in visible_files(folder) if endings.get(file.suffix.lower()) in OPEN]
+
+
+def read_image_folder(folder: Path, images: Sequence[Path]) -> DatasetDict:
+    """The columns image and label of each split; images are read when they are needed.
+
+    Splits are the folders in `folder`, where they have the names of splits. Else they are files and
+    folders with such names anywhere below it. A class is the first folder below the split, or else
+    the first folder.
+
+    Args:
+        folder: with one folder a class, or one a split.
+        images: below it.
+
+    Raises:
+        ValueError: if an image is in no folder of a class, there is one class only, some images are
+            to test on and none to train on, or a metadata file is there.
+    """
+    _check_metadata(folder)
+    paths = {file: file.relative_to(folder).parts for file in images}
+    depth = int(_has_split_folders(folder, list(paths.values())))
+    words = {
+        file: parts[:1] if depth else (*parts[:-1], file.stem) for file, parts in paths.items()
+    }
+    train, test = splits_by_name(words)
+    if not train:
+        raise ValueError(
+            f"{folder} has images to test on and none to train on, by the names of files and "
+            f"folders; needed are images as {LAYOUT}."
+        )
+    parts = DatasetDict()
+    for name, files in {"train": train, "test": test}.items():
+        if files:
+            parts[name] = _labelled(files, [_class_of(paths[file], depth, file) for file in files])
+    classes = parts["train"].features["label"].names
+    if len(classes) < 2:
+        raise ValueError(
+            f"{folder} has images of one class, {classes}; needed are two or more, as {LAYOUT}. "
+            "Give the folder that holds the folders of the classes or splits."
+        )
+    return parts
+
+
+def _check_metadata(folder: Path) -> None:
+    """Refuse files of labels, which would be left out."""
+    found = next((file for file in visible_files(folder) if file.name in _METADATA), None)
+    if found is not None:
+        raise ValueError(
+            f"{found} is not read. Remove it and put the images in folders, as {LAYOUT}; or read "
+            "them in Python, and give finetune the splits train and test: "
+            'datasets.load_dataset("imagefolder", data_dir=...).class_encode_column("label")'
+        )
+
+
+def _has_split_folders(folder: Path, paths: list[tuple[str, ...]]) -> bool:
+    """Whether the first folders of the images are splits.
+
+    Raises:
+        ValueError: if some are and some are not, so that a class may have the name of a split.
+    """
+    firsts = sorted({parts[0] for parts in paths if len(parts) > 1})
+    splits = [name for name in firsts if has_name(name, TRAIN_NAMES + TEST_NAMES)]
+    others = [name for name in firsts if name not in splits]
+    if splits and others:
+        raise ValueError(
+            f"In {folder} the folder {splits[0]!r} has the name of a split, and {others[0]!r} "
+            f"beside it has not. If they are classes, put all of them into {folder / 'train'}; "
+            f"else put the images as {LAYOUT}."
+        )
+    return bool(splits)
+
+
+def _class_of(parts: tuple[str, ...], depth: int, file: Path) -> str:
+    if len(parts) < depth + 2:
+        raise ValueError(f"{file} is in no folder of a class; needed are images as {LAYOUT}.")
+    return parts[depth]
+
+
+def _labelled(files: list[Path], names: list[str]) -> Dataset:
+    """Rows of images with their classes, which are in alphabetical order."""
+    classes = sorted(set(names))
+    numbers = {name: number for number, name in enumerate(classes)}
+    return Dataset.from_dict(
+        {"image": [str(file) for file in files], "label": [numbers[name] for name in names]},
+        Features({"image": Image(), "label": ClassLabel(names=classes)}),
+    )
