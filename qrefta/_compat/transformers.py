@@ -1,5 +1,6 @@
 """Private names of transformers, all in release 5.0 or earlier, unless another release is named."""
 
+import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -81,10 +82,10 @@ __all__ = [
     "sdpa_attention",
     "sdpa_mask",
     "set_always_float32",
-    "set_experts_implementation",
     "supports_attention_functions",
     "unmark_quantized",
     "was_initialized",
+    "with_experts_implementation",
     "with_generate",
     "write_code",
 ]
@@ -102,13 +103,16 @@ def apply_gate(experts: Any, product: Tensor) -> Tensor:
     return experts._apply_gate(product)
 
 
-def set_experts_implementation(config: PreTrainedConfig, name: str) -> None:
-    """Choose the forward pass of fused experts by its name in `ALL_EXPERTS_FUNCTIONS`.
+def with_experts_implementation(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
+    """A copy of a config that chooses the forward pass of fused experts by its name in
+    `ALL_EXPERTS_FUNCTIONS`.
 
-    The public argument `experts_implementation` of `from_pretrained` comes too early: the model is
-    built by then. If it goes: replace the experts' `forward`.
+    The copy shares its parts with the config; the public name would be written into them, too. If
+    it goes: replace the experts' `forward`.
     """
-    config._experts_implementation = name
+    named = copy.copy(config)
+    named._experts_implementation_internal = name
+    return named
 
 
 def was_initialized(parameter: nn.Parameter) -> bool:
