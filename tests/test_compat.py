@@ -25,7 +25,7 @@ PRIVATE_ATTRIBUTES = {
     "_apply_gate",
     "_cdata",
     "_commit_hash",
-    "_experts_implementation",
+    "_experts_implementation_internal",
     "_from_config",
     "_hf_peft_config_loaded",
     "_is_hf_initialized",

@@ -1,5 +1,6 @@
 """Private names of transformers, all in release 5.0 or earlier, unless another release is named."""
 
+import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers.core_model_loading import (
     Split,
     WeightConverter,
     WeightRenaming,
+    build_glob_alternation,
     dot_natural_key,
     rename_source_key,
     revert_weight_conversion,
@@ -65,9 +67,9 @@ __all__ = [
     "dequantized_gguf",
     "dot_natural_key",
     "enable_checkpointing",
-    "float32_under_float16",
     "get_model_conversion_mapping",
     "is_left_out",
+    "keeps_float32",
     "mark_initialized",
     "model_of_config",
     "prepare_inputs",
@@ -80,10 +82,10 @@ __all__ = [
     "sdpa_attention",
     "sdpa_mask",
     "set_always_float32",
-    "set_experts_implementation",
     "supports_attention_functions",
     "unmark_quantized",
     "was_initialized",
+    "with_experts_implementation",
     "with_generate",
     "write_code",
 ]
@@ -101,13 +103,16 @@ def apply_gate(experts: Any, product: Tensor) -> Tensor:
     return experts._apply_gate(product)
 
 
-def set_experts_implementation(config: PreTrainedConfig, name: str) -> None:
-    """Choose the forward pass of fused experts by its name in `ALL_EXPERTS_FUNCTIONS`.
+def with_experts_implementation(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
+    """A copy of a config that chooses the forward pass of fused experts by its name in
+    `ALL_EXPERTS_FUNCTIONS`.
 
-    The public argument `experts_implementation` of `from_pretrained` comes too early: the model is
-    built by then. If it goes: replace the experts' `forward`.
+    The copy shares its parts with the config; the public name would be written into them, too. If
+    it goes: replace the experts' `forward`.
     """
-    config._experts_implementation = name
+    named = copy.copy(config)
+    named._experts_implementation_internal = name
+    return named
 
 
 def was_initialized(parameter: nn.Parameter) -> bool:
@@ -140,7 +145,7 @@ def mark_initialized(module: Any) -> None:
 
 
 def always_float32(model: PreTrainedModel) -> set[str]:
-    """Parts of paths whose parameters `from_pretrained` keeps in float32 for any dtype.
+    """Patterns of names of tensors that `from_pretrained` keeps in float32 for any narrower dtype.
 
     If it goes: `modules_to_not_convert` of the quantizer, and a cast back after
     loading.
@@ -153,12 +158,20 @@ def set_always_float32(model: PreTrainedModel, names: set[str]) -> None:
     model._keep_in_fp32_modules_strict = names
 
 
-def float32_under_float16(model: PreTrainedModel) -> set[str]:
-    """Parts of paths whose parameters `from_pretrained` keeps in float32 for float16.
+def keeps_float32(model: PreTrainedModel, name: str, dtype: torch.dtype) -> bool:
+    """Whether `from_pretrained(dtype=...)` keeps a tensor in float32, because its class wants that.
 
-    If it goes: convert these parameters to the dtype that was asked for.
+    As transformers does, it searches the whole name for the patterns of the class: a pattern may
+    have dots ("gate.weight"), and * stands for any characters. If it goes: convert these tensors to
+    the dtype that was asked for.
     """
-    return set(model._keep_in_fp32_modules or ())
+    if dtype.itemsize >= 4:
+        return False
+    patterns: list[Any] = list(always_float32(model))
+    if dtype == torch.float16:
+        patterns += model._keep_in_fp32_modules or ()
+    alternation, *_ = build_glob_alternation(patterns)
+    return bool(patterns) and alternation.search(name) is not None
 
 
 def attention_implementation(model: nn.Module) -> str:

@@ -66,10 +66,19 @@ def settings_of_call(function: str, keywords: dict[str, Any]) -> Settings:
 
 
 def warn_of_idle(keywords: dict[str, Any], stacklevel: int) -> None:
-    """Warn of a transform or rounds of refinement that the method of a call leaves unused.
+    """Warn of a transform or rounds of refinement that the method of a call leaves unused, and of a
+    format that 16 bits leave unused.
 
     `stacklevel` names the warning's line, as in `warnings.warn`.
     """
+    if keywords.get("bits") == 16:
+        for name in ("quant_type", "double_quant", "block_size"):
+            if keywords.get(name) not in (None, False, Settings.block_size):
+                warnings.warn(
+                    f"{name}={keywords[name]!r} has no effect with bits=16, which does not "
+                    "quantize the weights.",
+                    stacklevel=stacklevel,
+                )
     method = keywords.get("method", Settings.method)
     if method in FITTED or method not in METHOD_NAMES:
         return

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig, Conv1D, PreTrainedModel, PreTrainedTokenizerBase
 
-from qrefta._compat.transformers import float32_under_float16
+from qrefta._compat.transformers import keeps_float32
 from qrefta.choices import BITSANDBYTES_TYPES, LORA_BASES, LoraBase
 from qrefta.config.checks import whole
 from qrefta.config.report import StackReport
@@ -36,6 +36,7 @@ from qrefta.export.write import (
     copy_tokenizer,
     plain_config,
     tokenizer_notes,
+    wanted_dtype,
     write_model,
 )
 from qrefta.files.code import is_trusted
@@ -174,7 +175,7 @@ def export_lora(
             bare = _write_base(model, config, folder / "base", base, dtype, tokenizer)
         written = _write_adapter(model, config, folder, bar, source, dtype)
         if base == "original":
-            bare = _moved(bare, dtype)
+            _cast(bare, dtype)
         exact = base != "original" and written.error == 0
         default = ROUNDING_TOLERANCE if exact else APPROXIMATION_TOLERANCE
         difference = _difference(model, _with_adapter(bare, folder), inputs, base)
@@ -295,10 +296,17 @@ def _write_base(
     return type(model).from_pretrained(folder, dtype=dtype, device_map={"": model.device})
 
 
-def _moved(model: PreTrainedModel, target: torch.device | torch.dtype) -> PreTrainedModel:
-    """The model on a device or in a dtype."""
+def _moved(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """The model on a device."""
     untyped: Any = model  # type checkers lose `self` of PreTrainedModel.to in its decorator
-    return untyped.to(target)
+    return untyped.to(device)
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Round the tensors of a dense model's checkpoint as `from_pretrained(dtype=...)` does."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(wanted_dtype(model, name, dtype))
 
 
 def _residual_tensors(layer: AdaptedLinear, row: StackReport) -> dict[str, Tensor]:
@@ -309,15 +317,15 @@ def _residual_tensors(layer: AdaptedLinear, row: StackReport) -> dict[str, Tenso
 def _kept_dense(model: PreTrainedModel, config: QReftaConfig) -> dict[str, nn.Module]:
     """Linear layers that the bitsandbytes plug-in must leave alone, by path.
 
-    They are not in 4 bits here, or the model wants them in float32 (T5's `wo`).
+    They are not in 4 bits here, or the model may want them in float32 (T5's `wo`).
     """
     adapted = {path for row in config.stacks for path in row.stack.modules}
-    kept = float32_under_float16(model)
     dense: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and path not in adapted:
             dense[path] = module
-        if isinstance(module, AdaptedLinear) and kept.intersection(path.split(".")):
+        wide = keeps_float32(model, f"{path}.weight", torch.float16)  # bitsandbytes asks no dtype
+        if isinstance(module, AdaptedLinear) and wide:
             dense[path] = module
     return dense
 

@@ -75,8 +75,8 @@ def merge(
     for this.
 
     The weights are summed in float32 and rounded once, so the result differs from the prepared
-    model only by rounding parameters to `dtype`. Experts are fused again, and computed as
-    transformers does by default.
+    model only by rounding parameters to `dtype`. Experts are fused again, and computed as the
+    config names it.
 
     Args:
         model: prepared.

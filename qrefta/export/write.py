@@ -13,8 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qrefta._compat.hub import commit_hash
 from qrefta._compat.transformers import (
-    always_float32,
-    float32_under_float16,
+    keeps_float32,
     revert_weight_conversion,
     unmark_quantized,
     write_code,
@@ -214,11 +213,7 @@ def wanted_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch
 
     Buffers keep their dtype: a rounded `inv_freq` turns far positions by whole radians.
     """
-    kept = always_float32(model)
-    if dtype == torch.float16:
-        kept |= float32_under_float16(model)
-    narrow = dtype.itemsize < 4
-    return torch.float32 if narrow and kept.intersection(name.split(".")) else dtype
+    return torch.float32 if keeps_float32(model, name, dtype) else dtype
 
 
 def plain_tensors(

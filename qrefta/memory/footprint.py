@@ -10,7 +10,8 @@ values.
 A model of many equal blocks is counted with three of them. At the border between two blocks, in the
 forward and in the backward pass, a new segment of the count begins; the segments of the second
 block stand for all blocks between the first and the last. This is exact, since each of those blocks
-adds and releases the same bytes.
+adds and releases the same bytes. For the same reason three chunks of tokens stand for all in the
+loss of a head.
 
 The count is for a GPU: attention is a fused kernel, which keeps its operands, its output and a
 number a row, and sums the gradient of the queries in float32; dropout keeps one byte an element.
@@ -39,6 +40,8 @@ from qrefta.nn.head_loss import plain_head, summed_cross_entropy
 from qrefta.nn.packed import unpack
 
 COUNTED_BLOCKS = 3  # the first, one for all between, the last
+# of tokens whose logits exist at a time; the second is made while the first is still there
+COUNTED_CHUNKS = 3
 
 
 class Footprint(NamedTuple):
@@ -96,7 +99,8 @@ def count_step(
         kept = ledger.level()
         ledger.turned = True
         ledger.begin()
-        loss.backward()
+        if loss.requires_grad:  # not if the model is only quantized
+            loss.backward()
         del loss
         if optimizer is not None:
             optimizer.step()
@@ -125,7 +129,8 @@ def _loss(model: nn.Module, inputs: Mapping[str, Tensor], head: nn.Linear | None
         hidden = model(**inputs)[0].flatten(0, -2)
     labels = torch.zeros(len(hidden), dtype=torch.long)
     labelled = torch.arange(len(hidden))
-    return summed_cross_entropy(hidden[labelled], head.weight, head.bias, labels) / len(hidden)
+    total = summed_cross_entropy(hidden[labelled], head.weight, head.bias, labels, COUNTED_CHUNKS)
+    return total / len(hidden)
 
 
 @dataclass

@@ -304,7 +304,8 @@ def _largest(
         fits = last[0]
         too_large = most + 1
     while too_large - fits > 1:
-        slope = (last[1] - before[1]) / (last[0] - before[0])
+        # From 0, as from rank 0, there is no line yet.
+        slope = (last[1] - before[1]) / (last[0] - before[0]) if last[0] != before[0] else 0
         guess = last[0] + math.floor((available - last[1]) / slope) if slope > 0 else most
         tried = min(max(guess, fits + 1), too_large - 1)
         before = last

@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from qrefta.files.folders import JOURNAL
 from qrefta.files.json_file import read_json
-from qrefta.files.layout import weight_files
+from qrefta.files.layout import has_weights, weight_files
 from qrefta.files.safetensors import Checkpoint
 from qrefta.files.verify import LIST, check_layout, check_saved, is_switched_off
 from qrefta.hf_config import QReftaConfig
@@ -64,6 +64,7 @@ def verify(folder: str | Path, *, trust_remote_code: bool = False) -> list[Verif
             "to resume it."
         )
     config = QReftaConfig(**settings["quantization_config"])
+    _check_variant(folder)
     check_layout(folder)
     paths = weight_files(folder)
     files = [str(path) for path in paths]
@@ -92,12 +93,23 @@ def check_weights(folder: Path) -> None:
     Raises:
         ValueError: naming the file.
     """
-    has_weights = any(folder.glob("model*.safetensors"))
-    if is_switched_off() or not has_weights or not (folder / "config.json").is_file():
+    files = list(folder.glob("model*.safetensors"))
+    if is_switched_off() or not files or not (folder / "config.json").is_file():
         return
     settings = read_config(folder)["quantization_config"]
     check_layout(folder)
     check_saved(weight_files(folder), settings.get("format_version", 1))
+
+
+def _check_variant(folder: Path) -> None:
+    """Refuse weights with a variant in the names of their files (model.fp16.safetensors)."""
+    variants = sorted(path.name for path in folder.glob("model.*.safetensors"))
+    if variants and not has_weights(folder):
+        raise ValueError(
+            f"{folder} holds {', '.join(variants)}, weights of a variant, which verify does not "
+            "read. qrefta.load(folder, variant=...) loads and checks them; to verify the folder, "
+            "save the model without a variant."
+        )
 
 
 def _check_left_over(folder: Path, paths: list[Path], version: int) -> None:

@@ -6,10 +6,12 @@ without a gate) and `down_proj`. It chooses the forward pass of the module by a 
 (`transformers.integrations.moe`). These functions know nothing of the model: gate, activation,
 biases and norm belong to the module.
 
-Here is one more of these functions, "qrefta". The module stays, without its fused parameters. Each
-is replaced by a list of linear layers, one an expert, under the name of the parameter with
-`_adapted` after it. (Under the parameter's name itself, transformers would take their packed bytes
-for the fused weights that it splits and merges on saving and loading.)
+Here is one more of these functions, "qrefta". Its name is in a copy of the config that the module
+holds, since `set_experts_implementation` and `generate` change the name in the model's config. The
+module stays, without its fused parameters. Each is replaced by a list of linear layers, one an
+expert, under the name of the parameter with `_adapted` after it. (Under the parameter's name
+itself, transformers would take their packed bytes for the fused weights that it splits and merges
+on saving and loading.)
 """
 
 from collections.abc import Iterator
@@ -23,12 +25,11 @@ from qrefta._compat.transformers import (
     EXPERTS_CONTRACT,
     apply_gate,
     mark_initialized,
-    set_experts_implementation,
+    with_experts_implementation,
 )
 
 IMPLEMENTATION = "qrefta"
 _EVEN = "qrefta_even"
-_DEFAULT = "grouped_mm"  # of transformers
 _SUFFIX = "_adapted"
 # An nn.Module with the attributes in `EXPERTS_CONTRACT`; transformers has no class for it.
 Experts = Any
@@ -90,8 +91,8 @@ def restore_fused(
 ) -> None:
     """Replace the linear layers of a fused parameter by the parameter.
 
-    The forward pass is transformers' default again. The linear layers go last, so an interrupted
-    call can be repeated.
+    The forward pass is again the one that the model's config names. The linear layers go last, so
+    an interrupted call can be repeated.
 
     Args:
         experts: an adapted experts module.
@@ -109,7 +110,7 @@ def restore_fused(
         fused[expert] = weight
     assert fused is not None, "an experts module has experts"
     experts.register_parameter(name, nn.Parameter(fused))
-    _use(experts, _DEFAULT)
+    _use(experts, None)
     delattr(experts, name + _SUFFIX)
 
 
@@ -136,9 +137,13 @@ def fused_inputs(
         yield second, _activated(experts, _biased(experts, first, expert, product))
 
 
-def _use(experts: Experts, implementation: str) -> None:
-    """Choose the forward pass of an experts module."""
-    set_experts_implementation(experts.config, implementation)
+def _use(experts: Experts, implementation: str | None) -> None:
+    """Choose the forward pass of an experts module; None: the one that the model's config names."""
+    config = vars(experts).pop("model_config", experts.config)
+    experts.config = config
+    if implementation is not None:
+        experts.model_config = config
+        experts.config = with_experts_implementation(config, implementation)
 
 
 def _adapted(experts: Experts, name: str) -> nn.ModuleList:
@@ -188,8 +193,6 @@ def _forward(
         top_k_weights: (tokens, choices), the weights of their outputs.
     """
     first, second = fused_names(self)
-    if not is_adapted(self):  # a dense model made with the config of an adapted one
-        return ALL_EXPERTS_FUNCTIONS[_DEFAULT](self, hidden_states, top_k_index, top_k_weights)
     inner = _adapted(self, first)
     outer = _adapted(self, second)
     order, groups = _by_expert(hidden_states, top_k_index, len(inner))

@@ -48,10 +48,18 @@ def head_cross_entropy(
 
 
 def summed_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    chunks: int | None = None,
 ) -> Tensor:
-    """Sum of the cross-entropies of tokens that all have a label; see `head_cross_entropy`."""
-    total = _HeadLoss.apply(hidden, weight, bias, labels)
+    """Sum of the cross-entropies of tokens that all have a label; see `head_cross_entropy`.
+
+    With `chunks`, only the first chunks are computed: enough to count the memory, since every
+    chunk makes and frees the same bytes.
+    """
+    total = _HeadLoss.apply(hidden, weight, bias, labels, chunks)
     assert isinstance(total, Tensor)
     return total
 
@@ -61,7 +69,12 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        chunks: int | None,
     ) -> Tensor:
         dtype = hidden.dtype
         if torch.is_autocast_enabled(hidden.device.type):
@@ -76,7 +89,7 @@ class _HeadLoss(torch.autograd.Function):
         ]
         ctx.dtypes = [None if one is None else one.dtype for one in (hidden, weight, bias)]
         with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, len(hidden), CHUNK):
+            for start in range(0, len(hidden), CHUNK)[:chunks]:
                 part = slice(start, start + CHUNK)
                 logits = nn.functional.linear(hidden[part].to(dtype), head)
                 logits = logits.float() if bias is None else logits.float() + bias
@@ -93,7 +106,7 @@ class _HeadLoss(torch.autograd.Function):
             None if tensor is None else (tensor * gradient).to(dtype)
             for tensor, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return *scaled, None
+        return *scaled, None, None
 
 
 def _of_chunk(logits: Tensor, labels: Tensor) -> Tensor:

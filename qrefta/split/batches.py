@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -45,9 +46,13 @@ def batch_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """The tensors of a batch by name, on the model's device, with inputs for a decoder.
 
     A row of a tokenized data set, of lists, tensors or arrays, is a batch of one row.
+
+    Raises:
+        ValueError: if the batch holds no tensors, arrays or lists of rows of one length.
     """
+    main = getattr(model, "main_input_name", "input_ids")
     if isinstance(batch, Tensor):
-        batch = {getattr(model, "main_input_name", "input_ids"): batch}
+        batch = {main: batch}
     if not isinstance(batch, Mapping):
         raise ValueError(
             f"A batch is a {type(batch).__name__}; give a dict of tensors or a tensor."
@@ -59,9 +64,17 @@ def batch_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
             inputs[name] = torch.from_numpy(value).to(device)
         elif isinstance(value, Tensor):
             inputs[name] = value.to(device)
-        elif isinstance(value, list) and value and isinstance(value[0], int):
-            inputs[name] = torch.tensor(value, device=device)
-    if all(value.dim() <= 1 for value in inputs.values()):
+        elif isinstance(value, list) and value:
+            with suppress(ValueError, TypeError, RuntimeError):  # strings, or rows that differ
+                inputs[name] = torch.tensor(value, device=device)
+    if not inputs or (main in batch and main not in inputs):
+        given = ", ".join(f"{name} ({type(value).__name__})" for name, value in batch.items())
+        raise ValueError(
+            f"A batch holds no tensors for the model: it has {given}. Make tensors with "
+            'tokenizer(texts, padding=True, return_tensors="pt"), or .with_format("torch") of a '
+            "tokenized data set; text itself goes in as a list of strings, a file or a Dataset."
+        )
+    if all(value.dim() <= 1 for value in ([inputs[main]] if main in inputs else inputs.values())):
         inputs = {name: value.unsqueeze(0) for name, value in inputs.items()}
     if (
         is_seq2seq(model)

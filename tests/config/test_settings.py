@@ -119,6 +119,20 @@ def test_a_setting_without_effect_is_told(setting):
             call(refine=0)
 
 
+@pytest.mark.parametrize(
+    "setting", [{"quant_type": "fp4"}, {"double_quant": True}, {"block_size": 128}], ids=str
+)
+def test_a_format_without_quantization_is_told(setting):
+    (name,) = setting
+    for call in (QReftaConfig, lambda **keywords: settings_of_call("prepare", keywords)):
+        with pytest.warns(UserWarning, match=f"{name}=.* has no effect with bits=16"):
+            call(bits=16, **setting)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            call(bits=4, **setting)
+            call(bits=16, quant_type=None, double_quant=False, block_size=64)
+
+
 def test_format_and_dtype():
     settings = Settings(quant_type="fp4", block_size=128, double_quant=True)
     assert QuantFormat.of(settings) == QuantFormat("fp4", 128, True)

@@ -22,11 +22,12 @@ from transformers import (
 
 import qrefta
 from qrefta.config.stack import BANK
+from qrefta.export import lora
 from qrefta.export.compare import example_inputs, output_difference, outputs
 from qrefta.export.lora import _notes
 from qrefta.model.prepared import prepared_config
 from qrefta.nn.linear import AdaptedLinear
-from tests.export.test_merge import take_steps
+from tests.export.test_merge import FLOAT32_ROUTERS, prepared_in_bf16, routers, take_steps
 from tests.language import write_gguf
 from tests.models import (
     ARCHITECTURES,
@@ -67,6 +68,23 @@ def through_peft(model, folder, source, **kwargs):
     """Outputs of the base with the adapter, as PEFT loads both."""
     base = type(model).from_pretrained(source, **kwargs)
     return outputs(PeftModel.from_pretrained(base, folder), example_inputs(model))
+
+
+@pytest.mark.parametrize("make", FLOAT32_ROUTERS)
+@pytest.mark.parametrize("base", ["residual", "residual-4bit", "original"])
+def test_tokens_keep_their_experts_on_the_base(make, base, tmp_path, monkeypatch):
+    """The class of the model keeps the weights of routers in float32 in bf16 models too."""
+    compared = []
+    monkeypatch.setattr(lora, "_with_adapter", lambda bare, folder: bare)
+    # bitsandbytes cannot run layers as narrow as these on a CPU
+    monkeypatch.setattr(lora, "_difference", lambda _, bare, *__: compared.append(bare) or 0.0)
+    targets = ["self_attn.o_proj"]
+    model = prepared_in_bf16(make, tmp_path / "dense", target_modules=targets)
+    qrefta.export_lora(model, tmp_path / "out", base)
+    (bare,) = compared
+    assert bare.dtype == torch.bfloat16
+    for name, tensor in routers(model).items():
+        assert_close(routers(bare)[name], tensor, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

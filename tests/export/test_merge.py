@@ -9,7 +9,15 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.pytorch_utils import Conv1D
 
 import qrefta
@@ -270,6 +278,63 @@ def test_modules_that_the_model_wants_in_float32_stay_in_float32(tmp_path):
     assert {p.dtype for p in merged.parameters()} == {torch.float16, torch.float32}
     for (name, ours), theirs in zip(merged.named_parameters(), loaded.parameters(), strict=True):
         assert ours.dtype == theirs.dtype, name
+
+
+ROUTED = {
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
+
+
+def tiny_deepseek_v3():
+    """Its class keeps the weights of routers in float32."""
+    ranks = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+    groups = {"n_group": 2, "topk_group": 1, "v_head_dim": 8, "num_key_value_heads": 4}
+    config = DeepseekV3Config(**decoder_sizes(32) | ROUTED | ranks | groups)
+    return build(DeepseekV3ForCausalLM, config)
+
+
+def tiny_glm4_moe():
+    """Its class keeps the weights of routers in float32."""
+    return build(Glm4MoeForCausalLM, Glm4MoeConfig(**decoder_sizes(32) | ROUTED))
+
+
+FLOAT32_ROUTERS = [tiny_deepseek_v3, tiny_glm4_moe]
+
+
+def prepared_in_bf16(make, folder, **settings):
+    """Prepared from the folder, as from_pretrained loads it."""
+    original = make()
+    original.save_pretrained(folder)
+    loaded = type(original).from_pretrained(folder, dtype=torch.bfloat16)
+    return qrefta.prepare(loaded, rank=3, refine=0, progress=False, **settings)
+
+
+def routers(model):
+    """The tensors that choose experts, by name."""
+    names = ("gate.weight", "e_score_correction_bias")
+    return {name: t for name, t in model.state_dict().items() if name.endswith(names)}
+
+
+@pytest.mark.parametrize("make", FLOAT32_ROUTERS)
+def test_tokens_keep_their_experts_after_merging(make, tmp_path):
+    """The class names parts of paths such as "gate.weight"; a rounded gate chooses others."""
+    model = prepared_in_bf16(make, tmp_path / "dense")
+    expected = {name: tensor.clone() for name, tensor in routers(model).items()}
+    assert len(expected) == 4
+    assert {tensor.dtype for tensor in expected.values()} == {torch.float32}
+    qrefta.merge(model, out=tmp_path / "merged")
+    written = type(model).from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
+    merged = qrefta.merge(model)
+    stored = load_file(tmp_path / "merged" / "model.safetensors")
+    for name, tensor in expected.items():
+        assert_close(stored[name], tensor, rtol=0, atol=0)
+        assert_close(merged.state_dict()[name], tensor, rtol=0, atol=0)
+    for name, tensor in merged.state_dict().items():
+        assert_close(written.state_dict()[name], tensor, rtol=0, atol=0)
+    assert torch.equal(logits(written), logits(merged))
 
 
 def test_merging_in_place_holds_one_linear_layer_in_float32():

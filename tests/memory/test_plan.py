@@ -28,12 +28,13 @@ from qrefta._compat.transformers import enable_checkpointing
 from qrefta.config.rank import RankBudget
 from qrefta.config.settings import Settings
 from qrefta.config.stack import BANK
+from qrefta.memory import footprint
 from qrefta.memory.footprint import _AsOnCuda, _Ledger
 from qrefta.memory.meta_model import Outline
 from qrefta.memory.plan import _Case, _largest, _plan, plan
 from qrefta.model.stacks import find_stacks
 from qrefta.nn.checkpointing import selective_contexts
-from qrefta.nn.head_loss import plain_head
+from qrefta.nn.head_loss import CHUNK, plain_head
 from qrefta.nn.linear import AdaptedLinear
 from tests.models import build, decoder_sizes, tiny_bert, tiny_llama, tiny_mixtral, tiny_vit
 from tests.peak import added_peak
@@ -131,6 +132,32 @@ def test_a_plan_equals_the_memory_of_a_step(make, checkpointing, settings):
     )
     assert planned.linears_bytes + planned.factors_bytes + planned.rest_bytes == whole
     assert planned.total_bytes == pytest.approx(whole + states + inputs.nbytes + added, rel=0.01)
+
+
+def test_quantizing_alone_is_planned_as_a_pass_without_gradients():
+    """With rank=0 nothing trains, so nothing is kept for a backward pass."""
+    model = tiny_llama(hidden=64)
+    planned = plan(model, batch=BATCH, seq=SEQ, whole_logits=True, rank=0)
+    assert planned.factors_bytes == planned.optimizer_bytes == planned.gradients_bytes == 0
+    model.config.use_cache = False
+    qrefta.prepare(model, rank=0, progress=False).train()
+    inputs = randint(SEQ)
+    added = added_peak(lambda: model(inputs).logits.float().sum())
+    whole = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    assert planned.total_bytes == pytest.approx(whole + inputs.nbytes + added, rel=0.02)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_largest_rank_is_found_from_no_rank_too(rank):
+    asked = {"batch": 2, "seq": 16, "target_modules": ["up_proj"], "rank": rank}
+    found = plan(small(), gpu=300_000, reserve=50_000, **asked)
+    assert 8 < found.largest_rank < 32
+    here, beyond = (
+        plan(small(), **asked | {"rank": found.largest_rank + more}).total_bytes for more in (0, 1)
+    )
+    assert here <= 250_000 < beyond
+    assert plan(small(), gpu=100_000, reserve=1, **asked).largest_rank == 0
+    assert plan(small(), gpu=600_000, reserve=1, **asked).largest_rank == 64
 
 
 @pytest.mark.parametrize("target", [2.9, 3.9])
@@ -403,6 +430,23 @@ def test_a_model_of_70_billion_weights_is_planned_in_seconds():
     weights = 80 * (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
     assert found.linears_bytes == weights // 2 + weights // 64 * 4
     assert found.rest_bytes == pytest.approx(2 * (2 * 128256 * 8192 + 161 * 8192), rel=1e-6)
+
+
+def test_a_tiny_model_on_a_large_gpu_is_planned_in_seconds():
+    """Many rows fit; the head's loss runs 128 tokens at a time, and a few times stand for all."""
+    start = time.process_time()
+    found = plan(tiny_llama(hidden=64), seq=16, gpu="1GB", reserve=1)
+    assert time.process_time() - start < 20
+    assert found.largest_batch > 1000
+
+
+@pytest.mark.parametrize("seq", [3 * CHUNK, 3 * CHUNK + 1, 9 * CHUNK + 77])
+def test_a_few_chunks_of_tokens_stand_for_all(seq, monkeypatch):
+    """To the byte, also where the last chunk is a part."""
+    asked = {"batch": 1, "seq": seq, "modules_to_save": ["lm_head"]}
+    found = plan(small(vocab_size=4000), **asked)
+    monkeypatch.setattr(footprint, "COUNTED_CHUNKS", None)
+    assert plan(small(vocab_size=4000), **asked) == found
 
 
 def test_a_folder_and_a_config_file_are_read_without_weights(tmp_path):

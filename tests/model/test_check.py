@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 import qrefta
 from qrefta.files.verify import write_checksums
-from tests.models import logits
+from tests.models import logits, prepared, tiny_bert
 from tests.peculiar import tiny_funnel, tiny_marian
 
 POSITIONS = "model.encoder.embed_positions.weight"
@@ -47,3 +47,12 @@ def test_adapted_layers_are_not_drawn_at_random(tmp_path):
     model = qrefta.prepare(tiny_funnel(), rank=4, progress=False)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(qrefta.load(tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("max_shard_size", ["1GB", 20_000])
+def test_a_folder_of_a_variant_is_not_called_unsaved(max_shard_size, tmp_path):
+    model = prepared(tiny_bert, rank=2)
+    model.save_pretrained(tmp_path, variant="fp32", max_shard_size=max_shard_size)
+    with pytest.raises(ValueError, match=r"model\.fp32.*safetensors, weights of a variant"):
+        qrefta.verify(tmp_path)
+    assert torch.equal(logits(qrefta.load(tmp_path, variant="fp32")), logits(model))

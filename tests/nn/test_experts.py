@@ -2,7 +2,6 @@
 
 import copy
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.func import functional_call
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, MixtralForCausalLM, PretrainedConfig
 from transformers.models.aria.modeling_aria import AriaExperts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -84,7 +83,7 @@ def dense_weights(model):
 
 def experts_module(module_class):
     """A module with 4 experts of 8 -> 12 -> 8, and a batch in which no token chose expert 2."""
-    config = SimpleNamespace(
+    config = PretrainedConfig(
         # The names of several architectures.
         num_local_experts=4,
         num_experts=4,
@@ -100,7 +99,7 @@ def experts_module(module_class):
         swiglu_alpha=1.7,
         swiglu_limit=7.0,
         post_norm_eps=1e-6,
-        _experts_implementation="eager",
+        experts_implementation="eager",
     )
     experts = module_class(config)
     with torch.no_grad():
@@ -289,6 +288,23 @@ def test_a_compiled_block_has_the_same_gradients_and_does_not_recompile():
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] == graphs[-1] > 0
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@all_models
+def test_another_implementation_leaves_the_adapted_pass_and_comes_with_merging(
+    name, implementation
+):
+    """transformers writes the name into the model's config; generate does so too."""
+    model = prepared(name)
+    expected = logits(model)
+    model.set_experts_implementation(implementation)
+    assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(copy.deepcopy(model)), expected)
+    merged = qrefta.merge(model, dtype=torch.float32)
+    assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+    assert merged.config._experts_implementation == implementation
+    assert all(module.config is merged.config for module in merged.modules() if is_experts(module))
 
 
 def test_a_dense_model_of_the_same_config_computes_as_before():

@@ -6,6 +6,7 @@ from datasets import Dataset, DatasetDict
 from tokenizers import normalizers
 
 from qrefta.model.stacks import find_stacks
+from qrefta.split.batches import batch_inputs
 from qrefta.split.calibrate import gather_moments
 from qrefta.split.sources import calibration_batches
 from qrefta.train.tasks.lm import load_text, text_windows
@@ -118,6 +119,45 @@ def test_rows_of_a_tokenized_data_set_are_batches_of_one_row_in_every_form(form)
     assert found.tokens == expected.tokens
     for path in stacks[0].modules:
         torch.testing.assert_close(found.of(path), expected.of(path))
+
+
+def test_batches_of_a_tokenizer_without_return_tensors_calibrate():
+    tokenizer = tiny_tokenizer()
+    model = tiny_bert()
+    stacks = find_stacks(model)
+    texts = ["red blue red", "blue"]
+    tensors, lists = (
+        gather_moments(
+            model,
+            stacks,
+            [dict(tokenizer(texts, padding=True, return_tensors=form), labels=[0, 1])],
+            progress=False,
+        )
+        for form in ("pt", None)
+    )
+    assert lists.tokens == tensors.tokens
+    for path in stacks[0].modules:
+        assert torch.equal(lists.of(path), tensors.of(path))
+
+
+def test_a_row_with_pairs_for_each_token_is_a_batch_of_one_row():
+    model = tiny_bert()
+    row = {"input_ids": [5, 7, 9], "offset_mapping": [[0, 2], [2, 4], [4, 6]]}
+    assert batch_inputs(model, row)["input_ids"].shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"input_ids": [[5, 7], [5]], "labels": [0, 1]}, "input_ids .list.*return_tensors="),
+        ({"text": "red blue"}, "text .str.*list of strings"),
+    ],
+)
+def test_a_batch_without_tensors_says_how_to_make_them(batch, message):
+    """Rows of different lengths, and the rows of a streamed data set of text."""
+    model = tiny_bert()
+    with pytest.raises(ValueError, match=message):
+        gather_moments(model, find_stacks(model), [batch], progress=False)
 
 
 def test_a_text_without_a_token_is_refused():
