@@ -65,7 +65,9 @@ def calibration_batches(
     if runs:
         batches = windows_of_text(texts, tokenizer, max_length=length, seed=seed)
     else:
-        batches = rows_of_text(texts, tokenizer, max_length=length, seed=seed)
+        # Decoders that classify refuse several rows without a pad token in their config.
+        alone = getattr(model.config.get_text_config(), "pad_token_id", None) is None
+        batches = rows_of_text(texts, tokenizer, max_length=length, seed=seed, alone=alone)
     _check_ids(model, batches)
     return batches
 
@@ -129,7 +131,13 @@ def _max_length(model: PreTrainedModel) -> int:
 
 def _check_ids(model: PreTrainedModel, batches: list[Any]) -> None:
     """Raise ValueError if a token has no embedding."""
-    embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    try:
+        embeddings = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:  # CLIP and other models of text and images
+        raise ValueError(
+            f"{type(model).__name__} does not read text alone; give calibration as batches: dicts "
+            "of all inputs of its forward pass."
+        ) from None
     largest = max(int(batch["input_ids"].max()) for batch in batches)
     if embeddings is not None and largest >= embeddings:
         raise ValueError(

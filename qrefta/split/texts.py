@@ -186,6 +186,7 @@ def rows_of_text(
     rows: int = ROWS,
     max_length: int = MAX_LENGTH,
     seed: int = 0,
+    alone: bool = False,
 ) -> list[Any]:
     """Batches with one text a row, padded on the right; texts of similar length share a batch.
 
@@ -196,12 +197,14 @@ def rows_of_text(
         rows: number of texts; all texts, if there are fewer.
         max_length: tokens kept of a text, or fewer if the tokenizer has a lower limit.
         seed: of the choice of texts.
+        alone: every row is a batch, without padding.
     """
     _check_counts(rows=rows, max_length=max_length)
     chosen = random.Random(seed).sample(texts, min(rows, len(texts)))
     length = min(max_length, tokenizer.model_max_length)
     encode = partial(tokenizer, truncation=True, max_length=length)
-    return padded_batches([dict(encode(text)) for text in chosen], tokenizer)
+    encoded = [dict(encode(text)) for text in chosen]
+    return _single_rows(encoded) if alone else padded_batches(encoded, tokenizer)
 
 
 def padded_batches(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[Any]:
@@ -214,8 +217,13 @@ def padded_batches(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBas
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
-        return [{name: torch.tensor([value]) for name, value in row.items()} for row in rows]
+        return _single_rows(rows)
     return batches_by_length(rows, DataCollatorWithPadding(tokenizer))
+
+
+def _single_rows(rows: list[dict[str, Any]]) -> list[Any]:
+    """Every row as a batch."""
+    return [{name: torch.tensor([value]) for name, value in row.items()} for row in rows]
 
 
 def batches_by_length(rows: list[dict[str, Any]], collate: Callable[[list[Any]], Any]) -> list[Any]:

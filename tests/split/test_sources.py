@@ -4,16 +4,43 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from tokenizers import normalizers
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 from qrefta.model.stacks import find_stacks
 from qrefta.split.batches import batch_inputs
 from qrefta.split.calibrate import gather_moments
 from qrefta.split.sources import calibration_batches
 from qrefta.train.tasks.lm import load_text, text_windows
-from tests.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tiny_vit
+from tests.models import (
+    build,
+    decoder_sizes,
+    tiny_bert,
+    tiny_clip,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_t5,
+    tiny_vit,
+)
 from tests.tiny import color_rows, tiny_tokenizer
 
 TEXTS = [row["text"] for row in color_rows(40, seed=5)]
+
+
+def llama_classifier(pad):
+    config = LlamaConfig(**decoder_sizes(32) | {"pad_token_id": pad})
+    return build(LlamaForSequenceClassification, config)
+
+
+def gpt2_classifier(pad):
+    sizes = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+    return build(
+        GPT2ForSequenceClassification, GPT2Config(vocab_size=96, pad_token_id=pad, **sizes)
+    )
 
 
 def ids(batches):
@@ -158,6 +185,30 @@ def test_a_batch_without_tensors_says_how_to_make_them(batch, message):
     model = tiny_bert()
     with pytest.raises(ValueError, match=message):
         gather_moments(model, find_stacks(model), [batch], progress=False)
+
+
+@pytest.mark.parametrize("pad", [None, 0])
+@pytest.mark.parametrize("make", [llama_classifier, gpt2_classifier])
+def test_a_decoder_that_classifies_without_a_pad_token_is_calibrated_on_text(make, pad):
+    """Its class refuses batches of several rows; the moments are the ones of row after row."""
+    model = make(pad)
+    tokenizer = tiny_tokenizer()
+    stacks = find_stacks(model)
+    texts = ["red blue red", "blue", "red red"]
+    found = gather_moments(
+        model, stacks, calibration_batches(model, texts, tokenizer), progress=False
+    )
+    rows = [dict(tokenizer(text, return_tensors="pt")) for text in texts]
+    expected = gather_moments(model, stacks, rows, progress=False)
+    assert model.config.pad_token_id == pad
+    assert found.tokens == expected.tokens
+    for path in stacks[0].modules:
+        torch.testing.assert_close(found.of(path), expected.of(path))
+
+
+def test_a_model_of_text_and_images_asks_for_batches():
+    with pytest.raises(ValueError, match=r"CLIPModel.*give calibration as batches"):
+        calibration_batches(tiny_clip(), ["red"], tiny_tokenizer())
 
 
 def test_a_text_without_a_token_is_refused():
