@@ -81,7 +81,6 @@ def finetune(
     check_sharding()
     quiet_libraries()
     from qrefta.files.layout import weights_bytes
-    from qrefta.files.sources import pretrained_source
     from qrefta.model.prepared import is_prepared, quant_report
     from qrefta.tables import report_table, results_table
     from qrefta.train.arguments import task_settings, training_arguments
@@ -92,7 +91,6 @@ def finetune(
     from qrefta.train.models import load_model
     from qrefta.train.rates import parse_rate
     from qrefta.train.rewards import load_rewards
-    from qrefta.train.tasks import TASKS
     from qrefta.train.tasks.chat import check_loss
     from qrefta.train.tasks.grpo import check_group
 
@@ -134,9 +132,7 @@ def finetune(
         if state.is_main_process and not resume:
             _check_run(out)
         data = _load_data(task, dataset, further, settings["seed"], columns)
-        processor = TASKS[task].processor.from_pretrained(
-            **pretrained_source(model, trust_remote_code)
-        )
+        processor = _processor(model, task, trust_remote_code)
         begun = str(start) if start.is_dir() else model
         chosen = _dtype(begun, dtype, task, args.device.type, trust_remote_code)
         loaded = load_model(begun, task, data, settings["seed"], trust_remote_code, chosen)
@@ -178,6 +174,27 @@ def finetune(
         shutil.rmtree(start, ignore_errors=True)
     console.print(results_table({"qrefta": result}))
     console.print(f"Saved in {out} ({megabytes(weights_bytes(out))})")
+
+
+def _processor(model: str, task: Task, trust_remote_code: bool) -> Any:
+    """The tokenizer of a folder, hub name or GGUF file; for images the image processor.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    from transformers import AutoImageProcessor
+
+    from qrefta.files.sources import load_tokenizer, pretrained_source
+
+    if task == "image":
+        return AutoImageProcessor.from_pretrained(**pretrained_source(model, trust_remote_code))
+    tokenizer = load_tokenizer(model, trust_remote_code)
+    if tokenizer is None:
+        raise ValueError(
+            f"{model} has no tokenizer files. Save the tokenizer of this model into the folder: "
+            "tokenizer.save_pretrained(...)"
+        )
+    return tokenizer
 
 
 def _check_source(model: str) -> None:

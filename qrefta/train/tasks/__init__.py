@@ -10,11 +10,9 @@ from typing import NamedTuple
 
 from datasets import DatasetDict
 from transformers import (
-    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
 )
 
 from qrefta.choices import Task as TaskName
@@ -46,22 +44,19 @@ class Task(NamedTuple):
     Attributes:
         load: source and seed to a `DatasetDict`.
         recipe: model, tokenizer (or image processor), data and max_length to a `Recipe`.
-        model, processor: the auto classes.
+        model: the auto class.
     """
 
     load: Callable[..., DatasetDict]
     recipe: Callable[..., Recipe]
     model: type
-    processor: type
 
 
 TASKS: dict[TaskName, Task] = {
-    "classify": Task(
-        load_classification, text_classes, AutoModelForSequenceClassification, AutoTokenizer
-    ),
-    "lm": Task(load_text, text_windows, AutoModelForCausalLM, AutoTokenizer),
-    "sft": Task(load_chat, chat_recipe, AutoModelForCausalLM, AutoTokenizer),
-    "dpo": Task(load_preferences, dpo_recipe, AutoModelForCausalLM, AutoTokenizer),
-    "grpo": Task(load_prompts, grpo_recipe, AutoModelForCausalLM, AutoTokenizer),
-    "image": Task(load_images, image_classes, AutoModelForImageClassification, AutoImageProcessor),
+    "classify": Task(load_classification, text_classes, AutoModelForSequenceClassification),
+    "lm": Task(load_text, text_windows, AutoModelForCausalLM),
+    "sft": Task(load_chat, chat_recipe, AutoModelForCausalLM),
+    "dpo": Task(load_preferences, dpo_recipe, AutoModelForCausalLM),
+    "grpo": Task(load_prompts, grpo_recipe, AutoModelForCausalLM),
+    "image": Task(load_images, image_classes, AutoModelForImageClassification),
 }
