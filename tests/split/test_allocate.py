@@ -157,11 +157,11 @@ def test_the_rank_by_default_is_at_most_the_largest_of_a_stack():
     """ReFTA has at most min(in, out) components a layer."""
     dense = tiny_bert()
     for layer in dense.bert.encoder.layer:
-        layer.attention.self.query = nn.Linear(dense.config.hidden_size, 1)
+        layer.attention.self.query = nn.Linear(dense.config.hidden_size, 2)
     model = qrefta.prepare(dense, method="refta", target_modules=["query", "key"])
     layers = dense.config.num_hidden_layers
     ranks = {row["stack"].rsplit(".")[-1]: row["rank"] for row in qrefta.quant_report(model)}
-    assert (ranks["query"], ranks["key"]) == (layers, 8 * layers)
+    assert (ranks["query"], ranks["key"]) == (2 * layers, 8 * layers)
 
 
 def test_the_rank_by_default_by_depth():
