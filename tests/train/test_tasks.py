@@ -213,10 +213,37 @@ def test_a_table_of_file_names_is_refused_with_the_fix(source, tmp_path):
         load_images(tmp_path / source, 0)
 
 
-def test_images_with_a_metadata_file_are_refused_with_the_fix(tmp_path):
+@pytest.mark.parametrize("folders", [("train", "validation"), ("", "")])
+def test_labels_of_images_are_read_from_a_metadata_file(folders, tmp_path):
+    for folder in folders:
+        paint(tmp_path / folder, *(f"{number}.png" for number in range(8)))
+        rows = "".join(f"{number}.png,{'cat' if number % 2 else 'dog'}\n" for number in range(8))
+        (tmp_path / folder / "metadata.csv").write_text(f"file_name,label\n{rows}")
+    data = load_images(tmp_path, 0)
+    assert data["train"].features["label"].names == ["cat", "dog"]
+    assert set(data["train"].column_names) == {"image", "label"}
+    if folders[0]:
+        assert [len(data["train"]), len(data["test"])] == [8, 8]
+        assert sorted(data["test"]["label"]) == [0] * 4 + [1] * 4
+
+
+def test_metadata_beside_a_split_with_capital_letters_are_refused(tmp_path):
+    paint(tmp_path / "Train", "a.png", "b.png")
+    (tmp_path / "Train" / "metadata.csv").write_text("file_name,label\na.png,cat\nb.png,dog\n")
+    with pytest.raises(ValueError, match="Name it 'train'"):
+        load_images(tmp_path, 0)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("name,label\na.png,cat\nb.png,dog\n", "need the column file_name"),
+        ("file_name,text\na.png,cat\nb.png,dog\n", "needed are image, and label"),
+    ],
+)
+def test_metadata_without_a_needed_column_are_refused(table, message, tmp_path):
     paint(tmp_path, "train/a.png", "train/b.png")
-    (tmp_path / "train" / "metadata.csv").write_text("file_name,label\na.png,cat\nb.png,dog\n")
-    message = r"metadata.csv .*not read.* CLASS/IMAGE.*class_encode_column\(\"label\"\)"
+    (tmp_path / "train" / "metadata.csv").write_text(table)
     with pytest.raises(ValueError, match=message):
         load_images(tmp_path, 0)
 

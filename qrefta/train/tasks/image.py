@@ -13,7 +13,13 @@ from qrefta.files.tables import BUILDERS, find_column, kind_of
 from qrefta.train.data import read_splits, visible_files, with_test
 from qrefta.train.labels import encode_labels
 from qrefta.train.tasks.classify import accuracy, check_labels, name_labels
-from qrefta.train.tasks.image_folders import LAYOUT, image_files, read_image_folder
+from qrefta.train.tasks.image_folders import (
+    LAYOUT,
+    has_metadata,
+    image_files,
+    read_image_folder,
+    read_with_metadata,
+)
 from qrefta.train.tasks.recipe import TEST_SHARE, Recipe
 
 if TYPE_CHECKING:
@@ -25,26 +31,36 @@ _COLUMNS = {"image": ("image", "img"), "label": ("label", "labels", "fine_label"
 def load_images(source: str | Path, seed: int) -> DatasetDict:
     """Images with the splits train and test, columns image and label.
 
-    The source is a folder with one folder a class, tables of images (parquet), or a hub name.
+    The source is a folder with one folder a class, or with metadata files (metadata.csv with
+    file_name and label), tables of images (parquet), or a hub name.
 
     Raises:
-        ValueError: if the columns image and label are missing, or as `read_image_folder` and
-            `qrefta.train.data.load_classification`.
+        ValueError: if the columns image and label are missing, or as `read_image_folder`,
+            `read_with_metadata` and `qrefta.train.data.load_classification`.
     """
     path = Path(source)
     images = image_files(path) if path.is_dir() else []
-    parts = read_image_folder(path, images) if images else _tables(source)
+    if images and has_metadata(path):
+        parts = _images_with_labels(read_with_metadata(path), source)
+    elif images:
+        parts = read_image_folder(path, images)
+    else:
+        parts = _images_with_labels(_tables(source), source)
     return with_test(encode_labels(parts, str(source), "label"), TEST_SHARE, seed)
 
 
 def _tables(source: str | Path) -> DatasetDict:
-    """The columns image and label of tables or of a data set on the hub."""
+    """The splits of tables or of a data set on the hub."""
     path = Path(source)
     if path.is_dir() and not any(kind_of(file) in BUILDERS for file in visible_files(path)):
         raise ValueError(
             f"{source} holds no images and no table of them; needed are images as {LAYOUT}."
         )
-    parts = read_splits(source, shards=True)
+    return read_splits(source, shards=True)
+
+
+def _images_with_labels(parts: DatasetDict, source: str | Path) -> DatasetDict:
+    """The columns image and label alone."""
     for name, part in parts.items():
         part = _with_usual_names(part)
         _check_columns(part, source)

@@ -1,11 +1,20 @@
 """A folder of images -> the splits train and test, with the names of folders as classes."""
 
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
-from qrefta.train.data import TEST_NAMES, TRAIN_NAMES, has_name, splits_by_name, visible_files
+from qrefta.train.data import (
+    TEST_NAMES,
+    TRAIN_NAMES,
+    has_name,
+    pick_splits,
+    splits_by_name,
+    visible_files,
+)
 
 LAYOUT = "CLASS/IMAGE, or train/CLASS/IMAGE and validation/CLASS/IMAGE"
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of datasets' imagefolder
@@ -31,10 +40,9 @@ def read_image_folder(folder: Path, images: Sequence[Path]) -> DatasetDict:
         images: below it.
 
     Raises:
-        ValueError: if an image is in no folder of a class, there is one class only, some images are
-            to test on and none to train on, or a metadata file is there.
+        ValueError: if an image is in no folder of a class, there is one class only, or some images
+            are to test on and none to train on.
     """
-    _check_metadata(folder)
     paths = {file: file.relative_to(folder).parts for file in images}
     depth = int(_has_split_folders(folder, list(paths.values())))
     words = {
@@ -59,15 +67,35 @@ def read_image_folder(folder: Path, images: Sequence[Path]) -> DatasetDict:
     return parts
 
 
-def _check_metadata(folder: Path) -> None:
-    """Refuse files of labels, which would be left out."""
-    found = next((file for file in visible_files(folder) if file.name in _METADATA), None)
-    if found is not None:
+def has_metadata(folder: Path) -> bool:
+    """Whether a folder of images has files of their labels: metadata.csv with file_name."""
+    return any(file.name in _METADATA for file in visible_files(folder))
+
+
+def read_with_metadata(folder: Path) -> DatasetDict:
+    """The splits of a folder of images, with the columns of its metadata files.
+
+    Raises:
+        ValueError: if a folder of a split has capital letters in its name, or a file is not read.
+    """
+    capitals = [
+        child.name
+        for child in folder.iterdir()
+        if child.name != child.name.lower() and has_name(child.name, TRAIN_NAMES + TEST_NAMES)
+    ]
+    if capitals:  # datasets looks at case, and would train on all of them
         raise ValueError(
-            f"{found} is not read. Remove it and put the images in folders, as {LAYOUT}; or read "
-            "them in Python, and give finetune the splits train and test: "
-            'datasets.load_dataset("imagefolder", data_dir=...).class_encode_column("label")'
+            f"{folder / capitals[0]} has capital letters, and images with metadata files are read "
+            f"by datasets, which does not know it as a split. Name it {capitals[0].lower()!r}."
         )
+    try:  # datasets reads [, * and ? in a name as a pattern
+        splits = load_dataset("imagefolder", data_dir=glob.escape(str(folder)))
+    except (DatasetGenerationError, ValueError) as error:
+        raise ValueError(
+            f"The metadata files in {folder} are not read: {error.__cause__ or error}. They need "
+            "the column file_name, with paths of images from their own folder."
+        ) from error
+    return pick_splits(splits, folder)
 
 
 def _has_split_folders(folder: Path, paths: list[tuple[str, ...]]) -> bool:
