@@ -329,7 +329,9 @@ def _watch(model: "PreTrainedModel", quantizer: QReftaQuantizer) -> None:
 
 def _warn_of_part(model: torch.nn.Module, _: Any, prefix: str, __: Any) -> None:
     """Warn if a transformers model is saved of which only this part was prepared."""
-    owner = owner_being_saved() if prefix else None
+    if not prefix or getattr(model, "hf_quantizer", None) is None:  # it may be merged by now
+        return
+    owner = owner_being_saved()
     if hasattr(owner, "base_model_prefix") and getattr(owner, "hf_quantizer", None) is None:
         warnings.warn(
             f"A {type(owner).__name__} is saved of which only a part, {prefix.removesuffix('.')}, "

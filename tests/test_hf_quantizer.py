@@ -375,6 +375,8 @@ def test_a_model_of_which_only_a_part_was_prepared_warns_when_it_is_saved(tmp_pa
         warnings.simplefilter("error", UserWarning)
         model.bert.save_pretrained(tmp_path / "part")
         model.state_dict()
+        qrefta.merge(model.bert)
+        model.save_pretrained(tmp_path / "dense")
 
 
 def test_a_config_whose_folder_was_moved_loads_with_the_new_folder(checkpoint, tmp_path):

@@ -75,6 +75,8 @@ class Factors(nn.Module, ABC):
 
     def freeze_layer(self, layer: int) -> None:
         """Take note of a frozen layer; once all are frozen, so are the factors."""
+        if len(self.frozen_layers) == self.layers and self.trains():
+            self.frozen_layers.clear()  # they were set to train after that
         self.frozen_layers.add(layer)
         if len(self.frozen_layers) == self.layers:
             self.requires_grad_(False)
@@ -155,6 +157,10 @@ class Factors(nn.Module, ABC):
     @abstractmethod
     def trained(self) -> list[nn.Parameter]:
         """Parameters that train; everything else in the module is frozen."""
+
+    def trains(self) -> bool:
+        """Whether any of its trainable parameters is not frozen."""
+        return any(parameter.requires_grad for parameter in self.trained())
 
     @property
     def trained_count(self) -> int:
@@ -414,9 +420,7 @@ class FactorBank(nn.ModuleDict):
     def frozen(self) -> list[str]:
         """Names of the stacks whose factors are frozen."""
         return [
-            self.names[key]
-            for key, factors in self.items()
-            if not any(parameter.requires_grad for parameter in cast(Factors, factors).trained())
+            self.names[key] for key, factors in self.items() if not cast(Factors, factors).trains()
         ]
 
     def warn_if_frozen(self) -> None:
@@ -428,7 +432,7 @@ class FactorBank(nn.ModuleDict):
         partly = [
             f"{self.names[key]} ({len(factors.frozen_layers)} of {factors.layers})"
             for key, factors in cast(Iterable[tuple[str, Factors]], self.items())
-            if 0 < len(factors.frozen_layers) < factors.layers
+            if 0 < len(factors.frozen_layers) < factors.layers and factors.trains()
         ]
         if partly:
             warnings.warn(

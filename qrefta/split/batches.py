@@ -67,7 +67,7 @@ def batch_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         elif isinstance(value, list) and value:
             with suppress(ValueError, TypeError, RuntimeError):  # strings, or rows that differ
                 inputs[name] = torch.tensor(value, device=device)
-    if not inputs or (main in batch and main not in inputs):
+    if not inputs or (batch.get(main) is not None and main not in inputs):
         given = ", ".join(f"{name} ({type(value).__name__})" for name, value in batch.items())
         raise ValueError(
             f"A batch holds no tensors for the model: it has {given}. Make tensors with "

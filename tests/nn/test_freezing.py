@@ -93,3 +93,21 @@ def test_freezing_a_copy_leaves_the_model_as_it_is(copied):
     assert trained_stacks(other) == set()
     assert trained_stacks(model) == everything
     torch.testing.assert_close(logits(other.eval()), logits(model.eval()), rtol=0, atol=0)
+
+
+def test_freezing_a_layer_after_the_factors_were_set_to_train_leaves_them_training():
+    model = prepare(tiny_bert()).train()
+    model.requires_grad_(False)
+    getattr(model, BANK).requires_grad_(True)
+    everything = trained_stacks(model)
+    model.bert.encoder.layer[0].requires_grad_(False)
+    assert trained_stacks(model) == everything
+
+
+def test_frozen_factors_of_partly_frozen_stacks_are_not_said_to_train():
+    model = prepare(tiny_bert()).train()
+    model.bert.encoder.layer[0].requires_grad_(False)
+    getattr(model, BANK).requires_grad_(False)
+    with pytest.warns(UserWarning, match="6 of 6 stacks are frozen") as caught:
+        model(**inputs(model))
+    assert not any("Some layers" in str(one.message) for one in caught)

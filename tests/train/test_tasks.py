@@ -248,6 +248,24 @@ def test_metadata_without_a_needed_column_are_refused(table, message, tmp_path):
         load_images(tmp_path, 0)
 
 
+def test_pictures_beside_tables_of_images_are_not_trained_on(tmp_path):
+    """As in the clone of a data set with a picture for its page."""
+    paint(tmp_path, "assets/figure.png", "docs/figure.png")
+    rows = {"image": [Image.new("RGB", (4, 4))] * 4, "label": ["cat", "dog"] * 2}
+    (tmp_path / "data").mkdir()
+    table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    table.to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
+    with pytest.warns(UserWarning, match="2 image files, such as .*figure.png, which are not"):
+        data = load_images(tmp_path, 0)
+    assert data["train"].features["label"].names == ["cat", "dog"]
+
+
+def test_a_single_picture_with_the_name_of_a_split_is_named(tmp_path):
+    paint(tmp_path, "a/1.png", "a/test1.png", "b/1.png")
+    with pytest.raises(ValueError, match=r"such as .*test1\.png"):
+        load_images(tmp_path, 0)
+
+
 def test_a_folder_without_images_is_refused(tmp_path):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "a.doc").write_text("no image")

@@ -1,5 +1,6 @@
 """Classes of images."""
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,13 @@ def load_images(source: str | Path, seed: int) -> DatasetDict:
     """
     path = Path(source)
     images = image_files(path) if path.is_dir() else []
+    if images and not has_metadata(path) and _has_tables(path):
+        warnings.warn(
+            f"{path} has tables of images, which are read, and {len(images)} image files, such as "
+            f"{images[0]}, which are not.",
+            stacklevel=2,
+        )
+        images = []
     if images and has_metadata(path):
         parts = _images_with_labels(read_with_metadata(path), source)
     elif images:
@@ -47,6 +55,11 @@ def load_images(source: str | Path, seed: int) -> DatasetDict:
     else:
         parts = _images_with_labels(_tables(source), source)
     return with_test(encode_labels(parts, str(source), "label"), TEST_SHARE, seed)
+
+
+def _has_tables(folder: Path) -> bool:
+    """Whether there are tables that can hold images."""
+    return any(kind_of(file) == ".parquet" for file in visible_files(folder))
 
 
 def _tables(source: str | Path) -> DatasetDict:

@@ -1,7 +1,7 @@
 """A folder of images -> the splits train and test, with the names of folders as classes."""
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
@@ -52,7 +52,7 @@ def read_image_folder(folder: Path, images: Sequence[Path]) -> DatasetDict:
     if not train:
         raise ValueError(
             f"{folder} has images to test on and none to train on, by the names of files and "
-            f"folders; needed are images as {LAYOUT}."
+            f"folders, such as {_first_held_out(words)}; needed are images as {LAYOUT}."
         )
     parts = DatasetDict()
     for name, files in {"train": train, "test": test}.items():
@@ -114,6 +114,11 @@ def _has_split_folders(folder: Path, paths: list[tuple[str, ...]]) -> bool:
             f"else put the images as {LAYOUT}."
         )
     return bool(splits)
+
+
+def _first_held_out(words: Mapping[Path, Sequence[str]]) -> Path:
+    """A file with the name of a test split in its path."""
+    return next(file for file in words if any(has_name(word, TEST_NAMES) for word in words[file]))
 
 
 def _class_of(parts: tuple[str, ...], depth: int, file: Path) -> str:
