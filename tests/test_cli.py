@@ -36,7 +36,7 @@ from qrefta.split.sources import calibration_batches
 from qrefta.tables import report_table, results_table
 from qrefta.train.models import load_classifier
 from qrefta.train.run import FinetuneResult
-from tests.models import build, logits, tiny_bert, tiny_llama
+from tests.models import build, logits, tiny_llama
 from tests.pages import language_tokenizer
 from tests.stacks import full_disk
 from tests.tiny import color_rows, tiny_folder, tiny_tokenizer
@@ -645,13 +645,6 @@ def test_options_without_effect_and_numbers_that_are_none_are_refused(options, m
 def test_a_folder_of_a_model_that_is_missing_is_said_to_be(model, rows, tmp_path):
     with pytest.raises(ValueError, match=rf"There is no file or folder {model}"):
         invoke("finetune", model, rows, tmp_path / "out")
-
-
-def test_a_folder_without_tokenizer_files_is_said_to_be_one(rows, tmp_path):
-    tiny_bert().save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="model has no tokenizer files"):
-        invoke("finetune", tmp_path / "model", rows, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_other_processes_wait_for_the_first_as_long_as_it_prepares(tmp_path, monkeypatch):
