@@ -324,17 +324,18 @@ register_quantizer("qrefta")(QReftaQuantizer)
 def _watch(model: "PreTrainedModel", quantizer: QReftaQuantizer) -> None:
     """Let a prepared model be uploaded with its card, and warn if it is saved as a part."""
     set_upload(model, quantizer.upload)
-    model.register_state_dict_post_hook(_warn_of_part)
+    getattr(model, BANK).register_state_dict_post_hook(_warn_of_part)  # merging removes the bank
 
 
-def _warn_of_part(model: torch.nn.Module, _: Any, prefix: str, __: Any) -> None:
-    """Warn if a transformers model is saved of which only this part was prepared."""
-    if not prefix or getattr(model, "hf_quantizer", None) is None:  # it may be merged by now
+def _warn_of_part(_: torch.nn.Module, __: Any, prefix: str, ___: Any) -> None:
+    """Warn if a transformers model is saved of which only the part with this bank was prepared."""
+    part = prefix.removesuffix(f"{BANK}.").removesuffix(".")
+    if not part:
         return
     owner = owner_being_saved()
     if hasattr(owner, "base_model_prefix") and getattr(owner, "hf_quantizer", None) is None:
         warnings.warn(
-            f"A {type(owner).__name__} is saved of which only a part, {prefix.removesuffix('.')}, "
+            f"A {type(owner).__name__} is saved of which only a part, {part}, "
             "was prepared. from_pretrained cannot load this folder: make the model again, prepare "
             "the part, and call load_state_dict. To be able to load it, prepare the whole model; "
             "target_modules names the linear layers to quantize.",

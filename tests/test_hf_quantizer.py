@@ -2,6 +2,7 @@ import copy
 import json
 import shutil
 import warnings
+from pickle import dumps
 
 import pytest
 import torch
@@ -377,6 +378,12 @@ def test_a_model_of_which_only_a_part_was_prepared_warns_when_it_is_saved(tmp_pa
         model.state_dict()
         qrefta.merge(model.bert)
         model.save_pretrained(tmp_path / "dense")
+
+
+def test_a_merged_model_is_pickled_without_qrefta():
+    model = qrefta.prepare(tiny_bert(), rank=4, progress=False)
+    assert b"qrefta" in dumps(model)
+    assert b"qrefta" not in dumps(qrefta.merge(model))
 
 
 def test_a_config_whose_folder_was_moved_loads_with_the_new_folder(checkpoint, tmp_path):
