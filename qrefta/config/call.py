@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -72,20 +72,24 @@ def warn_of_idle(keywords: dict[str, Any], stacklevel: int) -> None:
     `stacklevel` names the warning's line, as in `warnings.warn`.
     """
     if keywords.get("bits") == 16:
-        for name in ("quant_type", "double_quant", "block_size"):
-            if keywords.get(name) not in (None, False, Settings.block_size):
-                warnings.warn(
-                    f"{name}={keywords[name]!r} has no effect with bits=16, which does not "
-                    "quantize the weights.",
-                    stacklevel=stacklevel,
-                )
+        reason = "bits=16, which does not quantize the weights."
+        _warn_of_given(("quant_type", "double_quant", "block_size"), keywords, reason, stacklevel)
     method = keywords.get("method", Settings.method)
-    if method in FITTED or method not in METHOD_NAMES:
-        return
-    for name in ("transform", "refine"):
-        if keywords.get(name) not in (None, 0, Settings.transform):
+    if method not in FITTED and method in METHOD_NAMES:
+        reason = (
+            f"method {method}, which starts from zero. Methods that split the weights use it: "
+            f"{', '.join(FITTED)}."
+        )
+        _warn_of_given(("transform", "refine"), keywords, reason, stacklevel)
+
+
+def _warn_of_given(
+    names: Sequence[str], keywords: dict[str, Any], reason: str, stacklevel: int
+) -> None:
+    """Warn of every one of these keywords that has another value than none and its default."""
+    for name in names:
+        if keywords.get(name) not in (None, 0, getattr(Settings, name)):
             warnings.warn(
-                f"{name}={keywords[name]!r} has no effect with method {method}, which starts from "
-                f"zero. Methods that split the weights use it: {', '.join(FITTED)}.",
-                stacklevel=stacklevel,
+                f"{name}={keywords[name]!r} has no effect with {reason}",
+                stacklevel=stacklevel + 1,
             )

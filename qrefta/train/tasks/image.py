@@ -40,39 +40,36 @@ def load_images(source: str | Path, seed: int) -> DatasetDict:
             `read_with_metadata` and `qrefta.train.data.load_classification`.
     """
     path = Path(source)
-    images = image_files(path) if path.is_dir() else []
-    if images and not has_metadata(path) and _has_tables(path):
-        warnings.warn(
-            f"{path} has tables of images, which are read, and {len(images)} image files, such as "
-            f"{images[0]}, which are not.",
-            stacklevel=2,
-        )
-        images = []
-    if images and has_metadata(path):
-        parts = _images_with_labels(read_with_metadata(path), source)
-    elif images:
-        parts = read_image_folder(path, images)
+    if path.is_dir():
+        parts = _folder(path)
     else:
-        parts = _images_with_labels(_tables(source), source)
+        parts = _with_labels(read_splits(source, shards=True), source)
     return with_test(encode_labels(parts, str(source), "label"), TEST_SHARE, seed)
 
 
-def _has_tables(folder: Path) -> bool:
-    """Whether there are tables that can hold images."""
-    return any(kind_of(file) == ".parquet" for file in visible_files(folder))
-
-
-def _tables(source: str | Path) -> DatasetDict:
-    """The splits of tables or of a data set on the hub."""
-    path = Path(source)
-    if path.is_dir() and not any(kind_of(file) in BUILDERS for file in visible_files(path)):
-        raise ValueError(
-            f"{source} holds no images and no table of them; needed are images as {LAYOUT}."
+def _folder(path: Path) -> DatasetDict:
+    """The splits of a folder of images or of tables of images."""
+    files = visible_files(path)
+    images = image_files(files)
+    kinds = {kind_of(file) for file in files}
+    if images and has_metadata(files):
+        return _with_labels(read_with_metadata(path), path)
+    if images and ".parquet" not in kinds:
+        return read_image_folder(path, images)
+    if images:
+        warnings.warn(
+            f"{path} has tables of images, which are read, and {len(images)} image files, such as "
+            f"{images[0]}, which are not.",
+            stacklevel=3,
         )
-    return read_splits(source, shards=True)
+    elif not kinds & BUILDERS.keys():
+        raise ValueError(
+            f"{path} holds no images and no table of them; needed are images as {LAYOUT}."
+        )
+    return _with_labels(read_splits(path, shards=True), path)
 
 
-def _images_with_labels(parts: DatasetDict, source: str | Path) -> DatasetDict:
+def _with_labels(parts: DatasetDict, source: str | Path) -> DatasetDict:
     """The columns image and label alone."""
     for name, part in parts.items():
         part = _with_usual_names(part)

@@ -13,19 +13,18 @@ from qrefta.train.data import (
     has_name,
     pick_splits,
     splits_by_name,
-    visible_files,
 )
 
 LAYOUT = "CLASS/IMAGE, or train/CLASS/IMAGE and validation/CLASS/IMAGE"
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of datasets' imagefolder
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The images below a folder, by the endings of their names."""
+def image_files(files: Sequence[Path]) -> list[Path]:
+    """The images among some files, by the endings of their names."""
     from PIL.Image import OPEN, registered_extensions  # the other tasks need no Pillow
 
     endings = registered_extensions()
-    return [file for file in visible_files(folder) if endings.get(file.suffix.lower()) in OPEN]
+    return [file for file in files if endings.get(file.suffix.lower()) in OPEN]
 
 
 def read_image_folder(folder: Path, images: Sequence[Path]) -> DatasetDict:
@@ -67,9 +66,9 @@ def read_image_folder(folder: Path, images: Sequence[Path]) -> DatasetDict:
     return parts
 
 
-def has_metadata(folder: Path) -> bool:
-    """Whether a folder of images has files of their labels: metadata.csv with file_name."""
-    return any(file.name in _METADATA for file in visible_files(folder))
+def has_metadata(files: Sequence[Path]) -> bool:
+    """Whether there are files with the labels of images: metadata.csv with file_name."""
+    return any(file.name in _METADATA for file in files)
 
 
 def read_with_metadata(folder: Path) -> DatasetDict:
