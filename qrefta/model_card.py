@@ -153,7 +153,7 @@ def _format(config: QReftaConfig) -> str:
 
 
 def _formats(config: QReftaConfig) -> list[QuantType]:
-    """The formats of the weights, those of fewer bits first; none with 16 bits."""
+    """The formats of the weights, fewer bits first; none with 16 bits."""
     settings = config.settings
     if settings.bits == AUTO_BITS:
         of_stacks = {row.quant_type for row in config.stacks}

@@ -419,7 +419,7 @@ def language(tmp_path_factory):
 
 
 def test_evaluate_measures_the_distance_to_a_reference(language):
-    """The numbers are those of `qrefta.compare`, one column a text; the card takes them."""
+    """The numbers are the results of `qrefta.compare`, one column a text; the card takes them."""
     texts = ["--text", language / "text.txt", "--text", language / "more.txt"]
     words = ["evaluate", language / "4bit", "--reference", language / "dense", *texts]
     shown = invoke(*words, "--window", 16, "--limit", 3, "--card").output
@@ -648,7 +648,7 @@ def test_a_folder_of_a_model_that_is_missing_is_said_to_be(model, rows, tmp_path
 
 
 def test_other_processes_wait_for_the_first_as_long_as_it_prepares(tmp_path, monkeypatch):
-    """The first settings of the processes hold, and those of TrainingArguments wait less long."""
+    """The first settings of the processes hold; those that TrainingArguments sets wait less long."""
 
     def stop():
         raise RuntimeError("stopped")

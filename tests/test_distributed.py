@@ -121,7 +121,7 @@ def test_training_gives_no_warning_of_a_deprecation(results):
 
 def test_a_run_resumes_after_a_process_was_killed(folder):
     """Bit for bit as without the kill, with dropout, from the model that the first run prepared;
-    inside the second epoch, whose order of rows is not that of the first.
+    inside the second epoch, whose order of rows differs from the first.
     """
     assert not (folder / "killed" / "start").exists()
     for name in ("model.safetensors", f"checkpoint-{COMMAND_STEPS}/model.safetensors"):

@@ -105,7 +105,7 @@ def run(
 
 
 def checked(architecture: Architecture, limit_s: float) -> dict[str, Any]:
-    """The outcome of all checks of an architecture, in a process of its own.
+    """The outcome of all checks of an architecture, in a separate process.
 
     `result` is works, refused, fails, or not built: no small model could be made here.
     """

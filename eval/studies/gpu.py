@@ -216,7 +216,7 @@ def measure_part(part: str, place: Place, until: float, rows: Path | None) -> bo
 
 
 def layers_in_time(call: Callable[[int], object], layers: int, until: float, times: float) -> int:
-    """The layers, at most those of the model, for which `call` ends in time.
+    """The layers, at most all of the model's, for which `call` ends in time.
 
     The time of a call is a + b layers, by calls with one and four layers.
 

@@ -111,7 +111,7 @@ def _in_backward(event: Any) -> bool:
 
 
 def _kind_of(path: str) -> str | None:
-    """The kind of a module, by its path; None if it has that of the module around it."""
+    """The kind of a module, by its path; None if the module around it has the same."""
     parts = path.split(".")
     if "lora_A" in parts or "lora_B" in parts:
         return FACTORS

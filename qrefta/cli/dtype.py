@@ -31,7 +31,7 @@ def chosen_dtype(
         dtype: of the option.
         device: type of the device that computes.
         trust_remote_code: whether to run code that comes with a model.
-        note: called if "auto" is another dtype than that of the files.
+        note: called if "auto" is another dtype than the files have.
     """
     import torch
 
@@ -52,7 +52,7 @@ def computing_dtype(
     sources: list[str], dtype: LoadDtype, device: str | None, trust_remote_code: bool
 ) -> Any:
     """The dtype to load some language models in, which write nothing; a line on stderr says so if
-    it is not that of their files.
+    the files have another one.
     """
     import torch
 

@@ -240,7 +240,7 @@ def _columns(
 
 
 def _dtype(source: str, dtype: LoadDtype, task: Task, device: str, trust_remote_code: bool) -> Any:
-    """The dtype to load the model in, which is said if it is not that of the files.
+    """The dtype to load the model in, which is said if the files have another one.
 
     Raises:
         ValueError: if a dtype is given that the model of a task does not train in.

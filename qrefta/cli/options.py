@@ -101,7 +101,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
 
     keyword = [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in (*kept, *added)]
     with_options.__signature__ = signature.replace(parameters=keyword)  # type: ignore[attr-defined]
-    # typer reads types from here, and they must not be those of `command`.
+    # typer reads types from here, and must not find the types of `command`.
     with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in keyword}
     return with_options
 

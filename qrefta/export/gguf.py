@@ -5,7 +5,7 @@ llama.cpp expects some weights in another form than transformers: Llama's query 
 interleaved order, because it rotates neighbouring rows, and Gemma's norms as 1 + weight.
 
 The settings that llama.cpp takes from the architecture, such as Gemma's pattern of sliding windows,
-must be those of the model, or it is refused.
+must have the model's values, or the model is refused.
 """
 
 import tempfile

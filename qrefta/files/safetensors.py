@@ -120,7 +120,7 @@ class Checkpoint:
         only).
 
         Columns are strided in the file, so they are picked from chunks of whole rows. With
-        `expert`, the rows are those of that expert's matrix in a fused tensor.
+        `expert`, the rows are counted in that expert's matrix of a fused tensor.
         """
         stored = self._tensors[name] if expert is None else self._tensors[name].at(expert)
         if columns:

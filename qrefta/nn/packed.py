@@ -296,7 +296,7 @@ def _to(func: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
     """Move to a device.
 
     A floating dtype is not followed: sums in float32 are sums of bytes too. But the result is a
-    copy, as that of a conversion.
+    copy, as a conversion makes one.
     """
     if not isinstance(tensor, PackedBytes):  # tensor.to(other)
         with plain_functions():

@@ -3,8 +3,8 @@
 With bits="auto" every stack is split and rounded in NF2, NF3 and NF4 as it would be stored, and its
 error is measured: of the outputs if calibrated, else of the weights, both squared and summed over
 the layers, relative to the stack's error in NF4 rounded plainly. The formats with the least sum of
-these errors are taken whose mean of bits a weight is at most `target_bits`. The mean is that of the
-report of `prepare`: bytes of packed weights, scales and factors over all quantized weights.
+these errors are taken whose mean of bits a weight is at most `target_bits`. The mean is the
+report's (`prepare`): bytes of packed weights, scales and factors over all quantized weights.
 
 The errors are relative because stacks differ in the size of their outputs by much more than in
 their worth. On SmolLM2 a few huge inputs give down_proj two thirds of the whole error. With a mean

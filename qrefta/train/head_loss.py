@@ -17,7 +17,7 @@ from qrefta.model.modes import eval_mode
 from qrefta.nn.head_loss import linear_head, plain_head
 
 _TOLERANCE = 1e-2  # of the values that a model's own code gives; far above rounding
-_SCALE = 1000.0  # of logits, so that those of a few tokens are above any cap
+_SCALE = 1000.0  # of logits, so that a few tokens' logits are above any cap
 
 
 def has_plain_head(model: Any) -> bool:

@@ -31,7 +31,7 @@ def shard(
         mesh: of the processes; default: all of them.
         reshard_after_forward: whether a block is freed after its forward pass and gathered again
             for its backward pass.
-        mp_policy: dtypes of computation and reduction; default: those of the parameters.
+        mp_policy: dtypes of computation and reduction; default: the dtypes of the parameters.
 
     Raises:
         ValueError: if the model is not prepared or already sharded, there is no process group, or

@@ -13,7 +13,7 @@ POSITIONS = "model.encoder.embed_positions.weight"
 TYINGS = [{}, {"share_encoder_decoder_embeddings": False}, {"tie_word_embeddings": False}]
 
 
-@pytest.mark.parametrize("tying", TYINGS, ids=["all tied", "two vocabularies", "head of its own"])
+@pytest.mark.parametrize("tying", TYINGS, ids=["all tied", "two vocabularies", "separate head"])
 def test_tensors_that_a_class_never_saves_are_not_missing(tying, tmp_path):
     """Marian makes its positions as it loads, in memory and out of core."""
     dense = tiny_marian(**tying)

@@ -166,7 +166,7 @@ def test_models_of_two_starts_are_not_averaged(average):
 
 @pytest.mark.parametrize("convert", [lambda p: p.float(), lambda p: p.to(torch.float32)])
 def test_an_average_in_float32_has_its_own_weights(convert):
-    """As that of any parameter with another dtype, whose conversion is a copy."""
+    """A conversion of any parameter to another dtype is a copy."""
     model = prepared(tiny_llama, **FORMATS[0])
     expected = logits(model)
     packed = [p for p in model.parameters() if not p.is_floating_point()]

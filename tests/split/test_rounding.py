@@ -33,7 +33,7 @@ def stack_of(out, width, layers=2):
 
 
 def moments_of(stack, tokens=1000, seed=0, full=True):
-    """Moments of correlated inputs with a few outlier channels, as those of language models."""
+    """Moments of correlated inputs with a few outlier channels, as language models have."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for path in stack.modules:
