@@ -648,7 +648,7 @@ def test_a_folder_of_a_model_that_is_missing_is_said_to_be(model, rows, tmp_path
 
 
 def test_other_processes_wait_for_the_first_as_long_as_it_prepares(tmp_path, monkeypatch):
-    """The first settings of the processes hold; those that TrainingArguments sets wait less long."""
+    """The first settings of the processes hold; TrainingArguments' own wait less long."""
 
     def stop():
         raise RuntimeError("stopped")

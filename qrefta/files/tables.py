@@ -46,8 +46,8 @@ def read_files(files: dict[str, list[Path]], header: list[str] | None = None) ->
         header: column names of csv and tsv files without a header line.
 
     Raises:
-        ValueError: if the ending of a file is not one of `BUILDERS`, or differs between the files of
-            a split; or a file cannot be read or has no rows.
+        ValueError: if the ending of a file is not one of `BUILDERS`, or differs between the files
+            of a split; or a file cannot be read or has no rows.
     """
     splits = DatasetDict()
     for name, part in files.items():

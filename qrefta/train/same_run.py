@@ -59,8 +59,8 @@ def check_same_run(checkpoint: Path, marks: dict[str, Any]) -> None:
     if changed:
         raise ValueError(
             f"{checkpoint} is of a run with other data, another seed or another model "
-            f"({'; '.join(changed)}). Resume with the data, seed and model of that run, or start a new run in another "
-            "folder, from the model of this one if you like."
+            f"({'; '.join(changed)}). Resume with the data, seed and model of that run, or "
+            "start a new run in another folder, from the model of this one if you like."
         )
 
 
