@@ -8,65 +8,42 @@ would include some of this error, but the error is by far the larger part and do
 rank: on SST-2 the logits are then 0.064 of their size from the trained model's, not 0.076.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
-from transformers import BitsAndBytesConfig, Conv1D, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qrefta._compat.transformers import keeps_float32
 from qrefta.choices import BITSANDBYTES_TYPES, LORA_BASES, LoraBase
 from qrefta.config.checks import whole
-from qrefta.config.report import StackReport
+from qrefta.export.adapter import import_peft, with_adapter, write_adapter
 from qrefta.export.compare import example_inputs, output_difference, outputs
+from qrefta.export.lora_base import cast_as_loaded, original_base, residual_base
 from qrefta.export.result import ROUNDING_TOLERANCE, Export, agreed, check_floating
-from qrefta.export.updates import (
-    Update,
-    check_original,
-    check_start,
-    layer_updates,
-    starting_factors,
-)
+from qrefta.export.updates import check_original, check_start, layer_updates, starting_factors
 from qrefta.export.write import (
     check_exportable,
     check_tokenizer,
     copy_tokenizer,
-    plain_config,
     tokenizer_notes,
-    wanted_dtype,
-    write_model,
 )
-from qrefta.files.code import is_trusted
 from qrefta.files.folders import new_folder
-from qrefta.files.shards import write_shard
-from qrefta.files.sources import is_gguf, pretrained_source
+from qrefta.files.sources import is_gguf
 from qrefta.hf_config import QReftaConfig
 from qrefta.methods import METHODS
 from qrefta.model.config_file import read_config
 from qrefta.model.prepared import prepared_config
 from qrefta.model_card import write_card
 from qrefta.nn.factors import Factors
-from qrefta.nn.grid import level_table
-from qrefta.nn.linear import AdaptedLinear
-from qrefta.nn.quantized import QuantFormat, QuantizedWeight
 from qrefta.split.loop import PROGRESS_DELAY_S
 
 # A cut rank or a missing quantization error changes the function: this only refuses results that
 # are not even close.
 APPROXIMATION_TOLERANCE = 0.5
 _LARGEST_SERVED = 512  # the largest --max-lora-rank of vLLM
-_ADAPTER = "adapter_model.safetensors"
-_TASKS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
 _FIXES: dict[LoraBase, str] = {
     "residual": "Give a higher rank, dtype=torch.float32, or a larger tolerance.",
     "residual-4bit": (
@@ -81,11 +58,6 @@ _DESCRIPTIONS: dict[LoraBase, str] = {
     "residual-4bit": "the residual in bitsandbytes' 4 bits (base/)",
     "original": "the base model; the quantization error that it was trained with is left out",
 }
-_BASES: dict[LoraBase, str] = {
-    "residual": "the residual, dequantized",
-    "residual-4bit": "the residual in bitsandbytes' 4 bits",
-}
-_BASE_USE = "The LoRA in the folder above belongs to it; load both with PEFT."
 _USE = """```python
 from peft import PeftModel
 from transformers import AutoModel  # or the class with the head
@@ -150,7 +122,7 @@ def export_lora(
     starts: Iterator[Factors] | None = None
     notes: list[str] = []
     if base == "original":
-        bare, notes = _original(model, original or config.base_model)
+        bare, notes = original_base(model, original or config.base_model)
         if METHODS[config.settings.method].fits:
             if isinstance(start, str | Path):
                 read_config(start)  # refuses a folder that holds no prepared model
@@ -172,13 +144,13 @@ def export_lora(
         source = str(original or config.base_model)
         if bare is None:
             source = str(Path(out) / "base")
-            bare = _write_base(model, config, folder / "base", base, dtype, tokenizer)
-        written = _write_adapter(model, config, folder, bar, source, dtype)
+            bare = residual_base(model, config, folder / "base", base, dtype, tokenizer)
+        written = write_adapter(model, config, folder, bar, source, dtype)
         if base == "original":
-            _cast(bare, dtype)
+            cast_as_loaded(bare, dtype)
         exact = base != "original" and written.error == 0
         default = ROUNDING_TOLERANCE if exact else APPROXIMATION_TOLERANCE
-        difference = _difference(model, _with_adapter(bare, folder), inputs, base)
+        difference = _difference(model, with_adapter(bare, folder), inputs, base)
         agreed(difference, default if tolerance is None else tolerance, _FIXES[base])
         copy_tokenizer(model, folder, tokenizer)
         largest = max(written.ranks)
@@ -194,275 +166,6 @@ def _use(source: str) -> str:
     if is_gguf(source):
         named = f'"{Path(source).parent}", gguf_file="{Path(source).name}"'
     return _USE.replace("{base}", named)
-
-
-def _original(
-    model: PreTrainedModel, source: str | Path | None
-) -> tuple[PreTrainedModel, list[str]]:
-    """The dense model that was prepared, with new heads if its checkpoint has none; and notes."""
-    if source is None:
-        raise ValueError(
-            "The prepared model does not name the model that it was prepared from; give it as "
-            "`original`."
-        )
-    model_class: Any = type(model)  # the annotation of from_pretrained knows no loading info
-    bare, loaded = model_class.from_pretrained(
-        **pretrained_source(source, is_trusted(model)),
-        config=plain_config(model, model.dtype, None),
-        dtype=model.dtype,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
-    stored = {key: list(shape) for key, shape, *_ in loaded["mismatched_keys"]}
-    _check_original(model, source, stored, set(loaded["missing_keys"]))
-    notes = [
-        f"{name} is {shape} in {source}: give the base the model's shape before PEFT loads the "
-        "adapter (embeddings: resize_token_embeddings)"
-        for name, shape in stored.items()
-    ]
-    return bare.to(model.device), notes
-
-
-def _check_original(
-    model: PreTrainedModel, source: str | Path, stored: dict[str, list[int]], missing: set[str]
-) -> None:
-    """Refuse an original that is without a tensor which the adapter does not hold either.
-
-    Args:
-        model: prepared.
-        source: of the original.
-        stored: shapes of the tensors that have another shape there.
-        missing: names of the tensors that it does not have.
-
-    Raises:
-        ValueError: naming the tensor and both shapes.
-    """
-    config = prepared_config(model)
-    for row in config.stacks:
-        for path in row.stack.modules:
-            if (path if row.stack.experts else f"{path}.weight") in stored.keys() | missing:
-                raise ValueError(
-                    f"{source} has no {path}.weight in the shape of the prepared model; give the "
-                    "model that was prepared as `original`."
-                )
-    unusable = {name: f"{shape} in {source}" for name, shape in stored.items()}
-    unusable |= dict.fromkeys(missing, f"missing in {source}")
-    for tied, name in model.all_tied_weights_keys.items():
-        if name in unusable:
-            unusable.setdefault(tied, unusable[name])
-    in_adapter = tuple(f"{path}." for path in config.settings.modules_to_save)
-    for name, tensor in model.state_dict().items():
-        if name in unusable and not name.startswith(in_adapter):
-            raise ValueError(
-                f"{name} is {list(tensor.shape)} in this model and {unusable[name]}, and the "
-                "adapter does not hold it. It was added or resized after that model was loaded "
-                "(for example by resize_token_embeddings). Save the dense model after that change "
-                'and give its folder as `original`, or give base="residual", whose base holds it.'
-            )
-
-
-def _write_base(
-    model: PreTrainedModel,
-    config: QReftaConfig,
-    folder: Path,
-    base: LoraBase,
-    dtype: torch.dtype,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> PreTrainedModel:
-    """Write the residuals as a plain model, and load it."""
-    folder.mkdir()
-    write_card(folder, config, f"This is {_BASES[base]}, without the factors.", _BASE_USE)
-    if base == "residual":
-        write_model(model, folder, dtype, _residual_tensors, tokenizer=tokenizer)
-        return _moved(type(model).from_pretrained(folder, dtype=dtype), model.device)
-    dense = _kept_dense(model, config)
-    fmt = QuantFormat.of(config.settings)
-    assert fmt is not None, "settings were checked"
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=fmt.quant_type,
-        bnb_4bit_use_double_quant=fmt.double_quant,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=sorted(dense),
-    )
-
-    def stored(layer: AdaptedLinear, row: StackReport) -> dict[str, Tensor]:
-        # bitsandbytes does not quantize fused experts.
-        if row.stack.experts or layer in dense.values():
-            return _residual_tensors(layer, row)
-        return _bnb_tensors(layer)
-
-    write_model(model, folder, dtype, stored, quantization, tokenizer=tokenizer)
-    return type(model).from_pretrained(folder, dtype=dtype, device_map={"": model.device})
-
-
-def _moved(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """The model on a device."""
-    untyped: Any = model  # type checkers lose `self` of PreTrainedModel.to in its decorator
-    return untyped.to(device)
-
-
-def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Round the tensors of a dense model's checkpoint as `from_pretrained(dtype=...)` does."""
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(wanted_dtype(model, name, dtype))
-
-
-def _residual_tensors(layer: AdaptedLinear, row: StackReport) -> dict[str, Tensor]:
-    residual = layer.residual(torch.float32)
-    return {"weight": residual.T if row.stack.transposed else residual}
-
-
-def _kept_dense(model: PreTrainedModel, config: QReftaConfig) -> dict[str, nn.Module]:
-    """Linear layers that the bitsandbytes plug-in must leave alone, by path.
-
-    They are not in 4 bits here, or the model may want them in float32 (T5's `wo`).
-    """
-    adapted = {path for row in config.stacks for path in row.stack.modules}
-    dense: dict[str, nn.Module] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and path not in adapted:
-            dense[path] = module
-        wide = keeps_float32(model, f"{path}.weight", torch.float16)  # bitsandbytes asks no dtype
-        if isinstance(module, AdaptedLinear) and wide:
-            dense[path] = module
-    return dense
-
-
-def _bnb_tensors(layer: AdaptedLinear) -> dict[str, Tensor]:
-    """The tensors that bitsandbytes' Linear4bit saves, made of the residual's bytes."""
-    weight = layer.frozen_weight()
-    assert isinstance(weight, QuantizedWeight), "settings were checked"
-    state = weight.bnb_state(torch.bfloat16)
-    state.code = level_table(weight.format.quant_type).to(weight.codes.device)
-    used_bytes = -(-layer.out_features * layer.in_features // 2)
-    codes = weight.codes.view(torch.uint8)[:used_bytes].unsqueeze(1)
-    tensors = {"weight": codes}
-    for name, tensor in state.as_dict(packed=True).items():
-        tensors[f"weight.{name}"] = tensor
-    return tensors
-
-
-class _Written(NamedTuple):
-    """The contents of an adapter.
-
-    Attributes:
-        ranks: of its updates, ascending.
-        error: the share of the updates' squared norm that is missing.
-    """
-
-    ranks: list[int]
-    error: float
-
-
-def _write_adapter(
-    model: PreTrainedModel,
-    config: QReftaConfig,
-    folder: Path,
-    updates: Iterable[tuple[str, Update]],
-    source: str,
-    dtype: torch.dtype,
-) -> _Written:
-    """Write adapter_config.json and the adapter's tensors, and modules that trained in full."""
-    tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    missing = 0.0
-    norm = 0.0
-    for path, update in updates:
-        ranks[path] = len(update.right)
-        missing += update.missing
-        norm += update.norm
-        stem = f"base_model.model.{path}"
-        tensors[f"{stem}.lora_A.weight"] = update.right.to("cpu", dtype).contiguous()
-        tensors[f"{stem}.lora_B.weight"] = update.left.to("cpu", dtype).contiguous()
-    modules = dict(model.named_modules())
-    saved = [
-        path
-        for path in config.settings.modules_to_save
-        if path in modules and list(modules[path].parameters())
-    ]
-    for path in _taken_by_peft(modules, saved):
-        for name, tensor in modules[path].state_dict().items():
-            tensors[f"base_model.model.{path}.{name}"] = tensor.detach().cpu().contiguous()
-    write_shard(folder / _ADAPTER, tensors)
-    _lora_config(model, config, ranks, saved, source).save_pretrained(folder)
-    return _Written(sorted(set(ranks.values())), missing / norm if norm else 0.0)
-
-
-def _taken_by_peft(modules: Mapping[str, nn.Module], saved: list[str]) -> list[str]:
-    """Paths of the modules that PEFT reads from an adapter for `modules_to_save`.
-
-    It takes every module whose path ends in one of the names: for SwiftFormer's final `norm` those
-    of the blocks too.
-
-    Raises:
-        ValueError: if one of them holds packed weights.
-    """
-    paths = [
-        path
-        for path, module in modules.items()
-        if any(path.endswith(name) for name in saved) and list(module.parameters())
-    ]
-    for path in paths:
-        if any(isinstance(module, AdaptedLinear) for module in modules[path].modules()):
-            raise ValueError(
-                f"PEFT takes modules to train in full by the ends of their paths; {saved} are ends "
-                f"of {path}, which holds packed weights. Merge the model instead."
-            )
-    return paths
-
-
-def _lora_config(
-    model: PreTrainedModel,
-    config: QReftaConfig,
-    ranks: dict[str, int],
-    saved: list[str],
-    source: str,
-) -> Any:
-    """PEFT's config; alpha is the rank everywhere, so that nothing scales the product."""
-    peft = _peft()
-    most_common = max(ranks.values(), key=list(ranks.values()).count)
-    others = {path: rank for path, rank in ranks.items() if rank != most_common}
-    name = type(model).__name__
-    tasks = [task for suffix, task in _TASKS.items() if name.endswith(suffix)]
-    if tasks == ["SEQ_2_SEQ_LM"] and not model.config.is_encoder_decoder:
-        tasks = ["CAUSAL_LM"]  # images and text in, text out (Llava)
-    if model.main_input_name != "input_ids":
-        tasks = []  # PEFT's wrapper of a task passes input_ids to the model
-    return peft.LoraConfig(
-        task_type=tasks[0] if tasks else None,
-        r=most_common,
-        lora_alpha=most_common,
-        rank_pattern=others,
-        alpha_pattern=others,
-        target_modules=_names(model, set(ranks)),
-        modules_to_save=saved or None,
-        fan_in_fan_out=any(row.stack.transposed for row in config.stacks),
-        base_model_name_or_path=source,
-        inference_mode=True,
-    )
-
-
-def _names(model: PreTrainedModel, paths: set[str]) -> list[str]:
-    """The last parts of the paths if these name no other module; else the paths."""
-    names = {path.rpartition(".")[2] for path in paths}
-    named = {path for path, _ in model.named_modules() if path.rpartition(".")[2] in names}
-    return sorted(names if named == paths else paths)
-
-
-def _with_adapter(bare: PreTrainedModel, folder: Path) -> nn.Module:
-    """The base with the adapter, as PEFT loads them.
-
-    Raises:
-        ValueError: if PEFT takes no model of this class.
-    """
-    try:
-        return _peft().PeftModel.from_pretrained(bare, folder)
-    except NotImplementedError as error:
-        raise ValueError(
-            f"PEFT takes no {type(bare).__name__} ({error}); merge the model instead."
-        ) from None
 
 
 def _difference(
@@ -515,7 +218,7 @@ def _notes(config: QReftaConfig, ranks: list[int], base: LoraBase) -> list[str]:
 def _check_settings(
     config: QReftaConfig, base: LoraBase, rank: int | None, dtype: torch.dtype
 ) -> None:
-    _peft()
+    import_peft()
     if base not in LORA_BASES:
         raise ValueError(f"base is {base!r}; it must be one of {', '.join(LORA_BASES)}")
     if base == "residual-4bit" and (
@@ -542,13 +245,3 @@ def _check_settings(
         raise ValueError(
             "No stack of the model has factors, so there is nothing to export; merge it instead."
         )
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise ImportError(
-            "A LoRA is written and checked with PEFT, which is not installed: pip install peft"
-        ) from error
-    return peft

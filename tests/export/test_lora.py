@@ -75,7 +75,7 @@ def through_peft(model, folder, source, **kwargs):
 def test_tokens_keep_their_experts_on_the_base(make, base, tmp_path, monkeypatch):
     """The class of the model keeps the weights of routers in float32 in bf16 models too."""
     compared = []
-    monkeypatch.setattr(lora, "_with_adapter", lambda bare, folder: bare)
+    monkeypatch.setattr(lora, "with_adapter", lambda bare, folder: bare)
     # bitsandbytes cannot run layers as narrow as these on a CPU
     monkeypatch.setattr(lora, "_difference", lambda _, bare, *__: compared.append(bare) or 0.0)
     targets = ["self_attn.o_proj"]
