@@ -55,8 +55,8 @@ class Windows(LowRankFactors):
         return slice(first, first + self.width)
 
     def served(self, layer: int, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-        window = self.window(layer)
-        return up[:, window], down[window]
+        first = self.window(layer).start
+        return up.narrow(1, first, self.width), down.narrow(0, first, self.width)
 
     def down(self) -> Tensor:
         return self.B

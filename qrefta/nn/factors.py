@@ -219,18 +219,16 @@ class Factors(nn.Module, ABC):
 
 
 class _Kept(NamedTuple):
-    """Rounded factors, kept between the forward passes of an evaluation.
+    """Rounded factors, kept for the layers of one forward pass.
 
     Attributes:
         state: identity, place and version of the parameters that they were made from.
         up, down: rounded.
-        layers: `up`, core and `down` of the layers so far; `up` and `down` are views.
     """
 
     state: tuple[tuple[int, int, int], ...]
     up: Tensor
     down: Tensor
-    layers: dict[int, tuple[Tensor, Tensor | None, Tensor]]
 
 
 class LowRankFactors(Factors):
@@ -243,8 +241,8 @@ class LowRankFactors(Factors):
         self, layers: int, out_features: int, in_features: int, rank: Rank, dtype: torch.dtype
     ) -> None:
         super().__init__(layers, out_features, in_features, rank, dtype)
-        self._settled = False  # between eval() and the next forward pass that records gradients
         self._kept: dict[tuple[torch.device, torch.dtype], _Kept] = {}
+        self._last_layer = -1  # of those that the kept factors served
 
     @abstractmethod
     def down(self) -> Tensor:
@@ -276,13 +274,12 @@ class LowRankFactors(Factors):
         """`up` and `down` as they serve a layer, its core between them, and the dtype that `up` and
         `down` are yet to be rounded to.
 
-        With `keep`, after `eval()` and without gradients they come rounded, in the given dtype and
-        on the given device, and are kept for the other layers and the next tokens: in decoding,
-        rounding them in every layer takes as long as their products. They are made again when a
-        parameter has changed. A write past autograd's version counter (`parameter.data.add_`) is
-        not seen, so `train()`, `eval()`, every pass that records gradients, and every pass over
-        several tokens drop the kept factors: an update without gradients takes effect in the next
-        batch.
+        With `keep`, in a pass without gradients, they come rounded, in the given dtype and on the
+        given device, and are kept for the layers that follow: in decoding, rounding them in every
+        layer takes as long as their products. The layers of a stack are in the order of a pass, so
+        an earlier layer, or the same one, begins the next pass, for which they are made again:
+        weights that were written past autograd's version counter (`parameter.data.copy_`) hold in
+        the next pass.
 
         Args:
             layer: l.
@@ -290,18 +287,18 @@ class LowRankFactors(Factors):
             keep: whether the pass is over one token a sequence.
         """
         compiling = torch.compiler.is_compiling()
-        if torch.is_grad_enabled() or compiling or not (self._settled and keep):
-            if self._settled and not compiling:  # otherwise nothing is kept
-                self._forget(settled=not torch.is_grad_enabled())
+        if torch.is_grad_enabled() or compiling or not keep:
+            if not compiling:
+                self._kept.clear()
             up, down = self.served(layer, self.up(), self.down())
             return up, self._core_without_autocast(layer), down, self.dtype
+        if layer <= self._last_layer:
+            self._kept.clear()
+        self._last_layer = layer
         kept = self._kept_factors(device, dtype)
-        if layer not in kept.layers:
-            core = self._core_without_autocast(layer)
-            core = None if core is None else core.detach().to(device, dtype)
-            up, down = self.served(layer, kept.up, kept.down)
-            kept.layers[layer] = (up, core, down)
-        return *kept.layers[layer], dtype
+        up, down = self.served(layer, kept.up, kept.down)
+        core = self._core_without_autocast(layer)
+        return up, None if core is None else core.detach().to(device, dtype), down, dtype
 
     def _kept_factors(self, device: torch.device, dtype: torch.dtype) -> _Kept:
         parameters = [p for p in direct_parameters(self).values() if p is not None]
@@ -314,8 +311,7 @@ class LowRankFactors(Factors):
             up = self.up().detach().to(self.dtype).to(device, dtype)
             down = self.down().detach().to(self.dtype).to(device, dtype)
             # Column-major: this layout is faster to read for few tokens.
-            up = up.T.contiguous().T
-            kept = _Kept(state, up, down, {})
+            kept = _Kept(state, up.T.contiguous().T, down)
             self._kept[device, dtype] = kept
         return kept
 
@@ -323,21 +319,9 @@ class LowRankFactors(Factors):
         with self._without_autocast():
             return self.core(layer)
 
-    def train(self, mode: bool = True) -> Self:
-        self._forget(settled=not mode)
-        return super().train(mode)
-
-    def _forget(self, settled: bool) -> None:
-        self._settled = settled
-        self._kept.clear()
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._kept.clear()
         return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self._kept.clear()  # FSDP2 gathers loaded values past the version counter
-        super()._load_from_state_dict(*args)
 
     @torch.no_grad()
     def pair(self, layer: int, rows: slice = _ALL_ROWS) -> tuple[Tensor, Tensor]:
