@@ -9,7 +9,7 @@ from transformers.utils.import_utils import is_gguf_available
 from qrefta._compat.hub import commit_hash
 from qrefta._compat.transformers import dequantized_gguf
 from qrefta.files.code import check_trusted, is_trusted
-from qrefta.files.companions import COMPANIONS, has_vocabulary
+from qrefta.files.companions import COMPANIONS, has_vocabulary, module_patterns
 from qrefta.files.json_file import read_json
 from qrefta.files.layout import INDEX, SINGLE, read_index, weight_files
 
@@ -74,8 +74,10 @@ def resolve_folder(source: str | Path, weights: bool = True, revision: str | Non
     try:
         small = [*COMPANIONS, "config.json", INDEX, "*.py"]
         folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=small))
+        # The snapshot's name is its commit, in case the branch moves in between.
+        if modules := module_patterns(folder):
+            snapshot_download(str(source), revision=folder.name, allow_patterns=modules)
         if weights:
-            # The snapshot's name is its commit, in case the branch moves in between.
             indexed = read_index(folder).values() if (folder / INDEX).is_file() else []
             files = sorted({SINGLE, *indexed})
             snapshot_download(str(source), revision=folder.name, allow_patterns=files)

@@ -7,6 +7,7 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.testing import assert_close
 from transformers import ByT5Tokenizer
 
 import qrefta
@@ -26,6 +27,7 @@ OWN = [
     "chat_template.jinja",
     "additional_chat_templates/tools.jinja",
     "generation_config.json",
+    "custom_generate/generate.py",
     "LICENSE.txt",
     "USE_POLICY.md",
 ]
@@ -69,6 +71,49 @@ def test_code_is_taken_where_auto_map_names_it(tmp_path):
         "processor_config.json",
     }
     assert found == {"a.py", "b.py", "tokenization_x.py"}
+
+
+def test_a_sentence_transformer_keeps_its_modules(tmp_path):
+    """The pooling and the norm that follow the model; without modules.json others are guessed."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    from sentence_transformers.sentence_transformer import modules
+
+    tiny_bert().save_pretrained(tmp_path / "bert")
+    tiny_tokenizer().save_pretrained(tmp_path / "bert")
+    transformer = modules.Transformer(str(tmp_path / "bert"))
+    pooling = modules.Pooling(32, pooling_mode="cls")
+    parts = [transformer, pooling, modules.Normalize()]
+    sentence_transformers.SentenceTransformer(modules=parts).save_pretrained(
+        str(tmp_path / "dense")
+    )
+    put(tmp_path / "dense", "1_Pooling/.netrc.json")
+    prepared = qrefta.prepare_checkpoint(tmp_path / "dense", tmp_path / "4bit", rank=2, bits=16)
+    qrefta.merge(qrefta.load(prepared), torch.float32, out=tmp_path / "merged")
+
+    def embedding(folder):
+        model = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
+        return torch.from_numpy(model.encode("red green"))
+
+    for out in (prepared, tmp_path / "merged"):
+        assert_close(embedding(out), embedding(tmp_path / "dense"), rtol=1e-4, atol=1e-5)
+        assert "1_Pooling/.netrc.json" not in names(out)
+
+
+def test_modules_outside_the_folder_are_not_read(tmp_path):
+    put(tmp_path, "1_Pooling/config.json", "[x]/config.json", "a/b/config.json")
+    paths = ["1_Pooling", "[x]", "a/b", "..", "", None, "/"]
+    put(tmp_path, "modules.json", text=json.dumps([{"path": path} for path in paths] + ["x"]))
+    found = {str(file.relative_to(tmp_path)) for file in companion_files(tmp_path)}
+    assert found == {"modules.json", "1_Pooling/config.json", "[x]/config.json"}
+    put(tmp_path, "modules.json", text="5")
+    assert [file.name for file in companion_files(tmp_path)] == ["modules.json"]
+
+
+def test_the_code_of_a_pipeline_is_taken(tmp_path):
+    pipelines = {"pairs": {"impl": "pairs.Pairs", "pt": ["AutoModel"]}, "other": None}
+    put(tmp_path, "config.json", text=json.dumps({"custom_pipelines": pipelines}))
+    put(tmp_path, "pairs.py", "stray.py", text="")
+    assert [file.name for file in companion_files(tmp_path)] == ["pairs.py"]
 
 
 # Tokenizers
@@ -163,10 +208,12 @@ def test_a_second_copy_of_the_weights_is_neither_downloaded_nor_counted(shards, 
     assert (len(weights) > 1) == shards
     size = sum((newest / name).stat().st_size for name in weights)
     save_file({"a": torch.zeros(9)}, newest / "consolidated.safetensors")
-    put(newest, *OWN, "train.json")
+    put(newest, *OWN, "1_Pooling/config.json", "2_Other/config.json", "train.json")
+    put(newest, "modules.json", text='[{"path": ""}, {"path": "1_Pooling"}]')
     folder = resolve_folder("org/name")
+    around = {"modules.json", "1_Pooling/config.json"}
     index = {"model.safetensors.index.json"} if shards else set()
-    assert names(folder) == {"config.json", *OWN, *weights, *index}
+    assert names(folder) == {"config.json", *OWN, *around, *weights, *index}
     assert dense_bytes("org/name") == size
     assert dense_bytes(newest) == size
 
