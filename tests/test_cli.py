@@ -179,6 +179,7 @@ def test_calibration_moments_and_rank_by_need(dense, rows, tmp_path):
     assert "output" in invoke("inspect", tmp_path / "a").output
 
 
+@pytest.mark.slow
 def test_finetune_prepares_trains_and_resumes(dense, rows, tmp_path):
     options = [
         "--rank",
@@ -527,6 +528,7 @@ def test_bits_by_stack_are_chosen_printed_and_kept(dense, rows, tmp_path):
         invoke("prepare", dense, tmp_path / "five", "--bits", "five", "--calibration", "none")
 
 
+@pytest.mark.slow
 def test_a_plan_shows_units_and_tells_what_does_not_fit(dense):
     shown = invoke("plan", dense, "--seq", 32, "--batch", 4000, "--gpu", "1001MB").output
     assert not re.search(r"\b0\.0 MB", shown.split("would save", 1)[1])
@@ -780,6 +782,7 @@ def test_a_language_model_trains_in_float32_where_bfloat16_is_slow(
     assert embeddings_of(tmp_path / "out") == dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fast", "options", "dtype"),
     [(False, "", "float32"), (False, "--dtype bfloat16", "bfloat16"), (True, "", "bfloat16")],

@@ -42,6 +42,8 @@ from tests.processes import (
 )
 from tests.tiny import color_rows, tiny_folder
 
+pytestmark = pytest.mark.slow
+
 BEFORE = "bert.encoder.layer.1.attention.output.LayerNorm"  # its output is the input of BREAKS
 
 

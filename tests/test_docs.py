@@ -24,6 +24,7 @@ def folders(tmp_path_factory):
     return small_models(tmp_path_factory.mktemp("models"))
 
 
+@pytest.mark.slow
 # The pages use the name that all supported releases of transformers have; TRL's configs do too.
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("name", [name for name in WITH_CODE if name not in ELSEWHERE])

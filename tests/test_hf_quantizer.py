@@ -973,6 +973,7 @@ def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path):
         assert_close(changes[1][name], changes[0][name], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_bf16_factors_really_train(tmp_path):
     """90 steps of plain Trainer and its AdamW at 2e-4: the values of the forward pass move as
     float32 ones do.

@@ -23,6 +23,8 @@ from qrefta.train.tasks.chat import chat_recipe
 from qrefta.train.tasks.lm import text_windows
 from tests.models import tiny_bert
 
+pytestmark = pytest.mark.slow
+
 HEAVY = ("torch", "transformers", "datasets", "bitsandbytes", "accelerate", "lm_eval", "scipy")
 
 

@@ -21,6 +21,7 @@ def printed(notebook):
     return "".join(output.text for output in outputs if output.get("name") == "stdout")
 
 
+@pytest.mark.slow
 def test_the_chat_notebook_runs_from_top_to_bottom(tmp_path):
     for part in language_model("llama"):
         part.save_pretrained(tmp_path / "model")

@@ -673,6 +673,7 @@ def test_dense_weights_are_released_stack_by_stack(monkeypatch):
 
 # Peak in float32 stacks of the largest role, measured: 1.94 with rounds or without; the model is 4
 # such stacks.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{}, {"method": "refta", "refine": 0}, {"method": "refta", "refine": 1}, {"bits": 16}],
@@ -883,6 +884,7 @@ for method in ("windows", "refta", "craft"):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("default", ["bfloat16", "float64"])
 def test_the_default_dtype_of_torch_changes_nothing(default, tmp_path):
     """It is for models; tables and work space are float32 in any case, from the import on."""

@@ -229,6 +229,7 @@ def test_prepare_save_load_and_merge_agree(
     assert inputs(dense).keys() == {"input_ids", "attention_mask"}
 
 
+@pytest.mark.slow
 @settings(max_examples=3, deadline=None, derandomize=True)
 @given(
     st.sampled_from([1, 3]),
@@ -268,6 +269,7 @@ def tiny(tmp_path_factory):
     return tiny_folder(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     st.sampled_from([*METHODS, "refta"]),

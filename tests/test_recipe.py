@@ -62,6 +62,7 @@ def test_checkpointing_is_true_or_selective(tmp_path, recipe, value, written):
     assert kept["gradient-checkpointing"] == written
 
 
+@pytest.mark.slow
 def test_the_written_recipe_repeats_the_run(tmp_path, recipe):
     finetune(tmp_path, recipe, "--seed", "5")
     written = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())

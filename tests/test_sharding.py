@@ -25,6 +25,8 @@ from tests.shards import (
     random_folder,
 )
 
+pytestmark = pytest.mark.slow
+
 linux = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 
 

@@ -204,6 +204,7 @@ def test_measuring_the_peak_changes_no_weight(task, monkeypatch):
     assert found["bytes"] > 4 * 4 * parameters  # weights, gradients and two moments, float32
 
 
+@pytest.mark.slow
 def test_models_that_are_kept_for_other_rates_do_not_count_in_the_peak(task, tmp_path):
     study = Study(lambda seed: task, tmp_path / "rows.jsonl", False)
     peaks = [
@@ -264,6 +265,7 @@ def outcome(value, loss=1.0):
     return {"split": "", "metric": "accuracy", "value": value, "loss": loss, "cpu_s": 0.0}
 
 
+@pytest.mark.slow
 def test_rates_are_chosen_on_search_seeds_and_run_on_others(source, model, tmp_path, monkeypatch):
     """The mean over the search seeds decides; test rows have no influence."""
     best = {"head-only": 0.01, "lora r=2": 0.001}
@@ -321,6 +323,7 @@ def test_language_tasks_take_the_model_of_a_package_by_default(tmp_path, monkeyp
     assert set(accuracy.LANGUAGE_KINDS) == set(accuracy.KINDS) - {"text", "image"}
 
 
+@pytest.mark.slow
 def test_a_stopped_study_resumes(source, model, tmp_path, monkeypatch):
     """Runs with a row are not repeated unless requested; missing runs are done."""
     file = tmp_path / "rows.jsonl"

@@ -7,6 +7,8 @@ from eval.memory import tensor_peak
 from eval.rows import read
 from eval.studies import cost, cost_model, decoding
 
+pytestmark = pytest.mark.slow
+
 
 def test_tensor_peak_counts_live_tensors_and_the_most_that_a_step_adds():
     living = torch.zeros(1 << 18)  # 1 MiB

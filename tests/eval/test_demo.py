@@ -64,6 +64,7 @@ def test_sentences_are_prose_without_doctests_bullets_fields_and_tables():
     ]
 
 
+@pytest.mark.slow
 def test_rows_do_not_depend_on_the_process_or_its_hash_seed(data):
     seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
     child = subprocess.run(

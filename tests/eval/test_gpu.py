@@ -26,6 +26,7 @@ def measured(part, folder):
     return read(file)
 
 
+@pytest.mark.slow
 def test_steps_are_measured_for_every_method(tmp_path, monkeypatch):
     methods = ("floor bitsandbytes", "windows R=64")
     monkeypatch.setattr(gpu, "METHODS", methods)
@@ -46,6 +47,7 @@ def test_steps_are_measured_for_every_method(tmp_path, monkeypatch):
     assert [row["of_bitsandbytes"] for row in floors] == [1.0] * 3
 
 
+@pytest.mark.slow
 def test_preparing_is_measured_with_and_without_calibration(tmp_path):
     rows = measured("prepare", tmp_path)
     assert [(row["method"], row["calibrated"]) for row in rows] == [
@@ -56,6 +58,7 @@ def test_preparing_is_measured_with_and_without_calibration(tmp_path):
     assert all(row["prepare_s"] > 0 and row["peak_bytes"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_decoding_and_the_memory_of_a_large_model_are_measured(tmp_path):
     rows = measured("decoding", tmp_path)
     assert [row["batch"] for row in rows] == [1] * 4 + [8] * 4
@@ -206,6 +209,7 @@ def test_a_process_that_fails_or_takes_too_long_is_told(program):
     assert monotonic() - start < 60
 
 
+@pytest.mark.slow
 def test_the_script_runs_one_part_and_its_exit_status_tells(tmp_path):
     """With no time nothing is measured."""
     command = [str(ROOT / "scripts" / "gpu"), "--dry-run", "--only", "memory", "--minutes", "0"]

@@ -66,6 +66,7 @@ def edit_header(path, change):
 # Mutants
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reader", "state"),
     [("load", "kept"), ("load", "rewritten"), ("from_pretrained", "kept"), ("prepare", "removed")],

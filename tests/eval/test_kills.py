@@ -70,6 +70,7 @@ def test_an_end_that_depends_on_the_kills_is_found(tmp_path):
     assert tally(differing, tmp_path).unequal > 0
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_a_first_run_that_is_held_up_does_not_make_all_kills_too_late(tmp_path):
     def held_up(folder):

@@ -88,6 +88,7 @@ def moments_of(model):
     return gather_moments(model, find_stacks(model), [tokens], progress=False)
 
 
+@pytest.mark.slow
 def test_a_row_has_its_base_its_cost_and_its_distance(folder, text, tmp_path, few):
     rows = tmp_path / "rows.jsonl"
     study(folder, text, rows)

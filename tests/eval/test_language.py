@@ -124,6 +124,7 @@ def test_text_is_cut_into_whole_blocks_that_do_not_overlap(folder, text):
     assert all(len(ids) == 16 for rows in (task.train, task.test) for ids in rows["input_ids"])
 
 
+@pytest.mark.slow
 def test_questions_are_learned_and_judged_by_the_harness(folder, questions):
     pytest.importorskip("lm_eval")
     task = choice_task("mine", str(questions), folder, None, SIZES, 0)

@@ -22,6 +22,7 @@ def test_a_rise_at_the_beginning_is_no_trend():
     assert trend([float(min(at, 150)) for at in range(2000)])[0] == 0
 
 
+@pytest.mark.slow
 def test_a_short_run_is_measured(tmp_path):
     """Every evaluation and checkpoint is counted; only kept checkpoints and the model remain."""
     row = measure(tmp_path, "prepared", 2 * BLOCKS, 20, threads=1)

@@ -48,6 +48,7 @@ def of(rows, **values):
     return [row for row in rows if values.items() <= row.items()]
 
 
+@pytest.mark.slow
 def test_errors_equal_the_report_of_prepare(folder, file):
     """One-shot and refined errors equal the report of a prepared model."""
     from transformers import AutoModel
@@ -142,6 +143,7 @@ def test_a_stack_that_is_missing_makes_no_model_row(file):
     )
 
 
+@pytest.mark.slow
 def test_nothing_is_measured_twice(folder, file):
     """A second run adds nothing; a resumed run adds the missing rows."""
     before = file.read_text()

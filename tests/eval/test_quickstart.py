@@ -52,6 +52,7 @@ def test_public_names_are_asked_for_and_answered_by_first_sentences(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_modules_are_held_out_and_no_answer_leaks(found):
     train, test = found
     assert len(train) > 1000
@@ -62,6 +63,7 @@ def test_modules_are_held_out_and_no_answer_leaks(found):
     assert len({row.words for row in train}) == len(train)
 
 
+@pytest.mark.slow
 def test_sizes_cut_the_rows_from_the_front():
     small, large = (docstring_questions(size, 5)["train"].to_list() for size in (20, 40))
     assert large[:20] == small
@@ -69,6 +71,7 @@ def test_sizes_cut_the_rows_from_the_front():
         docstring_questions(9_000_000, 5)
 
 
+@pytest.mark.slow
 def test_the_whole_run_on_a_small_model(tmp_path, capsys):
     """Every figure is printed, kept as a row, and shown in a table."""
     source = tmp_path / "dense"

@@ -604,6 +604,7 @@ def test_links_of_the_markdown_file_lead_to_pictures(report):
     assert "tiny shakespeare: refta" in text
 
 
+@pytest.mark.slow
 def test_the_same_rows_give_the_same_bytes(report, tmp_path):
     run(report / "rows", tmp_path / "REPORT.md", None)
     for path in sorted((report / "page").iterdir()):

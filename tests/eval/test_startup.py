@@ -21,6 +21,7 @@ def model(tmp_path):
     return tmp_path / "model"
 
 
+@pytest.mark.slow
 def test_the_command_is_measured(model, tmp_path):
     rows = tmp_path / "rows.jsonl"
     startup.run("qrefta finetune R=24", str(model), 1, 2, 1, rows)

@@ -33,6 +33,7 @@ def model(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_processes_take_turns_and_their_tokens_are_counted(model, tmp_path):
     rows = tmp_path / "rows.jsonl"
     tokenizer = words()
@@ -68,6 +69,7 @@ def test_processes_take_turns_and_their_tokens_are_counted(model, tmp_path):
     assert "| 2 of 16 to 512 tokens | float32 | qrefta R=24 |" in table
 
 
+@pytest.mark.slow
 def test_a_watched_process_profiles_its_steps(model, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO(4 * whole_step.GO))
     whole_step._train("qrefta R=24", whole_step.Run(str(model), 4, 2, 0, False, True, 1), "profile")

@@ -223,6 +223,7 @@ def test_a_start_that_is_another_is_refused(tmp_path):
     assert not (tmp_path / "lora").exists()
 
 
+@pytest.mark.slow
 def test_tera_is_cut_to_a_rank_and_reports_the_missing_part(tmp_path):
     model = trained(tmp_path / "original", method="tera", rank=8, steps=30)
     deltas = [

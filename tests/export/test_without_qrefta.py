@@ -16,6 +16,8 @@ from tests.export.test_lora import trained
 from tests.export.test_merge import prepared, take_steps
 from tests.models import ARCHITECTURES, inputs, logits, tiny_bert, tiny_llama
 
+pytestmark = pytest.mark.slow
+
 PLAIN = """
 import sys
 from pathlib import Path

@@ -65,6 +65,7 @@ def test_the_command_line_prepares_a_gguf_file(gguf_file, tmp_path):
     assert {path.suffix for path in out.iterdir()} >= {".safetensors", ".json", ".md"}
 
 
+@pytest.mark.slow
 def test_it_calibrates_a_gguf_file_by_default(gguf_file, tmp_path):
     assert "Calibrated on" in invoke("prepare", gguf_file.path, tmp_path / "out").output
 

@@ -147,6 +147,7 @@ def test_quantizing_alone_is_planned_as_a_pass_without_gradients():
     assert planned.total_bytes == pytest.approx(whole + inputs.nbytes + added, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_largest_rank_is_found_from_no_rank_too(rank):
     asked = {"batch": 2, "seq": 16, "target_modules": ["up_proj"], "rank": rank}
@@ -410,6 +411,7 @@ def test_savings_equal_the_effect_of_each_change_largest_first():
     assert found.total_bytes - savings["gradient checkpointing"] == checkpointed.total_bytes
 
 
+@pytest.mark.slow
 def test_a_model_of_70_billion_weights_is_planned_in_seconds():
     sizes = {
         "hidden_size": 8192,
@@ -432,6 +434,7 @@ def test_a_model_of_70_billion_weights_is_planned_in_seconds():
     assert found.rest_bytes == pytest.approx(2 * (2 * 128256 * 8192 + 161 * 8192), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_tiny_model_on_a_large_gpu_is_planned_in_seconds():
     """Many rows fit; the head's loss runs 128 tokens at a time, and a few times stand for all."""
     start = time.process_time()
@@ -455,6 +458,7 @@ def test_a_folder_and_a_config_file_are_read_without_weights(tmp_path):
     assert plan(tmp_path, seq=8) == plan(str(tmp_path / "config.json"), seq=8) == planned
 
 
+@pytest.mark.slow
 def test_models_that_cannot_be_planned_say_why():
     llama, vit, bert = small(), tiny_vit(), tiny_bert()
     prepared = qrefta.prepare(tiny_bert(), rank=2, progress=False)

@@ -170,6 +170,7 @@ def test_compiled_layer_has_no_graph_break_and_the_same_gradients(
     assert_close(compiled(x), layer(x))
 
 
+@pytest.mark.slow
 def test_compiled_model_has_the_same_gradients(fresh_compiler):
     config = LlamaConfig(**decoder_sizes(32, layers=2))  # the fewest that share factors
     model = qrefta.prepare(build(LlamaForCausalLM, config), rank=5, refine=0)
@@ -289,6 +290,7 @@ def test_trainers_optimizers_learn_the_task(optimizer, tiny, tmp_path):
     assert result.accuracy_after > 0.9
 
 
+@pytest.mark.slow
 def test_recipe_accumulates_and_checkpoints_to_the_same_model(tiny, tmp_path):
     """Two passes of 8 rows are one of 16; float32 sums in another order, amplified by Adam."""
     folder, prepared_once = tiny

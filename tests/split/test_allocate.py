@@ -36,6 +36,7 @@ def uneven_bert():
     return model
 
 
+@pytest.mark.slow
 @needs_minilm
 def test_a_budget_is_kept_used_and_well_spent():
     uniform = qrefta.prepare(copy.deepcopy(minilm()), method="refta", rank=24, refine=0)

@@ -323,6 +323,7 @@ def test_a_run_that_was_killed_while_it_finished_goes_on(saved, tmp_path, monkey
     qrefta.load(out)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(saved, tmp_path):
     """Signal 9 at some moment: nothing that loads is left, and the second run ends as an
     undisturbed one.

@@ -150,6 +150,7 @@ def test_a_saved_model_has_its_bits_without_choosing_again(tmp_path, monkeypatch
     assert_close(logits(loaded), logits(model), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_dense_folder_is_prepared_while_it_loads(tmp_path):
     tiny_bert(hidden=64).save_pretrained(tmp_path)
     config = qrefta.QReftaConfig(bits="auto", target_bits=3.4, method="refta", rank=2, refine=1)

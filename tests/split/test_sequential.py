@@ -120,6 +120,7 @@ def test_layers_are_replaced_in_the_order_in_which_they_run():
     assert list(sequence.steps()) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

@@ -567,6 +567,7 @@ def test_conversations_need_a_template_and_plain_text_none(tokenizer, tmp_path):
     assert len(chat_recipe(tiny_llama(), tokenizer, plain, 32).train) == 18
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", [None, "packing", "padding_free"])
 def test_sft_learns_the_answers(option, tokenizer, tmp_path):
     """TRL trains on the answers alone, packed or not, until the loss is as low as it can get."""

@@ -62,6 +62,7 @@ def run(model, folder, *callbacks, **settings):
     return [parameter for parameter in model.parameters() if parameter.requires_grad], model
 
 
+@pytest.mark.slow
 def test_a_selective_run_gives_the_same_model_and_leaves_its_methods_alone(prepared, tmp_path):
     watch = Watch()
     expected, _ = run(prepared, tmp_path / "none")

@@ -36,6 +36,7 @@ def trainer(folder, **settings):
     return whole_checkpoints(Trainer)(model, arguments, train_dataset=ROWS)
 
 
+@pytest.mark.slow
 def test_checkpoints_are_where_trainer_puts_them_and_no_more_than_asked(tmp_path):
     trainer(tmp_path).train()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-4"]
@@ -44,6 +45,7 @@ def test_checkpoints_are_where_trainer_puts_them_and_no_more_than_asked(tmp_path
     assert state["global_step"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("written", ["_save_optimizer_and_scheduler", "_save_rng_state"])
 def test_a_run_that_ends_within_a_save_leaves_the_checkpoint_before(tmp_path, monkeypatch, written):
     run = trainer(tmp_path)
@@ -63,6 +65,7 @@ def test_a_run_that_ends_within_a_save_leaves_the_checkpoint_before(tmp_path, mo
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-4"]
 
 
+@pytest.mark.slow
 def test_files_are_on_the_disk_before_they_get_their_place(tmp_path, monkeypatch):
     """Every file is synced, and then its folder, before the rename; the run's folder after it."""
     done = []
@@ -95,6 +98,7 @@ def test_a_checkpoint_of_an_earlier_run_is_replaced(tmp_path):
     assert not (tmp_path / UNFINISHED).exists()
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_is_told_and_the_checkpoint_before_stays(tmp_path, monkeypatch):
     run = trainer(tmp_path)
     save = run._save_optimizer_and_scheduler

@@ -81,6 +81,7 @@ def learned(start, data, tmp_path_factory):
     return model, result, out
 
 
+@pytest.mark.slow
 def test_training_learns_the_task_and_the_saved_model_keeps_it(learned):
     model, result, out = learned
     assert result.accuracy_after > max(0.9, result.accuracy_before)
@@ -118,6 +119,7 @@ def test_final_model_stores_bf16_factors_and_checkpoints_their_masters(learned):
     assert {checkpoint[name].dtype for name in factors} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(train, monkeypatch):
     settings = {"max_steps": 4, "save_steps": 2}
     whole, uninterrupted = train("whole", **settings)
@@ -273,6 +275,7 @@ def test_a_tokenizer_is_saved_as_it_came(start, data, tmp_path):
     assert before == after
 
 
+@pytest.mark.slow
 def test_a_classifier_without_a_pad_token_pads_with_the_end_of_text_token(data, tmp_path):
     """Rows of different lengths are scored as each alone, also by the saved model."""
     config = LlamaConfig(**decoder_sizes(32) | {"num_labels": 2, "pad_token_id": None})

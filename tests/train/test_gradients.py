@@ -96,6 +96,7 @@ def test_a_tower_that_the_loss_leaves_out_is_named():
     assert all(name.startswith("vision_model") for name in silent)
 
 
+@pytest.mark.slow
 def test_finetuning_names_stacks_that_do_not_learn_and_says_nothing_of_others(tmp_path):
     model = classifier(tmp_path / "model")
     data = color_data(16, 8)

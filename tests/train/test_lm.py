@@ -117,6 +117,7 @@ def test_a_document_begins_as_the_tokenizer_begins_texts(tokenizer, tmp_path, mo
     assert text_of(recipe.train, tokenizer) == "<s>" + "ab cd ef\n" * 3 + "<end>"
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("qrefta.train.tasks.lm._CHARACTERS", 100_000)
     peaks = []

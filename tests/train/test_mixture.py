@@ -74,6 +74,7 @@ def test_finetune_takes_weights(sources, tokenizer, tmp_path):
     assert result.steps == 2
 
 
+@pytest.mark.slow
 def test_the_command_takes_further_data_sets(sources, tokenizer, tmp_path):
     tiny_llama().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")

@@ -124,6 +124,7 @@ def test_other_attention_stays_as_it_is():
         assert eager.config._attn_implementation == "eager"
 
 
+@pytest.mark.slow
 def test_sft_joins_rows_by_default_and_says_the_same_loss(tokenizer, tmp_path):
     pytest.importorskip("trl")
     file = write_rows(tmp_path / "chat.jsonl", chat_rows(40))

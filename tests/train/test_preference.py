@@ -212,6 +212,7 @@ def finetuned(model, tokenizer, file, out, task, **options):
     return qrefta.finetune(model, tokenizer, file, task=task, args=args, **keywords)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", METHODS)
 def test_dpo_prefers_the_better_answers(settings, tokenizer, tmp_path, capsys):
     """Before training, model and reference are equal, so the loss is log 2."""
@@ -236,6 +237,7 @@ def blue(prompts, completions, **columns):
 """
 
 
+@pytest.mark.slow
 def test_grpo_follows_the_reward_and_its_reference_is_the_start(tokenizer, tmp_path, capsys):
     """The dense model is never loaded: its folder is gone when training begins."""
     tiny_llama().save_pretrained(tmp_path / "dense")

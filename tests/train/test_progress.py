@@ -69,6 +69,7 @@ class Interrupt(TrainerCallback):
                 signal.raise_signal(signal.SIGINT)  # two of os.kill may arrive as one
 
 
+@pytest.mark.slow
 def test_lines_tell_loss_rate_speed_and_time_left(train, capsys):
     """The first and the last: every 10 steps in a run of 30; the tokens of the rows are counted."""
     train(max_steps=30)
@@ -81,12 +82,14 @@ def test_lines_tell_loss_rate_speed_and_time_left(train, capsys):
     assert all(int(line[3].replace(",", "")) > 0 for line in lines)
 
 
+@pytest.mark.slow
 def test_tokens_are_counted_without_padding(train, tmp_path):
     train(max_steps=12, save_steps=1.0)
     state = json.loads((tmp_path / "run/checkpoint-12/trainer_state.json").read_text())
     assert state["num_input_tokens_seen"] == 12 * 8 * 6  # six words a row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "logged"), [(40, [10, 20, 30, 40]), (3000, [30])])
 def test_long_runs_show_every_hundredth_part(train, steps, logged, tmp_path, capsys):
     stop = Interrupt(31)
@@ -102,12 +105,14 @@ def test_long_runs_show_every_hundredth_part(train, steps, logged, tmp_path, cap
     assert rows[:3] == [10, 20, 30]  # the log of the Trainer has them all
 
 
+@pytest.mark.slow
 def test_the_callers_logging_steps_hold(train, capsys):
     train(max_steps=6, logging_steps=3)
     found = re.findall(r"step (\d+) of 6: loss", capsys.readouterr().out)
     assert found == ["3", "6"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_writes_a_checkpoint_and_the_run_resumes_bit_for_bit(train, tmp_path):
     whole, _ = train("whole", max_steps=12)
     before = signal.getsignal(signal.SIGINT)
@@ -122,6 +127,7 @@ def test_ctrl_c_writes_a_checkpoint_and_the_run_resumes_bit_for_bit(train, tmp_p
         assert_close(parameter, whole.get_parameter(name), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_its_checkpoint_beside_the_best(train, tmp_path):
     """Of one checkpoint alone, Trainer keeps the best."""
     with pytest.raises(TrainingInterrupted) as stopped:
@@ -136,6 +142,7 @@ def test_ctrl_c_keeps_its_checkpoint_beside_the_best(train, tmp_path):
     assert last_checkpoint(tmp_path / "run") == stopped.value.checkpoint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["optimizer.pt", "scheduler.pt"])
 def test_a_checkpoint_of_the_model_alone_is_not_resumed(train, tmp_path, lost):
     train(max_steps=4)
@@ -144,6 +151,7 @@ def test_a_checkpoint_of_the_model_alone_is_not_resumed(train, tmp_path, lost):
         train(max_steps=8, resume=True)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_saves_at_its_own_intervals(train, tmp_path):
     """A quarter of 4 steps is 1, and of 12 it is 3."""
     train(max_steps=4)
@@ -161,6 +169,7 @@ def listening():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("listening")
 def test_a_second_ctrl_c_stops_at_once(train, tmp_path):
     with pytest.raises(KeyboardInterrupt) as stopped:
@@ -169,12 +178,14 @@ def test_a_second_ctrl_c_stops_at_once(train, tmp_path):
     assert not list((tmp_path / "run").glob("checkpoint-5"))
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_last_step_ends_as_a_finished_run(train, tmp_path):
     _, result = train(max_steps=4, callbacks=[Interrupt(4)])
     assert result.steps == 4
     assert (tmp_path / "run" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_evaluations_during_the_run(train, tmp_path):
     train(max_steps=8, eval_steps=2)
     state = json.loads((last_checkpoint(tmp_path / "run") / "trainer_state.json").read_text())
@@ -213,6 +224,7 @@ def test_durations(seconds, shown):
     assert duration(seconds) == shown
 
 
+@pytest.mark.slow
 def test_the_command_prints_how_to_resume_and_a_used_folder_says_so(tmp_path, monkeypatch, capsys):
     """A real process and a real signal."""
     folder = tiny_folder(tmp_path / "dense")
@@ -268,6 +280,7 @@ def test_trainers_early_stopping_works_or_says_what_to_do(start, train, tmp_path
     assert result.steps < 20
 
 
+@pytest.mark.slow
 def test_the_classes_names_are_saved(start, train, tmp_path):
     model, _ = train(max_steps=1)
     assert model.config.id2label == {0: "red", 1: "blue"}
@@ -279,6 +292,7 @@ def test_the_classes_names_are_saved(start, train, tmp_path):
     assert qrefta.load(tmp_path / "named").config.label2id == {"red": 0, "blue": 1}
 
 
+@pytest.mark.slow
 def test_callbacks_are_objects_or_classes_alone_or_in_a_list(start, tmp_path):
     def run(name, callbacks):
         model = copy.deepcopy(start)
@@ -304,6 +318,7 @@ def test_a_metric_that_the_task_does_not_have_is_refused_before_the_run(train, t
     assert not list(tmp_path.glob("**/checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_no_bar_means_lines_and_no_progress_means_silence(start, tmp_path, capsys):
     """Trainer alone prints dictionaries if its bar is off."""
     options = {"max_steps": 10, "batch_size": 8, "task": "classify"}

@@ -80,6 +80,7 @@ def test_a_run_takes_the_measured_rate_and_says_so(start, tmp_path, capsys):
     assert "Learning rate 0.003, the best measured for method lorta" in written.out + written.err
 
 
+@pytest.mark.slow
 def test_a_given_rate_holds_and_a_far_higher_one_is_told(start, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

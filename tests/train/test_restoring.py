@@ -68,6 +68,7 @@ def texts(count, step):
     return Dataset.from_dict({"text": rows})
 
 
+@pytest.mark.slow
 def test_the_best_model_has_the_best_gates(tmp_path):
     """Their names in a checkpoint are `block_sparse_moe.gate`."""
     model = copy.deepcopy(gated())

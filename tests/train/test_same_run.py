@@ -76,12 +76,14 @@ def test_another_run_is_refused_and_the_checkpoint_stays(changed, message, train
     assert last_checkpoint(stopped).name == "checkpoint-5"
 
 
+@pytest.mark.slow
 def test_another_batch_size_and_a_checkpoint_without_marks_are_taken(train, stopped):
     (stopped / "checkpoint-5" / MARKS).unlink()
     _, result = train(max_steps=8, resume=True, per_device_train_batch_size=16, seed=7)
     assert result.steps == 8
 
 
+@pytest.mark.slow
 def test_early_stopping_goes_on_where_it_was(train, tmp_path):
     """At a rate of nearly zero no evaluation is better than the first."""
     settings = {"max_steps": 40, "early_stopping": 2, "eval_steps": 4, "save_steps": 4}
@@ -99,6 +101,7 @@ def test_early_stopping_goes_on_where_it_was(train, tmp_path):
     assert evaluated[0] == evaluated[1]
 
 
+@pytest.mark.slow
 def test_files_of_the_user_stay_in_the_folder(train, tmp_path):
     moments = tmp_path / "run" / "moments.safetensors"
     moments.parent.mkdir()
@@ -110,6 +113,7 @@ def test_files_of_the_user_stay_in_the_folder(train, tmp_path):
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_model_keeps_its_forward_pass(train):
     model, _ = train(max_steps=2, bf16=True)
     assert "forward" not in vars(model)

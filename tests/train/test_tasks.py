@@ -290,6 +290,7 @@ def test_images_without_a_label_are_refused_with_their_row(label, pictures):
 # Training
 
 
+@pytest.mark.slow
 def test_running_text_is_learned(tokenizer, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("what is sky ? blue\n" * 200)
@@ -307,6 +308,7 @@ def test_running_text_is_learned(tokenizer, tmp_path):
     assert result.test_loss < 2.1 < 4 < result.test_loss_before
 
 
+@pytest.mark.slow
 def test_images_are_learned_by_the_command(pictures, tmp_path):
     config = tiny_vit().config
     config.num_labels = 2

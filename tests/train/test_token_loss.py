@@ -12,6 +12,7 @@ from tests.train.talk import chat_rows, words
 pytest.importorskip("trl")
 
 
+@pytest.mark.slow
 def test_the_test_loss_does_not_depend_on_the_batches(tmp_path):
     """Three short answers and a long one; alone, padded, and joined without padding."""
     model = tiny_llama(32)
