@@ -27,6 +27,14 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LARGEST_HEADER = 100_000_000
@@ -50,6 +58,10 @@ class Stored(NamedTuple):
         )
 
 
+class DtypeError(ValueError):
+    """A tensor that is whole, of a dtype that is not read or written here."""
+
+
 class Header(NamedTuple):
     """The header of a file."""
 
@@ -60,6 +72,10 @@ class Header(NamedTuple):
 def read_header(file: Path) -> Header:
     """A file's header, checked against its size: the tensors are all of its data, and no two
     overlap.
+
+    Raises:
+        DtypeError: for a tensor whose dtype is not in DTYPES.
+        ValueError: if the file is damaged.
     """
     check_regular(file)
     try:
@@ -72,6 +88,8 @@ def read_header(file: Path) -> Header:
         metadata = _metadata(header)
         tensors = {name: _entry(file, name, entry, 8 + length) for name, entry in header.items()}
         _check_offsets(tensors.values(), 8 + length, size)
+    except DtypeError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
         raise ValueError(
             f"{file} is damaged, truncated or unreadable ({error}); copy it again."
@@ -115,7 +133,10 @@ def _entry(file: Path, name: str, entry: dict[str, Any], data: int) -> Stored:
     start, end = entry["data_offsets"]
     shape = entry["shape"]
     if entry["dtype"] not in DTYPES:
-        raise ValueError(f"{name} is {entry['dtype']!r}; the dtypes read are {', '.join(DTYPES)}")
+        raise DtypeError(
+            f"{name} in {file} has the dtype {entry['dtype']!r}; qrefta reads {', '.join(DTYPES)}. "
+            "Convert the tensor, or leave it out of the file."
+        )
     if not isinstance(shape, list) or not all(_is_size(n) for n in [*shape, start, end]):
         raise ValueError(f"{name} has the shape {shape!r} at {start!r} .. {end!r}")
     dtype = DTYPES[entry["dtype"]]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qrefta.files.checksums import PLACEHOLDER, Checksums, byte_view, tensor_checksum
-from qrefta.files.header import NAMES, read_header
+from qrefta.files.header import DTYPES, NAMES, DtypeError, read_header
 from qrefta.files.layout import INDEX
 from qrefta.files.safetensors import Checkpoint
 from qrefta.files.whole_file import replace_text, replacing
@@ -66,6 +66,7 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
 
     Raises:
         OSError: if it cannot be written; the message says how much room it needs.
+        DtypeError: if the format cannot hold a tensor's dtype.
     """
     entries = {
         name: _Entry(tensor.dtype, tensor.shape, tensor.nbytes, [byte_view(tensor)])
@@ -139,6 +140,11 @@ def _header_bytes(entries: dict[str, _Entry], checksums: dict[str, str], known: 
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, entry in entries.items():
+        if entry.dtype not in NAMES:
+            raise DtypeError(
+                f"{name} has the dtype {entry.dtype}, which safetensors files do not hold here; "
+                f"they hold {', '.join(DTYPES)}."
+            )
         offsets = [end, end + entry.nbytes]
         header[name] = {
             "dtype": NAMES[entry.dtype],

@@ -40,8 +40,8 @@ def is_switched_off() -> bool:
 def check_layout(folder: Path) -> None:
     """Refuse a folder with weights in both layouts, where transformers would load the single file.
 
-    `save_pretrained` leaves one file from an earlier save where it now writes shards, and the other
-    way round.
+    `save_pretrained` leaves one file from an earlier save where it now writes shards. The other way
+    round it removes the shards and leaves their index, which is taken as what it is.
 
     Raises:
         ValueError: if there are one file and an index; it says which of them was saved with
@@ -52,6 +52,8 @@ def check_layout(folder: Path) -> None:
     if not single.is_file() or not index.is_file():
         return
     shards = [folder / file for file in set(read_index(folder).values())]
+    if not any(file.exists() for file in shards) and _saved_with_config(folder, [single]):
+        return
     belong = [_saved_with_config(folder, [single]), _saved_with_config(folder, shards)]
     if belong.count(True) == 1:
         stale, kept = (INDEX, "the single file") if belong[0] else (SINGLE, "the shards")

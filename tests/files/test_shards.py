@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from qrefta.files.header import DTYPES
 from qrefta.files.safetensors import Checkpoint
 from qrefta.files.shards import ShardWriter, copy_shard, write_shard
 from qrefta.files.whole_file import clear_unfinished, replace_text
@@ -74,3 +76,20 @@ def test_files_stay_below_their_maximum_but_for_a_larger_tensor(sizes, files, tm
         writer.add(str(index), torch.zeros(size, dtype=torch.int8))
     written = [Checkpoint.of_files([tmp_path / file]) for file in writer.close()]
     assert [[one.nbytes(name) for name in one.names] for one in written] == files
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=list(DTYPES))
+def test_every_dtype_of_safetensors_is_written_and_read(dtype, tmp_path):
+    """Such as complex tables of rotary positions, and masks in uint16."""
+    tensor = torch.arange(6).reshape(2, 3).to(dtype)
+    write_shard(tmp_path / "model.safetensors", {"a": tensor})
+    mapped = Checkpoint(tmp_path).mapped(["a"])["a"]
+    for read in (mapped, load_file(tmp_path / "model.safetensors")["a"]):
+        assert read.dtype == dtype
+        assert torch.equal(read.view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_a_dtype_that_files_do_not_hold_is_named_and_no_file_is_written(tmp_path):
+    with pytest.raises(ValueError, match=r"table has the dtype torch\.complex128"):
+        write_shard(tmp_path / "model.safetensors", {"table": torch.ones(2).to(torch.complex128)})
+    assert list(tmp_path.iterdir()) == []
