@@ -629,8 +629,9 @@ def test_the_settings_with_which_a_model_was_prepared_may_be_given_again(prepare
         ("--task lm --mix a.txt:50%", "--mix a.txt:50% has the weight '50%'; it must be a number"),
         (
             "--task grpo --reward REWARD --batch-size 2",
-            "has 2 rows (--batch-size 2 x --gradient-accumulation 1, in 1 processes), and they "
-            "must be a multiple of --num-generations 8",
+            "has 2 rows: batch_size (--batch-size) 2 x gradient_accumulation "
+            "(--gradient-accumulation) 1, in 1 processes. They must be a multiple of "
+            "num_generations (--num-generations) 8",
         ),
         ("--task lm --mix a.txt:2 --mix a.txt:3", "a.txt is given twice; give it once"),
     ],

@@ -92,7 +92,6 @@ def finetune(
     from qrefta.train.rates import parse_rate
     from qrefta.train.rewards import load_rewards
     from qrefta.train.tasks.chat import check_loss
-    from qrefta.train.tasks.grpo import check_group
 
     _check_source(model)
     further = _weights(dataset, mix or [])
@@ -102,8 +101,6 @@ def finetune(
     rewards = load_rewards(task, reward or ())
     check_loss(task, loss)
     state = processes()  # before TrainingArguments, whose processes wait less long for the first
-    if task == "grpo":
-        check_group(batch_size, gradient_accumulation, state.num_processes, num_generations)
     console.quiet = not state.is_main_process
     args = training_arguments(
         task,

@@ -138,7 +138,8 @@ def with_adapter(bare: PreTrainedModel, folder: Path) -> nn.Module:
         ValueError: if PEFT takes no model of this class.
     """
     try:
-        return import_peft().PeftModel.from_pretrained(bare, folder)
+        with torch.random.fork_rng():  # PEFT draws a start, which the file then replaces
+            return import_peft().PeftModel.from_pretrained(bare, folder)
     except NotImplementedError as error:
         raise ValueError(
             f"PEFT takes no {type(bare).__name__} ({error}); merge the model instead."

@@ -118,10 +118,10 @@ class AdaptedLinear(nn.Module):
         layer = self._adapter[2]
         return weight + self.factors.delta(layer).to(weight.device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not x.is_floating_point():
+    def forward(self, input: Tensor) -> Tensor:
+        if not input.is_floating_point():
             raise ValueError(
-                f"AdaptedLinear takes floating-point input, not {x.dtype}. Was the input cast to "
+                f"AdaptedLinear takes floating-point input, not {input.dtype}. Was it cast to "
                 "the dtype of the packed weight?"
             )
         if is_replica(self):
@@ -131,7 +131,7 @@ class AdaptedLinear(nn.Module):
                 "If Trainer chose DataParallel because it sees several GPUs, show it one: "
                 "CUDA_VISIBLE_DEVICES=0."
             )
-        x = _autocast(x)
+        x = _autocast(input)
         if self._adapter is None:
             return frozen_product(x, self.bias, self.frozen_weight())
         bank, key, layer = self._adapter

@@ -366,6 +366,12 @@ def _written(func: Any, tensor: Any, source: Any, *args: Any, **kwargs: Any) -> 
     return tensor
 
 
+def _loaded(func: Any, tensor: Any, other: Any, assign: bool = False) -> Any:
+    """`module_load`, by which a state dict is loaded with swapped tensors."""
+    _check_source(tensor, other, "load_state_dict")
+    return other.detach() if assign else tensor.copy_(other).detach()
+
+
 def _check_source(tensor: PackedBytes, source: Any, name: str) -> None:
     """Refuse new values that are numbers."""
     if not isinstance(source, Tensor) or source.dtype != tensor.dtype:
@@ -567,6 +573,7 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "requires_grad_": _require_grad,
     "to": _to,
     "copy_": _written,
+    "module_load": _loaded,
     "__setitem__": _assigned,
     "cat": _joined,
     "concat": _joined,

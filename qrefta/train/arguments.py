@@ -1,6 +1,7 @@
 """TrainingArguments: qrefta's defaults, the caller's settings, and values that every run needs."""
 
 import copy
+import os
 from dataclasses import fields
 from math import inf
 from numbers import Integral
@@ -61,6 +62,7 @@ UNSUPPORTED = {
     "push_to_hub": "push the folder after the run, with model.push_to_hub or `hf upload`",
     "resume_from_checkpoint": "use finetune(..., resume=True), which takes the last checkpoint",
 }
+GENERATIONS = 8  # of grpo: answers to a prompt, by default of TRL
 _OF_TOKENIZER = "set it on the tokenizer before finetune, which makes the rows with it"
 TASK_UNSUPPORTED: dict[TaskName, dict[str, str]] = {
     "sft": dict.fromkeys(("chat_template_path", "eos_token", "pad_token"), _OF_TOKENIZER),
@@ -157,6 +159,8 @@ def run_arguments(
 def _made(kind: type[TrainingArguments], values: dict[str, Any]) -> TrainingArguments:
     """The arguments with these values, checked, for the devices that are here."""
     _check_size(values)
+    if "num_generations" in kind.__dataclass_fields__:
+        _check_groups(values)
     return kind(**values | _device_values(values) | _checkpointing_values(kind, values))
 
 
@@ -175,6 +179,24 @@ def _check_size(values: dict[str, Any]) -> None:
         raise ValueError(
             f"{_named('num_train_epochs')} is {epochs!r}; it must be a number above 0, or give the "
             f"steps of the run by {_named('max_steps')}"
+        )
+
+
+def _check_groups(values: dict[str, Any]) -> None:
+    """Refuse a step of grpo whose rows are not whole groups of answers to a prompt."""
+    if values.get("generation_batch_size") or values.get("steps_per_generation"):
+        return  # TRL checks these
+    size = values.get("num_generations") or GENERATIONS
+    batch = values.get("per_device_train_batch_size", 8)
+    accumulation = values.get("gradient_accumulation_steps", 1)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    rows = batch * accumulation * processes
+    if size > 1 and rows % size:
+        raise ValueError(
+            f"A step has {rows} rows: {_named('per_device_train_batch_size')} {batch} x "
+            f"{_named('gradient_accumulation_steps')} {accumulation}, in {processes} processes. "
+            f"They must be a multiple of {_named('num_generations')} {size}, the answers to a "
+            "prompt. Give other values of these."
         )
 
 

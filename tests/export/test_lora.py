@@ -336,6 +336,13 @@ def test_a_rank_too_large_for_servers_is_noted(tmp_path):
     assert not any("beyond" in note for note in _notes(prepared_config(wide), [512], "residual"))
 
 
+def test_an_export_leaves_the_random_numbers_alone(tmp_path):
+    model = trained(tmp_path / "dense", tiny_llama)
+    state = torch.get_rng_state()
+    qrefta.export_lora(model, tmp_path / "out")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 # Errors
 
 

@@ -365,6 +365,12 @@ def test_a_layer_prints_its_format_and_rank():
     assert repr(plain_layer(None)).endswith("16 bits, rank=0)")
 
 
+def test_the_input_has_its_name_in_nn_linear():
+    layer = Adapted().layers[0]
+    x = randn(3, IN)
+    assert torch.equal(layer(input=x), layer(x))
+
+
 # Rounded factors that are kept for the layers of one pass
 
 

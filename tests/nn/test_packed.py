@@ -265,6 +265,23 @@ def test_a_state_of_floats_is_refused_in_both_ways_of_loading():
         model.load_state_dict(state, assign=True)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_loads_by_swapped_tensors(assign):
+    model = prepared(tiny_llama, **FORMATS[0])
+    other = trained(model, 0.1)
+    state = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.load_state_dict(state, assign=assign)
+        floats = {name: plain_bytes(tensor).float() for name, tensor in state.items()}
+        with pytest.raises(RuntimeError, match=r"load_state_dict with torch\.float32 in place of"):
+            model.load_state_dict(floats, assign=assign)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert torch.equal(logits(model), logits(other))
+    assert isinstance(model.model.layers[0].mlp.up_proj.weight, PackedBytes)
+
+
 def test_all_parameters_as_one_vector_are_refused_and_trainable_ones_not():
     model = prepared(tiny_llama, **FORMATS[0])
     with pytest.raises(ValueError, match=r"cat with torch\.float32"):

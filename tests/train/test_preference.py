@@ -147,6 +147,14 @@ def test_pairs_that_are_none_are_refused(chosen, rejected, message, tmp_path):
         load_preferences(file, 0)
 
 
+@pytest.mark.parametrize("name", ["chosen", "rejected"])
+def test_a_column_of_another_name_is_told_with_the_columns_that_there_are(name, tmp_path):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    row["other"] = row.pop(name)
+    with pytest.raises(ValueError, match=rf"there is no column {name}; the columns are .*'other'"):
+        load_preferences(write_rows(tmp_path / "a.jsonl", [row] * 3), 0)
+
+
 def test_csv_files_hold_pairs_and_prompts_with_numbers_for_the_reward(tmp_path):
     (tmp_path / "a.csv").write_text("Prompt,Chosen,Rejected\n1+1=,2,3\n2+2=,4,NA\n")
     data = load_preferences(tmp_path / "a.csv", 0)
@@ -405,6 +413,16 @@ def test_a_prompt_that_the_template_does_not_take_is_named(task, tokenizer):
     data = DatasetDict(train=Dataset.from_list(rows))
     with pytest.raises(ValueError, match=r"A row of the train split: .*: no system role"):
         task_batches(task, tiny_llama(), tokenizer, data, max_length=32)
+
+
+def test_rows_of_a_step_that_are_no_groups_of_answers_are_refused(tokenizer, tmp_path):
+    """By the names of `finetune`, before the data are read; TRL names its own fields."""
+    options = {"task": "grpo", "reward": len}
+    message = re.escape("(--batch-size) 6 x gradient_accumulation (--gradient-accumulation) 1")
+    with pytest.raises(ValueError, match=f"has 6 rows: batch_size {message}.*num_generations"):
+        qrefta.finetune(tiny_llama(), tokenizer, "x", tmp_path, batch_size=6, **options)
+    args = training_arguments("grpo", tmp_path, num_generations=3, per_device_train_batch_size=6)
+    assert args.num_generations == 3
 
 
 def test_a_setting_of_another_task_is_refused(tokenizer, tmp_path):

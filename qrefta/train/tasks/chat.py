@@ -5,32 +5,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, Json, List, Value
+from datasets import Dataset, DatasetDict, Features, List, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta.choices import LOSSES, Loss, Task
-from qrefta.files.tables import as_written, with_names
 from qrefta.train.balance import balanced
 from qrefta.train.data import read_splits, with_test
 from qrefta.train.head_loss import without_logits
 from qrefta.train.lengths import check_rows, warn_of_cut, warn_without_answer
 from qrefta.train.tasks.answers import IGNORED, learned_ids, left_out, template_errors
 from qrefta.train.tasks.recipe import TEST_SHARE, Recipe
-from qrefta.train.tasks.turns import (
-    COLUMNS,
-    are_plain,
-    conversation,
-    is_empty,
-    is_plain,
-    tools_of,
-)
+from qrefta.train.tasks.rows import TOOLS, read_rows, text_features, turn_features
+from qrefta.train.tasks.turns import conversation, is_empty, is_plain
 from qrefta.train.token_loss import loss_by_tokens
 from qrefta.train.trl import load_trl
 
-_PLAIN = Features({"prompt": Value("string"), "completion": Value("string")})
-_TURNS = Features({"messages": List(Json())})
-_TOOLS = Features({"tools": Json()})
-_READ = (_PLAIN, _TURNS, Features(_TURNS | _TOOLS))
+_TEXT = ("prompt", "completion")
+_TURNS = ("messages",)
+_READ = (
+    text_features(_TEXT),
+    turn_features(_TURNS),
+    Features(turn_features(_TURNS) | TOOLS),
+)
 _IDS = Features(
     {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "cut": Value("bool")}
 )
@@ -81,35 +77,18 @@ def conversations(part: Dataset, source: str) -> Dataset:
     Raises:
         ValueError: for other columns, or a row without an answer.
     """
-    part = with_names(part, COLUMNS)
-    plain = are_plain(part, [*_PLAIN])
-    features = _PLAIN if plain else _TURNS
-    if not plain and "tools" in part.column_names:
-        features = Features(_TURNS | _TOOLS)
-    return part.map(
-        _row,
-        with_indices=True,
-        fn_kwargs={"source": source, "columns": list(features), "given": part.features},
-        remove_columns=part.column_names,
-        features=features,
-        desc="Reading",
-    )
+    return read_rows(part, source, _row, _TEXT, _TURNS)
 
 
-def _row(
-    row: dict[str, Any], index: int, source: str, columns: list[str], given: Features
-) -> dict[str, Any]:
-    row = as_written(row, given)
-    where = f"{source}, row {index + 1}"
-    if "completion" in columns:
-        if not is_plain(row, columns) or is_empty(row["completion"]):
-            raise ValueError(
-                f"{where}, columns prompt and completion: text is missing. They are "
-                f"{row['prompt']!r} and {row['completion']!r}; fill the row, or remove it."
-            )
-        return {name: row[name] for name in columns}
-    turns = {"messages": conversation(row, where)}
-    return turns | ({"tools": tools_of(row, where)} if "tools" in columns else {})
+def _row(row: dict[str, Any], where: str, plain: bool) -> dict[str, Any]:
+    if not plain:
+        return {"messages": conversation(row, where)}
+    if not is_plain(row, _TEXT) or is_empty(row["completion"]):
+        raise ValueError(
+            f"{where}, columns prompt and completion: text is missing. They are "
+            f"{row['prompt']!r} and {row['completion']!r}; fill the row, or remove it."
+        )
+    return {name: row[name] for name in _TEXT}
 
 
 def chat_recipe(

@@ -4,33 +4,28 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, Json, List, Value
+from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qrefta.files.tables import as_written, with_names
 from qrefta.train.data import read_splits, with_test
 from qrefta.train.lengths import check_rows, check_tokens, warn_of_cut, warn_without_answer
 from qrefta.train.reference import starts_as_reference
 from qrefta.train.tasks.chat import check_template
 from qrefta.train.tasks.prompts import token_ids
 from qrefta.train.tasks.recipe import TEST_SHARE, Recipe
+from qrefta.train.tasks.rows import read_rows
 from qrefta.train.tasks.turns import (
-    COLUMNS,
     QUESTIONS,
     answer_turns,
-    are_plain,
     is_empty,
     question_of,
-    tools_of,
     turns_of,
     with_system,
 )
 from qrefta.train.trl import load_trl
 
-_PAIR = ("prompt", "chosen", "rejected")
-_PLAIN = Features({name: Value("string") for name in _PAIR})
-_TURNS = Features({name: List(Json()) for name in _PAIR})
-_TOOLS = Features({"tools": Json()})
+_ANSWERS = ("chosen", "rejected")
+_PAIR = ("prompt", *_ANSWERS)
 
 
 def load_preferences(source: str | Path, seed: int) -> DatasetDict:
@@ -50,25 +45,8 @@ def load_preferences(source: str | Path, seed: int) -> DatasetDict:
     """
     parts = read_splits(source, shards=True)
     for name, part in parts.items():
-        part = with_names(part, COLUMNS)
-        plain = are_plain(part, _PAIR)
-        features = _PLAIN if plain else _TURNS
-        if not plain and "tools" in part.column_names:
-            features = Features(_TURNS | _TOOLS)
-        parts[name] = part.map(
-            _pair,
-            with_indices=True,
-            fn_kwargs={
-                "source": f"{source} ({name})",
-                "columns": list(features),
-                "plain": plain,
-                "given": part.features,
-            },
-            remove_columns=part.column_names,
-            features=features,
-            desc="Reading",
-        )
-        parts[name] = _different(parts[name], f"{source} ({name})")
+        place = f"{source} ({name})"
+        parts[name] = _different(read_rows(part, place, _pair, _PAIR, _PAIR), place)
     return with_test(parts, TEST_SHARE, seed)
 
 
@@ -130,29 +108,25 @@ def _check_pairs(
     )
 
 
-def _pair(
-    row: dict[str, Any],
-    index: int,
-    source: str,
-    columns: list[str],
-    plain: bool,
-    given: Features,
-) -> dict[str, Any]:
-    row = as_written(row, given)
-    where = f"{source}, row {index + 1}"
-    for name in ("chosen", "rejected"):
-        if is_empty(row.get(name)):
+def _pair(row: dict[str, Any], where: str, plain: bool) -> dict[str, Any]:
+    for name in _ANSWERS:
+        if name not in row:
             raise ValueError(
-                f"{where}, column {name}: there is no answer but {row.get(name)!r}; fill the row, "
+                f"{where}: there is no column {name}; the columns are {[*row]}. A pair is a better "
+                "answer in the column chosen and a worse one in rejected."
+            )
+        if is_empty(row[name]):
+            raise ValueError(
+                f"{where}, column {name}: there is no answer but {row[name]!r}; fill the row, "
                 "or remove it."
             )
     if plain:
         wrong = next((name for name in _PAIR if not isinstance(row[name], str)), None)
         if wrong is not None:
             raise ValueError(f"{where}, column {wrong} is {row[wrong]!r}, and text in other rows.")
-        return {name: row[name] for name in columns}
+        return {name: row[name] for name in _PAIR}
     answers = {}
-    for name in ("chosen", "rejected"):
+    for name in _ANSWERS:
         place = f"{where}, column {name}"
         answers[name] = turns_of(answer_turns(row[name], place), place)
     common = _common_turns(*answers.values())
@@ -173,8 +147,7 @@ def _pair(
             raise ValueError(
                 f"{where}, column {name}: the answer is {turns!r}, not the assistant's."
             )
-    tools = {"tools": tools_of(row, where)} if "tools" in columns else {}
-    return {"prompt": prompt} | answers | tools
+    return {"prompt": prompt} | answers
 
 
 def _common_turns(one: list[Any], other: list[Any]) -> list[Any]:
@@ -195,7 +168,7 @@ def _ask_differently(chosen: list[Any], rejected: list[Any]) -> bool:
 
 def _different(part: Dataset, source: str) -> Dataset:
     """The pairs of two different answers; a warning counts the others."""
-    kept = part.filter(_is_pair, input_columns=["chosen", "rejected"], desc="Comparing answers")
+    kept = part.filter(_is_pair, input_columns=[*_ANSWERS], desc="Comparing answers")
     if len(kept) == 0:
         raise ValueError(f"{source}: chosen and rejected are equal in every row.")
     if len(kept) < len(part):

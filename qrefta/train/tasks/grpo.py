@@ -7,12 +7,12 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, Json, List, Value
+from datasets import Dataset, DatasetDict, Value
 from pyarrow import ArrowInvalid
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qrefta.files.tables import BUILDERS, as_written, is_number, is_text, kind_of, with_names
+from qrefta.files.tables import BUILDERS, is_number, is_text, kind_of, with_names
 from qrefta.train.data import read_splits, split_files, with_test
 from qrefta.train.lengths import check_rows, check_tokens
 from qrefta.train.reference import starts_as_reference
@@ -20,10 +20,10 @@ from qrefta.train.rewards import Reward
 from qrefta.train.tasks.chat import check_template
 from qrefta.train.tasks.prompts import token_ids
 from qrefta.train.tasks.recipe import TEST_SHARE, Recipe
-from qrefta.train.tasks.turns import COLUMNS, are_plain, is_empty, question_of
+from qrefta.train.tasks.rows import read_rows
+from qrefta.train.tasks.turns import COLUMNS, is_empty, question_of
 from qrefta.train.trl import load_trl
 
-GENERATIONS = 8  # answers to a prompt, by default of TRL
 _OF_TRL = ("prompt", "completion", "completion_ids")  # columns that a reward does not get
 _GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
@@ -46,17 +46,10 @@ def load_prompts(source: str | Path, seed: int) -> DatasetDict:
     files = split_files(source, shards=True)
     from_cells = any(BUILDERS[kind_of(file)] == "csv" for part in files.values() for file in part)
     for name, part in parts.items():
+        place = f"{source} ({name})"
         part = with_names(part, COLUMNS)
         part = _with_numbers(part) if from_cells else part
-        plain = are_plain(part, ["prompt"])
-        prompt = Value("string") if plain else List(Json())
-        parts[name] = part.map(
-            _prompt,
-            with_indices=True,
-            fn_kwargs={"source": f"{source} ({name})", "plain": plain, "given": part.features},
-            features=Features(part.features | {"prompt": prompt}),
-            desc="Reading",
-        )
+        parts[name] = read_rows(part, place, _prompt, ["prompt"], ["prompt"], keeps_others=True)
     return with_test(parts, TEST_SHARE, seed)
 
 
@@ -107,21 +100,6 @@ def grpo_recipe(
     )
 
 
-def check_group(
-    batch_size: int, accumulation: int, processes: int, generations: int | None
-) -> None:
-    """Raise ValueError unless the rows of a step are whole groups of answers to a prompt."""
-    size = GENERATIONS if generations is None else generations
-    rows = batch_size * accumulation * processes
-    if size > 1 and rows > 0 and rows % size:
-        raise ValueError(
-            f"A step has {rows} rows (--batch-size {batch_size} x --gradient-accumulation "
-            f"{accumulation}, in {processes} processes), and they must be a multiple of "
-            f"--num-generations {size}, the answers to a prompt. Give other values of these "
-            "options."
-        )
-
-
 def _checked(reward: Reward, columns: list[str]) -> Reward:
     """A reward that refuses to return anything but one number, or None, for each completion.
 
@@ -162,11 +140,7 @@ def _checked(reward: Reward, columns: list[str]) -> Reward:
     return checked
 
 
-def _prompt(
-    row: dict[str, Any], index: int, source: str, plain: bool, given: Features
-) -> dict[str, Any]:
-    row = as_written(row, given)
-    where = f"{source}, row {index + 1}"
+def _prompt(row: dict[str, Any], where: str, plain: bool) -> dict[str, Any]:
     if plain:
         if not isinstance(row["prompt"], str) or is_empty(row["prompt"]):
             raise ValueError(
