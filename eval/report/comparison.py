@@ -117,6 +117,8 @@ STUDIES = [
             "QLoRA with DoRA, r = 8": "dora r=8",
             "QLoRA with LoftQ, r = 8": "loftq r=8",
             "QLoRA with PiSSA, r = 8": "qpissa r=8",
+            "VeRA, r = 256, on 16 bits": "vera r=256",
+            "IA3, on plain NF4": "ia3",
         },
     ),
     Compared(
@@ -220,9 +222,10 @@ def _part(compared: Compared, accuracy: list[Row]) -> str:
         "time (CPU)",
     ]
     table = Table(header, [_line(name, score, rival) for name, score in names.items()])
+    seeds = {len(score.values) for score in names.values()}
     caption = (
         f"{compared.caption}: {study.steps} steps of {study.batch_size} rows, "
-        f"{rival.test_rows:,} test rows, {len(rival.values)} seeds, mean ± standard error; "
+        f"{rival.test_rows:,} test rows, {_listed(seeds)} seeds, mean ± standard error; "
         "differences are paired over seeds."
     )
     return f"{markdown_table(table)}\n\n{caption}"

@@ -34,7 +34,7 @@ class Over(NamedTuple):
     Attributes:
         ours, theirs: methods without their ranks, which differ from task to task.
         size: of `SIZES`.
-        by_task: the difference of every task.
+        by_task: the difference of every task, by its name, model and steps.
     """
 
     ours: str
@@ -71,19 +71,26 @@ class Over(NamedTuple):
 def over_tasks(studies: dict[Study, dict[str, Score]], theirs: str = "qlora") -> list[Over]:
     """Every method whose rival it is, on all tasks where both were scored; the best mean first.
 
-    If a task was studied several times, the last study counts; of several sizes in a study, the
-    largest. Tasks on which the rival learned nothing are left out.
+    If a task was studied several times with a model, the study with most steps counts, then most
+    test rows; of several sizes in a study, the largest. Tasks on which the rival learned nothing
+    are left out.
     """
-    found: dict[tuple[str, str, str], dict[str, Difference]] = defaultdict(dict)
-    for study, methods in studies.items():
+    found: dict[tuple[str, str, str], dict[tuple[str, str], tuple[str, Difference]]]
+    found = defaultdict(dict)
+    ordered = sorted(studies.items(), key=lambda item: (item[0].steps, item[0].test_rows))
+    for study, methods in ordered:
         for ours in sorted({kind(method) for method in methods if rival_of(method) == theirs}):
             pairs = differences(methods, ours, theirs)
             for pair in sorted(pairs, key=lambda pair: pair.ours.adapter):
                 share = pair.ours.adapter / pair.theirs.adapter
                 for size, (least, most) in SIZES.items():
                     if least <= share <= most and pair.learned:
-                        found[ours, theirs, size][study.task] = pair
-    groups = [Over(*key, by_task) for key, by_task in found.items() if len(by_task) >= MINIMUM]
+                        model = study.model.rpartition("/")[2]
+                        label = f"{study.task} ({model}, {study.steps} steps)"
+                        found[ours, theirs, size][study.task, study.model] = label, pair
+    groups = [
+        Over(*key, dict(pairs.values())) for key, pairs in found.items() if len(pairs) >= MINIMUM
+    ]
     return sorted(groups, key=lambda group: -group.mean)
 
 

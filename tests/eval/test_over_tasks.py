@@ -11,8 +11,8 @@ SEEDS = range(1, 6)
 WIGGLE = (0.01, -0.01, 0.02, -0.02, 0.0)
 
 
-def study(task):
-    return Study(task, "model", 64, 32, 2000, 500, 2000, 64)
+def study(task, steps=64, model="org/model"):
+    return Study(task, model, steps, 32, 2000, 500, 2000, 64)
 
 
 def score(method, mean, adapter, metric="accuracy", wiggle=0.0):
@@ -38,10 +38,32 @@ def test_points_are_hundredths_and_per_cents_of_a_perplexity_and_tasks_count_ali
     }
     (found,) = over_tasks(studies)
     assert (found.ours, found.theirs, found.size) == ("refta", "qlora", "as many")
-    assert list(found.by_task) == ["a", "b"]
+    assert list(found.by_task) == ["a (model, 64 steps)", "b (model, 64 steps)"]
     assert found.mean == pytest.approx((2 + 5) / 2)
     assert found.better == 2
     assert shown(found) == "+3.5 (+3.5 to +3.5)"
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_longest_study_of_a_task_and_model_counts(order):
+    """Whatever the order of the rows."""
+
+    def pair(ours):
+        return methods(score("refta R=4", ours, 10), score("qlora r=2", 0.8, 10))
+
+    studies = [
+        (study("a", 60), pair(0.7)),
+        (study("a", 120), pair(0.82)),
+        (study("a", 30, "other"), pair(0.81)),
+        (study("b"), pair(0.8)),
+    ]
+    (found,) = over_tasks(dict(studies[::order]))
+    differences = {label: round(100 * one.mean) for label, one in found.by_task.items()}
+    assert differences == {
+        "a (model, 120 steps)": 2,
+        "a (other, 30 steps)": 1,
+        "b (model, 64 steps)": 0,
+    }
 
 
 def test_the_interval_has_the_freedom_of_the_noisy_tasks():
@@ -84,7 +106,8 @@ def test_one_task_or_another_size_is_no_group():
     noisy = score("refta R=4", 0.8, 20, wiggle=1.0)
     assert over_tasks({study(task): methods(noisy, *nothing) for task in "ab"}) == []
     table = over_tasks_table(over_tasks({study(task): methods(equal, theirs) for task in "ab"}))
-    assert [line[:4] for line in table.rows] == [["refta", "qlora", "as many", "a, b"]]
+    tasks = "a (model, 64 steps), b (model, 64 steps)"
+    assert [line[:4] for line in table.rows] == [["refta", "qlora", "as many", tasks]]
 
 
 @pytest.mark.parametrize(
