@@ -47,7 +47,7 @@ class Base(NamedTuple):
     """How a base is made; these fields identify its row.
 
     Attributes:
-        maker: bitsandbytes, gptq, pissa, loftq, qera or qrefta.
+        maker: a key of PEERS, or qrefta.
         rank: R of a stack. Peers get as many components over its layers together.
         calibration: tokens of text; 0 for none.
         quant_type, block_size, double_quant: the format; a base of mixed bits has no quant_type.
@@ -160,6 +160,7 @@ def _peers() -> list[Base]:
         Base("bitsandbytes", double_quant=True),
         Base("bitsandbytes", quant_type="fp4"),
         Base("gptq", calibration=TEXT),
+        Base("gptq-ordered", calibration=TEXT),
         *pairs,
     ]
 
@@ -232,7 +233,8 @@ def _fewer_bits() -> list[Base]:
         ]
         integers = one | {"quant_type": kind.replace("nf", "int")}
         found += [CALIBRATED(**integers)]
-        found += [Base("gptq", calibration=TEXT, **levels) for levels in (one, integers)]
+        for maker in ("gptq", "gptq-ordered"):
+            found += [Base(maker, calibration=TEXT, **levels) for levels in (one, integers)]
     return found
 
 
@@ -361,7 +363,9 @@ def _gptq(
     weight: Tensor, base: Base, rank: int, moments: Moments, stack: LayerStack, index: int
 ) -> Tensor:
     moment = moments.of(stack.place(index)[0])
-    return gptq(weight, moment, base.block_size, quant_type=base.format.quant_type)
+    ordered = base.maker == "gptq-ordered"
+    kind = base.format.quant_type
+    return gptq(weight, moment, base.block_size, quant_type=kind, ordered=ordered)
 
 
 def _pissa(weight: Tensor, base: Base, rank: int, *_: Any) -> Tensor:
@@ -385,6 +389,7 @@ def _qera(
 PEERS: dict[str, Callable[..., Tensor]] = {
     "bitsandbytes": _bitsandbytes,
     "gptq": _gptq,
+    "gptq-ordered": _gptq,
     "pissa": _pissa,
     "loftq": _loftq,
     "qera": _qera,

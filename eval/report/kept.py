@@ -15,6 +15,7 @@ Points = list[tuple[float, float]]
 NAMES = {
     "bitsandbytes": "bitsandbytes",
     "gptq": "GPTQ",
+    "gptq-ordered": "GPTQ, larger inputs first",
     "pissa": "PiSSA",
     "loftq": "LoftQ",
     "qera": "QERA",

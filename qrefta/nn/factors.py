@@ -192,7 +192,7 @@ class Factors(nn.Module, ABC):
         return torch.autocast(device, enabled=False)
 
     def rounded(self, parameter: Tensor) -> Tensor:
-        """A trainable parameter rounded to `dtype`; the gradient passes through."""
+        """A trainable parameter rounded to `dtype`; the gradient passes through, rounded too."""
         return rounded_factor(parameter, self.dtype, parameter)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:

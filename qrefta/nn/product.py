@@ -107,7 +107,7 @@ def frozen_product(x: Tensor, bias: Tensor | None, weight: FrozenWeight) -> Tens
 def rounded_factor(factor: Tensor, rounding: torch.dtype, like: Tensor) -> Tensor:
     """A factor rounded to a dtype, then in the dtype and on the device of `like`.
 
-    The gradient passes through the rounding.
+    The gradient passes through the rounding, and is rounded to the same dtype.
     """
     if torch.compiler.is_compiling():
         factor = _opaquely_rounded(factor, rounding)

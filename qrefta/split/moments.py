@@ -6,7 +6,6 @@ S = E[x^T x], and not the weight error ||E||_F^2. The layers of a stack share on
 """
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qrefta.config.stack import LayerStack
+from qrefta.files.whole_file import replacing
 from qrefta.linalg.metric import Metric, normalized, roots
 from qrefta.model.stacks import ends_with
 
@@ -115,14 +115,9 @@ class Moments:
             "owners": json.dumps(self.owners),
             "tokens": json.dumps(self.tokens),
         }
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file(
-                {key: self.read(key).contiguous() for key in self.tokens}, temporary, metadata
-            )
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        moments = {key: self.read(key).contiguous() for key in self.tokens}
+        with replacing(path, sum(moment.nbytes for moment in moments.values())) as file:
+            save_file(moments, file.name, metadata)
 
 
 def load_moments(path: str | Path) -> Moments:

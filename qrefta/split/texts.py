@@ -160,11 +160,13 @@ def windows_of_text(
 
 
 def token_stream(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token ids of all texts in order, with an end-of-text token after each."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    """The token ids of all texts in order, with one end-of-text token after each."""
+    end = tokenizer.eos_token_id
     ids: list[int] = []
     for text in tokenizer(texts, verbose=False)["input_ids"]:
-        ids += [*text, *end]
+        ids += text
+        if end is not None and text[-1:] != [end]:  # some tokenizers add it
+            ids.append(end)
     return ids
 
 

@@ -9,6 +9,7 @@ from eval.peers.splits import NF4
 from qrefta.linalg.metric import output_error
 from qrefta.nn.grid import grid_of, inverse, nearest
 from qrefta.nn.quantize import rounded
+from qrefta.nn.quantized import QuantFormat
 
 
 def weight(*shape, seed=0):
@@ -45,6 +46,25 @@ def test_gptq_is_repeated_least_squares():
     moment = moment_of(32)
     assert_close(
         gptq(matrix, moment, block=16), by_least_squares(matrix, moment, 16), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_in_order_the_columns_with_larger_inputs_come_first():
+    """As the columns permuted, with the scales of the blocks as they were."""
+    matrix = weight(12, 64)
+    moment = moment_of(64) * torch.linspace(1, 4, 64).outer(torch.linspace(1, 4, 64))
+    order = moment.diagonal().argsort(descending=True)
+    grid = grid_of("nf4", matrix.device)
+    scales = matrix.view(12, 2, 32).abs().amax(2).repeat_interleave(32, dim=1)
+    found = gptq(matrix, moment, block=32, ordered=True)
+    levels = (found / scales).unsqueeze(-1)
+    assert_close((levels - grid.levels).abs().amin(-1), torch.zeros(12, 64), atol=1e-5, rtol=0)
+    first = order[0]
+    plain = rounded(matrix.reshape(-1, 16), QuantFormat("nf4", 16)).view(12, 32)
+    assert_close(found[:, first], plain[:, first])
+    rest = matrix - found
+    assert output_error(rest, moment) < output_error(
+        matrix - gptq(matrix, moment, block=16), moment
     )
 
 

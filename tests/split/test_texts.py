@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from qrefta.split import texts as texts_module
 from qrefta.split.texts import (
@@ -66,6 +67,16 @@ def test_windows_are_cut_from_the_texts_in_order_with_ends_between():
     assert token_stream(texts, tokenizer) == stream
     (batch,) = windows_of_text(texts, tokenizer, max_length=4)
     assert batch["input_ids"].tolist() == [stream[:4], stream[4:8]]
+
+
+def test_a_tokenizer_that_ends_texts_itself_ends_them_once():
+    tokenizer = with_end()
+    end = (tokenizer.eos_token, tokenizer.eos_token_id)
+    template = TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
+    tokenizer.backend_tokenizer.post_processor = template
+    assert token_stream(["red blue", "blue"], tokenizer) == token_stream(
+        ["red blue", "blue"], with_end()
+    )
 
 
 def test_a_text_shorter_than_a_window_is_one_short_window():
