@@ -4,7 +4,7 @@ Forward and backward passes of single layers over a grid of tokens, widths and r
 
     time = operations / speed + moved bytes / bandwidth + constant per step
 
-with the counts of `qrefta.nn.product.step_cost`. The three constants are fitted to all measurements
+with the counts of `qrefta.nn.cost.step_cost`. The three constants are fitted to all measurements
 by relative least squares. Each cell has one row with measured and predicted time. It also has the
 times of both forms of adding the update, which shows whether qrefta chooses the faster form, and of
 rebuilding the dense weight under autograd.

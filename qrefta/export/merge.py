@@ -15,7 +15,7 @@ from qrefta._compat.transformers import (
     unmark_quantized,
 )
 from qrefta.config.report import StackReport
-from qrefta.config.stack import BANK
+from qrefta.config.stack import BANK, expert_path
 from qrefta.export.compare import example_inputs, output_difference, outputs, run_from_disk
 from qrefta.export.result import ROUNDING_TOLERANCE, Export, agreed, check_floating
 from qrefta.export.write import (
@@ -31,7 +31,7 @@ from qrefta.files.folders import new_folder
 from qrefta.model.prepared import prepared_config
 from qrefta.model.stacks import replace_module
 from qrefta.model_card import write_card
-from qrefta.nn.experts import expert_path, restore_fused
+from qrefta.nn.experts import restore_fused
 from qrefta.nn.linear import adapted_layer, has_adapted_layer
 
 _USE = "Load it as any transformers model; it needs no qrefta."

@@ -19,7 +19,7 @@ from qrefta._compat.transformers import (
     write_code,
 )
 from qrefta.config.report import StackReport
-from qrefta.config.stack import BANK
+from qrefta.config.stack import BANK, expert_path
 from qrefta.files.code import is_trusted
 from qrefta.files.companions import copy_companions
 from qrefta.files.layout import SINGLE
@@ -36,7 +36,6 @@ from qrefta.model.adapters import check_no_peft
 from qrefta.model.check import check_in_memory
 from qrefta.model.names import stored_together
 from qrefta.model.prepared import is_prepared, prepared_config
-from qrefta.nn.experts import expert_path
 from qrefta.nn.linear import AdaptedLinear, adapted_layer, has_adapted_layer
 
 # The tensors of an adapted linear layer, without its bias, by their names in the module.

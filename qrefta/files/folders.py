@@ -4,16 +4,21 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 
 CONFIGS = ("config.json", "adapter_config.json")  # without them a folder holds no model
 JOURNAL = "qrefta_unfinished.json"  # in a folder that a checkpoint is being prepared into
 
 
-def check_new(out: str | Path) -> Path:
+def check_new(out: str | Path, ignoring: Sequence[str] = ()) -> Path:
     """The path of a folder that is new or empty.
+
+    Args:
+        out: the folder.
+        ignoring: patterns of names that may be there.
 
     Raises:
         ValueError: if it exists and is not empty.
@@ -21,6 +26,7 @@ def check_new(out: str | Path) -> Path:
     out = Path(out)
     if out.exists():
         held = sorted(path.name for path in out.iterdir()) if out.is_dir() else ["it is a file"]
+        held = [name for name in held if not any(fnmatch(name, pattern) for pattern in ignoring)]
         if held:
             raise ValueError(
                 f"{out} exists and is not empty ({held[0]}); choose another folder or remove it."

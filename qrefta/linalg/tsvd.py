@@ -114,9 +114,10 @@ def mix(block: Tensor, transform: Tensor) -> Tensor:
 def t_svd_exact(slices: Slices, rank: int) -> TSVD:
     """The `rank` largest tensor singular values with their vectors, by exact SVDs in float64.
 
-    It is the reference for `t_svd`, which uses it for small slices. There are exactly `rank`
-    components, whatever the ranks of the slices; ties go to the lower slice, then the lower index;
-    the largest entry of every left vector is positive. One pass; memory: the slices, in float64.
+    The tests compare `t_svd` with it, which takes the same path for small slices. There are exactly
+    `rank` components, whatever the ranks of the slices; ties go to the lower slice, then the lower
+    index; the largest entry of every left vector is positive. One pass; memory: the slices, in
+    float64.
 
     Args:
         slices: float32 or float64.

@@ -20,7 +20,7 @@ WIDTH = 8  # components of a layer, as in the usual LoRA
 
 
 class Windows(LowRankFactors):
-    """Delta_l = A[:, W_l] B[W_l], for a window W_l of w components.
+    """Delta_l = A[:, I_l] B[I_l], for a window I_l of w components.
 
     Windows move evenly from the first w components to the last. R = w shares all components in all
     layers, R = K w none, which is LoRA of rank w. A layer has w = 8 components; R if that is less,

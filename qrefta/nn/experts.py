@@ -27,10 +27,10 @@ from qrefta._compat.transformers import (
     mark_initialized,
     with_experts_implementation,
 )
+from qrefta.config.stack import EXPERTS_SUFFIX
 
 IMPLEMENTATION = "qrefta"
 _EVEN = "qrefta_even"
-_SUFFIX = "_adapted"
 # An nn.Module with the attributes in `EXPERTS_CONTRACT`; transformers has no class for it.
 Experts = Any
 
@@ -45,7 +45,7 @@ def is_experts(module: Experts) -> bool:
 
 def is_adapted(module: nn.Module) -> bool:
     """Whether the experts of a module are adapted linear layers."""
-    return hasattr(module, f"down_proj{_SUFFIX}")
+    return hasattr(module, f"down_proj{EXPERTS_SUFFIX}")
 
 
 def fused_names(experts: Experts) -> tuple[str, str]:
@@ -54,19 +54,14 @@ def fused_names(experts: Experts) -> tuple[str, str]:
     return first, "down_proj"
 
 
-def expert_path(path: str, expert: int) -> str:
-    """Module path of the adapted linear layer of an expert, by the path of the fused parameter."""
-    return f"{path}{_SUFFIX}.{expert}"
-
-
 def add_expert(experts: Experts, name: str, linear: nn.Module) -> None:
     """Let `linear` compute a fused parameter's part of the next expert.
 
     The fused parameter is removed when the last expert has its linear layer.
     """
     count = len(getattr(experts, name))
-    if not hasattr(experts, name + _SUFFIX):
-        setattr(experts, name + _SUFFIX, nn.ModuleList())
+    if not hasattr(experts, name + EXPERTS_SUFFIX):
+        setattr(experts, name + EXPERTS_SUFFIX, nn.ModuleList())
     linears = _adapted(experts, name)
     linears.append(linear)
     if len(linears) == count:
@@ -111,7 +106,7 @@ def restore_fused(
     assert fused is not None, "an experts module has experts"
     experts.register_parameter(name, nn.Parameter(fused))
     _use(experts, None)
-    delattr(experts, name + _SUFFIX)
+    delattr(experts, name + EXPERTS_SUFFIX)
 
 
 def fused_inputs(
@@ -148,7 +143,7 @@ def _use(experts: Experts, implementation: str | None) -> None:
 
 def _adapted(experts: Experts, name: str) -> nn.ModuleList:
     """The adapted linear layers that stand for a fused parameter."""
-    return getattr(experts, name + _SUFFIX)
+    return getattr(experts, name + EXPERTS_SUFFIX)
 
 
 def _by_expert(

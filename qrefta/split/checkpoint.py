@@ -13,7 +13,6 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from qrefta.config.sizes import parse_bytes
 from qrefta.config.stack import BANK, LayerStack
 from qrefta.files.checksums import Checksums, settings_checksum
 from qrefta.files.companions import copy_companions
-from qrefta.files.folders import JOURNAL
+from qrefta.files.folders import JOURNAL, check_new
 from qrefta.files.header import read_checksums
 from qrefta.files.json_file import read_json
 from qrefta.files.safetensors import Checkpoint
@@ -351,12 +350,8 @@ def _check_out(out: Path) -> None:
     """Refuse a folder with other files than an unfinished run; a run that was killed early has left
     its lock, and its journal under a temporary name.
     """
-    if (out / JOURNAL).is_file() or not out.exists():
-        return
-    if not out.is_dir() or any(
-        path.name != LOCK and not fnmatch(path.name, f"{JOURNAL}.*.tmp") for path in out.iterdir()
-    ):
-        raise ValueError(f"{out} exists and is not empty; choose another folder or remove it.")
+    if not (out / JOURNAL).is_file():
+        check_new(out, ignoring=[LOCK, f"{JOURNAL}.*.tmp"])
 
 
 def _model_without_storage(

@@ -161,7 +161,7 @@ def windows_of_text(
 
 def token_stream(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token ids of all texts in order, with one end-of-text token after each."""
-    end = tokenizer.eos_token_id
+    end: Any = tokenizer.eos_token_id
     ids: list[int] = []
     for text in tokenizer(texts, verbose=False)["input_ids"]:
         ids += text
