@@ -36,7 +36,7 @@ from qrefta.model.modes import as_written
 from qrefta.model.prepared import is_prepared
 from qrefta.model.stacks import check_values, find_stacks
 from qrefta.model.unquantized import warn_of_unquantized
-from qrefta.nn.factors import FactorBank
+from qrefta.nn.bank import FactorBank
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.split.calibrate import gather_moments
 from qrefta.split.checkpoint import convert, without_order

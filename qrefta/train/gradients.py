@@ -8,7 +8,7 @@ from transformers import TrainerCallback, TrainerState
 
 from qrefta.config.stack import BANK
 from qrefta.model.prepared import is_prepared
-from qrefta.nn.factors import FactorBank
+from qrefta.nn.bank import FactorBank
 
 
 def silent_stacks(model: nn.Module) -> list[str]:

@@ -25,7 +25,8 @@ from qrefta.methods.craft import CRAFT
 from qrefta.methods.tera import kronecker_product, mode_sizes
 from qrefta.methods.windows import Windows
 from qrefta.model.stacks import find_stacks, model_weights
-from qrefta.nn.factors import FactorBank, stored_factors
+from qrefta.nn.bank import FactorBank
+from qrefta.nn.factors import stored_factors
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.nn.quantized import DenseWeight
 from qrefta.split.calibrate import gather_moments

@@ -5,7 +5,8 @@ from torch.testing import assert_close
 from qrefta.choices import TRANSFORMS
 from qrefta.methods import METHODS
 from qrefta.methods.refta import ReFTA
-from qrefta.nn.factors import FactorBank, Factors
+from qrefta.nn.bank import FactorBank
+from qrefta.nn.factors import Factors
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.nn.quantized import DenseWeight
 from tests.stacks import fit_refta, svd_of, transform_of

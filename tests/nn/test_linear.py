@@ -6,7 +6,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from qrefta.choices import QUANT_TYPES, bits_of
-from qrefta.nn.factors import FactorBank
+from qrefta.nn.bank import FactorBank
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.nn.quantize import quantize
 from qrefta.nn.quantized import QuantFormat
