@@ -34,8 +34,9 @@ from qrefta.model.build import freeze, with_trained_modules
 from qrefta.model.check import check_in_memory
 from qrefta.model.modes import as_written
 from qrefta.model.prepared import is_prepared
-from qrefta.model.stacks import check_values, find_stacks
+from qrefta.model.stacks import find_stacks
 from qrefta.model.unquantized import warn_of_unquantized
+from qrefta.model.weights import check_values
 from qrefta.nn.bank import FactorBank
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.split.calibrate import gather_moments

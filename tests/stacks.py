@@ -8,7 +8,7 @@ import pytest
 from qrefta.linalg.slices import Slices
 from qrefta.linalg.tsvd import mix, t_svd, transform_matrix
 from qrefta.methods.refta import ReFTA
-from qrefta.model.stacks import Weights
+from qrefta.model.weights import Weights
 from qrefta.nn.factors import Factors
 from qrefta.nn.quantize import quantize
 from qrefta.nn.quantized import DenseWeight

@@ -16,7 +16,8 @@ from qrefta.config.settings import Settings
 from qrefta.config.stack import BANK
 from qrefta.files.checksums import KEY
 from qrefta.methods.refta import ReFTA
-from qrefta.model.stacks import find_stacks, model_weights
+from qrefta.model.stacks import find_stacks
+from qrefta.model.weights import model_weights
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.split.stack_split import StackSplit
 from tests import models

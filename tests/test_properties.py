@@ -18,7 +18,7 @@ from qrefta.choices import QUANT_TYPES, bits_of
 from qrefta.config.settings import Settings
 from qrefta.linalg.tsvd import squared_norm
 from qrefta.methods import METHODS
-from qrefta.model.stacks import LARGEST_WEIGHT, check_values
+from qrefta.model.weights import LARGEST_WEIGHT, check_values
 from qrefta.nn.quantize import quantize
 from qrefta.nn.quantized import QuantFormat
 from qrefta.train.arguments import training_arguments

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from eval.peers.splits import NF4, LowRank
 from qrefta.model.build import task_head
-from qrefta.model.stacks import find_stacks, replace_module
+from qrefta.model.replace import replace_module
+from qrefta.model.stacks import find_stacks
 
 Variant = Literal["rslora", "dora"]
 

@@ -25,7 +25,8 @@ from qrefta.choices import QuantType
 from qrefta.config.stack import LayerStack
 from qrefta.linalg.metric import output_error
 from qrefta.model.prepared import prepared_config
-from qrefta.model.stacks import find_stacks, read_slice
+from qrefta.model.stacks import find_stacks
+from qrefta.model.weights import read_slice
 from qrefta.nn.quantize import quantize, rounded
 from qrefta.nn.quantized import QuantFormat
 from qrefta.split.batches import Batch

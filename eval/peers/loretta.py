@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eval.peers.baselines import adapted_layers, train_head_only
-from qrefta.model.stacks import replace_module
+from qrefta.model.replace import replace_module
 
 BOTTLENECK = 8
 

@@ -36,7 +36,8 @@ from qrefta.config.settings import Settings
 from qrefta.config.stack import BANK
 from qrefta.methods import METHODS
 from qrefta.model.build import adapt, attach_bank, bank_key, freeze
-from qrefta.model.stacks import find_stacks, replace_module
+from qrefta.model.replace import replace_module
+from qrefta.model.stacks import find_stacks
 from qrefta.nn.factors import Factors, factor_dtype
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.nn.packed import plain_bytes

@@ -33,7 +33,8 @@ from qrefta.cli import guarded
 from qrefta.config.settings import Settings
 from qrefta.linalg.slices import Slices
 from qrefta.linalg.tsvd import mix, t_svd, transform_matrix
-from qrefta.model.stacks import Weights, find_stacks, model_weights
+from qrefta.model.stacks import find_stacks
+from qrefta.model.weights import Weights, model_weights
 from qrefta.nn.quantize import rounded
 from qrefta.nn.quantized import QuantFormat
 from qrefta.split.residual import split_layers, split_stack

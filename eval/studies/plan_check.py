@@ -49,7 +49,8 @@ from qrefta.cli import guarded
 from qrefta.memory.footprint import count_step, counted_checkpointing, fake
 from qrefta.memory.plan import plan
 from qrefta.methods import METHODS
-from qrefta.model.stacks import find_stacks, replace_module
+from qrefta.model.replace import replace_module
+from qrefta.model.stacks import find_stacks
 from qrefta.nn.checkpointing import selective_contexts
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.nn.quantized import QuantFormat

@@ -47,7 +47,8 @@ from qrefta.linalg.metric import Metric, output_error
 from qrefta.methods import METHODS
 from qrefta.methods.craft import CRAFT
 from qrefta.methods.refta import ReFTA
-from qrefta.model.stacks import Weights, find_stacks, model_weights
+from qrefta.model.stacks import find_stacks
+from qrefta.model.weights import Weights, model_weights
 from qrefta.nn.factors import Factors, Fit
 from qrefta.nn.quantize import rounded
 from qrefta.nn.quantized import QuantFormat

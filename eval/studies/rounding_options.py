@@ -50,7 +50,8 @@ from qrefta.cli import guarded, quiet_libraries
 from qrefta.config.settings import Settings
 from qrefta.config.stack import LayerStack
 from qrefta.linalg.metric import output_error
-from qrefta.model.stacks import find_stacks, read_slice
+from qrefta.model.stacks import find_stacks
+from qrefta.model.weights import read_slice
 from qrefta.nn.grid import Grid, grid_of, inverse, nearest
 from qrefta.nn.quantize import quantize
 from qrefta.nn.quantized import QuantFormat, QuantizedWeight

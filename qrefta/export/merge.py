@@ -29,7 +29,7 @@ from qrefta.export.write import (
 )
 from qrefta.files.folders import new_folder
 from qrefta.model.prepared import prepared_config
-from qrefta.model.stacks import replace_module
+from qrefta.model.replace import replace_module
 from qrefta.model_card import write_card
 from qrefta.nn.experts import restore_fused
 from qrefta.nn.linear import adapted_layer, has_adapted_layer

@@ -21,7 +21,7 @@ from qrefta.hf_config import QReftaConfig
 from qrefta.linalg.slices import Slices
 from qrefta.linalg.tsvd import squared_norm, t_svd
 from qrefta.model.prepared import is_prepared, prepared_config
-from qrefta.model.stacks import model_weights
+from qrefta.model.weights import model_weights
 from qrefta.nn.factors import Factors, LowRankFactors
 from qrefta.nn.linear import AdaptedLinear, adapted_layer
 from qrefta.nn.quantized import FrozenWeight

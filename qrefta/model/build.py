@@ -22,7 +22,9 @@ from qrefta.config.settings import Settings
 from qrefta.config.stack import BANK, LayerStack
 from qrefta.files.code import check_trusted, class_with_model
 from qrefta.methods import METHODS
-from qrefta.model.stacks import ends_with, linear_layer, read_slice, replace_module
+from qrefta.model.replace import replace_module
+from qrefta.model.stacks import ends_with
+from qrefta.model.weights import linear_layer, read_slice
 from qrefta.nn.bank import FactorBank
 from qrefta.nn.experts import add_expert
 from qrefta.nn.factors import factor_dtype, frozen

@@ -30,7 +30,7 @@ from qrefta.config.stack import LayerStack
 from qrefta.linalg.tsvd import squared_norm
 from qrefta.methods import METHODS
 from qrefta.methods.refta import ReFTA
-from qrefta.model.stacks import Weights
+from qrefta.model.weights import Weights
 from qrefta.nn.factors import Factors, factor_dtype
 from qrefta.nn.quantize import rounded
 from qrefta.nn.quantized import QuantFormat

@@ -43,8 +43,9 @@ from qrefta.model.check import FRESH_BYTES, FRESH_SHARE
 from qrefta.model.config_file import check_config
 from qrefta.model.modes import as_written
 from qrefta.model.names import weight_parts
-from qrefta.model.stacks import BLOCK_BYTES, Weights, check_values, find_stacks, select_stacks
+from qrefta.model.stacks import find_stacks, select_stacks
 from qrefta.model.unquantized import warn_of_unquantized
+from qrefta.model.weights import BLOCK_BYTES, Weights, check_values
 from qrefta.model_card import write_card
 from qrefta.nn.factors import stored_factors
 from qrefta.split.loop import split_stacks

@@ -29,7 +29,7 @@ from qrefta.config.report import StackReport
 from qrefta.config.settings import Settings
 from qrefta.config.stack import LayerStack
 from qrefta.methods import METHODS
-from qrefta.model.stacks import Weights
+from qrefta.model.weights import Weights
 from qrefta.nn.factors import factor_dtype
 from qrefta.nn.quantized import QuantFormat
 from qrefta.split.moments import Moments

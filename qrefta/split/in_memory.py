@@ -15,7 +15,8 @@ from qrefta.config.report import StackReport
 from qrefta.config.settings import Settings
 from qrefta.config.stack import BANK, LayerStack
 from qrefta.model.build import adapt, attach_bank, bank_key
-from qrefta.model.stacks import Weights, find_stacks, model_weights, read_slice
+from qrefta.model.stacks import find_stacks
+from qrefta.model.weights import Weights, model_weights, read_slice
 from qrefta.nn.quantized import QuantFormat
 from qrefta.split.batches import Batch, copied
 from qrefta.split.loop import split_stacks

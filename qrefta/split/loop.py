@@ -14,7 +14,8 @@ from qrefta.config.rank import Rank, RankBudget
 from qrefta.config.report import StackReport
 from qrefta.config.settings import Settings
 from qrefta.config.stack import LayerStack
-from qrefta.model.stacks import Weights, select_stacks
+from qrefta.model.stacks import select_stacks
+from qrefta.model.weights import Weights
 from qrefta.split.allocate import choose_ranks, given_ranks
 from qrefta.split.formats import choose_formats, formats_without_weights
 from qrefta.split.moments import Moments

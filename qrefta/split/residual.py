@@ -19,7 +19,7 @@ from qrefta.linalg.metric import Metric
 from qrefta.linalg.slices import Blocks, Slices
 from qrefta.linalg.tsvd import mix, squared_norm, t_svd, transform_matrix
 from qrefta.methods import METHODS
-from qrefta.model.stacks import Weights
+from qrefta.model.weights import Weights
 from qrefta.nn.factors import Factors, Fit, factor_dtype
 from qrefta.nn.quantize import Rounding, quantize, rounded
 from qrefta.nn.quantized import DenseWeight, FrozenWeight, QuantFormat

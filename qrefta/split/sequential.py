@@ -33,7 +33,8 @@ from tqdm.auto import tqdm
 
 from qrefta._compat.torch import version_counter
 from qrefta.config.stack import LayerStack
-from qrefta.model.stacks import Weights, block_of
+from qrefta.model.stacks import block_of
+from qrefta.model.weights import Weights
 from qrefta.split.batches import Batch, is_seq2seq, kept_tokens, not_finite
 from qrefta.split.calibrate import check_reached
 from qrefta.split.moment_sums import added, mirrored, moment_sum, no_moment

@@ -11,7 +11,7 @@ from qrefta.config.settings import Settings
 from qrefta.config.stack import LayerStack
 from qrefta.linalg.metric import output_error
 from qrefta.linalg.tsvd import squared_norm
-from qrefta.model.stacks import Weights
+from qrefta.model.weights import Weights
 from qrefta.nn.quantize import rounded
 from qrefta.nn.quantized import FrozenWeight, QuantFormat
 from qrefta.split.moments import Moments, shared_metric

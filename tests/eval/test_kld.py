@@ -21,7 +21,8 @@ from eval.peers.bases import (
 )
 from eval.rows import read
 from eval.studies import cosine, kld
-from qrefta.model.stacks import find_stacks, read_slice
+from qrefta.model.stacks import find_stacks
+from qrefta.model.weights import read_slice
 from qrefta.nn.quantized import QuantFormat
 from qrefta.split.calibrate import gather_moments
 from tests.models import tiny_llama

@@ -24,7 +24,8 @@ from qrefta.methods import METHODS
 from qrefta.methods.craft import CRAFT
 from qrefta.methods.tera import kronecker_product, mode_sizes
 from qrefta.methods.windows import Windows
-from qrefta.model.stacks import find_stacks, model_weights
+from qrefta.model.stacks import find_stacks
+from qrefta.model.weights import model_weights
 from qrefta.nn.bank import FactorBank
 from qrefta.nn.factors import stored_factors
 from qrefta.nn.linear import AdaptedLinear

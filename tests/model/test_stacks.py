@@ -12,15 +12,9 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from qrefta.model.stacks import (
-    Weights,
-    ends_with,
-    find_stacks,
-    model_weights,
-    read_weight,
-    replace_module,
-    select_stacks,
-)
+from qrefta.model.replace import replace_module
+from qrefta.model.stacks import ends_with, find_stacks, select_stacks
+from qrefta.model.weights import Weights, model_weights, read_weight
 from tests.models import (
     ARCHITECTURES,
     TOWERS,

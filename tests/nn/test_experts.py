@@ -22,7 +22,8 @@ import qrefta
 from qrefta._compat.transformers import enable_checkpointing
 from qrefta.files.verify import SWITCH
 from qrefta.linalg.metric import output_error
-from qrefta.model.stacks import find_stacks, model_weights, select_stacks
+from qrefta.model.stacks import find_stacks, select_stacks
+from qrefta.model.weights import model_weights
 from qrefta.nn.experts import add_expert, fused_names, is_experts, restore_fused, route_evenly
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.split.calibrate import gather_moments

@@ -9,7 +9,8 @@ import qrefta
 from qrefta.config.rank import RankBudget
 from qrefta.config.settings import Settings
 from qrefta.config.stack import BANK
-from qrefta.model.stacks import find_stacks, model_weights
+from qrefta.model.stacks import find_stacks
+from qrefta.model.weights import model_weights
 from qrefta.split import stack_split
 from qrefta.split.allocate import _Spectra, automatic_rank
 from tests.minilm import minilm, needs_minilm

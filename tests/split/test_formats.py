@@ -11,7 +11,8 @@ import qrefta
 from qrefta.choices import MIXED_TYPES, bits_of
 from qrefta.config.settings import Settings
 from qrefta.model.prepared import is_prepared, prepared_config
-from qrefta.model.stacks import find_stacks, model_weights
+from qrefta.model.stacks import find_stacks
+from qrefta.model.weights import model_weights
 from qrefta.split.calibrate import gather_moments
 from qrefta.split.formats import formats_without_weights, least_error
 from qrefta.split.stack_split import StackSplit

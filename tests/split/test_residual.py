@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from qrefta.choices import TRANSFORMS, bits_of
 from qrefta.config.settings import Settings
 from qrefta.linalg.metric import Metric
-from qrefta.model.stacks import Weights
+from qrefta.model.weights import Weights
 from qrefta.nn.quantize import Rounding, rounded
 from qrefta.nn.quantized import QuantFormat
 from qrefta.split.residual import _rows_per_block, _Target, split_layers, split_stack

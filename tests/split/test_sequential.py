@@ -22,7 +22,8 @@ from qrefta._prepare import calibrate
 from qrefta.config.settings import Settings
 from qrefta.hf_config import QReftaConfig
 from qrefta.model.prepared import prepared_config
-from qrefta.model.stacks import block_of, find_stacks, model_weights
+from qrefta.model.stacks import block_of, find_stacks
+from qrefta.model.weights import model_weights
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.nn.quantize import quantize, rounded
 from qrefta.nn.quantized import QuantFormat

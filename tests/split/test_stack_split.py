@@ -4,7 +4,7 @@ from torch.testing import assert_close
 
 from qrefta.config.settings import Settings
 from qrefta.config.stack import LayerStack
-from qrefta.model.stacks import Weights
+from qrefta.model.weights import Weights
 from qrefta.split.moments import Moments
 from qrefta.split.stack_split import StackSplit
 
