@@ -685,7 +685,7 @@ def test_peak_memory_is_a_stack_not_the_model(settings, monkeypatch):
     It does not see the dense weights being released, which only makes the figure larger. Blocks of
     rows have a fixed size, which is made small here as the model is.
     """
-    monkeypatch.setattr(qrefta.model.stacks, "BLOCK_BYTES", 256 << 10)
+    monkeypatch.setattr(qrefta.model.weights, "BLOCK_BYTES", 256 << 10)
     model = tiny_bert(hidden=256, layers=12)
     largest = max(4 * np.prod(stack.shape) for stack in find_stacks(model))
     targets = ["intermediate.dense"]
