@@ -61,7 +61,7 @@ SELECTED = {
     f"PiSSA, R = {R}": Base("pissa", R),
     f"LoftQ, R = {R}": Base("loftq", R),
     f"QERA, R = {R}": Base("qera", R, TEXT),
-    "GPTQ on NF4 (absmax scales, columns in order)": Base("gptq", calibration=TEXT),
+    "GPTQ on NF4 (absmax scales, larger inputs first)": Base("gptq-ordered", calibration=TEXT),
     "qrefta, without calibration": UNCALIBRATED(),
     "qrefta, calibrated on generic text": ORDERED._replace(calibration=HALF_TEXT, generic=True),
     "qrefta, double quantization": ORDERED._replace(double_quant=True),
@@ -73,8 +73,8 @@ SELECTED = {
     'qrefta, `rounding="feedback"`, double quantization': ROUNDED._replace(double_quant=True),
     f'qrefta, `method="refta"`, R = {R}': ORDERED._replace(rank=R, refine=1),
     f'qrefta, `method="refta"`, R = {R}, `rounding="feedback"`': ROUNDED._replace(rank=R, refine=1),
-    "GPTQ on NF3 (absmax scales, columns in order)": Base(
-        "gptq", 0, TEXT, quant_type="nf3", double_quant=True
+    "GPTQ on NF3 (absmax scales, larger inputs first)": Base(
+        "gptq-ordered", 0, TEXT, quant_type="nf3", double_quant=True
     ),
     "qrefta, `bits=3`": THREE_BITS._replace(rounding="sequential"),
     'qrefta, `bits=3`, `rounding="feedback"`': THREE_BITS,
@@ -86,6 +86,10 @@ SELECTED = {
     'qrefta, `bits=3`, `method="refta"`, R = 240, `rounding="feedback"`': THREE_BITS._replace(
         rank=240, refine=1
     ),
+    "GPTQ on INT2 (absmax scales, larger inputs first)": Base(
+        "gptq-ordered", 0, TEXT, quant_type="int2", double_quant=True
+    ),
+    "qrefta, `bits=2`": ORDERED._replace(quant_type="nf2", double_quant=True),
 }
 
 
