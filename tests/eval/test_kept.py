@@ -16,7 +16,7 @@ PLAIN = Base("bitsandbytes")
 DEFAULT = UNCALIBRATED()
 BASES = {
     PLAIN: 0.267,
-    Base("gptq", calibration=TEXT): 0.15,
+    Base("gptq-ordered", calibration=TEXT): 0.15,
     Base("qera", 64, TEXT): 0.2,
     DEFAULT: 0.23,
     ORDERED: 0.11,
@@ -81,7 +81,7 @@ def test_the_title_names_the_best_base_and_the_best_of_the_other_side():
         f"{NAME}: KL divergence 0.110, the best of the other side, GPTQ NF4 calibrated, 0.150, "
         f"bitsandbytes NF4 0.267 ({WIKITEXT})"
     )
-    (group,) = groups(rows_of({Base("gptq", calibration=TEXT): 0.05}), "language")
+    (group,) = groups(rows_of({Base("gptq-ordered", calibration=TEXT): 0.05}), "language")
     assert "GPTQ NF4 calibrated keeps most" in kept.title(group)
     assert "the best of the other side, qrefta NF4 searched" in kept.title(group)
 
@@ -197,7 +197,7 @@ def test_the_summary_names_base_and_ranks_from_the_rows():
     base, rank = summary({"kld": rows_of()})
     assert base.startswith("Base: qrefta 0.110 (4.50 bits a weight) away from the 16-bit SmolLM2")
     assert "lower is better" in base
-    assert "GPTQ on NF4 (absmax scales, columns in order) 0.150" in base  # the nearest other
+    assert "GPTQ on NF4 (absmax scales, larger inputs first) 0.150" in base  # the nearest other
     assert "bitsandbytes NF4 0.267" in base
     assert 'method="refta", R = 64, rounding="feedback" 0.085 (4.60 bits a weight)' in rank
     assert summary({}) == []
