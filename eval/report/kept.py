@@ -15,7 +15,7 @@ Points = list[tuple[float, float]]
 NAMES = {
     "bitsandbytes": "bitsandbytes",
     "gptq": "GPTQ",
-    "gptq-ordered": "GPTQ, larger inputs first",
+    "gptq-ordered": "ordered GPTQ",
     "pissa": "PiSSA",
     "loftq": "LoftQ",
     "qera": "QERA",

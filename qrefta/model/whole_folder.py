@@ -21,7 +21,7 @@ from qrefta.model.check import (
     missing_error,
     missing_tensors,
 )
-from qrefta.model.config_file import read_config
+from qrefta.model.config_file import no_model, read_config
 
 
 class VerifiedFile(NamedTuple):
@@ -135,10 +135,7 @@ def _empty_model(
         with init_empty_weights(include_buffers=True):
             model = kind(model_config)
     except Exception as error:
-        raise ValueError(
-            f"The config.json of {folder} makes no model ({type(error).__name__}: {error}); it is "
-            "damaged, or of another version of transformers: copy it again."
-        ) from error
+        raise no_model(folder, error) from error
     placements = [
         Placement.of(replace(report, stack=located(model, report.stack)))
         for report in config.stacks

@@ -40,7 +40,7 @@ from qrefta.files.whole_file import clear_unfinished, replace_text
 from qrefta.hf_config import QReftaConfig
 from qrefta.model.build import bank_key, model_class, with_trained_modules
 from qrefta.model.check import FRESH_BYTES, FRESH_SHARE
-from qrefta.model.config_file import check_config
+from qrefta.model.config_file import check_config, no_model
 from qrefta.model.modes import as_written
 from qrefta.model.names import weight_parts
 from qrefta.model.stacks import find_stacks, select_stacks
@@ -376,7 +376,7 @@ def _model_without_storage(
         with init_empty_weights(include_buffers=True):
             return kind(config)
     except Exception as error:
-        raise _no_model(folder, error) from error
+        raise no_model(folder, error) from error
 
 
 def _near(
@@ -411,14 +411,7 @@ def _read_config(
             return kind.config_class.from_pretrained(folder)
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise _no_model(folder, error) from error
-
-
-def _no_model(folder: Path, error: Exception) -> ValueError:
-    return ValueError(
-        f"The config.json of {folder} makes no model ({type(error).__name__}: {error}); it is "
-        "damaged, or of another version of transformers: copy it again."
-    )
+        raise no_model(folder, error) from error
 
 
 def _check_bytes(folder: Path, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
