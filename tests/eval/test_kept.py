@@ -78,8 +78,8 @@ def test_the_title_names_the_best_base_and_the_best_of_the_other_side():
     (group,) = groups(rows_of(), "language")
     assert kept.title(group) == (
         "With at most 4.5 bits a weight qrefta NF4 searched sequential calibrated keeps most of "
-        f"{NAME}: KL divergence 0.110, the best of the other side, ordered GPTQ NF4 calibrated, 0.150, "
-        f"bitsandbytes NF4 0.267 ({WIKITEXT})"
+        f"{NAME}: KL divergence 0.110, the best of the other side, ordered GPTQ NF4 calibrated, "
+        f"0.150, bitsandbytes NF4 0.267 ({WIKITEXT})"
     )
     (group,) = groups(rows_of({Base("gptq-ordered", calibration=TEXT): 0.05}), "language")
     assert "ordered GPTQ NF4 calibrated keeps most" in kept.title(group)
