@@ -644,10 +644,23 @@ def test_options_without_effect_and_numbers_that_are_none_are_refused(options, m
         invoke("finetune", "none", "none.csv", tmp_path / "out", *options.split())
 
 
+@pytest.mark.parametrize("command", ["finetune", "prepare"])
+def test_an_empty_name_of_a_model_is_refused(command, rows, tmp_path):
+    """As of an unset variable of a shell; as a path it would be the current folder."""
+    more = [rows, tmp_path / "out"] if command == "finetune" else [tmp_path / "out", "--rank", 4]
+    with pytest.raises(ValueError, match="The name of the model is empty"):
+        invoke(command, "", *more)
+
+
 @pytest.mark.parametrize("model", ["/nope/m", "./nope", "nope/runs/m"])
-def test_a_folder_of_a_model_that_is_missing_is_said_to_be(model, rows, tmp_path):
+@pytest.mark.parametrize(
+    "command",
+    ["finetune MODEL ROWS OUT", "plan MODEL --rank 4", "chat MODEL", "evaluate MODEL --text ROWS"],
+)
+def test_a_folder_of_a_model_that_is_missing_is_said_to_be(command, model, rows, tmp_path):
+    places = {"MODEL": model, "ROWS": rows, "OUT": tmp_path / "out"}
     with pytest.raises(ValueError, match=rf"There is no file or folder {model}"):
-        invoke("finetune", model, rows, tmp_path / "out")
+        invoke(*(places.get(word, word) for word in command.split()))
 
 
 def test_other_processes_wait_for_the_first_as_long_as_it_prepares(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -312,3 +313,34 @@ def checkpointing_options(model: nn.Module) -> list[dict[str, Any]]:
         module for module in model.modules() if getattr(module, "gradient_checkpointing", False)
     ]
     return [block._gradient_checkpointing_func.keywords for block in blocks]
+
+
+# A mask of samples, (batch, samples), and a length -> the mask of as many frames.
+FrameMask = Callable[[Tensor, int], Tensor | None]
+
+
+def frame_masks(model: nn.Module) -> FrameMask | None:
+    """How a model that hears turns a mask of samples into a mask of the frames of its blocks.
+
+    The function gives None for a length that is not the number of frames. None for other models.
+    If the methods go, samples that are padding count.
+    """
+    found: Any = next(
+        (module for module in model.modules() if hasattr(module, _MASK_OF_FRAMES)), None
+    )
+    if found is None:
+        return None
+    of_mask = getattr(found, _MASK_OF_FRAMES)
+    of_length = found._get_feat_extract_output_lengths
+    # the frames before the adapter, in classes that have one
+    adapter = "add_adapter" in signature(of_mask).parameters
+    options = {"add_adapter": False} if adapter else {}
+
+    def frames(mask: Tensor, length: int) -> Tensor | None:
+        whole = of_length(torch.tensor(mask.shape[1]), **options)
+        return of_mask(length, mask, **options) if int(whole) == length else None
+
+    return frames
+
+
+_MASK_OF_FRAMES = "_get_feature_vector_attention_mask"

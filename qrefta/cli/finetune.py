@@ -81,6 +81,7 @@ def finetune(
     check_sharding()
     quiet_libraries()
     from qrefta.files.layout import weights_bytes
+    from qrefta.files.sources import check_source
     from qrefta.model.prepared import is_prepared, quant_report
     from qrefta.tables import report_table, results_table
     from qrefta.train.arguments import task_settings, training_arguments
@@ -93,7 +94,7 @@ def finetune(
     from qrefta.train.rewards import load_rewards
     from qrefta.train.tasks.chat import check_loss
 
-    _check_source(model)
+    check_source(model)
     further = _weights(dataset, mix or [])
     columns = _columns(task, text_column, label_column, header)
     rate = parse_rate(learning_rate)
@@ -192,14 +193,6 @@ def _processor(model: str, task: Task, trust_remote_code: bool) -> Any:
             "tokenizer.save_pretrained(...)"
         )
     return tokenizer
-
-
-def _check_source(model: str) -> None:
-    """Refuse the path of a model that is missing, which the hub would take for a name."""
-    path = Path(model)
-    is_path = path.is_absolute() or model.startswith((".", "~")) or len(path.parts) > 2
-    if is_path and not path.exists():
-        raise ValueError(f"There is no file or folder {model}.")
 
 
 def _weights(dataset: str, mix: list[str]) -> dict[str | Path, float]:

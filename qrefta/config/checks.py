@@ -9,6 +9,8 @@ from typing import Any
 
 RESTORE = "config.json is damaged: restore it from the folder that save_pretrained wrote."
 
+LARGEST_SEED = 2**32 - 1
+
 
 def one_of(allowed: Sequence[Any], text: str) -> dict[str, Any]:
     """Metadata of a field that takes one of some values, each of the type that it has here."""
@@ -20,11 +22,6 @@ def one_of(allowed: Sequence[Any], text: str) -> dict[str, Any]:
         return value
 
     return {"help": text, "check": check, "allowed": tuple(allowed)}
-
-
-def at_least(smallest: int, text: str) -> dict[str, Any]:
-    """Metadata of a field that takes a whole number."""
-    return {"help": text, "check": lambda name, value: whole(name, value, smallest)}
 
 
 def checked(check: Callable[[str, Any], Any], text: str) -> dict[str, Any]:
@@ -40,6 +37,13 @@ def module_names(name: str, value: Any) -> tuple[str, ...]:
     if not all(isinstance(text, str) for text in names):
         raise ValueError(f"{name} is {value!r}; it must be a list of module names")
     return names
+
+
+def seed_value(name: str, value: Any) -> int:
+    """A seed that all generators of random numbers take, numpy's with 32 bits too."""
+    if whole(name, value, 0) > LARGEST_SEED:
+        raise ValueError(f"{name} is {value}; the largest is {LARGEST_SEED}")
+    return int(value)
 
 
 def whole(name: str, value: Any, smallest: int) -> int:

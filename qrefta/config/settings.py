@@ -33,7 +33,15 @@ from qrefta.choices import (
     Transform,
     bits_of,
 )
-from qrefta.config.checks import RESTORE, at_least, checked, module_names, one_of, positive, whole
+from qrefta.config.checks import (
+    RESTORE,
+    checked,
+    module_names,
+    one_of,
+    positive,
+    seed_value,
+    whole,
+)
 from qrefta.config.rank import RankBudget, RankSetting, check_rank
 
 
@@ -177,7 +185,7 @@ class Settings:
             "calibrated 1.",
         ),
     )
-    seed: int = field(default=0, metadata=at_least(0, "Seed of everything random."))
+    seed: int = field(default=0, metadata=checked(seed_value, "Seed of everything random."))
     factor_dtype: FactorDtype = field(
         default="bfloat16", metadata=one_of(FACTOR_DTYPES, "Dtype of the factors.")
     )

@@ -9,7 +9,10 @@ from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 CONFIGS = ("config.json", "adapter_config.json")  # without them a folder holds no model
+LOCK = "qrefta_unfinished.lock"  # held by the process that writes to the folder
 JOURNAL = "qrefta_unfinished.json"  # in a folder that a checkpoint is being prepared into
 
 
@@ -32,6 +35,40 @@ def check_new(out: str | Path, ignoring: Sequence[str] = ()) -> Path:
                 f"{out} exists and is not empty ({held[0]}); choose another folder or remove it."
             )
     return out
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Within this context no other process holds the folder, which is made if it is new.
+
+    The system gives the lock back when a process is killed. Where a network mount has no locks,
+    nothing is held.
+
+    Raises:
+        ValueError: if another process holds it.
+        OSError: if it cannot be made or written to.
+    """
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"Another process is writing to {folder} and holds {LOCK}; wait for it, or choose "
+            "another folder."
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+            raise
+    try:
+        yield
+    finally:
+        lock.release()
+        if not (folder / JOURNAL).exists():
+            (folder / LOCK).unlink(missing_ok=True)
+        if new and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 @contextmanager

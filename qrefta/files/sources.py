@@ -26,11 +26,12 @@ def pretrained_source(source: str | Path, trust_remote_code: bool = False) -> di
     whether it may run code that comes with the model.
 
     Raises:
-        ValueError: if the GGUF file does not exist, or the model in a folder needs code that is
-            not trusted.
+        ValueError: if the path does not exist, or the model in a folder needs code that is not
+            trusted.
         ImportError: for a GGUF file, if the package gguf is not installed.
     """
     if not is_gguf(source):
+        check_source(source)
         config = Path(source) / "config.json"
         if config.is_file() and isinstance(settings := read_json(config), dict):
             check_trusted(settings, source, trust_remote_code)
@@ -44,6 +45,22 @@ def pretrained_source(source: str | Path, trust_remote_code: bool = False) -> di
     if not is_gguf_available():
         raise ImportError(f"Reading {source} needs the package gguf: pip install gguf")
     return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+
+
+def check_source(source: str | Path) -> None:
+    """Refuse a missing path, which the hub would take for a name, and an empty name.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if not str(source).strip():
+        raise ValueError(
+            "The name of the model is empty; give a folder or a hub name. Is a variable unset?"
+        )
+    path = Path(source)
+    is_path = path.is_absolute() or str(source).startswith((".", "~")) or len(path.parts) > 2
+    if is_path and not path.exists():
+        raise ValueError(f"There is no file or folder {source}.")
 
 
 def dense_bytes(source: str | Path) -> int:
@@ -65,8 +82,9 @@ def resolve_folder(source: str | Path, weights: bool = True, revision: str | Non
         revision: of a hub name: branch, tag or commit; default: the newest.
 
     Raises:
-        ValueError: if `source` is neither.
+        ValueError: if `source` is neither, or empty.
     """
+    check_source(source)
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download  # takes a fifth of a second

@@ -36,7 +36,8 @@ _SETTERS = {"detach_", "resize_", "set_", "share_memory_"}
 _READERS = {"__index__", "__int__", "__invert__", "__iter__"}
 _FLOATS = {"bfloat16", "double", "float", "half"}
 _RAW = {"data_ptr", "numpy", "storage", "tolist", "untyped_storage"}  # used to save a tensor
-_PARTS = ("chunk", "empty_like", "narrow", "new_", "split", "unbind")  # names' beginnings
+# Beginnings of the names of functions whose results are parts, or do not depend on the bytes.
+_PARTS = ("chunk", "empty_like", "full_like", "narrow", "new_", "split", "unbind")
 
 
 class PackedBytes(Tensor):

@@ -1,14 +1,16 @@
 """Batches to calibrate with: the inputs of a model, and the tokens of them that count."""
 
 import inspect
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import BatchEncoding
+
+from qrefta._compat.transformers import FrameMask
 
 Batch = Mapping[str, Any] | BatchEncoding | Tensor
 
@@ -120,14 +122,45 @@ def is_seq2seq(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def kept_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+def kept_tokens(x: Tensor, mask: Tensor | None, frames: FrameMask | None = None) -> Tensor:
     """The tokens that a mask keeps, (tokens, in), of x (batch, length, in) or (batch * length, in).
 
-    All rows, if the mask has another shape.
+    In x the batch may also be the second axis, as in XLNet, and a mask may have an axis of choices,
+    as for multiple choice. All rows, if the mask has another shape.
+
+    Args:
+        x: input of a linear layer.
+        mask: of the batch, (batch, length), or (batch, choices, length).
+        frames: see `qrefta._compat.transformers.frame_masks`.
     """
     rows = x.detach().reshape(-1, x.shape[-1])
-    if mask is None or mask.dim() != 2:
+    if mask is None:
         return rows
+    if mask.dim() == 3:
+        mask = mask.flatten(0, 1)
+    if mask.dim() != 2:
+        return rows
+    if x.dim() == 3 and x.shape[:-1] != mask.shape:
+        found = frames(mask, x.shape[1]) if frames and len(x) == len(mask) else None
+        mask = mask.T if found is None else found
     fits = x.shape[:-1] == mask.shape or (x.dim() == 2 and len(rows) == mask.numel())
     kept = mask.reshape(-1).bool().to(x.device)
     return rows[kept] if fits and not kept.all() else rows
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Turn the cache of keys and values off in every config of a model.
+
+    With a cache transformers does not tell the sequences of a packed row apart.
+    """
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    configs += [getattr(config, "text_config", None) for config in configs]
+    caching = [config for config in configs if getattr(config, "use_cache", False)]
+    for config in caching:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from qrefta._compat.torch import version_counter
+from qrefta._compat.transformers import FrameMask, frame_masks
 from qrefta.config.stack import LayerStack
 from qrefta.model.modes import eval_mode
 from qrefta.nn.experts import fused_inputs
@@ -23,6 +24,7 @@ from qrefta.split.batches import (
     no_batches,
     not_finite,
     row_count,
+    without_cache,
 )
 from qrefta.split.moment_sums import added, mirrored, moment_sum, no_moment
 from qrefta.split.moments import Moments
@@ -55,10 +57,10 @@ def gather_moments(
         ValueError: if there are no batches, a batch has no tensors for the model, an input holds
             NaN or infinity, or no token reached any linear layer.
     """
-    sums = _Sums()
+    sums = _Sums(frame_masks(model))
     rows = 0
     bar = tqdm(batches, desc="Calibrating", unit="batch", disable=not progress)
-    with _hooked(model, stacks, sums) as masks, torch.no_grad(), bar:
+    with _hooked(model, stacks, sums) as masks, without_cache(model), torch.no_grad(), bar:
         for batch in bar:
             inputs = batch_inputs(model, batch)
             masks.update(
@@ -90,7 +92,8 @@ def check_reached(tokens: Mapping[str, int]) -> None:
 class _Sums:
     """Sums of x^T x, one for each group of linear layers that received the same tensors."""
 
-    def __init__(self) -> None:
+    def __init__(self, frames: FrameMask | None) -> None:
+        self._frames = frames
         self.sums: dict[tuple[str, ...], Tensor] = {}
         self.tokens: Counter[tuple[str, ...]] = Counter()
         # Linear layers that received the last input; the product waits until the group is complete.
@@ -106,7 +109,7 @@ class _Sums:
         version = None if x.is_inference() else version_counter(x)
         if x is not self._last or version != self._version or path in self._group:
             self.flush()
-            rows = kept_tokens(x, mask).float()
+            rows = kept_tokens(x, mask, self._frames).float()
             self._product = moment_sum(rows)  # the upper half, if it is a matrix
             self._last = x
             self._version = version

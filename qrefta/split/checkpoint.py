@@ -8,7 +8,6 @@ stack is complete. An interrupted run resumes from the stacks in the journal. co
 last: until then no loader takes the folder for a model. The source is only read.
 """
 
-import errno
 import json
 import sys
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
@@ -30,7 +28,7 @@ from qrefta.config.sizes import parse_bytes
 from qrefta.config.stack import BANK, LayerStack
 from qrefta.files.checksums import Checksums, settings_checksum
 from qrefta.files.companions import copy_companions
-from qrefta.files.folders import JOURNAL, check_new
+from qrefta.files.folders import JOURNAL, LOCK, check_new, held
 from qrefta.files.header import read_checksums
 from qrefta.files.json_file import read_json
 from qrefta.files.safetensors import Checkpoint
@@ -53,7 +51,6 @@ from qrefta.split.moment_sums import FULL_WIDTH
 from qrefta.split.moments import Moments
 from qrefta.split.stack_split import StackSplit
 
-LOCK = "qrefta_unfinished.lock"  # held by the process that writes to the folder
 # For `max_memory`: as much as it needs, six times the largest linear layer in float32.
 UNLIMITED = 1 << 62
 _REST = "model-rest.safetensors"
@@ -315,36 +312,15 @@ class FolderSink:
 def _locked(out: Path) -> Iterator[None]:
     """Within this context no other process prepares into the folder; it is made if it is new.
 
-    The system gives the lock back when a process is killed.
-
     Raises:
-        ValueError: if another process holds the lock, or the folder holds something else than an
+        ValueError: if another process holds the folder, or it holds something else than an
             unfinished run.
     """
     _check_out(out)
-    new = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise ValueError(
-            f"Another process is writing to {out} and holds {LOCK}; wait for it, or choose another "
-            "folder."
-        ) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a network mount without locks
-            raise
-    try:
+    with held(out):
         _check_out(out)  # another process may have finished it meanwhile
         clear_unfinished(out)
         yield
-    finally:
-        lock.release()
-        if not (out / JOURNAL).exists():
-            (out / LOCK).unlink(missing_ok=True)
-        if new and not any(out.iterdir()):
-            out.rmdir()
 
 
 def _check_out(out: Path) -> None:

@@ -23,7 +23,7 @@ from transformers import Cache
 
 from qrefta._compat.torch import version_counter
 from qrefta.model.modes import eval_mode
-from qrefta.split.batches import Batch, accepted_inputs, batch_inputs, no_batches
+from qrefta.split.batches import Batch, accepted_inputs, batch_inputs, no_batches, without_cache
 
 _HIDDEN = "hidden_states"  # the keyword of a block's input in transformers
 # Largest difference of a block that runs by itself, relative to its output; GPU kernels may differ
@@ -118,7 +118,7 @@ def record(
 
     with ExitStack() as stack:
         stack.enter_context(_watched(model, watches))
-        stack.enter_context(_without_cache(model))
+        stack.enter_context(without_cache(model))
         stack.enter_context(eval_mode(model))
         stack.enter_context(torch.no_grad())
         for path in block_of:
@@ -261,18 +261,3 @@ def _watched(model: nn.Module, watches: list[_Watch]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
-    """Turn the cache of keys and values off in every config of a model."""
-    configs = [getattr(module, "config", None) for module in model.modules()]
-    configs += [getattr(config, "text_config", None) for config in configs]
-    caching = [config for config in configs if getattr(config, "use_cache", False)]
-    for config in caching:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for config in caching:
-            config.use_cache = True

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from qrefta._compat.torch import version_counter
+from qrefta._compat.transformers import frame_masks
 from qrefta.config.stack import LayerStack
 from qrefta.model.stacks import block_of
 from qrefta.model.weights import Weights
@@ -112,6 +113,7 @@ class LayerSequence:
         progress: bool = True,
     ) -> None:
         self._model = model
+        self._frames = frame_masks(model)
         self._most_bytes = most_bytes
         self._progress = progress
         self._layers = _layers_by_block(model, stacks)
@@ -146,7 +148,7 @@ class LayerSequence:
     def _see(self, path: str, x: Tensor, mask: Tensor | None) -> None:
         """Count the tokens and bytes of the inputs of a linear layer in the 16-bit model."""
         if x is not self._last:  # several layers read the same input
-            kept = kept_tokens(x, mask)
+            kept = kept_tokens(x, mask, self._frames)
             if not kept.isfinite().all():
                 raise not_finite(path)
             self._last, self._rows = x, len(kept)
@@ -242,8 +244,8 @@ class LayerSequence:
                 run_block(self._model, path, x, call)
             mask = self._masks[index]
             sums.add(
-                [kept_tokens(tensor, mask) for tensor, _ in found[group[0]]],
-                [kept_tokens(tensor, mask) for tensor in expected],
+                [kept_tokens(tensor, mask, self._frames) for tensor, _ in found[group[0]]],
+                [kept_tokens(tensor, mask, self._frames) for tensor in expected],
             )
         return Step(group, sums.moment(), sums.correction())
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
-from qrefta.config.checks import whole
+from qrefta.config.checks import seed_value, whole
 from qrefta.model.prepared import is_prepared
 from qrefta.train.lengths import MAX_LENGTH
 from qrefta.train.progress import EVERY
@@ -168,6 +168,7 @@ def _check_size(values: dict[str, Any]) -> None:
     """Refuse a step without rows and a run without steps."""
     for field in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         whole(_named(field), values.get(field, 1), 1)
+    seed_value(_named("seed"), values.get("seed", 0))
     steps = values.get("max_steps", -1)
     if isinstance(steps, bool) or not isinstance(steps, Integral):
         raise ValueError(

@@ -1,6 +1,7 @@
 """Fine-tuning on transformers' Trainer, of a prepared model or any other, for all tasks."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import (
 from qrefta._deprecations import deprecated_keywords
 from qrefta.choices import Loss, Selective
 from qrefta.distributed import check_sharding, processes
+from qrefta.files.folders import held
 from qrefta.model.dtype import warn_of_slow_dtype
 from qrefta.train.arguments import LENGTH_FIELDS, run_arguments, task_settings
 from qrefta.train.checkpointing import checkpointing_settings
@@ -208,7 +210,9 @@ def finetune(
     with together.main_process_first():  # the other processes find its cache
         recipe = _recipe(model, processor, dataset, task, arguments.seed, length, loss, rewards)
     quiet = progress is False
-    return train(model, processor, recipe, arguments, task, resume, callbacks, quiet)
+    alone = held(Path(str(arguments.output_dir))) if together.is_main_process else nullcontext()
+    with alone:
+        return train(model, processor, recipe, arguments, task, resume, callbacks, quiet)
 
 
 def _callbacks(callbacks: Any) -> list[TrainerCallback]:

@@ -282,6 +282,18 @@ def test_a_state_loads_by_swapped_tensors(assign):
     assert isinstance(model.model.layers[0].mlp.up_proj.weight, PackedBytes)
 
 
+def test_adagrad_takes_all_parameters():
+    """It makes a state for every one, and has a step for those with gradients."""
+    model = prepared(tiny_llama, **FORMATS[0])
+    before = copy.deepcopy(model)
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1, initial_accumulator_value=0.1)
+    model(**inputs(model)).logits.square().sum().backward()
+    optimizer.step()
+    pairs = list(zip(model.parameters(), before.parameters(), strict=True))
+    assert all(torch.equal(one, other) for one, other in pairs if one.grad is None)
+    assert any(not torch.equal(one, other) for one, other in pairs)
+
+
 def test_all_parameters_as_one_vector_are_refused_and_trainable_ones_not():
     model = prepared(tiny_llama, **FORMATS[0])
     with pytest.raises(ValueError, match=r"cat with torch\.float32"):

@@ -6,7 +6,17 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
-from transformers import AutoModel, Gemma4ForCausalLM, Gemma4TextConfig
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertForMultipleChoice,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
+    XLNetConfig,
+    XLNetModel,
+)
 
 from qrefta.config.stack import LayerStack
 from qrefta.linalg.metric import normalized, roots
@@ -496,3 +506,74 @@ def test_layers_that_share_keys_see_every_token():
     model = Gemma4ForCausalLM(config)
     tokens = gather(model, [inputs(model)]).tokens
     assert set(tokens.values()) == {inputs(model)["input_ids"].numel()}
+
+
+# Masks of other shapes than the inputs
+
+
+def assert_same_moments(found, expected, paths, tolerance=1e-4):
+    for path in paths:
+        one, other = found.of(path), expected.of(path)
+        assert_close(one, other, rtol=tolerance, atol=tolerance * other.abs().max().item())
+    assert sorted(found.tokens.values()) == sorted(expected.tokens.values())
+
+
+def test_padding_of_choices_does_not_count():
+    config = BertConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+    )
+    model = BertForMultipleChoice(config).eval()
+    ids, mask = padded_batch([5, 9, 3, 7], 9)
+    choices = {"input_ids": ids.view(2, 2, 9), "attention_mask": mask.view(2, 2, 9)}
+    rows = [
+        {"input_ids": row[keep.bool()].view(1, 1, -1)} for row, keep in zip(ids, mask, strict=True)
+    ]
+    assert_same_moments(gather(model, [choices]), gather(model, rows), paths_of(model))
+
+
+def test_padding_does_not_count_where_the_batch_is_the_second_axis():
+    config = XLNetConfig(vocab_size=VOCAB, d_model=32, n_layer=2, n_head=2, d_inner=64)
+    model = XLNetModel(config).eval()
+    ids, mask = padded_batch([5, 9, 3], 9)
+    found = gather(model, [{"input_ids": ids, "attention_mask": mask}])
+    assert set(found.tokens.values()) == {17}
+
+
+def test_padding_of_sound_does_not_count():
+    config = Wav2Vec2Config(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        conv_dim=(16, 16),
+        conv_stride=(5, 2),
+        conv_kernel=(10, 3),
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2,
+        feat_extract_norm="layer",
+        do_stable_layer_norm=True,
+    )
+    model = Wav2Vec2Model(config).eval()
+    mask = (torch.arange(400)[None] < torch.tensor([[400], [200]])).long()
+    found = gather(model, [{"input_values": torch.randn(2, 400) * mask, "attention_mask": mask}])
+    frames = model._get_feat_extract_output_lengths(torch.tensor([400, 200])).sum().item()
+    assert {found.tokens[found.owners[path]] for path in paths_of(model)} == {frames}
+
+
+def test_sequences_that_are_packed_into_a_row_do_not_see_each_other():
+    model = tiny_llama().eval()
+    assert model.config.use_cache
+    first, second = torch.randint(1, VOCAB, (1, 6)), torch.randint(1, VOCAB, (1, 4))
+    packed = {
+        "input_ids": torch.cat([first, second], dim=1),
+        "position_ids": torch.cat([torch.arange(6), torch.arange(4)])[None],
+    }
+    found = gather(model, [packed])
+    expected = gather(model, [{"input_ids": first}, {"input_ids": second}])
+    assert_same_moments(found, expected, paths_of(model))
+    assert model.config.use_cache

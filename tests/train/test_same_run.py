@@ -10,8 +10,9 @@ from datasets import DatasetDict
 from torch.testing import assert_close
 
 import qrefta
+from qrefta.files.folders import LOCK, held
 from qrefta.train.arguments import training_arguments
-from qrefta.train.checkpoints import last_checkpoint
+from qrefta.train.checkpoints import UNFINISHED, last_checkpoint
 from qrefta.train.finetune import finetune
 from qrefta.train.models import load_classifier
 from qrefta.train.same_run import MARKS
@@ -102,6 +103,18 @@ def test_early_stopping_goes_on_where_it_was(train, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_folder_that_another_process_trains_into_is_refused(train, tmp_path):
+    """Its unfinished checkpoint would be removed."""
+    unfinished = tmp_path / "run" / UNFINISHED / "checkpoint-5"
+    unfinished.mkdir(parents=True)
+    with held(tmp_path / "run"):
+        with pytest.raises(ValueError, match=r"Another process is writing to .*run and holds"):
+            train(max_steps=2)
+        assert unfinished.exists()
+    train(max_steps=2)
+    assert not (tmp_path / "run" / LOCK).exists()
+
+
 def test_files_of_the_user_stay_in_the_folder(train, tmp_path):
     moments = tmp_path / "run" / "moments.safetensors"
     moments.parent.mkdir()
