@@ -60,7 +60,8 @@ def held(folder: Path) -> Iterator[None]:
         ) from error
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
-            raise
+            why = f"cannot write to {folder}: {error.strerror}; make room or give write access"
+            raise OSError(error.errno, why) from error
     try:
         yield
     finally:

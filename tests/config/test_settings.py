@@ -20,9 +20,7 @@ MIXED = {"bits": "auto", "target_bits": 3.3}
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 2**70, 1.5])
 def test_seeds_are_those_that_all_generators_take(seed):
-    with pytest.raises(
-        ValueError, match=r"seed is .*(number, 0 or more|the largest is 4294967295)"
-    ):
+    with pytest.raises(ValueError, match=r"seed is .*(0 or more|the largest is 4294967295)"):
         Settings(seed=seed)
     assert Settings(seed=2**32 - 1).seed == 2**32 - 1
 

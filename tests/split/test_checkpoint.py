@@ -461,7 +461,7 @@ def test_arguments_that_do_not_go_together_are_refused(saved, tmp_path):
         )
     with pytest.raises(ValueError, match="save_pretrained"):
         qrefta.prepare(ARCHITECTURES["bert"](), out=tmp_path / "out")
-    with pytest.raises(ValueError, match="neither a local folder nor a model"):
+    with pytest.raises(ValueError, match="There is no file or folder"):
         qrefta.prepare_checkpoint(tmp_path / "nothing", tmp_path / "out")
 
 
