@@ -258,6 +258,7 @@ def _sequential() -> list[Base]:
         one(),
         few(quant_type="nf3"),
         one(calibration=HALF_TEXT, generic=True),
+        one(calibration=HALF_TEXT),
         mixed(),
         few(quant_type="nf3", rank=max(RANKS), refine=1),
         few(),

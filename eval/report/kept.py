@@ -45,7 +45,7 @@ SHAKESPEARE = "tinyshakespeare/input.txt"
 ROUNDED = Base(calibration=TEXT, scales="searched", rounding="feedback")
 ORDERED = ROUNDED._replace(rounding="sequential")  # `prepare` with text
 THREE_BITS = ROUNDED._replace(quant_type="nf3", double_quant=True)
-MIXED_BITS = THREE_BITS._replace(quant_type=None, target_bits=3.3)
+MIXED_BITS = ORDERED._replace(quant_type=None, target_bits=3.3, double_quant=True)
 TARGETS = (
     Target(ORDERED, {WIKITEXT: 0.115, SHAKESPEARE: 0.175}),
     Target(ROUNDED._replace(rank=R, refine=1), {WIKITEXT: 0.090, SHAKESPEARE: 0.135}),
@@ -78,8 +78,7 @@ SELECTED = {
     ),
     "qrefta, `bits=3`": THREE_BITS._replace(rounding="sequential"),
     'qrefta, `bits=3`, `rounding="feedback"`': THREE_BITS,
-    'qrefta, `bits="auto"`, `target_bits=3.3`': MIXED_BITS._replace(rounding="sequential"),
-    'qrefta, `bits="auto"`, `target_bits=3.3`, `rounding="feedback"`': MIXED_BITS,
+    'qrefta, `bits="auto"`, `target_bits=3.3`': MIXED_BITS,
     'qrefta, `bits=3`, `method="refta"`, R = 240': THREE_BITS._replace(
         rank=240, refine=1, rounding="sequential"
     ),
