@@ -1,4 +1,4 @@
-"""What a process leaves that is killed while it writes a file."""
+"""The files that a process leaves if it is killed while it writes."""
 
 import os
 from pathlib import Path

@@ -16,7 +16,7 @@ LARGEST_BYTES = 40_000
 
 
 def printed(notebook):
-    """What the cells print."""
+    """The output of the cells."""
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     return "".join(output.text for output in outputs if output.get("name") == "stdout")
 

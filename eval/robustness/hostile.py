@@ -3,8 +3,8 @@ processes with limits.
 
 Each mutant is a copy of a tiny checkpoint with one thing wrong. A prepared folder is read by
 `qrefta.load` and by `from_pretrained`, with its checksums kept as they were (damage), removed (an
-older folder) or written again (malice); a dense folder by `qrefta.prepare_checkpoint`. What may
-come of it:
+older folder) or written again (malice); a dense folder by `qrefta.prepare_checkpoint`. The
+outcomes:
 
 - refused: a ValueError or OSError of ours; by_transformers: one of transformers', before the
 plug-in is asked;

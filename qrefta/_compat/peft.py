@@ -1,4 +1,4 @@
-"""What qrefta knows of PEFT's inside, in release 0.21."""
+"""Names of PEFT that qrefta looks for, in release 0.21."""
 
 import inspect
 

@@ -26,7 +26,7 @@ def near(value):
 
 @pytest.fixture
 def logits():
-    """Of a model, and of a reference that is near it."""
+    """Logits of a model, and of a reference that is near it."""
     generator = torch.Generator().manual_seed(0)
     reference = 3 * torch.randn(TOKENS, VOCABULARY, generator=generator)
     return reference + torch.randn(TOKENS, VOCABULARY, generator=generator), reference
