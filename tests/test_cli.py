@@ -1,5 +1,6 @@
 """The command line, as `python -m qrefta` and through typer's runner."""
 
+import inspect
 import json
 import re
 import runpy
@@ -18,6 +19,7 @@ from transformers import (
     AutoTokenizer,
     BertForSequenceClassification,
     BertModel,
+    TrainingArguments,
 )
 from typer.testing import CliRunner
 
@@ -25,6 +27,7 @@ import qrefta
 from qrefta.cli import app, main
 from qrefta.cli.calibrating import calibration_of
 from qrefta.cli.console import guarded
+from qrefta.cli.finetune import finetune as finetune_command
 from qrefta.cli.plan import _largest
 from qrefta.config.rank import parse_rank
 from qrefta.hf_config import QReftaConfig
@@ -34,6 +37,7 @@ from qrefta.model.stacks import find_stacks
 from qrefta.split.calibrate import gather_moments
 from qrefta.split.sources import calibration_batches
 from qrefta.tables import report_table, results_table
+from qrefta.train.arguments import DEFAULTS
 from qrefta.train.models import load_classifier
 from qrefta.train.run import FinetuneResult
 from tests.models import build, logits, tiny_llama
@@ -642,6 +646,22 @@ def test_options_without_effect_and_numbers_that_are_none_are_refused(options, m
     options = options.replace("REWARD", f"{tmp_path}/reward.py:score")
     with pytest.raises(ValueError, match=re.escape(message)):
         invoke("finetune", "none", "none.csv", tmp_path / "out", *options.split())
+
+
+def test_the_command_and_the_function_have_the_same_defaults():
+    """They are written twice, since the command line imports no torch to show its help."""
+    options = {
+        "num_train_epochs": "epochs",
+        "per_device_train_batch_size": "batch_size",
+        "optim": "optimizer",
+        "bf16": "bf16",
+    }
+    command = inspect.signature(finetune_command).parameters
+    for field, option in options.items():
+        assert command[option].default == DEFAULTS[field], option
+    unchanged = TrainingArguments("out")
+    assert command["gradient_accumulation"].default == unchanged.gradient_accumulation_steps
+    assert command["max_steps"].default == unchanged.max_steps
 
 
 @pytest.mark.parametrize("command", ["finetune", "prepare"])
