@@ -217,16 +217,20 @@ class Factors(nn.Module, ABC):
 
 
 class _Kept(NamedTuple):
-    """Rounded factors, kept for the layers of one forward pass.
+    """Rounded factors, kept between forward passes over one token a sequence.
 
     Attributes:
         state: identity, place and version of the parameters that they were made from.
+        values: copies of these parameters.
         up, down: rounded.
+        layers: `up`, core and `down` of the layers so far; `up` and `down` are views.
     """
 
     state: tuple[tuple[int, int, int], ...]
+    values: list[Tensor]
     up: Tensor
     down: Tensor
+    layers: dict[int, tuple[Tensor, Tensor | None, Tensor]]
 
 
 class LowRankFactors(Factors):
@@ -273,11 +277,11 @@ class LowRankFactors(Factors):
         `down` are yet to be rounded to.
 
         With `keep`, in a pass without gradients, they come rounded, in the given dtype and on the
-        given device, and are kept for the layers that follow: in decoding, rounding them in every
-        layer takes as long as their products. The layers of a stack are in the order of a pass, so
-        an earlier layer, or the same one, begins the next pass, for which they are made again:
-        weights that were written past autograd's version counter (`parameter.data.copy_`) hold in
-        the next pass.
+        given device, and are kept for the other layers and the next tokens: in decoding, rounding
+        them in every layer takes as long as their products. They are made again when a parameter
+        has changed. Writes past autograd's version counter (`parameter.data.copy_`) are found by
+        the values at the beginning of every pass: the layers of a stack are in the order of a pass,
+        so an earlier layer, or the same one, begins the next.
 
         Args:
             layer: l.
@@ -290,13 +294,24 @@ class LowRankFactors(Factors):
                 self._kept.clear()
             up, down = self.served(layer, self.up(), self.down())
             return up, self._core_without_autocast(layer), down, self.dtype
-        if layer <= self._last_layer:
+        if layer <= self._last_layer and not self._are_as_kept():
             self._kept.clear()
         self._last_layer = layer
         kept = self._kept_factors(device, dtype)
-        up, down = self.served(layer, kept.up, kept.down)
-        core = self._core_without_autocast(layer)
-        return up, None if core is None else core.detach().to(device, dtype), down, dtype
+        if layer not in kept.layers:
+            core = self._core_without_autocast(layer)
+            core = None if core is None else core.detach().to(device, dtype)
+            up, down = self.served(layer, kept.up, kept.down)
+            kept.layers[layer] = (up, core, down)
+        return *kept.layers[layer], dtype
+
+    def _are_as_kept(self) -> bool:
+        """Whether the parameters have the values that the kept factors were made from."""
+        parameters = [p for p in direct_parameters(self).values() if p is not None]
+        return all(
+            len(parameters) == len(kept.values) and all(map(_equal, parameters, kept.values))
+            for kept in self._kept.values()
+        )
 
     def _kept_factors(self, device: torch.device, dtype: torch.dtype) -> _Kept:
         parameters = [p for p in direct_parameters(self).values() if p is not None]
@@ -309,7 +324,9 @@ class LowRankFactors(Factors):
             up = self.up().detach().to(self.dtype).to(device, dtype)
             down = self.down().detach().to(self.dtype).to(device, dtype)
             # Column-major: this layout is faster to read for few tokens.
-            kept = _Kept(state, up.T.contiguous().T, down)
+            up = up.T.contiguous().T
+            values = [parameter.detach().clone() for parameter in parameters]
+            kept = _Kept(state, values, up, down, {})
             self._kept[device, dtype] = kept
         return kept
 
@@ -339,6 +356,12 @@ def unit_rows(like: Tensor, generator: torch.Generator) -> Tensor:
     """Random rows of length one in the shape of `like`, float64, on the generator's device."""
     rows = torch.randn(like.shape, generator=generator, dtype=torch.float64)
     return nn.functional.normalize(rows, dim=1)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal, also in their dtype and device."""
+    alike = one.dtype == other.dtype and one.device == other.device
+    return alike and torch.equal(one, other)
 
 
 def factor_dtype(settings: Settings) -> torch.dtype:

@@ -371,7 +371,7 @@ def test_the_input_has_its_name_in_nn_linear():
     assert torch.equal(layer(input=x), layer(x))
 
 
-# Rounded factors that are kept for the layers of one pass
+# Rounded factors that are kept in decoding
 
 
 def evaluated(model, x):
@@ -388,16 +388,16 @@ def test_evaluation_equals_a_pass_with_gradients(fmt):
     assert_close(evaluated(model, x.bfloat16()), model.train()(x.bfloat16()).detach())
 
 
-def test_rounded_factors_are_made_once_a_pass_for_all_layers(monkeypatch):
+def test_rounded_factors_are_made_once_for_all_layers_and_tokens(monkeypatch):
     model = Adapted().eval()
     made = []
     up = type(model.bank["stack"]).up
     monkeypatch.setattr(type(model.bank["stack"]), "up", lambda self: made.append(1) or up(self))
     for _ in range(4):
         evaluated_once = torch.no_grad()(model)(randn(3, 1, IN))
-    assert len(made) == 4
+    assert len(made) == 1
     model(randn(3, 1, IN))
-    assert len(made) == 4 + LAYERS
+    assert len(made) == 1 + LAYERS
     assert evaluated_once.shape == (3, 1, OUT)
 
 
