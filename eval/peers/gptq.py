@@ -86,11 +86,11 @@ def _round_block(
     columns = rest.T.contiguous()
     if scales is None:
         scales = absmax_scales(rest, grid).unsqueeze(1).expand_as(rest)
+    inverse_scales = inverse(scales)
     rounded = torch.empty_like(columns)
     errors = torch.empty_like(columns)
     for k, column in enumerate(columns):
-        scale = scales[:, k]
-        rounded[k] = grid.levels[nearest(column, inverse(scale), grid)] * scale
+        rounded[k] = grid.levels[nearest(column, inverse_scales[:, k], grid)] * scales[:, k]
         errors[k] = (column - rounded[k]) / factor[k, k]
         columns[k + 1 :].addr_(factor[k, k + 1 :], errors[k], alpha=-1)
     return rounded.T, errors.T

@@ -315,6 +315,7 @@ def checkpointing_options(model: nn.Module) -> list[dict[str, Any]]:
     return [block._gradient_checkpointing_func.keywords for block in blocks]
 
 
+_MASK_OF_FRAMES = "_get_feature_vector_attention_mask"
 # A mask of samples, (batch, samples), and a length -> the mask of as many frames.
 FrameMask = Callable[[Tensor, int], Tensor | None]
 
@@ -341,6 +342,3 @@ def frame_masks(model: nn.Module) -> FrameMask | None:
         return of_mask(length, mask, **options) if int(whole) == length else None
 
     return frames
-
-
-_MASK_OF_FRAMES = "_get_feature_vector_attention_mask"

@@ -41,9 +41,10 @@ def module_names(name: str, value: Any) -> tuple[str, ...]:
 
 def seed_value(name: str, value: Any) -> int:
     """A seed that all generators of random numbers take, numpy's with 32 bits too."""
-    if whole(name, value, 0) > LARGEST_SEED:
-        raise ValueError(f"{name} is {value}; the largest is {LARGEST_SEED}")
-    return int(value)
+    seed = whole(name, value, 0)
+    if seed > LARGEST_SEED:
+        raise ValueError(f"{name} is {seed}; the largest is {LARGEST_SEED}")
+    return seed
 
 
 def whole(name: str, value: Any, smallest: int) -> int:

@@ -305,16 +305,19 @@ class LowRankFactors(Factors):
             kept.layers[layer] = (up, core, down)
         return *kept.layers[layer], dtype
 
+    def _own_parameters(self) -> list[Tensor]:
+        return [p for p in direct_parameters(self).values() if p is not None]
+
     def _are_as_kept(self) -> bool:
         """Whether the parameters have the values that the kept factors were made from."""
-        parameters = [p for p in direct_parameters(self).values() if p is not None]
+        parameters = self._own_parameters()
         return all(
             len(parameters) == len(kept.values) and all(map(_equal, parameters, kept.values))
             for kept in self._kept.values()
         )
 
     def _kept_factors(self, device: torch.device, dtype: torch.dtype) -> _Kept:
-        parameters = [p for p in direct_parameters(self).values() if p is not None]
+        parameters = self._own_parameters()
         state = tuple(
             (id(parameter), parameter.data_ptr(), version_counter(parameter))
             for parameter in parameters

@@ -1,7 +1,6 @@
 """TrainingArguments: qrefta's defaults, the caller's settings, and values that every run needs."""
 
 import copy
-import os
 from dataclasses import fields
 from math import inf
 from numbers import Integral
@@ -12,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from qrefta.config.checks import seed_value, whole
+from qrefta.distributed import processes
 from qrefta.model.prepared import is_prepared
 from qrefta.train.lengths import MAX_LENGTH
 from qrefta.train.progress import EVERY
@@ -190,12 +190,12 @@ def _check_groups(values: dict[str, Any]) -> None:
     size = values.get("num_generations") or GENERATIONS
     batch = values.get("per_device_train_batch_size", 8)
     accumulation = values.get("gradient_accumulation_steps", 1)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    rows = batch * accumulation * processes
+    count = processes().num_processes
+    rows = batch * accumulation * count
     if size > 1 and rows % size:
         raise ValueError(
             f"A step has {rows} rows: {_named('per_device_train_batch_size')} {batch} x "
-            f"{_named('gradient_accumulation_steps')} {accumulation}, in {processes} processes. "
+            f"{_named('gradient_accumulation_steps')} {accumulation}, in {count} processes. "
             f"They must be a multiple of {_named('num_generations')} {size}, the answers to a "
             "prompt. Give other values of these."
         )

@@ -8,7 +8,6 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import (
     AutoModel,
-    BertConfig,
     BertForMultipleChoice,
     Gemma4ForCausalLM,
     Gemma4TextConfig,
@@ -519,14 +518,7 @@ def assert_same_moments(found, expected, paths, tolerance=1e-4):
 
 
 def test_padding_of_choices_does_not_count():
-    config = BertConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-    )
-    model = BertForMultipleChoice(config).eval()
+    model = BertForMultipleChoice(tiny_bert().config).eval()
     ids, mask = padded_batch([5, 9, 3, 7], 9)
     choices = {"input_ids": ids.view(2, 2, 9), "attention_mask": mask.view(2, 2, 9)}
     rows = [

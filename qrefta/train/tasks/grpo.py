@@ -47,8 +47,8 @@ def load_prompts(source: str | Path, seed: int) -> DatasetDict:
     from_cells = any(BUILDERS[kind_of(file)] == "csv" for part in files.values() for file in part)
     for name, part in parts.items():
         place = f"{source} ({name})"
-        part = with_names(part, COLUMNS)
-        part = _with_numbers(part) if from_cells else part
+        if from_cells:
+            part = _with_numbers(with_names(part, COLUMNS))
         parts[name] = read_rows(part, place, _prompt, ["prompt"], ["prompt"], keeps_others=True)
     return with_test(parts, TEST_SHARE, seed)
 
