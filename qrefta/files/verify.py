@@ -41,7 +41,7 @@ def check_layout(folder: Path) -> None:
     """Refuse a folder with weights in both layouts, where transformers would load the single file.
 
     `save_pretrained` leaves one file from an earlier save where it now writes shards. The other way
-    round it removes the shards and leaves their index, which is taken as what it is.
+    round it removes the shards and leaves their index, which then names no file and is ignored.
 
     Raises:
         ValueError: if there are one file and an index; it says which of them was saved with
