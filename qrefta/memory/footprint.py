@@ -37,7 +37,7 @@ from transformers import PreTrainedModel
 from qrefta._compat.torch import FakeTensorMode, TorchDispatchMode, storage_id, tree_leaves
 from qrefta.nn.checkpointing import selective_contexts
 from qrefta.nn.head_loss import plain_head, summed_cross_entropy
-from qrefta.nn.packed import unpack
+from qrefta.nn.packed_parameters import unpack
 
 COUNTED_BLOCKS = 3  # the first, one for all between, the last
 # of tokens whose logits exist at a time; the second is made while the first is still there

@@ -21,7 +21,7 @@ from qrefta.model.names import sources
 from qrefta.nn.experts import is_adapted
 from qrefta.nn.factors import Factors, frozen
 from qrefta.nn.linear import AdaptedLinear
-from qrefta.nn.packed import pack
+from qrefta.nn.packed_parameters import pack
 
 # A model may hold this much beyond its files, as bytes or as a multiple of them: a new head, tables
 # of positions.

@@ -29,7 +29,8 @@ from qrefta.choices import TRANSFORMS
 from qrefta.config.rank import Rank
 from qrefta.config.settings import Settings
 from qrefta.linalg.slices import Slices
-from qrefta.nn.packed import pack, packed_parameter, warn_of_other_bytes
+from qrefta.nn.packed import packed_parameter
+from qrefta.nn.packed_parameters import pack, warn_of_other_bytes
 from qrefta.nn.product import adapted_product, rounded_factor, times
 from qrefta.nn.quantized import FrozenWeight
 

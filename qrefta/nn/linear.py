@@ -10,7 +10,8 @@ from qrefta._compat.torch import direct_parameters, is_replica
 from qrefta.distributed import check_gathered
 from qrefta.nn.bank import FactorBank
 from qrefta.nn.factors import Factors, frozen
-from qrefta.nn.packed import PackedBytes, pack, plain_bytes, warn_of_other_bytes
+from qrefta.nn.packed import PackedBytes, plain_bytes
+from qrefta.nn.packed_parameters import pack, warn_of_other_bytes
 from qrefta.nn.product import frozen_product
 from qrefta.nn.quantized import FrozenWeight, QuantFormat, frozen_weight
 

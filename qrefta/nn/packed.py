@@ -17,8 +17,7 @@ writes into a part is not stopped.
 """
 
 import math
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, cast
 
 import torch
@@ -91,20 +90,20 @@ class PackedBytes(Tensor):
         if name.startswith("_foreach_"):
             return _for_each(name.removeprefix("_foreach_"), args, kwargs)
         if _changes(name):
-            raise _not_numbers(name)
+            raise not_numbers(name)
         args = [_zeros(value) for value in args]
         with plain_functions():
             try:
                 result = func(*args, **kwargs)
             except (RuntimeError, NotImplementedError) as error:  # sizes or dtypes, of numbers
-                raise _not_numbers(name) from error
+                raise not_numbers(name) from error
             is_traced = "." in name  # an overload of an operator, as torch.compile calls it
             if (
                 not is_traced
                 and not name.startswith(_PARTS)
                 and _has_numbers(result, [args, kwargs])
             ):
-                raise _not_numbers(name)
+                raise not_numbers(name)
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -152,56 +151,6 @@ def _has_numbers(result: Any, given: Any) -> bool:
 def packed_parameter(tensor: Tensor, shares: list[float] | None = None) -> nn.Parameter:
     """A frozen parameter of packed bytes, in the tensor's memory."""
     return nn.Parameter(PackedBytes.of(tensor, shares), requires_grad=False)
-
-
-def pack(module: nn.Module, names: Iterable[str]) -> None:
-    """Hold some parameters of a module as packed bytes again, where loading replaced them.
-
-    Shards of FSDP2 stay as they are.
-
-    Raises:
-        ValueError: for a parameter of floating-point numbers.
-    """
-    for name in names:
-        parameter = module.get_parameter(name)
-        if parameter.is_floating_point():
-            raise _not_numbers(f"{name} was loaded as {parameter.dtype}")
-        if type(parameter) is nn.Parameter:
-            setattr(module, name, packed_parameter(parameter.data))
-
-
-def warn_of_other_bytes(
-    module: nn.Module, names: Iterable[str], state: Mapping[str, Any], prefix: str
-) -> None:
-    """Warn if a state dict brings other bytes than a module holds.
-
-    It may be of another prepared model. But torch.load gives plain bytes, which nothing protects:
-    sums and means of them, cast back to bytes, load like any others.
-    """
-    for name in names:
-        held = module.get_parameter(name)
-        given = state.get(f"{prefix}{name}")
-        if not isinstance(held, PackedBytes) or not isinstance(given, Tensor):
-            continue  # shards of FSDP2
-        if held.is_meta or given.dtype != held.dtype or given.shape != held.shape:
-            continue  # `load_state_dict` refuses another shape or dtype
-        if not torch.equal(held, given.to(held.device)):
-            warnings.warn(
-                "The state dict has other packed 4-bit weights than the model. That is right for "
-                "one of another prepared model as a whole, if both have the same quant_type: "
-                "the bytes do not tell. In an average of files, take the packed weights from one "
-                "of them: only floating-point tensors can be averaged.",
-                stacklevel=2,
-            )
-            return
-
-
-def unpack(model: nn.Module) -> None:
-    """Hold packed bytes as plain parameters, in a model without values, whose tensors are fake."""
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(parameter, PackedBytes):
-                setattr(module, name, nn.Parameter(plain_bytes(parameter), requires_grad=False))
 
 
 def plain_bytes(tensor: Tensor) -> Tensor:
@@ -312,7 +261,7 @@ def _to(func: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
         with plain_functions():
             moved = func(tensor, *places, **kwargs)
     if moved.dtype != tensor.dtype:
-        raise _not_numbers(f"conversion to {moved.dtype}")
+        raise not_numbers(f"conversion to {moved.dtype}")
     if moved is tensor:
         return tensor.clone() if converts else tensor
     return PackedBytes.of(moved, [*tensor.shares])
@@ -347,7 +296,7 @@ def _joined(func: Any, tensors: Sequence[Any], *args: Any, **kwargs: Any) -> Ten
     """`cat`."""
     for tensor in tensors:
         if tensor.is_floating_point():
-            raise _not_numbers(f"{func.__name__} with {tensor.dtype}")
+            raise not_numbers(f"{func.__name__} with {tensor.dtype}")
     with plain_functions():
         return func([plain_bytes(tensor) for tensor in tensors], *args, **kwargs)
 
@@ -357,7 +306,7 @@ def _written(func: Any, tensor: Any, source: Any, *args: Any, **kwargs: Any) -> 
     if isinstance(tensor, PackedBytes):
         _check_source(tensor, source, "copy_")
     elif tensor.is_floating_point():
-        raise _not_numbers("copy_ to floating-point numbers")
+        raise not_numbers("copy_ to floating-point numbers")
     else:
         source = plain_bytes(source)
     with plain_functions():
@@ -377,7 +326,7 @@ def _check_source(tensor: PackedBytes, source: Any, name: str) -> None:
     """Refuse new values that are numbers."""
     if not isinstance(source, Tensor) or source.dtype != tensor.dtype:
         given = source.dtype if isinstance(source, Tensor) else type(source).__name__
-        raise _not_numbers(f"{name} with {given} in place of {tensor.dtype}")
+        raise not_numbers(f"{name} with {given} in place of {tensor.dtype}")
 
 
 # A weighted sum as its terms: pairs of a tensor, or the number 0, and its weight.
@@ -451,7 +400,7 @@ def _number(value: Any, name: str) -> float:
     if isinstance(value, Tensor) and not isinstance(value, PackedBytes) and value.numel() == 1:
         return value.item()
     if isinstance(value, Tensor):
-        raise _not_numbers(name)
+        raise not_numbers(name)
     return float(value)
 
 
@@ -460,14 +409,14 @@ def _sum_of(terms: _Terms, name: str) -> tuple[PackedBytes, float]:
     packed = [(tensor, weight) for tensor, weight in terms if isinstance(tensor, PackedBytes)]
     others = [tensor for tensor, _ in terms if not isinstance(tensor, PackedBytes)]
     if any(isinstance(other, Tensor) or other != 0 for other in others):
-        raise _not_numbers(name)
+        raise not_numbers(name)
     first = packed[0][0]
     share = 0.0
     for tensor, weight in packed:
         _check_equal(first, tensor)
         share += weight * tensor.shares[0]
     if not math.isfinite(share):
-        raise _not_numbers(name)
+        raise not_numbers(name)
     return first, share
 
 
@@ -501,7 +450,7 @@ def _sum_in_place(operator: str) -> Callable[..., Any]:
         _, share = _sum_of(terms, f"{operator}_")
         target = args[0]
         if not isinstance(target, PackedBytes):
-            raise _not_numbers(f"{operator}_")
+            raise not_numbers(f"{operator}_")
         if any(tensor is not target and _share_memory(tensor, target) for tensor, _ in terms):
             raise ValueError(
                 f"{operator}_: the two models share the memory of their packed 4-bit weights, as a "
@@ -518,7 +467,7 @@ def _stack(func: Any, tensors: Sequence[Any], dim: int = 0) -> PackedBytes:
     """Rows of equal bytes, for a mean over the rows."""
     shares = {tensor.shares[0] for tensor in tensors if isinstance(tensor, PackedBytes)}
     if dim != 0 or len(shares) != 1 or not all(isinstance(one, PackedBytes) for one in tensors):
-        raise _not_numbers("stack")
+        raise not_numbers("stack")
     for tensor in tensors[1:]:
         _check_equal(tensors[0], tensor)
     with plain_functions():
@@ -533,7 +482,7 @@ def _reduce(func: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
     with plain_functions():
         if not isinstance(tensor, PackedBytes) or tensor.dim() < 2 or dim not in (0, [0], (0,)):
             if func.__name__ == "mean" and not tensor.is_floating_point():
-                raise _not_numbers("mean")
+                raise not_numbers("mean")
             return func(tensor, *args, **kwargs)
         weight = len(tensor) if func.__name__ == "sum" else 1
         row = tensor[:1] if keeps else tensor[0]
@@ -544,7 +493,7 @@ def _for_each(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> list[An
     """A function on lists of tensors, tensor by tensor: their other tensors are plain."""
     operator = getattr(Tensor, name, None)
     if operator is None:
-        raise _not_numbers(f"_foreach_{name}")
+        raise not_numbers(f"_foreach_{name}")
 
     def at(value: Any, index: int) -> Any:
         return value[index] if isinstance(value, list | tuple) else value
@@ -559,7 +508,7 @@ def _for_each(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> list[An
     return None if name.endswith("_") else results
 
 
-def _not_numbers(name: str) -> ValueError:
+def not_numbers(name: str) -> ValueError:
     return ValueError(
         f"{name}: the packed 4-bit weights of a prepared model are bytes, with which nothing can "
         "be computed. Use the trainable parameters only "
