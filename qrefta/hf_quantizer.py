@@ -275,7 +275,8 @@ class QReftaQuantizer(HfQuantizer):
         """Prepare a dense checkpoint on its way into memory, out of core, and replace `files` by
         the new files.
         """
-        from qrefta.split.checkpoint import UNLIMITED, convert
+        from qrefta.split.checkpoint import convert
+        from qrefta.split.folder_source import UNLIMITED
 
         if not files:
             raise ValueError(

@@ -12,7 +12,7 @@ from qrefta.model.weights import Weights
 from qrefta.nn.factors import Factors
 from qrefta.nn.quantize import quantize
 from qrefta.nn.quantized import DenseWeight
-from qrefta.split.checkpoint import FolderSink
+from qrefta.split.folder_sink import FolderSink
 from qrefta.split.residual import Split, split_layers, split_stack
 
 

@@ -538,7 +538,7 @@ def test_preparing_while_loading_holds_no_dense_copy(tmp_path, monkeypatch):
     """Of 4.5 MB little more than half, 4-bit model included, with blocks as small beside it as
     beside large models.
     """
-    monkeypatch.setattr("qrefta.split.checkpoint.BLOCK_BYTES", 250_000)
+    monkeypatch.setattr("qrefta.split.folder_source.BLOCK_BYTES", 250_000)
     sizes = encoder_sizes(128, layers=8) | {"vocab_size": 64}
     build(BertModel, BertConfig(**sizes)).save_pretrained(tmp_path)
     dense = (tmp_path / "model.safetensors").stat().st_size

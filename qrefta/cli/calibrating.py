@@ -44,7 +44,7 @@ def load_dense(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from qrefta.files.sources import is_gguf, pretrained_source, resolve_folder
-    from qrefta.model.build import model_class
+    from qrefta.model.empty import model_class
     from qrefta.split.sources import calibration_batches
 
     source = pretrained_source(model, trust_remote_code)

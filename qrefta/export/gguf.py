@@ -43,7 +43,7 @@ from qrefta.export.write import (
     tokenizer_notes,
 )
 from qrefta.files.sources import is_gguf, loaded_from, pretrained_source, tokenizer_of
-from qrefta.model.build import model_class
+from qrefta.model.empty import model_class
 from qrefta.nn.linear import AdaptedLinear
 
 # Relative difference of logits that a type may make. Measured, the larger of transformers and

@@ -13,7 +13,7 @@ from transformers import (
 
 from qrefta.files.sources import is_gguf, loaded_from, pretrained_source, tokenizer_of
 from qrefta.files.sources import load_tokenizer as tokenizer_in
-from qrefta.model.build import model_class
+from qrefta.model.empty import model_class
 
 
 def source_name(source: PreTrainedModel | str | Path) -> str:

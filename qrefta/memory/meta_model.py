@@ -22,7 +22,8 @@ from qrefta.config.stack import BANK, LayerStack
 from qrefta.files.code import is_trusted
 from qrefta.files.sources import pretrained_source
 from qrefta.memory.footprint import COUNTED_BLOCKS
-from qrefta.model.build import Placement, build, freeze, model_class, with_trained_modules
+from qrefta.model.build import Placement, build, freeze, with_trained_modules
+from qrefta.model.empty import model_class
 from qrefta.model.positions import position_limit
 from qrefta.model.stacks import ends_with, find_stacks
 from qrefta.nn.experts import route_evenly

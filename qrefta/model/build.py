@@ -1,18 +1,15 @@
 """The modules of a prepared model: adapted linear layers, the factor bank, and trained modules."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qrefta._compat.transformers import (
     always_float32,
     mark_initialized,
-    registered_class,
     set_always_float32,
 )
 from qrefta.choices import QuantType
@@ -20,7 +17,6 @@ from qrefta.config.rank import Rank
 from qrefta.config.report import StackReport
 from qrefta.config.settings import Settings
 from qrefta.config.stack import BANK, LayerStack
-from qrefta.files.code import check_trusted, class_with_model
 from qrefta.methods import METHODS
 from qrefta.model.replace import replace_module
 from qrefta.model.stacks import ends_with
@@ -93,34 +89,6 @@ def _only_holds_adapted(module: nn.Module) -> bool:
     """Whether a module holds adapted linear layers, and no tensors itself."""
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     return not own and any(isinstance(child, AdaptedLinear) for child in module.children())
-
-
-def model_class(
-    settings: Mapping[str, Any], source: str | Path, trust_remote_code: bool = False
-) -> type[PreTrainedModel]:
-    """The class that a config names as its architecture: of transformers, or with the model.
-
-    Args:
-        settings: the content of the model's config.json.
-        source: its folder or hub name.
-        trust_remote_code: whether to run code that comes with the model.
-
-    Raises:
-        ValueError: if there is no such model class, or its code is not trusted.
-    """
-    check_trusted(settings, source, trust_remote_code)
-    kind = class_with_model(settings, source) if trust_remote_code else None
-    if kind is not None:
-        return kind
-    name = (settings.get("architectures") or [""])[0]
-    kind = getattr(transformers, str(name), None) or registered_class(str(name))
-    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
-        raise ValueError(
-            f"transformers has no model class {name!r}; load {source} with the class that saved "
-            "it, or register this class: AutoModelForCausalLM.register (or of its task), and "
-            "AutoConfig.register."
-        )
-    return kind
 
 
 def bank_key(index: int) -> str:

@@ -101,11 +101,3 @@ def _settings(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from _settings(value)
         else:
             yield str(name), value
-
-
-def no_model(folder: Path, error: Exception) -> ValueError:
-    """The error for a folder whose config.json gives no model."""
-    return ValueError(
-        f"The config.json of {folder} makes no model ({type(error).__name__}: {error}); it is "
-        "damaged, or of another version of transformers: copy it again."
-    )

@@ -29,7 +29,7 @@ def load(
         ValueError: if the folder has no config.json, holds no prepared model, is damaged, or needs
             code that is not trusted.
     """
-    from qrefta.model.build import model_class
+    from qrefta.model.empty import model_class
 
     config = read_config(folder)
     if not is_switched_off():

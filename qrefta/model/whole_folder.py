@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import init_empty_weights
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qrefta.files.folders import JOURNAL
 from qrefta.files.json_file import read_json
@@ -13,7 +13,7 @@ from qrefta.files.layout import has_weights, weight_files
 from qrefta.files.safetensors import Checkpoint
 from qrefta.files.verify import LIST, check_layout, check_saved, is_switched_off
 from qrefta.hf_config import QReftaConfig
-from qrefta.model.build import Placement, build, located, model_class
+from qrefta.model.build import Placement, build, located
 from qrefta.model.check import (
     check_files,
     check_headers,
@@ -21,7 +21,8 @@ from qrefta.model.check import (
     missing_error,
     missing_tensors,
 )
-from qrefta.model.config_file import no_model, read_config
+from qrefta.model.config_file import read_config
+from qrefta.model.empty import config_of, empty_model, model_class
 
 
 class VerifiedFile(NamedTuple):
@@ -71,7 +72,7 @@ def verify(folder: str | Path, *, trust_remote_code: bool = False) -> list[Verif
     check_files(files, folder)
     _check_left_over(folder, paths, config.format_version)
     check_saved(files, config.format_version)
-    model = _empty_model(folder, settings, config, trust_remote_code)
+    model = _adapted_model(folder, settings, config, trust_remote_code)
     check_headers(model, files)
     missing = missing_tensors(model, files)
     if missing:
@@ -125,17 +126,12 @@ def _check_left_over(folder: Path, paths: list[Path], version: int) -> None:
         )
 
 
-def _empty_model(
+def _adapted_model(
     folder: Path, settings: dict[str, Any], config: QReftaConfig, trust_remote_code: bool
 ) -> PreTrainedModel:
     """The model that config.json describes, adapted, without storage."""
     kind = model_class(settings, folder, trust_remote_code)
-    try:
-        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        with init_empty_weights(include_buffers=True):
-            model = kind(model_config)
-    except Exception as error:
-        raise no_model(folder, error) from error
+    model = empty_model(kind, config_of(kind, folder, trust_remote_code), folder)
     placements = [
         Placement.of(replace(report, stack=located(model, report.stack)))
         for report in config.stacks

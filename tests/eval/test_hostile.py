@@ -338,7 +338,7 @@ def test_a_damaged_journal_is_refused(dense, content):
 
 def test_a_journal_does_not_lead_outside_of_its_folder(dense, monkeypatch):
     out = dense.parent / "out"
-    monkeypatch.setattr("qrefta.split.checkpoint.FolderSink.finish", lambda *args: None)
+    monkeypatch.setattr("qrefta.split.folder_sink.FolderSink.finish", lambda *args: None)
     out_of_core(dense)
     state = json.loads((out / "qrefta_unfinished.json").read_text())
     state["files"].append("../outside.safetensors")

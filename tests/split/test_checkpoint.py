@@ -12,11 +12,11 @@ from torch.testing import assert_close
 
 import qrefta
 from qrefta.files import shards
-from qrefta.files.folders import JOURNAL
+from qrefta.files.folders import JOURNAL, LOCK
 from qrefta.files.safetensors import Checkpoint, Part
-from qrefta.model.build import model_class
+from qrefta.model.empty import model_class
 from qrefta.model.stacks import find_stacks
-from qrefta.split import checkpoint as convert_module
+from qrefta.split import folder_sink, folder_source
 from qrefta.split.calibrate import gather_moments
 from tests.models import ARCHITECTURES, EXPERTS, inputs, tiny_gte
 from tests.stacks import full_disk
@@ -168,7 +168,7 @@ def test_a_missing_expert_is_told(saved, tmp_path):
 def test_smaller_blocks_differ_by_rounding(saved, tmp_path, monkeypatch):
     """Sums of float32 products in another order; a factor may then round to the next bf16 value."""
     dense = saved("bert")
-    monkeypatch.setattr(convert_module, "BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr(folder_source, "BLOCK_BYTES", 1 << 12)
     qrefta.prepare_checkpoint(
         dense, tmp_path / "out", method="refta", rank=5, refine=0, progress=False
     )
@@ -257,7 +257,7 @@ def test_a_run_that_was_killed_before_its_journal_had_its_name_is_begun_anew(sav
     out = tmp_path / "out"
     out.mkdir()
     (out / f"{JOURNAL}.0123456789abcdef.tmp").write_text("{")
-    (out / convert_module.LOCK).touch()
+    (out / LOCK).touch()
     qrefta.prepare_checkpoint(saved("bert"), out, method="refta", rank=5, refine=0, progress=False)
     qrefta.load(out)
     assert not list(out.glob(f"{JOURNAL}*"))
@@ -267,7 +267,7 @@ def test_files_that_a_killed_run_left_half_written_are_removed(saved, tmp_path, 
     dense, out = saved("bert"), tmp_path / "out"
     settings = {"method": "refta", "rank": 5, "refine": 0, "progress": False}
     with monkeypatch.context() as patch:
-        patch.setattr(convert_module, "write_card", lambda *_: (_ for _ in ()).throw(MemoryError))
+        patch.setattr(folder_sink, "write_card", lambda *_: (_ for _ in ()).throw(MemoryError))
         with pytest.raises(MemoryError):
             qrefta.prepare_checkpoint(dense, out, **settings)
     (out / "model-stack000-0000.safetensors.0123456789abcdef.tmp").write_text("half")
@@ -285,18 +285,18 @@ def test_a_second_process_on_the_same_folder_is_refused(saved, tmp_path, monkeyp
     """
     dense, out = saved("bert"), tmp_path / "out"
     settings = {"method": "refta", "rank": 5, "refine": 0, "progress": False}
-    write_card = convert_module.write_card
+    write_card = folder_sink.write_card
     said = []
 
     def meanwhile(*arguments):
-        lock = out / convert_module.LOCK
+        lock = out / LOCK
         other = subprocess.run([sys.executable, "-c", TAKE, lock], capture_output=True, text=True)
         said.append(other.stderr)
         with pytest.raises(ValueError, match="Another process is writing to"):
             qrefta.prepare_checkpoint(dense, out, **settings)
         write_card(*arguments)
 
-    monkeypatch.setattr(convert_module, "write_card", meanwhile)
+    monkeypatch.setattr(folder_sink, "write_card", meanwhile)
     qrefta.prepare_checkpoint(dense, out, **settings)
     assert len(said) == 1
     assert "could not be acquired" in said[0]
@@ -315,7 +315,7 @@ def test_a_refused_run_leaves_no_folder(saved, tmp_path):
 def test_a_run_that_was_killed_while_it_finished_goes_on(saved, tmp_path, monkeypatch, last):
     dense, out = saved("bert"), tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(convert_module, last, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(folder_sink, last, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             qrefta.prepare_checkpoint(dense, out, method="refta", rank=5, refine=0, progress=False)
     qrefta.prepare_checkpoint(dense, out, method="refta", rank=5, refine=0, progress=False)
