@@ -203,8 +203,11 @@ def test_a_process_that_saves_a_sharded_model_alone_is_told_and_does_not_wait_fo
 
 
 def test_a_checkpoint_that_the_first_process_saves_alone_is_whole(folder):
-    qrefta.load(folder / "full" / "checkpoint-1")
-    qrefta.verify(folder / "full" / "checkpoint-1")
+    checkpoint = folder / "full" / "checkpoint-1"
+    files = {file.name for file in qrefta.verify(checkpoint)}
+    assert files >= {"config.json", "model.safetensors"}
+    model = qrefta.load(checkpoint)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 def test_gathering_in_bf16_leaves_the_packed_bytes_alone(results):

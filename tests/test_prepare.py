@@ -43,6 +43,7 @@ from transformers.pytorch_utils import Conv1D
 import qrefta
 import qrefta.linalg.tsvd
 from qrefta.config.stack import BANK
+from qrefta.hf_config import QReftaConfig
 from qrefta.model.stacks import find_stacks
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.split import in_memory
@@ -598,7 +599,11 @@ def test_the_largest_rank_that_the_error_names_is_allowed(rank):
 
 def test_a_smaller_stack_out_of_the_targets_allows_a_larger_rank():
     """The way out that the error names."""
-    qrefta.prepare(tiny_llama(), rank=96, target_modules=["q_proj", "o_proj"])
+    model = qrefta.prepare(tiny_llama(), rank=96, target_modules=["q_proj", "o_proj"])
+    stacks = model.config.quantization_config.stacks
+    ranks = {stack.stack.name.split(".")[-1]: stack.rank for stack in stacks}
+    assert ranks["q_proj"] == ranks["o_proj"] == 96
+    assert ranks["k_proj"] == 0
 
 
 # The model around the linears
@@ -805,7 +810,8 @@ def test_rows_of_config_are_json():
     model = qrefta.prepare(
         tiny_t5(), rank=3, target_modules=("q", "v"), modules_to_save=("final_layer_norm",)
     )
-    json.loads(model.config.to_json_string())
+    written = json.loads(model.config.to_json_string())["quantization_config"]
+    assert QReftaConfig(**written).to_dict() == model.config.quantization_config.to_dict()
 
 
 def test_prepare_calibrates_on_strings_with_a_tokenizer(tmp_path):

@@ -76,7 +76,8 @@ def test_causal_models_are_taken(make):
 
 def test_an_encoder_that_was_made_a_decoder_is_taken():
     config = BertConfig(vocab_size=VOCAB, is_decoder=True, **encoder_sizes(32))
-    load_causal_model(build(BertLMHeadModel, config))
+    model = build(BertLMHeadModel, config)
+    assert load_causal_model(model) is model
 
 
 def test_folders_are_loaded_in_their_dtype_and_kind(tmp_path):

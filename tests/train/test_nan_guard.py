@@ -1,5 +1,6 @@
 """A run stops before a step that is not finite, and names the step and the layer."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -73,7 +74,10 @@ def test_a_batch_with_nan_is_named_and_the_model_stays(vit, tmp_path):
 
 
 def test_clean_pictures_train_to_the_end(vit, tmp_path):
-    trainer(vit, tmp_path, rows(vit), save_strategy="no").train()
+    run = trainer(vit, tmp_path, rows(vit), save_strategy="no")
+    outcome = run.train()
+    assert outcome.global_step == run.state.max_steps
+    assert math.isfinite(outcome.training_loss)
 
 
 def overflow(layer, at_call):
