@@ -28,13 +28,13 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 import qrefta
-from qrefta._compat.transformers import sampled_by
+from qrefta._compat.transformers import SampledTrainer
 from qrefta.cli import quiet_libraries
 from qrefta.nn.linear import AdaptedLinear
 from qrefta.train.arguments import training_arguments
 from qrefta.train.balance import BalancedSampler
 from qrefta.train.calibration import task_batches
-from qrefta.train.checkpoints import whole_checkpoints
+from qrefta.train.checkpoints import WholeCheckpoints
 from qrefta.train.data import load_classification
 from qrefta.train.finetune import finetune
 from qrefta.train.models import load_classifier
@@ -228,7 +228,7 @@ def checkpoint_in_full(folder):
         report_to="none",
         disable_tqdm=True,
     )
-    whole_checkpoints(Trainer)(language_model(), arguments, train_dataset=TEXT).train()
+    WholeCheckpoints(language_model(), arguments, train_dataset=TEXT).train()
     os.environ.pop("ACCELERATE_USE_FSDP", None)
 
 
@@ -343,13 +343,16 @@ def _data(folder):
     return load_classification(folder / "data")
 
 
-def balanced_classes(*data):
-    """The recipe of text with labels, in the order of joined rows, whatever the processes."""
+class _JoinedOrder(SampledTrainer):
+    """Takes the order of joined rows."""
 
-    def order(trainer, rows):
+    def sampler_of(self, rows):
         return BalancedSampler([len(row) for row in rows["input_ids"]], 16, seed=0)
 
-    return replace(text_classes(*data), trainer=sampled_by(Trainer, order))
+
+def balanced_classes(*data):
+    """The recipe of text with labels, in the order of joined rows, whatever the processes."""
+    return replace(text_classes(*data), trainer=_JoinedOrder)
 
 
 def tune(folder, name, model, batch_size, resume=False, recipe=balanced_classes, **settings):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 import qrefta
 from qrefta._compat.transformers import enable_checkpointing
@@ -18,7 +18,7 @@ from qrefta.nn.quantize import Rounding, quantize
 from qrefta.nn.quantized import QuantFormat
 from qrefta.split.calibrate import gather_moments
 from qrefta.split.rounding import StackRounding
-from qrefta.train.nan_guard import _all_finite, finite_steps
+from qrefta.train.nan_guard import FiniteSteps, _all_finite
 from tests.models import ARCHITECTURES, inputs, language_tokenizer, logits, tiny_llama
 from tests.nn.test_product import operands, packed_weight, product
 from tests.split.test_rounding import matrix_of, moments_of, stack_of
@@ -259,7 +259,7 @@ def test_trainer_takes_steps_on_the_gpu(tmp_path):
         save_strategy="no",
         disable_tqdm=True,
     )
-    result = finite_steps(Trainer)(model, arguments, train_dataset=rows).train()
+    result = FiniteSteps(model, arguments, train_dataset=rows).train()
     assert result.global_step == 4
     assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
     for name, parameter in model.named_parameters():

@@ -58,6 +58,7 @@ __all__ = [
     "Chunk",
     "Concatenate",
     "MergeModulelist",
+    "SampledTrainer",
     "Split",
     "WeightConverter",
     "WeightRenaming",
@@ -78,7 +79,6 @@ __all__ = [
     "rename_source_key",
     "revert_weight_conversion",
     "rotate_checkpoints",
-    "sampled_by",
     "saves_adapters_alone",
     "sdpa_attention",
     "sdpa_mask",
@@ -191,27 +191,19 @@ def supports_attention_functions(model: PreTrainedModel) -> bool:
     return model._supports_attention_backend
 
 
-def sampled_by(
-    kind: type[Trainer], sampler: Callable[[Trainer, Any], Sampler[int] | None]
-) -> type[Trainer]:
-    """A subclass of the Trainer that takes the order of its training rows from a function.
+class SampledTrainer(Trainer):
+    """A Trainer that takes the order of its training rows from a method, if that gives one.
 
     If `_get_train_sampler` goes: override `get_train_dataloader`.
-
-    Args:
-        kind: the class.
-        sampler: trainer and training rows -> the order, or None for the Trainer's.
     """
 
-    class Sampled(kind):
-        """Asks the function first."""
+    def sampler_of(self, rows: Any) -> Sampler[int] | None:
+        """The order of some training rows; None: the Trainer's."""
+        raise NotImplementedError
 
-        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            rows = self.train_dataset if train_dataset is None else train_dataset
-            found = sampler(self, rows)
-            return super()._get_train_sampler(train_dataset) if found is None else found
-
-    return Sampled
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        found = self.sampler_of(self.train_dataset if train_dataset is None else train_dataset)
+        return super()._get_train_sampler(train_dataset) if found is None else found
 
 
 def unmark_quantized(config: PreTrainedConfig) -> None:

@@ -11,9 +11,8 @@ from typing import Any
 
 from datasets import Dataset
 from torch.utils.data import Sampler
-from transformers import Trainer
 
-from qrefta._compat.transformers import sampled_by
+from qrefta._compat.transformers import SampledTrainer
 
 RUN = 50  # batches that are balanced together
 
@@ -64,18 +63,19 @@ class BalancedSampler(Sampler[int]):
         return batches
 
 
-def balanced(kind: type[Trainer]) -> type[Trainer]:
-    """A subclass of TRL's SFTTrainer that takes a `BalancedSampler` where rows are joined."""
-    return sampled_by(kind, _sampler)
+class BalancedBatches(SampledTrainer):
+    """A Trainer that takes a `BalancedSampler` where rows are joined; put it before TRL's
+    SFTTrainer in the bases of a class.
+    """
 
-
-def _sampler(trainer: Trainer, rows: Any) -> BalancedSampler | None:
-    args: Any = trainer.args
-    random_order = args.train_sampling_strategy == "random"
-    if not (args.padding_free and not args.packing and random_order and isinstance(rows, Dataset)):
-        return None
-    seed = args.seed if args.data_seed is None else args.data_seed
-    return BalancedSampler(row_lengths(rows), args.train_batch_size, seed)
+    def sampler_of(self, rows: Any) -> BalancedSampler | None:
+        args: Any = self.args
+        random_order = args.train_sampling_strategy == "random"
+        joins = args.padding_free and not args.packing
+        if not (joins and random_order and isinstance(rows, Dataset)):
+            return None
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return BalancedSampler(row_lengths(rows), args.train_batch_size, seed)
 
 
 def row_lengths(rows: Dataset) -> list[int]:

@@ -32,49 +32,47 @@ _WEIGHTS = tuple(
 _TORCH_SAVE = ("PytorchStreamWriter", "unexpected pos", "iostream error")
 
 
-def whole_checkpoints(kind: type[Trainer], marks: dict[str, Any] | None = None) -> type[Trainer]:
-    """A subclass of the Trainer that writes whole checkpoints.
+class WholeCheckpoints(Trainer):
+    """A Trainer that writes whole checkpoints; put it before another in the bases of a class.
 
-    Args:
-        kind: of the Trainer.
+    All processes write to `unfinished`; when all are done, the first process renames.
+
+    Attributes:
         marks: of the run's data, stored with each checkpoint (`qrefta.train.same_run`).
     """
 
-    class WholeCheckpoints(kind):
-        """All processes write to `unfinished`; when all are done, the first process renames."""
+    marks: dict[str, Any] | None = None
 
-        def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-            run = Path(str(self.args.output_dir))
-            step = self.state.global_step
-            with writing(run, f"the checkpoint of step {step}") as folder:
-                self.args.output_dir = str(folder)
-                try:
-                    super()._save_checkpoint(model, trial)
-                finally:
-                    self.args.output_dir = str(run)
-                checkpoint = folder / f"checkpoint-{step}"
-                self._correct_best(checkpoint, run)
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    if marks is not None:
-                        (checkpoint / MARKS).write_text(json.dumps(marks), encoding="utf-8")
-                    _place(checkpoint, run)
-                    rotate_checkpoints(
-                        output_dir=str(run),
-                        save_total_limit=self.args.save_total_limit,
-                        best_model_checkpoint=self.state.best_model_checkpoint,
-                        use_mtime=True,
-                    )
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run = Path(str(self.args.output_dir))
+        step = self.state.global_step
+        with writing(run, f"the checkpoint of step {step}") as folder:
+            self.args.output_dir = str(folder)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.output_dir = str(run)
+            checkpoint = folder / f"checkpoint-{step}"
+            self._correct_best(checkpoint, run)
             self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                if self.marks is not None:
+                    (checkpoint / MARKS).write_text(json.dumps(self.marks), encoding="utf-8")
+                _place(checkpoint, run)
+                rotate_checkpoints(
+                    output_dir=str(run),
+                    save_total_limit=self.args.save_total_limit,
+                    best_model_checkpoint=self.state.best_model_checkpoint,
+                    use_mtime=True,
+                )
+        self.accelerator.wait_for_everyone()
 
-        def _correct_best(self, checkpoint: Path, run: Path) -> None:
-            """Replace the best checkpoint's path in `unfinished` by its final path."""
-            if self.state.best_model_checkpoint == str(checkpoint):
-                self.state.best_model_checkpoint = str(run / checkpoint.name)
-                if self.args.should_save:
-                    self.state.save_to_json(str(checkpoint / _STATE))
-
-    return WholeCheckpoints
+    def _correct_best(self, checkpoint: Path, run: Path) -> None:
+        """Replace the best checkpoint's path in `unfinished` by its final path."""
+        if self.state.best_model_checkpoint == str(checkpoint):
+            self.state.best_model_checkpoint = str(run / checkpoint.name)
+            if self.args.should_save:
+                self.state.save_to_json(str(checkpoint / _STATE))
 
 
 def last_checkpoint(run: str | Path) -> Path | None:

@@ -71,47 +71,43 @@ def causal_model_of(model: Any) -> PreTrainedModel | None:
     return base
 
 
-def without_logits(kind: type[Trainer]) -> type[Trainer]:
-    """A subclass of the Trainer whose causal language models make no whole logits.
+class WithoutLogits(Trainer):
+    """A Trainer whose causal language models make no whole logits; put it before another in the
+    bases of a class.
 
-    The Trainer's own loss remains where it needs logits (metrics, label smoothing, a loss function
-    of the caller), and for models without a plain head.
+    It computes the loss by `head_cross_entropy`. The Trainer's loss remains where it needs logits
+    (metrics, label smoothing, a loss function of the caller), and for models without a plain head.
     """
 
-    class WithoutLogits(kind):
-        """Computes the loss by `head_cross_entropy`."""
+    _has_plain_head: bool | None = None
 
-        _has_plain_head: bool | None = None
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        base = self._plain_model()
+        if base is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = {**inputs, **_without_cache(base)}
+        if "cu_seq_lens_q" in inputs:  # with a cache the joined rows would see each other
+            inputs["use_cache"] = False
+        with plain_head(base):
+            return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
-        def compute_loss(
-            self,
-            model: nn.Module,
-            inputs: dict[str, Any],
-            return_outputs: bool = False,
-            num_items_in_batch: Tensor | int | None = None,
-        ) -> Any:
-            base = self._plain_model()
-            if base is None:
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            inputs = {**inputs, **_without_cache(base)}
-            if "cu_seq_lens_q" in inputs:  # with a cache the joined rows would see each other
-                inputs["use_cache"] = False
-            with plain_head(base):
-                return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
-
-        def _plain_model(self) -> PreTrainedModel | None:
-            """The model inside PEFT's, if its loss needs no logits; else None."""
-            needs_logits = (self.compute_metrics, self.label_smoother, self.compute_loss_func)
-            if any(needs_logits) or getattr(self.args, "loss_type", "nll") != "nll":
-                return None
-            if getattr(self, "aux_loss_enabled", False):
-                return None  # SFTTrainer weighs the loss of a mixture's router itself
-            if self.args.n_gpu > 1:
-                return None  # DataParallel's copies have heads on other devices
-            model = self.model
-            assert isinstance(model, nn.Module)
-            if self._has_plain_head is None:
-                self._has_plain_head = has_plain_head(model)
-            return causal_model_of(model) if self._has_plain_head else None
-
-    return WithoutLogits
+    def _plain_model(self) -> PreTrainedModel | None:
+        """The model inside PEFT's, if its loss needs no logits; else None."""
+        needs_logits = (self.compute_metrics, self.label_smoother, self.compute_loss_func)
+        if any(needs_logits) or getattr(self.args, "loss_type", "nll") != "nll":
+            return None
+        if getattr(self, "aux_loss_enabled", False):
+            return None  # SFTTrainer weighs the loss of a mixture's router itself
+        if self.args.n_gpu > 1:
+            return None  # DataParallel's copies have heads on other devices
+        model = self.model
+        assert isinstance(model, nn.Module)
+        if self._has_plain_head is None:
+            self._has_plain_head = has_plain_head(model)
+        return causal_model_of(model) if self._has_plain_head else None

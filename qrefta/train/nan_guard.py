@@ -22,67 +22,66 @@ from qrefta.train.checkpoints import last_checkpoint
 SCALED_STEPS = 20  # the scaler starts at 2^16 and halves: after these it is below one
 
 
-def finite_steps(kind: type[Trainer]) -> type[Trainer]:
-    """A subclass of the Trainer that raises FloatingPointError before a step that is not finite."""
+class FiniteSteps(Trainer):
+    """A Trainer that raises FloatingPointError before a step that is not finite; put it before
+    another in the bases of a class.
 
-    class FiniteSteps(kind):
-        """Checks the loss of every pass, and the gradients before every step."""
+    It checks the loss of every pass, and the gradients before every step.
+    """
 
-        _inputs: Any  # of the last pass: a batch, or for GRPO rows
+    _inputs: Any  # of the last pass: a batch, or for GRPO rows
 
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self.add_callback(_BeforeStep(self))
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(_BeforeStep(self))
 
-        def training_step(
-            self,
-            model: nn.Module,
-            inputs: dict[str, Any],
-            num_items_in_batch: Tensor | int | None = None,
-        ) -> Tensor:
-            self._inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
-            loss = super().training_step(model, inputs, num_items_in_batch)
-            losses = self.accelerator.gather(loss.reshape(1))  # of all processes
-            assert isinstance(losses, Tensor)
-            if not losses.isfinite().all():
-                broken = losses[~losses.isfinite()][0].item()
-                self.refuse(model, f"the loss is {broken}")
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        self._inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        losses = self.accelerator.gather(loss.reshape(1))  # of all processes
+        assert isinstance(losses, Tensor)
+        if not losses.isfinite().all():
+            broken = losses[~losses.isfinite()][0].item()
+            self.refuse(model, f"the loss is {broken}")
+        return loss
+
+    def refuse(self, model: nn.Module, problem: str) -> None:
+        """Raise, with the step, the origin of the problem and the last checkpoint."""
+        origin = self._origin(self.accelerator.unwrap_model(model))
+        if origin:
+            problem = f"{problem}; {origin}"
+        checkpoint = last_checkpoint(str(self.args.output_dir))
+        if checkpoint:
+            saved = f"the last checkpoint is {checkpoint}"
+        else:
+            saved = "there is no checkpoint yet"
+        raise FloatingPointError(
+            f"In step {self.state.global_step + 1} {problem}. The step was not taken; "
+            f"{saved}. Check the batch, lower the learning rate, or compute in float32 or "
+            "bfloat16 instead of float16."
+        )
+
+    def _origin(self, model: nn.Module) -> str | None:
+        model.zero_grad()
+        inputs = prepare_inputs(self, self._inputs)
+        column = _first_broken(inputs.items())
+        problem = None if column is None else f"the batch's {column} holds NaN or infinity"
+        problem = _of_first_process(problem)
+        if problem:
+            return problem
+
+        def compute_loss() -> Tensor:
+            loss = self.compute_loss(model, inputs)
+            assert isinstance(loss, Tensor)  # a tuple only if outputs are asked for
             return loss
 
-        def refuse(self, model: nn.Module, problem: str) -> None:
-            """Raise, with the step, the origin of the problem and the last checkpoint."""
-            origin = self._origin(self.accelerator.unwrap_model(model))
-            if origin:
-                problem = f"{problem}; {origin}"
-            checkpoint = last_checkpoint(str(self.args.output_dir))
-            if checkpoint:
-                saved = f"the last checkpoint is {checkpoint}"
-            else:
-                saved = "there is no checkpoint yet"
-            raise FloatingPointError(
-                f"In step {self.state.global_step + 1} {problem}. The step was not taken; "
-                f"{saved}. Check the batch, lower the learning rate, or compute in float32 or "
-                "bfloat16 instead of float16."
-            )
-
-        def _origin(self, model: nn.Module) -> str | None:
-            model.zero_grad()
-            inputs = prepare_inputs(self, self._inputs)
-            column = _first_broken(inputs.items())
-            problem = None if column is None else f"the batch's {column} holds NaN or infinity"
-            problem = _of_first_process(problem)
-            if problem:
-                return problem
-
-            def compute_loss() -> Tensor:
-                loss = self.compute_loss(model, inputs)
-                assert isinstance(loss, Tensor)  # a tuple only if outputs are asked for
-                return loss
-
-            with self.compute_loss_context_manager():
-                return find_origin(model, compute_loss)
-
-    return FiniteSteps
+        with self.compute_loss_context_manager():
+            return find_origin(model, compute_loss)
 
 
 class _BeforeStep(TrainerCallback):

@@ -7,6 +7,7 @@ the bytes of the trainable parameters.
 """
 
 import copy
+import inspect
 from contextlib import nullcontext
 from typing import Any
 
@@ -38,8 +39,9 @@ def _without_link(parameter: nn.Parameter) -> nn.Parameter:
     return packed_parameter(parameter.data, parameter.shares)
 
 
-def starts_as_reference(kind: type[Trainer]) -> type[Trainer]:
-    """A subclass of TRL's DPOTrainer or GRPOTrainer whose reference is its model at the start.
+class StartsAsReference(Trainer):
+    """A DPOTrainer or GRPOTrainer of TRL whose reference is its model at the start; put it before
+    one of them in the bases of a class.
 
     PEFT models keep TRL's reference, a copy of the adapter.
 
@@ -48,25 +50,22 @@ def starts_as_reference(kind: type[Trainer]) -> type[Trainer]:
             the model.
     """
 
-    class StartsAsReference(kind):
-        def __init__(self, *, model: PreTrainedModel, args: Any, **options: Any) -> None:
-            for name in ("fsdp", "sync_ref_model"):
-                if getattr(args, name):
-                    raise ValueError(
-                        f"{name} is set, and the reference shares its frozen weights with the "
-                        f"model; leave {name} out."
-                    )
-            loads: Any = nullcontext()
-            is_needed = not hasattr(model, "peft_config") and not getattr(
-                args, "precompute_ref_log_probs", False
-            )
-            if is_needed and "beta" in vars(args) and args.beta != 0:
-                reference = reference_model(model)
-                if "DPO" in kind.__name__:
-                    options["ref_model"] = reference
-                else:
-                    loads = loads_instead(reference)
-            with loads:
-                super().__init__(model=model, args=args, **options)
-
-    return StartsAsReference
+    def __init__(self, *, model: PreTrainedModel, args: Any, **options: Any) -> None:
+        for name in ("fsdp", "sync_ref_model"):
+            if getattr(args, name):
+                raise ValueError(
+                    f"{name} is set, and the reference shares its frozen weights with the "
+                    f"model; leave {name} out."
+                )
+        loads: Any = nullcontext()
+        is_needed = not hasattr(model, "peft_config") and not getattr(
+            args, "precompute_ref_log_probs", False
+        )
+        if is_needed and "beta" in vars(args) and args.beta != 0:
+            reference = reference_model(model)
+            if "ref_model" in inspect.signature(super().__init__).parameters:  # DPOTrainer
+                options["ref_model"] = reference
+            else:
+                loads = loads_instead(reference)
+        with loads:
+            super().__init__(model=model, args=args, **options)

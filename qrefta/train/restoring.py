@@ -18,38 +18,33 @@ from qrefta.model.check import missing_tensors
 from qrefta.model.names import sources
 
 
-def restores_all(kind: type[Trainer]) -> type[Trainer]:
-    """A subclass of the Trainer that restores every tensor of a checkpoint: to resume, and to keep
-    the best model.
+class RestoresAll(Trainer):
+    """A Trainer that restores every tensor of a checkpoint, to resume and to keep the best model;
+    put it before another in the bases of a class.
     """
 
-    class RestoresAll(kind):
-        """Fills the tensors that the Trainer passes over."""
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._restore(resume_from_checkpoint)
 
-        def _load_from_checkpoint(
-            self, resume_from_checkpoint: str, model: nn.Module | None = None
-        ) -> None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            self._restore(resume_from_checkpoint)
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        assert self.state.best_model_checkpoint is not None
+        self._restore(self.state.best_model_checkpoint)
 
-        def _load_best_model(self) -> None:
-            super()._load_best_model()
-            assert self.state.best_model_checkpoint is not None
-            self._restore(self.state.best_model_checkpoint)
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        if not self._restores:  # else it would name tensors that are about to be filled
+            super()._issue_warnings_after_load(load_result)
 
-        def _issue_warnings_after_load(self, load_result: Any) -> None:
-            if not self._restores:  # else it would name tensors that are about to be filled
-                super()._issue_warnings_after_load(load_result)
+    def _restore(self, checkpoint: str) -> None:
+        if self._restores:
+            restore(cast(PreTrainedModel, self.model), Path(checkpoint))
 
-        def _restore(self, checkpoint: str) -> None:
-            if self._restores:
-                restore(cast(PreTrainedModel, self.model), Path(checkpoint))
-
-        @property
-        def _restores(self) -> bool:
-            return isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled
-
-    return RestoresAll
+    @property
+    def _restores(self) -> bool:
+        return isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled
 
 
 @torch.no_grad()

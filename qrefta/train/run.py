@@ -26,7 +26,7 @@ from qrefta.distributed import whole_state
 from qrefta.model.prepared import is_prepared, prepared_config
 from qrefta.model_card import write_card
 from qrefta.train.checkpointing import follow_arguments
-from qrefta.train.checkpoints import publish, whole_checkpoints, writing
+from qrefta.train.checkpoints import WholeCheckpoints, publish, writing
 from qrefta.train.evaluating import (
     EvaluationTime,
     check_metric,
@@ -34,13 +34,14 @@ from qrefta.train.evaluating import (
 from qrefta.train.forward import own_forward
 from qrefta.train.gradients import GradientWatch
 from qrefta.train.interrupt import interruptible
-from qrefta.train.nan_guard import finite_steps
+from qrefta.train.nan_guard import FiniteSteps
 from qrefta.train.packing import check_apart, row_by_row
 from qrefta.train.progress import Lines, Progress
-from qrefta.train.restoring import restores_all
+from qrefta.train.restoring import RestoresAll
 from qrefta.train.resume import OrderOfEpoch, OwnIntervals, checkpoint_of
 from qrefta.train.same_run import run_marks
 from qrefta.train.tasks import Recipe, TaskName
+from qrefta.train.tasks.recipe import combined
 
 
 class FinetuneResult(NamedTuple):
@@ -177,7 +178,8 @@ def _trainer(
     if getattr(arguments, "padding_free", False):
         _join_rows(arguments)
     options = {"data_collator": recipe.collate, "compute_metrics": recipe.metrics} | recipe.options
-    trainer = finite_steps(restores_all(whole_checkpoints(recipe.trainer, marks)))(
+    kind = combined(FiniteSteps, RestoresAll, WholeCheckpoints, recipe.trainer)
+    trainer: Any = kind(
         model=model,
         args=arguments,
         train_dataset=recipe.train,
@@ -187,6 +189,7 @@ def _trainer(
         # GRPOTrainer takes neither of them
         **{name: value for name, value in options.items() if value is not None},
     )
+    trainer.marks = marks
     if arguments.fsdp and not trainer.is_fsdp_enabled:
         raise ValueError("fsdp shards a model over GPUs, and there are none here; leave it out.")
     if _joins(trainer):

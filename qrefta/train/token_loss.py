@@ -16,66 +16,63 @@ from transformers.trainer_utils import EvalLoopOutput
 from qrefta.nn.head_loss import IGNORED
 
 
-def loss_by_tokens(kind: type[Trainer]) -> type[Trainer]:
-    """A subclass of the Trainer whose evaluation loss is the mean over labelled tokens."""
+class LossByTokens(Trainer):
+    """A Trainer whose evaluation loss is the mean over labelled tokens; put it before another in
+    the bases of a class.
+    """
 
-    class LossByTokens(kind):
-        """Sums the losses of an evaluation, with their tokens."""
+    _sums: tuple[float, int] = (0.0, 0)
 
-        _sums: tuple[float, int] = (0.0, 0)
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> Any:
+        inputs = self._without_repeated_rows(inputs)
+        tokens = int((inputs["labels"][..., 1:] != IGNORED).sum())
+        found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if found[0] is not None and tokens:
+            total, count = self._sums
+            self._sums = (total + float(found[0]) * tokens, count + tokens)
+        return found
 
-        def prediction_step(
-            self,
-            model: nn.Module,
-            inputs: dict[str, Any],
-            prediction_loss_only: bool,
-            ignore_keys: list[str] | None = None,
-        ) -> Any:
-            inputs = self._without_repeated_rows(inputs)
-            tokens = int((inputs["labels"][..., 1:] != IGNORED).sum())
-            found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-            if found[0] is not None and tokens:
-                total, count = self._sums
-                self._sums = (total + float(found[0]) * tokens, count + tokens)
-            return found
+    def _without_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch, without the labels of the rows that accelerate repeats, so that the last
+        batches of all processes are equally large.
+        """
+        place = self.accelerator.gradient_state
+        alone = self.accelerator.num_processes == 1
+        if alone or not place.end_of_dataloader or place.remainder <= 0:
+            return inputs
+        labels = inputs["labels"]
+        if len(labels) == 1 and "position_ids" in inputs:  # joined rows
+            rows = (inputs["position_ids"] == 0).cumsum(-1) - 1
+        else:
+            rows = torch.arange(len(labels), device=labels.device).unsqueeze(1)
+        before = self.accelerator.process_index * (int(rows.max()) + 1)
+        repeated = rows + before >= place.remainder
+        return inputs | {"labels": labels.masked_fill(repeated, IGNORED)}
 
-        def _without_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
-            """The batch, without the labels of the rows that accelerate repeats, so that the last
-            batches of all processes are equally large.
-            """
-            place = self.accelerator.gradient_state
-            alone = self.accelerator.num_processes == 1
-            if alone or not place.end_of_dataloader or place.remainder <= 0:
-                return inputs
-            labels = inputs["labels"]
-            if len(labels) == 1 and "position_ids" in inputs:  # joined rows
-                rows = (inputs["position_ids"] == 0).cumsum(-1) - 1
-            else:
-                rows = torch.arange(len(labels), device=labels.device).unsqueeze(1)
-            before = self.accelerator.process_index * (int(rows.max()) + 1)
-            repeated = rows + before >= place.remainder
-            return inputs | {"labels": labels.masked_fill(repeated, IGNORED)}
-
-        def evaluation_loop(
-            self,
-            dataloader: DataLoader[Any],
-            description: str,
-            prediction_loss_only: bool | None = None,
-            ignore_keys: list[str] | None = None,
-            metric_key_prefix: str = "eval",
-        ) -> EvalLoopOutput:
-            self._sums = (0.0, 0)
-            averages = self.args.average_tokens_across_devices
-            self.args.average_tokens_across_devices = False  # a loss is a mean of this process
-            try:
-                output = super().evaluation_loop(
-                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-                )
-            finally:
-                self.args.average_tokens_across_devices = averages
-            sums = torch.tensor(gather_object([self._sums]), dtype=torch.float64).sum(0)
-            if sums[1] and output.metrics is not None:
-                output.metrics[f"{metric_key_prefix}_loss"] = (sums[0] / sums[1]).item()
-            return output
-
-    return LossByTokens
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        self._sums = (0.0, 0)
+        averages = self.args.average_tokens_across_devices
+        self.args.average_tokens_across_devices = False  # a loss is a mean of this process
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        finally:
+            self.args.average_tokens_across_devices = averages
+        sums = torch.tensor(gather_object([self._sums]), dtype=torch.float64).sum(0)
+        if sums[1] and output.metrics is not None:
+            output.metrics[f"{metric_key_prefix}_loss"] = (sums[0] / sums[1]).item()
+        return output

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, Trainer, TrainingArguments
+from transformers import AutoModel, TrainingArguments
 
 from qrefta.train import checkpoints
-from qrefta.train.checkpoints import UNFINISHED, last_checkpoint, publish, whole_checkpoints
+from qrefta.train.checkpoints import UNFINISHED, WholeCheckpoints, last_checkpoint, publish
 from tests.models import prepared, tiny_bert
 
 IDS = torch.tensor([2, 3, 4, 5])
@@ -33,7 +33,7 @@ def trainer(folder, **settings):
         use_cpu=True,
         **settings,
     )
-    return whole_checkpoints(Trainer)(model, arguments, train_dataset=ROWS)
+    return WholeCheckpoints(model, arguments, train_dataset=ROWS)
 
 
 @pytest.mark.slow

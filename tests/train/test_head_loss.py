@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from qrefta.nn.head_loss import CHUNK, head_cross_entropy, plain_head
-from qrefta.train.head_loss import causal_model_of, has_plain_head, without_logits
+from qrefta.train.head_loss import WithoutLogits, causal_model_of, has_plain_head
 from tests.models import (
     build,
     decoder_sizes,
@@ -202,7 +202,7 @@ def trainer_of(model, folder, **options):
     args = TrainingArguments(
         str(folder), use_cpu=True, report_to="none", dataloader_pin_memory=False
     )
-    return without_logits(Trainer)(model=model, args=args, **options)
+    return WithoutLogits(model=model, args=args, **options)
 
 
 def test_a_step_holds_less_than_the_logits(tmp_path):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoTokenizer, TrainingArguments
 
 import qrefta
 from qrefta.config.stack import BANK
@@ -15,11 +15,11 @@ from qrefta.train.finetune import finetune
 from qrefta.train.models import load_classifier
 from qrefta.train.nan_guard import (
     SCALED_STEPS,
+    FiniteSteps,
     _all_finite,
     _BeforeStep,
     _finite,
     find_origin,
-    finite_steps,
 )
 from tests.models import pixels, tiny_bert, tiny_vit
 from tests.processes import Broken
@@ -51,7 +51,7 @@ def trainer(model, folder, data, **settings):
         train_sampling_strategy="sequential",
         **settings,
     )
-    return finite_steps(Trainer)(model, arguments, train_dataset=data)
+    return FiniteSteps(model, arguments, train_dataset=data)
 
 
 @pytest.fixture

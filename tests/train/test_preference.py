@@ -11,11 +11,12 @@ from datasets import Dataset, DatasetDict
 import qrefta
 from qrefta.train.arguments import training_arguments
 from qrefta.train.calibration import task_batches
-from qrefta.train.reference import reference_model, starts_as_reference
+from qrefta.train.reference import StartsAsReference, reference_model
 from qrefta.train.rewards import load_reward
 from qrefta.train.tasks import TASKS, load_preferences, load_prompts
 from qrefta.train.tasks.dpo import dpo_recipe
 from qrefta.train.tasks.prompts import token_ids
+from qrefta.train.tasks.recipe import combined
 from tests.models import logits, tiny_llama
 from tests.train.talk import ANSWER, QUESTION, chat_rows, pair_rows, write_rows
 
@@ -282,7 +283,7 @@ def test_grpo_s_divergence_is_measured_from_the_start(tokenizer, tmp_path):
 
     load = grpo_trainer.create_model_from_path
     model = qrefta.prepare(tiny_llama(), rank=48, progress=False)
-    kind = starts_as_reference(trl.GRPOTrainer)
+    kind = combined(StartsAsReference, trl.GRPOTrainer)
     trainer = kind(
         model=model,
         args=training_arguments(
@@ -315,7 +316,7 @@ def test_what_the_shared_reference_cannot_do_is_refused(name, tokenizer, tmp_pat
     setattr(args, name, True)
     model = qrefta.prepare(tiny_llama(), rank=8, progress=False)
     with pytest.raises(ValueError, match=f"{name} is set, and the reference shares"):
-        starts_as_reference(trl.DPOTrainer)(model=model, args=args)
+        combined(StartsAsReference, trl.DPOTrainer)(model=model, args=args)
 
 
 def test_rewards_come_from_files(tmp_path):

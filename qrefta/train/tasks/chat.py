@@ -9,15 +9,15 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta.choices import LOSSES, Loss, Task
-from qrefta.train.balance import balanced
+from qrefta.train.balance import BalancedBatches
 from qrefta.train.data import read_splits, with_test
-from qrefta.train.head_loss import without_logits
+from qrefta.train.head_loss import WithoutLogits
 from qrefta.train.lengths import check_rows, warn_of_cut, warn_without_answer
 from qrefta.train.tasks.answers import IGNORED, learned_ids, left_out, template_errors
-from qrefta.train.tasks.recipe import TEST_SHARE, Recipe
+from qrefta.train.tasks.recipe import TEST_SHARE, Recipe, combined
 from qrefta.train.tasks.rows import TOOLS, read_rows, text_features, turn_features
 from qrefta.train.tasks.turns import conversation, is_empty, is_plain
-from qrefta.train.token_loss import loss_by_tokens
+from qrefta.train.token_loss import LossByTokens
 from qrefta.train.trl import load_trl
 
 _TEXT = ("prompt", "completion")
@@ -114,7 +114,8 @@ def chat_recipe(
             template does not take, or a split without an answer in its first `max_length` tokens.
         ImportError: if TRL is not installed.
     """
-    trainer = balanced(loss_by_tokens(without_logits(load_trl("sft")[0])))
+    trainer, _ = load_trl("sft")
+    trainer = combined(BalancedBatches, LossByTokens, WithoutLogits, trainer)
     data = DatasetDict(
         {
             name: part if part.features in _READ else conversations(part, f"the {name} split")

@@ -9,10 +9,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta.train.data import read_splits, with_test
 from qrefta.train.lengths import check_rows, check_tokens, warn_of_cut, warn_without_answer
-from qrefta.train.reference import starts_as_reference
+from qrefta.train.reference import StartsAsReference
 from qrefta.train.tasks.chat import check_template
 from qrefta.train.tasks.prompts import token_ids
-from qrefta.train.tasks.recipe import TEST_SHARE, Recipe
+from qrefta.train.tasks.recipe import TEST_SHARE, Recipe, combined
 from qrefta.train.tasks.rows import read_rows
 from qrefta.train.tasks.turns import (
     QUESTIONS,
@@ -74,7 +74,7 @@ def dpo_recipe(
     return Recipe(
         data["train"],
         data["test"],
-        starts_as_reference(trainer),
+        combined(StartsAsReference, trainer),
         scores={"accuracy": "rewards/accuracies"},
     )
 

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qrefta.files.tables import BUILDERS, is_number, is_text, kind_of, with_names
 from qrefta.train.data import read_splits, split_files, with_test
 from qrefta.train.lengths import check_rows, check_tokens
-from qrefta.train.reference import starts_as_reference
+from qrefta.train.reference import StartsAsReference
 from qrefta.train.rewards import Reward
 from qrefta.train.tasks.chat import check_template
 from qrefta.train.tasks.prompts import token_ids
-from qrefta.train.tasks.recipe import TEST_SHARE, Recipe
+from qrefta.train.tasks.recipe import TEST_SHARE, Recipe, combined
 from qrefta.train.tasks.rows import read_rows
 from qrefta.train.tasks.turns import COLUMNS, is_empty, question_of
 from qrefta.train.trl import load_trl
@@ -94,7 +94,7 @@ def grpo_recipe(
     return Recipe(
         data["train"],
         data["test"],
-        starts_as_reference(trainer),
+        combined(StartsAsReference, trainer),
         options={"reward_funcs": [_checked(reward, columns) for reward in rewards]},
         scores={"reward": "reward"},
     )

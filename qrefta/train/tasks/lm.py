@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from datasets import Dataset, DatasetDict, Features, List, Value
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta.files.encodings import check_text, text_encoding
 from qrefta.files.tables import from_generator, kind_of, text_column, versions
 from qrefta.train.data import read_splits, split_files, with_test
-from qrefta.train.head_loss import without_logits
-from qrefta.train.tasks.recipe import TEST_SHARE, Recipe
-from qrefta.train.token_loss import loss_by_tokens
+from qrefta.train.head_loss import WithoutLogits
+from qrefta.train.tasks.recipe import TEST_SHARE, Recipe, combined
+from qrefta.train.token_loss import LossByTokens
 
 _CHARACTERS = 1_000_000  # of a piece of a file, and of the pieces that are tokenized together
 _PIECES = Features({"text": Value("string"), "ends": Value("bool")})
@@ -94,7 +94,7 @@ def text_windows(
         held_out = max(1, round(TEST_SHARE * len(whole)))
         windows["train"] = whole.select(range(len(whole) - held_out))
         windows["test"] = whole.select(range(len(whole) - held_out, len(whole)))
-    trainer = loss_by_tokens(without_logits(Trainer))
+    trainer = combined(LossByTokens, WithoutLogits)
     return Recipe(windows["train"], windows["test"], trainer, collate=_batch)
 
 

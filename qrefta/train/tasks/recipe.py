@@ -10,6 +10,11 @@ from transformers import EvalPrediction, Trainer
 TEST_SHARE = 0.1  # of the rows of a source without a test split
 
 
+def combined(*kinds: type[Trainer]) -> type[Trainer]:
+    """A subclass of several classes of Trainer; a method of the first comes before the others'."""
+    return type(kinds[-1].__name__, kinds, {})
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Data of a task and the Trainer for it.
