@@ -68,40 +68,31 @@ class Numbers(NamedTuple):
 
 def run(options: Options) -> None:
     """Prepare, train, save, reload and merge; QLoRA trains on the same rows, order and steps."""
-    model, dataset, rank, steps, train_rows, test_rows, out, rows, seed = options
+    seed = options.seed
     start = time.perf_counter()
-    source = model or str(smollm2_folder(cache_folder()))
+    source = options.model or str(smollm2_folder(cache_folder()))
     tokenizer = AutoTokenizer.from_pretrained(source)
     dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    if dataset is None:
-        data = docstring_questions(train_rows, test_rows)
-    else:
-        data = load_chat(dataset, seed)
-        data = DatasetDict(
-            {
-                name: data[name].select(range(min(count, len(data[name]))))
-                for name, count in (("train", train_rows), ("test", test_rows))
-            }
-        )
-    name = NAME if model is None else model
+    data = conversations_of(options)
+    name = NAME if options.model is None else options.model
     console.rule(f"{name}: {len(data['train'])} questions to train on, {len(data['test'])} to test")
 
     before_preparing = time.perf_counter()
     prepared = qrefta.prepare(
         copy.deepcopy(dense),
         bits=4,
-        rank=rank,
+        rank=options.rank,
         calibration=task_batches("sft", dense, tokenizer, data, seed=seed),
         seed=seed,
     )
     prepare_s = time.perf_counter() - before_preparing
     torch.manual_seed(seed)
-    same_size = round(rank / prepared.config.num_hidden_layers)
+    same_size = round(options.rank / prepared.config.num_hidden_layers)
     rival_rank = max(same_size, 1)
     rival = qlora(copy.deepcopy(dense), rival_rank, alpha=2 * rival_rank)
     rival_name = f"QLoRA r={rival_rank}"
     kept = how_much_is_kept(
-        {"bitsandbytes NF4": rival, "qrefta": prepared}, dense, tokenizer, data, out
+        {"bitsandbytes NF4": rival, "qrefta": prepared}, dense, tokenizer, data, options.out
     )
     console.print(kept_table(kept))
     dense_bytes = sum(parameter.nbytes for parameter in dense.parameters())
@@ -115,26 +106,13 @@ def run(options: Options) -> None:
     ]
     for row, text in zip(told, answers(prepared, tokenizer, questions), strict=True):
         row["before"] = text
-    results: dict[str, FinetuneResult] = {}
-    for label, candidate in ((rival_name, rival), ("qrefta", prepared)):
-        console.print(f"\nTraining: {label}")
-        args = training_arguments(
-            "sft",
-            out / label.replace(" ", "-"),
-            learning_rate=3e-3,
-            max_steps=steps,
-            per_device_train_batch_size=8,
-            padding_free=False,
-            save_steps=1.0,
-            seed=seed,
-        )
-        results[label] = qrefta.finetune(candidate, tokenizer, data, task="sft", args=args)
+    results = trained({rival_name: rival, "qrefta": prepared}, tokenizer, data, options)
     for row, text in zip(told, answers(prepared, tokenizer, questions), strict=True):
         row["after"] = text
     console.print(results_table(results))
     console.print(answers_table(told))
 
-    folder = out / "qrefta"
+    folder = options.out / "qrefta"
     reload_difference, merge_difference = check_files(prepared, tokenizer, questions, folder)
     numbers = Numbers(
         dense_bytes,
@@ -146,8 +124,46 @@ def run(options: Options) -> None:
         1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     )
     show(numbers, folder)
-    if rows is not None:
-        append(rows, to_rows(kept, results, told, numbers), seed)
+    if options.rows is not None:
+        append(options.rows, to_rows(kept, results, told, numbers), seed)
+
+
+def conversations_of(options: Options) -> DatasetDict:
+    """The rows to train on and to test, of the data set that is given or of Python's docstrings."""
+    counts = {"train": options.train_rows, "test": options.test_rows}
+    if options.dataset is None:
+        return docstring_questions(*counts.values())
+    data = load_chat(options.dataset, options.seed)
+    return DatasetDict(
+        {
+            name: data[name].select(range(min(count, len(data[name]))))
+            for name, count in counts.items()
+        }
+    )
+
+
+def trained(
+    models: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    data: DatasetDict,
+    options: Options,
+) -> dict[str, FinetuneResult]:
+    """Train each model in place on the same rows, in the same order and steps."""
+    results = {}
+    for name, model in models.items():
+        console.print(f"\nTraining: {name}")
+        args = training_arguments(
+            "sft",
+            options.out / name.replace(" ", "-"),
+            learning_rate=3e-3,
+            max_steps=options.steps,
+            per_device_train_batch_size=8,
+            padding_free=False,
+            save_steps=1.0,
+            seed=options.seed,
+        )
+        results[name] = qrefta.finetune(model, tokenizer, data, task="sft", args=args)
+    return results
 
 
 def how_much_is_kept(

@@ -1,19 +1,28 @@
-"""Pictures of findings as SVG text: equal numbers give equal bytes; colours suit colour blindness.
+"""Pictures of the findings on quantization error, depth, divergence and cost."""
 
-A picture is one panel, narrow enough for a phone. Text stays text, laid out for DejaVu Sans.
-"""
-
-import re
-from html import escape
-from io import StringIO
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.container import ErrorbarContainer
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
+from eval.report.canvas import (
+    BLACK,
+    BLUE,
+    BROWN,
+    GREEN,
+    GREY,
+    LOWER,
+    ORANGE,
+    PINK,
+    RED,
+    SKY,
+    STYLE,
+    Picture,
+    add_legend,
+    canvas,
+    plain_ticks,
+    render,
+)
 from eval.report.findings import (
     BLOCKS,
     DRAWN_LORA,
@@ -30,40 +39,7 @@ from eval.report.findings import (
     trainable_parameters,
 )
 from eval.report.kept import Points, front
-from eval.report.scores import RANK_WORDS, Score, kind
-from eval.tasks.task import METRICS
 
-WIDTH = 4.2  # inches
-LOWER = "\n(lower is better)"
-HIGHER = "\n(higher is better)"
-STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "qrefta",
-    "font.size": 9.5,
-    "font.family": "DejaVu Sans",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e3e3e3",
-    "axes.axisbelow": True,
-    "axes.edgecolor": "#555",
-    "axes.labelcolor": "#222",
-    "xtick.color": "#333",
-    "ytick.color": "#333",
-    "legend.frameon": False,
-    "legend.fontsize": 8.2,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 5.5,
-}
-BLACK = "#000000"
-GREY = "#777777"
-ORANGE = "#E69F00"
-SKY = "#56B4E9"
-GREEN = "#009E73"
-BLUE = "#0072B2"
-RED = "#D55E00"
-PINK = "#CC79A7"
-BROWN = "#8C564B"
 STARTS = {"one shot": (SKY, "o"), "refined": (BLUE, "s"), "calibrated": (GREEN, "D")}
 CRAFT = {"one shot": (BROWN, "<"), "refined": (BROWN, ">")}
 METHODS = {
@@ -74,15 +50,6 @@ METHODS = {
     "smaller block, 8-bit scales": (GREY, "*"),
 }
 TRANSFORMS = {"lsm3": (BLUE, "o"), "dct": (ORANGE, "^"), "identity": (BLACK, "s")}
-PEERS = {
-    "lora": (BLUE, "o"),
-    "pissa": (SKY, "^"),
-    "vera": (GREY, "d"),
-    "loretta": (GREY, "h"),
-    "qlora": (RED, "s"),
-    "qpissa": (ORANGE, "v"),
-    "loftq": (PINK, "D"),
-}
 KEPT = {
     "bitsandbytes": (GREY, "s"),
     "GPTQ": (BLACK, "X"),
@@ -94,66 +61,6 @@ KEPT = {
     "qrefta, error feedback": (GREEN, "*"),
     "qrefta, layer after layer": (BROWN, "h"),
 }
-TENSOR_COLORS = {"refta": GREEN, "craft": BROWN, "tera": BLACK}  # others: grey
-TENSOR_MARKERS = "P*X<>hp8"
-
-
-class Picture(NamedTuple):
-    """SVG text, the name of its file, and its alternative text."""
-
-    name: str
-    alt: str
-    svg: str
-
-
-def render(figure: Figure, name: str, alt: str) -> Picture:
-    """The figure as inline SVG with a title; ids are unique on a page with several pictures."""
-    buffer = StringIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(
-            buffer,
-            format="svg",
-            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-        )
-    text = buffer.getvalue()
-    text = re.sub(r"(\bid=\"|href=\"#|url\(#)", rf"\g<1>{name}-", text[text.index("<svg") :])
-    opening, rest = text.split(">", 1)
-    title = f'<title id="{name}-title">{escape(alt)}</title>'
-    head = f'{opening} role="img" aria-labelledby="{name}-title">\n {title}'
-    return Picture(
-        name, alt, "\n".join(line.rstrip() for line in (head + rest).splitlines()) + "\n"
-    )
-
-
-def canvas(height: float, x: str, y: str) -> tuple[Figure, Axes]:
-    """A figure of one panel with labelled axes."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        axes = figure.add_subplot(xlabel=x, ylabel=y)
-    return figure, axes
-
-
-def add_legend(figure: Figure, axes: Axes, columns: int = 2) -> None:
-    """Add a legend below the panel, one entry per name."""
-    handles, labels = axes.get_legend_handles_labels()
-    lines = [handle[0] if isinstance(handle, ErrorbarContainer) else handle for handle in handles]
-    entries = dict(zip(labels, lines))
-    with matplotlib.rc_context(STYLE):
-        figure.legend(
-            entries.values(),
-            entries.keys(),
-            loc="outside lower center",
-            ncols=columns,
-            columnspacing=1.2,
-        )
-
-
-def plain_ticks(axes: Axes, ticks: list[float]) -> None:
-    """Put plain numbers on a logarithmic x axis."""
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def look(one: Series) -> dict[str, Any]:
@@ -306,105 +213,6 @@ def spectrum_lines(rows: list[Row], name: str, alt: str) -> Picture:
     axes.set_title(stack_label(rows[0]["stack"]), fontsize=9.5)
     add_legend(figure, axes, columns=3)
     return render(figure, name, alt)
-
-
-def score_scatter(methods: dict[str, Score], name: str, alt: str) -> Picture:
-    """Scores with standard errors over adapter parameters; head-only and full are lines."""
-    scale = 100 if next(iter(methods.values())).metric == "accuracy" else 1
-    measured = next(iter(methods.values())).metric
-    direction = HIGHER if METRICS[measured].more_is_better else LOWER
-    metric = f"{measured}{', %' if scale == 100 else ''}{direction}"
-    figure, axes = canvas(5.9, "adapter parameters (similar counts side by side)", metric)
-    axes.set_xscale("log")
-    lines = [score for score in methods.values() if score.adapter == 0 or score.method == "full"]
-    points = [score for score in methods.values() if score not in lines]
-    low, high = value_range(points or lines)
-    for score, style in zip(lines, ((0, (1, 2)), (0, (5, 3)), "-.")):
-        inside = low <= score.mean <= high
-        away = "" if inside else f", {scale * score.mean:.3g} (off the scale)"
-        axes.axhline(
-            scale * score.mean,
-            color="#444",
-            linestyle=style,
-            linewidth=1.2,
-            label=f"{score.method}{away}",
-        )
-        error = score.standard_error or 0
-        axes.axhspan(
-            scale * (score.mean - error),
-            scale * (score.mean + error),
-            color="#444",
-            alpha=0.08,
-            linewidth=0,
-        )
-    tensor = list(
-        dict.fromkeys(kind(score.method) for score in points if kind(score.method) not in PEERS)
-    )
-    for cluster in near(points):
-        center = cluster[len(cluster) // 2].adapter
-        for place, score in enumerate(cluster):
-            label = kind(score.method)
-            color, marker = PEERS.get(label) or (
-                TENSOR_COLORS.get(label.split()[0], GREY),
-                TENSOR_MARKERS[tensor.index(label) % len(TENSOR_MARKERS)],
-            )
-            hollow = label in tensor and "bits=16" not in label
-            axes.errorbar(
-                center * 1.14 ** (place - (len(cluster) - 1) / 2),
-                scale * score.mean,
-                scale * (score.standard_error or 0),
-                color=color,
-                marker=marker,
-                linestyle="",
-                capsize=2.5,
-                markersize=6.5,
-                elinewidth=1.1,
-                label=label,
-                mfc="white" if hollow else color,
-            )
-        ranks = "\n".join(
-            dict.fromkeys(
-                word
-                for score in cluster
-                for word in score.method.split()
-                if word.startswith(RANK_WORDS)
-            )
-        )
-        axes.annotate(
-            ranks,
-            (center, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8,
-            color="#333",
-        )
-    centers = [cluster[len(cluster) // 2].adapter for cluster in near(points)]
-    axes.set_xticks(centers, [f"{center:,}" for center in centers])
-    axes.margins(x=0.12)
-    axes.set_ylim(scale * low, scale * high)
-    axes.xaxis.set_minor_locator(NullLocator())
-    add_legend(figure, axes, columns=1)
-    return render(figure, name, alt)
-
-
-def value_range(points: list[Score]) -> tuple[float, float]:
-    """The range of the scores with standard errors, extended by a third on both sides."""
-    ends = [point.mean + sign * (point.standard_error or 0) for point in points for sign in (-1, 1)]
-    margin = (max(ends) - min(ends)) / 3 or 0.01
-    return min(ends) - margin, max(ends) + margin
-
-
-def near(points: list[Score]) -> list[list[Score]]:
-    """Scores in groups whose largest parameter count is at most 1.3 times the smallest."""
-    groups: list[list[Score]] = []
-    for score in sorted(points, key=lambda score: score.adapter):
-        if groups and score.adapter <= 1.3 * groups[-1][0].adapter:
-            groups[-1].append(score)
-        else:
-            groups.append([score])
-    return groups
 
 
 def kept_points(points: dict[str, Points], value: str, text: str, name: str, alt: str) -> Picture:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
-from eval.report.figures import Picture
+from eval.report.canvas import Picture
 from eval.report.findings import Table
 from eval.report.verdicts import THRESHOLDS, Verdict
 

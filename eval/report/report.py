@@ -14,6 +14,7 @@ from eval.peers.bases import Base
 from eval.report import figures, findings, gpu, kept, over_tasks, scores
 from eval.report.findings import FORMATS, Row, distinct, pick
 from eval.report.pages import Report, Section, html_page, markdown
+from eval.report.score_figure import score_scatter
 from eval.report.summary import summary
 from eval.report.verdicts import verdicts
 from eval.rows import read
@@ -415,7 +416,7 @@ def score_section(study: scores.Study, methods: dict[str, scores.Score]) -> Sect
     return Section(
         title,
         text,
-        [figures.score_scatter(methods, name, f"Scores by trainable parameters. {title}")],
+        [score_scatter(methods, name, f"Scores by trainable parameters. {title}")],
         tables,
     )
 
