@@ -15,87 +15,44 @@ singular values, and each format's error on Gaussian weights. Cells with a row a
 
 import multiprocessing
 import os
-from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import cache, cached_property, partial
-from itertools import groupby, pairwise, product
-from math import ceil
+from functools import cache, partial
+from itertools import groupby, product
 from pathlib import Path
 from statistics import mean, stdev
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
-from eval.peers.splits import loftq, pissa, qera, small_block, small_block_bits
 from eval.rows import append, find, read
+from eval.studies.error_totals import rising, whole_model
+from eval.studies.stack_errors import PAPER, SMALL_BLOCKS, STARTS, Cell, StackErrors
 from eval.tasks.demo import docstring_sentences, model_folder
 from qrefta.choices import QUANT_TYPES, TRANSFORMS
 from qrefta.cli import guarded, quiet_libraries
 from qrefta.config.settings import Settings
 from qrefta.config.stack import LayerStack
-from qrefta.linalg.metric import Metric, output_error
-from qrefta.methods import METHODS
-from qrefta.methods.craft import CRAFT
-from qrefta.methods.refta import ReFTA
 from qrefta.model.stacks import find_stacks
-from qrefta.model.weights import Weights, model_weights
-from qrefta.nn.factors import Factors, Fit
+from qrefta.model.weights import model_weights
 from qrefta.nn.quantize import rounded
 from qrefta.nn.quantized import QuantFormat
 from qrefta.split.calibrate import gather_moments
-from qrefta.split.moments import Moments, load_moments, shared_metric
-from qrefta.split.residual import ROUNDS, one_shot, split_stack, tensor_values
+from qrefta.split.moments import Moments, load_moments
+from qrefta.split.residual import tensor_values
 from qrefta.split.texts import read_texts, rows_of_text
 
 SEEDS = 20  # Gaussian matrices a format
 SPECTRUM = 192  # tensor singular values a row
-STARTS = {
-    "one shot": 0,
-    "refined": ROUNDS,
-    "calibrated": ROUNDS,
-}  # rounds of each
-PAPER = "lsm3"  # the transform for calibration and the nuclear norm
-SMALL_BLOCKS = {"smaller block": 32, "smaller block, 8-bit scales": 8}  # bits of a scale
-LOFTQ_ROUNDS = 5
 MOMENTS = ("calibration", "test")
-SUMMED = (
-    "baseline_error",
-    "residual_error",
-    "nuclear_baseline",
-    "nuclear_error",
-    "output_baseline",
-    "output_error",
-)
 console = Console()
-
-
-class Cell(NamedTuple):
-    """The fields that identify a row.
-
-    Only refta has a `transform`; refta and craft have a `start`. `rank` counts refta's components
-    per stack; the other methods get equally many parameters or bytes.
-    """
-
-    text: str
-    samples: int
-    max_length: int
-    model: str
-    stack: str
-    quant_type: str
-    method: str
-    start: str | None
-    transform: str | None
-    rank: int
 
 
 def run(
@@ -138,12 +95,7 @@ def run(
     stacks = find_stacks(dense)
     numbers = [int(rank) for rank in ranks.split(",")]
     check(stacks, numbers, transforms.split(","), types.split(","), peers.split(","))
-    for format_row in map(gaussian_row, map(QuantFormat, types.split(","))):
-        if (
-            find(known, {key: format_row[key] for key in ("kind", "quant_type", "block_size")})
-            is None
-        ):
-            append(rows, [{"study": "quant_error"} | format_row], seed=0)
+    add_gaussian_rows(rows, known, types.split(","))
     first = Cell(
         str(text or "docstring sentences"), samples, max_length, name, "", "", "", None, None, 0
     )
@@ -166,35 +118,41 @@ def run(
         for found in track(
             apply(partial(measure, source, folder), jobs), "Splitting", len(jobs), console=console
         ):
-            append(rows, [{"study": "quant_error"} | row for row in found], seed=0)
-        append(rows, [{"study": "quant_error"} | row for row in spectra], seed=0)
-    for row in whole_model(read(rows)):
+            add(rows, found)
+        add(rows, spectra)
+    add_whole_model(rows, known)
+    if cells:
+        seconds = perf_counter() - start
+        counts = {"cells": len(cells), "processes": processes, "seconds": seconds}
+        add(rows, [{"kind": "run"} | counts])
+        console.print(f"{len(cells)} cells in {seconds:.0f} s")
+    for series in rising(read(rows)):
+        console.print(f"[bold]Rises with R:[/] {series}")
+
+
+def add(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Add rows of this study to its file."""
+    append(file, [{"study": "quant_error"} | row for row in rows], seed=0)
+
+
+def add_gaussian_rows(file: Path, known: list[dict[str, Any]], types: list[str]) -> None:
+    """Add the error of each format on Gaussian weights, unless it is known."""
+    for row in map(gaussian_row, map(QuantFormat, types)):
+        if find(known, {key: row[key] for key in ("kind", "quant_type", "block_size")}) is None:
+            add(file, [row])
+
+
+def add_whole_model(file: Path, known: list[dict[str, Any]]) -> None:
+    """Add and print the sums over all stacks, unless they are known."""
+    for row in whole_model(read(file)):
         if find(known, {key: row[key] for key in ("kind", *Cell._fields)}) is None:
-            append(rows, [{"study": "quant_error"} | row], seed=0)
+            add(file, [row])
             console.print(
                 f"{row['quant_type']} {row['method']} {row['start'] or ''} "
                 f"{row['transform'] or ''} R={row['rank']}: "
                 f"weights {row['ratio']:.3f}, outputs {row['output_ratio']:.3f}, "
                 f"{row['bits_per_weight']:.2f} bits"
             )
-    if cells:
-        seconds = perf_counter() - start
-        append(
-            rows,
-            [
-                {
-                    "study": "quant_error",
-                    "kind": "run",
-                    "cells": len(cells),
-                    "processes": processes,
-                    "seconds": seconds,
-                }
-            ],
-            seed=0,
-        )
-        console.print(f"{len(cells)} cells in {seconds:.0f} s")
-    for series in rising(read(rows)):
-        console.print(f"[bold]Rises with R:[/] {series}")
 
 
 @contextmanager
@@ -306,170 +264,6 @@ def measure(source: str, folder: str, cells: list[Cell]) -> list[dict[str, Any]]
     return rows
 
 
-class Sums(NamedTuple):
-    """Errors of a stack: ||E_l||_F^2 by layer, its sum, and the sums of ||E_l||_* and E||x
-    E_l^T||^2.
-    """
-
-    layers: list[float]
-    error: float
-    nuclear: float
-    output: float
-
-
-class StackErrors:
-    """The errors of every method on one stack in one format.
-
-    Args:
-        stack, weights, fmt: the stack, its weights, and the 4-bit format.
-        calibration, test: second moments of the inputs.
-        fits: fits of the unquantized weights, shared by all formats of the stack.
-    """
-
-    def __init__(
-        self,
-        stack: LayerStack,
-        weights: Weights,
-        fmt: QuantFormat,
-        calibration: Moments,
-        test: Moments,
-        fits: dict[tuple[Any, ...], Fit],
-    ) -> None:
-        self.weights = weights
-        self.fmt = fmt
-        self.layers = [weights.layer(index) for index in range(weights.shape[0])]
-        self.moments = [test.of(path) for path in stack.modules]
-        self.metric = shared_metric(calibration, stack)
-        self.whole = torch.stack([weight - rounded(weight, fmt) for weight in self.layers])
-        self.baseline = self.sums(self.whole)
-        self.stack = stack
-        self.calibration = calibration
-        self.fits = fits
-
-    @cached_property
-    def metrics(self) -> list[Metric]:
-        """The metric of every layer's inputs."""
-        alone = [replace(self.stack, modules=(path,)) for path in self.stack.modules]
-        return [shared_metric(self.calibration, layer) for layer in alone]
-
-    def row(self, cell: Cell) -> dict[str, Any]:
-        """Errors of a method, relative to quantizing whole weights, and its bits per weight."""
-        errors, factor_bytes, refine = self.errors(cell)
-        nuclear = cell.method in ("pissa", "loftq") or (
-            cell.transform == PAPER and cell.quant_type == "nf4"
-        )
-        found = self.sums(errors, nuclear)
-        baseline = self.baseline
-        numel = self.whole.numel()
-        bits = 4 + 32 / self.fmt.block_size + 8 * factor_bytes / numel
-        if cell.method in SMALL_BLOCKS:
-            bits = small_block_bits(self.small_block(cell), SMALL_BLOCKS[cell.method])
-        return {
-            "shape": list(self.weights.shape),
-            "block_size": self.small_block(cell)
-            if cell.method in SMALL_BLOCKS
-            else self.fmt.block_size,
-            "refine": refine,
-            "baseline_error": baseline.error,
-            "residual_error": found.error,
-            "ratio": found.error / baseline.error,
-            "layer_ratios": [
-                error / whole for error, whole in zip(found.layers, baseline.layers, strict=True)
-            ],
-            "nuclear_baseline": baseline.nuclear,
-            "nuclear_error": found.nuclear if nuclear else None,
-            "nuclear_reduction": 1 - found.nuclear / baseline.nuclear if nuclear else None,
-            "output_baseline": baseline.output,
-            "output_error": found.output,
-            "output_ratio": found.output / baseline.output,
-            "bits_per_weight": bits,
-        }
-
-    def errors(self, cell: Cell) -> tuple[Tensor, int, int]:
-        """W_l - Ŵ_l of all layers, (layers, out, in); bytes of 16-bit parameters; rounds."""
-        layers, out_features, in_features = self.weights.shape
-        pair_bytes = 2 * cell.rank * (out_features + in_features)
-        if cell.rank == 0:
-            return self.whole, 0, 0
-        if cell.method in METHODS:
-            return self.split(cell)
-        if cell.method in SMALL_BLOCKS:
-            block = self.small_block(cell)
-            scale_bits = SMALL_BLOCKS[cell.method]
-            return torch.stack([w - small_block(w, block, scale_bits) for w in self.layers]), 0, 0
-        ranks = [cell.rank // layers + (index < cell.rank % layers) for index in range(layers)]
-        if cell.method == "qera":
-            return torch.stack(list(map(qera, self.whole, ranks, self.metrics))), pair_bytes, 0
-        split = (
-            partial(loftq, rounds=LOFTQ_ROUNDS, fmt=self.fmt) if cell.method == "loftq" else pissa
-        )
-        errors = []
-        for weight, rank in zip(self.layers, ranks, strict=True):
-            up, down, rest = split(weight, rank)
-            errors.append(weight - rounded(rest, self.fmt) - up @ down)
-        return torch.stack(errors), pair_bytes, LOFTQ_ROUNDS if cell.method == "loftq" else 0
-
-    def split(self, cell: Cell) -> tuple[Tensor, int, int]:
-        rank = cell.rank if cell.method == "refta" else self.craft_rank(cell)
-        config = Settings(
-            method=cell.method,
-            transform=cell.transform or PAPER,
-            quant_type=cell.quant_type,
-            refine=STARTS[cell.start],
-            scales="absmax",  # as in the papers that are compared
-            rounding="nearest",
-        )
-        metric = self.metric if cell.start == "calibrated" else None
-        key = (cell.method, cell.transform, rank, metric is None)
-        if key not in self.fits:
-            self.fits[key] = one_shot(self.weights, config, rank, metric)
-        split = split_stack(self.weights, config, rank, metric, first=self.fits[key])
-        errors = [
-            weight
-            - rounded(weight - split.base.delta(index), self.fmt)
-            - split.factors.delta(index)
-            for index, weight in enumerate(self.layers)
-        ]
-        return torch.stack(errors), split.factors.stored_bytes, STARTS[cell.start]
-
-    def craft_rank(self, cell: Cell) -> int:
-        """The largest rank over outputs and inputs whose factors take at most refta's bytes."""
-        layers, out_features, in_features = self.weights.shape
-
-        def stored_bytes(method: type[Factors], rank: int) -> int:
-            with torch.device("meta"):
-                return method(layers, out_features, in_features, rank, torch.bfloat16).stored_bytes
-
-        allowed = stored_bytes(ReFTA, cell.rank)
-        ranks = range(1, CRAFT.largest_rank(layers, out_features, in_features) + 1)
-        return max(bisect_right(ranks, allowed, key=partial(stored_bytes, CRAFT)), 1)
-
-    def small_block(self, cell: Cell) -> int:
-        """The smallest block whose scales take at most the bits of refta's factors and scales."""
-        layers, out_features, in_features = self.weights.shape
-        factors = (
-            16 * cell.rank * (out_features + in_features) / (layers * out_features * in_features)
-        )
-        return ceil(
-            (small_block_bits(1, SMALL_BLOCKS[cell.method]) - 4)
-            / (32 / self.fmt.block_size + factors)
-        )
-
-    def sums(self, errors: Tensor, nuclear: bool = True) -> Sums:
-        outputs = [
-            output_error(error, moment) for error, moment in zip(errors, self.moments, strict=True)
-        ]
-        norms = sum(map(nuclear_norm, errors)) if nuclear else 0.0
-        layers = torch.linalg.vector_norm(errors, dim=2).double().square().sum(1).tolist()
-        return Sums(layers, sum(layers), norms, sum(outputs))
-
-
-def nuclear_norm(matrix: Tensor) -> float:
-    """Sum of the singular values, from the smaller Gram matrix in float64."""
-    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
-    return torch.linalg.eigvalsh((tall.mT @ tall).double()).clamp(min=0).sqrt().sum().item()
-
-
 def spectrum(name: str, source: str, which: tuple[str, str]) -> dict[str, Any]:
     """The largest tensor singular values of a stack under a transform."""
     (model, stacks), (stack, transform) = open_model(source), which
@@ -484,56 +278,6 @@ def spectrum(name: str, source: str, which: tuple[str, str]) -> dict[str, Any]:
         "shape": list(weights.shape),
         "values": [float(f"{value:.6g}") for value in values.tolist()],
     }
-
-
-def whole_model(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Rows of the whole model: sums over its stacks by all other fields of a cell.
-
-    R = 0 has one row per format, the baseline.
-    """
-    found: dict[Cell, dict[str, dict[str, Any]]] = {}
-    names: dict[str, set[str]] = {}
-    for row in rows:
-        if row["kind"] == "stack":
-            cell = Cell(*(row[field] for field in Cell._fields))
-            found.setdefault(cell._replace(stack="all"), {})[cell.stack] = row
-            names.setdefault(cell.model, set()).add(cell.stack)
-    for cell, stacks in found.items():
-        if set(stacks) == names[cell.model]:
-            yield {"kind": "model"} | cell._asdict() | totals(list(stacks.values()))
-
-
-def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Sums of errors over rows of stacks, and their ratios."""
-    nuclear = all(row["nuclear_error"] is not None for row in rows)
-    total = {
-        name: sum(row[name] for row in rows)
-        for name in SUMMED
-        if nuclear or name != "nuclear_error"
-    }
-    numel = [torch.Size(row["shape"]).numel() for row in rows]
-    bits = sum(row["bits_per_weight"] * size for row, size in zip(rows, numel, strict=True))
-    return total | {
-        "ratio": total["residual_error"] / total["baseline_error"],
-        "nuclear_reduction": 1 - total["nuclear_error"] / total["nuclear_baseline"]
-        if nuclear
-        else None,
-        "output_ratio": total["output_error"] / total["output_baseline"],
-        "bits_per_weight": bits / sum(numel),
-    }
-
-
-def rising(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Descriptions of the refta series whose weight error rises anywhere as R grows."""
-    series: dict[tuple[str, ...], dict[int, float]] = {}
-    for row in rows:
-        if row["kind"] in ("stack", "model") and row["method"] == "refta":
-            names = ("model", "stack", "quant_type", "transform", "start")
-            series.setdefault(tuple(row[name] for name in names), {})[row["rank"]] = row["ratio"]
-    for name, errors in series.items():
-        ordered = [error for _, error in sorted(errors.items())]
-        if any(later > earlier for earlier, later in pairwise(ordered)):
-            yield f"{' '.join(name)}: {', '.join(f'{error:.4f}' for error in ordered)}"
 
 
 def gaussian_row(fmt: QuantFormat) -> dict[str, Any]:

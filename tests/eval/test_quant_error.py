@@ -5,7 +5,8 @@ import torch
 
 from eval.rows import read
 from eval.studies import quant_error
-from eval.studies.quant_error import Cell, nuclear_norm, rising, totals, whole_model
+from eval.studies.error_totals import rising, totals, whole_model
+from eval.studies.stack_errors import Cell, nuclear_norm
 from qrefta import prepare, quant_report
 from tests.tiny import color_rows, tiny_folder
 
