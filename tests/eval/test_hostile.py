@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import qrefta
 from eval.robustness import hostile
+from eval.robustness.file_edits import join, split
 from qrefta.chat import conversation
 from qrefta.cli import app
 from qrefta.files.layout import INDEX, SINGLE
@@ -58,9 +59,9 @@ def edit_config(folder, **values):
 
 
 def edit_header(path, change):
-    header, data = hostile.split(path)
+    header, data = split(path)
     change(header)
-    hostile.join(path, header, data)
+    join(path, header, data)
 
 
 # Mutants
@@ -162,9 +163,9 @@ def test_a_sparse_file_of_gigabytes_is_not_read(prepared):
     path = next(
         path
         for path in prepared.glob("*.safetensors")
-        if "bert.pooler.dense.weight" in hostile.split(path)[0]
+        if "bert.pooler.dense.weight" in split(path)[0]
     )
-    header, data = hostile.split(path)
+    header, data = split(path)
     first = header.pop("bert.pooler.dense.weight")
     kept = {name: entry for name, entry in header.items() if name != "__metadata__"}
     begin = first["data_offsets"][0]
@@ -177,20 +178,20 @@ def test_a_sparse_file_of_gigabytes_is_not_read(prepared):
         "shape": [1 << 30, 32],
         "data_offsets": [end, end + (1 << 37)],
     }
-    hostile.join(path, kept, data[:begin] + data[begin + size :])
+    join(path, kept, data[:begin] + data[begin + size :])
     os.truncate(path, path.stat().st_size + (1 << 37))
     refused(prepared, "137.4 GB of tensors in other shapes")
 
 
 def test_a_sparse_source_of_gigabytes_is_not_copied(dense):
     """Tensors outside of the stacks are copied as they are, whatever their sizes."""
-    header, data = hostile.split(dense / SINGLE)
+    header, data = split(dense / SINGLE)
     header["more"] = {
         "dtype": "U8",
         "shape": [1 << 37],
         "data_offsets": [len(data), len(data) + (1 << 37)],
     }
-    hostile.join(dense / SINGLE, header, data)
+    join(dense / SINGLE, header, data)
     os.truncate(dense / SINGLE, (dense / SINGLE).stat().st_size + (1 << 37))
     refused(dense, "hold 137.4 GB, and the model of its config", out_of_core)
 
@@ -296,8 +297,8 @@ def _other(header):
 
 @pytest.mark.parametrize("deep", ["[" * 100_000, '{"a":' * 100_000])
 def test_nesting_ends_in_no_recursion_error(dense, deep):
-    data = hostile.split(dense / SINGLE)[1]
-    hostile.join(dense / SINGLE, deep, data)
+    data = split(dense / SINGLE)[1]
+    join(dense / SINGLE, deep, data)
     refused(dense, "damaged, truncated or unreadable", out_of_core)
     shutil.copy(dense / SINGLE, dense / "config.json")
     (dense / "config.json").write_text(deep)
@@ -305,10 +306,10 @@ def test_nesting_ends_in_no_recursion_error(dense, deep):
 
 
 def test_two_tensors_of_one_name_are_refused(dense):
-    header, data = hostile.split(dense / SINGLE)
+    header, data = split(dense / SINGLE)
     text = json.dumps(header)
     twice = {"classifier.bias": header["classifier.bias"]}
-    hostile.join(dense / SINGLE, text[:-1] + ", " + json.dumps(twice)[1:], data)
+    join(dense / SINGLE, text[:-1] + ", " + json.dumps(twice)[1:], data)
     refused(dense, "a name that is there twice", out_of_core)
 
 
