@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
 from qrefta.files.tables import (
@@ -24,6 +24,7 @@ from qrefta.files.tables import (
 )
 from qrefta.train.labels import encode_labels
 
+TEST_SHARE = 0.1  # of the rows of a source without a test split
 TRAIN_NAMES = ("train", "training")
 # validation first, since test splits on the hub may be unlabelled
 TEST_NAMES = (
@@ -35,13 +36,19 @@ _PART = re.compile(r"[-_.]?\d+(-of-\d+)?(-[0-9a-f]{16})?")
 _LABEL_NAMES = ("label", "labels", "target", "class")
 
 
+class Loaded(DatasetDict):
+    """The splits train and maybe test with the columns of a task, which `finetune` takes as they
+    are.
+    """
+
+
 def load_classification(
     source: str | Path,
     *,
     text_columns: list[str] | None = None,
     label_column: str | None = None,
     header: list[str] | None = None,
-    test_share: float = 0.1,
+    test_share: float = TEST_SHARE,
     seed: int = 0,
 ) -> DatasetDict:
     """Labelled text with the splits train and test.
@@ -64,6 +71,27 @@ def load_classification(
             is unknown.
     """
     parts = read_splits(source, header)
+    return labelled_texts(parts, str(source), seed, text_columns, label_column, test_share)
+
+
+def labelled_texts(
+    parts: DatasetDict,
+    source: str,
+    seed: int,
+    text_columns: list[str] | None = None,
+    label_column: str | None = None,
+    test_share: float = TEST_SHARE,
+) -> Loaded:
+    """The rows of `load_classification`, of splits in memory.
+
+    Args:
+        parts: the split train and maybe test.
+        source: name of the data, for errors.
+        seed, text_columns, label_column, test_share: as for `load_classification`.
+
+    Raises:
+        ValueError: as `load_classification`.
+    """
     if label_column is None:
         label_column = _find_label(parts["train"])
     text_columns = text_columns or _find_texts(parts["train"], label_column)
@@ -73,7 +101,7 @@ def load_classification(
         )
     for name, part in parts.items():
         parts[name] = _select(part, text_columns, label_column, f"{source} ({name})")
-    return with_test(encode_labels(parts, str(source), label_column), test_share, seed)
+    return with_test(encode_labels(parts, source, label_column), test_share, seed)
 
 
 def read_splits(
@@ -92,6 +120,10 @@ def read_splits(
     files = split_files(source, shards)
     if files:
         return pick_splits(read_files(files, header), source)
+    if is_saved(Path(source)):
+        saved = load_from_disk(str(source))
+        splits = saved if isinstance(saved, DatasetDict) else DatasetDict({"train": saved})
+        return pick_splits(splits, source)
     name, _, config = str(source).partition(":")
     try:
         return pick_splits(load_dataset(name, config or None), source)
@@ -100,6 +132,20 @@ def read_splits(
             f"There is no file or folder {source}, and as a data set of the hub it cannot be read: "
             f"{error.__cause__ or error}"
         ) from error
+
+
+def given_splits(splits: DatasetDict, source: str) -> DatasetDict:
+    """The splits train and, if there is another one, test of splits in memory, which may have the
+    names that data sets on the hub have.
+
+    Raises:
+        ValueError: if there is no split, or one without rows.
+    """
+    if not splits:
+        raise ValueError(f"{source} has no splits; needed are train and, better, test.")
+    if {"train", "test"} <= splits.keys():
+        splits = DatasetDict({name: splits[name] for name in ("train", "test")})
+    return pick_splits(splits, source)
 
 
 def pick_splits(splits: DatasetDict, source: str | Path) -> DatasetDict:
@@ -130,21 +176,22 @@ def pick_splits(splits: DatasetDict, source: str | Path) -> DatasetDict:
     return picked
 
 
-def with_test(parts: DatasetDict, test_share: float, seed: int) -> DatasetDict:
+def with_test(parts: DatasetDict, test_share: float, seed: int) -> Loaded:
     """The splits train and test; without a test split some training rows become it.
 
     Raises:
         ValueError: if there is one row only.
     """
     if "test" in parts:
-        return parts
+        return Loaded(parts)
     if len(parts["train"]) < 2:
         raise ValueError("The data have one row; training and testing need at least one row each.")
-    return parts["train"].train_test_split(test_share, seed=seed)
+    return Loaded(parts["train"].train_test_split(test_share, seed=seed))
 
 
 def split_files(source: str | Path, shards: bool = False) -> dict[str, list[Path]]:
-    """The files of the splits train and test of a file or folder; none for a name on the hub.
+    """The files of the splits train and test of a file or folder; none for a name on the hub and
+    for a folder that `save_to_disk` wrote.
 
     A split is a file with its name, or several with numbers behind it (train-00000-of-00002).
 
@@ -160,6 +207,8 @@ def split_files(source: str | Path, shards: bool = False) -> dict[str, list[Path
     path = Path(source)
     if path.is_file():
         return {"train": [path]}
+    if is_saved(path):
+        return {}
     if not path.is_dir():
         if kind_of(path) in BUILDERS or path.is_absolute() or str(source).startswith("."):
             raise ValueError(f"There is no file or folder {source}.")
@@ -178,6 +227,12 @@ def split_files(source: str | Path, shards: bool = False) -> dict[str, list[Path
         f"{path} has no train file; it holds {found}, "
         f"needed is train{{{','.join(BUILDERS)}}} and, better, one of {', '.join(TEST_NAMES)}"
     )
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` of datasets wrote a folder; `load_from_disk` reads it."""
+    names = ("dataset_dict.json", "state.json")
+    return any((folder / name).is_file() for name in names)
 
 
 def visible_files(folder: Path, pattern: str = "**") -> list[Path]:

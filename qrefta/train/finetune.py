@@ -22,6 +22,7 @@ from qrefta.files.folders import held
 from qrefta.model.dtype import warn_of_slow_dtype
 from qrefta.train.arguments import LENGTH_FIELDS, run_arguments, task_settings
 from qrefta.train.checkpointing import checkpointing_settings
+from qrefta.train.data import Loaded, given_splits
 from qrefta.train.evaluating import (
     check_early_stopping,
     evaluation_settings,
@@ -99,9 +100,10 @@ def finetune(
         processor: the model's tokenizer; for images its image processor.
         dataset: a file, folder or hub name for the task's loader
             (`qrefta.train.data.load_classification`, `qrefta.train.tasks.load_text`, `load_chat`,
-            `load_preferences`, `load_prompts`, `load_images`), or the `DatasetDict` that it
-            returns. For lm, sft, dpo and grpo also a dict of several sources and their weights:
-            training rows are drawn in this proportion, until one source is used up.
+            `load_preferences`, `load_prompts`, `load_images`), the `DatasetDict` that it returns,
+            or another with such columns and the splits train and, better, test or validation. For
+            lm, sft, dpo and grpo also a dict of several sources and their weights: training rows
+            are drawn in this proportion, until one source is used up.
         output_dir: for checkpoints and the trained model, without checkpoints of another run.
             Default: the folder of `args`.
         task: classify (text), lm (running text), sft (conversations), dpo (pairs of a better and a
@@ -286,6 +288,9 @@ def _recipe(
         )
     if isinstance(data, str | Path):
         data = TASKS[task].load(data, seed=seed)
+    elif isinstance(data, DatasetDict) and not isinstance(data, Loaded):
+        name = "DatasetDict"
+        data = TASKS[task].rows(given_splits(data, name), name, seed)
     elif not isinstance(data, DatasetDict | Mixture):
         data = load_mixture(task, TASKS[task].load, data, seed)
     options: dict[str, Any] = {"loss": loss} if task == "sft" else {}

@@ -23,7 +23,7 @@ from qrefta.train.tasks.answers import (
     learned_ids,
     left_out,
 )
-from qrefta.train.tasks.chat import chat_recipe
+from qrefta.train.tasks.chat import chat_recipe, conversations
 from tests.models import tiny_llama
 from tests.train.talk import (
     ANSWER,
@@ -549,12 +549,15 @@ def test_data_in_memory_are_read_as_a_file_is(row, tokenizer, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text((json.dumps(row) + "\n") * 4)
     model = tiny_llama()
-    given = chat_recipe(model, tokenizer, DatasetDict(train=part, test=part), 32)
+    read = conversations(DatasetDict(train=part, test=part), "the data", 0)
+    given = chat_recipe(model, tokenizer, read, 32)
     expected = chat_recipe(model, tokenizer, load_chat(file, 0), 32)
     assert given.train[0] == expected.train[0]
+    again = conversations(DatasetDict(read), "the data", 0)  # rows that were read stay as they are
+    assert again["train"].to_list() == read["train"].to_list()
     part = Dataset.from_list([{"messages": QUESTION}] * 4)
-    with pytest.raises(ValueError, match="the train split, row 1"):
-        chat_recipe(model, tokenizer, DatasetDict(train=part, test=part), 32)
+    with pytest.raises(ValueError, match=r"the data \(train\), row 1"):
+        conversations(DatasetDict(train=part, test=part), "the data", 0)
 
 
 def test_conversations_need_a_template_and_plain_text_none(tokenizer, tmp_path):

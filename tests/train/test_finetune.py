@@ -25,6 +25,7 @@ from qrefta.train.arguments import training_arguments
 from qrefta.train.checkpoints import last_checkpoint
 from qrefta.train.finetune import finetune
 from qrefta.train.models import load_classifier
+from qrefta.train.tasks.classify import text_classes
 from tests.models import build, decoder_sizes
 from tests.tiny import color_data, color_rows, tiny_folder, tiny_tokenizer
 
@@ -242,6 +243,8 @@ def test_model_and_data_that_do_not_fit_are_refused(folder, start, data, tmp_pat
     raw = copy.copy(data)
     raw["train"] = raw["train"].cast_column("label", raw["train"].features["text"])
     with pytest.raises(ValueError, match="not a ClassLabel"):
+        text_classes(start, tokenizer, raw, 16)
+    with pytest.raises(ValueError, match=r"\['red', 'blue'\] that are no class of training"):
         finetune(start, tokenizer, raw, tmp_path)
     several = copy.deepcopy(start)
     several.config.problem_type = "multi_label_classification"

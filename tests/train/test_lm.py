@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict
 
 import qrefta
 from qrefta.train.tasks import lm, load_text
-from qrefta.train.tasks.lm import text_windows
+from qrefta.train.tasks.lm import documents, text_windows
 from tests.models import prepared, tiny_llama
 from tests.pages import language_tokenizer
 from tests.train.talk import letters
@@ -158,7 +158,8 @@ def test_rows_of_text_in_memory_are_documents(tmp_path):
     """The same windows as from a file with these rows."""
     rows = [f"w{index} w5 w6\nw7" for index in range(8, 40)]
     part = Dataset.from_dict({"text": rows})
-    given = text_windows(tiny_llama(), language_tokenizer(), DatasetDict(train=part, test=part), 6)
+    parts = documents(DatasetDict(train=part, test=part), "the data", 0)
+    given = text_windows(tiny_llama(), language_tokenizer(), parts, 6)
     folder = tmp_path / "rows"
     folder.mkdir()
     for name in ("train", "test"):
@@ -167,8 +168,8 @@ def test_rows_of_text_in_memory_are_documents(tmp_path):
     assert given.train.to_list() == read.train.to_list()
     part = Dataset.from_dict({"text": ["", "a"]})
     data = DatasetDict(train=part, test=part)
-    with pytest.raises(ValueError, match="the train split, row 1, column text: there is no text"):
-        text_windows(tiny_llama(), language_tokenizer(), data, 6)
+    with pytest.raises(ValueError, match=r"the data \(train\), row 1, column text: there"):
+        documents(data, "the data", 0)
 
 
 def test_text_in_utf_16_and_files_in_capital_letters_are_read(tokenizer, tmp_path):

@@ -16,13 +16,13 @@ from transformers import (
 )
 
 from qrefta.choices import Task as TaskName
-from qrefta.train.data import load_classification
-from qrefta.train.tasks.chat import chat_recipe, load_chat
+from qrefta.train.data import labelled_texts, load_classification
+from qrefta.train.tasks.chat import chat_recipe, conversations, load_chat
 from qrefta.train.tasks.classify import text_classes
-from qrefta.train.tasks.dpo import dpo_recipe, load_preferences
-from qrefta.train.tasks.grpo import grpo_recipe, load_prompts
-from qrefta.train.tasks.image import image_classes, load_images
-from qrefta.train.tasks.lm import load_text, text_windows
+from qrefta.train.tasks.dpo import dpo_recipe, load_preferences, preferences
+from qrefta.train.tasks.grpo import grpo_recipe, load_prompts, prompts
+from qrefta.train.tasks.image import image_classes, labelled_images, load_images
+from qrefta.train.tasks.lm import documents, load_text, text_windows
 from qrefta.train.tasks.recipe import Recipe
 
 __all__ = [
@@ -43,20 +43,24 @@ class Task(NamedTuple):
 
     Attributes:
         load: source and seed to a `DatasetDict`.
+        rows: the same of splits in memory, their name and the seed.
         recipe: model, tokenizer (or image processor), data and max_length to a `Recipe`.
         model: the auto class.
     """
 
     load: Callable[..., DatasetDict]
+    rows: Callable[[DatasetDict, str, int], DatasetDict]
     recipe: Callable[..., Recipe]
     model: type
 
 
 TASKS: dict[TaskName, Task] = {
-    "classify": Task(load_classification, text_classes, AutoModelForSequenceClassification),
-    "lm": Task(load_text, text_windows, AutoModelForCausalLM),
-    "sft": Task(load_chat, chat_recipe, AutoModelForCausalLM),
-    "dpo": Task(load_preferences, dpo_recipe, AutoModelForCausalLM),
-    "grpo": Task(load_prompts, grpo_recipe, AutoModelForCausalLM),
-    "image": Task(load_images, image_classes, AutoModelForImageClassification),
+    "classify": Task(
+        load_classification, labelled_texts, text_classes, AutoModelForSequenceClassification
+    ),
+    "lm": Task(load_text, documents, text_windows, AutoModelForCausalLM),
+    "sft": Task(load_chat, conversations, chat_recipe, AutoModelForCausalLM),
+    "dpo": Task(load_preferences, preferences, dpo_recipe, AutoModelForCausalLM),
+    "grpo": Task(load_prompts, prompts, grpo_recipe, AutoModelForCausalLM),
+    "image": Task(load_images, labelled_images, image_classes, AutoModelForImageClassification),
 }

@@ -10,23 +10,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta.choices import LOSSES, Loss, Task
 from qrefta.train.balance import BalancedBatches
-from qrefta.train.data import read_splits, with_test
+from qrefta.train.data import TEST_SHARE, Loaded, read_splits, with_test
 from qrefta.train.head_loss import WithoutLogits
 from qrefta.train.lengths import check_rows, warn_of_cut, warn_without_answer
 from qrefta.train.tasks.answers import IGNORED, learned_ids, left_out, template_errors
-from qrefta.train.tasks.recipe import TEST_SHARE, Recipe, combined
-from qrefta.train.tasks.rows import TOOLS, read_rows, text_features, turn_features
+from qrefta.train.tasks.recipe import Recipe, combined
+from qrefta.train.tasks.rows import read_rows
 from qrefta.train.tasks.turns import conversation, is_empty, is_plain
 from qrefta.train.token_loss import LossByTokens
 from qrefta.train.trl import load_trl
 
 _TEXT = ("prompt", "completion")
 _TURNS = ("messages",)
-_READ = (
-    text_features(_TEXT),
-    turn_features(_TURNS),
-    Features(turn_features(_TURNS) | TOOLS),
-)
 _IDS = Features(
     {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "cut": Value("bool")}
 )
@@ -46,10 +41,22 @@ def load_chat(source: str | Path, seed: int) -> DatasetDict:
     Raises:
         ValueError: for other columns, or a row without an answer; it names source, row and column.
     """
-    parts = read_splits(source, shards=True)
-    parts = DatasetDict(
-        {name: conversations(part, f"{source} ({name})") for name, part in parts.items()}
-    )
+    return conversations(read_splits(source, shards=True), str(source), seed)
+
+
+def conversations(parts: DatasetDict, source: str, seed: int) -> Loaded:
+    """The rows of `load_chat`, of splits in memory.
+
+    Args:
+        parts: the split train and maybe test, with the columns of `qrefta.train.tasks.turns`.
+        source: name of the data, for errors.
+        seed: of the choice of rows to test on.
+
+    Raises:
+        ValueError: as `load_chat`.
+    """
+    for name, part in parts.items():
+        parts[name] = read_rows(part, f"{source} ({name})", _row, _TEXT, _TURNS)
     return with_test(parts, TEST_SHARE, seed)
 
 
@@ -65,19 +72,6 @@ def check_loss(task: Task, loss: Loss) -> None:
         raise ValueError(
             f"loss={loss!r} (--loss) is for the task sft; the task is {task!r}. Leave it out."
         )
-
-
-def conversations(part: Dataset, source: str) -> Dataset:
-    """A split with the columns that `load_chat` gives.
-
-    Args:
-        part: with the columns of `qrefta.train.tasks.turns`.
-        source: its name, for errors.
-
-    Raises:
-        ValueError: for other columns, or a row without an answer.
-    """
-    return read_rows(part, source, _row, _TEXT, _TURNS)
 
 
 def _row(row: dict[str, Any], where: str, plain: bool) -> dict[str, Any]:
@@ -105,7 +99,7 @@ def chat_recipe(
     Args:
         model: whose positions limit rows that are not cut.
         tokenizer: of the model, with a chat template for conversations.
-        data: from `load_chat`, or with the columns that it reads.
+        data: from `load_chat`.
         max_length: tokens of a row; None: all.
         loss: on all of the assistant's turns, or on the last.
 
@@ -116,12 +110,6 @@ def chat_recipe(
     """
     trainer, _ = load_trl("sft")
     trainer = combined(BalancedBatches, LossByTokens, WithoutLogits, trainer)
-    data = DatasetDict(
-        {
-            name: part if part.features in _READ else conversations(part, f"the {name} split")
-            for name, part in data.items()
-        }
-    )
     first = data["train"][0]
     check_template(first, tokenizer)
     with template_errors("The train split, row 1", first):

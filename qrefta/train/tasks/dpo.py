@@ -7,12 +7,12 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qrefta.train.data import read_splits, with_test
+from qrefta.train.data import TEST_SHARE, Loaded, read_splits, with_test
 from qrefta.train.lengths import check_rows, check_tokens, warn_of_cut, warn_without_answer
 from qrefta.train.reference import StartsAsReference
 from qrefta.train.tasks.chat import check_template
 from qrefta.train.tasks.prompts import token_ids
-from qrefta.train.tasks.recipe import TEST_SHARE, Recipe, combined
+from qrefta.train.tasks.recipe import Recipe, combined
 from qrefta.train.tasks.rows import read_rows
 from qrefta.train.tasks.turns import (
     QUESTIONS,
@@ -43,7 +43,20 @@ def load_preferences(source: str | Path, seed: int) -> DatasetDict:
     Raises:
         ValueError: for other columns or a broken row; it names source, row and column.
     """
-    parts = read_splits(source, shards=True)
+    return preferences(read_splits(source, shards=True), str(source), seed)
+
+
+def preferences(parts: DatasetDict, source: str, seed: int) -> Loaded:
+    """The rows of `load_preferences`, of splits in memory.
+
+    Args:
+        parts: the split train and maybe test.
+        source: name of the data, for errors.
+        seed: of the choice of rows to test on.
+
+    Raises:
+        ValueError: as `load_preferences`.
+    """
     for name, part in parts.items():
         place = f"{source} ({name})"
         parts[name] = _different(read_rows(part, place, _pair, _PAIR, _PAIR), place)

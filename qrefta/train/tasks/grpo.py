@@ -13,19 +13,22 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta.files.tables import BUILDERS, is_number, is_text, kind_of, with_names
-from qrefta.train.data import read_splits, split_files, with_test
+from qrefta.train.data import TEST_SHARE, Loaded, read_splits, split_files, with_test
 from qrefta.train.lengths import check_rows, check_tokens
 from qrefta.train.reference import StartsAsReference
 from qrefta.train.rewards import Reward
 from qrefta.train.tasks.chat import check_template
 from qrefta.train.tasks.prompts import token_ids
-from qrefta.train.tasks.recipe import TEST_SHARE, Recipe, combined
-from qrefta.train.tasks.rows import read_rows
+from qrefta.train.tasks.recipe import Recipe, combined
+from qrefta.train.tasks.rows import read_rows, turn_features
 from qrefta.train.tasks.turns import COLUMNS, is_empty, question_of
 from qrefta.train.trl import load_trl
 
 _OF_TRL = ("prompt", "completion", "completion_ids")  # columns that a reward does not get
 _GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+
+
+_TURNS = turn_features(["prompt"])["prompt"]
 
 
 def load_prompts(source: str | Path, seed: int) -> DatasetDict:
@@ -44,12 +47,27 @@ def load_prompts(source: str | Path, seed: int) -> DatasetDict:
     """
     parts = read_splits(source, shards=True)
     files = split_files(source, shards=True)
-    from_cells = any(BUILDERS[kind_of(file)] == "csv" for part in files.values() for file in part)
+    if any(BUILDERS[kind_of(file)] == "csv" for part in files.values() for file in part):
+        for name, part in parts.items():
+            parts[name] = _with_numbers(with_names(part, COLUMNS))
+    return prompts(parts, str(source), seed)
+
+
+def prompts(parts: DatasetDict, source: str, seed: int) -> Loaded:
+    """The rows of `load_prompts`, of splits in memory.
+
+    Args:
+        parts: the split train and maybe test.
+        source: name of the data, for errors.
+        seed: of the choice of rows to test on.
+
+    Raises:
+        ValueError: as `load_prompts`.
+    """
     for name, part in parts.items():
-        place = f"{source} ({name})"
-        if from_cells:
-            part = _with_numbers(with_names(part, COLUMNS))
-        parts[name] = read_rows(part, place, _prompt, ["prompt"], ["prompt"], keeps_others=True)
+        if part.features.get("prompt") != _TURNS:  # else they are read
+            place = f"{source} ({name})"
+            parts[name] = read_rows(part, place, _prompt, ["prompt"], ["prompt"], keeps_others=True)
     return with_test(parts, TEST_SHARE, seed)
 
 

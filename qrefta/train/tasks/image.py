@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from qrefta.files.tables import BUILDERS, find_column, kind_of
-from qrefta.train.data import read_splits, visible_files, with_test
+from qrefta.train.data import TEST_SHARE, Loaded, is_saved, read_splits, visible_files, with_test
 from qrefta.train.labels import encode_labels
 from qrefta.train.tasks.classify import accuracy, check_labels, name_labels
 from qrefta.train.tasks.image_folders import (
@@ -21,7 +21,7 @@ from qrefta.train.tasks.image_folders import (
     read_image_folder,
     read_with_metadata,
 )
-from qrefta.train.tasks.recipe import TEST_SHARE, Recipe
+from qrefta.train.tasks.recipe import Recipe
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -40,11 +40,29 @@ def load_images(source: str | Path, seed: int) -> DatasetDict:
             `read_with_metadata` and `qrefta.train.data.load_classification`.
     """
     path = Path(source)
-    if path.is_dir():
+    if path.is_dir() and not is_saved(path):
         parts = _folder(path)
     else:
-        parts = _with_labels(read_splits(source, shards=True), source)
-    return with_test(encode_labels(parts, str(source), "label"), TEST_SHARE, seed)
+        parts = read_splits(source, shards=True)
+    return labelled_images(parts, str(source), seed)
+
+
+def labelled_images(parts: DatasetDict, source: str, seed: int) -> Loaded:
+    """The rows of `load_images`, of splits in memory.
+
+    Args:
+        parts: the split train and maybe test.
+        source: name of the data, for errors.
+        seed: of the choice of rows to test on.
+
+    Raises:
+        ValueError: as `load_images`.
+    """
+    for name, part in parts.items():
+        part = _with_usual_names(part)
+        _check_columns(part, source)
+        parts[name] = part.select_columns([*_COLUMNS])
+    return with_test(encode_labels(parts, source, "label"), TEST_SHARE, seed)
 
 
 def _folder(path: Path) -> DatasetDict:
@@ -53,7 +71,7 @@ def _folder(path: Path) -> DatasetDict:
     images = image_files(files)
     kinds = {kind_of(file) for file in files}
     if images and has_metadata(files):
-        return _with_labels(read_with_metadata(path), path)
+        return read_with_metadata(path)
     if images and ".parquet" not in kinds:
         return read_image_folder(path, images)
     if images:
@@ -66,16 +84,7 @@ def _folder(path: Path) -> DatasetDict:
         raise ValueError(
             f"{path} holds no images and no table of them; needed are images as {LAYOUT}."
         )
-    return _with_labels(read_splits(path, shards=True), path)
-
-
-def _with_labels(parts: DatasetDict, source: str | Path) -> DatasetDict:
-    """The columns image and label alone."""
-    for name, part in parts.items():
-        part = _with_usual_names(part)
-        _check_columns(part, source)
-        parts[name] = part.select_columns([*_COLUMNS])
-    return parts
+    return read_splits(path, shards=True)
 
 
 def _with_usual_names(part: Dataset) -> Dataset:

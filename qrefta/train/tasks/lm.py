@@ -17,9 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta.files.encodings import check_text, text_encoding
 from qrefta.files.tables import from_generator, kind_of, text_column, versions
-from qrefta.train.data import read_splits, split_files, with_test
+from qrefta.train.data import TEST_SHARE, Loaded, read_splits, split_files, with_test
 from qrefta.train.head_loss import WithoutLogits
-from qrefta.train.tasks.recipe import TEST_SHARE, Recipe, combined
+from qrefta.train.tasks.recipe import Recipe, combined
 from qrefta.train.token_loss import LossByTokens
 
 _CHARACTERS = 1_000_000  # of a piece of a file, and of the pieces that are tokenized together
@@ -48,12 +48,28 @@ def load_text(source: str | Path, seed: int, column: str | None = None) -> Datas
         if column is not None:
             raise ValueError(f"{source} holds .txt files, which have no column {column!r}.")
         return _text_files(files, seed)
-    parts = read_splits(source, shards=True)
+    return documents(read_splits(source, shards=True), str(source), seed, column)
+
+
+def documents(parts: DatasetDict, source: str, seed: int, column: str | None = None) -> Loaded:
+    """The rows of `load_text`, of splits in memory whose rows are documents.
+
+    Args:
+        parts: the split train and maybe test.
+        source: name of the data, for errors.
+        seed: of the choice of the documents to test on.
+        column: of the text; None: as for `load_text`.
+
+    Raises:
+        ValueError: as `load_text`.
+    """
+    if parts["train"].features == _PIECES:
+        return Loaded(parts)
     column = text_column(parts["train"], source, column)
     for name, part in parts.items():
         parts[name] = _documents(part, column, f"{source} ({name})")
     if len(parts["train"]) == 1:
-        return parts
+        return Loaded(parts)
     return with_test(parts, TEST_SHARE, seed)
 
 
@@ -67,7 +83,7 @@ def text_windows(
     Args:
         model: not used; recipes of other tasks check it.
         tokenizer: of the model.
-        data: from `load_text`, or with a column of text, whose rows are documents.
+        data: from `load_text`.
         max_length: tokens of a window.
 
     Raises:
@@ -75,12 +91,8 @@ def text_windows(
     """
     windows = DatasetDict()
     for name, part in data.items():
-        rows = part
-        if part.features != _PIECES:
-            place = f"the {name} split"
-            rows = _documents(part, text_column(part, place), place)
         windows[name] = from_generator(
-            _windows, _WINDOWS, rows=rows, tokenizer=tokenizer, length=max_length
+            _windows, _WINDOWS, rows=part, tokenizer=tokenizer, length=max_length
         )
     needed = 1 if "test" in windows else 2
     for name, part in windows.items():

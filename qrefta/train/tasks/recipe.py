@@ -7,8 +7,6 @@ from typing import Any
 from datasets import Dataset
 from transformers import EvalPrediction, Trainer
 
-TEST_SHARE = 0.1  # of the rows of a source without a test split
-
 
 def combined(*kinds: type[Trainer]) -> type[Trainer]:
     """A subclass of several classes of Trainer; a method of the first comes before the others'."""
