@@ -13,6 +13,7 @@ from transformers import (
 
 from qrefta.files.sources import is_gguf, loaded_from, pretrained_source, tokenizer_of
 from qrefta.files.sources import load_tokenizer as tokenizer_in
+from qrefta.model.causal import is_causal
 from qrefta.model.empty import model_class
 
 
@@ -83,10 +84,7 @@ def _check_causal(model: Any, config: Any, name: str) -> None:
         config: of the model.
         name: of the model or class.
     """
-    takes_text = model.main_input_name == "input_ids" and not config.is_encoder_decoder
-    # BERT and its relatives have a head for the next token, which sees the next token unless
-    # `is_decoder` is set. Configs of causal models have no such entry.
-    if takes_text and model.can_generate() and getattr(config, "is_decoder", True):
+    if is_causal(model, config):
         return
     raise ValueError(
         f"{name} is not a causal language model, which predicts the next token of a text. "

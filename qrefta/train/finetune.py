@@ -34,6 +34,7 @@ from qrefta.train.packing import join_by_default
 from qrefta.train.rates import chosen_rate, warn_of_rate
 from qrefta.train.rewards import Reward, load_rewards
 from qrefta.train.run import FinetuneResult, train
+from qrefta.train.task_class import check_class
 from qrefta.train.tasks import TASKS, Recipe, TaskName
 from qrefta.train.tasks.chat import check_loss
 from qrefta.train.tasks.mixture import Mixture, is_mix, load_mixture, mixed_recipe
@@ -155,7 +156,8 @@ def finetune(
             fsdp, report_to.
 
     Raises:
-        ValueError: for an unknown task, a model without trainable parameters, unusable data, labels
+        ValueError: for an unknown task, a model of another task's class or without trainable
+            parameters, unusable data, labels
             of the model that do not fit the data, a `max_length` above the model's positions, a
             keyword that contradicts `args`, settings of generation that cannot be saved, a missing,
             incomplete or damaged checkpoint to resume from, checkpoints of an earlier run without
@@ -204,6 +206,7 @@ def finetune(
         show = together.is_main_process and progress is not False
         settings["learning_rate"] = chosen_rate(model, learning_rate, show, task)
     arguments = run_arguments(model, task, args, output_dir, settings)
+    check_class(model, task)
     warn_of_rate(model, arguments.learning_rate, task)
     warn_of_slow_dtype(model, arguments.device.type, arguments.bf16)
     length = _length(model, processor, task, arguments, max_length, is_default=args is None)

@@ -15,6 +15,7 @@ from transformers import (
 
 from qrefta.choices import Task
 from qrefta.files.sources import pretrained_source
+from qrefta.train.task_class import check_class
 from qrefta.train.tasks import TASKS
 from qrefta.train.tasks.classify import (
     SINGLE_LABEL,
@@ -42,11 +43,17 @@ def load_model(
         seed: of a head that is drawn.
         trust_remote_code: whether to run code that comes with the model.
         dtype: of a language model; "auto": as it is stored. A classifier is float32.
+
+    Raises:
+        ValueError: if the class of the checkpoint is no causal language model, and the task needs
+            one.
     """
     kind = TASKS[task].model
     if task not in ("classify", "image"):
         named = pretrained_source(source, trust_remote_code)
-        return kind.from_pretrained(**named, dtype=dtype, use_safetensors=True)
+        model = kind.from_pretrained(**named, dtype=dtype, use_safetensors=True)
+        check_class(model, task)
+        return model
     assert isinstance(data, DatasetDict)  # several data sets are for language models
     classes = data["train"].features["label"].names
     return load_classifier(source, classes, seed, kind, trust_remote_code)
