@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from qrefta.nn.factors import Factors, frozen
+from qrefta.nn.first_order import first_order
 from qrefta.nn.product import frozen_product
 from qrefta.nn.quantized import FrozenWeight
 
@@ -138,7 +138,7 @@ class _KroneckerProduct(torch.autograd.Function):
         return y.reshape(*x.shape[:-1], out_features)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast(grad.device.type, enabled=False):  # compute in the gradient's dtype
             return *_kronecker_gradients(ctx, grad), None

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+
+from qrefta.nn.first_order import first_order
 
 IGNORED = -100  # as a label: no loss
 # a cap of logits, by its names in the configs of models
@@ -100,7 +101,7 @@ class _HeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [
             None if tensor is None else (tensor * gradient).to(dtype)

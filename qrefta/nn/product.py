@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from qrefta._compat.torch import with_shape
 from qrefta.nn.cost import merging_is_cheaper
+from qrefta.nn.first_order import first_order
 from qrefta.nn.quantized import FrozenWeight, frozen_weight
 
 
@@ -155,7 +155,7 @@ class _AdaptedGradients(torch.autograd.Function):
         return _outline(tokens, weight), narrow
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         with torch.autocast(grad.device.type, enabled=False):  # compute in the gradient's dtype
             return _gradients(ctx, grad)
@@ -195,7 +195,7 @@ class _FrozenGradients(torch.autograd.Function):
         return _outline(tokens, weight)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _, weight = _saved(ctx)
         need_tokens, need_bias, _ = ctx.needs_input_grad
