@@ -22,7 +22,7 @@ from qrefta.files.folders import CONFIGS, move_entries, sync_folder
 from qrefta.train.same_run import MARKS
 
 UNFINISHED = "unfinished"  # folder in a run's folder: files being written, or left by a killed run
-_STATE = "trainer_state.json"  # Trainer writes this file last
+STATE = "trainer_state.json"  # Trainer writes this file last
 _WEIGHTS = tuple(
     f"{name}{kind}"
     for name in ("model", "model-*-of-*", "adapter_model")
@@ -72,12 +72,12 @@ class WholeCheckpoints(Trainer):
         if self.state.best_model_checkpoint == str(checkpoint):
             self.state.best_model_checkpoint = str(run / checkpoint.name)
             if self.args.should_save:
-                self.state.save_to_json(str(checkpoint / _STATE))
+                self.state.save_to_json(str(checkpoint / STATE))
 
 
 def last_checkpoint(run: str | Path) -> Path | None:
     """The last checkpoint in a run's folder; unfinished ones do not count."""
-    checkpoints = [file.parent for file in Path(run).glob(f"checkpoint-*/{_STATE}")]
+    checkpoints = [file.parent for file in Path(run).glob(f"checkpoint-*/{STATE}")]
     numbers = {path: path.name.removeprefix("checkpoint-") for path in checkpoints}
     whole = [path for path, number in numbers.items() if number.isdecimal()]  # no copy of a user's
     return max(whole, key=lambda path: int(numbers[path]), default=None)

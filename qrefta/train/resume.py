@@ -7,7 +7,9 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 from transformers import (
+    EarlyStoppingCallback,
     PreTrainedModel,
+    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -15,9 +17,10 @@ from transformers import (
 )
 
 from qrefta.distributed import processes
+from qrefta.files.json_file import read_json
 from qrefta.model.prepared import is_prepared
 from qrefta.model.whole_folder import check_weights
-from qrefta.train.checkpoints import clear_unfinished, last_checkpoint
+from qrefta.train.checkpoints import STATE, clear_unfinished, last_checkpoint
 from qrefta.train.same_run import check_same_run
 
 
@@ -60,6 +63,38 @@ def _check_optimizer(checkpoint: Path) -> None:
             "Checkpoints have them unless save_only_model=True. Load the model of this folder and "
             "train it as a new run."
         )
+
+
+class NoStepBeyondTheLast(Trainer):
+    """A Trainer that takes no step if it resumes from a checkpoint of a run's end; put it before
+    another in the bases of a class.
+
+    Trainer looks whether a run has ended after a step only.
+
+    Attributes:
+        resumed: the checkpoint that it resumes from, if it does.
+    """
+
+    resumed: Path | None = None
+
+    def set_initial_training_values(self, *args: Any, **options: Any) -> tuple[Any, ...]:
+        epochs, *others, max_steps = super().set_initial_training_values(*args, **options)
+        if self.resumed is not None and has_ended(self.resumed, max_steps):
+            epochs = 0
+        return epochs, *others, max_steps
+
+
+def has_ended(checkpoint: Path, max_steps: int) -> bool:
+    """Whether a run had no step left at a checkpoint: by their number, or by early stopping."""
+    state = read_json(checkpoint / STATE)
+    if state["global_step"] >= max_steps:
+        return True
+    found = state.get("stateful_callbacks", {}).get(EarlyStoppingCallback.__name__, [])
+    for early in found if isinstance(found, list) else [found]:
+        evaluations = early["attributes"]["early_stopping_patience_counter"]
+        if evaluations >= early["args"]["early_stopping_patience"]:
+            return True
+    return False
 
 
 class OwnIntervals(TrainerCallback):

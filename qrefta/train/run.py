@@ -38,7 +38,7 @@ from qrefta.train.nan_guard import FiniteSteps
 from qrefta.train.packing import check_apart, row_by_row
 from qrefta.train.progress import Lines, Progress
 from qrefta.train.restoring import RestoresAll
-from qrefta.train.resume import OrderOfEpoch, OwnIntervals, checkpoint_of
+from qrefta.train.resume import NoStepBeyondTheLast, OrderOfEpoch, OwnIntervals, checkpoint_of
 from qrefta.train.same_run import run_marks
 from qrefta.train.tasks import Recipe, TaskName
 from qrefta.train.tasks.recipe import combined
@@ -119,6 +119,7 @@ def train(
                 GradientWatch(),
             ],
             marks,
+            checkpoint,
             quiet,
         )
         with _attention(trainer):
@@ -172,13 +173,14 @@ def _trainer(
     arguments: TrainingArguments,
     callbacks: list[TrainerCallback],
     marks: dict[str, Any],
+    checkpoint: Path | None,
     quiet: bool,
 ) -> Trainer:
     """The recipe's Trainer, with whole checkpoints and steps that are finite."""
     if getattr(arguments, "padding_free", False):
         _join_rows(arguments)
     options = {"data_collator": recipe.collate, "compute_metrics": recipe.metrics} | recipe.options
-    kind = combined(FiniteSteps, RestoresAll, WholeCheckpoints, recipe.trainer)
+    kind = combined(FiniteSteps, RestoresAll, WholeCheckpoints, NoStepBeyondTheLast, recipe.trainer)
     trainer: Any = kind(
         model=model,
         args=arguments,
@@ -190,6 +192,7 @@ def _trainer(
         **{name: value for name, value in options.items() if value is not None},
     )
     trainer.marks = marks
+    trainer.resumed = checkpoint
     if arguments.fsdp and not trainer.is_fsdp_enabled:
         raise ValueError("fsdp shards a model over GPUs, and there are none here; leave it out.")
     if _joins(trainer):

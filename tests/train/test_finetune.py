@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import (
     AutoTokenizer,
+    EarlyStoppingCallback,
     LlamaConfig,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
@@ -121,6 +122,47 @@ def test_final_model_stores_bf16_factors_and_checkpoints_their_masters(learned):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"max_steps": 8}, {"num_train_epochs": 2}])
+def test_a_run_that_has_ended_takes_no_further_step(settings, train, data):
+    """Trainer took one step more in every call, and wrote another model."""
+    settings |= {"lr_scheduler_type": "constant", "save_steps": 4}
+    first, result = train("run", **settings)
+    for _ in range(2):
+        again, repeated = train("run", resume=True, **settings)
+        assert repeated.steps == result.steps
+        assert repeated.test_loss == result.test_loss
+        assert_close(again.state_dict(), first.state_dict(), rtol=0, atol=0)
+
+
+def test_a_run_that_stopped_early_takes_no_further_step(train):
+    settings = {
+        "max_steps": 40,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_steps": 2,
+        "load_best_model_at_end": True,
+        "lr_scheduler_type": "constant",
+    }
+    first, result = train(
+        "run", callbacks=[EarlyStoppingCallback(2, early_stopping_threshold=9.0)], **settings
+    )
+    assert result.steps < 40
+    again, repeated = train(
+        "run", True, callbacks=[EarlyStoppingCallback(2, early_stopping_threshold=9.0)], **settings
+    )
+    assert repeated.steps == result.steps
+    assert_close(again.state_dict(), first.state_dict(), rtol=0, atol=0)
+
+
+def test_a_run_that_has_ended_goes_on_to_more_steps(train):
+    settings = {"lr_scheduler_type": "constant", "save_steps": 4}
+    train("run", max_steps=8, **settings)
+    longer, result = train("run", resume=True, max_steps=12, **settings)
+    whole, _ = train("whole", max_steps=12, **settings)
+    assert result.steps == 12
+    assert_close(longer.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(train, monkeypatch):
     settings = {"max_steps": 4, "save_steps": 2}
     whole, uninterrupted = train("whole", **settings)
