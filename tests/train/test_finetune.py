@@ -121,7 +121,6 @@ def test_final_model_stores_bf16_factors_and_checkpoints_their_masters(learned):
     assert {checkpoint[name].dtype for name in factors} == {torch.float32}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"max_steps": 8}, {"num_train_epochs": 2}])
 def test_a_run_that_has_ended_takes_no_further_step(settings, train, data):
     """Trainer took one step more in every call, and wrote another model."""
@@ -163,6 +162,7 @@ def test_a_run_that_has_ended_goes_on_to_more_steps(train):
     assert_close(longer.state_dict(), whole.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(train, monkeypatch):
     settings = {"max_steps": 4, "save_steps": 2}
     whole, uninterrupted = train("whole", **settings)
