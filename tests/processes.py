@@ -37,12 +37,14 @@ from qrefta.train.calibration import task_batches
 from qrefta.train.checkpoints import WholeCheckpoints
 from qrefta.train.data import load_classification
 from qrefta.train.finetune import finetune
+from qrefta.train.mean_loss import LossByRows
 from qrefta.train.models import load_classifier
 from qrefta.train.rates import CALIBRATED_RATE
 from qrefta.train.run import round_masters
 from qrefta.train.tasks import TASKS
 from qrefta.train.tasks.classify import text_classes
-from tests.models import VOCAB, tiny_llama
+from tests.models import VOCAB, tiny_bert, tiny_llama
+from tests.tiny import color_rows, tiny_tokenizer
 from tests.train.talk import chat_rows, words
 
 DOCS = Path(__file__).parents[1] / "docs" / "distributed.md"
@@ -145,6 +147,7 @@ def replicated(folder):
     yield "ddp", (tune(folder, "ddp", model, 8), trained(model))
     yield "ddp stops", stops(folder, "ddp-stops", torch.inf)
     yield "test losses", chat_losses(folder / "chats")
+    yield "class losses", class_losses(folder)
     model = _prepared_as_by_the_command(folder)
     settings = {
         "max_steps": COMMAND_STEPS,
@@ -343,7 +346,7 @@ def _data(folder):
     return load_classification(folder / "data")
 
 
-class _JoinedOrder(SampledTrainer):
+class _JoinedOrder(LossByRows, SampledTrainer):
     """Takes the order of joined rows."""
 
     def sampler_of(self, rows):
@@ -382,6 +385,26 @@ def chat_losses(folder):
         data = DatasetDict(train=rows, test=rows)
         result = qrefta.finetune(
             tiny_llama(32), words(), data, folder / str(len(found)), progress=False, **options
+        )
+        found.append(result.test_loss_before)
+    return found
+
+
+def class_losses(folder):
+    """Test losses of texts with classes, five for two processes, one and two rows a batch."""
+    texts = [row["text"] for row in color_rows(5, seed=0)]
+    rows = Dataset.from_list([{"text": text, "label": n % 3} for n, text in enumerate(texts)])
+    found = []
+    for size in (1, 2):
+        options = {"batch_size": size, "max_steps": 1, "task": "classify"}
+        data = DatasetDict(train=rows, test=rows)
+        result = qrefta.finetune(
+            tiny_bert(),
+            tiny_tokenizer(),
+            data,
+            folder / f"classes{size}",
+            progress=False,
+            **options,
         )
         found.append(result.test_loss_before)
     return found

@@ -30,6 +30,7 @@ from tests.processes import (
     STEPS,
     TEXT,
     chat_losses,
+    class_losses,
     everything,
     killed,
     language_model,
@@ -78,8 +79,10 @@ def results(folder):
 def test_the_test_loss_of_unequal_processes_is_that_of_one(results, tmp_path):
     """One process of four has all rows; two have a long and a short one, and repeat a row."""
     alone = chat_losses(tmp_path)
+    classes = class_losses(tmp_path)
     for found in results:
         assert found["test losses"] == pytest.approx(alone, rel=1e-5)
+        assert found["class losses"] == pytest.approx(classes, rel=1e-5)
 
 
 @pytest.fixture(scope="module")

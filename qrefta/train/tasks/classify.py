@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from qrefta.train.lengths import warn_of_cut
+from qrefta.train.mean_loss import LossByRows
 from qrefta.train.tasks.recipe import Recipe
 
 SINGLE_LABEL = "single_label_classification"  # transformers' name for one class a row
@@ -39,6 +40,7 @@ def text_classes(
     return Recipe(
         tokens["train"],
         tokens["test"],
+        LossByRows,
         collate=DataCollatorWithPadding(tokenizer),
         metrics=accuracy,
         scores={"accuracy": "accuracy"},

@@ -13,6 +13,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from qrefta.files.tables import BUILDERS, find_column, kind_of
 from qrefta.train.data import TEST_SHARE, Loaded, is_saved, read_splits, visible_files, with_test
 from qrefta.train.labels import encode_labels
+from qrefta.train.mean_loss import LossByRows
 from qrefta.train.tasks.classify import accuracy, check_labels, name_labels
 from qrefta.train.tasks.image_folders import (
     LAYOUT,
@@ -126,6 +127,7 @@ def image_classes(
     return Recipe(
         _with_pixels(data["train"], processor, "train"),
         _with_pixels(data["test"], processor, "test"),
+        LossByRows,
         collate=_stack,
         metrics=accuracy,
         scores={"accuracy": "accuracy"},

@@ -19,8 +19,8 @@ from qrefta.files.encodings import check_text, text_encoding
 from qrefta.files.tables import from_generator, kind_of, text_column, versions
 from qrefta.train.data import TEST_SHARE, Loaded, read_splits, split_files, with_test
 from qrefta.train.head_loss import WithoutLogits
+from qrefta.train.mean_loss import LossByTokens
 from qrefta.train.tasks.recipe import Recipe, combined
-from qrefta.train.token_loss import LossByTokens
 
 _CHARACTERS = 1_000_000  # of a piece of a file, and of the pieces that are tokenized together
 _PIECES = Features({"text": Value("string"), "ends": Value("bool")})

@@ -1,14 +1,15 @@
-"""The test loss of a language model: the mean over all labelled tokens.
+"""The test loss: the mean over all labelled tokens, or over all rows.
 
-Trainer averages the means of batches, each weighted by its rows, so its loss depends on the batch
-size, and of joined rows a batch counts as one.
+Trainer averages the means of batches, each weighted by its rows. So the loss of a language model
+depends on the batch size, and of joined rows a batch counts as one. In several processes the rows
+that accelerate repeats, so that the last batches are equally large, count twice.
 """
 
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
@@ -16,10 +17,8 @@ from transformers.trainer_utils import EvalLoopOutput
 from qrefta.nn.head_loss import IGNORED
 
 
-class LossByTokens(Trainer):
-    """A Trainer whose evaluation loss is the mean over labelled tokens; put it before another in
-    the bases of a class.
-    """
+class _MeanLoss(Trainer):
+    """Sums the losses of an evaluation, with the number of labels that each is the mean of."""
 
     _sums: tuple[float, int] = (0.0, 0)
 
@@ -31,11 +30,11 @@ class LossByTokens(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> Any:
         inputs = self._without_repeated_rows(inputs)
-        tokens = int((inputs["labels"][..., 1:] != IGNORED).sum())
+        labelled = int((self._learned(inputs["labels"]) != IGNORED).sum())
         found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if found[0] is not None and tokens:
+        if found[0] is not None and labelled:
             total, count = self._sums
-            self._sums = (total + float(found[0]) * tokens, count + tokens)
+            self._sums = (total + float(found[0]) * labelled, count + labelled)
         return found
 
     def _without_repeated_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -50,7 +49,8 @@ class LossByTokens(Trainer):
         if len(labels) == 1 and "position_ids" in inputs:  # joined rows
             rows = (inputs["position_ids"] == 0).cumsum(-1) - 1
         else:
-            rows = torch.arange(len(labels), device=labels.device).unsqueeze(1)
+            rows = torch.arange(len(labels), device=labels.device)
+            rows = rows.view(-1, *[1] * (labels.dim() - 1))
         before = self.accelerator.process_index * (int(rows.max()) + 1)
         repeated = rows + before >= place.remainder
         return inputs | {"labels": labels.masked_fill(repeated, IGNORED)}
@@ -76,3 +76,25 @@ class LossByTokens(Trainer):
         if sums[1] and output.metrics is not None:
             output.metrics[f"{metric_key_prefix}_loss"] = (sums[0] / sums[1]).item()
         return output
+
+    def _learned(self, labels: Tensor) -> Tensor:
+        """The labels that a batch's loss is the mean over, and ignored ones."""
+        raise NotImplementedError
+
+
+class LossByTokens(_MeanLoss):
+    """A Trainer whose evaluation loss is the mean over labelled tokens; put it before another in
+    the bases of a class.
+    """
+
+    def _learned(self, labels: Tensor) -> Tensor:
+        return labels[..., 1:]  # the first token is predicted from nothing
+
+
+class LossByRows(_MeanLoss):
+    """A Trainer whose evaluation loss is the mean over rows with one label each; put it before
+    another in the bases of a class.
+    """
+
+    def _learned(self, labels: Tensor) -> Tensor:
+        return labels
