@@ -10,9 +10,11 @@ import typer
 
 from qrefta.choices import Dtype, GgufType, LoraBase
 from qrefta.cli.console import console, megabytes, quiet_libraries
-from qrefta.cli.options import Folder, NewFolder, Tolerance, TrustRemoteCode
+from qrefta.cli.options import Folder, Inputs, NewFolder, Tolerance, TrustRemoteCode
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from qrefta.export.result import Export
 
 
@@ -20,6 +22,7 @@ def merge(
     folder: Folder,
     out: NewFolder,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the merged model.")] = "bfloat16",
+    inputs: Inputs = None,
     tolerance: Tolerance = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -35,8 +38,9 @@ def merge(
 
     check_new(out)
     allowed = ROUNDING_TOLERANCE if tolerance is None else tolerance
+    batch = _read_batch(inputs)
     model = load(folder, trust_remote_code=trust_remote_code)
-    written = merge_model(model, getattr(torch, dtype), out=out, tolerance=allowed)
+    written = merge_model(model, getattr(torch, dtype), out=out, inputs=batch, tolerance=allowed)
     before = megabytes(weights_bytes(folder))
     console.print(f"{before} -> {megabytes(weights_bytes(out))} {dtype} in {out}")
     _print_differences(written)
@@ -91,6 +95,7 @@ def export_lora(
         ),
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of LoRA and base.")] = "bfloat16",
+    inputs: Inputs = None,
     tolerance: Annotated[
         float | None, typer.Option(help="Largest relative difference of logits.")
     ] = None,
@@ -114,6 +119,7 @@ def export_lora(
         start=start,
         rank=rank,
         dtype=getattr(torch, dtype),
+        inputs=_read_batch(inputs),
         tolerance=tolerance,
     )
     told = f"LoRA of the {base} in {out} ({megabytes(weights_bytes(out))})"
@@ -140,6 +146,28 @@ def export_gguf(
     written = export_gguf_model(model, file, kind, tolerance=tolerance)
     console.print(f"{kind} in {file} ({megabytes(file.stat().st_size)})")
     _print_differences(written)
+
+
+def _read_batch(file: Path | None) -> "dict[str, Tensor] | None":
+    """The tensors of a safetensors file; None without a file.
+
+    Raises:
+        ValueError: if there is no such file, or it is none.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if file is None:
+        return None
+    if not file.is_file():
+        raise ValueError(f"There is no file {file}; --inputs takes a safetensors file of a batch.")
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} is no safetensors file ({error}). Write the batch in Python: "
+            "safetensors.torch.save_file(dict(batch), file)"
+        ) from error
 
 
 def _print_differences(written: "Export") -> None:

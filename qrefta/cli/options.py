@@ -29,6 +29,13 @@ Device = Annotated[str | None, typer.Option(help="Device, such as cuda.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
 ]
+Inputs = Annotated[
+    Path | None,
+    typer.Option(
+        help="Batch to compare logits on: a safetensors file of its tensors by name; default: text "
+        "or random inputs, made from the model's config."
+    ),
+]
 Tolerance = Annotated[
     float | None,
     typer.Option(help="Largest relative difference of logits; default: room for rounding."),

@@ -1,9 +1,8 @@
 """Two models on the same inputs: how far apart their outputs are."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
@@ -11,24 +10,56 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qrefta._compat.transformers import model_of_config
+from qrefta.export.examples import example_batches
 from qrefta.files.safetensors import Checkpoint
-from qrefta.files.sources import tokenizer_of
 from qrefta.model.modes import eval_mode
 from qrefta.model.names import sources
 
-_ROWS = 2
-_TOKENS = 16
-_SENTENCES = (
-    "The river runs quietly past the old mill, and in the evening nobody is on the bridge any "
-    "more.",
-    "Although the second half of the film is much too long, its music and its actors are very "
-    "good.",
-)
-_IMAGE_SIZE = 64  # if the config does not say it
+
+class Reference(NamedTuple):
+    """A batch, and a model's outputs for it."""
+
+    inputs: Mapping[str, Any]
+    outputs: Tensor
+
+    def difference(self, other: torch.nn.Module) -> float:
+        """The relative difference of another model's outputs."""
+        return output_difference(outputs(other, self.inputs), self.outputs)
+
+
+def reference(model: PreTrainedModel, inputs: Mapping[str, Any] | None) -> Reference:
+    """The outputs of a model, to compare a written one with.
+
+    Args:
+        model: the model.
+        inputs: a batch that it takes; None: the first of `example_batches` that it runs on.
+
+    Raises:
+        ValueError: if it runs on no example.
+    """
+    if inputs is not None:
+        return Reference(inputs, outputs(model, inputs))
+    errors = []
+    for batch in example_batches(model):
+        try:
+            return Reference(batch, outputs(model, batch))
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of the model's own code, which checks its inputs
+            errors.append(f"{', '.join(batch)}: {type(error).__name__}: {error}")
+    raise ValueError(
+        f"{type(model).__name__} runs on no random batch on which two models could be compared "
+        f"({'; '.join(errors)}). Give a batch that it takes as `inputs`, on the command line "
+        "--inputs FILE, a safetensors file of its tensors by name."
+    )
 
 
 def output_difference(found: Tensor, expected: Tensor) -> float:
-    """||found - expected|| / ||expected|| over all entries; infinite if an entry is not finite."""
+    """||found - expected|| / ||expected|| over all entries; infinite if an entry is not finite, or
+    the shapes differ.
+    """
+    if found.shape != expected.shape:
+        return float("inf")
     expected = expected.float()
     difference = (found.float() - expected).norm() / expected.norm().clamp(min=1e-30)
     return difference.item() if torch.isfinite(difference) else float("inf")
@@ -68,7 +99,7 @@ def run_from_disk(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> P
 @torch.no_grad()
 def outputs(model: torch.nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """The first output that is no loss (logits, if there are any) in eval mode, on the CPU; each
-    module keeps its mode.
+    module keeps its mode. Models that draw random numbers draw the same ones in every call.
 
     Floating-point inputs are cast to the model's dtype. They may hold labels, of which some models
     make the inputs of a decoder.
@@ -77,7 +108,8 @@ def outputs(model: torch.nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         ValueError: if the model gives nothing but a loss.
     """
     batch = {name: _placed(value, model) for name, value in inputs.items()}
-    with eval_mode(model):
+    with torch.random.fork_rng(), eval_mode(model):
+        torch.manual_seed(0)
         given = model(**batch)
     named = given if isinstance(given, Mapping) else dict(enumerate(given))
     for name, output in named.items():
@@ -87,86 +119,6 @@ def outputs(model: torch.nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         f"{type(model).__name__} gives only a loss for inputs with {', '.join(inputs)}; two models "
         "are compared by their logits. Leave out the labels."
     )
-
-
-def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
-    """A batch of two that the model takes, always the same.
-
-    It is text if the model was loaded with a tokenizer: random tokens are far from the data of a
-    model, and errors in its outputs are larger on them. Else it is random tokens, images or sound
-    features.
-
-    Raises:
-        ValueError: for a model whose config does not say which inputs it takes.
-    """
-    generator = torch.Generator().manual_seed(0)
-    config: Any = model.config
-    text = config.get_text_config()
-    batch: dict[str, Tensor] = {}
-    if model.main_input_name == "input_ids":
-        batch |= _sentences(model) or {"input_ids": _tokens(text, generator)}
-    elif model.main_input_name == "input_features" and hasattr(config, "num_mel_bins"):
-        frames = 2 * getattr(config, "max_source_positions", 1500)
-        size = (_ROWS, config.num_mel_bins, frames)
-        batch["input_features"] = torch.randn(size, generator=generator)
-    if _takes_images(model):
-        batch["pixel_values"] = _images(config, generator)
-    if config.is_encoder_decoder and batch:
-        batch["decoder_input_ids"] = _tokens(text, generator)
-    if not batch:
-        raise ValueError(
-            f"The config of {type(model).__name__} does not say which inputs it takes "
-            f"({model.main_input_name}); give a batch of it as `inputs`."
-        )
-    return batch
-
-
-def _takes_images(model: PreTrainedModel) -> bool:
-    if model.main_input_name == "pixel_values":
-        return True
-    return hasattr(model.config, "vision_config") and hasattr(model, "vision_model")
-
-
-def _images(config: Any, generator: torch.Generator) -> Tensor:
-    """Random images, (rows, channels, height, width)."""
-    vision = getattr(config, "vision_config", config)
-    size = getattr(vision, "image_size", _IMAGE_SIZE)
-    height, width = (size, size) if isinstance(size, int) else size
-    channels = getattr(vision, "num_channels", 3)
-    return torch.randn(_ROWS, channels, height, width, generator=generator)
-
-
-def _sentences(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Two sentences by the model's tokenizer; nothing if no tokenizer fits its vocabulary."""
-    config: Any = model.config
-    with suppress(ValueError, OSError, ImportError, KeyError):
-        tokenizer = tokenizer_of(model)
-        if tokenizer is None:
-            return {}
-        rows = [tokenizer(text)["input_ids"][:_TOKENS] for text in _SENTENCES]
-        width = min(map(len, rows))
-        ids = torch.tensor([row[:width] for row in rows])
-        fits = ids.max() < config.get_text_config().vocab_size
-        if width > 1 and fits and not torch.equal(ids[0], ids[1]):
-            return {"input_ids": ids}
-    return {}
-
-
-def _tokens(config: Any, generator: torch.Generator) -> Tensor:
-    """Random tokens, without the special tokens that some classifiers look for."""
-    special = torch.tensor(list(_special_tokens(config)), dtype=torch.long)
-    ids = torch.arange(config.vocab_size)
-    ids = ids[~torch.isin(ids, special)]
-    return ids[torch.randint(len(ids), (_ROWS, _TOKENS), generator=generator)]
-
-
-def _special_tokens(config: Any) -> Iterator[int]:
-    for name in ("pad", "eos", "bos"):
-        tokens = getattr(config, f"{name}_token_id", None)
-        if isinstance(tokens, list):
-            yield from tokens
-        elif tokens is not None:
-            yield tokens
 
 
 def _placed(value: Any, model: Any) -> Any:

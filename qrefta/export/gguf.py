@@ -30,7 +30,7 @@ from transformers.utils.import_utils import is_gguf_available
 
 from qrefta.choices import GGUF_TYPES, GgufType
 from qrefta.config.report import StackReport
-from qrefta.export.compare import example_inputs, output_difference, outputs
+from qrefta.export.compare import Reference, output_difference, reference
 from qrefta.export.gguf_vocab import add_vocabulary
 from qrefta.export.modelfile import MODELFILE, modelfile
 from qrefta.export.result import Export, agreed
@@ -128,7 +128,7 @@ def export_gguf(
             quantizes the merged weights once more. Embeddings and head of "q4_0" are in "q8_0",
             norms and biases always in float32.
         tokenizer: of the model; default: the one that it was loaded with.
-        inputs: a batch to compare logits on; default: see `qrefta.export.compare.example_inputs`.
+        inputs: a batch to compare logits on; default: see `qrefta.export.examples`.
         tolerance: largest relative difference of the logits; beyond it nothing is written. Default:
             0.15, for "q4_0" 0.6.
 
@@ -158,12 +158,12 @@ def export_gguf(
             "`tokenizer`."
         )
     check_tokenizer(model, tokenizer)
-    inputs = example_inputs(model) if inputs is None else inputs
+    expected = reference(model, inputs)
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as folder:
         made = Path(folder, file.name)
         _write(model, family, made, type, tokenizer)
-        difference = _largest_difference(model, family, made, inputs)
+        difference = _largest_difference(model, family, made, expected)
         agreed(difference, TOLERANCES[type] if tolerance is None else tolerance, _FIX)
         text = modelfile(file.name, tokenizer, model.generation_config)
         Path(folder, MODELFILE).write_text(text, encoding="utf-8")
@@ -447,15 +447,14 @@ def _add_info(writer: Any, name: str, shape: torch.Size, kind: Any) -> None:
 
 
 def _largest_difference(
-    model: PreTrainedModel, family: _Family, file: Path, inputs: Mapping[str, Any]
+    model: PreTrainedModel, family: _Family, file: Path, expected: Reference
 ) -> float:
     """The difference of the file's logits, by transformers and llama-cpp-python."""
-    expected = outputs(model, inputs)
-    differences = [output_difference(outputs(_read(model, family, file), inputs), expected)]
-    if set(inputs) == {"input_ids"}:
+    differences = [expected.difference(_read(model, family, file))]
+    if set(expected.inputs) == {"input_ids"}:
         with suppress(ModuleNotFoundError):
-            found = _llama_cpp_logits(file, inputs["input_ids"])
-            differences.append(output_difference(found, expected))
+            found = _llama_cpp_logits(file, expected.inputs["input_ids"])
+            differences.append(output_difference(found, expected.outputs))
     return max(differences)
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qrefta.choices import BITSANDBYTES_TYPES, LORA_BASES, LoraBase
 from qrefta.config.checks import whole
 from qrefta.export.adapter import import_peft, with_adapter, write_adapter
-from qrefta.export.compare import example_inputs, output_difference, outputs
+from qrefta.export.compare import Reference, reference
 from qrefta.export.lora_base import cast_as_loaded, original_base, residual_base
 from qrefta.export.result import ROUNDING_TOLERANCE, Export, agreed, check_floating
 from qrefta.export.updates import check_original, check_start, layer_updates, starting_factors
@@ -101,7 +101,7 @@ def export_lora(
         dtype: of the LoRA, and of the base's dense parameters.
         tokenizer: written with both; default: the one that the model was loaded with. Give it if
             tokens were added.
-        inputs: a batch to compare logits on; default: see `qrefta.export.compare.example_inputs`.
+        inputs: a batch to compare logits on; default: see `qrefta.export.examples`.
         tolerance: largest relative difference of the logits; beyond it nothing is written. Default:
             0.15 if the result differs by rounding only, else 0.5.
         progress: show a progress bar over the linear layers, if they take more than two seconds.
@@ -141,6 +141,7 @@ def export_lora(
         delay=PROGRESS_DELAY_S,
     )
     with new_folder(out) as folder:
+        expected = reference(model, inputs)
         source = str(original or config.base_model)
         if bare is None:
             source = str(Path(out) / "base")
@@ -150,7 +151,7 @@ def export_lora(
             cast_as_loaded(bare, dtype)
         exact = base != "original" and written.error == 0
         default = ROUNDING_TOLERANCE if exact else APPROXIMATION_TOLERANCE
-        difference = _difference(model, with_adapter(bare, folder), inputs, base)
+        difference = _difference(expected, with_adapter(bare, folder), base)
         agreed(difference, default if tolerance is None else tolerance, _FIXES[base])
         copy_tokenizer(model, folder, tokenizer)
         largest = max(written.ranks)
@@ -168,24 +169,20 @@ def _use(source: str) -> str:
     return _USE.replace("{base}", named)
 
 
-def _difference(
-    model: PreTrainedModel, written: nn.Module, inputs: Mapping[str, Any] | None, base: LoraBase
-) -> float:
+def _difference(expected: Reference, written: nn.Module, base: LoraBase) -> float:
     """The relative difference of the logits of the written model.
 
     Raises:
         ValueError: if bitsandbytes fails on its 4 bits.
     """
-    inputs = example_inputs(model) if inputs is None else inputs
     try:
-        found = outputs(written, inputs)
+        return expected.difference(written)
     except (AssertionError, RuntimeError) as error:
         if base != "residual-4bit" or isinstance(error, torch.OutOfMemoryError):
             raise
         raise ValueError(
             f"bitsandbytes fails on the written model ({error}); nothing was kept. {_FIXES[base]}"
         ) from error
-    return output_difference(found, outputs(model, inputs))
 
 
 def _notes(config: QReftaConfig, ranks: list[int], base: LoraBase) -> list[str]:

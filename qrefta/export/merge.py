@@ -16,7 +16,7 @@ from qrefta._compat.transformers import (
 )
 from qrefta.config.report import StackReport
 from qrefta.config.stack import BANK, expert_path
-from qrefta.export.compare import example_inputs, output_difference, outputs, run_from_disk
+from qrefta.export.compare import Reference, reference, run_from_disk
 from qrefta.export.result import ROUNDING_TOLERANCE, Export, agreed, check_floating
 from qrefta.export.write import (
     check_complete,
@@ -84,7 +84,7 @@ def merge(
         out: folder to write; new or empty.
         tokenizer: written to `out`; default: the one that the model was loaded with. Give it if
             tokens were added.
-        inputs: a batch to compare logits on; default: see `qrefta.export.compare.example_inputs`.
+        inputs: a batch to compare logits on; default: see `qrefta.export.examples`.
         tolerance: largest relative difference of the logits; beyond it nothing is written.
         max_shard_size: bytes of one file, or text such as "5GB".
 
@@ -102,6 +102,7 @@ def merge(
     if tokenizer is not None:
         check_tokenizer(model, tokenizer)
     with new_folder(out) as folder:
+        expected = reference(model, inputs)
         write_model(
             model,
             folder,
@@ -110,7 +111,7 @@ def merge(
             max_shard_size=max_shard_size,
             tokenizer=tokenizer,
         )
-        difference = _check_folder(model, folder, dtype, inputs, tolerance)
+        difference = _check_folder(model, folder, dtype, expected, tolerance)
         name = str(dtype).removeprefix("torch.")
         write_card(folder, config, f"It was merged to dense {name} weights.", _USE)
     return Export(Path(out), difference, notes=tokenizer_notes(model, tokenizer))
@@ -120,13 +121,11 @@ def _check_folder(
     model: PreTrainedModel,
     folder: Path,
     dtype: torch.dtype,
-    inputs: Mapping[str, Any] | None,
+    expected: Reference,
     tolerance: float,
 ) -> float:
     """The difference of the logits of a dense folder, which is read from disk as it runs."""
-    inputs = example_inputs(model) if inputs is None else inputs
-    written = run_from_disk(model, folder, dtype)
-    difference = output_difference(outputs(written, inputs), outputs(model, inputs))
+    difference = expected.difference(run_from_disk(model, folder, dtype))
     fix = "Give inputs that the model was made for, a wider dtype, or a larger tolerance."
     return agreed(difference, tolerance, fix)
 

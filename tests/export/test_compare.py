@@ -5,7 +5,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertForSequenceClassification, PreTrainedTokenizerFast
 
-from qrefta.export.compare import example_inputs, output_difference, outputs
+from qrefta.export.compare import output_difference, outputs
+from qrefta.export.examples import example_inputs
 from tests.models import (
     ARCHITECTURES,
     logits,

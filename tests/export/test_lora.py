@@ -23,7 +23,8 @@ from transformers import (
 import qrefta
 from qrefta.config.stack import BANK
 from qrefta.export import lora
-from qrefta.export.compare import example_inputs, output_difference, outputs
+from qrefta.export.compare import output_difference, outputs
+from qrefta.export.examples import example_inputs
 from qrefta.export.lora import _notes
 from qrefta.model.prepared import prepared_config
 from qrefta.nn.linear import AdaptedLinear

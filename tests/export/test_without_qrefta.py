@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import qrefta
-from qrefta.export.compare import example_inputs, outputs
+from qrefta.export.compare import outputs
+from qrefta.export.examples import example_inputs
 from tests.export.test_lora import trained
 from tests.export.test_merge import prepared, take_steps
 from tests.models import ARCHITECTURES, inputs, logits, tiny_bert, tiny_llama

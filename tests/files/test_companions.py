@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from transformers import ByT5Tokenizer
 
 import qrefta
-from qrefta.export.compare import example_inputs
+from qrefta.export.examples import example_inputs
 from qrefta.files.companions import companion_files
 from qrefta.files.sources import dense_bytes, load_tokenizer, resolve_folder, tokenizer_of
 from tests.models import tiny_bert, tiny_llama
