@@ -5,12 +5,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta.choices import GENERIC_TEXT
 from qrefta.files.sources import loaded_from, tokenizer_of
+from qrefta.model.modes import eval_mode
 from qrefta.model.positions import trained_positions
-from qrefta.split.batches import Batch, is_seq2seq
+from qrefta.split.batches import Batch, accepted_inputs, batch_inputs, is_seq2seq, without_cache
 from qrefta.split.texts import (
     MAX_LENGTH,
     filled,
@@ -69,6 +71,7 @@ def calibration_batches(
         alone = getattr(model.config.get_text_config(), "pad_token_id", None) is None
         batches = rows_of_text(texts, tokenizer, max_length=length, seed=seed, alone=alone)
     _check_ids(model, batches)
+    _check_runs(model, batches[0])
     return batches
 
 
@@ -144,3 +147,18 @@ def _check_ids(model: PreTrainedModel, batches: list[Any]) -> None:
             f"The tokenizer gives the token {largest} and the model has {embeddings} embeddings; "
             "give the tokenizer of this model."
         )
+
+
+def _check_runs(model: PreTrainedModel, batch: Batch) -> None:
+    """Raise ValueError if the model does not run on the first row of text."""
+    row = {name: values[:1] for name, values in batch_inputs(model, batch).items()}
+    try:
+        with eval_mode(model), without_cache(model), torch.no_grad():
+            model(**accepted_inputs(model, row))
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{type(model).__name__} does not run on text alone ({type(error).__name__}: {error}); "
+            "give calibration as batches: dicts of all inputs of its forward pass."
+        ) from error

@@ -5,6 +5,8 @@ import torch
 from datasets import Dataset, DatasetDict
 from tokenizers import normalizers
 from transformers import (
+    BertConfig,
+    BertForMultipleChoice,
     GPT2Config,
     GPT2ForSequenceClassification,
     LlamaConfig,
@@ -17,8 +19,10 @@ from qrefta.split.calibrate import gather_moments
 from qrefta.split.sources import calibration_batches
 from qrefta.train.tasks.lm import load_text, text_windows
 from tests.models import (
+    VOCAB,
     build,
     decoder_sizes,
+    encoder_sizes,
     tiny_bert,
     tiny_clip,
     tiny_gpt2,
@@ -100,6 +104,14 @@ def test_batches_and_tokenized_rows_are_left_as_they_are():
     found = calibration_batches(model, DatasetDict(train=rows))
     moments = gather_moments(model, find_stacks(model), found, progress=False)
     assert set(moments.tokens.values()) == {3}
+
+
+def test_a_model_that_reads_more_than_text_is_refused_with_its_words():
+    """It failed deep in its code, after the text was read."""
+    config = BertConfig(vocab_size=VOCAB, **encoder_sizes(32))
+    model = build(BertForMultipleChoice, config)
+    with pytest.raises(ValueError, match=r"BertForMultipleChoice does not run on text alone \("):
+        calibration_batches(model, ["red blue", "sky"], tiny_tokenizer())
 
 
 def test_unusable_calibrations_are_refused(tmp_path):
