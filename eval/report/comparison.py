@@ -65,6 +65,7 @@ STUDIES = [
             'qrefta, `method="refta"`, R = 60, `rounding="feedback"`, at its default rate': (
                 "refta R=60 calibrated rounding=feedback"
             ),
+            "qrefta, R = 60, 3 bits": "windows R=60 bits=3 calibrated rounding=sequential",
             "qrefta, R = 60, on plain NF4": "windows R=60 scales=absmax",
             "qrefta, R = 60, on 16 bits": "windows R=60 bits=16",
         },
@@ -89,6 +90,18 @@ STUDIES = [
         methods=PROMPT.methods
         | {'qrefta, R = 60, `rounding="feedback"`': "windows R=60 calibrated rounding=feedback"},
         main=False,
+    ),
+    Compared(
+        "sst2",
+        "all-MiniLM-L6-v2",
+        300,
+        2700,
+        "all-MiniLM-L6-v2 (6 layers) on SST-2",
+        "qlora r=8",
+        {
+            "QLoRA, r = 8": "qlora r=8",
+            "qrefta, R = 48": "windows R=48 calibrated rounding=sequential",
+        },
     ),
     Compared(
         "sst2",
@@ -120,6 +133,7 @@ STUDIES = [
             "VeRA, r = 256, on 16 bits": "vera r=256",
             "IA3, on plain NF4": "ia3",
         },
+        main=False,
     ),
     Compared(
         "cifar10",

@@ -70,9 +70,7 @@ SELECTED = {
     'qrefta, `rounding="feedback"`, generic text': ROUNDED._replace(
         calibration=HALF_TEXT, generic=True
     ),
-    'qrefta, `rounding="feedback"`, double quantization': ROUNDED._replace(double_quant=True),
     f'qrefta, `method="refta"`, R = {R}': ORDERED._replace(rank=R, refine=1),
-    f'qrefta, `method="refta"`, R = {R}, `rounding="feedback"`': ROUNDED._replace(rank=R, refine=1),
     "GPTQ on NF3 (absmax scales, larger inputs first)": Base(
         "gptq-ordered", 0, TEXT, quant_type="nf3", double_quant=True
     ),

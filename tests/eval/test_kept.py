@@ -194,12 +194,12 @@ def test_the_first_section_comes_before_the_claims(tmp_path):
 
 
 def test_the_summary_names_base_and_ranks_from_the_rows():
-    base, rank = summary({"kld": rows_of()})
+    base, rank = summary({"kld": rows_of({ORDERED._replace(rank=64, refine=1): 0.095})})
     assert base.startswith("Base: qrefta 0.110 (4.50 bits a weight) away from the 16-bit SmolLM2")
     assert "lower is better" in base
     assert "GPTQ on NF4 (absmax scales, larger inputs first) 0.150" in base  # the nearest other
     assert "bitsandbytes NF4 0.267" in base
-    assert 'method="refta", R = 64, rounding="feedback" 0.085 (4.60 bits a weight)' in rank
+    assert 'method="refta", R = 64 0.095 (4.60 bits a weight)' in rank
     assert summary({}) == []
 
 
