@@ -265,6 +265,8 @@ def _sequential() -> list[Base]:
         one(rank=R, refine=1),
         mixed(rank=R, refine=1),
         few(quant_type="nf2"),
+        few(quant_type="nf3", block_size=32),
+        mixed(target_bits=max(TARGETS), block_size=32),
     ]
 
 
