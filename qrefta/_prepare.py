@@ -335,7 +335,8 @@ def _check_model(model: nn.Module) -> None:
     check_no_peft(model)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"prepare takes a transformers PreTrainedModel, not {type(model).__name__}."
+            f"prepare takes a transformers PreTrainedModel, not {type(model).__name__}. If it "
+            "wraps one (torch.compile, DDP, accelerate), prepare the model first and wrap it then."
         )
     if is_prepared(model):
         raise ValueError(

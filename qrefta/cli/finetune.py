@@ -3,33 +3,30 @@
 import shlex
 import shutil
 import sys
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from qrefta.choices import AUTO_RATE, AUTO_ROUNDING, LoadDtype, Task
+from qrefta.choices import AUTO_RATE, LoadDtype, Task
 from qrefta.cli import training_options as given
 from qrefta.cli.calibrating import NONE, prepare_calibrated
 from qrefta.cli.console import console, megabytes, quiet_libraries
+from qrefta.cli.data_options import columns_of, further_sources, load_data
 from qrefta.cli.dtype import chosen_dtype
 from qrefta.cli.options import (
     TrustRemoteCode,
     parse_checkpointing,
     rounding_of,
-    setting_of,
     with_settings,
 )
+from qrefta.cli.run_options import options_of_run
 from qrefta.recipe import NAME as RECIPE
 from qrefta.recipe import write_recipe
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
     from transformers import PreTrainedModel
 
-    from qrefta.config.settings import Settings
-    from qrefta.train.tasks.mixture import Mixture
 
 _START = "start"  # folder in OUT: the prepared model, for the other processes
 ROWS = "data"  # rows of the training data
@@ -95,8 +92,8 @@ def finetune(
     from qrefta.train.tasks.chat import check_loss
 
     check_source(model)
-    further = _weights(dataset, mix or [])
-    columns = _columns(task, text_column, label_column, header)
+    further = further_sources(dataset, mix or [])
+    columns = columns_of(task, text_column, label_column, header)
     rate = parse_rate(learning_rate)
     checkpointing = parse_checkpointing(gradient_checkpointing)
     rewards = load_rewards(task, reward or ())
@@ -124,12 +121,12 @@ def finetune(
             num_generations=num_generations,
         ),
     )
-    options = _options_of_run(ctx, settings, trust_remote_code)
+    options = options_of_run(ctx, settings, trust_remote_code)
     start = out / _START
     with state.main_process_first():
         if state.is_main_process and not resume:
             _check_run(out)
-        data = _load_data(task, dataset, further, settings["seed"], columns)
+        data = load_data(task, dataset, further, settings["seed"], columns)
         processor = _processor(model, task, trust_remote_code)
         begun = str(start) if start.is_dir() else model
         chosen = _dtype(begun, dtype, task, args.device.type, trust_remote_code)
@@ -195,40 +192,6 @@ def _processor(model: str, task: Task, trust_remote_code: bool) -> Any:
     return tokenizer
 
 
-def _weights(dataset: str, mix: list[str]) -> dict[str | Path, float]:
-    """The further data sets of --mix and their weights."""
-    from qrefta.train.tasks.mixture import parse_weight
-
-    further: dict[str | Path, float] = {}
-    for source, weight in map(parse_weight, mix):
-        if source in (dataset, *further):
-            raise ValueError(
-                f"{source} is given twice; give it once, with a larger weight in --mix."
-            )
-        further[source] = weight
-    return further
-
-
-def _columns(
-    task: Task, text_column: list[str] | None, label_column: str | None, header: list[str] | None
-) -> dict[str, Any]:
-    """The options of columns, by their names in the task's loader."""
-    if task == "classify":
-        return {"text_columns": text_column, "label_column": label_column, "header": header}
-    given = {"--label-column": label_column, "--header": header}
-    if task != "lm":
-        given["--text-column"] = text_column
-    name = next((name for name, value in given.items() if value), None)
-    if name is not None:
-        also = " and lm" if name == "--text-column" else ""
-        raise ValueError(f"{name} is for the task classify{also}; the task is {task}")
-    if not text_column:
-        return {}
-    if len(text_column) > 1:
-        raise ValueError(f"--text-column is {text_column}; the task lm reads one column")
-    return {"column": text_column[0]}
-
-
 def _dtype(source: str, dtype: LoadDtype, task: Task, device: str, trust_remote_code: bool) -> Any:
     """The dtype to load the model in, which is said if the files have another one.
 
@@ -250,21 +213,6 @@ def _dtype(source: str, dtype: LoadDtype, task: Task, device: str, trust_remote_
         )
 
     return chosen_dtype([source], dtype, device, trust_remote_code, note)
-
-
-def _load_data(
-    task: Task, dataset: str, mix: dict[str | Path, float], seed: int, columns: dict[str, Any]
-) -> "DatasetDict | Mixture":
-    """The data of the run: of one source, or of several with weights."""
-    from qrefta.train.tasks import TASKS
-    from qrefta.train.tasks.mixture import Mixture, load_mixture
-
-    load = partial(TASKS[task].load, **columns)
-    data = load(dataset, seed=seed)
-    if not mix:
-        return data
-    others = load_mixture(task, load, mix, seed)
-    return Mixture([data, *others.parts], [1.0, *others.weights])
 
 
 def _prepare(
@@ -296,66 +244,6 @@ def _prepare(
         batches = list(calibration_batches(model, calibration, processor, seed=seed))
         source = calibration
     prepare_calibrated(model, batches, source, settings)
-
-
-def _options_of_run(
-    ctx: typer.Context, settings: dict[str, Any], trust_remote_code: bool
-) -> dict[str, Any]:
-    """The values of the options that hold for the run; for a prepared model without the options of
-    preparing.
-
-    Raises:
-        ValueError: if an option was given that would prepare a prepared model in another way.
-    """
-    from qrefta.config.settings import Settings
-
-    kept = dict(ctx.params)
-    model = kept["model"]
-    prepared = _prepared_settings(model, trust_remote_code)
-    if prepared is None:
-        return kept
-    asked = Settings(**settings)
-    for parameter in ctx.command.params:
-        name = str(parameter.name)
-        setting = setting_of(name)
-        if setting in (None, "seed") and name != "calibration":
-            continue
-        value = kept.pop(name)
-        source = ctx.get_parameter_source(name)
-        if source is None or source.name not in ("COMMANDLINE", "DEFAULT_MAP"):
-            continue
-        if setting is not None and _agrees(setting, asked, prepared):
-            continue
-        has = "" if setting is None else f" with {setting} {getattr(prepared, setting)}"
-        raise ValueError(
-            f"{max(parameter.opts, key=len)} {value} belongs to preparing, and {model} is prepared "
-            f"already{has}; leave the option out, or give the dense model"
-        )
-    return kept
-
-
-def _prepared_settings(model: str, trust_remote_code: bool) -> "Settings | None":
-    """How a model was prepared, from its config.json; None for a dense model."""
-    from transformers import AutoConfig
-
-    from qrefta.files.sources import is_gguf, pretrained_source
-    from qrefta.hf_config import QReftaConfig
-
-    if is_gguf(model):
-        return None
-    config = AutoConfig.from_pretrained(**pretrained_source(model, trust_remote_code)).to_dict()
-    if (config.get("quantization_config") or {}).get("quant_method") != "qrefta":
-        return None
-    return QReftaConfig.of(config).settings
-
-
-def _agrees(setting: str, asked: "Settings", prepared: "Settings") -> bool:
-    """Whether a prepared model has what an option asks for."""
-    if setting == "rounding" and asked.rounding == AUTO_ROUNDING:
-        return True
-    if setting == "modules_to_save":  # the list of the model has its task head too
-        return set(asked.modules_to_save) <= set(prepared.modules_to_save)
-    return getattr(asked, setting) == getattr(prepared, setting)
 
 
 def _check_run(out: Path) -> None:
