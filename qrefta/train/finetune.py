@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from transformers import (
     BaseImageProcessor,
     EarlyStoppingCallback,
@@ -39,6 +39,7 @@ from qrefta.train.tasks import TASKS, Recipe, TaskName
 from qrefta.train.tasks.chat import check_loss
 from qrefta.train.tasks.mixture import Mixture, is_mix, load_mixture, mixed_recipe
 
+Data = DatasetDict | Dataset | Mixture | Mapping[str | Path, float] | str | Path
 _OLD_KEYWORDS = {
     "warmup_steps": "args=TrainingArguments(..., warmup_steps=...)",
     "weight_decay": "args=TrainingArguments(..., weight_decay=...)",
@@ -52,7 +53,7 @@ _OLD_KEYWORDS = {
 def finetune(
     model: PreTrainedModel,
     processor: PreTrainedTokenizerBase | BaseImageProcessor,
-    dataset: DatasetDict | Mixture | Mapping[str | Path, float] | str | Path,
+    dataset: Data,
     output_dir: str | Path | None = None,
     *,
     task: TaskName = "classify",
@@ -102,9 +103,10 @@ def finetune(
         dataset: a file, folder or hub name for the task's loader
             (`qrefta.train.data.load_classification`, `qrefta.train.tasks.load_text`, `load_chat`,
             `load_preferences`, `load_prompts`, `load_images`), the `DatasetDict` that it returns,
-            or another with such columns and the splits train and, better, test or validation. For
-            lm, sft, dpo and grpo also a dict of several sources and their weights: training rows
-            are drawn in this proportion, until one source is used up.
+            or a `DatasetDict` or `Dataset` with such columns; without a split test or validation,
+            a tenth of the rows is held out. For lm, sft, dpo and grpo also a dict of several
+            sources and their weights: training rows are drawn in this proportion, until one source
+            is used up.
         output_dir: for checkpoints and the trained model, without checkpoints of another run.
             Default: the folder of `args`.
         task: classify (text), lm (running text), sft (conversations), dpo (pairs of a better and a
@@ -272,30 +274,37 @@ def _length(
     return given
 
 
+def _read(data: Data, task: TaskName, seed: int) -> DatasetDict | Mixture:
+    """The rows of a task, of a source in any form."""
+    if isinstance(data, Loaded | Mixture):
+        return data
+    if isinstance(data, str | Path):
+        return TASKS[task].load(data, seed=seed)
+    if isinstance(data, Dataset):
+        data = DatasetDict({"train": data})
+    if isinstance(data, DatasetDict):
+        return TASKS[task].rows(given_splits(data, "dataset"), "dataset", seed)
+    if is_mix(data):
+        return load_mixture(task, TASKS[task].load, data, seed)
+    raise ValueError(
+        f"dataset is a {type(data).__name__}; give a file, a folder, a hub name, a Dataset (rows "
+        "of it are held out to test on), or a DatasetDict with the splits train and test. "
+        "datasets.Dataset has from_list, from_pandas and from_generator for other forms. Several "
+        "data sets are a dict of names and weights."
+    )
+
+
 def _recipe(
     model: PreTrainedModel,
     processor: PreTrainedTokenizerBase | BaseImageProcessor,
-    dataset: DatasetDict | Mixture | Mapping[str | Path, float] | str | Path,
+    dataset: Data,
     task: TaskName,
     seed: int,
     max_length: int | None,
     loss: Loss,
     rewards: list[Reward],
 ) -> Recipe:
-    data = dataset
-    if not isinstance(data, str | Path | DatasetDict | Mixture) and not is_mix(data):
-        raise ValueError(
-            f"dataset is a {type(data).__name__}; give a file, a folder, a hub name, or a "
-            "DatasetDict with the splits train and test: dataset.train_test_split(test_size=0.1) "
-            "makes one of a datasets.Dataset. Several data sets are a dict of names and weights."
-        )
-    if isinstance(data, str | Path):
-        data = TASKS[task].load(data, seed=seed)
-    elif isinstance(data, DatasetDict) and not isinstance(data, Loaded):
-        name = "DatasetDict"
-        data = TASKS[task].rows(given_splits(data, name), name, seed)
-    elif not isinstance(data, DatasetDict | Mixture):
-        data = load_mixture(task, TASKS[task].load, data, seed)
+    data = _read(dataset, task, seed)
     options: dict[str, Any] = {"loss": loss} if task == "sft" else {}
     if task == "grpo":
         options = {"rewards": rewards}

@@ -104,6 +104,14 @@ def test_without_a_test_split_some_rows_are_held_out(task, rows):
     assert {split: len(part) for split, part in read.items()} == {"train": 36, "test": 4}
 
 
+def test_one_data_set_is_rows_to_train_on_and_to_hold_out(classifier, tmp_path):
+    rows = Dataset.from_list(color_rows(64, seed=1))
+    given = tuned(classifier, rows, tmp_path / "one")
+    expected = tuned(classifier, DatasetDict(train=rows), tmp_path / "splits")
+    assert (given.test_loss, given.train_loss) == (expected.test_loss, expected.train_loss)
+    assert given.accuracy_after > 0.8
+
+
 def test_columns_have_the_names_that_files_may_have(classifier, tmp_path):
     rows = [{"sentence": row["text"], "label": row["label"]} for row in color_rows(40, seed=1)]
     part = Dataset.from_list(rows)
@@ -120,10 +128,10 @@ def test_columns_have_the_names_that_files_may_have(classifier, tmp_path):
     [
         (
             [{"text": None, "label": 1}],
-            r"rows without text: DatasetDict \(test\), column text, row 1",
+            r"rows without text: dataset \(test\), column text, row 1",
         ),
         ([{"text": "a", "label": 2}], r"labels \[2\] that are no class of training"),
-        ([], "DatasetDict has a split without rows"),
+        ([], "dataset has a split without rows"),
     ],
 )
 def test_unusable_rows_are_refused_with_their_place(rows, message, classifier, tmp_path):
@@ -131,7 +139,7 @@ def test_unusable_rows_are_refused_with_their_place(rows, message, classifier, t
     test = Dataset.from_list(rows, features=part.features) if rows else part.select([])
     with pytest.raises(ValueError, match=message):
         tuned(classifier, DatasetDict(train=part, test=test), tmp_path / "out")
-    with pytest.raises(ValueError, match="DatasetDict has no splits"):
+    with pytest.raises(ValueError, match="dataset has no splits"):
         tuned(classifier, DatasetDict(), tmp_path / "out")
 
 

@@ -1,7 +1,7 @@
 """Several data sets in one run."""
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from typer.testing import CliRunner
 
 import qrefta
@@ -126,10 +126,11 @@ def test_unusable_mixtures_are_refused(sources, tokenizer, tmp_path):
         )
 
 
-@pytest.mark.parametrize("kind", [Dataset, dict, list])
-def test_data_without_splits_are_refused_in_words(kind, tmp_path):
+@pytest.mark.parametrize("kind", [dict, list, IterableDataset])
+def test_data_of_other_kinds_are_refused_in_words(kind, tmp_path):
     rows = Dataset.from_list(chat_rows(4))
-    data = {Dataset: rows, dict: {"train": rows}, list: chat_rows(4)}[kind]
+    data = {dict: {"train": rows}, list: chat_rows(4), IterableDataset: rows.to_iterable_dataset()}
     model = qrefta.prepare(tiny_llama(), rank=2, progress=False)
-    with pytest.raises(ValueError, match=rf"dataset is a {kind.__name__}; .*train_test_split"):
+    data = data[kind]
+    with pytest.raises(ValueError, match=rf"dataset is a {kind.__name__}; .*has from_list"):
         qrefta.finetune(model, words(), data, tmp_path / "run", task="sft", progress=False)
