@@ -13,7 +13,7 @@ from transformers import (
 
 from qrefta.files.sources import is_gguf, loaded_from, pretrained_source, tokenizer_of
 from qrefta.files.sources import load_tokenizer as tokenizer_in
-from qrefta.model.causal import is_causal
+from qrefta.model.causal import generates_text, is_causal
 from qrefta.model.empty import model_class
 
 
@@ -49,7 +49,8 @@ def load_causal_model(
         ImportError: for a GGUF file, if the package gguf is not installed.
     """
     if not isinstance(source, str | Path):
-        _check_causal(source, source.config, type(source).__name__)
+        if not is_causal(source):
+            raise _not_causal(type(source).__name__)
         return source
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {"dtype": dtype, "device_map": place}
@@ -58,8 +59,13 @@ def load_causal_model(
     named = pretrained_source(source, trust_remote_code)
     config = AutoConfig.from_pretrained(**named)
     kind = model_class(vars(config), source, trust_remote_code)
-    _check_causal(kind, config, f"{source} ({kind.__name__})")
-    return kind.from_pretrained(**named, use_safetensors=True, **options)
+    name = f"{source} ({kind.__name__})"
+    if not generates_text(kind, config):  # before the weights are read
+        raise _not_causal(name)
+    model = kind.from_pretrained(**named, use_safetensors=True, **options)
+    if not is_causal(model):
+        raise _not_causal(name)
+    return model
 
 
 def load_tokenizer(
@@ -76,17 +82,8 @@ def load_tokenizer(
     return tokenizer_of(source)
 
 
-def _check_causal(model: Any, config: Any, name: str) -> None:
-    """Refuse a model that does not predict the next token of a text.
-
-    Args:
-        model: an object, or a class before its weights are read.
-        config: of the model.
-        name: of the model or class.
-    """
-    if is_causal(model, config):
-        return
-    raise ValueError(
+def _not_causal(name: str) -> ValueError:
+    return ValueError(
         f"{name} is not a causal language model, which predicts the next token of a text. "
         "Encoder-decoder models, encoders, classifiers, models of images or sound, and classes "
         "without the method generate (GenerationMixin) are refused."

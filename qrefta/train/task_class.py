@@ -30,7 +30,7 @@ def check_class(model: Any, task: Task) -> None:
     kind = type(base)
     ours = kind.__module__.startswith("transformers.")
     if task not in _CLASSIFIERS:
-        if not is_causal(base, base.config, must_generate=ours):
+        if not is_causal(base, must_generate=ours):
             raise ValueError(
                 f"The model is a {kind.__name__}, and the task {task} trains a causal language "
                 "model, which predicts the next token of a text and does not see it. Give one, "

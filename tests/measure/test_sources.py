@@ -8,6 +8,8 @@ from transformers import (
     BertLMHeadModel,
     BlipConfig,
     BlipForConditionalGeneration,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForSequenceClassification,
     LlamaModel,
@@ -72,6 +74,15 @@ def test_models_that_predict_no_next_token_are_refused(make, tmp_path):
 def test_causal_models_are_taken(make):
     model = make()
     assert load_causal_model(model) is model
+
+
+def test_pythia_is_taken_whose_config_says_that_it_is_no_decoder(tmp_path):
+    """`qrefta chat` and `qrefta evaluate` refused it."""
+    model = build(GPTNeoXForCausalLM, GPTNeoXConfig(vocab_size=VOCAB, **encoder_sizes(32)))
+    assert not model.config.is_decoder
+    assert load_causal_model(model) is model
+    model.save_pretrained(tmp_path)
+    assert isinstance(load_causal_model(tmp_path), GPTNeoXForCausalLM)
 
 
 def test_an_encoder_that_was_made_a_decoder_is_taken():

@@ -7,6 +7,8 @@ from transformers import (
     BertForSequenceClassification,
     BertLMHeadModel,
     BertModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
 )
 
 import qrefta
@@ -26,7 +28,14 @@ def classifier():
     return bert(BertForSequenceClassification)
 
 
+def neox():
+    """Its config says is_decoder=False, as BERT's does, and it is causal: Pythia."""
+    sizes = encoder_sizes(32) | {"max_position_embeddings": 64}
+    return build(GPTNeoXForCausalLM, GPTNeoXConfig(vocab_size=VOCAB, **sizes))
+
+
 FITTING = {
+    "gpt-neox": (neox, CAUSAL),
     "llama": (tiny_llama, CAUSAL),
     "gpt2": (tiny_gpt2, CAUSAL),
     "a BERT that is a decoder": (lambda: bert(BertLMHeadModel, is_decoder=True), CAUSAL),
