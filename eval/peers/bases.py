@@ -265,8 +265,8 @@ def _sequential() -> list[Base]:
         one(rank=R, refine=1),
         mixed(rank=R, refine=1),
         few(quant_type="nf2"),
-        few(quant_type="nf3", block_size=32),
-        mixed(target_bits=max(TARGETS), block_size=32),
+        *(few(quant_type=kind, block_size=32) for kind in ("nf3", "nf2")),
+        *(mixed(target_bits=target, block_size=32) for target in (*TARGETS[1:], 3.6)),
     ]
 
 
