@@ -49,8 +49,8 @@ def reference(model: PreTrainedModel, inputs: Mapping[str, Any] | None) -> Refer
             errors.append(f"{', '.join(batch)}: {type(error).__name__}: {error}")
     raise ValueError(
         f"{type(model).__name__} runs on no random batch on which two models could be compared "
-        f"({'; '.join(errors)}). Give a batch that it takes as `inputs`, on the command line "
-        "--inputs FILE, a safetensors file of its tensors by name."
+        f"({'; '.join(errors)}). Give a batch that it takes as `inputs`; `qrefta merge` and "
+        "`qrefta export-lora` take --inputs FILE, a safetensors file of its tensors by name."
     )
 
 
@@ -99,7 +99,8 @@ def run_from_disk(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> P
 @torch.no_grad()
 def outputs(model: torch.nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """The first output that is no loss (logits, if there are any) in eval mode, on the CPU; each
-    module keeps its mode. Models that draw random numbers draw the same ones in every call.
+    module keeps its mode. Models that draw random numbers draw the same ones in every call on the
+    same device.
 
     Floating-point inputs are cast to the model's dtype. They may hold labels, of which some models
     make the inputs of a decoder.
@@ -108,7 +109,7 @@ def outputs(model: torch.nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         ValueError: if the model gives nothing but a loss.
     """
     batch = {name: _placed(value, model) for name, value in inputs.items()}
-    with torch.random.fork_rng(), eval_mode(model):
+    with torch.random.fork_rng(_gpus(model)), eval_mode(model):
         torch.manual_seed(0)
         given = model(**batch)
     named = given if isinstance(given, Mapping) else dict(enumerate(given))
@@ -119,6 +120,12 @@ def outputs(model: torch.nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         f"{type(model).__name__} gives only a loss for inputs with {', '.join(inputs)}; two models "
         "are compared by their logits. Leave out the labels."
     )
+
+
+def _gpus(model: torch.nn.Module) -> list[int]:
+    """The numbers of the CUDA devices that a model lies on."""
+    devices = {parameter.device for parameter in model.parameters()}
+    return [device.index for device in devices if device.type == "cuda"]
 
 
 def _placed(value: Any, model: Any) -> Any:

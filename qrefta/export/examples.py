@@ -62,7 +62,7 @@ def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     source = config.encoder if isinstance(getattr(config, "encoder", None), Config) else config
     main = model.main_input_name
     if main == "inputs":  # of sound, whatever form the encoder takes
-        main = model.get_encoder().main_input_name
+        main = getattr(model.get_encoder(), "main_input_name", main)
     batch: dict[str, Tensor] = {}
     if main == "input_ids":
         found = _sentences(model)
@@ -82,8 +82,8 @@ def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     if not batch:
         raise ValueError(
             f"The config of {type(model).__name__} does not say which inputs it takes "
-            f"({model.main_input_name}); give a batch of it as `inputs`, on the command line "
-            "--inputs FILE, a safetensors file of its tensors by name."
+            f"({model.main_input_name}); give a batch of it as `inputs`; `qrefta merge` and "
+            "`qrefta export-lora` take --inputs FILE, a safetensors file of its tensors by name."
         )
     return batch
 

@@ -90,11 +90,11 @@ class QuantFormat:
         code_bytes = blocks * self.block_size * self.bits // 8
         if not self.double_quant:
             return {"weight": code_bytes, "absmax": 4 * blocks}
-        second_level = -(-blocks // SCALE_BLOCK)
+        second_scales = -(-blocks // SCALE_BLOCK)
         return {
             "weight": code_bytes,
             "absmax": blocks + -blocks % 4,
-            "absmax_state": 4 * (1 + second_level),
+            "absmax_state": 4 * (1 + second_scales),
         }
 
 

@@ -159,6 +159,7 @@ def _check_runs(model: PreTrainedModel, batch: Batch) -> None:
         raise
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{type(model).__name__} does not run on text alone ({type(error).__name__}: {error}); "
-            "give calibration as batches: dicts of all inputs of its forward pass."
+            f"{type(model).__name__} fails on a row of text ({type(error).__name__}: {error}). If "
+            "it does not read text alone, give calibration as batches: dicts of all inputs of its "
+            "forward pass."
         ) from error

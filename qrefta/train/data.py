@@ -6,11 +6,12 @@ import reprlib
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
+from qrefta.choices import Task
 from qrefta.files.tables import (
     BUILDERS,
     TEXT_NAMES,
@@ -38,8 +39,28 @@ _LABEL_NAMES = ("label", "labels", "target", "class")
 
 class Loaded(DatasetDict):
     """The splits train and maybe test with the columns of a task, which `finetune` takes as they
-    are.
+    are while they have these columns.
+
+    Attributes:
+        task: that reads the columns.
+        columns: features by split.
     """
+
+    task: Task
+    columns: dict[str, Features]
+
+    @classmethod
+    def of(cls, parts: DatasetDict, task: Task) -> Self:
+        """Splits with the columns of a task."""
+        loaded = cls(parts)
+        loaded.task = task
+        loaded.columns = {str(name): part.features for name, part in parts.items()}
+        return loaded
+
+    def fits(self, task: Task) -> bool:
+        """Whether the splits still have the columns of a task."""
+        now = {str(name): part.features for name, part in self.items()}
+        return self.task == task and now == self.columns
 
 
 def load_classification(
@@ -82,7 +103,7 @@ def labelled_texts(
     label_column: str | None = None,
     test_share: float = TEST_SHARE,
 ) -> Loaded:
-    """The rows of `load_classification`, of splits in memory.
+    """The splits of `load_classification`, from splits with other columns.
 
     Args:
         parts: the split train and maybe test.
@@ -101,7 +122,7 @@ def labelled_texts(
         )
     for name, part in parts.items():
         parts[name] = _select(part, text_columns, label_column, f"{source} ({name})")
-    return with_test(encode_labels(parts, source, label_column), test_share, seed)
+    return with_test(encode_labels(parts, source, label_column), "classify", seed, test_share)
 
 
 def read_splits(
@@ -134,29 +155,19 @@ def read_splits(
         ) from error
 
 
-def given_splits(splits: DatasetDict, source: str) -> DatasetDict:
-    """The splits train and, if there is another one, test of splits in memory, which may have the
-    names that data sets on the hub have.
-
-    Raises:
-        ValueError: if there is no split, or one without rows.
-    """
-    if not splits:
-        raise ValueError(f"{source} has no splits; needed are train and, better, test.")
-    if {"train", "test"} <= splits.keys():
-        splits = DatasetDict({name: splits[name] for name in ("train", "test")})
-    return pick_splits(splits, source)
-
-
 def pick_splits(splits: DatasetDict, source: str | Path) -> DatasetDict:
-    """The split to train on and, if there is another one, the split to test on.
+    """The split to train on and, if there is another one, the split to test on, with the rows as
+    they are stored.
 
     Without a split train, the first split that is not for testing is trained on, or else the first;
     a warning names it.
 
     Raises:
-        ValueError: if one of them is empty.
+        ValueError: if there is no split, one of them is empty or streamed, or its rows pass through
+            a function when they are read.
     """
+    if not splits:
+        raise ValueError(f"{source} has no splits; needed are train and, better, test.")
     train = _pick(splits, TRAIN_NAMES)
     if train is None:
         train = next((name for name in splits if name not in TEST_NAMES), next(iter(splits)))
@@ -171,22 +182,33 @@ def pick_splits(splits: DatasetDict, source: str | Path) -> DatasetDict:
     picked = DatasetDict({"train": splits[train]})
     if test is not None:
         picked["test"] = splits[test]
-    if any(len(part) == 0 for part in picked.values()):
-        raise ValueError(f"{source} has a split without rows.")
-    return picked
+    for name, part in picked.items():
+        if not isinstance(part, Dataset):
+            raise ValueError(
+                f"{source} ({name}) is a {type(part).__name__}, whose rows have no number; save "
+                "them to a file, or make a Dataset of them: Dataset.from_generator."
+            )
+        if len(part) == 0:
+            raise ValueError(f"{source} has a split without rows.")
+        if part.format["type"] == "custom":
+            raise ValueError(
+                f"{source} ({name}) has a transform (set_transform), which would be lost; apply it "
+                "with map, or leave it out."
+            )
+    return picked.with_format(None)
 
 
-def with_test(parts: DatasetDict, test_share: float, seed: int) -> Loaded:
+def with_test(parts: DatasetDict, task: Task, seed: int, test_share: float = TEST_SHARE) -> Loaded:
     """The splits train and test; without a test split some training rows become it.
 
     Raises:
         ValueError: if there is one row only.
     """
     if "test" in parts:
-        return Loaded(parts)
+        return Loaded.of(parts, task)
     if len(parts["train"]) < 2:
         raise ValueError("The data have one row; training and testing need at least one row each.")
-    return Loaded(parts["train"].train_test_split(test_share, seed=seed))
+    return Loaded.of(parts["train"].train_test_split(test_share, seed=seed), task)
 
 
 def split_files(source: str | Path, shards: bool = False) -> dict[str, list[Path]]:
@@ -231,8 +253,9 @@ def split_files(source: str | Path, shards: bool = False) -> dict[str, list[Path
 
 def is_saved(folder: Path) -> bool:
     """Whether `save_to_disk` of datasets wrote a folder; `load_from_disk` reads it."""
-    names = ("dataset_dict.json", "state.json")
-    return any((folder / name).is_file() for name in names)
+    names = ("state.json", "dataset_info.json")
+    whole = all((folder / name).is_file() for name in names)
+    return whole or (folder / "dataset_dict.json").is_file()
 
 
 def visible_files(folder: Path, pattern: str = "**") -> list[Path]:

@@ -22,7 +22,7 @@ from qrefta.files.folders import held
 from qrefta.model.dtype import warn_of_slow_dtype
 from qrefta.train.arguments import LENGTH_FIELDS, run_arguments, task_settings
 from qrefta.train.checkpointing import checkpointing_settings
-from qrefta.train.data import Loaded, given_splits
+from qrefta.train.data import Loaded, pick_splits
 from qrefta.train.evaluating import (
     check_early_stopping,
     evaluation_settings,
@@ -276,15 +276,15 @@ def _length(
 
 def _read(data: Data, task: TaskName, seed: int) -> DatasetDict | Mixture:
     """The rows of a task, of a source in any form."""
-    if isinstance(data, Loaded | Mixture):
+    if isinstance(data, Mixture) or (isinstance(data, Loaded) and data.fits(task)):
         return data
     if isinstance(data, str | Path):
         return TASKS[task].load(data, seed=seed)
     if isinstance(data, Dataset):
         data = DatasetDict({"train": data})
     if isinstance(data, DatasetDict):
-        return TASKS[task].rows(given_splits(data, "dataset"), "dataset", seed)
-    if is_mix(data):
+        return TASKS[task].rows(pick_splits(data, "dataset"), "dataset", seed)
+    if data and is_mix(data):
         return load_mixture(task, TASKS[task].load, data, seed)
     raise ValueError(
         f"dataset is a {type(data).__name__}; give a file, a folder, a hub name, a Dataset (rows "

@@ -30,7 +30,7 @@ class _MeanLoss(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> Any:
         inputs = self._without_repeated_rows(inputs)
-        labelled = int((self._learned(inputs["labels"]) != IGNORED).sum())
+        labelled = int((self._targets(inputs["labels"]) != IGNORED).sum())
         found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if found[0] is not None and labelled:
             total, count = self._sums
@@ -77,8 +77,8 @@ class _MeanLoss(Trainer):
             output.metrics[f"{metric_key_prefix}_loss"] = (sums[0] / sums[1]).item()
         return output
 
-    def _learned(self, labels: Tensor) -> Tensor:
-        """The labels that a batch's loss is the mean over, and ignored ones."""
+    def _targets(self, labels: Tensor) -> Tensor:
+        """The labels that a batch's loss is the mean over; ignored ones are IGNORED."""
         raise NotImplementedError
 
 
@@ -87,7 +87,7 @@ class LossByTokens(_MeanLoss):
     the bases of a class.
     """
 
-    def _learned(self, labels: Tensor) -> Tensor:
+    def _targets(self, labels: Tensor) -> Tensor:
         return labels[..., 1:]  # the first token is predicted from nothing
 
 
@@ -96,5 +96,5 @@ class LossByRows(_MeanLoss):
     another in the bases of a class.
     """
 
-    def _learned(self, labels: Tensor) -> Tensor:
+    def _targets(self, labels: Tensor) -> Tensor:
         return labels

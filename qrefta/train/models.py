@@ -78,7 +78,7 @@ def load_classifier(
     names = label_names(config, classes) if fits else classes
     if _has_head(config, auto):
         _tell_of_labels(model, config, names)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return auto.from_pretrained(
             **source,

@@ -65,11 +65,11 @@ def _check_optimizer(checkpoint: Path) -> None:
         )
 
 
-class NoStepBeyondTheLast(Trainer):
+class NoStepAfterTheEnd(Trainer):
     """A Trainer that takes no step if it resumes from a checkpoint of a run's end; put it before
     another in the bases of a class.
 
-    Trainer looks whether a run has ended after a step only.
+    Trainer checks only after a step whether the run has ended.
 
     Attributes:
         resumed: the checkpoint that it resumes from, if it does.
@@ -79,22 +79,33 @@ class NoStepBeyondTheLast(Trainer):
 
     def set_initial_training_values(self, *args: Any, **options: Any) -> tuple[Any, ...]:
         epochs, *others, max_steps = super().set_initial_training_values(*args, **options)
-        if self.resumed is not None and has_ended(self.resumed, max_steps):
+        given = [
+            callback.early_stopping_patience
+            for callback in self.callback_handler.callbacks
+            if isinstance(callback, EarlyStoppingCallback)
+        ]
+        if self.resumed is not None and has_ended(self.resumed, max_steps, given):
             epochs = 0
         return epochs, *others, max_steps
 
 
-def has_ended(checkpoint: Path, max_steps: int) -> bool:
-    """Whether a run had no step left at a checkpoint: by their number, or by early stopping."""
+def has_ended(checkpoint: Path, max_steps: int, patience: list[int]) -> bool:
+    """Whether a run has no step left at a checkpoint: by their number, or by early stopping.
+
+    Args:
+        checkpoint: of the run.
+        max_steps: of the run that resumes.
+        patience: of its callback for early stopping, if it has one.
+    """
     state = read_json(checkpoint / STATE)
     if state["global_step"] >= max_steps:
         return True
     found = state.get("stateful_callbacks", {}).get(EarlyStoppingCallback.__name__, [])
-    for early in found if isinstance(found, list) else [found]:
-        evaluations = early["attributes"]["early_stopping_patience_counter"]
-        if evaluations >= early["args"]["early_stopping_patience"]:
-            return True
-    return False
+    counters = [
+        early["attributes"]["early_stopping_patience_counter"]
+        for early in (found if isinstance(found, list) else [found])
+    ]
+    return bool(patience and counters) and max(counters) >= min(patience)
 
 
 class OwnIntervals(TrainerCallback):

@@ -38,7 +38,7 @@ from qrefta.train.nan_guard import FiniteSteps
 from qrefta.train.packing import check_apart, row_by_row
 from qrefta.train.progress import Lines, Progress
 from qrefta.train.restoring import RestoresAll
-from qrefta.train.resume import NoStepBeyondTheLast, OrderOfEpoch, OwnIntervals, checkpoint_of
+from qrefta.train.resume import NoStepAfterTheEnd, OrderOfEpoch, OwnIntervals, checkpoint_of
 from qrefta.train.same_run import run_marks
 from qrefta.train.tasks import Recipe, TaskName
 from qrefta.train.tasks.recipe import combined
@@ -180,7 +180,7 @@ def _trainer(
     if getattr(arguments, "padding_free", False):
         _join_rows(arguments)
     options = {"data_collator": recipe.collate, "compute_metrics": recipe.metrics} | recipe.options
-    kind = combined(FiniteSteps, RestoresAll, WholeCheckpoints, NoStepBeyondTheLast, recipe.trainer)
+    kind = combined(FiniteSteps, RestoresAll, WholeCheckpoints, NoStepAfterTheEnd, recipe.trainer)
     trainer: Any = kind(
         model=model,
         args=arguments,

@@ -20,7 +20,8 @@ _CLASSIFIERS = {
 
 
 def check_class(model: Any, task: Task) -> None:
-    """Refuse a model that does not do a task; classes outside of transformers are trusted.
+    """Refuse a model that does not do a task. A classifier outside of transformers is trusted, and
+    a language model needs no method generate.
 
     Raises:
         ValueError: for a classifier of another kind, or a model for lm, sft, dpo or grpo that is no
@@ -28,9 +29,9 @@ def check_class(model: Any, task: Task) -> None:
     """
     base = without_peft(model)
     kind = type(base)
-    ours = kind.__module__.startswith("transformers.")
+    from_transformers = kind.__module__.startswith("transformers.")
     if task not in _CLASSIFIERS:
-        if not is_causal(base, must_generate=ours):
+        if not is_causal(base, must_generate=from_transformers):
             raise ValueError(
                 f"The model is a {kind.__name__}, and the task {task} trains a causal language "
                 "model, which predicts the next token of a text and does not see it. Give one, "
@@ -39,7 +40,7 @@ def check_class(model: Any, task: Task) -> None:
             )
         return
     names = {name for value in _CLASSIFIERS[task].values() for name in _names(value)}
-    if ours and not any(parent.__name__ in names for parent in kind.__mro__):
+    if from_transformers and not any(parent.__name__ in names for parent in kind.__mro__):
         auto = "ImageClassification" if task == "image" else "SequenceClassification"
         raise ValueError(
             f"The model is a {kind.__name__}, and the task {task} trains a model with a head for "

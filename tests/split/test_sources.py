@@ -110,7 +110,7 @@ def test_a_model_that_reads_more_than_text_is_refused_with_its_words():
     """It failed deep in its code, after the text was read."""
     config = BertConfig(vocab_size=VOCAB, **encoder_sizes(32))
     model = build(BertForMultipleChoice, config)
-    with pytest.raises(ValueError, match=r"BertForMultipleChoice does not run on text alone \("):
+    with pytest.raises(ValueError, match=r"BertForMultipleChoice fails on a row of text \("):
         calibration_batches(model, ["red blue", "sky"], tiny_tokenizer())
 
 

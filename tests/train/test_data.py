@@ -83,7 +83,9 @@ def splits_of(**rows):
 def test_a_split_that_is_trained_on_is_never_tested_on(splits, told, train, test):
     with pytest.warns(UserWarning, match=f"data has no split train, but .*{told} for testing"):
         picked = pick_splits(splits_of(**{name: [*rows] for name, rows in splits.items()}), "data")
-    parts = {name: list(part["text"]) for name, part in with_test(picked, 0.25, 0).items()}
+    parts = {
+        name: list(part["text"]) for name, part in with_test(picked, "classify", 0, 0.25).items()
+    }
     assert not set(parts["train"]) & set(parts["test"])
     if train is None:
         assert sorted(parts["train"] + parts["test"]) == [*"abcd"]

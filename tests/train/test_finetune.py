@@ -153,6 +153,22 @@ def test_a_run_that_stopped_early_takes_no_further_step(train):
     assert_close(again.state_dict(), first.state_dict(), rtol=0, atol=0)
 
 
+def test_a_run_that_stopped_early_goes_on_without_early_stopping_or_with_more_patience(train):
+    settings = {
+        "max_steps": 12,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_steps": 2,
+        "lr_scheduler_type": "constant",
+    }
+    early = {"load_best_model_at_end": True}
+    stop = EarlyStoppingCallback(1, early_stopping_threshold=9.0)
+    _, result = train("run", callbacks=[stop], **settings | early)
+    assert result.steps == 4
+    _, longer = train("run", True, **settings)
+    assert longer.steps == 12
+
+
 def test_a_run_that_has_ended_goes_on_to_more_steps(train):
     settings = {"lr_scheduler_type": "constant", "save_steps": 4}
     train("run", max_steps=8, **settings)

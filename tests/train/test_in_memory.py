@@ -3,6 +3,7 @@ than a task's loader returns.
 """
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -10,10 +11,10 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from transformers import ViTImageProcessor
 
 import qrefta
-from qrefta.train.data import Loaded, given_splits, load_classification, read_splits
+from qrefta.train.data import Loaded, load_classification, pick_splits, read_splits
 from qrefta.train.models import load_classifier
 from qrefta.train.tasks import TASKS, load_chat, load_images, load_text
-from tests.models import tiny_vit
+from tests.models import language_tokenizer, tiny_llama, tiny_vit
 from tests.tiny import color_rows, tiny_folder, tiny_tokenizer
 from tests.train.talk import chat_rows, pair_rows
 
@@ -79,19 +80,62 @@ def test_a_split_for_validation_is_tested_on(name):
             name: Dataset.from_list(color_rows(7, seed=1)),
         }
     )
-    read = TASKS["classify"].rows(given_splits(data, "the data"), "the data", 0)
+    read = TASKS["classify"].rows(pick_splits(data, "the data"), "the data", 0)
     assert {split: len(part) for split, part in read.items()} == {"train": 20, "test": 7}
 
 
-def test_of_three_splits_the_one_that_is_called_test_is_tested_on():
+def test_of_three_splits_the_one_for_validation_is_tested_on_as_of_a_data_set_on_the_hub():
     parts = {"train": 20, "validation": 5, "test": 7}
     data = DatasetDict(
-        {split: Dataset.from_list(color_rows(n, seed=1)) for split, n in parts.items()}
+        {name: Dataset.from_list(color_rows(n, seed=1)) for name, n in parts.items()}
     )
-    assert {split: len(part) for split, part in given_splits(data, "the data").items()} == {
-        "train": 20,
-        "test": 7,
-    }
+    counts = {name: len(part) for name, part in pick_splits(data, "the data").items()}
+    assert counts == {"train": 20, "test": 5}
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "pandas"])
+def test_the_format_of_rows_does_not_matter(kind):
+    """Labels of torch tensors were classes in the order of their text, 10 before 2."""
+    rows = [{"text": f"red {n}", "label": n % 12} for n in range(24)]
+    part = Dataset.from_list(rows).with_format(kind)
+    data = DatasetDict(train=part, test=part)
+    read = TASKS["classify"].rows(pick_splits(data, "the data"), "the data", 0)
+    assert read["train"].features["label"].names == [str(n) for n in range(12)]
+    assert read["train"]["label"] == [row["label"] for row in rows]
+
+
+def test_rows_without_a_number_or_with_a_transform_are_refused_in_words():
+    rows = Dataset.from_list(color_rows(8, seed=1))
+    streamed = DatasetDict(train=rows.to_iterable_dataset())
+    with pytest.raises(ValueError, match=r"the data \(train\) is a IterableDataset"):
+        pick_splits(streamed, "the data")
+    with pytest.raises(ValueError, match=r"the data \(train\) has a transform"):
+        pick_splits(DatasetDict(train=rows.with_transform(lambda batch: batch)), "the data")
+
+
+def test_read_splits_that_were_changed_are_read_again(tmp_path):
+    """Their new columns were taken for read ones."""
+    file = tmp_path / "text.jsonl"
+    file.write_text("".join(json.dumps({"text": f"w{n} w5 w6"}) + "\n" for n in range(8, 40)))
+    data = load_text(file, 0)
+    assert data.fits("lm")
+    assert not data.fits("sft")
+    data["test"] = Dataset.from_dict({"content": ["w5 w6 w7"] * 8})
+    assert not data.fits("lm")
+    model = qrefta.prepare(tiny_llama(), rank=2, refine=0, progress=False)
+    settings = {"max_steps": 1, "max_length": 4, "progress": False}
+    result = qrefta.finetune(
+        model, language_tokenizer(), data, tmp_path / "out", task="lm", **settings
+    )
+    assert result.steps == 1
+    with pytest.raises(ValueError, match=r"dataset \(train\)"):
+        qrefta.finetune(model, language_tokenizer(), load_text(file, 0), tmp_path / "b", task="sft")
+
+
+def test_a_folder_with_a_file_state_json_is_no_saved_data_set(tmp_path):
+    Dataset.from_list(color_rows(20, seed=1)).to_csv(tmp_path / "train.csv")
+    (tmp_path / "state.json").write_text("{}")
+    assert len(load_classification(tmp_path)["train"]) == 18
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta.choices import LOSSES, Loss, Task
 from qrefta.train.balance import BalancedBatches
-from qrefta.train.data import TEST_SHARE, Loaded, read_splits, with_test
+from qrefta.train.data import Loaded, read_splits, with_test
 from qrefta.train.head_loss import WithoutLogits
 from qrefta.train.lengths import check_rows, warn_of_cut, warn_without_answer
 from qrefta.train.mean_loss import LossByTokens
@@ -45,7 +45,7 @@ def load_chat(source: str | Path, seed: int) -> DatasetDict:
 
 
 def conversations(parts: DatasetDict, source: str, seed: int) -> Loaded:
-    """The rows of `load_chat`, of splits in memory.
+    """The splits of `load_chat`, from splits with other columns.
 
     Args:
         parts: the split train and maybe test, with the columns of `qrefta.train.tasks.turns`.
@@ -57,7 +57,7 @@ def conversations(parts: DatasetDict, source: str, seed: int) -> Loaded:
     """
     for name, part in parts.items():
         parts[name] = read_rows(part, f"{source} ({name})", _row, _TEXT, _TURNS)
-    return with_test(parts, TEST_SHARE, seed)
+    return with_test(parts, "sft", seed)
 
 
 def check_loss(task: Task, loss: Loss) -> None:

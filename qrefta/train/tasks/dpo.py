@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qrefta.train.data import TEST_SHARE, Loaded, read_splits, with_test
+from qrefta.train.data import Loaded, read_splits, with_test
 from qrefta.train.lengths import check_rows, check_tokens, warn_of_cut, warn_without_answer
 from qrefta.train.reference import StartsAsReference
 from qrefta.train.tasks.chat import check_template
@@ -47,7 +47,7 @@ def load_preferences(source: str | Path, seed: int) -> DatasetDict:
 
 
 def preferences(parts: DatasetDict, source: str, seed: int) -> Loaded:
-    """The rows of `load_preferences`, of splits in memory.
+    """The splits of `load_preferences`, from splits with other columns.
 
     Args:
         parts: the split train and maybe test.
@@ -60,7 +60,7 @@ def preferences(parts: DatasetDict, source: str, seed: int) -> Loaded:
     for name, part in parts.items():
         place = f"{source} ({name})"
         parts[name] = _different(read_rows(part, place, _pair, _PAIR, _PAIR), place)
-    return with_test(parts, TEST_SHARE, seed)
+    return with_test(parts, "dpo", seed)
 
 
 def dpo_recipe(

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta.files.tables import BUILDERS, is_number, is_text, kind_of, with_names
-from qrefta.train.data import TEST_SHARE, Loaded, read_splits, split_files, with_test
+from qrefta.train.data import Loaded, read_splits, split_files, with_test
 from qrefta.train.lengths import check_rows, check_tokens
 from qrefta.train.reference import StartsAsReference
 from qrefta.train.rewards import Reward
@@ -26,9 +26,7 @@ from qrefta.train.trl import load_trl
 
 _OF_TRL = ("prompt", "completion", "completion_ids")  # columns that a reward does not get
 _GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
-
-
-_TURNS = turn_features(["prompt"])["prompt"]
+_READ_TURNS = turn_features(["prompt"])["prompt"]
 
 
 def load_prompts(source: str | Path, seed: int) -> DatasetDict:
@@ -54,7 +52,7 @@ def load_prompts(source: str | Path, seed: int) -> DatasetDict:
 
 
 def prompts(parts: DatasetDict, source: str, seed: int) -> Loaded:
-    """The rows of `load_prompts`, of splits in memory.
+    """The splits of `load_prompts`, from splits with other columns.
 
     Args:
         parts: the split train and maybe test.
@@ -65,10 +63,10 @@ def prompts(parts: DatasetDict, source: str, seed: int) -> Loaded:
         ValueError: as `load_prompts`.
     """
     for name, part in parts.items():
-        if part.features.get("prompt") != _TURNS:  # else they are read
+        if part.features.get("prompt") != _READ_TURNS:  # else it is read
             place = f"{source} ({name})"
             parts[name] = read_rows(part, place, _prompt, ["prompt"], ["prompt"], keeps_others=True)
-    return with_test(parts, TEST_SHARE, seed)
+    return with_test(parts, "grpo", seed)
 
 
 def grpo_recipe(

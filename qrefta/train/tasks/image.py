@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from qrefta.files.tables import BUILDERS, find_column, kind_of
-from qrefta.train.data import TEST_SHARE, Loaded, is_saved, read_splits, visible_files, with_test
+from qrefta.train.data import Loaded, is_saved, read_splits, visible_files, with_test
 from qrefta.train.labels import encode_labels
 from qrefta.train.mean_loss import LossByRows
 from qrefta.train.tasks.classify import accuracy, check_labels, name_labels
@@ -49,7 +49,7 @@ def load_images(source: str | Path, seed: int) -> DatasetDict:
 
 
 def labelled_images(parts: DatasetDict, source: str, seed: int) -> Loaded:
-    """The rows of `load_images`, of splits in memory.
+    """The splits of `load_images`, from splits with other columns.
 
     Args:
         parts: the split train and maybe test.
@@ -63,7 +63,7 @@ def labelled_images(parts: DatasetDict, source: str, seed: int) -> Loaded:
         part = _with_usual_names(part)
         _check_columns(part, source)
         parts[name] = part.select_columns([*_COLUMNS])
-    return with_test(encode_labels(parts, source, "label"), TEST_SHARE, seed)
+    return with_test(encode_labels(parts, source, "label"), "image", seed)
 
 
 def _folder(path: Path) -> DatasetDict:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset, DatasetDict, Features, List, Value
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from qrefta.files.encodings import check_text, text_encoding
 from qrefta.files.tables import from_generator, kind_of, text_column, versions
@@ -47,12 +47,12 @@ def load_text(source: str | Path, seed: int, column: str | None = None) -> Datas
     if any(kind_of(file) == ".txt" for part in files.values() for file in part):
         if column is not None:
             raise ValueError(f"{source} holds .txt files, which have no column {column!r}.")
-        return _text_files(files, seed)
+        return Loaded.of(_text_files(files, seed), "lm")
     return documents(read_splits(source, shards=True), str(source), seed, column)
 
 
 def documents(parts: DatasetDict, source: str, seed: int, column: str | None = None) -> Loaded:
-    """The rows of `load_text`, of splits in memory whose rows are documents.
+    """The splits of `load_text`, from splits with other columns.
 
     Args:
         parts: the split train and maybe test.
@@ -63,14 +63,14 @@ def documents(parts: DatasetDict, source: str, seed: int, column: str | None = N
     Raises:
         ValueError: as `load_text`.
     """
-    if parts["train"].features == _PIECES:
-        return Loaded(parts)
-    column = text_column(parts["train"], source, column)
+    are_read = parts["train"].features == _PIECES  # their rows may be pieces of one document
     for name, part in parts.items():
-        parts[name] = _documents(part, column, f"{source} ({name})")
-    if len(parts["train"]) == 1:
-        return Loaded(parts)
-    return with_test(parts, TEST_SHARE, seed)
+        if part.features != _PIECES:
+            place = f"{source} ({name})"
+            parts[name] = _documents(part, text_column(part, place, column), place)
+    if len(parts["train"]) == 1 or are_read:
+        return Loaded.of(parts, "lm")
+    return with_test(parts, "lm", seed)
 
 
 def text_windows(
@@ -106,7 +106,7 @@ def text_windows(
         held_out = max(1, round(TEST_SHARE * len(whole)))
         windows["train"] = whole.select(range(len(whole) - held_out))
         windows["test"] = whole.select(range(len(whole) - held_out, len(whole)))
-    trainer = combined(LossByTokens, WithoutLogits)
+    trainer = combined(LossByTokens, WithoutLogits, Trainer)
     return Recipe(windows["train"], windows["test"], trainer, collate=_batch)
 
 

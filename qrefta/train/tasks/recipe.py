@@ -9,7 +9,9 @@ from transformers import EvalPrediction, Trainer
 
 
 def combined(*kinds: type[Trainer]) -> type[Trainer]:
-    """A subclass of several classes of Trainer; a method of the first comes before the others'."""
+    """A subclass of several classes of Trainer, with the name of the last; a method of the first
+    comes before the others'.
+    """
     return type(kinds[-1].__name__, kinds, {})
 
 
