@@ -43,6 +43,10 @@ def test_inputs_that_a_config_does_not_tell_are_asked_for():
     model.main_input_name = "graph"
     with pytest.raises(ValueError, match=r"takes \(graph\); give a batch of it as `inputs`"):
         example_inputs(model)
+    model.main_input_name = "inputs"  # Perceiver's, whose encoder is no model
+    model.get_encoder = torch.nn.Identity
+    with pytest.raises(ValueError, match=r"takes \(inputs\); give a batch of it as `inputs`"):
+        example_inputs(model)
 
 
 def test_the_image_size_is_the_configs():
