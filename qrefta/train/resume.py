@@ -79,14 +79,21 @@ class NoStepAfterTheEnd(Trainer):
 
     def set_initial_training_values(self, *args: Any, **options: Any) -> tuple[Any, ...]:
         epochs, *others, max_steps = super().set_initial_training_values(*args, **options)
-        given = [
-            callback.early_stopping_patience
-            for callback in self.callback_handler.callbacks
-            if isinstance(callback, EarlyStoppingCallback)
-        ]
-        if self.resumed is not None and has_ended(self.resumed, max_steps, given):
+        patience = [callback.early_stopping_patience for callback in self._early_stopping()]
+        if self.resumed is not None and has_ended(self.resumed, max_steps, patience):
             epochs = 0
         return epochs, *others, max_steps
+
+    def _load_callback_state(self) -> None:
+        """Restore counters, with the patience of this run: the checkpoint's may be shorter."""
+        patience = [callback.early_stopping_patience for callback in self._early_stopping()]
+        super()._load_callback_state()
+        for callback, given in zip(self._early_stopping(), patience):
+            callback.early_stopping_patience = given
+
+    def _early_stopping(self) -> list[EarlyStoppingCallback]:
+        callbacks = self.callback_handler.callbacks
+        return [one for one in callbacks if isinstance(one, EarlyStoppingCallback)]
 
 
 def has_ended(checkpoint: Path, max_steps: int, patience: list[int]) -> bool:

@@ -165,6 +165,9 @@ def test_a_run_that_stopped_early_goes_on_without_early_stopping_or_with_more_pa
     stop = EarlyStoppingCallback(1, early_stopping_threshold=9.0)
     _, result = train("run", callbacks=[stop], **settings | early)
     assert result.steps == 4
+    patient = EarlyStoppingCallback(3, early_stopping_threshold=9.0)
+    _, more = train("run", True, callbacks=[patient], **settings | early)
+    assert more.steps == 8
     _, longer = train("run", True, **settings)
     assert longer.steps == 12
 
