@@ -319,6 +319,13 @@ def test_what_the_shared_reference_cannot_do_is_refused(name, tokenizer, tmp_pat
         combined(StartsAsReference, trl.DPOTrainer)(model=model, args=args)
 
 
+def test_broken_turns_of_prompts_in_a_file_are_refused(tmp_path):
+    """Turns with different keys were taken as read."""
+    rows = [{"prompt": QUESTION}, {"prompt": [{"role": "what", "content": 3, "weight": 1}]}]
+    with pytest.raises(ValueError, match=r"row 2, column prompt, turn 1"):
+        load_prompts(write_rows(tmp_path / "prompts.jsonl", rows * 3), 0)
+
+
 def test_rewards_come_from_files(tmp_path):
     file = tmp_path / "reward.py"
     file.write_text(REWARD)

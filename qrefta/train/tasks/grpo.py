@@ -45,10 +45,11 @@ def load_prompts(source: str | Path, seed: int) -> DatasetDict:
     """
     parts = read_splits(source, shards=True)
     files = split_files(source, shards=True)
-    if any(BUILDERS[kind_of(file)] == "csv" for part in files.values() for file in part):
-        for name, part in parts.items():
-            parts[name] = _with_numbers(with_names(part, COLUMNS))
-    return prompts(parts, str(source), seed)
+    from_cells = any(BUILDERS[kind_of(file)] == "csv" for part in files.values() for file in part)
+    for name, part in parts.items():
+        part = _with_numbers(with_names(part, COLUMNS)) if from_cells else part
+        parts[name] = _with_prompts(part, f"{source} ({name})")
+    return with_test(parts, "grpo", seed)
 
 
 def prompts(parts: DatasetDict, source: str, seed: int) -> Loaded:
@@ -63,10 +64,14 @@ def prompts(parts: DatasetDict, source: str, seed: int) -> Loaded:
         ValueError: as `load_prompts`.
     """
     for name, part in parts.items():
-        if part.features.get("prompt") != _READ_TURNS:  # else it is read
-            place = f"{source} ({name})"
-            parts[name] = read_rows(part, place, _prompt, ["prompt"], ["prompt"], keeps_others=True)
+        if part.features.get("prompt") != _READ_TURNS:  # else `load_prompts` has read this split
+            parts[name] = _with_prompts(part, f"{source} ({name})")
     return with_test(parts, "grpo", seed)
+
+
+def _with_prompts(part: Dataset, place: str) -> Dataset:
+    """A split with the column prompt, and its other columns."""
+    return read_rows(part, place, _prompt, ["prompt"], ["prompt"], keeps_others=True)
 
 
 def grpo_recipe(
