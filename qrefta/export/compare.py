@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qrefta._compat.transformers import model_of_config
-from qrefta.export.examples import example_batches
+from qrefta.export.examples import INPUTS_OPTION, example_batches
 from qrefta.files.safetensors import Checkpoint
 from qrefta.model.modes import eval_mode
 from qrefta.model.names import sources
@@ -49,8 +49,7 @@ def reference(model: PreTrainedModel, inputs: Mapping[str, Any] | None) -> Refer
             errors.append(f"{', '.join(batch)}: {type(error).__name__}: {error}")
     raise ValueError(
         f"{type(model).__name__} runs on no random batch on which two models could be compared "
-        f"({'; '.join(errors)}). Give a batch that it takes as `inputs`; `qrefta merge` and "
-        "`qrefta export-lora` take --inputs FILE, a safetensors file of its tensors by name."
+        f"({'; '.join(errors)}). Give a batch that it takes as `inputs`; {INPUTS_OPTION}."
     )
 
 

@@ -20,6 +20,11 @@ _SENTENCES = (
     "Although the second half of the film is much too long, its music and its actors are very "
     "good.",
 )
+# For errors: how the command line takes a batch.
+INPUTS_OPTION = (
+    "`qrefta merge` and `qrefta export-lora` take --inputs FILE, a safetensors file of its tensors "
+    "by name"
+)
 _IMAGE_SIZE = 64  # if the config does not say it
 _SAMPLES = 16_000  # of a wave, one second
 _CHOICES = 2  # of a question
@@ -82,8 +87,7 @@ def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     if not batch:
         raise ValueError(
             f"The config of {type(model).__name__} does not say which inputs it takes "
-            f"({model.main_input_name}); give a batch of it as `inputs`; `qrefta merge` and "
-            "`qrefta export-lora` take --inputs FILE, a safetensors file of its tensors by name."
+            f"({model.main_input_name}); give a batch of it as `inputs`; {INPUTS_OPTION}."
         )
     return batch
 

@@ -159,11 +159,11 @@ def finetune(
 
     Raises:
         ValueError: for an unknown task, a model of another task's class or without trainable
-            parameters, unusable data, labels
-            of the model that do not fit the data, a `max_length` above the model's positions, a
-            keyword that contradicts `args`, settings of generation that cannot be saved, a missing,
-            incomplete or damaged checkpoint to resume from, checkpoints of an earlier run without
-            `resume`, or processes that cannot share the model as asked (see `qrefta.distributed`).
+            parameters, unusable data, labels of the model that do not fit the data, a `max_length`
+            above the model's positions, a keyword that contradicts `args`, settings of generation
+            that cannot be saved, a missing, incomplete or damaged checkpoint to resume from,
+            checkpoints of an earlier run without `resume`, or processes that cannot share the model
+            as asked (see `qrefta.distributed`).
         FloatingPointError: if a loss or a gradient is not finite; earlier checkpoints are whole.
         OSError: if a checkpoint or the model cannot be written; earlier files are whole.
     """

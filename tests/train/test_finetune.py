@@ -30,6 +30,14 @@ from qrefta.train.tasks.classify import text_classes
 from tests.models import build, decoder_sizes
 from tests.tiny import color_data, color_rows, tiny_folder, tiny_tokenizer
 
+# Evaluates and saves every two steps, at one rate.
+OFTEN = {
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "save_steps": 2,
+    "lr_scheduler_type": "constant",
+}
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -134,14 +142,7 @@ def test_a_run_that_has_ended_takes_no_further_step(settings, train, data):
 
 
 def test_a_run_that_stopped_early_takes_no_further_step(train):
-    settings = {
-        "max_steps": 40,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "save_steps": 2,
-        "load_best_model_at_end": True,
-        "lr_scheduler_type": "constant",
-    }
+    settings = OFTEN | {"max_steps": 40, "load_best_model_at_end": True}
     first, result = train(
         "run", callbacks=[EarlyStoppingCallback(2, early_stopping_threshold=9.0)], **settings
     )
@@ -154,13 +155,7 @@ def test_a_run_that_stopped_early_takes_no_further_step(train):
 
 
 def test_a_run_that_stopped_early_goes_on_without_early_stopping_or_with_more_patience(train):
-    settings = {
-        "max_steps": 12,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "save_steps": 2,
-        "lr_scheduler_type": "constant",
-    }
+    settings = OFTEN | {"max_steps": 12}
     early = {"load_best_model_at_end": True}
     stop = EarlyStoppingCallback(1, early_stopping_threshold=9.0)
     _, result = train("run", callbacks=[stop], **settings | early)
