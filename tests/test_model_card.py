@@ -86,7 +86,7 @@ def test_bits_by_stack_are_named(tmp_path):
     formats = sorted({row.quant_type for row in config.stacks})
     assert set(formats) <= set(page.data.tags)
     named = ", ".join(map(str.upper, formats))
-    words = "by stack, for at most 3.9 bits a weight, in blocks of 64, scales in 8 bits"
+    words = "by stack, for at most 3.9 bits a weight, in blocks of 32, scales in 8 bits"
     assert f"{named} {words}, scales searched for NF4. The" in page.text
 
 

@@ -1,11 +1,11 @@
 """Peers of the studies: fine-tuning without adapters, and PEFT's methods on 16- and 4-bit weights.
 
 `qlora` is PEFT's recipe on NF4 layers, in its variants: rank-stabilized scaling (rsLoRA), trainable
-magnitudes (DoRA), and splits of the weight (QPiSSA, LoftQ).
+magnitudes (DoRA), and splits of the weight (QPiSSA, LoftQ, QERA).
 
 PEFT's PiSSA does not accept quantized models, and its LoftQ needs a GPU. QPiSSA and LoftQ are
 therefore built here: a split of the weight, its remainder in bitsandbytes' 4-bit layers, and the
-low-rank pair as the start of PEFT's QLoRA.
+low-rank pair as the start of PEFT's QLoRA. QERA, which PEFT does not have, starts in the same way.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +20,11 @@ from eval.peers.splits import NF4, LowRank
 from qrefta.model.build import task_head
 from qrefta.model.replace import replace_module
 from qrefta.model.stacks import find_stacks
+from qrefta.nn.quantize import rounded
+from qrefta.nn.quantized import QuantFormat
 
 Variant = Literal["rslora", "dora"]
+Split = Callable[[str, Tensor], LowRank]  # of the weight at a path
 
 
 def adapted_layers(model: nn.Module) -> list[str]:
@@ -92,12 +95,16 @@ def qlora(
     dropout: float = 0.0,
     heads: Sequence[str] = (),
     double_quant: bool = False,
-    split: Callable[[Tensor, int], LowRank] | None = None,
+    split: Split | None = None,
+    fmt: QuantFormat = NF4,
     variant: Variant | None = None,
 ) -> PeftModel:
     """PEFT's QLoRA on NF4 layers.
 
-    `split` (`pissa`: QPiSSA, `loftq`: LoftQ) gives the remainder to quantize and the start.
+    Args:
+        split: gives the remainder to quantize and the start of the pair.
+        fmt: another format than NF4. bitsandbytes has no layers of fewer bits, so the weights are
+            rounded and stay dense, which trains the same.
     """
     parts: dict[str, LowRank] = {}
     targets = adapted_layers(model)
@@ -106,9 +113,14 @@ def qlora(
             raise ValueError(f"alpha is {alpha}; a split weight needs alpha = rank = {rank}")
         for path in targets:
             weight = model.get_submodule(path).weight
-            parts[path] = split(weight.detach(), rank)
+            parts[path] = split(path, weight.detach())
             weight.data.copy_(parts[path].rest)
-    quantize_layers(model, double_quant)
+    if fmt == NF4:
+        quantize_layers(model, double_quant)
+    else:
+        for path in targets:
+            weight = model.get_submodule(path).weight
+            weight.data.copy_(rounded(weight.detach(), fmt))
     adapted = lora(
         model, rank, alpha=alpha, dropout=dropout, heads=heads, targets=targets, variant=variant
     )

@@ -391,8 +391,9 @@ def _qera(
     weight: Tensor, base: Base, rank: int, moments: Moments, stack: LayerStack, index: int
 ) -> Tensor:
     alone = replace(stack, modules=(stack.place(index)[0],))
-    error = weight - rounded(weight, base.format)
-    return weight - qera(error, rank, shared_metric(moments, alone))
+    quantized = rounded(weight, base.format)
+    up, down = qera(weight - quantized, rank, shared_metric(moments, alone))
+    return quantized + up @ down
 
 
 PEERS: dict[str, Callable[..., Tensor]] = {

@@ -70,16 +70,19 @@ def top(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return scaled / roots.clamp(min=1e-30), (right * roots).mT
 
 
-def qera(error: Tensor, rank: int, metric: Metric) -> Tensor:
-    """The quantization error after its best low-rank correction (QERA-exact, Zhang et al. 2024).
+def qera(error: Tensor, rank: int, metric: Metric) -> tuple[Tensor, Tensor]:
+    """The best low-rank correction of a quantization error (QERA-exact, Zhang et al. 2024).
 
     Args:
         error: W - dequant(quantize(W)), (out, in).
         rank: rank of the correction.
         metric: metric of the layer's inputs; the correction is optimal for the outputs.
+
+    Returns:
+        up (out, rank) and down (rank, in); their product corrects the weight.
     """
     up, down = top(metric.apply(error.mT).mT, rank)
-    return error - up @ metric.apply_inverse(down.mT).mT
+    return up, metric.apply_inverse(down.mT).mT
 
 
 def small_block(weight: Tensor, block: int, scale_bits: int) -> Tensor:

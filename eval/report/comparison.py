@@ -66,6 +66,9 @@ STUDIES = [
                 "refta R=60 calibrated rounding=feedback"
             ),
             "qrefta, R = 60, 3 bits": "windows R=60 bits=3 calibrated rounding=sequential",
+            "qrefta, R = 60, 3 bits, `block_size=64`": (
+                "windows R=60 bits=3 block_size=64 calibrated rounding=sequential"
+            ),
             "qrefta, R = 60, on plain NF4": "windows R=60 scales=absmax",
             "qrefta, R = 60, on 16 bits": "windows R=60 bits=16",
         },
@@ -123,7 +126,16 @@ STUDIES = [
                 "lorta R=12 calibrated rounding=feedback"
             ),
             "qrefta, R = 48, 3 bits": "windows R=48 bits=3 calibrated rounding=sequential",
+            "qrefta, R = 48, 3 bits, `block_size=64`": (
+                "windows R=48 bits=3 block_size=64 calibrated rounding=sequential"
+            ),
             "qrefta, R = 48, 2 bits": "windows R=48 bits=2 calibrated rounding=sequential",
+            "qrefta, R = 48, 2 bits, `block_size=64`": (
+                "windows R=48 bits=2 block_size=64 calibrated rounding=sequential"
+            ),
+            "LoftQ, r = 8, 2 bits": "loftq r=8 quant_type=nf2",
+            "QERA, r = 8, 2 bits": "qera r=8 quant_type=nf2",
+            "QLoRA, r = 8, 2 bits": "qlora r=8 quant_type=nf2",
             "qrefta, R = 48, on plain NF4": "windows R=48 scales=absmax",
             "qrefta, R = 48, on 16 bits": "windows R=48 bits=16",
             "QLoRA with rsLoRA, r = 8": "rslora r=8",

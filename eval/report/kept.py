@@ -74,21 +74,17 @@ SELECTED = {
     "GPTQ on NF3 (absmax scales, larger inputs first)": Base(
         "gptq-ordered", 0, TEXT, quant_type="nf3", double_quant=True
     ),
-    "qrefta, `bits=3`": THREE_BITS._replace(rounding="sequential"),
-    "qrefta, `bits=3`, `block_size=32`": THREE_BITS._replace(rounding="sequential", block_size=32),
-    'qrefta, `bits="auto"`, `target_bits=3.5`, `block_size=32`': MIXED_BITS._replace(
-        target_bits=3.5, block_size=32
-    ),
-    'qrefta, `bits=3`, `method="refta"`, R = 240': THREE_BITS._replace(
+    "qrefta, `bits=3`, `block_size=64`": THREE_BITS._replace(rounding="sequential"),
+    "qrefta, `bits=3`": THREE_BITS._replace(rounding="sequential", block_size=32),
+    'qrefta, `bits="auto"`, `target_bits=3.5`': MIXED_BITS._replace(target_bits=3.5, block_size=32),
+    'qrefta, `bits=3`, `method="refta"`, R = 240, `block_size=64`': THREE_BITS._replace(
         rank=240, refine=1, rounding="sequential"
     ),
     "GPTQ on INT2 (absmax scales, larger inputs first)": Base(
         "gptq-ordered", 0, TEXT, quant_type="int2", double_quant=True
     ),
-    "qrefta, `bits=2`": ORDERED._replace(quant_type="nf2", double_quant=True),
-    "qrefta, `bits=2`, `block_size=32`": ORDERED._replace(
-        quant_type="nf2", double_quant=True, block_size=32
-    ),
+    "qrefta, `bits=2`, `block_size=64`": ORDERED._replace(quant_type="nf2", double_quant=True),
+    "qrefta, `bits=2`": ORDERED._replace(quant_type="nf2", double_quant=True, block_size=32),
 }
 
 

@@ -6,24 +6,12 @@ is tried too; rates are 1 and 3 times powers of ten. Where answers in words are 
 chosen by their perplexity: it costs one pass, and varies less than their accuracy. Other seeds
 score on the test rows. Runs with a row in the rows file are not repeated.
 
-A method is a name with options:
-
-    head-only      the task's head (in BERT-like models with the pooler) on frozen weights;
-                   all methods train it; language models have no head and are not trained
-    full           all weights
-    lora r=8       PEFT on unquantized weights; likewise pissa r=8, vera r=256
-    loretta r=5    tensor trains of rank r on unquantized weights
-    qlora r=8      PEFT on NF4 weights; likewise rslora, dora, qpissa, loftq, and ia3 without r
-    refta R=48     qrefta.prepare with its defaults; its options may follow
-                   (bits=16 transform=identity quant_type=int4 refine=0), and `calibrated`
-    craft R=48     likewise every method of qrefta.methods, and every form of eval.peers.forms;
-                   alternatives to R=48 are
-                   ranks=6/48/48 (craft) and trained_params=41000
+Methods are named as `eval.peers.named` says.
 """
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,12 +23,8 @@ from rich.console import Console
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-import qrefta
 from eval.memory import living, tensor_peak
-from eval.peers.baselines import ia3, lora, qlora, train_head_only, vera
-from eval.peers.forms import FORMS
-from eval.peers.loretta import loretta
-from eval.peers.splits import loftq, pissa
+from eval.peers.named import CORE, build, parse
 from eval.rows import append, find, read
 from eval.tasks.image import image_task
 from eval.tasks.language import choice_task, prompt_task, text_lm_task
@@ -60,24 +44,7 @@ from eval.tasks.task import (
     text_task,
 )
 from qrefta.cli import guarded, quiet_libraries
-from qrefta.config.rank import RankBudget, RankSetting
-from qrefta.methods import METHODS
 
-CORE = [
-    "head-only",
-    "full",
-    "lora r=1",
-    "lora r=8",
-    "pissa r=8",
-    "qlora r=8",
-    "qpissa r=8",
-    "refta R=15 bits=16",
-    "refta R=48 bits=16",
-    "refta R=48 bits=16 transform=identity",
-    "refta R=48 refine=0",
-    "refta R=48",
-    "refta R=48 calibrated",
-]
 KINDS = {
     "text": text_task,
     "image": image_task,
@@ -88,7 +55,6 @@ KINDS = {
 LANGUAGE_KINDS = ("language", "choice", "prompt")
 GRID = "0.0003,0.001,0.003"
 SEARCH_SEEDS = (0, 1001, 1002)
-CALIBRATION_ROWS = 256
 console = Console()
 
 
@@ -355,138 +321,6 @@ def peak_bytes(trainer: Trainer, task: Task, cell: Cell) -> int:
 
     step()
     return tensor_peak(step, trainer.args.device.type)
-
-
-def parse(method: str) -> tuple[str, dict[str, Any]]:
-    """A method's name and options.
-
-    Raises:
-        ValueError: if the method is unknown, or an option is missing or unknown.
-    """
-    name, *words = method.split() or [""]
-    options = {
-        key: _value(text) if sign else True
-        for key, sign, text in (word.partition("=") for word in words)
-    }
-    if name in PEERS:
-        allowed = {"r"} if PEERS[name] else set()
-        if set(options) != allowed or not all(
-            type(value) is int and value > 0 for value in options.values()
-        ):
-            raise ValueError(
-                f"{method!r}: {name} takes {'r=8, for example' if allowed else 'no options'}."
-            )
-    elif name in METHODS or name in FORMS:
-        unclear = [
-            key
-            for key, value in options.items()
-            if value == "" or (value is True and key not in FLAGS)
-        ]
-        sizes = [key for key in SIZES if type(options.get(key)) is SIZES[key]]
-        if len(sizes) != 1 or unclear or not set(options) <= {*sizes, *OPTIONS}:
-            raise ValueError(
-                f"{method!r}: {name} takes R=48, ranks=6/48/48 or trained_params=41000, and any of "
-                f"{', '.join(sorted(OPTIONS))}; only {' and '.join(FLAGS)} may have no value."
-            )
-    else:
-        raise ValueError(
-            f"There is no method {name!r}; the methods are {', '.join([*PEERS, *METHODS, *FORMS])}."
-        )
-    return name, options
-
-
-def _rank(options: dict[str, Any]) -> RankSetting:
-    """The rank of a method's options, which are taken out."""
-    if "trained_params" in options:
-        return RankBudget(trainable_parameters=options.pop("trained_params"))
-    return options.pop("ranks") if "ranks" in options else options.pop("R")
-
-
-def _value(text: str) -> int | bool | str | tuple[int, ...]:
-    parts = text.split("/")
-    if all(part.isdigit() for part in parts):
-        return tuple(map(int, parts)) if len(parts) > 1 else int(text)
-    return {"true": True, "false": False}.get(text.lower(), text)
-
-
-FLAGS = ("calibrated", "double_quant")
-SIZES = {"R": int, "ranks": tuple, "trained_params": int}
-OPTIONS = {
-    "bits",
-    "transform",
-    "quant_type",
-    "block_size",
-    "double_quant",
-    "scales",
-    "rounding",
-    "refine",
-    "factor_dtype",
-    "calibrated",
-}
-PEERS = {
-    "head-only": False,
-    "full": False,
-    "lora": True,
-    "pissa": True,
-    "vera": True,
-    "loretta": True,
-    "qlora": True,
-    "rslora": True,
-    "dora": True,
-    "qpissa": True,
-    "loftq": True,
-    "ia3": False,
-}
-
-
-def build(method: str, task: Task, seed: int) -> nn.Module:
-    """The model of a method, ready to train; its random numbers depend on `seed` only."""
-    name, options = parse(method)
-    model = task.model(seed)
-    heads = task.heads
-    rank = options.get("r", 0)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        match name:
-            case "head-only":
-                return train_head_only(model, heads)
-            case "full":
-                return model
-            case "lora":
-                return lora(model, rank, alpha=2 * rank, heads=heads)
-            case "pissa":
-                return lora(model, rank, alpha=rank, heads=heads, start="pissa")
-            case "vera":
-                return vera(model, rank, heads=heads)
-            case "loretta":
-                return loretta(model, rank, heads=heads)
-            case "qlora":
-                return qlora(model, rank, alpha=2 * rank, heads=heads)
-            case "rslora" | "dora":
-                return qlora(model, rank, alpha=2 * rank, heads=heads, variant=name)
-            case "ia3":
-                return ia3(model, heads=heads)
-            case "qpissa":
-                return qlora(model, rank, alpha=rank, heads=heads, split=pissa)
-            case "loftq":
-                return qlora(model, rank, alpha=rank, heads=heads, split=loftq)
-        if options.pop("calibrated", False):
-            options["calibration"] = list(calibration(task))
-        options["rank"] = _rank(options)
-        if name in FORMS:
-            METHODS[name] = FORMS[name]  # pyright: ignore[reportArgumentType]
-        return qrefta.prepare(
-            model, method=name, modules_to_save=heads, seed=seed, progress=False, **options
-        )
-
-
-def calibration(task: Task) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches of training rows without labels."""
-    rows = task.train.select(range(min(CALIBRATION_ROWS, len(task.train))))
-    for start in range(0, len(rows), 32):
-        batch = dict(task.collate([rows[at] for at in range(start, min(start + 32, len(rows)))]))
-        batch.pop("labels", None)
-        yield batch
 
 
 if __name__ == "__main__":

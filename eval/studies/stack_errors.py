@@ -145,7 +145,9 @@ class StackErrors:
             return torch.stack([w - small_block(w, block, scale_bits) for w in self.layers]), 0, 0
         ranks = [cell.rank // layers + (index < cell.rank % layers) for index in range(layers)]
         if cell.method == "qera":
-            return torch.stack(list(map(qera, self.whole, ranks, self.metrics))), pair_bytes, 0
+            pairs = map(qera, self.whole, ranks, self.metrics)
+            left = [error - up @ down for error, (up, down) in zip(self.whole, pairs, strict=True)]
+            return torch.stack(left), pair_bytes, 0
         split = (
             partial(loftq, rounds=LOFTQ_ROUNDS, fmt=self.fmt) if cell.method == "loftq" else pissa
         )

@@ -132,9 +132,10 @@ def _setting_options() -> list[inspect.Parameter]:
         )
         text = setting.metadata["help"]
         if setting.name == "block_size":  # numbers, whose choices typer does not list
-            kind = int
+            kind = int | None
         if setting.name in ("bits", "block_size"):
-            text = f"{text.removesuffix('.')}: {', '.join(map(str, setting.metadata['allowed']))}."
+            allowed = [str(one) for one in setting.metadata["allowed"] if one is not None]
+            text = f"{text.removesuffix('.')}: {', '.join(allowed)}."
         options.append(_option(setting.name, kind, default, flag, text))
     return options
 

@@ -86,7 +86,8 @@ class Settings:
         transform: mode-3 transform: lsm3 (from the data), dct, or identity (each layer by itself).
             craft takes lsm3; methods that start from zero use none.
         quant_type: format of these bits. Default: nf4, nf3 or nf2, which bits="auto" always takes.
-        block_size: weights that share a scale.
+        block_size: weights that share a scale. Default: 64, and 32 below four bits, where smaller
+            blocks keep more of a model than the same bytes elsewhere (docs/fewer-bits.md).
         double_quant: store the scales in 8 bits, as QLoRA does. Default: with bits other than 4.
         scales: searched: the scale of every block is the best of twelve, of both signs, weighted by
             the second moments of the inputs; without moments the best of six for NF4, which
@@ -147,7 +148,12 @@ class Settings:
         default=None,
         metadata=one_of((None, *QUANT_TYPES), "Format of the weights; default: nf4, nf3 or nf2."),
     )
-    block_size: int = field(default=64, metadata=one_of(BLOCK_SIZES, "Weights that share a scale."))
+    block_size: int | None = field(
+        default=None,
+        metadata=one_of(
+            (None, *BLOCK_SIZES), "Weights that share a scale; default: 64, below four bits 32."
+        ),
+    )
     double_quant: bool | None = field(
         default=None,
         metadata=one_of(
@@ -196,6 +202,8 @@ class Settings:
             object.__setattr__(self, setting.name, value)
         if self.bits == AUTO_BITS or self.target_bits is not None:
             self._check_target_bits()
+        if self.bits != 16 and self.block_size is None:
+            object.__setattr__(self, "block_size", 64 if self.bits == 4 else 32)
         if self.bits != 16 and self.double_quant is None:
             object.__setattr__(self, "double_quant", self.bits != 4)
         if self.bits not in (16, AUTO_BITS):
@@ -337,7 +345,7 @@ class SettingsKeywords(TypedDict, total=False):
     method: Method
     transform: Transform
     quant_type: QuantType | None
-    block_size: int
+    block_size: int | None
     double_quant: bool | None
     scales: Scales
     rounding: Codes

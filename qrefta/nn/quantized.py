@@ -77,6 +77,7 @@ class QuantFormat:
         if settings.bits == 16:
             return None
         assert settings.quant_type is not None, "settings choose a format for fewer bits"
+        assert settings.block_size is not None, "settings choose a block size"
         return cls(settings.quant_type, settings.block_size, bool(settings.double_quant))
 
     @property

@@ -137,7 +137,16 @@ def test_a_format_without_quantization_is_told(setting):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             call(bits=4, **setting)
-            call(bits=16, quant_type=None, double_quant=False, block_size=64)
+            call(bits=16, quant_type=None, double_quant=False, block_size=None)
+
+
+@pytest.mark.parametrize(
+    ("bits", "block_size"), [(4, 64), (3, 32), (2, 32), ("auto", 32), (16, None)]
+)
+def test_blocks_are_smaller_below_four_bits(bits, block_size):
+    target = {"target_bits": 3.4} if bits == "auto" else {}
+    assert Settings(bits=bits, **target).block_size == block_size
+    assert Settings(bits=bits, block_size=128, **target).block_size == 128
 
 
 def test_format_and_dtype():

@@ -12,18 +12,15 @@ from torch.testing import assert_close
 from transformers.trainer_utils import PredictionOutput
 
 from eval.peers.baselines import lora, qlora
+from eval.peers.named import CORE, build, calibration, parse
 from eval.report.scores import study
 from eval.rows import SCHEMA, read
 from eval.studies import accuracy
 from eval.studies.accuracy import (
-    CORE,
     SEARCH_SEEDS,
     Cell,
     Study,
-    build,
-    calibration,
     measure,
-    parse,
 )
 from eval.tasks.task import (
     METRICS,
@@ -46,6 +43,8 @@ EVERY = [
     "vera r=4",
     "loretta r=2",
     "loftq r=2",
+    "qera r=2",
+    "qlora r=2 quant_type=nf2",
     "rslora r=2",
     "dora r=2",
     "ia3",
@@ -217,7 +216,7 @@ def test_models_that_are_kept_for_other_rates_do_not_count_in_the_peak(task, tmp
 
 
 def test_the_starts_of_quantized_peers_are_near_the_model(task):
-    """QPiSSA and LoftQ: quantized part plus pair is nearer to the weights than QLoRA's
+    """QPiSSA, LoftQ and QERA: quantized part plus pair is nearer to the weights than QLoRA's
     start.
     """
     batch = next(calibration(task))
@@ -236,6 +235,11 @@ def test_the_starts_of_quantized_peers_are_near_the_model(task):
     assert distance("pissa r=8") < 1e-4
     assert distance("loftq r=8") < plain
     assert distance("qpissa r=8") < 1.1 * plain
+    assert distance("qera r=8") < plain
+    two_bits = distance("qlora r=8 quant_type=nf2")
+    assert two_bits > 2 * plain
+    assert distance("loftq r=8 quant_type=nf2") < two_bits
+    assert distance("qera r=8 quant_type=nf2") < two_bits
 
 
 def test_a_quantized_peer_trains_the_same_after_an_evaluation():
@@ -387,6 +391,9 @@ def test_of_equal_scores_the_lower_loss_wins_and_divergence_never():
         ("refta R=48 refine", "only calibrated and double_quant may have no value"),
         ("refta R=48 bits=", "may have no value"),
         ("lora r", "lora takes r=8"),
+        ("lora r=8 quant_type=nf2", "lora takes r=8"),
+        ("qlora quant_type=nf2", "qlora takes r=8"),
+        ("qera r=8 quant_type=nf8", "quant_type must be one of nf4"),
         ("", "no method ''"),
     ],
 )
@@ -404,6 +411,8 @@ def test_options_of_methods_are_read():
         {"R": 48, "bits": 16, "transform": "identity", "calibrated": True},
     )
     assert parse("lora r=8") == ("lora", {"r": 8})
+    assert parse("refta R=8 bits=auto target_bits=3.6")[1]["target_bits"] == 3.6
+    assert parse("loftq r=8 quant_type=nf2") == ("loftq", {"r": 8, "quant_type": "nf2"})
     assert parse("refta R=48 double_quant=False")[1]["double_quant"] is False
     assert parse("refta R=48 double_quant")[1]["double_quant"] is True
 

@@ -11,8 +11,9 @@ from PIL import Image as Pillow
 from torch.testing import assert_close
 from transformers import BertConfig, BertForSequenceClassification, ViTForImageClassification
 
+from eval.peers.named import calibration
 from eval.rows import read
-from eval.studies.accuracy import Cell, calibration, measure
+from eval.studies.accuracy import Cell, measure
 from eval.tasks import image
 from eval.tasks.image import (
     NAMES,

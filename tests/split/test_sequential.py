@@ -842,7 +842,7 @@ def test_weight_errors_in_the_report_are_of_the_dense_weights():
         ]
         plain = [
             dense.get_submodule(path).weight
-            - rounded(dense.get_submodule(path).weight, QuantFormat("nf3", double_quant=True))
+            - rounded(dense.get_submodule(path).weight, QuantFormat("nf3", 32, True))
             for path in report.stack.modules
         ]
         for found, expected in [(report.residual_error, errors), (report.baseline_error, plain)]:
