@@ -14,16 +14,13 @@ from datasets import Dataset, DatasetDict
 from jinja2 import TemplateError
 
 import qrefta
+from qrefta.nn.head_loss import IGNORED
 from qrefta.train.arguments import training_arguments
 from qrefta.train.tasks import load_chat
-from qrefta.train.tasks.answers import (
-    IGNORED,
-    _common_length,
-    answer_spans,
-    learned_ids,
-    left_out,
-)
+from qrefta.train.tasks.answer_spans import answer_spans
+from qrefta.train.tasks.answers import learned_ids, left_out
 from qrefta.train.tasks.chat import chat_recipe, conversations
+from qrefta.train.tasks.template import ChatTemplate, _common_length
 from tests.models import tiny_llama
 from tests.train.talk import (
     ANSWER,
@@ -465,9 +462,9 @@ def test_answers_are_what_the_template_itself_marks(name, kind):
         pytest.skip(f"the template does not take it: {error}")
     if kind == "tools" and "multiply" not in shown:
         with pytest.raises(ValueError, match="does not show turn 2 of a conversation"):
-            answer_spans(messages, None, tokenizer)
+            answer_spans(messages, ChatTemplate(tokenizer))
         return
-    text, spans = answer_spans(messages, None, tokenizer)
+    text, spans = answer_spans(messages, ChatTemplate(tokenizer))
     assert left_out({"messages": messages}, tokenizer) in ("", "<|tool_response>")
     turns = [turn for turn in messages if turn["role"] == "assistant"]
     for (start, end), turn in zip(spans, turns, strict=True):
@@ -506,7 +503,7 @@ def test_turns_behind_the_cut_change_nothing_and_are_not_looked_for(template, lo
             name: ids[:length] for name, ids in whole.items()
         }
     last = len(tokenizer.apply_chat_template(row["messages"], tokenize=False)) // 2
-    assert len(answer_spans(row["messages"], None, tokenizer, last)[1]) < 8
+    assert len(answer_spans(row["messages"], ChatTemplate(tokenizer), last)[1]) < 8
 
 
 def test_the_common_length_of_two_texts_is_counted():

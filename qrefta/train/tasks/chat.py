@@ -9,14 +9,16 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta.choices import LOSSES, Loss, Task
+from qrefta.nn.head_loss import IGNORED
 from qrefta.train.balance import BalancedBatches
 from qrefta.train.data import Loaded, read_splits, with_test
 from qrefta.train.head_loss import WithoutLogits
 from qrefta.train.lengths import check_rows, warn_of_cut, warn_without_answer
 from qrefta.train.mean_loss import LossByTokens
-from qrefta.train.tasks.answers import IGNORED, learned_ids, left_out, template_errors
+from qrefta.train.tasks.answers import learned_ids, left_out
 from qrefta.train.tasks.recipe import Recipe, combined
 from qrefta.train.tasks.rows import read_rows
+from qrefta.train.tasks.template import template_errors
 from qrefta.train.tasks.turns import conversation, is_empty, is_plain
 from qrefta.train.trl import load_trl
 

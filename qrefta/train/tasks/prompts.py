@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from qrefta.train.tasks.answers import template_errors
+from qrefta.train.tasks.template import template_errors
 
 
 def token_ids(
