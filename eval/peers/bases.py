@@ -34,7 +34,7 @@ from qrefta.split.moments import Moments, shared_metric
 
 PLAIN = QuantFormat("nf4")  # errors are relative to this format's plain rounding
 TEXT = 32_768  # tokens to calibrate with
-MUCH_TEXT = 65_536
+MUCH_TEXT = (65_536, 131_072)
 HALF_TEXT = 16_384  # of `prepare` by default
 LITTLE_TEXT = 4_096
 R = 64  # of our bases with factors where one R is measured
@@ -268,10 +268,8 @@ def _sequential() -> list[Base]:
         few(quant_type="nf2"),
         *(few(quant_type=kind, block_size=32) for kind in ("nf3", "nf2")),
         *(mixed(target_bits=target, block_size=32) for target in (*TARGETS[1:], 3.6)),
-        *(
-            mixed(target_bits=target, block_size=32, calibration=MUCH_TEXT)
-            for target in (*TARGETS[1:], 3.6)
-        ),
+        *(mixed(target_bits=3.6, block_size=32, calibration=tokens) for tokens in MUCH_TEXT),
+        few(quant_type="nf3", block_size=32, calibration=MUCH_TEXT[0]),
     ]
 
 

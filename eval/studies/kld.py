@@ -60,7 +60,7 @@ WINDOWS = {
     LITTLE_TEXT: 256,
     HALF_TEXT: 512,
     TEXT: 512,
-    MUCH_TEXT: 512,
+    **dict.fromkeys(MUCH_TEXT, 512),
 }  # tokens of a window to calibrate with, by tokens of text
 HELD_OUT = 4096  # tokens that the output error is measured on
 BATCH_TOKENS = 2048  # read at a time to calibrate with

@@ -117,8 +117,7 @@ def split_stack(
     best_error: float | None = None
     for _ in range(rounds + 1):
         base = fit.factors
-        of_base = best_error is None
-        target = _Target(weights, whole.rows, base, whole.mixing, fmt, rounding, of_base)
+        target = _Target(whole, base, fmt, rounding)
         slices = Slices(target.blocks, weights.shape, weights.device, metric)
         fit = _fit(slices, settings, rank, whole.transform, fit.starts)
         if best_error is None:
@@ -140,7 +139,7 @@ def _correction(
     factors: Factors | None = None
     starts: list[Tensor] | None = None
     for _ in range(ROUNDS_OF_CORRECTION if settings.refine is None else settings.refine):
-        target = _Target(weights, whole.rows, factors, whole.mixing, fmt, rounding, of_base=False)
+        target = _Target(whole, factors, fmt, rounding)
         blocks = target.blocks if starts else _kept(target.blocks, weights)  # a refit is one pass
         slices = Slices(blocks, weights.shape, weights.device, metric, _TOLERANCE_OF_CORRECTION)
         fit = _fit(slices, settings, rank, whole.transform, starts)
@@ -255,46 +254,42 @@ class _Whole:
 
 
 class _Target:
-    """W - dequant(quantize(W - Delta)), the stack that a refit approximates, with its errors after
-    a pass. Without a base, Delta is zero.
+    """W - dequant(quantize(W - Delta)), the stack that a refit approximates.
+
+    Args:
+        whole: the unsplit stack W.
+        base: the factors of Delta; None: Delta is zero.
+        fmt: of the quantized rest.
+        rounding: of the stack.
 
     Attributes:
-        norm: its squared norm.
-        error: sum_l ||W_l - Delta_l - dequant(Q_l)||_F^2 before the refit, if `of_base`.
+        norm: its squared norm, after a pass over `blocks`.
+        error: sum_l ||W_l - Delta_l - dequant(Q_l)||_F^2 before the refit, after a pass.
     """
 
     def __init__(
-        self,
-        weights: Weights,
-        rows: int,
-        base: Factors | None,
-        mixing: Tensor,
-        fmt: QuantFormat,
-        rounding: StackRounding,
-        of_base: bool,
+        self, whole: _Whole, base: Factors | None, fmt: QuantFormat, rounding: StackRounding
     ) -> None:
-        self.weights = weights
-        self.rows = rows
-        self.base = base
-        self.mixing = mixing
-        self.fmt = fmt
-        self.roundings = [rounding.nearest(layer) for layer in range(weights.shape[0])]
-        self.of_base = of_base
+        self._whole = whole
+        self._base = base
+        self._fmt = fmt
+        self._roundings = [rounding.nearest(layer) for layer in range(whole.weights.shape[0])]
         self.norm = 0.0
         self.error = 0.0
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """A pass over the transformed slices."""
         self.norm = 0.0
         self.error = 0.0
-        for rows, block in _read(self.weights, self.rows):
+        for rows, block in _read(self._whole.weights, self._whole.rows):
             for layer, weight in enumerate(block):
-                delta = None if self.base is None else self.base.delta(layer, rows)
+                delta = None if self._base is None else self._base.delta(layer, rows)
                 rest = weight if delta is None else weight - delta
-                weight.sub_(rounded(rest, self.fmt, self.roundings[layer]))
+                weight.sub_(rounded(rest, self._fmt, self._roundings[layer]))
                 self.norm += squared_norm(weight)
-                if self.of_base and delta is not None:
+                if delta is not None:
                     self.error += squared_norm(delta.sub_(weight))
-            yield rows, mix(block, self.mixing)
+            yield rows, mix(block, self._whole.mixing)
 
 
 def _fit(

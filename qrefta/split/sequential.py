@@ -19,6 +19,7 @@ Errors pass from block to block in one list of blocks. The first block of a list
 the 16-bit model.
 """
 
+import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -32,20 +33,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from qrefta._compat.torch import version_counter
-from qrefta._compat.transformers import frame_masks
+from qrefta._compat.transformers import FrameMask, frame_masks
 from qrefta.config.stack import LayerStack
 from qrefta.model.stacks import block_of
 from qrefta.model.weights import Weights
 from qrefta.split.batches import Batch, is_seq2seq, kept_tokens, not_finite
 from qrefta.split.calibrate import check_reached
-from qrefta.split.moment_sums import added, mirrored, moment_sum, no_moment
+from qrefta.split.moment_sums import no_moment
 from qrefta.split.moments import Moments
+from qrefta.split.paired_sums import PairedSums
 from qrefta.split.recording import Call, NoOrderError, record, run_block
 
-# Shares of the mean of the diagonal of H that hold a target near its weight: of many tokens, and of
-# few, times inputs / tokens. C of few tokens fits them and no others.
-RIDGE = 0.1
-RIDGE_OF_FEW = 2.0
 # Linear layers of a block that rounding="auto" takes in their order; dense blocks have up to ten.
 MOST_STEPS = 16
 # Bytes of the inputs of a block's layers that rounding="auto" holds. 16,384 tokens of a Llama of 8B
@@ -114,20 +112,14 @@ class LayerSequence:
     ) -> None:
         self._model = model
         self._frames = frame_masks(model)
-        self._most_bytes = most_bytes
         self._progress = progress
         self._layers = _layers_by_block(model, stacks)
-        paths = [path for layers in self._layers.values() for path in layers]
         self._widths = {path: stack.in_features for stack in stacks for path in stack.modules}
-        self._tokens = dict.fromkeys(paths, 0)
-        self._bytes = dict.fromkeys(self._layers, 0)  # of the inputs of a block's layers
-        self._block = {path: block for block, layers in self._layers.items() for path in layers}
-        self._last: Tensor | None = None  # input that was counted, and its tokens
-        self._rows = 0
+        count = _InputCount(self._layers, self._frames, most_bytes)
         self._chains, self._masks = record(
-            model, self._layers, batches, self._see, progress=progress
+            model, self._layers, batches, count.add, progress=progress
         )
-        self._last = None
+        self._tokens = count.tokens
         check_reached(self._tokens)
         self._step: Step | None = None
         for blocks in self._chains:  # refuse before anything is replaced
@@ -144,22 +136,6 @@ class LayerSequence:
             return self._step_of(path).moment
 
         return Moments({path: path for path in self._tokens}, self._tokens, read)
-
-    def _see(self, path: str, x: Tensor, mask: Tensor | None) -> None:
-        """Count the tokens and bytes of the inputs of a linear layer in the 16-bit model."""
-        if x is not self._last:  # several layers read the same input
-            kept = kept_tokens(x, mask, self._frames)
-            if not kept.isfinite().all():
-                raise not_finite(path)
-            self._last, self._rows = x, len(kept)
-            block = self._block[path]
-            self._bytes[block] += x.nbytes
-            if self._most_bytes is not None and self._bytes[block] > self._most_bytes:
-                raise NoOrderError(
-                    f"the inputs of the linear layers of {block} take more than "
-                    f"{self._most_bytes / 1e9:.1f} GB for all calibration tokens"
-                )
-        self._tokens[path] += self._rows
 
     def targets(self, stack: LayerStack, weights: Weights) -> Weights:
         """The weights V of a stack. Read a layer between the step that names it and the next."""
@@ -237,7 +213,7 @@ class LayerSequence:
         dense: _Inputs,
     ) -> Step:
         """H and C of the layers of a group, whose block is quantized up to them."""
-        sums = _PairedSums(next(chain.from_iterable(dense.by_layer[group[0]])))
+        sums = PairedSums(next(chain.from_iterable(dense.by_layer[group[0]])))
         for index, (x, call) in enumerate(zip(hidden, calls, strict=True)):
             expected = dense.by_layer[group[0]][index]
             with self._collected(group[:1], stop_after=len(expected)) as found:
@@ -274,52 +250,55 @@ class LayerSequence:
                 handle.remove()
 
 
-class _Reached(Exception):  # noqa: N818 -- no error
-    """Ends a pass through a block at the last input that is needed."""
-
-
-class _PairedSums:
-    """Sums over tokens of x^^T x^, its upper half, and of (x - x^)^T x^.
+class _InputCount:
+    """Counts the inputs of the linear layers in the passes of the 16-bit model.
 
     Args:
-        example: some input of the layer.
+        layers: paths of the linear layers of every block.
+        frames: as for `kept_tokens`.
+        most_bytes: of the inputs of a block; None: any number.
+
+    Attributes:
+        tokens: that every layer got, without padding.
     """
 
-    def __init__(self, example: Tensor) -> None:
-        self._tokens = 0
-        none = example.new_zeros(0, example.shape[-1], dtype=torch.float32)
-        self._moment = added(None, moment_sum(none))
-        self._shift: Tensor | None = None
-        self._paired = self._moment.dim() == 2
+    def __init__(
+        self, layers: dict[str, list[str]], frames: FrameMask | None, most_bytes: int | None
+    ) -> None:
+        self._block = {path: block for block, paths in layers.items() for path in paths}
+        self._frames = frames
+        self._most_bytes = most_bytes
+        self.tokens = dict.fromkeys(self._block, 0)
+        self._bytes = dict.fromkeys(layers, 0)
+        self._last: weakref.ref[Tensor] | None = None
+        self._last_tokens = 0
 
-    def add(self, quantized: list[Tensor], dense: list[Tensor]) -> None:
-        """Add the inputs of one batch in both models, (tokens, in) for every call.
+    def add(self, path: str, x: Tensor, mask: Tensor | None) -> None:
+        """Count the input of a layer; several layers may read the same one.
 
-        If a layer gets other tokens in the quantized model, as an expert may, C is not known.
+        Raises:
+            ValueError: if it is not finite.
+            NoOrderError: if the inputs of the block take too many bytes.
         """
-        shapes = [[tensor.shape for tensor in tensors] for tensors in (quantized, dense)]
-        self._paired &= shapes[0] == shapes[1]
-        for number, given in enumerate(quantized):
-            given = given.float()
-            self._tokens += len(given)
-            self._moment = added(self._moment, moment_sum(given))
-            if self._paired:
-                self._shift = added(self._shift, (dense[number].float() - given).T @ given)
+        if self._last is None or self._last() is not x:
+            kept = kept_tokens(x, mask, self._frames)
+            if not kept.isfinite().all():
+                raise not_finite(path)
+            self._last, self._last_tokens = weakref.ref(x), len(kept)
+            self._add_bytes(self._block[path], x.nbytes)
+        self.tokens[path] += self._last_tokens
 
-    def moment(self) -> Tensor:
-        """H; zeros if no token reached the layer."""
-        return mirrored((self._moment / max(self._tokens, 1)).float())
+    def _add_bytes(self, block: str, nbytes: int) -> None:
+        self._bytes[block] += nbytes
+        if self._most_bytes is not None and self._bytes[block] > self._most_bytes:
+            raise NoOrderError(
+                f"the inputs of the linear layers of {block} take more than "
+                f"{self._most_bytes / 1e9:.1f} GB for all calibration tokens"
+            )
 
-    def correction(self) -> Tensor | None:
-        """(C - H) (H + lambda I)^-1; None if C is not known, zero or not finite."""
-        if not self._paired or self._shift is None or not self._shift.any():
-            return None
-        if not (self._shift.isfinite().all() and self._moment.isfinite().all()):
-            return None  # `Moments.of` says so
-        ridge = max(RIDGE, RIDGE_OF_FEW * len(self._moment) / self._tokens)
-        matrix = mirrored(self._moment.clone())
-        matrix.diagonal().add_(ridge * matrix.diagonal().mean())
-        return torch.cholesky_solve(self._shift.T, torch.linalg.cholesky(matrix)).T.float()
+
+class _Reached(Exception):  # noqa: N818 -- no error
+    """Ends a pass through a block at the last input that is needed."""
 
 
 def check_steps(model: nn.Module, stacks: list[LayerStack]) -> None:
