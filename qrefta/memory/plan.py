@@ -253,7 +253,7 @@ def _largest_batch(outline: Outline, case: _Case, planned: Plan, available: int)
         return _plan(outline, replace(case, batch=batch)).total_bytes
 
     without = planned.total_bytes - planned.activations_bytes - planned.temporary_bytes
-    return _largest(total, available, without, (case.batch, planned.total_bytes), _MOST_BATCH)
+    return _largest(total, available, without, _Tried(case.batch, planned.total_bytes), _MOST_BATCH)
 
 
 def _largest_rank(outline: Outline, case: _Case, planned: Plan, available: int) -> int | None:
@@ -268,7 +268,7 @@ def _largest_rank(outline: Outline, case: _Case, planned: Plan, available: int) 
     targets = select_stacks(outline.stacks, case.settings.target_modules)
     most = min(method.largest_rank(*stack.shape) for stack in targets)
     without = planned.total_bytes - planned.factors_bytes - planned.optimizer_bytes
-    return _largest(total, available, without, (rank, planned.total_bytes), most)
+    return _largest(total, available, without, _Tried(rank, planned.total_bytes), most)
 
 
 def _rank_of_all(outline: Outline, settings: Settings) -> int | None:
@@ -283,8 +283,15 @@ def _rank_of_all(outline: Outline, settings: Settings) -> int | None:
     return rank if isinstance(rank, int) else None
 
 
+class _Tried(NamedTuple):
+    """A number of rows or components, and the bytes of a step with it."""
+
+    number: int
+    total: int
+
+
 def _largest(
-    total: Callable[[int], int], available: int, without: int, asked: tuple[int, int], most: int
+    total: Callable[[int], int], available: int, without: int, asked: _Tried, most: int
 ) -> int:
     """The largest number whose total is available, or 0.
 
@@ -293,24 +300,25 @@ def _largest(
             which number to try.
         available: bytes.
         without: about the total of 0.
-        asked: a number and its total.
+        asked: the number of the plan.
         most: larger numbers are not tried.
     """
-    before = (0, without)
+    before = _Tried(0, without)
     last = asked
     fits = 0
-    too_large = last[0]
-    if last[1] <= available:
-        fits = last[0]
+    too_large = last.number
+    if last.total <= available:
+        fits = last.number
         too_large = most + 1
     while too_large - fits > 1:
         # From 0, as from rank 0, there is no line yet.
-        slope = (last[1] - before[1]) / (last[0] - before[0]) if last[0] != before[0] else 0
-        guess = last[0] + math.floor((available - last[1]) / slope) if slope > 0 else most
+        further = last.number - before.number
+        slope = (last.total - before.total) / further if further else 0
+        guess = last.number + math.floor((available - last.total) / slope) if slope > 0 else most
         tried = min(max(guess, fits + 1), too_large - 1)
         before = last
-        last = (tried, total(tried))
-        if last[1] <= available:
+        last = _Tried(tried, total(tried))
+        if last.total <= available:
             fits = tried
         else:
             too_large = tried

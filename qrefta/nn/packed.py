@@ -509,6 +509,7 @@ def _for_each(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> list[An
 
 
 def not_numbers(name: str) -> ValueError:
+    """The error of a function that would compute with packed weights."""
     return ValueError(
         f"{name}: the packed 4-bit weights of a prepared model are bytes, with which nothing can "
         "be computed. Use the trainable parameters only "

@@ -79,17 +79,19 @@ class NoStepAfterTheEnd(Trainer):
 
     def set_initial_training_values(self, *args: Any, **options: Any) -> tuple[Any, ...]:
         epochs, *others, max_steps = super().set_initial_training_values(*args, **options)
-        patience = [callback.early_stopping_patience for callback in self._early_stopping()]
-        if self.resumed is not None and has_ended(self.resumed, max_steps, patience):
+        if self.resumed is not None and has_ended(self.resumed, max_steps, self._patience()):
             epochs = 0
         return epochs, *others, max_steps
 
     def _load_callback_state(self) -> None:
         """Restore counters, with the patience of this run: the checkpoint's may be shorter."""
-        patience = [callback.early_stopping_patience for callback in self._early_stopping()]
+        patience = self._patience()
         super()._load_callback_state()
         for callback, given in zip(self._early_stopping(), patience):
             callback.early_stopping_patience = given
+
+    def _patience(self) -> list[int]:
+        return [callback.early_stopping_patience for callback in self._early_stopping()]
 
     def _early_stopping(self) -> list[EarlyStoppingCallback]:
         callbacks = self.callback_handler.callbacks

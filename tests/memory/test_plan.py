@@ -31,7 +31,7 @@ from qrefta.config.stack import BANK
 from qrefta.memory import footprint
 from qrefta.memory.footprint import _AsOnCuda, _Ledger
 from qrefta.memory.meta_model import Outline
-from qrefta.memory.plan import _Case, _largest, _plan, plan
+from qrefta.memory.plan import _Case, _largest, _plan, _Tried, plan
 from qrefta.model.stacks import find_stacks
 from qrefta.nn.checkpointing import selective_contexts
 from qrefta.nn.head_loss import CHUNK, plain_head
@@ -382,7 +382,7 @@ def test_the_largest_is_found_in_few_tries(slope, bend, most, largest):
             tried.append(n)
             return 100 + slope * n + bend * max(n - 7, 0)
 
-        assert _largest(total, 1000, 100, (asked, total(asked)), most) == largest
+        assert _largest(total, 1000, 100, _Tried(asked, total(asked)), most) == largest
         assert len(tried) <= 6
 
 

@@ -29,7 +29,7 @@ _IDS = Features(
 )
 
 
-def load_chat(source: str | Path, seed: int) -> DatasetDict:
+def load_chat(source: str | Path, seed: int) -> Loaded:
     """Conversations with the splits train and test.
 
     The columns are messages and, if the source has it, tools; or, if the source has them as text,

@@ -28,7 +28,7 @@ _ANSWERS = ("chosen", "rejected")
 _PAIR = ("prompt", *_ANSWERS)
 
 
-def load_preferences(source: str | Path, seed: int) -> DatasetDict:
+def load_preferences(source: str | Path, seed: int) -> Loaded:
     """Preferences with the splits train and test: columns prompt, chosen, rejected, maybe tools.
 
     They are text if the source has the first three as text, and no system message, history or

@@ -29,7 +29,7 @@ _GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extr
 _READ_TURNS = turn_features(["prompt"])["prompt"]
 
 
-def load_prompts(source: str | Path, seed: int) -> DatasetDict:
+def load_prompts(source: str | Path, seed: int) -> Loaded:
     """Prompts with the splits train and test; other columns stay, for the reward.
 
     A prompt is text if the source has it as text in the column prompt, and no system message,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _COLUMNS = {"image": ("image", "img"), "label": ("label", "labels", "fine_label")}
 
 
-def load_images(source: str | Path, seed: int) -> DatasetDict:
+def load_images(source: str | Path, seed: int) -> Loaded:
     """Images with the splits train and test, columns image and label.
 
     The source is a folder with one folder a class, or with metadata files (metadata.csv with

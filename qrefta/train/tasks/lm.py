@@ -27,7 +27,7 @@ _PIECES = Features({"text": Value("string"), "ends": Value("bool")})
 _WINDOWS = Features({"input_ids": List(Value("int32"))})
 
 
-def load_text(source: str | Path, seed: int, column: str | None = None) -> DatasetDict:
+def load_text(source: str | Path, seed: int, column: str | None = None) -> Loaded:
     """Documents in order, as the split train and, unless there is a single document, test.
 
     The columns are text and ends: a row is a document, or a piece of one, and says whether the
