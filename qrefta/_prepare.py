@@ -4,6 +4,8 @@ of core.
 
 import copy
 import warnings
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -39,6 +41,7 @@ from qrefta.model.unquantized import warn_of_unquantized
 from qrefta.model.weights import check_values
 from qrefta.nn.bank import FactorBank
 from qrefta.nn.linear import AdaptedLinear
+from qrefta.split.batches import Batch
 from qrefta.split.calibrate import gather_moments
 from qrefta.split.checkpoint import convert, without_order
 from qrefta.split.in_memory import ModelSource, layers_in_order, split_model
@@ -54,6 +57,7 @@ def prepare(
     rank: RankSetting = AUTO_RANK,
     *,
     calibration: Calibration | None = None,
+    calibration_tokens: int | None = None,
     moments: Moments | str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: torch.device | str | None = None,
@@ -88,6 +92,8 @@ def prepare(
             rows, or the word "text" for generic text. Or batches of model inputs; images and audio
             always. The split then keeps the outputs of the layers close to the original, instead
             of the weights, and layers are rounded in the order in which they run.
+        calibration_tokens: of text to read; default: 16,384. More take longer, and keep more of
+            the model. Models that read one text a row get one text for every 64.
         moments: second moments of the inputs, gathered before (`qrefta.split.calibrate`), or their
             file.
         tokenizer: of the model, for calibration on text; default: the tokenizer in the folder or
@@ -106,6 +112,11 @@ def prepare(
             that is already prepared, quantized or under PEFT.
         TypeError: for an unknown keyword.
     """
+    if calibration is None and calibration_tokens is not None:
+        raise ValueError(
+            f"calibration_tokens is {calibration_tokens} and calibration is missing; give the text "
+            'to read, or calibration="text" for generic text.'
+        )
     if isinstance(model, str | Path):
         return _old_call_with_folder(
             model,
@@ -129,16 +140,26 @@ def prepare(
             "calibration and moments are both given; moments are gathered from calibration: give "
             "one of the two."
         )
-    return _prepare(model, chosen, calibration, moments, tokenizer, device, progress)
+    batches_of = (
+        calibration
+        if calibration is None
+        else partial(
+            calibration_batches,
+            calibration=calibration,
+            tokenizer=tokenizer,
+            seed=chosen.seed,
+            tokens=calibration_tokens,
+        )
+    )
+    return _prepare(model, chosen, batches_of, moments, device, progress)
 
 
 @as_written()
 def _prepare(
     model: PreTrainedModel,
     chosen: Settings,
-    calibration: Calibration | None,
+    batches_of: Callable[[PreTrainedModel], Iterable[Batch]] | None,
     moments: Moments | str | Path | None,
-    tokenizer: PreTrainedTokenizerBase | None,
     device: torch.device | str | None,
     progress: bool,
 ) -> PreTrainedModel:
@@ -151,8 +172,8 @@ def _prepare(
     warn_of_unquantized(model, source.stacks)
     check_choices(source.stacks, chosen)
     sequence = None
-    if calibration is not None:
-        batches = calibration_batches(model, calibration, tokenizer, seed=chosen.seed)
+    if batches_of is not None:
+        batches = batches_of(model)
         if chosen.may_round_in_order:
             sequence, batches = layers_in_order(source, batches, chosen, progress)
         fitted = chosen.bits == AUTO_BITS or METHODS[chosen.method].fits
@@ -165,7 +186,7 @@ def _prepare(
         )
     chosen = chosen.with_rounding(in_order=sequence is not None)
     loaded = _moments(moments)
-    if calibration is None and loaded is not None:
+    if batches_of is None and loaded is not None:
         loaded.check(source.stacks)
     _own_config(model)
     reports = split_model(source, sequence, chosen, loaded, progress)
@@ -173,7 +194,7 @@ def _prepare(
     getattr(model, BANK).train(model.training)
     config = QReftaConfig(
         chosen,
-        calibrated=calibration is not None or loaded is not None,
+        calibrated=batches_of is not None or loaded is not None,
         base_model=name or None,
         stacks=reports,
     )
@@ -229,7 +250,7 @@ def prepare_checkpoint(
         chosen = without_order(chosen)
         with new_folder(out) as folder:
             model = _dense_of_gguf(source, max_memory)
-            _prepare(model, chosen, None, loaded, None, device, progress)
+            _prepare(model, chosen, None, loaded, device, progress)
             model.save_pretrained(folder)
             save_tokenizer(source, folder)
         return Path(out)
@@ -266,6 +287,7 @@ def calibrate(
     model: PreTrainedModel,
     calibration: Calibration,
     *,
+    calibration_tokens: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -273,7 +295,7 @@ def calibrate(
     """Second moments of the inputs of a dense model, for `prepare` or `prepare_checkpoint`.
 
     Args:
-        model, calibration, tokenizer: as for `prepare`.
+        model, calibration, calibration_tokens, tokenizer: as for `prepare`.
         seed: of the choice of texts.
         progress: show a progress bar.
 
@@ -283,7 +305,9 @@ def calibrate(
     _check_model(model)
     stacks = find_stacks(model)
     _check_weights(model, stacks)
-    batches = calibration_batches(model, calibration, tokenizer, seed=seed)
+    batches = calibration_batches(
+        model, calibration, tokenizer, seed=seed, tokens=calibration_tokens
+    )
     return gather_moments(model, stacks, batches, progress=progress)
 
 

@@ -238,6 +238,17 @@ def test_rounding_in_order_needs_text(dense, rows, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
+def test_prepare_reads_as_many_tokens_as_it_is_told(dense, rows, tmp_path):
+    options = ["--rank", 0, "--calibration", rows]
+    told = invoke("prepare", dense, tmp_path / "a", *options, "--calibration-tokens", 128).output
+    assert "Calibrated on 2 rows" in told
+    with pytest.raises(ValueError, match="--calibration-tokens is 128 and nothing is calibrated"):
+        invoke(
+            "prepare", dense, tmp_path / "b", "--calibration", "none", "--calibration-tokens", 128
+        )
+    assert not (tmp_path / "b").exists()
+
+
 def test_prepare_rounds_in_order_as_in_python(dense, rows, tmp_path):
     """In the dtype of the files, also where text is read in float32."""
     narrow = tmp_path / "narrow"

@@ -36,7 +36,12 @@ def calibration_of(model: str, max_memory: str) -> str:
 
 
 def load_dense(
-    model: str, calibration: str, seed: int, max_memory: str, trust_remote_code: bool
+    model: str,
+    calibration: str,
+    tokens: int | None,
+    seed: int,
+    max_memory: str,
+    trust_remote_code: bool,
 ) -> tuple["PreTrainedModel", list[Any]]:
     """A dense model in memory, in a dtype that the processor computes fast if that fits, and
     batches of text to calibrate it with.
@@ -55,7 +60,7 @@ def load_dense(
         kind = model_class(vars(config), resolve_folder(model), trust_remote_code)
     dtype = _dtype(model, source, max_memory)
     dense = kind.from_pretrained(**source, dtype=dtype, use_safetensors=True)
-    return dense, list(calibration_batches(dense, calibration, seed=seed))
+    return dense, list(calibration_batches(dense, calibration, seed=seed, tokens=tokens))
 
 
 def _dtype(model: str, source: dict[str, Any], max_memory: str) -> Any:

@@ -39,6 +39,10 @@ def prepare(
             "tokenizer and its files fit in --max-memory."
         ),
     ] = None,
+    calibration_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens of text to calibrate on; default: 16384. More keep more."),
+    ] = None,
     moments: Annotated[
         Path | None,
         typer.Option(help="File of moments: written with --calibration, read without it."),
@@ -74,7 +78,20 @@ def prepare(
             "--rounding sequential reads text with the model in memory: give --calibration FILE or "
             "text, without --moments."
         )
-    load = partial(load_dense, model, calibration, settings["seed"], max_memory, trust_remote_code)
+    if calibration == NONE and calibration_tokens is not None:
+        raise ValueError(
+            f"--calibration-tokens is {calibration_tokens} and nothing is calibrated on; give "
+            "--calibration FILE or text."
+        )
+    load = partial(
+        load_dense,
+        model,
+        calibration,
+        calibration_tokens,
+        settings["seed"],
+        max_memory,
+        trust_remote_code,
+    )
     if in_order and not (out / JOURNAL).exists():
         with new_folder(out) as folder:
             dense, batches = load()

@@ -9,12 +9,15 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta.choices import GENERIC_TEXT
+from qrefta.config.checks import whole
 from qrefta.files.sources import loaded_from, tokenizer_of
 from qrefta.model.modes import eval_mode
 from qrefta.model.positions import trained_positions
 from qrefta.split.batches import Batch, accepted_inputs, batch_inputs, is_seq2seq, without_cache
 from qrefta.split.texts import (
     MAX_LENGTH,
+    ROWS,
+    TOKENS,
     filled,
     generic_texts,
     read_texts,
@@ -31,6 +34,7 @@ def calibration_batches(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     seed: int = 0,
+    tokens: int | None = None,
 ) -> Iterable[Batch]:
     """Batches of model inputs to calibrate with.
 
@@ -46,30 +50,42 @@ def calibration_batches(
         tokenizer: of the model, for text; None: the tokenizer of the folder or hub name that the
             model was loaded from.
         seed: of the choice of texts.
+        tokens: of text to read; None: `TOKENS`. Models that read one text a row get as many texts
+            as this number is times 64.
 
     Raises:
         ValueError: if there is no text, the model does not read text, or the tokenizer is missing
-            or belongs to another model.
+            or belongs to another model; if `tokens` is less than 1, or given with batches.
     """
     from datasets import DatasetDict  # takes a second to import
 
+    if tokens is not None:
+        whole("calibration_tokens", tokens, 1)
     if isinstance(calibration, DatasetDict):
         calibration = calibration.get("train") or next(iter(calibration.values()))
-    if isinstance(calibration, Mapping):
-        return [calibration]
     runs = model.can_generate() and not is_seq2seq(model)
-    texts = _texts(calibration, lines=not runs)
+    is_batch = isinstance(calibration, Mapping)
+    texts = None if is_batch else _texts(calibration, lines=not runs)
+    if texts is None and tokens is not None:
+        raise ValueError(
+            f"calibration_tokens is {tokens} and calibration holds batches or tokenized rows, "
+            "which are read whole; leave it out, or give text."
+        )
     if texts is None:
-        return calibration  # type: ignore[return-value]
+        return [calibration] if is_batch else calibration  # type: ignore[return-value]
     _check_reads_text(model)
     tokenizer = tokenizer or _tokenizer_of(model)
     length = _max_length(model)
     if runs:
-        batches = windows_of_text(texts, tokenizer, max_length=length, seed=seed)
+        count = tokens or TOKENS
+        batches = windows_of_text(texts, tokenizer, tokens=count, max_length=length, seed=seed)
     else:
         # Decoders that classify refuse several rows without a pad token in their config.
         alone = getattr(model.config.get_text_config(), "pad_token_id", None) is None
-        batches = rows_of_text(texts, tokenizer, max_length=length, seed=seed, alone=alone)
+        rows = ROWS if tokens is None else max(1, tokens * ROWS // TOKENS)
+        batches = rows_of_text(
+            texts, tokenizer, rows=rows, max_length=length, seed=seed, alone=alone
+        )
     _check_ids(model, batches)
     _check_runs(model, batches[0])
     return batches

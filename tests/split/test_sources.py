@@ -13,6 +13,8 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+import qrefta
+from qrefta.model.prepared import is_prepared
 from qrefta.model.stacks import find_stacks
 from qrefta.split.batches import batch_inputs
 from qrefta.split.calibrate import gather_moments
@@ -104,6 +106,57 @@ def test_batches_and_tokenized_rows_are_left_as_they_are():
     found = calibration_batches(model, DatasetDict(train=rows))
     moments = gather_moments(model, find_stacks(model), found, progress=False)
     assert set(moments.tokens.values()) == {3}
+
+
+def test_more_tokens_of_text_are_read():
+    """Windows of running text; one row for every 64 tokens where a row is a text."""
+    tokenizer = tiny_tokenizer()
+    texts = TEXTS * 40
+    llama, bert = tiny_llama(), tiny_bert()
+    length = calibration_batches(llama, texts, tokenizer)[0]["input_ids"].shape[1]
+
+    def count(model, tokens):
+        batches = calibration_batches(model, texts, tokenizer, tokens=tokens)
+        return sum(len(batch["input_ids"]) for batch in batches)
+
+    assert count(bert, None) == 256
+    assert count(bert, 32_768) == 512
+    assert count(bert, 1) == 1
+    assert count(llama, 4 * length) == 4
+    assert count(llama, 8 * length) == 8
+
+
+@pytest.mark.parametrize("tokens", [0, -1, 1.5, "many"])
+def test_a_number_of_tokens_that_cannot_be_read_is_refused(tokens):
+    with pytest.raises(ValueError, match=f"calibration_tokens is {tokens!r}"):
+        calibration_batches(tiny_llama(), TEXTS, tiny_tokenizer(), tokens=tokens)
+
+
+def test_a_number_of_tokens_without_text_is_refused():
+    model = tiny_llama()
+    batch = {"input_ids": torch.tensor([[2, 3, 4]])}
+    for calibration in (batch, [batch], Dataset.from_dict({"input_ids": [[2, 3]]})):
+        with pytest.raises(ValueError, match="calibration_tokens is 64 and calibration holds batc"):
+            qrefta.prepare(model, calibration=calibration, calibration_tokens=64, progress=False)
+    with pytest.raises(ValueError, match="calibration_tokens is 64 and calibration is missing"):
+        qrefta.prepare(model, calibration_tokens=64, progress=False)
+    assert not is_prepared(model)
+
+
+def test_prepare_reads_as_many_tokens_as_it_is_told():
+    prepared = [
+        qrefta.prepare(
+            tiny_llama(),
+            rank=0,
+            calibration=TEXTS * 40,
+            calibration_tokens=tokens,
+            tokenizer=tiny_tokenizer(),
+            progress=False,
+        )
+        for tokens in (None, 16_384, 64)
+    ]
+    default, same, few = [qrefta.quant_report(model) for model in prepared]
+    assert default == same != few
 
 
 def test_a_model_that_reads_more_than_text_is_refused_with_its_words():
