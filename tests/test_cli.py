@@ -218,7 +218,7 @@ def test_finetune_calibrates_on_its_training_rows_by_default(option, source, den
     assert re.search(rf"Calibratedon{count}andpreparedin\d+s;--calibrationnone", shown)
     config = qrefta.load(tmp_path / "out").config.quantization_config
     assert config.calibrated
-    assert config.settings.rounding == "sequential"
+    assert config.settings.rounding == "feedback"
 
 
 def test_calibration_can_be_turned_off(dense, rows, tmp_path):
@@ -258,9 +258,9 @@ def test_prepare_rounds_in_order_as_in_python(dense, rows, tmp_path):
     AutoTokenizer.from_pretrained(dense).save_pretrained(narrow)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qrefta.model.dtype.has_bf16_instructions", lambda: False)
-        invoke("prepare", narrow, tmp_path / "a", "--rank", 2, "--calibration", rows)
+        invoke("prepare", narrow, tmp_path / "a", "--rank", 0, "--calibration", rows)
     model = AutoModelForSequenceClassification.from_pretrained(narrow, dtype=torch.float32)
-    expected = qrefta.prepare(model, rank=2, calibration=rows, progress=False).to(torch.bfloat16)
+    expected = qrefta.prepare(model, rank=0, calibration=rows, progress=False).to(torch.bfloat16)
     found = qrefta.load(tmp_path / "a", dtype="auto")
     assert found.config.quantization_config.settings.rounding == "sequential"
     assert found.dtype == torch.bfloat16
@@ -272,7 +272,7 @@ def test_prepare_rounds_in_order_as_in_python(dense, rows, tmp_path):
 
 
 def test_prepare_goes_on_with_a_run_that_was_interrupted_out_of_core(dense, rows, tmp_path):
-    words = ["prepare", dense, tmp_path / "a", "--rank", 2, "--calibration", rows]
+    words = ["prepare", dense, tmp_path / "a", "--rank", 0, "--calibration", rows]
     with full_disk():
         invoke(*words, "--rounding", "feedback")
     assert invoke(*words).exit_code == 0
@@ -877,7 +877,7 @@ def test_prepare_calibrates_in_float32_where_bfloat16_is_slow(
     def stop():
         raise ValueError("prepared")
 
-    words = ["prepare", narrow[0], tmp_path / "out", "--calibration", "text"]
+    words = ["prepare", narrow[0], tmp_path / "out", "--calibration", "text", "--rank", 0]
     found = CliRunner().invoke(app, [*map(str, words), "--max-memory", max_memory])
     assert str(found.exception) == "prepared"
     assert re.search(line, " ".join(found.output.split()))

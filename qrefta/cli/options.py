@@ -186,7 +186,8 @@ def _bits(text: str) -> int | str:
 def rounding_of(settings: dict[str, Any]) -> Settings:
     """Settings with the rounding of options, whatever the others are: these are checked later."""
     names = ("bits", "target_bits", "rounding")
-    return Settings(**{name: settings[name] for name in names})
+    rank = 0 if settings["rank"] == 0 else AUTO_RANK
+    return Settings(rank=rank, **{name: settings[name] for name in names})
 
 
 def _rank_of_old_options(rank: str, given: dict[str, Any]) -> str:

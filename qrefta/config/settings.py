@@ -98,8 +98,10 @@ class Settings:
             they run, each for the inputs that the quantized layers before it give (QEP, arXiv
             2504.09629); it takes longer, and needs calibration text, the model in memory,
             and blocks that run one after the other (`qrefta.split.sequential`). nearest: the
-            nearest level. auto: sequential where it is possible, else feedback; a prepared model
-            holds the choice.
+            nearest level. auto: sequential where it is possible and pays, with fewer than four
+            bits and with rank=0, which trains no factors; else feedback. With four bits and
+            factors the models trained equally well, and feedback prepared three times as fast
+            (docs/results.md). A prepared model holds the choice.
         target_modules: linear layers that get factors. None: all in the repeated blocks. A list:
             module paths that end in one of the names ("q_proj", "self_attn.q_proj"). A string: a
             regular expression that matches whole paths. All other linear layers of the blocks are
@@ -170,7 +172,8 @@ class Settings:
             CODES,
             "How weights are rounded. nearest: to the nearest level. feedback, if calibrated: "
             "columns correct errors of earlier columns. sequential: layers correct earlier layers, "
-            "too. auto: sequential where possible.",
+            "too. auto: sequential with fewer than four bits or rank 0, where possible; else "
+            "feedback.",
         ),
     )
     target_modules: str | Sequence[str] | None = field(
@@ -298,7 +301,9 @@ class Settings:
     @property
     def may_round_in_order(self) -> bool:
         """Whether layers are rounded in the order in which they run, where that is possible."""
-        return self.rounding in (AUTO_ROUNDING, "sequential") and self.bits != 16
+        if self.rounding == AUTO_ROUNDING:
+            return self.bits != 16 and (self.bits != 4 or self.rank == 0)
+        return self.must_round_in_order
 
     @property
     def must_round_in_order(self) -> bool:

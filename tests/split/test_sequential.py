@@ -391,20 +391,27 @@ def test_layers_that_no_token_reaches_are_rounded_without_calibration(rounding):
 
 
 @pytest.mark.parametrize("method", ["windows", "refta"])
-@pytest.mark.parametrize("rounding", ["auto", "sequential", "feedback"])
-def test_a_model_of_images_and_text_is_calibrated_on_text(rounding, method):
+@pytest.mark.parametrize(
+    ("rank", "rounding", "expected"),
+    [
+        (2, "auto", "feedback"),
+        (0, "auto", "sequential"),
+        (2, "sequential", "sequential"),
+        (2, "feedback", "feedback"),
+    ],
+)
+def test_a_model_of_images_and_text_is_calibrated_on_text(rank, rounding, expected, method):
     model, dense = tiny_gemma3(), tiny_gemma3()
     with pytest.warns(UserWarning, match=r"No token .* linear layers \(model\.vision_tower"):
         qrefta.prepare(
             model,
-            rank=2,
+            rank=rank,
             method=method,
             calibration=batches(2),
             rounding=rounding,
             progress=False,
         )
-    settings = model.config.quantization_config.settings
-    assert settings.rounding == ("feedback" if rounding == "feedback" else "sequential")
+    assert model.config.quantization_config.settings.rounding == expected
     by_stack = {row["stack"]: row["output_error"] for row in qrefta.quant_report(model)}
     assert all((error is None) == ("vision" in stack) for stack, error in by_stack.items())
     ids = batches(1)[0]
@@ -511,7 +518,7 @@ def test_a_model_without_an_order_gets_error_feedback_by_default(make, reason, c
     for settings in ({}, {"rounding": "feedback"}):
         torch.manual_seed(0)
         model = make()
-        qrefta.prepare(model, calibration=[inputs(model)] * 2, rank=2, **settings)
+        qrefta.prepare(model, calibration=[inputs(model)] * 2, rank=0, **settings)
         assert prepared_config(model).settings.rounding == "feedback"
         said = capsys.readouterr().out
         assert ("The layers are not rounded in their order: " in said) == (not settings)
@@ -520,8 +527,29 @@ def test_a_model_without_an_order_gets_error_feedback_by_default(make, reason, c
     first, second = states
     assert all(torch.equal(first[name], second[name]) for name in second)
     model = make()
-    qrefta.prepare(model, calibration=[inputs(model)] * 2, rank=2, progress=False)
+    qrefta.prepare(model, calibration=[inputs(model)] * 2, rank=0, progress=False)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "feedback"),
+        ({"rank": 2}, "feedback"),
+        ({"rank": 2, "method": "refta"}, "feedback"),
+        ({"rank": 0}, "sequential"),
+        ({"rank": 2, "bits": 3}, "sequential"),
+        ({"rank": 2, "bits": "auto", "target_bits": 4.2}, "sequential"),
+        ({"rank": 0, "bits": 16}, "feedback"),
+    ],
+    ids=str,
+)
+def test_the_order_is_kept_by_default_where_it_pays(settings, expected):
+    """With fewer than four bits, and where no factors train."""
+    model = qrefta.prepare(
+        tiny_llama(hidden=64), calibration=batches(2), progress=False, **settings
+    )
+    assert prepared_config(model).settings.rounding == expected
 
 
 def test_the_layers_are_rounded_in_their_order_by_default_where_text_is_given(tmp_path):
@@ -538,11 +566,11 @@ def test_the_layers_are_rounded_in_their_order_by_default_where_text_is_given(tm
         "none": {},
         "16 bits": {"bits": 16, "calibration": texts},
     }.items():
-        model = qrefta.prepare(tiny_llama(hidden=64), rank=2, progress=False, **settings)
+        model = qrefta.prepare(tiny_llama(hidden=64), rank=0, progress=False, **settings)
         expected = "sequential" if name.startswith("text") else "feedback"
         assert prepared_config(model).settings.rounding == expected
         states[name] = model.state_dict()
-    qrefta.prepare_checkpoint(dense, tmp_path / "out", rank=2, moments=moments, progress=False)
+    qrefta.prepare_checkpoint(dense, tmp_path / "out", rank=0, moments=moments, progress=False)
     states["out of core"] = qrefta.load(tmp_path / "out").state_dict()
     for one, other in [
         ("text", "text, by name"),
