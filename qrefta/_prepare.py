@@ -68,7 +68,7 @@ def prepare(
 
     Each stack of linear layers W_l (one role over all layers) becomes dequant(Q_l) + Delta_l, with
     Q_l frozen. By default Delta_l starts at zero and trains eight low-rank components a layer,
-    which neighbouring layers share (`qrefta.methods.windows`): on SmolLM2-135M this ends 5 % below
+    which neighbouring layers share (`qrefta.methods.windows`): on SmolLM2-135M this ends 4 % below
     QLoRA's perplexity with as many trainable parameters. With `method="refta"` Delta_l is the
     tensor rank-R principal part of the stack, and Q_l the quantized residual.
 
@@ -91,7 +91,7 @@ def prepare(
             by line), a list of strings, a `datasets.Dataset` with a column of text or tokenized
             rows, or the word "text" for generic text. Or batches of model inputs; images and audio
             always. The split then keeps the outputs of the layers close to the original, instead
-            of the weights, and layers are rounded in the order in which they run.
+            of the weights, and the weights are rounded with error feedback (see `rounding`).
         calibration_tokens: of text to read; default: 16,384. More take longer, and keep more of
             the model. Models that read one text a row get one text for every 64.
         moments: second moments of the inputs, gathered before (`qrefta.split.calibrate`), or their

@@ -11,7 +11,7 @@ from eval.tasks.task import METRICS
 from qrefta.config.settings import Settings
 
 DEFAULT = Settings().method
-ROUNDINGS = ("sequential", "feedback")  # of calibrated bases, the default first
+ROUNDINGS = ("feedback", "sequential")  # of calibrated bases, the default first
 
 
 class Compared(NamedTuple):
@@ -35,6 +35,15 @@ class Compared(NamedTuple):
     main: bool = True
 
 
+def _both(rank: int) -> dict[str, str]:
+    """The default method with both roundings of a calibrated base."""
+    default, other = (f"{DEFAULT} R={rank} calibrated rounding={one}" for one in ROUNDINGS)
+    return {
+        f"qrefta, R = {rank}": default,
+        f'qrefta, R = {rank}, `rounding="{ROUNDINGS[1]}"`': other,
+    }
+
+
 PROMPT = Compared(
     "sst2-prompt",
     "SmolLM2-135M-Instruct",
@@ -45,7 +54,7 @@ PROMPT = Compared(
     {
         "QLoRA, r = 2": "qlora r=2",
         "QLoRA, r = 8": "qlora r=8",
-        "qrefta, R = 60": "windows R=60 calibrated rounding=sequential",
+        **_both(60),
     },
 )
 
@@ -60,9 +69,8 @@ STUDIES = [
         {
             "QLoRA, r = 2": "qlora r=2",
             "QLoRA, r = 8": "qlora r=8",
-            "qrefta, R = 60": "windows R=60 calibrated rounding=sequential",
-            'qrefta, R = 60, `rounding="feedback"`': "windows R=60 calibrated rounding=feedback",
-            'qrefta, `method="refta"`, R = 60, `rounding="feedback"`, at its default rate': (
+            **_both(60),
+            'qrefta, `method="refta"`, R = 60, at its default rate': (
                 "refta R=60 calibrated rounding=feedback"
             ),
             "qrefta, R = 60, 3 bits": "windows R=60 bits=3 calibrated rounding=sequential",
@@ -83,17 +91,11 @@ STUDIES = [
         {
             "QLoRA, r = 2": "qlora r=2",
             "QLoRA, r = 8": "qlora r=8",
-            "qrefta, R = 60": "windows R=60 calibrated rounding=sequential",
-            'qrefta, R = 60, `rounding="feedback"`': "windows R=60 calibrated rounding=feedback",
+            **_both(60),
         },
     ),
     PROMPT,
-    PROMPT._replace(
-        steps=60,
-        methods=PROMPT.methods
-        | {'qrefta, R = 60, `rounding="feedback"`': "windows R=60 calibrated rounding=feedback"},
-        main=False,
-    ),
+    PROMPT._replace(steps=60, main=False),
     Compared(
         "sst2",
         "all-MiniLM-L6-v2",
@@ -103,7 +105,7 @@ STUDIES = [
         "qlora r=8",
         {
             "QLoRA, r = 8": "qlora r=8",
-            "qrefta, R = 48": "windows R=48 calibrated rounding=sequential",
+            **_both(48),
         },
     ),
     Compared(
@@ -115,16 +117,10 @@ STUDIES = [
         "qlora r=8",
         {
             "QLoRA, r = 8": "qlora r=8",
-            "qrefta, R = 48": "windows R=48 calibrated rounding=sequential",
-            'qrefta, R = 48, `rounding="feedback"`': "windows R=48 calibrated rounding=feedback",
-            'qrefta, `method="refta"`, R = 48, `rounding="feedback"`': (
-                "refta R=48 calibrated rounding=feedback"
-            ),
-            "qrefta, R = 12": "windows R=12 calibrated rounding=sequential",
-            'qrefta, R = 12, `rounding="feedback"`': "windows R=12 calibrated rounding=feedback",
-            'qrefta, `method="lorta"`, R = 12, `rounding="feedback"`': (
-                "lorta R=12 calibrated rounding=feedback"
-            ),
+            **_both(48),
+            'qrefta, `method="refta"`, R = 48': ("refta R=48 calibrated rounding=feedback"),
+            **_both(12),
+            'qrefta, `method="lorta"`, R = 12': ("lorta R=12 calibrated rounding=feedback"),
             "qrefta, R = 48, 3 bits": "windows R=48 bits=3 calibrated rounding=sequential",
             "qrefta, R = 48, 3 bits, `block_size=64`": (
                 "windows R=48 bits=3 block_size=64 calibrated rounding=sequential"
@@ -157,10 +153,8 @@ STUDIES = [
         {
             "QLoRA, r = 8": "qlora r=8",
             "QLoRA, r = 2": "qlora r=2",
-            "qrefta, R = 48": "windows R=48 calibrated rounding=sequential",
-            'qrefta, R = 48, `rounding="feedback"`': "windows R=48 calibrated rounding=feedback",
-            "qrefta, R = 12": "windows R=12 calibrated rounding=sequential",
-            'qrefta, R = 12, `rounding="feedback"`': "windows R=12 calibrated rounding=feedback",
+            **_both(48),
+            **_both(12),
         },
     ),
 ]

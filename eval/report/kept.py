@@ -43,7 +43,7 @@ class Target(NamedTuple):
 WIKITEXT = "wikitext2/test.txt"
 SHAKESPEARE = "tinyshakespeare/input.txt"
 ROUNDED = Base(calibration=TEXT, scales="searched", rounding="feedback")
-ORDERED = ROUNDED._replace(rounding="sequential")  # `prepare` with text
+ORDERED = ROUNDED._replace(rounding="sequential")
 THREE_BITS = ROUNDED._replace(quant_type="nf3", double_quant=True)
 MIXED_BITS = ORDERED._replace(quant_type=None, target_bits=3.3, double_quant=True)
 MORE_TEXT = MIXED_BITS._replace(target_bits=3.6, block_size=32, calibration=MUCH_TEXT[0])
@@ -65,14 +65,14 @@ SELECTED = {
     f"QERA, R = {R}": Base("qera", R, TEXT),
     "GPTQ on NF4 (absmax scales, larger inputs first)": Base("gptq-ordered", calibration=TEXT),
     "qrefta, without calibration": UNCALIBRATED(),
-    "qrefta, calibrated on generic text": ORDERED._replace(calibration=HALF_TEXT, generic=True),
-    "qrefta, double quantization": ORDERED._replace(double_quant=True),
-    "qrefta": ORDERED,
-    'qrefta, `rounding="feedback"`': ROUNDED,
-    'qrefta, `rounding="feedback"`, generic text': ROUNDED._replace(
+    "qrefta, calibrated on generic text": ROUNDED._replace(calibration=HALF_TEXT, generic=True),
+    "qrefta": ROUNDED,
+    f'qrefta, `method="refta"`, R = {R}': ROUNDED._replace(rank=R, refine=1),
+    'qrefta, `rounding="sequential"`, generic text': ORDERED._replace(
         calibration=HALF_TEXT, generic=True
     ),
-    f'qrefta, `method="refta"`, R = {R}': ORDERED._replace(rank=R, refine=1),
+    'qrefta, `rounding="sequential"`': ORDERED,
+    'qrefta, `rounding="sequential"`, double quantization': ORDERED._replace(double_quant=True),
     "GPTQ on NF3 (absmax scales, larger inputs first)": Base(
         "gptq-ordered", 0, TEXT, quant_type="nf3", double_quant=True
     ),

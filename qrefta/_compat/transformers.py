@@ -304,7 +304,9 @@ def checkpointing_options(model: nn.Module) -> list[dict[str, Any]]:
     blocks: list[Any] = [
         module for module in model.modules() if getattr(module, "gradient_checkpointing", False)
     ]
-    return [block._gradient_checkpointing_func.keywords for block in blocks]
+    # code in a model's folder may set the mark and call torch's function itself
+    functions = [getattr(block, "_gradient_checkpointing_func", None) for block in blocks]
+    return [function.keywords for function in functions if function is not None]
 
 
 _MASK_OF_FRAMES = "_get_feature_vector_attention_mask"

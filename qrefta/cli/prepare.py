@@ -57,9 +57,9 @@ def prepare(
 ) -> None:
     """Store a checkpoint in 4 bits, with trainable factors.
 
-    With text to calibrate on, the model is in memory and its layers are rounded in their order.
-    Without, with --moments and with --rounding feedback, weights are read a few rows at a time;
-    this goes on after an interruption when the same command is given again.
+    With text, the model is loaded to calibrate on it. With fewer than four bits or rank 0 its
+    layers are then rounded in the order in which they run. Else weights are read a few rows at a
+    time; this goes on after an interruption when the same command is given again.
     """
     quiet_libraries(data=False)
     from qrefta._prepare import prepare_checkpoint

@@ -300,7 +300,10 @@ class Settings:
 
     @property
     def may_round_in_order(self) -> bool:
-        """Whether layers are rounded in the order in which they run, where that is possible."""
+        """Whether layers are rounded in the order in which they run, where that is possible.
+
+        rounding="auto" does so where it pays: below four bits, and without factors.
+        """
         if self.rounding == AUTO_ROUNDING:
             return self.bits != 16 and (self.bits != 4 or self.rank == 0)
         return self.must_round_in_order

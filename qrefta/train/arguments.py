@@ -60,6 +60,10 @@ TASK_VALUES: dict[TaskName, dict[str, Any]] = {
 }
 UNSUPPORTED = {
     "push_to_hub": "push the folder after the run, with model.push_to_hub or `hf upload`",
+    **dict.fromkeys(
+        ("bf16_full_eval", "fp16_full_eval"),
+        "Trainer would round the trained model; bf16=True computes in bfloat16",
+    ),
     "resume_from_checkpoint": "use finetune(..., resume=True), which takes the last checkpoint",
 }
 GENERATIONS = 8  # of grpo: answers to a prompt, by default of TRL
@@ -170,13 +174,15 @@ def _check_size(values: dict[str, Any]) -> None:
         whole(_named(field), values.get(field, 1), 1)
     seed_value(_named("seed"), values.get("seed", 0))
     steps = values.get("max_steps", -1)
-    if isinstance(steps, bool) or not isinstance(steps, Integral):
+    wrong = isinstance(steps, bool) or not isinstance(steps, Integral)
+    if wrong or (steps != -1 and steps < 1):
         raise ValueError(
-            f"{_named('max_steps')} is {steps!r}; it must be a whole number of steps, or -1 for "
-            "the length in epochs"
+            f"{_named('max_steps')} is {steps!r}; it must be a whole number of steps, or "
+            "-1 for the length in epochs"
         )
     epochs = values["num_train_epochs"]
-    if steps < 1 and not (isinstance(epochs, int | float) and 0 < epochs < inf):
+    is_number = isinstance(epochs, int | float)
+    if not is_number or (steps < 1 and not 0 < epochs < inf):
         raise ValueError(
             f"{_named('num_train_epochs')} is {epochs!r}; it must be a number above 0, or give the "
             f"steps of the run by {_named('max_steps')}"

@@ -1,5 +1,6 @@
 """Evaluations during a run: how often, by which metric, and when they stop it."""
 
+from collections.abc import Sized
 from typing import Any
 
 from transformers import IntervalStrategy, TrainerCallback, TrainingArguments
@@ -28,6 +29,24 @@ def check_metric(arguments: TrainingArguments, recipe: Recipe, task: TaskName) -
             f"metric_for_best_model is {arguments.metric_for_best_model!r}; this task measures "
             f"{' and '.join(metrics)}"
         )
+
+
+def check_full_batches(arguments: TrainingArguments, recipe: Recipe) -> None:
+    """Refuse to drop the last batch of a split that has no other."""
+    if not arguments.dataloader_drop_last:
+        return
+    splits = {
+        "train": (recipe.train, arguments.train_batch_size),
+        "test": (recipe.test, arguments.eval_batch_size),
+    }
+    for name, (part, of_process) in splits.items():
+        batch = of_process * arguments.world_size
+        if isinstance(part, Sized) and len(part) < batch:
+            raise ValueError(
+                f"dataloader_drop_last is True, and the {name} split has {len(part)} rows, fewer "
+                f"than a batch of {batch}, so that none is left; leave it out, or take a smaller "
+                "batch size"
+            )
 
 
 def patience(early_stopping: Any) -> int:

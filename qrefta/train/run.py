@@ -29,6 +29,7 @@ from qrefta.train.checkpointing import follow_arguments
 from qrefta.train.checkpoints import WholeCheckpoints, publish, writing
 from qrefta.train.evaluating import (
     EvaluationTime,
+    check_full_batches,
     check_metric,
 )
 from qrefta.train.forward import own_forward
@@ -96,6 +97,7 @@ def train(
     """
     run = Path(str(arguments.output_dir))
     check_metric(arguments, recipe, task)
+    check_full_batches(arguments, recipe)
     _check_generation(model)
     marks = run_marks(model, recipe.train, recipe.test, arguments)
     checkpoint = checkpoint_of(run, resume, model, marks)

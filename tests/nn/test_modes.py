@@ -21,6 +21,7 @@ from qrefta._compat.transformers import enable_checkpointing
 from qrefta.config.stack import BANK
 from qrefta.hf_config import QReftaConfig
 from qrefta.model.device_map import place_bank
+from qrefta.model.prepared import is_prepared
 from qrefta.train.arguments import training_arguments
 from qrefta.train.finetune import finetune
 from qrefta.train.models import load_classifier
@@ -113,6 +114,13 @@ def test_reentrant_checkpointing_is_refused_with_the_reason(options):
     enable_checkpointing(model, {"use_reentrant": False})
     model.gradient_checkpointing_disable()
     copy.deepcopy(model)
+
+
+def test_a_mark_of_checkpointing_without_its_function_is_left_alone():
+    """Code in a model's folder may call torch's function itself."""
+    model = models.tiny_llama()
+    model.model.gradient_checkpointing = True
+    assert is_prepared(qrefta.prepare(model, rank=2, progress=False))
 
 
 @old_name

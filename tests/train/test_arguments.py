@@ -79,6 +79,16 @@ def test_keywords_fill_the_fields_that_args_leave_at_their_defaults(model):
         ({"seed": 4}, {"seed": 0}, "seed=0 .*seed=4"),
         ({"disable_tqdm": True}, {"progress": True}, "progress=True .*disable_tqdm=True"),
         ({}, {"output_dir": "other"}, "output_dir='other' .*output_dir='out'"),
+        (
+            {"bf16_full_eval": True, "use_cpu": True},
+            {},
+            r"args\.bf16_full_eval is not supported; Trainer would round",
+        ),
+        (
+            {"fp16_full_eval": True, "use_cpu": True},
+            {},
+            r"args\.fp16_full_eval is not supported; Trainer would round",
+        ),
         ({"push_to_hub": True}, {}, r"args\.push_to_hub is not supported; push the folder"),
         (
             {"resume_from_checkpoint": "x"},
@@ -104,7 +114,10 @@ def test_contradictions_of_args_are_refused(given, keywords, message, model):
         ({"max_steps": 1.5}, "max_steps (--max-steps) is 1.5; it must be a whole number of steps"),
         ({"epochs": -1}, "epochs (--epochs) is -1; it must be a number above 0, or give the steps"),
         ({"epochs": nan}, "epochs (--epochs) is nan; it must be a number above 0"),
-        ({"epochs": inf, "max_steps": 0}, "is inf; it must be a number above 0"),
+        ({"max_steps": 0}, "max_steps (--max-steps) is 0; it must be a whole number of steps, or"),
+        ({"max_steps": -5}, "max_steps (--max-steps) is -5; it must be a whole number of steps"),
+        ({"epochs": inf}, "is inf; it must be a number above 0"),
+        ({"epochs": "3", "max_steps": 1}, "epochs (--epochs) is '3'; it must be a number above 0"),
         ({"loss": "last"}, "loss='last' (--loss) is for the task sft; the task is 'classify'"),
         ({"loss": "first"}, "loss is 'first'; it must be one of all, last"),
         ({"learning_rate": -1}, "learning_rate is -1; it must be a positive number"),

@@ -64,6 +64,17 @@ SHAREGPT = [
         ),
         ({"instruction": "what is sky ?", "input": "", "output": "blue"}, QUESTION + ANSWER),
         (
+            {"instruction": "what is", "context": "sky ?", "output": "blue"},
+            [{"role": "user", "content": "what is\n\nsky ?"}, *ANSWER],
+        ),
+        (
+            {
+                "system_prompt": "be short",
+                "conversations": SHAREGPT,
+            },
+            [{"role": "system", "content": "be short"}, *QUESTION, *ANSWER],
+        ),
+        (
             {"instruction": "what is sky ?", "output": "blue", "history": [["is", "red"]]},
             [
                 {"role": "user", "content": "is"},

@@ -41,6 +41,8 @@ METHODS = [{"method": "windows"}, {"method": "refta", "refine": 0}]
             "rejected": {"from": "gpt", "value": "red"},
         },
         {"messages": QUESTION + ANSWER, "chosen": ANSWER, "rejected": WORSE},
+        {"chosen": QUESTION + ANSWER + QUESTION, "rejected": QUESTION + WORSE},
+        {"prompt": QUESTION, "chosen": ANSWER, "rejected": WORSE + QUESTION},
     ],
 )
 def test_the_usual_columns_become_pairs(row, tmp_path):
@@ -53,10 +55,11 @@ def test_pairs_of_text_stay_text_and_system_turns_and_tools_are_kept(tmp_path):
     row = {"prompt": "sky is", "chosen": " blue", "rejected": " red"}
     data = load_preferences(write_rows(tmp_path / "text.jsonl", [row] * 4), 0)
     assert data["train"][0] == row
-    row = {"system": "red", "question": "q", "chosen": "a", "rejected": "b", "tools": [{"n": 1}]}
-    data = load_preferences(write_rows(tmp_path / "turns.jsonl", [row] * 4), 0)
-    assert data["train"][0]["prompt"][0] == {"role": "system", "content": "red"}
-    assert data["train"][0]["tools"] == [{"n": 1}]
+    row = {"question": "q", "chosen": "a", "rejected": "b", "tools": [{"n": 1}]}
+    for system in ("system", "system_prompt"):
+        data = load_preferences(write_rows(tmp_path / "a.jsonl", [row | {system: "red"}] * 4), 0)
+        assert data["train"][0]["prompt"][0] == {"role": "system", "content": "red"}
+        assert data["train"][0]["tools"] == [{"n": 1}]
 
 
 def test_text_with_a_history_or_a_system_message_becomes_turns(tmp_path):

@@ -47,7 +47,7 @@ def train(start, tmp_path):
             if key in settings
         }
         args = training_arguments(
-            "classify", tmp_path / name, per_device_train_batch_size=8, **settings
+            "classify", tmp_path / name, **{"per_device_train_batch_size": 8} | settings
         )
         result = finetune(
             model, tiny_tokenizer(), color_data(), args=args, callbacks=callbacks, **keywords
@@ -315,6 +315,15 @@ def test_a_metric_that_the_task_does_not_have_is_refused_before_the_run(train, t
     message = "metric_for_best_model is 'f1'; this task measures loss and accuracy"
     with pytest.raises(ValueError, match=message):
         train(**BEST, metric_for_best_model="f1")
+    assert not list(tmp_path.glob("**/checkpoint-*"))
+
+
+def test_a_batch_larger_than_a_split_cannot_be_dropped(train, tmp_path):
+    message = r"dataloader_drop_last is True, and the (train|test) split has \d+ rows, fewer than a"
+    with pytest.raises(ValueError, match=message):
+        train(dataloader_drop_last=True, per_device_train_batch_size=1000)
+    with pytest.raises(ValueError, match=message.replace("train|", "")):
+        train(dataloader_drop_last=True, per_device_eval_batch_size=1000)
     assert not list(tmp_path.glob("**/checkpoint-*"))
 
 

@@ -9,6 +9,10 @@ from transformers import (
     BertModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    XLMConfig,
+    XLMWithLMHeadModel,
+    XLNetConfig,
+    XLNetLMHeadModel,
 )
 
 import qrefta
@@ -34,6 +38,17 @@ def neox():
     return build(GPTNeoXForCausalLM, GPTNeoXConfig(vocab_size=VOCAB, **sizes))
 
 
+def xlnet():
+    """Its config has no entry is_decoder, and it sees the next token."""
+    config = XLNetConfig(vocab_size=VOCAB, d_model=32, n_layer=2, n_head=4, d_inner=64)
+    return build(XLNetLMHeadModel, config)
+
+
+def xlm():
+    """As XLNet."""
+    return build(XLMWithLMHeadModel, XLMConfig(vocab_size=VOCAB, emb_dim=32, n_layers=2, n_heads=4))
+
+
 FITTING = {
     "gpt-neox": (neox, CAUSAL),
     "llama": (tiny_llama, CAUSAL),
@@ -42,6 +57,8 @@ FITTING = {
     "a text classifier": (classifier, ("classify",)),
     "an image classifier": (tiny_vit, ("image",)),
     "a BERT that sees the next token": (lambda: bert(BertLMHeadModel), ()),
+    "xlnet": (xlnet, ()),
+    "xlm": (xlm, ()),
     "a masked language model": (lambda: bert(BertForMaskedLM), ()),
     "a model without a head": (lambda: bert(BertModel), ()),
     "an encoder-decoder": (tiny_t5, ()),

@@ -1,5 +1,6 @@
 """The data and batches of every task, and a training run of each."""
 
+import re
 from pathlib import Path
 
 import datasets
@@ -95,6 +96,20 @@ def test_images_of_a_test_folder_inside_a_class_are_tested_on(tmp_path):
     data = load_images(tmp_path, 0)
     assert names_of(data["train"]) == {"a.png": "cat", "c.png": "dog"}
     assert names_of(data["test"]) == {"b.png": "cat", "d.png": "dog"}
+
+
+def test_a_damaged_image_is_named(pictures):
+    file = pictures / "train" / "blue" / "0.png"
+    file.write_bytes(file.read_bytes()[:-30])
+    model = tiny_vit()
+    model.config.num_labels = 2
+    processor = ViTImageProcessor(size={"height": 16, "width": 16})
+    recipe = image_classes(model, processor, load_images(pictures, 0))
+    message = (
+        rf"An image of the train split cannot be read \({re.escape(str(file))}\): .*Replace it"
+    )
+    with pytest.raises(ValueError, match=message):
+        recipe.train[:]
 
 
 def test_hidden_files_are_no_images(tmp_path):

@@ -20,6 +20,7 @@ from qrefta.train.tasks.turns import (
     is_empty,
     question_of,
     turns_of,
+    up_to_answer,
     with_system,
 )
 from qrefta.train.trl import load_trl
@@ -141,7 +142,7 @@ def _pair(row: dict[str, Any], where: str, plain: bool) -> dict[str, Any]:
     answers = {}
     for name in _ANSWERS:
         place = f"{where}, column {name}"
-        answers[name] = turns_of(answer_turns(row[name], place), place)
+        answers[name] = up_to_answer(turns_of(answer_turns(row[name], place), place))
     common = _common_turns(*answers.values())
     answers = {name: turns[len(common) :] for name, turns in answers.items()}
     asks = any(not is_empty(row.get(name)) for name in QUESTIONS)

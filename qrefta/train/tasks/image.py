@@ -139,13 +139,29 @@ def _with_pixels(part: Dataset, processor: BaseImageProcessor, split: str) -> Da
     """The rows of a split as inputs of the model, computed when a row is read."""
 
     def pixels(rows: dict[str, list[Any]]) -> dict[str, Any]:
-        colored: Any = [_colored(image) for image in rows["image"]]
+        colored: Any = [_colored(_opened(stored, split)) for stored in rows["image"]]
         if None in colored:
             raise _unknown_range(part, split)
         values = processor(colored, return_tensors="pt")["pixel_values"]
         return {"pixel_values": values, "label": rows["label"]}
 
-    return part.with_transform(pixels)
+    return part.cast_column("image", Image(decode=False)).with_transform(pixels)
+
+
+def _opened(stored: dict[str, Any], split: str) -> "PIL.Image.Image":
+    """The image of a row.
+
+    Raises:
+        ValueError: if it is damaged; it names the file, if there is one.
+    """
+    try:
+        return Image().decode_example(stored)
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow has no class for all of them
+        place = stored["path"] or "one without a file"
+        raise ValueError(
+            f"An image of the {split} split cannot be read ({place}): {error}. Replace it, or "
+            "remove the row."
+        ) from error
 
 
 def _colored(image: "PIL.Image.Image") -> "PIL.Image.Image | None":

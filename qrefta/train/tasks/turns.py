@@ -2,7 +2,8 @@
 
 Known are the columns messages and conversations (turns with role and content, or ShareGPT's from
 and value), instruction, input and output (Alpaca) with history (pairs of earlier questions and
-answers), and prompt with completion; besides them system and tools. Text in prompt and completion
+answers), and prompt with completion; besides them system (or system_prompt) and tools. Dolly calls
+the input context. Text in prompt and completion
 without history, system and tools is no conversation, but text to be continued. A turn of the
 assistant with the weight 0 (OpenAI's) or with train false (Axolotl's) is read and not learned. In a
 cell of a csv file turns are written as JSON, or as Python writes a list.
@@ -41,12 +42,15 @@ COLUMNS = (
     "question",
     "instruction",
     "input",
+    "context",
     "output",
     "history",
     "system",
+    "system_prompt",
     "tools",
 )
-_CONTEXT = ("system", "history", "tools")
+_SYSTEM = ("system", "system_prompt")
+_CONTEXT = (*_SYSTEM, "history", "tools")
 _LAYOUTS = (
     ("prompt", "completion"),
     ("messages",),
@@ -105,14 +109,18 @@ def conversation(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
             assistant.
     """
     column, given = _given_turns(row, where)
-    turns = with_system(turns_of(given, f"{where}, column {column}"), row)
-    while turns and turns[-1]["role"] != "assistant":
-        turns.pop()
+    turns = up_to_answer(with_system(turns_of(given, f"{where}, column {column}"), row))
     if not turns:
         raise ValueError(
             f"{where}, column {column}: none of the {len(given)} turns is the assistant's."
         )
     return turns
+
+
+def up_to_answer(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The turns up to the assistant's last; empty, if there is none."""
+    answers = [number for number, turn in enumerate(turns, 1) if turn["role"] == "assistant"]
+    return turns[: max(answers, default=0)]
 
 
 def _given_turns(row: dict[str, Any], where: str) -> tuple[str, list[Any]]:
@@ -193,10 +201,11 @@ def turns_of(given: list[Any], where: str) -> list[dict[str, Any]]:
 
 
 def with_system(turns: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The turns behind the content of the row's column system, unless they have such a turn."""
-    if not row.get("system") or (turns and turns[0]["role"] == "system"):
+    """The turns behind the row's system message, unless they have such a turn."""
+    message = next((row[name] for name in _SYSTEM if row.get(name)), None)
+    if message is None or (turns and turns[0]["role"] == "system"):
         return turns
-    return [{"role": "system", "content": row["system"]}, *turns]
+    return [{"role": "system", "content": message}, *turns]
 
 
 def _opening(prompt: Any, where: str) -> list[Any]:
@@ -208,7 +217,7 @@ def _opening(prompt: Any, where: str) -> list[Any]:
 
 
 def _instruction(row: dict[str, Any], where: str) -> str:
-    parts = {name: row.get(name) for name in ("instruction", "input")}
+    parts = {name: row.get(name) for name in ("instruction", "input", "context")}
     for name, part in parts.items():
         if part is not None and not isinstance(part, str):
             raise ValueError(f"{where}, column {name}, is {reprlib.repr(part)}; write it as text.")
