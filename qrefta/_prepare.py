@@ -34,7 +34,7 @@ from qrefta.methods import METHODS
 from qrefta.model.adapters import check_no_peft
 from qrefta.model.build import freeze, with_trained_modules
 from qrefta.model.check import check_in_memory
-from qrefta.model.modes import as_written
+from qrefta.model.modes import without_autocast_and_compile
 from qrefta.model.prepared import is_prepared
 from qrefta.model.stacks import find_stacks
 from qrefta.model.unquantized import warn_of_unquantized
@@ -154,7 +154,7 @@ def prepare(
     return _prepare(model, chosen, batches_of, moments, device, progress)
 
 
-@as_written()
+@without_autocast_and_compile()
 def _prepare(
     model: PreTrainedModel,
     chosen: Settings,
@@ -282,7 +282,7 @@ def _dense_of_gguf(source: str | Path, max_memory: int | str) -> PreTrainedModel
     return AutoModelForCausalLM.from_pretrained(**pretrained_source(source), dtype="auto")
 
 
-@as_written()
+@without_autocast_and_compile()
 def calibrate(
     model: PreTrainedModel,
     calibration: Calibration,

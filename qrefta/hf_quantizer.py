@@ -27,12 +27,12 @@ from transformers.quantizers.base import HfQuantizer
 
 from qrefta._compat.hub import cached_hub_file, commit_hash
 from qrefta._compat.saving import being_saved, owner_being_saved, set_upload, upload
-from qrefta._compat.torch import plain_tensors
+from qrefta._compat.torch import cpu_float32_defaults
 from qrefta.config.stack import BANK
 from qrefta.files.json_file import read_json
 from qrefta.files.layout import weight_files
 from qrefta.files.verify import LIST, check_layout, check_saved, check_settings, is_switched_off
-from qrefta.files.whole_file import clear_unfinished
+from qrefta.files.whole_file import remove_temporary_files
 from qrefta.hf_config import QReftaConfig
 from qrefta.model.adapters import check_no_peft
 from qrefta.model.config_file import check_config, check_counts, read_config
@@ -167,7 +167,7 @@ class QReftaQuantizer(HfQuantizer):
             return state, {}
         if folder is not None:
             if not dist.is_initialized():  # other processes may be writing to the same folder
-                clear_unfinished(folder)
+                remove_temporary_files(folder)
             write_card(folder, self.quantization_config)
         return state, saved_checksums(model, state).metadata()
 
@@ -299,7 +299,7 @@ class QReftaQuantizer(HfQuantizer):
         else:
             device = first_accelerator(device_map or {}) or "cpu"
         out = Path(self._made.name) / "prepared"
-        with plain_tensors():
+        with cpu_float32_defaults():
             convert(
                 folder,
                 out,

@@ -35,10 +35,9 @@ class _Mixed(LowRankFactors):
         self, layers: int, out_features: int, in_features: int, rank: int, dtype: torch.dtype
     ) -> None:
         super().__init__(layers, out_features, in_features, rank, dtype)
-        master = torch.promote_types(dtype, torch.float32)
-        self.A = nn.Parameter(torch.zeros(out_features, rank, dtype=master))
-        self.B = nn.Parameter(torch.zeros(rank, in_features, dtype=master))
-        self.C = nn.Parameter(torch.zeros(layers, rank, dtype=master))
+        self.A = nn.Parameter(torch.zeros(out_features, rank, dtype=self.master_dtype))
+        self.B = nn.Parameter(torch.zeros(rank, in_features, dtype=self.master_dtype))
+        self.C = nn.Parameter(torch.zeros(layers, rank, dtype=self.master_dtype))
         # m_l, float32 as raw bytes: a bf16 conversion of the model must not round it.
         self.mix = frozen(torch.empty(layers, 4 * rank, dtype=torch.uint8))
 
@@ -148,9 +147,8 @@ class ReFTAHalf(_Fitted):
         kept = self.fitted(rank)
         super().__init__(layers, out_features, in_features, rank - kept, dtype)
         self.rank = rank
-        master = torch.promote_types(dtype, torch.float32)
-        self.left = frozen(torch.zeros(out_features, kept, dtype=master))
-        self.right = frozen(torch.zeros(kept, in_features, dtype=master))
+        self.left = frozen(torch.zeros(out_features, kept, dtype=self.master_dtype))
+        self.right = frozen(torch.zeros(kept, in_features, dtype=self.master_dtype))
         self.kept_mix = frozen(torch.empty(layers, 4 * kept, dtype=torch.uint8))
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Every private name of torch, transformers, accelerate and bitsandbytes that qrefta uses.
+"""Every private name of other packages that qrefta uses.
 
 There is one module for each package. A private name can change in any release. The names stand
 here, each with the reason, the oldest release in which it was checked, and a replacement.

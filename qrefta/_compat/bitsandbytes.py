@@ -3,7 +3,7 @@
 import bitsandbytes.functional as bnb
 from torch import Tensor
 
-from qrefta._compat.torch import plain_tensors
+from qrefta._compat.torch import cpu_float32_defaults
 
 __all__ = ["levels_4bit", "levels_8bit", "nest_scales"]
 
@@ -13,7 +13,7 @@ def levels_8bit() -> Tensor:
 
     If it goes: keep the table here; it is a constant of the file format.
     """
-    with plain_tensors():
+    with cpu_float32_defaults():
         return bnb.create_dynamic_map()
 
 
@@ -22,7 +22,7 @@ def levels_4bit(quant_type: str) -> Tensor:
 
     If it goes: keep the two tables here; they are constants of the file format.
     """
-    with plain_tensors():
+    with cpu_float32_defaults():
         return bnb.get_4bit_type(quant_type, device="cpu")
 
 

@@ -11,7 +11,7 @@ from transformers.utils.hub import PushToHubMixin
 __all__ = ["being_saved", "owner_being_saved", "set_upload", "upload"]
 
 
-class Saving(NamedTuple):
+class SaveCall(NamedTuple):
     """A call of `save_pretrained`.
 
     Attributes:
@@ -23,7 +23,7 @@ class Saving(NamedTuple):
     state: Mapping[str, Tensor] | None = None
 
 
-def being_saved() -> Saving:
+def being_saved() -> SaveCall:
     """The `save_pretrained` that asks a quantizer for the model's state dict.
 
     It is called by the quantizer's `get_state_dict_and_metadata`. transformers passes quantizers
@@ -34,9 +34,9 @@ def being_saved() -> Saving:
     caller = sys._getframe(2)
     names = caller.f_locals
     if caller.f_code.co_name != "save_pretrained":
-        return Saving()
+        return SaveCall()
     folder = names.get("save_directory") if names.get("save_on_this_rank") else None
-    return Saving(None if folder is None else Path(folder), names.get("state_dict"))
+    return SaveCall(None if folder is None else Path(folder), names.get("state_dict"))
 
 
 def owner_being_saved() -> object | None:

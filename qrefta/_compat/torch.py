@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 __all__ = [
     "FakeTensorMode",
     "TorchDispatchMode",
+    "cpu_float32_defaults",
     "default_store",
     "direct_children",
     "direct_parameters",
@@ -33,7 +34,6 @@ __all__ = [
     "move_hooks",
     "operator_schema",
     "plain_functions",
-    "plain_tensors",
     "storage_id",
     "tree_leaves",
     "version_counter",
@@ -42,7 +42,7 @@ __all__ = [
 
 
 @contextmanager
-def plain_tensors() -> Iterator[None]:
+def cpu_float32_defaults() -> Iterator[None]:
     """Within this context tensors are made on the CPU and in float32, whatever the defaults are.
 
     transformers builds a model on meta in its dtype, and `torch.set_default_dtype` is for models;

@@ -33,9 +33,9 @@ from qrefta.config.report import StackReport
 from qrefta.export.compare import Reference, output_difference, reference
 from qrefta.export.gguf_vocab import add_vocabulary
 from qrefta.export.modelfile import MODELFILE, modelfile
-from qrefta.export.result import Export, agreed
+from qrefta.export.result import Export, check_agreement
 from qrefta.export.write import (
-    Stored,
+    LayerTensors,
     check_exportable,
     check_tokenizer,
     dense_tensors,
@@ -164,7 +164,7 @@ def export_gguf(
         made = Path(folder, file.name)
         _write(model, family, made, type, tokenizer)
         difference = _largest_difference(model, family, made, expected)
-        agreed(difference, TOLERANCES[type] if tolerance is None else tolerance, _FIX)
+        check_agreement(difference, TOLERANCES[type] if tolerance is None else tolerance, _FIX)
         text = modelfile(file.name, tokenizer, model.generation_config)
         Path(folder, MODELFILE).write_text(text, encoding="utf-8")
         made.replace(file)
@@ -375,7 +375,7 @@ def _sizes(layer: AdaptedLinear, row: StackReport) -> dict[str, Tensor]:
 
 
 def _tensors(
-    model: PreTrainedModel, family: _Family, dtype: torch.dtype, stored: Stored
+    model: PreTrainedModel, family: _Family, dtype: torch.dtype, stored: LayerTensors
 ) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of the file, in the form that llama.cpp expects.
 

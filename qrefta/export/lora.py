@@ -22,7 +22,7 @@ from qrefta.config.checks import whole
 from qrefta.export.adapter import import_peft, with_adapter, write_adapter
 from qrefta.export.compare import Reference, reference
 from qrefta.export.lora_base import cast_as_loaded, original_base, residual_base
-from qrefta.export.result import ROUNDING_TOLERANCE, Export, agreed, check_floating
+from qrefta.export.result import ROUNDING_TOLERANCE, Export, check_agreement, check_floating
 from qrefta.export.updates import check_original, check_start, layer_updates, starting_factors
 from qrefta.export.write import (
     check_exportable,
@@ -152,7 +152,7 @@ def export_lora(
         exact = base != "original" and written.error == 0
         default = ROUNDING_TOLERANCE if exact else APPROXIMATION_TOLERANCE
         difference = _difference(expected, with_adapter(bare, folder), base)
-        agreed(difference, default if tolerance is None else tolerance, _FIXES[base])
+        check_agreement(difference, default if tolerance is None else tolerance, _FIXES[base])
         copy_tokenizer(model, folder, tokenizer)
         largest = max(written.ranks)
         text = f"This is the trained part as a LoRA of rank {largest} on {_DESCRIPTIONS[base]}."

@@ -17,7 +17,7 @@ from qrefta._compat.transformers import (
 from qrefta.config.report import StackReport
 from qrefta.config.stack import BANK, expert_path
 from qrefta.export.compare import Reference, reference, run_from_disk
-from qrefta.export.result import ROUNDING_TOLERANCE, Export, agreed, check_floating
+from qrefta.export.result import ROUNDING_TOLERANCE, Export, check_agreement, check_floating
 from qrefta.export.write import (
     check_complete,
     check_exportable,
@@ -127,7 +127,8 @@ def _check_folder(
     """The difference of the logits of a dense folder, which is read from disk as it runs."""
     difference = expected.difference(run_from_disk(model, folder, dtype))
     fix = "Give inputs that the model was made for, a wider dtype, or a larger tolerance."
-    return agreed(difference, tolerance, fix)
+    check_agreement(difference, tolerance, fix)
+    return difference
 
 
 def _merge_in_place(

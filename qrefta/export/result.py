@@ -42,8 +42,8 @@ def check_floating(dtype: torch.dtype) -> None:
         )
 
 
-def agreed(difference: float, tolerance: float, fix: str) -> float:
-    """`difference`, if it is within `tolerance`.
+def check_agreement(difference: float, tolerance: float, fix: str) -> None:
+    """Refuse a difference beyond a tolerance.
 
     Args:
         difference: relative difference of the logits.
@@ -51,10 +51,10 @@ def agreed(difference: float, tolerance: float, fix: str) -> float:
         fix: a sentence for the error message.
 
     Raises:
-        ValueError: if it is not.
+        ValueError: if it is larger, or no number.
     """
     if difference <= tolerance:
-        return difference
+        return
     raise ValueError(
         f"The logits of the written model differ from the model's by {difference:.3g} of their "
         f"size, and {tolerance:g} are allowed; nothing was kept. {fix}"

@@ -39,7 +39,7 @@ from qrefta.model.prepared import is_prepared, prepared_config
 from qrefta.nn.linear import AdaptedLinear, adapted_layer, has_adapted_layer
 
 # The tensors of an adapted linear layer, without its bias, by their names in the module.
-Stored = Callable[[AdaptedLinear, StackReport], Mapping[str, Tensor]]
+LayerTensors = Callable[[AdaptedLinear, StackReport], Mapping[str, Tensor]]
 
 
 def check_complete(model: PreTrainedModel) -> None:
@@ -73,7 +73,7 @@ def write_model(
     model: PreTrainedModel,
     folder: Path,
     dtype: torch.dtype,
-    stored: Stored,
+    stored: LayerTensors,
     quantization: QuantizationConfigMixin | None = None,
     max_shard_size: int | str = "2GB",
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -216,7 +216,7 @@ def wanted_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch
 
 
 def plain_tensors(
-    model: PreTrainedModel, dtype: torch.dtype, stored: Stored, quantized: bool = False
+    model: PreTrainedModel, dtype: torch.dtype, stored: LayerTensors, quantized: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the plain model by its full name, in its final dtype; tied tensors once.
 
@@ -260,7 +260,7 @@ def _converted(model: PreTrainedModel, name: str, tensor: Tensor, dtype: torch.d
 
 
 def _fused(
-    model: PreTrainedModel, path: str, row: StackReport, dtype: torch.dtype, stored: Stored
+    model: PreTrainedModel, path: str, row: StackReport, dtype: torch.dtype, stored: LayerTensors
 ) -> Tensor:
     """The parameter of all experts of a block, in its final dtype."""
     wanted = wanted_dtype(model, path, dtype)

@@ -41,7 +41,7 @@ _LARGEST_HEADER = 100_000_000
 _LARGEST = (1 << 63) - 1  # size of a file or tensor
 
 
-class Stored(NamedTuple):
+class TensorLocation(NamedTuple):
     """Where a tensor lies in a file."""
 
     file: Path
@@ -50,7 +50,7 @@ class Stored(NamedTuple):
     offset: int
     nbytes: int
 
-    def at(self, index: int) -> "Stored":
+    def at(self, index: int) -> "TensorLocation":
         """The tensor number `index` along the first axis."""
         nbytes = self.nbytes // self.shape[0]
         return self._replace(
@@ -65,7 +65,7 @@ class DtypeError(ValueError):
 class Header(NamedTuple):
     """The header of a file."""
 
-    tensors: dict[str, Stored]
+    tensors: dict[str, TensorLocation]
     metadata: dict[str, str]
 
 
@@ -111,7 +111,7 @@ def _metadata(header: Any) -> dict[str, str]:
     return metadata
 
 
-def _check_offsets(tensors: Iterable[Stored], start: int, size: int) -> None:
+def _check_offsets(tensors: Iterable[TensorLocation], start: int, size: int) -> None:
     end = start
     for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):
         if tensor.offset != end:
@@ -129,7 +129,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _entry(file: Path, name: str, entry: dict[str, Any], data: int) -> Stored:
+def _entry(file: Path, name: str, entry: dict[str, Any], data: int) -> TensorLocation:
     start, end = entry["data_offsets"]
     shape = entry["shape"]
     if entry["dtype"] not in DTYPES:
@@ -142,7 +142,7 @@ def _entry(file: Path, name: str, entry: dict[str, Any], data: int) -> Stored:
     dtype = DTYPES[entry["dtype"]]
     if end - start != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name} has {end - start} bytes for {shape} of {entry['dtype']}")
-    return Stored(file, dtype, tuple(shape), data + start, end - start)
+    return TensorLocation(file, dtype, tuple(shape), data + start, end - start)
 
 
 def _is_size(value: Any) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qrefta.files.checksums import byte_view, tensor_checksum
-from qrefta.files.header import Stored, read_header
+from qrefta.files.header import TensorLocation, read_header
 from qrefta.files.layout import INDEX, shards_of
 
 _COPY_BYTES = 16 << 20
@@ -42,7 +42,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._tensors: dict[str, Stored] = {}
+        self._tensors: dict[str, TensorLocation] = {}
         for file, names in shards_of(folder).items():
             stored = read_header(folder / file).tensors
             missing = [name for name in names or [] if name not in stored]
@@ -160,13 +160,13 @@ class Checkpoint:
         """The checksum of a tensor's dtype, shape and bytes, in one pass over them."""
         return tensor_checksum(self.dtype(name), self.shape(name), self.bytes_of(name))
 
-    def _chunks(self, stored: Stored) -> Iterator[Tensor]:
+    def _chunks(self, stored: TensorLocation) -> Iterator[Tensor]:
         rows = stored.shape[0] if stored.shape else 1
         step = max(1, _COPY_BYTES * rows // max(stored.nbytes, 1))
         for first in range(0, rows, step):
             yield self._rows(stored, first, min(first + step, rows))
 
-    def _rows(self, stored: Stored, start: int, stop: int) -> Tensor:
+    def _rows(self, stored: TensorLocation, start: int, stop: int) -> Tensor:
         rest = stored.shape[1:]
         row_bytes = prod(rest) * stored.dtype.itemsize
         buffer = torch.empty(stop - start, *rest, dtype=stored.dtype)

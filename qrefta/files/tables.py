@@ -179,7 +179,7 @@ def _check_lines(file: Path) -> None:
                 raise ValueError(f"{shown}, is {line.strip()[:_SHOWN]!r}; it must be an object.")
 
 
-def as_written(row: dict[str, Any], features: Features) -> dict[str, Any]:
+def without_added_nulls(row: dict[str, Any], features: Features) -> dict[str, Any]:
     """A row without the keys that Arrow added: its structs have all keys of all rows, with None.
 
     Nulls of JSON stay, also within a struct.

@@ -20,7 +20,7 @@ from qrefta.files.json_file import read_json
 from qrefta.files.layout import INDEX, SINGLE, read_index, weight_files
 from qrefta.files.safetensors import Checkpoint
 from qrefta.files.shards import copy_shard
-from qrefta.files.whole_file import clear_unfinished
+from qrefta.files.whole_file import remove_temporary_files
 
 LIST = "qrefta_sha256.json"  # of format version 1
 SWITCH = "QREFTA_VERIFY"  # "0" loads without comparing checksums
@@ -148,7 +148,7 @@ def write_checksums(folder: str | Path) -> None:
         OSError: if a file cannot be written.
     """
     folder = Path(folder)
-    clear_unfinished(folder)
+    remove_temporary_files(folder)
     config = settings_checksum(read_json(folder / "config.json"))
     for file in weight_files(folder):
         checkpoint = Checkpoint.of_files([file])

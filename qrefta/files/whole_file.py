@@ -40,7 +40,7 @@ def replacing(path: Path, nbytes: int) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
-def clear_unfinished(folder: Path) -> None:
+def remove_temporary_files(folder: Path) -> None:
     """Remove the files that a killed process left in a folder under their temporary names.
 
     No other process may be writing to the folder.

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from yaml import YAMLError  # raised by ModelCard; huggingface-hub installs it
 
-from qrefta.files.whole_file import clear_unfinished, replace_text
+from qrefta.files.whole_file import remove_temporary_files, replace_text
 from qrefta.measure.compare import TextComparison
 from qrefta.model_card import NAME
 
@@ -48,7 +48,7 @@ def write_comparison(folder: str | Path, comparisons: Sequence[TextComparison]) 
             comments is missing in the card.
     """
     check_card(folder)
-    clear_unfinished(Path(folder))
+    remove_temporary_files(Path(folder))
     file = Path(folder) / NAME
     card = file.read_bytes().decode()
     replace_text(file, _with_section(card, _section(comparisons), file))

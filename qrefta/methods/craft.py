@@ -37,13 +37,12 @@ class CRAFT(LowRankFactors):
         ranks = self.rank_of(layers, out_features, in_features, rank)
         super().__init__(layers, out_features, in_features, ranks, dtype)
         r_layer, r_out, r_in = ranks
-        master = torch.promote_types(dtype, torch.float32)
-        self.layer_square = nn.Parameter(torch.zeros(r_layer, r_layer, dtype=master))
-        self.out_square = nn.Parameter(torch.zeros(r_out, r_out, dtype=master))
-        self.in_square = nn.Parameter(torch.zeros(r_in, r_in, dtype=master))
-        self.left = frozen(torch.empty(out_features, r_out, dtype=master))
-        self.right = frozen(torch.empty(r_in, in_features, dtype=master))
-        self.cores = frozen(torch.empty(r_layer, r_out, r_in, dtype=master))
+        self.layer_square = nn.Parameter(torch.zeros(r_layer, r_layer, dtype=self.master_dtype))
+        self.out_square = nn.Parameter(torch.zeros(r_out, r_out, dtype=self.master_dtype))
+        self.in_square = nn.Parameter(torch.zeros(r_in, r_in, dtype=self.master_dtype))
+        self.left = frozen(torch.empty(out_features, r_out, dtype=self.master_dtype))
+        self.right = frozen(torch.empty(r_in, in_features, dtype=self.master_dtype))
+        self.cores = frozen(torch.empty(r_layer, r_out, r_in, dtype=self.master_dtype))
         # U_layer, float32 as raw bytes: a bf16 conversion of the model must not round it.
         self.mix = frozen(torch.empty(layers, 4 * r_layer, dtype=torch.uint8))
 

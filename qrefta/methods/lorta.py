@@ -22,10 +22,9 @@ class LoRTA(LowRankFactors):
         self, layers: int, out_features: int, in_features: int, rank: int, dtype: torch.dtype
     ) -> None:
         super().__init__(layers, out_features, in_features, rank, dtype)
-        master = torch.promote_types(dtype, torch.float32)
-        self.A = nn.Parameter(torch.zeros(out_features, rank, dtype=master))
-        self.B = nn.Parameter(torch.empty(rank, in_features, dtype=master))
-        self.C = nn.Parameter(torch.zeros(layers, rank, dtype=master))
+        self.A = nn.Parameter(torch.zeros(out_features, rank, dtype=self.master_dtype))
+        self.B = nn.Parameter(torch.empty(rank, in_features, dtype=self.master_dtype))
+        self.C = nn.Parameter(torch.zeros(layers, rank, dtype=self.master_dtype))
 
     def draw(self, generator: torch.Generator) -> None:
         self.B.copy_(unit_rows(self.B, generator).to(self.dtype))

@@ -20,10 +20,9 @@ class LoTR(LowRankFactors):
         self, layers: int, out_features: int, in_features: int, rank: int, dtype: torch.dtype
     ) -> None:
         super().__init__(layers, out_features, in_features, rank, dtype)
-        master = torch.promote_types(dtype, torch.float32)
-        self.L = nn.Parameter(torch.empty(out_features, rank, dtype=master))
-        self.R = nn.Parameter(torch.empty(rank, in_features, dtype=master))
-        self.G = nn.Parameter(torch.zeros(layers, rank, rank, dtype=master))
+        self.L = nn.Parameter(torch.empty(out_features, rank, dtype=self.master_dtype))
+        self.R = nn.Parameter(torch.empty(rank, in_features, dtype=self.master_dtype))
+        self.G = nn.Parameter(torch.zeros(layers, rank, rank, dtype=self.master_dtype))
 
     def draw(self, generator: torch.Generator) -> None:
         for columns in (self.L, self.R.T):

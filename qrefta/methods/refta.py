@@ -28,9 +28,8 @@ class ReFTA(LowRankFactors):
         self, layers: int, out_features: int, in_features: int, rank: int, dtype: torch.dtype
     ) -> None:
         super().__init__(layers, out_features, in_features, rank, dtype)
-        master = torch.promote_types(dtype, torch.float32)
-        self.A = nn.Parameter(torch.empty(out_features, rank, dtype=master))
-        self.B = nn.Parameter(torch.empty(rank, in_features, dtype=master))
+        self.A = nn.Parameter(torch.empty(out_features, rank, dtype=self.master_dtype))
+        self.B = nn.Parameter(torch.empty(rank, in_features, dtype=self.master_dtype))
         # u_l, float32 as raw bytes: a bf16 conversion of the model must not round it.
         self.mix = frozen(torch.empty(layers, 4 * rank, dtype=torch.uint8))
 

@@ -47,13 +47,12 @@ class TeRA(Factors):
         self, layers: int, out_features: int, in_features: int, rank: int, dtype: torch.dtype
     ) -> None:
         super().__init__(layers, out_features, in_features, rank, dtype)
-        master = torch.promote_types(dtype, torch.float32)
         self.inner_rank = rank
-        self.scales = nn.Parameter(torch.zeros(layers, 4, rank, dtype=master))
+        self.scales = nn.Parameter(torch.zeros(layers, 4, rank, dtype=self.master_dtype))
         self.sizes = list(zip(mode_sizes(out_features), mode_sizes(in_features), strict=True))
         rows = [outputs + rank + inputs for outputs, inputs in self.sizes]
-        self.mode_1 = frozen(torch.empty(rows[0], rank, dtype=master))
-        self.mode_2 = frozen(torch.empty(rows[1], rank, dtype=master))
+        self.mode_1 = frozen(torch.empty(rows[0], rank, dtype=self.master_dtype))
+        self.mode_2 = frozen(torch.empty(rows[1], rank, dtype=self.master_dtype))
 
     def draw(self, generator: torch.Generator) -> None:
         rank = self.inner_rank

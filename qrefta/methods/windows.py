@@ -38,9 +38,8 @@ class Windows(LowRankFactors):
     ) -> None:
         super().__init__(layers, out_features, in_features, rank, dtype)
         self.width = max(min(WIDTH, rank), math.ceil(rank / layers))
-        master = torch.promote_types(dtype, torch.float32)
-        self.A = nn.Parameter(torch.zeros(out_features, rank, dtype=master))
-        self.B = nn.Parameter(torch.empty(rank, in_features, dtype=master))
+        self.A = nn.Parameter(torch.zeros(out_features, rank, dtype=self.master_dtype))
+        self.B = nn.Parameter(torch.empty(rank, in_features, dtype=self.master_dtype))
 
     def draw(self, generator: torch.Generator) -> None:
         self.B.copy_(unit_rows(self.B, generator).to(self.dtype))

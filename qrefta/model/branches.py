@@ -35,7 +35,7 @@ def tested_settings(trees: Iterable[ast.AST]) -> set[str]:
     }
 
 
-def setting_of(module: nn.Module, name: str) -> Any:
+def plain_setting(module: nn.Module, name: str) -> Any:
     """The value of an attribute if it is a plain setting of the module, else a mark for unknown.
 
     The mode (`training`) is none: it changes.
@@ -50,7 +50,7 @@ def without_dead_branches(tree: ast.AST, settings: Mapping[str, Any]) -> ast.AST
 
     Args:
         tree: of a function.
-        settings: `setting_of` the module, by name: of all `tested_settings` of the code.
+        settings: `plain_setting` the module, by name: of all `tested_settings` of the code.
     """
     return _Pruned(settings).visit(copy.deepcopy(tree))
 

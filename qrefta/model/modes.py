@@ -9,7 +9,7 @@ from torch import nn
 
 
 @contextmanager
-def as_written() -> Iterator[None]:
+def without_autocast_and_compile() -> Iterator[None]:
     """Within this context torch computes as the code says: in the dtypes of its tensors, without
     the caller's autocast, and without compiling.
     """

@@ -26,7 +26,7 @@ from typing import Any, TypeGuard
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from qrefta.model.branches import setting_of, tested_settings, without_dead_branches
+from qrefta.model.branches import plain_setting, tested_settings, without_dead_branches
 
 # Parts of a module path; "*" stands for any one part. The first part is "self" for a path from the
 # module whose code it is, else it is any module.
@@ -47,7 +47,7 @@ def read_weights(model: nn.Module) -> set[str]:
     read: set[str] = set()
     for path, module in model.named_modules():
         kind = type(module)
-        settings = tuple((name, setting_of(module, name)) for name in _tested(kind))
+        settings = tuple((name, plain_setting(module, name)) for name in _tested(kind))
         found = _read_by(kind, settings)
         for first, *parts in found:
             takes_first = parts[-1] == _FIRST

@@ -1,4 +1,4 @@
-"""The equation that all tensor methods share, and the bank that holds the factors of a model.
+"""The equation that all tensor methods share.
 
 For the K layers of a stack:
 
@@ -52,6 +52,7 @@ class Factors(nn.Module, ABC):
             start, the weights are quantized whole, there is nothing to refine, and `draw` fills the
             random parameters.
         transforms: mode-3 transforms that `fit` takes, the default first.
+        master_dtype: that the parameters are stored in: `dtype`, or float32 if that is wider.
         slice_ranks: components of each transformed slice, summing to the rank; set by `fit`, not
             saved.
         frozen_layers: numbers of the layers that the user's code froze.
@@ -69,6 +70,7 @@ class Factors(nn.Module, ABC):
         self.in_features = in_features
         self.rank = rank
         self.dtype = dtype
+        self.master_dtype = torch.promote_types(dtype, torch.float32)
         self.slice_ranks: list[int] = []
         self.frozen_layers: set[int] = set()
 

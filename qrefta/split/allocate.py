@@ -219,9 +219,8 @@ class _Trials:
 
     def _measure(self, stack: LayerStack, weights: Weights, rank: int) -> None:
         split = StackSplit(stack, weights, self.settings, rank, self.moments)
-        for _ in split.residuals():
-            pass
-        self._latest[stack] = (rank, split.split, split.report())
+        report = split.measured()
+        self._latest[stack] = (rank, split.result, report)
 
 
 def _ranks_for_error(spectra: "_Spectra", trials: _Trials, error_ratio: float) -> list[int]:

@@ -26,7 +26,7 @@ from qrefta.split.batches import (
     row_count,
     without_cache,
 )
-from qrefta.split.moment_sums import added, mirrored, moment_sum, no_moment
+from qrefta.split.moment_sums import accumulate, mirror_, moment_sum, no_moment
 from qrefta.split.moments import Moments
 
 
@@ -124,7 +124,7 @@ class _Sums:
         if self._product is not None:
             group = tuple(self._group)
             product = self._product.cpu()
-            self.sums[group] = added(self.sums.get(group), product)
+            self.sums[group] = accumulate(self.sums.get(group), product)
             self.tokens[group] += self._rows
         self._group = []
         self._last = None
@@ -159,7 +159,7 @@ class _Sums:
             total = self.sums[key[0]]
             for group in key[1:]:
                 total = total + self.sums[group]
-            tensors[owner] = mirrored((total / tokens[owner]).float())
+            tensors[owner] = mirror_((total / tokens[owner]).float())
             uses.subtract(key)
             for group in key:
                 if uses[group] == 0:

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from qrefta.config.settings import Settings
 from qrefta.files.folders import JOURNAL, LOCK, check_new, held
 from qrefta.files.sources import resolve_folder
-from qrefta.files.whole_file import clear_unfinished
+from qrefta.files.whole_file import remove_temporary_files
 from qrefta.hf_config import QReftaConfig
-from qrefta.model.modes import as_written
+from qrefta.model.modes import without_autocast_and_compile
 from qrefta.split.folder_sink import FolderSink
 from qrefta.split.folder_source import FolderSource
 from qrefta.split.loop import split_stacks
@@ -37,7 +37,7 @@ def without_order(settings: Settings) -> Settings:
     return settings.with_rounding(in_order=False)
 
 
-@as_written()
+@without_autocast_and_compile()
 def convert(
     source: str | Path,
     out: Path,
@@ -101,7 +101,7 @@ def _locked(out: Path) -> Iterator[None]:
     _check_out(out)
     with held(out):
         _check_out(out)  # another process may have finished it meanwhile
-        clear_unfinished(out)
+        remove_temporary_files(out)
         yield
 
 

@@ -65,8 +65,8 @@ class FolderSink:
     def write(self, split: StackSplit) -> None:
         index = len(self.reports)
         writer = ShardWriter(self.out, f"model-stack{index:03d}-", _PART_BYTES)
-        if split.split.factors is not None:
-            for name, tensor in stored_factors(split.split.factors).items():
+        if split.factors is not None:
+            for name, tensor in stored_factors(split.factors).items():
                 writer.add(f"{BANK}.{bank_key(index)}.{name}", tensor)
         for path, residual in zip(split.stack.adapted, split.residuals(), strict=True):
             part = self.source.parts[path][0]

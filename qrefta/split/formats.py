@@ -25,7 +25,6 @@ from tqdm.auto import tqdm
 
 from qrefta.choices import AUTO_BITS, MIXED_TYPES, QuantType, bits_of
 from qrefta.config.rank import Rank
-from qrefta.config.report import StackReport
 from qrefta.config.settings import Settings
 from qrefta.config.stack import LayerStack
 from qrefta.methods import METHODS
@@ -97,7 +96,7 @@ def choose_formats(
             for kind in MIXED_TYPES
         ]
         errors.append(_errors(tried))
-        splits.append([split.split for split in tried])
+        splits.append([split.result for split in tried])
     chosen = least_error(sizes, errors, limit)
     quant_types: list[QuantType | None] = [MIXED_TYPES[choice] for choice in chosen]
     kept = {
@@ -215,7 +214,7 @@ def _weights(stacks: Sequence[LayerStack]) -> int:
 
 def _errors(tried: Sequence[StackSplit]) -> list[float]:
     """The errors of a stack in every format as stored, relative to plain rounding in the last."""
-    reports = [_measured(split) for split in tried]
+    reports = [split.measured() for split in tried]
     if reports[-1].output_baseline is None:
         errors = [report.residual_error for report in reports]
         unit = reports[-1].baseline_error
@@ -223,12 +222,6 @@ def _errors(tried: Sequence[StackSplit]) -> list[float]:
         errors = [report.output_error or 0.0 for report in reports]
         unit = reports[-1].output_baseline
     return [error / unit if unit else 0.0 for error in errors]
-
-
-def _measured(split: StackSplit) -> StackReport:
-    for _ in split.residuals():
-        pass
-    return split.report()
 
 
 def _listed(

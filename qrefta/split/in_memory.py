@@ -8,7 +8,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from qrefta._compat.torch import plain_tensors
+from qrefta._compat.torch import cpu_float32_defaults
 from qrefta.choices import QuantType
 from qrefta.config.rank import Rank
 from qrefta.config.report import StackReport
@@ -131,22 +131,22 @@ class _ModelSink:
 
     def _share(self, number: int, split: StackSplit) -> torch.device:
         """Put the factors of stack `number` into the bank; returns the device of its weights."""
-        if split.split.factors is not None:
-            getattr(self._model, BANK)[bank_key(number)] = split.split.factors
+        if split.factors is not None:
+            getattr(self._model, BANK)[bank_key(number)] = split.factors
         return read_slice(self._model, split.stack, 0).device
 
     def _replace(self, number: int, split: StackSplit, layer: int) -> None:
         """Replace one linear layer of stack `number`."""
         residual = split.residual(layer)
         dense = read_slice(self._model, split.stack, layer)
-        key = None if split.split.factors is None else bank_key(number)
+        key = None if split.factors is None else bank_key(number)
         adapted = adapt(self._model, split.stack, layer, QuantFormat.of(split.settings), key)
         adapted.store(residual.to(dense.device, dense.dtype), adapted.bias)
 
     def _finish(self, split: StackSplit, home: torch.device) -> None:
         """Move the factors of a stack, all of whose layers are replaced, to their device."""
-        if split.split.factors is not None:
-            split.split.factors.to(home)
+        if split.factors is not None:
+            split.factors.to(home)
 
 
 class _SequentialSink(_ModelSink):
@@ -173,10 +173,12 @@ class _SequentialSink(_ModelSink):
             for layer, path in enumerate(split.stack.modules)
         }
         for paths in self._sequence.steps():
-            with plain_tensors():  # blocks run between the steps, and may want other defaults
+            with (
+                cpu_float32_defaults()
+            ):  # blocks run between the steps, and may want other defaults
                 for path in paths:
                     self._replace(*places.pop(path))
-        with plain_tensors():
+        with cpu_float32_defaults():
             for place in places.values():  # of layers that no token reached
                 self._replace(*place)
         for split, home in zip(self._splits, homes, strict=True):

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from tqdm.auto import tqdm
 
-from qrefta._compat.torch import plain_tensors
+from qrefta._compat.torch import cpu_float32_defaults
 from qrefta.choices import QuantType
 from qrefta.config.rank import Rank, RankBudget
 from qrefta.config.report import StackReport
@@ -103,7 +103,7 @@ def split_stacks(
         warn_of_tokens(moments, source.stacks, settings)
     if sink.ranks is None:
         weights = [source.weights(stack) for stack in targets]
-        with plain_tensors():
+        with cpu_float32_defaults():
             allocation = choose_ranks(targets, weights, settings, moments, progress)
             ranks = [allocation.ranks.get(stack, 0) for stack in source.stacks]
             formats = choose_formats(
@@ -122,7 +122,7 @@ def split_stacks(
         disable=not progress,
         delay=PROGRESS_DELAY_S,
     )
-    with bar, plain_tensors():
+    with bar, cpu_float32_defaults():
         chosen = zip(source.stacks, sink.ranks, sink.quant_types, strict=True)
         for stack, rank, quant_type in list(chosen)[done:]:
             bar.set_postfix_str(stack.name, refresh=False)

@@ -13,7 +13,7 @@ def moment_sum(rows: Tensor) -> Tensor:
     """The sum of x^T x over rows (tokens, in), by panels of PANEL columns.
 
     Returns:
-        (in, in), zero below the panels on the diagonal: `mirrored` completes it. For inputs wider
+        (in, in), zero below the panels on the diagonal: `mirror_` completes it. For inputs wider
         than FULL_WIDTH the diagonal (in,).
     """
     width = rows.shape[1]
@@ -26,7 +26,7 @@ def moment_sum(rows: Tensor) -> Tensor:
     return upper
 
 
-def added(total: Tensor | None, product: Tensor) -> Tensor:
+def accumulate(total: Tensor | None, product: Tensor) -> Tensor:
     """A sum of products over batches, in place: full ones wider than DOUBLE_WIDTH are float32."""
     if total is not None:
         return total.add_(product)
@@ -34,7 +34,7 @@ def added(total: Tensor | None, product: Tensor) -> Tensor:
     return product.to(torch.float32 if wide else torch.float64)
 
 
-def mirrored(upper: Tensor) -> Tensor:
+def mirror_(upper: Tensor) -> Tensor:
     """The symmetric matrix with this upper half, in place; a diagonal (in,) as it is."""
     if upper.dim() == 1:
         return upper

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from qrefta.split.moment_sums import added, mirrored, moment_sum
+from qrefta.split.moment_sums import accumulate, mirror_, moment_sum
 
 # Shares of the mean of the diagonal of H that hold a target near its weight: of many tokens, and of
 # few, times inputs / tokens. C of few tokens fits them and no others.
@@ -21,7 +21,7 @@ class PairedSums:
     def __init__(self, example: Tensor) -> None:
         self._tokens = 0
         none = example.new_zeros(0, example.shape[-1], dtype=torch.float32)
-        self._moment = added(None, moment_sum(none))
+        self._moment = accumulate(None, moment_sum(none))
         self._shift: Tensor | None = None
         self._paired = self._moment.dim() == 2
 
@@ -35,13 +35,13 @@ class PairedSums:
         for number, given in enumerate(quantized):
             given = given.float()
             self._tokens += len(given)
-            self._moment = added(self._moment, moment_sum(given))
+            self._moment = accumulate(self._moment, moment_sum(given))
             if self._paired:
-                self._shift = added(self._shift, (dense[number].float() - given).T @ given)
+                self._shift = accumulate(self._shift, (dense[number].float() - given).T @ given)
 
     def moment(self) -> Tensor:
         """H; zeros if no token reached the layer."""
-        return mirrored((self._moment / max(self._tokens, 1)).float())
+        return mirror_((self._moment / max(self._tokens, 1)).float())
 
     def correction(self) -> Tensor | None:
         """(C - H) (H + lambda I)^-1; None if C is not known, zero or not finite."""
@@ -50,6 +50,6 @@ class PairedSums:
         if not (self._shift.isfinite().all() and self._moment.isfinite().all()):
             return None  # `Moments.of` says so
         ridge = max(RIDGE, RIDGE_OF_FEW * len(self._moment) / self._tokens)
-        matrix = mirrored(self._moment.clone())
+        matrix = mirror_(self._moment.clone())
         matrix.diagonal().add_(ridge * matrix.diagonal().mean())
         return torch.cholesky_solve(self._shift.T, torch.linalg.cholesky(matrix)).T.float()

@@ -69,9 +69,11 @@ class Chain:
 
 
 class Recording(NamedTuple):
-    """Attributes:
-    chains: the lists of blocks that the batches use.
-    masks: attention mask of every batch, (rows, length), or None.
+    """The blocks of a model as they ran on some batches.
+
+    Attributes:
+        chains: the lists of blocks that the batches use.
+        masks: attention mask of every batch, (rows, length), or None.
     """
 
     chains: list[Chain]
@@ -158,7 +160,7 @@ def run_block(model: nn.Module, path: str, hidden: Tensor, call: Call) -> Tensor
 
 
 class _Watch:
-    """The knowledge of a chain while the model runs.
+    """Checks and records the calls of one list of blocks while the model runs.
 
     Attributes:
         running: the block that runs now.

@@ -12,6 +12,7 @@ from qrefta.config.stack import LayerStack
 from qrefta.linalg.metric import output_error
 from qrefta.linalg.tsvd import squared_norm
 from qrefta.model.weights import Weights
+from qrefta.nn.factors import Factors
 from qrefta.nn.quantize import rounded
 from qrefta.nn.quantized import FrozenWeight, QuantFormat
 from qrefta.split.moments import Moments, shared_metric
@@ -49,7 +50,7 @@ class StackSplit:
         reached = moments is not None and any(map(moments.reached, stack.modules))
         self.moments = moments if reached else None
         self.rounding = StackRounding(settings, stack, self.moments, weights.device)
-        self.split = split or self._make(rank)
+        self.result = split or self._make(rank)
         self._clear()
 
     def with_weights(self, weights: Weights, moments: Moments) -> Self:
@@ -57,7 +58,12 @@ class StackSplit:
         outputs are compared with theirs.
         """
         own = self.original or self.weights
-        return type(self)(self.stack, weights, self.settings, 0, moments, self.split, own)
+        return type(self)(self.stack, weights, self.settings, 0, moments, self.result, own)
+
+    @property
+    def factors(self) -> Factors | None:
+        """The factors of the stack; None if it is only quantized."""
+        return self.result.factors
 
     def residuals(self) -> Iterator[FrozenWeight]:
         """The frozen weight of each layer, in order; dense float32 with 16 bits."""
@@ -67,13 +73,19 @@ class StackSplit:
 
     def residual(self, index: int) -> FrozenWeight:
         """The frozen weight of one layer, which the report then counts: ask for each layer once."""
-        layer = split_layer(self.weights, self.split, self.settings, self.rounding, index)
+        layer = split_layer(self.weights, self.result, self.settings, self.rounding, index)
         self._add(index, layer)
         return layer.residual
 
+    def measured(self) -> StackReport:
+        """The report, after rounding all layers; the residuals are not kept."""
+        for _ in self.residuals():
+            pass
+        return self.report()
+
     def report(self) -> StackReport:
         """The report of the stack, once all residuals were handed out."""
-        factors = self.split.factors
+        factors = self.factors
         fitted = factors is not None and factors.fits
         measured = self.moments is not None
         return StackReport(
@@ -105,7 +117,7 @@ class StackSplit:
         self.principal_norm = 0.0
         self.output_error = 0.0
         self.output_baseline = 0.0
-        self.bytes = 0 if self.split.factors is None else self.split.factors.stored_bytes
+        self.bytes = 0 if self.factors is None else self.factors.stored_bytes
 
     def _add(self, index: int, layer: SplitLayer) -> None:
         self._add_weight_errors(index, layer)
@@ -126,8 +138,8 @@ class StackSplit:
             whole_error = weight - rounded(weight, fmt)
             norm = squared_norm(weight)
             error = weight.sub_(layer.residual.dequantize(torch.float32))
-            if self.split.factors is not None:
-                error.sub_(self.split.factors.delta(index))
+            if self.factors is not None:
+                error.sub_(self.factors.delta(index))
         self.residual_error += squared_norm(error)
         self.baseline_error += squared_norm(whole_error)
         self.norm += norm

@@ -83,7 +83,7 @@ def last_checkpoint(run: str | Path) -> Path | None:
     return max(whole, key=lambda path: int(numbers[path]), default=None)
 
 
-def clear_unfinished(run: str | Path) -> None:
+def remove_unfinished_folder(run: str | Path) -> None:
     """Remove the files that a killed run left unfinished."""
     shutil.rmtree(Path(run) / UNFINISHED, ignore_errors=True)
 
@@ -100,7 +100,7 @@ def writing(run: Path, files: str) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
     except Exception as error:
-        clear_unfinished(run)
+        remove_unfinished_folder(run)
         full_disk = isinstance(error, RuntimeError) and any(t in str(error) for t in _TORCH_SAVE)
         if not full_disk and not isinstance(error, OSError | SafetensorError):
             raise
@@ -135,7 +135,7 @@ def _place(checkpoint: Path, run: Path) -> None:
         place.rename(checkpoint.with_name("replaced"))
     checkpoint.rename(place)
     sync_folder(run)
-    clear_unfinished(run)
+    remove_unfinished_folder(run)
 
 
 def _sync(folder: Path) -> None:

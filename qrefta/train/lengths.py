@@ -103,7 +103,7 @@ def warn_of_cut(count: int, rows: int, split: str, max_length: int) -> None:
         )
 
 
-def warn_without_answer(count: int, rows: int, split: str, max_length: int | None) -> None:
+def check_answers_remain(count: int, rows: int, split: str, max_length: int | None) -> None:
     """Warn that `count` rows of a split have no answer before the cut and are left out.
 
     Raises:

@@ -20,7 +20,7 @@ from qrefta.distributed import processes
 from qrefta.files.json_file import read_json
 from qrefta.model.prepared import is_prepared
 from qrefta.model.whole_folder import check_weights
-from qrefta.train.checkpoints import STATE, clear_unfinished, last_checkpoint
+from qrefta.train.checkpoints import STATE, last_checkpoint, remove_unfinished_folder
 from qrefta.train.same_run import check_same_run
 
 
@@ -34,7 +34,7 @@ def checkpoint_of(
             a damaged one; for a new run if there is one.
     """
     if processes().is_main_process:
-        clear_unfinished(run)
+        remove_unfinished_folder(run)
     checkpoint = last_checkpoint(run)
     if resume and checkpoint is None:
         raise ValueError(f"There is no checkpoint to resume from in {run}.")

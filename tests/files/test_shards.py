@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from qrefta.files.header import DTYPES
 from qrefta.files.safetensors import Checkpoint
 from qrefta.files.shards import ShardWriter, copy_shard, write_shard
-from qrefta.files.whole_file import clear_unfinished, replace_text
+from qrefta.files.whole_file import remove_temporary_files, replace_text
 
 
 class Interrupted(Checkpoint):
@@ -57,7 +57,7 @@ def test_only_files_of_killed_processes_are_cleared(tmp_path):
     replace_text(tmp_path / "a.json", "{}")
     for name in ("mine.tmp", "a.json.0123456789abcdef.tmp"):
         (tmp_path / name).touch()
-    clear_unfinished(tmp_path)
+    remove_temporary_files(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"a.json", "mine.tmp"}
 
 

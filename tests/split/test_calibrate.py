@@ -188,7 +188,7 @@ def test_the_upper_half_completes_a_matrix():
     """Also where a product's panels on the diagonal are not symmetric to the last bit."""
     matrix = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
     expected = matrix.triu() + matrix.triu(1).T
-    assert torch.equal(moment_sums.mirrored(matrix.clone()), expected)
+    assert torch.equal(moment_sums.mirror_(matrix.clone()), expected)
 
 
 def test_progress_counts_rows_and_tokens(capsys):

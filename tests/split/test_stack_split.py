@@ -23,7 +23,7 @@ def split(weights, rank, moments=None, **options):
     restored = []
     for index, residual in enumerate(done.residuals()):
         dense = residual.dequantize(torch.float32)
-        restored.append(dense + (done.split.factors.delta(index) if rank else 0))
+        restored.append(dense + (done.factors.delta(index) if rank else 0))
     return done.report(), torch.stack(restored)
 
 

@@ -13,7 +13,7 @@ from qrefta.nn.head_loss import IGNORED
 from qrefta.train.balance import BalancedBatches
 from qrefta.train.data import Loaded, read_splits, with_test
 from qrefta.train.head_loss import WithoutLogits
-from qrefta.train.lengths import check_rows, warn_of_cut, warn_without_answer
+from qrefta.train.lengths import check_answers_remain, check_rows, warn_of_cut
 from qrefta.train.mean_loss import LossByTokens
 from qrefta.train.tasks.answers import learned_ids, left_out
 from qrefta.train.tasks.recipe import Recipe, combined
@@ -127,7 +127,7 @@ def chat_recipe(
     )
     for name, part in parts.items():
         rows = len(data[name])
-        warn_without_answer(rows - len(part), rows, str(name), max_length)
+        check_answers_remain(rows - len(part), rows, str(name), max_length)
         if max_length is None:
             check_rows(model, tokenizer, [*map(len, part["input_ids"])], f"of the {name} split")
         else:

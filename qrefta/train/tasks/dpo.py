@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qrefta.train.data import Loaded, read_splits, with_test
-from qrefta.train.lengths import check_rows, check_tokens, warn_of_cut, warn_without_answer
+from qrefta.train.lengths import check_answers_remain, check_rows, check_tokens, warn_of_cut
 from qrefta.train.reference import StartsAsReference
 from qrefta.train.tasks.chat import check_template
 from qrefta.train.tasks.prompts import token_ids
@@ -116,7 +116,7 @@ def _check_pairs(
         check_rows(model, tokenizer, lengths, f"of the {split} split")
         return
     left_out = sum(prompt >= max_length for prompt in prompts)
-    warn_without_answer(left_out, len(part), split, max_length)
+    check_answers_remain(left_out, len(part), split, max_length)
     warn_of_cut(
         sum(length > max_length for length in lengths) - left_out, len(part), split, max_length
     )

@@ -5,7 +5,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Json, List, Value
 
-from qrefta.files.tables import as_written, with_names
+from qrefta.files.tables import with_names, without_added_nulls
 from qrefta.train.tasks.turns import COLUMNS, are_plain, tools_of
 
 TOOLS = Features({"tools": Json()})
@@ -78,7 +78,7 @@ def _read(
     tools: bool,
     given: Features,
 ) -> dict[str, Any]:
-    row = as_written(row, given)
+    row = without_added_nulls(row, given)
     where = f"{source}, row {index + 1}"
     found = read(row, where, plain)
     return found | {"tools": tools_of(row, where)} if tools else found

@@ -3,10 +3,10 @@
 Known are the columns messages and conversations (turns with role and content, or ShareGPT's from
 and value), instruction, input and output (Alpaca) with history (pairs of earlier questions and
 answers), and prompt with completion; besides them system (or system_prompt) and tools. Dolly calls
-the input context. Text in prompt and completion
-without history, system and tools is no conversation, but text to be continued. A turn of the
-assistant with the weight 0 (OpenAI's) or with train false (Axolotl's) is read and not learned. In a
-cell of a csv file turns are written as JSON, or as Python writes a list.
+the input context. Text in prompt and completion without history, system and tools is no
+conversation, but text to be continued. A turn of the assistant with the weight 0 (OpenAI's) or with
+train false (Axolotl's) is read and not learned. In a cell of a csv file turns are written as JSON,
+or as Python writes a list.
 """
 
 import ast
