@@ -46,7 +46,7 @@ ROUNDED = Base(calibration=TEXT, scales="searched", rounding="feedback")
 ORDERED = ROUNDED._replace(rounding="sequential")
 THREE_BITS = ROUNDED._replace(quant_type="nf3", double_quant=True)
 MIXED_BITS = ORDERED._replace(quant_type=None, target_bits=3.3, double_quant=True)
-MORE_TEXT = MIXED_BITS._replace(target_bits=3.6, block_size=32, calibration=MUCH_TEXT[0])
+MORE_TEXT = MIXED_BITS._replace(target_bits=3.6, block_size=32, calibration=max(MUCH_TEXT))
 TARGETS = (
     Target(ORDERED, {WIKITEXT: 0.115, SHAKESPEARE: 0.175}),
     Target(ROUNDED._replace(rank=R, refine=1), {WIKITEXT: 0.090, SHAKESPEARE: 0.135}),
@@ -79,7 +79,7 @@ SELECTED = {
     "qrefta, `bits=3`, `block_size=64`": THREE_BITS._replace(rounding="sequential"),
     "qrefta, `bits=3`": THREE_BITS._replace(rounding="sequential", block_size=32),
     'qrefta, `bits="auto"`, `target_bits=3.5`': MIXED_BITS._replace(target_bits=3.5, block_size=32),
-    'qrefta, `bits="auto"`, `target_bits=3.6`, 65,536 tokens': MORE_TEXT,
+    'qrefta, `bits="auto"`, `target_bits=3.6`, 131,072 tokens': MORE_TEXT,
     "GPTQ on INT2 (absmax scales, larger inputs first)": Base(
         "gptq-ordered", 0, TEXT, quant_type="int2", double_quant=True
     ),
