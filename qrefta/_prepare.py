@@ -47,6 +47,7 @@ from qrefta.split.checkpoint import convert, without_order
 from qrefta.split.in_memory import ModelSource, layers_in_order, split_model
 from qrefta.split.loop import check_choices
 from qrefta.split.moments import Moments, load_moments
+from qrefta.split.sequential import LayerSequence
 from qrefta.split.sources import Calibration, calibration_batches
 
 
@@ -140,17 +141,15 @@ def prepare(
             "calibration and moments are both given; moments are gathered from calibration: give "
             "one of the two."
         )
-    batches_of = (
-        calibration
-        if calibration is None
-        else partial(
+    batches_of = None
+    if calibration is not None:
+        batches_of = partial(
             calibration_batches,
             calibration=calibration,
             tokenizer=tokenizer,
             seed=chosen.seed,
             tokens=calibration_tokens,
         )
-    )
     return _prepare(model, chosen, batches_of, moments, device, progress)
 
 
@@ -163,7 +162,13 @@ def _prepare(
     device: torch.device | str | None,
     progress: bool,
 ) -> PreTrainedModel:
-    """`prepare` with settings that were checked."""
+    """`prepare` with settings that were checked.
+
+    Args:
+        model, moments, device, progress: as for `prepare`.
+        chosen: the settings.
+        batches_of: the batches to calibrate a model with; None: it is not calibrated here.
+    """
     _check_model(model)
     name = loaded_from(model)  # a GGUF file's name goes with the marks that are replaced below
     source = ModelSource(model, None if device is None else torch.device(device))
@@ -173,34 +178,52 @@ def _prepare(
     check_choices(source.stacks, chosen)
     sequence = None
     if batches_of is not None:
-        batches = batches_of(model)
-        if chosen.may_round_in_order:
-            sequence, batches = layers_in_order(source, batches, chosen, progress)
-        fitted = chosen.bits == AUTO_BITS or METHODS[chosen.method].fits
-        if sequence is None or fitted:
-            moments = gather_moments(model, source.stacks, batches, progress=progress)
-    elif chosen.must_round_in_order:
-        raise ValueError(
-            'rounding is "sequential" and calibration= is missing, a text or batches; moments hold '
-            "the inputs of the 16-bit model only."
-        )
+        sequence, gathered = _calibrated(source, batches_of(model), chosen, progress)
+    else:
+        gathered = _given_moments(moments, source.stacks, chosen)
     chosen = chosen.with_rounding(in_order=sequence is not None)
-    loaded = _moments(moments)
-    if batches_of is None and loaded is not None:
-        loaded.check(source.stacks)
-    _own_config(model)
-    reports = split_model(source, sequence, chosen, loaded, progress)
+    _copy_config(model)
+    reports = split_model(source, sequence, chosen, gathered, progress)
     freeze(model, chosen.modules_to_save)
     getattr(model, BANK).train(model.training)
     config = QReftaConfig(
         chosen,
-        calibrated=batches_of is not None or loaded is not None,
+        calibrated=batches_of is not None or gathered is not None,
         base_model=name or None,
         stacks=reports,
     )
     model.name_or_path = name
     register(model, config)
     return model
+
+
+def _calibrated(
+    source: ModelSource, batches: Iterable[Batch], settings: Settings, progress: bool
+) -> tuple[LayerSequence | None, Moments | None]:
+    """The layers in the order in which they run, if they are rounded so, and the moments that
+    rounding or fitting needs.
+    """
+    sequence = None
+    if settings.may_round_in_order:
+        sequence, batches = layers_in_order(source, batches, settings, progress)
+    if sequence is not None and settings.bits != AUTO_BITS and not METHODS[settings.method].fits:
+        return sequence, None
+    return sequence, gather_moments(source.model, source.stacks, batches, progress=progress)
+
+
+def _given_moments(
+    moments: Moments | str | Path | None, stacks: list[LayerStack], settings: Settings
+) -> Moments | None:
+    """The moments that the caller gave, of these stacks."""
+    if settings.must_round_in_order:
+        raise ValueError(
+            'rounding is "sequential" and calibration= is missing, a text or batches; moments hold '
+            "the inputs of the 16-bit model only."
+        )
+    loaded = _moments(moments)
+    if loaded is not None:
+        loaded.check(stacks)
+    return loaded
 
 
 @shows_settings
@@ -341,7 +364,7 @@ def _moments(moments: Moments | str | Path | None) -> Moments | None:
     return load_moments(moments) if isinstance(moments, str | Path) else moments
 
 
-def _own_config(model: PreTrainedModel) -> None:
+def _copy_config(model: PreTrainedModel) -> None:
     """Give a model a config that no other model shares: preparing, training and merging write marks
     into it, and into its parts, such as text_config.
 

@@ -193,13 +193,7 @@ def finetune(
         num_generations=num_generations,
     )
     settings = {name: value for name, value in settings.items() if value is not None}
-    callbacks = _callbacks(callbacks)
-    given = any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks)
-    if early_stopping is not None:
-        callbacks = [*callbacks, EarlyStoppingCallback(patience(early_stopping))]
-    elif given and args is not None:
-        check_early_stopping(args)
-    stops = early_stopping is not None or (given and args is None)
+    callbacks, stops = _early_stopping(_callbacks(callbacks), early_stopping, args)
     settings |= evaluation_settings(eval_steps, stops)
     if deprecated:
         settings |= _old_settings(deprecated, args)
@@ -232,6 +226,18 @@ def _callbacks(callbacks: Any) -> list[TrainerCallback]:
             f"callbacks holds {strange[0]!r}; give transformers' TrainerCallbacks, in a list"
         )
     return found
+
+
+def _early_stopping(
+    callbacks: list[TrainerCallback], early_stopping: int | None, args: TrainingArguments | None
+) -> tuple[list[TrainerCallback], bool]:
+    """The callbacks with the one that stops early, and whether the run needs settings for it."""
+    if early_stopping is not None:
+        return [*callbacks, EarlyStoppingCallback(patience(early_stopping))], True
+    given = any(isinstance(callback, EarlyStoppingCallback) for callback in callbacks)
+    if given and args is not None:
+        check_early_stopping(args)
+    return callbacks, given and args is None
 
 
 def _old_settings(deprecated: dict[str, Any], args: TrainingArguments | None) -> dict[str, Any]:
