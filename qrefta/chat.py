@@ -169,11 +169,13 @@ def conversation(
     return Conversation(model, tokenizer, **settings)
 
 
-def talk(told: Conversation, messages: Iterable[str], show: Callable[[str], object]) -> None:
+def talk(
+    conversation: Conversation, messages: Iterable[str], show: Callable[[str], object]
+) -> None:
     """Answer messages until they end or one is /exit; Ctrl-C ends an answer.
 
     Args:
-        told: the conversation.
+        conversation: with the model.
         messages: lines; /new forgets the conversation.
         show: prints a part of an answer.
     """
@@ -182,10 +184,10 @@ def talk(told: Conversation, messages: Iterable[str], show: Callable[[str], obje
         if text == EXIT:
             return
         if text == NEW:
-            told.forget()
+            conversation.forget()
         elif text:
             try:
-                for part in told.answer(text):
+                for part in conversation.answer(text):
                     show(part)
             except KeyboardInterrupt:
                 show(" [stopped]")

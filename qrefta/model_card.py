@@ -145,7 +145,7 @@ def _format(config: QReftaConfig) -> str:
         words += ", scales searched"
     if 0 < len(searched) < len(formats):
         words += f" for {', '.join(map(str.upper, searched))}"
-    if config.calibrated and settings.feeds_back:
+    if config.calibrated and settings.may_feed_back:
         words += ", rounded with error feedback"
     if settings.rounding == "sequential":
         words += " layer after layer"

@@ -369,7 +369,7 @@ def _bitsandbytes(weight: Tensor, base: Base, *_: Any) -> Tensor:
 def _gptq(
     weight: Tensor, base: Base, rank: int, moments: Moments, stack: LayerStack, index: int
 ) -> Tensor:
-    moment = moments.of(stack.place(index)[0])
+    moment = moments.of(stack.module_and_expert(index)[0])
     ordered = base.maker == "gptq-ordered"
     kind = base.format.quant_type
     return gptq(weight, moment, base.block_size, quant_type=kind, ordered=ordered)
@@ -388,7 +388,7 @@ def _loftq(weight: Tensor, base: Base, rank: int, *_: Any) -> Tensor:
 def _qera(
     weight: Tensor, base: Base, rank: int, moments: Moments, stack: LayerStack, index: int
 ) -> Tensor:
-    alone = replace(stack, modules=(stack.place(index)[0],))
+    alone = replace(stack, modules=(stack.module_and_expert(index)[0],))
     quantized = rounded(weight, base.format)
     up, down = qera(weight - quantized, rank, shared_metric(moments, alone))
     return quantized + up @ down
@@ -442,7 +442,7 @@ def _errors(
             weight = read_slice(dense, stack, index)
             error = weight - weight_of(stack, index, weight)
             weights += error.double().square().sum().item()
-            outputs += output_error(error, moments.of(stack.place(index)[0]))
+            outputs += output_error(error, moments.of(stack.module_and_expert(index)[0]))
     return Errors(weights, outputs)
 
 

@@ -30,7 +30,7 @@ def chat(
     quiet_libraries(data=False)
     from qrefta.chat import conversation, talk
 
-    told = conversation(
+    opened = conversation(
         model,
         device,
         trust_remote_code,
@@ -41,7 +41,7 @@ def chat(
     )
     if sys.stdin.isatty():
         console.print("/new begins a new conversation, /exit or Ctrl-D ends it.", style="dim")
-    talk(told, _typed(), lambda part: print(part, end="", flush=True))
+    talk(opened, _typed(), lambda part: print(part, end="", flush=True))
 
 
 def _typed() -> Iterator[str]:

@@ -73,7 +73,9 @@ class StartModel(NamedTuple):
 
     def _dtype(self, source: str, dtype: LoadDtype, device: str) -> Any:
         """The dtype to load the model in, which is said if the files have another one."""
-        if self.task in ("classify", "image"):
+        from qrefta.train.tasks import TASKS
+
+        if TASKS[self.task].trains_head:
             if dtype not in ("auto", "float32"):
                 raise ValueError(
                     f"--dtype is {dtype}, and the task {self.task} trains a head, in float32; "

@@ -16,19 +16,19 @@ from qrefta.choices import (
     AUTO_ROUNDING,
     BITS,
     BLOCK_SIZES,
-    CODES,
     FACTOR_DTYPES,
     FITTED,
     METHOD_NAMES,
     MIXED_TYPES,
     QUANT_TYPES,
+    ROUNDINGS,
     SCALES,
     TRANSFORMS,
     Bits,
-    Codes,
     FactorDtype,
     Method,
     QuantType,
+    RoundingName,
     Scales,
     Transform,
     bits_of,
@@ -166,10 +166,10 @@ class Settings:
         default="searched",
         metadata=one_of(SCALES, "Choice of every block's scale; absmax: the largest magnitude."),
     )
-    rounding: Codes = field(
+    rounding: RoundingName = field(
         default=AUTO_ROUNDING,
         metadata=one_of(
-            CODES,
+            ROUNDINGS,
             "How weights are rounded. nearest: to the nearest level. feedback, if calibrated: "
             "columns correct errors of earlier columns. sequential: layers correct earlier layers, "
             "too. auto: sequential with fewer than four bits or rank 0, where possible; else "
@@ -314,7 +314,7 @@ class Settings:
         return self.rounding == "sequential" and self.bits != 16
 
     @property
-    def feeds_back(self) -> bool:
+    def may_feed_back(self) -> bool:
         """Whether rounding takes errors in, if the inputs of the layers are known."""
         return self.rounding != "nearest" and self.bits != 16
 
@@ -356,7 +356,7 @@ class SettingsKeywords(TypedDict, total=False):
     block_size: int | None
     double_quant: bool | None
     scales: Scales
-    rounding: Codes
+    rounding: RoundingName
     target_modules: str | Sequence[str] | None
     modules_to_save: Sequence[str]
     refine: int | None

@@ -48,7 +48,7 @@ class LayerStack:
             expert_path(path, expert) for path in self.modules for expert in range(self.experts)
         )
 
-    def place(self, index: int) -> tuple[str, int]:
+    def module_and_expert(self, index: int) -> tuple[str, int]:
         """The entry of `modules` that holds weight number `index`, and its expert (0 for a linear
         layer).
         """

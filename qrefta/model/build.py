@@ -124,7 +124,7 @@ def adapt(
     expert removes the fused parameter.
     """
     weight = read_slice(model, stack, index)
-    path, _ = stack.place(index)
+    path, _ = stack.module_and_expert(index)
     owner, _, name = path.rpartition(".")
     old = model.get_submodule(owner if stack.experts else path)
     bias: Tensor | None = None if stack.experts else linear_layer(model, path).bias

@@ -57,7 +57,7 @@ def find_stacks(model: nn.Module) -> list[LayerStack]:
 
 def _stacked_weights(model: nn.Module) -> Iterator[tuple[str, LayerStack]]:
     """Paths of linear layers and fused parameters, each with its stack, still without modules."""
-    left = left_dense(model)
+    left = not_quantizable(model)
     for path, module in body_modules(model):
         role = role_of(model, path)
         if "*" not in role:
@@ -170,7 +170,7 @@ def _is_plain(module: nn.Module) -> TypeGuard[PlainLinear]:
     return type(module) in (nn.Linear, Conv1D) or type(module).__name__ == "FalconLinear"
 
 
-def left_dense(model: nn.Module) -> dict[str, str]:
+def not_quantizable(model: nn.Module) -> dict[str, str]:
     """Paths of the linear layers whose weights must stay as they are, each with the reason."""
     read = dict.fromkeys(read_weights(model), "other code of the model reads the weight")
     tied = dict.fromkeys(_tied(model), "it shares its weight with another module")

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Conv1D
 
 from qrefta.config.stack import LayerStack
-from qrefta.model.stacks import body_modules, left_dense, role_of
+from qrefta.model.stacks import body_modules, not_quantizable, role_of
 
 WARNED_SHARE = 0.05
 _CONVOLUTIONS = (
@@ -40,7 +40,7 @@ class Unquantized:
 
 
 @dataclass(frozen=True)
-class Kept:
+class UnquantizedReport:
     """The weights in the blocks of a model that stay in 16 bits.
 
     Attributes:
@@ -62,7 +62,7 @@ class Kept:
         return "\n".join(lines)
 
 
-def unquantized(model: nn.Module, stacks: Sequence[LayerStack]) -> Kept:
+def unquantized(model: nn.Module, stacks: Sequence[LayerStack]) -> UnquantizedReport:
     """The linear layers and fused experts in the blocks of a dense model that no stack holds.
 
     Blocks are the entries of lists of modules in the base model. Embeddings, task heads and linear
@@ -82,7 +82,7 @@ def unquantized(model: nn.Module, stacks: Sequence[LayerStack]) -> Kept:
     layers = [Unquantized(role, count, reason) for (role, reason), count in kept.items()]
     layers.sort(key=lambda layer: -layer.weights)
     share = sum(kept.values()) / total if total else 0.0
-    return Kept(layers, share)
+    return UnquantizedReport(layers, share)
 
 
 def warn_of_unquantized(model: nn.Module, stacks: Sequence[LayerStack]) -> None:
@@ -111,7 +111,7 @@ class _Weight(NamedTuple):
 def _block_weights(model: nn.Module) -> Iterator[_Weight]:
     """The weights of the linear layers and fused experts in blocks."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    left = left_dense(model)
+    left = not_quantizable(model)
     for path, module in body_modules(model):
         if not any(part.isdigit() for part in path.split(".")) or module is output:
             continue

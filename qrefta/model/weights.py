@@ -37,7 +37,7 @@ def read_weight(layer: PlainLinear) -> Tensor:
 
 def read_slice(model: nn.Module, stack: LayerStack, index: int) -> Tensor:
     """Weight number `index` of a stack as (out, in), without a copy."""
-    path, expert = stack.place(index)
+    path, expert = stack.module_and_expert(index)
     if not stack.experts:
         return read_weight(linear_layer(model, path))
     weight = model.get_parameter(path).detach()[expert]

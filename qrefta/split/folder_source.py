@@ -78,7 +78,7 @@ class FolderSource:
         self.parts = weight_parts(model, self.checkpoint, self.stacks)
         warn_of_unquantized(model, self.stacks)
         limit = parse_bytes("max_memory", max_memory)
-        feedback = calibrated and settings.feeds_back
+        feedback = calibrated and settings.may_feed_back
         self._block_bytes = _block_bytes(self.stacks, targets, limit, feedback)
 
     def weights(self, stack: LayerStack) -> Weights:

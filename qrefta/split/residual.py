@@ -70,7 +70,7 @@ def one_shot(weights: Weights, settings: Settings, rank: Rank, metric: Metric | 
     """The factors nearest to unsplit weights, whatever the format: the paper's split, and the start
     of refinement.
     """
-    return _Whole(weights, settings).fit(rank, metric)
+    return _UnsplitStack(weights, settings).fit(rank, metric)
 
 
 def split_stack(
@@ -106,7 +106,7 @@ def split_stack(
     """
     rounding = rounding or StackRounding(settings)
     fmt = QuantFormat.of(settings)
-    whole = _Whole(weights, settings)
+    whole = _UnsplitStack(weights, settings)
     if rounding.feeds_back and settings.refine != 0 and METHODS[settings.method].fits:
         return _correction(whole, rank, metric, rounding)
     fit = first or whole.fit(rank, metric)
@@ -130,7 +130,7 @@ def split_stack(
 
 
 def _correction(
-    whole: "_Whole", rank: Rank, metric: Metric | None, rounding: StackRounding
+    whole: "_UnsplitStack", rank: Rank, metric: Metric | None, rounding: StackRounding
 ) -> Split:
     """Factors that correct the error of quantizing what they leave over, for error feedback."""
     weights, settings = whole.weights, whole.settings
@@ -150,7 +150,7 @@ def _correction(
 
 def tensor_values(weights: Weights, settings: Settings, rank: int) -> Tensor:
     """The `rank` largest tensor singular values of a stack, (rank,), largest first."""
-    slices = Slices(_Whole(weights, settings).blocks(), weights.shape, weights.device)
+    slices = Slices(_UnsplitStack(weights, settings).blocks(), weights.shape, weights.device)
     svd, _ = t_svd(slices, rank, settings.seed)
     return svd.values
 
@@ -175,10 +175,10 @@ def split_layer(
     weight = weights.layer(index)
     if fmt is None:
         return _dense_layer(weight, split.factors, index)
-    way = rounding.stored(index)
+    rounding_of_layer = rounding.stored(index)
     if split.factors is None or split.base is None or not split.factors.fits:
-        return _quantized_layer(weight, fmt, way)
-    return _residual_layer(weight, split.factors, split.base, index, fmt, way)
+        return _quantized_layer(weight, fmt, rounding_of_layer)
+    return _residual_layer(weight, split.factors, split.base, index, fmt, rounding_of_layer)
 
 
 def _dense_layer(weight: Tensor, factors: Factors | None, index: int) -> SplitLayer:
@@ -218,7 +218,7 @@ def _residual_layer(
     return SplitLayer(residual, error, whole_error, norm, principal_norm)
 
 
-class _Whole:
+class _UnsplitStack:
     """An unsplit stack under its transform.
 
     Attributes:
@@ -268,7 +268,7 @@ class _Target:
     """
 
     def __init__(
-        self, whole: _Whole, base: Factors | None, fmt: QuantFormat, rounding: StackRounding
+        self, whole: _UnsplitStack, base: Factors | None, fmt: QuantFormat, rounding: StackRounding
     ) -> None:
         self._whole = whole
         self._base = base

@@ -55,7 +55,7 @@ class StackRounding:
     @cached_property
     def feeds_back(self) -> bool:
         """Whether some layer is rounded with error feedback; reads the moments of all layers."""
-        if not self.settings.feeds_back or self.stack is None:
+        if not self.settings.may_feed_back or self.stack is None:
             return False
         return any(map(self._has_feedback, self.stack.modules))
 
@@ -77,7 +77,7 @@ class StackRounding:
         if moment is None:
             return Rounding(search)
         weights = _column_weights(moment) if search else None
-        if not self.settings.feeds_back or not self._suffices(moment, self._path(layer)):
+        if not self.settings.may_feed_back or not self._suffices(moment, self._path(layer)):
             return Rounding(search, weights)
         return Rounding(search, weights, self._feedback(layer, moment))
 
@@ -100,7 +100,7 @@ class StackRounding:
 
     def _path(self, layer: int) -> str:
         assert self.stack is not None, "moments come with their stack"
-        path, _ = self.stack.place(layer)
+        path, _ = self.stack.module_and_expert(layer)
         return path
 
     def _moment(self, layer: int) -> Tensor | None:
@@ -139,7 +139,7 @@ def warn_of_tokens(moments: Moments, stacks: list[LayerStack], settings: Setting
         for path in stack.modules
         if 0 < _tokens(moments, path) < stack.in_features
     ]
-    if short and settings.feeds_back:
+    if short and settings.may_feed_back:
         tokens, width, path = min(short)
         warnings.warn(
             f"Calibration saw {tokens:,} tokens at {path}, whose inputs are {width:,} wide, and "

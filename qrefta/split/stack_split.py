@@ -124,7 +124,7 @@ class StackSplit:
         self.principal_norm += layer.principal_norm
         self.bytes += layer.residual.nbytes
         if self.moments is not None and QuantFormat.of(self.settings) is not None:
-            path, _ = self.stack.place(index)
+            path, _ = self.stack.module_and_expert(index)
             moment = self.moments.of(path)
             self.output_error += output_error(layer.error, moment)
             self.output_baseline += output_error(layer.whole_error, moment)

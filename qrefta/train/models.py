@@ -49,7 +49,7 @@ def load_model(
             one.
     """
     kind = TASKS[task].model
-    if task not in ("classify", "image"):
+    if not TASKS[task].trains_head:
         named = pretrained_source(source, trust_remote_code)
         model = kind.from_pretrained(**named, dtype=dtype, use_safetensors=True)
         check_class(model, task)

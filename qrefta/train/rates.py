@@ -37,7 +37,7 @@ def measured_rate(model: PreTrainedModel) -> tuple[float, str]:
     if is_prepared(model):
         config = prepared_config(model)
         method = config.settings.method
-        if method == "refta" and config.calibrated and config.settings.feeds_back:
+        if method == "refta" and config.calibrated and config.settings.may_feed_back:
             return CALIBRATED_RATE, "method refta, calibrated"
         return RATES.get(method, OTHER_RATE), f"method {method}"
     if hasattr(model, "peft_config"):

@@ -14,7 +14,7 @@ from qrefta.linalg.metric import Metric
 from qrefta.model.weights import Weights
 from qrefta.nn.quantize import Rounding, rounded
 from qrefta.nn.quantized import QuantFormat
-from qrefta.split.residual import _rows_per_block, _Target, _Whole, split_layers, split_stack
+from qrefta.split.residual import _rows_per_block, _Target, _UnsplitStack, split_layers, split_stack
 from qrefta.split.rounding import StackRounding
 from tests.stacks import Splitted, split_and_error, svd_of, transform_of
 
@@ -176,7 +176,7 @@ def test_a_round_states_the_errors_before_and_of_its_target():
     stack = random_stack()
     config = refta(rank=9)
     base = split_and_error(stack, config).factors
-    whole = _Whole(Weights.of(stack), config)
+    whole = _UnsplitStack(Weights.of(stack), config)
     target = _Target(whole, base, QuantFormat.of(config), StackRounding(config))
     assert sum(block.shape[1] for _, block in target.blocks()) == 48
     rest = stack - deltas(Splitted(base, [], 0.0), stack)

@@ -53,6 +53,11 @@ class Task(NamedTuple):
     recipe: Callable[..., Recipe]
     model: type
 
+    @property
+    def trains_head(self) -> bool:
+        """Whether the model has a head of the data's classes, which trains in float32."""
+        return self.model is not AutoModelForCausalLM
+
 
 TASKS: dict[TaskName, Task] = {
     "classify": Task(
