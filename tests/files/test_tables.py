@@ -5,6 +5,7 @@ import json
 import pandas
 import pytest
 
+from qrefta.files.csv_file import csv_rows
 from qrefta.files.encodings import text_encoding
 from qrefta.files.tables import read_files, text_column
 
@@ -108,6 +109,29 @@ def test_columns_without_a_name_are_numbered(tmp_path):
     data = read(tmp_path / "a.csv", ",text,\n0,a,\n1,b,\n")
     assert data.column_names == ["column 1", "text", "column 3"]
     assert text_column(data, "a.csv") == "text"
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_a_column_name_may_hold_a_line_break(newline, tmp_path):
+    """As Excel writes it. Rows keep their numbers."""
+    file = tmp_path / "a.csv"
+    lines = ["", 'text,"the', 'label"', "red,1", '"a, b",0']
+    file.write_text(newline.join(lines) + newline, newline="")
+    assert list(csv_rows(file)) == [
+        {"text": "red", "the label": "1"},
+        {"text": "a, b", "the label": "0"},
+    ]
+    file.write_text(newline.join([*lines, "red"]) + newline, newline="")
+    with pytest.raises(ValueError, match="row 3, has 1 cells"):
+        list(csv_rows(file))
+    file.write_text(newline.join([*lines, '"red" x,1']) + newline, newline="")
+    with pytest.raises(ValueError, match="row 3"):
+        list(csv_rows(file))
+    file.write_text(newline.join(['5" disk,label', "red,1", 'a 3" nail,0']) + newline, newline="")
+    assert list(csv_rows(file)) == [
+        {'5" disk': "red", "label": "1"},
+        {'5" disk': 'a 3" nail', "label": "0"},
+    ]
 
 
 def test_rows_far_down_keep_their_number(tmp_path, monkeypatch):
