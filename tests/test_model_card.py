@@ -67,14 +67,18 @@ def test_every_stack_has_its_errors(tmp_path):
         assert f"{row.baseline_error:.4g} | {row.residual_error:.4g} | {row.ratio:.3f}" in line
 
 
-def test_a_calibrated_model_states_its_rounding_and_output_errors():
+@pytest.mark.parametrize(
+    ("rounding", "words"),
+    [("auto", "error feedback"), ("sequential", "error feedback layer after layer")],
+)
+def test_a_calibrated_model_states_its_rounding_and_output_errors(rounding, words):
     model = tiny_bert()
-    config = prepared_config(qrefta.prepare(model, rank=5, calibration=[inputs(model)] * 10))
-    card = model_card(config)
-    assert (
-        "NF4 in blocks of 64, scales searched, rounded with error feedback layer after layer. The"
-        in card
+    batches = [inputs(model)] * 10
+    config = prepared_config(
+        qrefta.prepare(model, rank=5, rounding=rounding, calibration=batches, progress=False)
     )
+    card = model_card(config)
+    assert f"NF4 in blocks of 64, scales searched, rounded with {words}. The" in card
     assert "| ratio | ratio of outputs | bits per weight |" in card
     for row in config.stacks:
         assert f"| {row.ratio:.3f} | {row.output_ratio:.3f} | {row.bits_per_weight:.2f} |" in card

@@ -415,7 +415,7 @@ def test_trust_is_the_users_alone():
         for node in ast.walk(tree):
             if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
                 assert ast.unparse(node.value) in passed_on, (path, node.lineno)
-            elif isinstance(node, ast.Assign | ast.AnnAssign):
+            elif isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
                 assert "trust_remote_code" not in map(ast.unparse, targets), (path, node.lineno)
     for function in (qrefta.load, qrefta.prepare_checkpoint, qrefta.compare, verify, conversation):
