@@ -126,7 +126,7 @@ def test_layers_are_replaced_in_the_order_in_which_they_run():
     "settings",
     [
         {"bits": 3},
-        {"bits": 2},
+        {"bits": 2, "block_size": 64},
         {"method": "refta", "bits": 3, "rank": 8},
         {"bits": "auto", "target_bits": 3.5, "rank": 0},
     ],
