@@ -91,8 +91,8 @@ def prepare(
             parquet; a causal language model reads a txt as one document, other models read it line
             by line), a list of strings, a `datasets.Dataset` with a column of text or tokenized
             rows, or the word "text" for generic text. Or batches of model inputs; images and audio
-            always. The split then keeps the outputs of the layers close to the original, instead
-            of the weights, and the weights are rounded with error feedback (see `rounding`).
+            always. Rounding then keeps the outputs of the layers close to the original, instead of
+            the weights (see `rounding`).
         calibration_tokens: of text to read; default: 16,384. More take longer, and keep more of
             the model. Models that read one text a row get one text for every 64.
         moments: second moments of the inputs, gathered before (`qrefta.split.calibrate`), or their

@@ -32,6 +32,7 @@ from eval.peers.splits import NF4, LowRank, loftq, pissa, qera
 from eval.tasks.task import Task
 from qrefta.choices import QUANT_TYPES, bits_of
 from qrefta.config.rank import RankBudget, RankSetting
+from qrefta.config.settings import SETTING_NAMES
 from qrefta.methods import METHODS
 from qrefta.model.stacks import find_stacks
 from qrefta.nn.quantize import rounded
@@ -57,19 +58,8 @@ CORE = [
 CALIBRATION_ROWS = 256
 FLAGS = ("calibrated", "double_quant")
 SIZES = {"R": int, "ranks": tuple, "trained_params": int}
-OPTIONS = {
-    "bits",
-    "target_bits",
-    "transform",
-    "quant_type",
-    "block_size",
-    "double_quant",
-    "scales",
-    "rounding",
-    "refine",
-    "factor_dtype",
-    "calibrated",
-}
+BY_THE_STUDY = {"method", "rank", "seed", "target_modules", "modules_to_save"}
+OPTIONS = {*SETTING_NAMES, "calibrated"} - BY_THE_STUDY
 WITHOUT_RANK = ("head-only", "full", "ia3")
 WITH_RANK = ("lora", "pissa", "vera", "loretta", "rslora", "dora", "qpissa")
 WITH_FORMAT = ("qlora", "loftq", "qera")

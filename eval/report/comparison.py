@@ -118,9 +118,9 @@ STUDIES = [
         {
             "QLoRA, r = 8": "qlora r=8",
             **_both(48),
-            'qrefta, `method="refta"`, R = 48': ("refta R=48 calibrated rounding=feedback"),
+            'qrefta, `method="refta"`, R = 48': "refta R=48 calibrated rounding=feedback",
             **_both(12),
-            'qrefta, `method="lorta"`, R = 12': ("lorta R=12 calibrated rounding=feedback"),
+            'qrefta, `method="lorta"`, R = 12': "lorta R=12 calibrated rounding=feedback",
             "qrefta, R = 48, 3 bits": "windows R=48 bits=3 calibrated rounding=sequential",
             "qrefta, R = 48, 3 bits, `block_size=64`": (
                 "windows R=48 bits=3 block_size=64 calibrated rounding=sequential"

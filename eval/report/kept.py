@@ -79,7 +79,7 @@ SELECTED = {
     "qrefta, `bits=3`, `block_size=64`": THREE_BITS._replace(rounding="sequential"),
     "qrefta, `bits=3`": THREE_BITS._replace(rounding="sequential", block_size=32),
     'qrefta, `bits="auto"`, `target_bits=3.5`': MIXED_BITS._replace(target_bits=3.5, block_size=32),
-    'qrefta, `bits="auto"`, `target_bits=3.6`, 131,072 tokens': MORE_TEXT,
+    f'qrefta, `bits="auto"`, `target_bits=3.6`, {MORE_TEXT.calibration:,} tokens': MORE_TEXT,
     "GPTQ on INT2 (absmax scales, larger inputs first)": Base(
         "gptq-ordered", 0, TEXT, quant_type="int2", double_quant=True
     ),

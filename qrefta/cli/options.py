@@ -184,7 +184,7 @@ def _bits(text: str) -> int | str:
 
 
 def rounding_of(settings: dict[str, Any]) -> Settings:
-    """Settings with the rounding of options, whatever the others are: these are checked later."""
+    """Settings that tell how weights are rounded; the other options are checked later."""
     names = ("bits", "target_bits", "rounding")
     rank = 0 if settings["rank"] == 0 else AUTO_RANK
     return Settings(rank=rank, **{name: settings[name] for name in names})

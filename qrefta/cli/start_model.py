@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 ROWS = "data"  # calibrates with rows of the training data
 _START = "start"  # folder in OUT: the prepared model, for the other processes
-START_FOLDERS = (_START, f"{_START}.partial")
+_PARTIAL = "start.partial"  # that folder, until it is whole
+START_FOLDERS = (_START, _PARTIAL)
 
 
 class StartModel(NamedTuple):
@@ -124,7 +125,7 @@ class StartModel(NamedTuple):
 
     def keep(self, model: "PreTrainedModel") -> None:
         """Save the prepared model for the other processes: whole, or not at all."""
-        partial = Path(f"{self._folder}.partial")
+        partial = self.out / _PARTIAL
         model.save_pretrained(partial)
         partial.rename(self._folder)
 

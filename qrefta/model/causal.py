@@ -8,8 +8,9 @@ from transformers import PreTrainedModel
 from qrefta.model.modes import eval_mode
 
 _TOKENS = 6
-# Of the largest logit, and of the dtype's smallest step. A token that is not seen changes nothing
-# but the order of sums, where it changes how many tokens an expert gets.
+# Logits that differ by no more are equal, as shares of the largest logit: in float32, and in
+# relative steps of a narrower dtype. A token that is not seen may still change the order of sums,
+# where it changes how many tokens an expert gets.
 _TOLERANCE = 1e-4
 _STEPS = 4
 

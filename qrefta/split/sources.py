@@ -50,8 +50,8 @@ def calibration_batches(
         tokenizer: of the model, for text; None: the tokenizer of the folder or hub name that the
             model was loaded from.
         seed: of the choice of texts.
-        tokens: of text to read; None: `TOKENS`. Models that read one text a row get as many texts
-            as this number is times 64.
+        tokens: of text to read; None: `TOKENS`. Models that read one text a row get one text for
+            every 64.
 
     Raises:
         ValueError: if there is no text, the model does not read text, or the tokenizer is missing
@@ -76,13 +76,13 @@ def calibration_batches(
     _check_reads_text(model)
     tokenizer = tokenizer or _tokenizer_of(model)
     length = _max_length(model)
+    tokens = tokens or TOKENS
     if runs:
-        count = tokens or TOKENS
-        batches = windows_of_text(texts, tokenizer, tokens=count, max_length=length, seed=seed)
+        batches = windows_of_text(texts, tokenizer, tokens=tokens, max_length=length, seed=seed)
     else:
         # Decoders that classify refuse several rows without a pad token in their config.
         alone = getattr(model.config.get_text_config(), "pad_token_id", None) is None
-        rows = ROWS if tokens is None else max(1, tokens * ROWS // TOKENS)
+        rows = max(1, tokens * ROWS // TOKENS)
         batches = rows_of_text(
             texts, tokenizer, rows=rows, max_length=length, seed=seed, alone=alone
         )
